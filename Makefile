@@ -1,0 +1,40 @@
+PYTHON ?= python3
+WORKERS ?= 2
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test lint format check clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z.]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+.venv: .venv/.installed  ## create .venv with the package and its tools
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, $(PYTHON) is %d.%d: run make PYTHON=python3.11" % v[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: .venv/.installed  ## calibrate and compare on the default model, into demo-out/
+	$(BIN)/aqua demo --out demo-out
+
+# One thread per worker: workers that each start a thread per core slow each other down.
+test: .venv/.installed  ## run the tests; make test ARGS="-k text" WORKERS=0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: .venv/.installed  ## ruff check, ruff format --check, mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.installed  ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+check: lint test  ## lint, then test
+
+clean:  ## remove .venv, caches and outputs
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-out
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

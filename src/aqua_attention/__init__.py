@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AQUA attention: multiply only the query dimensions that matter (arXiv 2509.11155).
+
+In the order of use:
+
+    calibrate        learn the projections of a model from a text, once
+    Projections      the learned rotations; save, load, check
+    AquaConfig       the knobs: k_ratio, s_ratio, selection, share, sink, recent
+    apply            AQUA in a transformers model, as a context manager
+    AquaError        every mistake of a user, with its remedy
+
+Names load on first use, so that importing the package (and `aqua --help`) is quick and changes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aqua_attention.calibration import calibrate as calibrate
+    from aqua_attention.config import AquaConfig as AquaConfig
+    from aqua_attention.errors import AquaError as AquaError
+    from aqua_attention.integrations.transformers import Attachment as Attachment
+    from aqua_attention.integrations.transformers import apply as apply
+    from aqua_attention.models import load_model as load_model
+    from aqua_attention.projections import Projections as Projections
+    from aqua_attention.text import load_text as load_text
+    from aqua_attention.version import __version__ as __version__
+
+_HOME = {
+    "AquaConfig": "config",
+    "AquaError": "errors",
+    "Attachment": "integrations.transformers",
+    "Projections": "projections",
+    "__version__": "version",
+    "apply": "integrations.transformers",
+    "calibrate": "calibration",
+    "load_model": "models",
+    "load_text": "text",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

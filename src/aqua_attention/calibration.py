@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: one pass of a text through a model, from which the projections follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aqua_attention.capture import attention_layers, innermost_decoder, observed
+from aqua_attention.errors import AquaError
+from aqua_attention.fingerprint import key_weight_digest, shape_of
+from aqua_attention.projections import Projections
+from aqua_attention.stats import LayerStatistics, Statistics
+from aqua_attention.text import text_digest, token_windows, tokenize
+from aqua_attention.version import __version__
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    tokens: int = 32768,
+    context: int = 2048,
+    seed: int = 0,
+    name: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> Projections:
+    """Learn the projections of `model` from windows of `text`.
+
+    Args:
+        model: a decoder language model; its weights and its attention are left as they are.
+        text: plain text; windows are spread over it, and their choice follows `seed`.
+        tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says).
+        context: tokens in a window. Calibrate at the length you will use: projections from short windows are
+            slightly worse on long ones.
+        name: recorded as the model's name.
+        progress: called as progress(windows done, windows in all).
+
+    Raises:
+        AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN.
+    """
+    layers = attention_layers(model)
+    check_context(model, context)
+    token_ids, prefix = tokenize(tokenizer, text)
+    windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
+    statistics = collect(model, windows, progress=progress)
+    return Projections.from_statistics(
+        statistics,
+        model={"name": name, "shape": shape_of(model, layers), "key_weights": key_weight_digest(layers)},
+        calibration={
+            "text_sha256": text_digest(text),
+            "tokens": windows.numel(),
+            "context": windows.shape[1],
+            "seed": seed,
+            "library_version": __version__,
+        },
+    )
+
+
+def collect(
+    model: PreTrainedModel, windows: Tensor, *, progress: Callable[[int, int], None] | None = None
+) -> Statistics:
+    """Statistics of every attention layer over token windows [count, context], one forward pass a window."""
+    layers = attention_layers(model)
+    index_of = {layer.module: layer.index for layer in layers}
+    # The language-model head says nothing about queries and keys, and costs more than the statistics do.
+    decoder = innermost_decoder(model, layers)
+    statistics: Statistics = {}
+
+    def accumulate(module: nn.Module, query: Tensor, key: Tensor) -> None:
+        index, seen = index_of[module], LayerStatistics.of(query, key)
+        statistics[index] = statistics[index] + seen if index in statistics else seen
+
+    device, training = model.get_input_embeddings().weight.device, model.training
+    model.eval()
+    try:
+        with observed(model, accumulate), torch.no_grad():
+            for done, window in enumerate(windows):
+                if progress:
+                    progress(done, len(windows))
+                decoder(input_ids=window[None].to(device), use_cache=False)
+            if progress:
+                progress(len(windows), len(windows))
+    finally:
+        model.train(training)
+    return statistics
+
+
+def check_context(model: PreTrainedModel, context: int) -> None:
+    """Raise AquaError when windows of `context` tokens are longer than the positions the model knows."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and context > limit:
+        raise AquaError(f"context is {context}: the model knows {limit} positions, choose at most that")

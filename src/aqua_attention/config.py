@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The knobs of AQUA attention: one frozen dataclass, checked on construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from aqua_attention.errors import AquaError
+
+SELECTIONS = ("magnitude", "weighted", "static")
+SHARES = ("head", "group")
+
+
+@dataclass(frozen=True)
+class AquaConfig:
+    """What is multiplied, what is stored, and which tokens are exact.
+
+    The defaults are the paper's method at its headline setting. `AquaConfig(k_ratio=0.5,
+    selection="weighted", sink=4, recent=64)` is what we recommend: less work and less loss.
+
+    Attributes:
+        k_ratio: share of the kept dimensions whose products are computed for a query, in (0, 1];
+            k = ceil(k_ratio * kept). 1 is dense attention, up to rounding.
+        s_ratio: share of trailing (low-variance) rotated key dimensions that are never stored, in [0, 1)
+            ("AQUA-Memory"); kept = head_dim - round(s_ratio * head_dim).
+        selection: which dimensions a query keeps. "magnitude": largest |q_i| (the paper). "weighted": largest
+            |q_i| * rms(k_i), the expected size of what is dropped (ours). "static": always the first k, whatever
+            the query (plain PCA slicing, for comparison).
+        share: "head": each query head its own dimensions (the paper). "group": one set for all query heads of
+            a key-value head, which is what lets a GPU read fewer key bytes under grouped-query attention.
+        sink: number of first (non-padding) tokens scored with every stored dimension.
+        recent: number of last tokens, the query's own included, scored with every stored dimension.
+
+    Raises:
+        AquaError: a value is out of range; the message names the field, the value and the range.
+    """
+
+    k_ratio: float = 0.75
+    s_ratio: float = 0.0
+    selection: str = "magnitude"
+    share: str = "head"
+    sink: int = 0
+    recent: int = 0
+
+    def __post_init__(self) -> None:
+        if not _is_number(self.k_ratio) or not 0 < self.k_ratio <= 1:
+            raise AquaError(f"k_ratio is {self.k_ratio!r}: it must be a number with 0 < k_ratio <= 1")
+        if not _is_number(self.s_ratio) or not 0 <= self.s_ratio < 1:
+            raise AquaError(f"s_ratio is {self.s_ratio!r}: it must be a number with 0 <= s_ratio < 1")
+        if self.selection not in SELECTIONS:
+            raise AquaError(f"selection is {self.selection!r}: it must be one of {', '.join(SELECTIONS)}")
+        if self.share not in SHARES:
+            raise AquaError(f"share is {self.share!r}: it must be one of {', '.join(SHARES)}")
+        for name in ("sink", "recent"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise AquaError(f"{name} is {value!r}: it must be a whole number of tokens, 0 or more")
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some tokens (the first `sink`, the last `recent`) are scored with every stored dimension."""
+        return self.sink + self.recent > 0
+
+    def kept_dims(self, head_dim: int) -> int:
+        """Number of leading rotated key dimensions that are stored, of `head_dim`."""
+        kept = head_dim - round(self.s_ratio * head_dim)
+        if kept < 1:
+            raise AquaError(f"s_ratio {self.s_ratio} stores none of {head_dim} key dimensions: lower it")
+        return kept
+
+    def selected_dims(self, head_dim: int) -> int:
+        """Number k of dimensions multiplied for a query outside the exact window."""
+        # The small term keeps 0.28 * 25 = 7.000000000000001 from becoming 8.
+        return max(1, math.ceil(self.k_ratio * self.kept_dims(head_dim) - 1e-9))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

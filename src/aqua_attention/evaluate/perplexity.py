@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity, KL divergence and top-1 agreement of AQUA against dense attention, on the same windows in one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.integrations.transformers import Attachment, apply
+from aqua_attention.projections import Projections
+
+ROWS_AT_ONCE = 256
+"""Positions whose next-token distributions are compared at once; bounds the float32 copies of the logits."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of an evaluation: the knobs and the basis they work in ("aqua", or "none": not rotated)."""
+
+    config: AquaConfig
+    basis: str = "aqua"
+
+
+@dataclass
+class _Sums:
+    loss: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+    tokens: int = 0
+    selected: int = 0
+    selectable: int = 0
+
+
+@dataclass
+class _Run:
+    setting: Setting
+    attachment: Attachment
+    sums: _Sums = field(default_factory=_Sums)
+
+    def count(self, layer: int, selected: Tensor | None, head_dim: int) -> None:
+        """Add one attention call to the measured share of dimensions."""
+        if selected is None:
+            kept = self.setting.config.kept_dims(head_dim)
+            self.sums.selected, self.sums.selectable = self.sums.selected + kept, self.sums.selectable + head_dim
+        else:
+            rows = selected.numel() // selected.shape[-1]
+            self.sums.selected += int(selected.sum())
+            self.sums.selectable += rows * head_dim
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    projections: Projections,
+    settings: Sequence[Setting],
+    windows: Tensor,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run every window dense, then under every setting, each from its first token on.
+
+    Args:
+        windows: token ids, [count, context]; each window predicts context - 1 tokens.
+        progress: called as progress(forward passes done, forward passes in all).
+
+    Returns:
+        `{"dense": {"perplexity", "tokens"}, "rows": [...]}`, a row a setting: `setting` (the AquaConfig's fields),
+        `basis`, `perplexity`, `perplexity_change` (relative to dense: 0.01 is one per cent), `kl` (mean KL divergence
+        of the next-token distribution from the dense one, nats), `top1` (share of positions with the dense model's
+        most likely token), `mean_k` (share of head_dim that was multiplied, measured, outside the exact window),
+        `tokens` (predictions scored).
+    """
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
+    by_basis = {basis: projections.with_basis(basis) for basis in {s.basis for s in settings} - {projections.basis}}
+    runs = [_Run(s, apply(model, by_basis.get(s.basis, projections), s.config)) for s in settings]
+    dense = _Sums()
+    done, total = 0, len(windows) * (1 + len(runs))
+    device = model.get_input_embeddings().weight.device
+    with torch.inference_mode():
+        for window in windows:
+            tokens = window[None].to(device)
+            dense_logits = _logits(model, tokens)
+            for run in (None, *runs):
+                if progress:
+                    progress(done, total)
+                if run is None:
+                    _score(dense, dense_logits, dense_logits, tokens[0, 1:])
+                else:
+                    run.attachment.on_selection = run.count
+                    _score(run.sums, _logits(model, tokens, run.attachment), dense_logits, tokens[0, 1:])
+                done += 1
+    if progress:
+        progress(total, total)
+    dense_perplexity = math.exp(dense.loss / dense.tokens)
+    return {
+        "dense": {"perplexity": dense_perplexity, "tokens": dense.tokens},
+        "rows": [_row(run, dense_perplexity) for run in runs],
+    }
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor, attachment: Attachment | None = None) -> Tensor:
+    """Next-token logits of one window, [context - 1, vocabulary], in the model's dtype."""
+    with attachment or nullcontext():
+        return model(input_ids=tokens, use_cache=False).logits[0, :-1]
+
+
+def _score(sums: _Sums, logits: Tensor, dense_logits: Tensor, targets: Tensor) -> None:
+    for start in range(0, len(targets), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        log_p = logits[part].float().log_softmax(-1)
+        sums.loss -= float(log_p.gather(-1, targets[part, None]).sum())
+        sums.tokens += len(log_p)
+        if logits is dense_logits:
+            sums.agree += len(log_p)
+            continue
+        dense_log_p = dense_logits[part].float().log_softmax(-1)
+        sums.kl += float((dense_log_p.exp() * (dense_log_p - log_p)).sum())
+        sums.agree += int((log_p.argmax(-1) == dense_log_p.argmax(-1)).sum())
+
+
+def _row(run: _Run, dense_perplexity: float) -> dict[str, Any]:
+    sums = run.sums
+    perplexity = math.exp(sums.loss / sums.tokens)
+    return {
+        "setting": run.setting.config.to_dict(),
+        "basis": run.setting.basis,
+        "perplexity": perplexity,
+        "perplexity_change": perplexity / dense_perplexity - 1,
+        "kl": sums.kl / sums.tokens,
+        "top1": sums.agree / sums.tokens,
+        "mean_k": sums.selected / sums.selectable,
+        "tokens": sums.tokens,
+    }

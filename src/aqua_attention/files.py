@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from aqua_attention.errors import AquaError
+
+
+def write_atomically(path: Path | str, content: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename; on any failure nothing of it remains.
+
+    Raises:
+        AquaError: the folder is missing or the disk refuses (full, read-only, no permission).
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise AquaError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise AquaError(f"cannot write {path}: it is a folder")
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a result is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except OSError as error:
+        raise AquaError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an attention function gets into a transformers model, and out again without a trace.
+
+transformers looks attention up by a name in the model's config, in two tables: one for the function and one for
+the mask that it needs. We register a fresh name in both, point the model at it, and take everything back.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from aqua_attention.errors import AquaError
+from aqua_attention.ops.mask import window_codes
+
+NAME_PREFIX = "aqua-"
+_numbers = itertools.count(1)
+
+
+def install(
+    model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Tensor | None]
+) -> Callable[[], None]:
+    """Send every attention call of `model` to `attention`; returns the function that undoes it.
+
+    Args:
+        attention: called as transformers calls its attention functions: `(module, query, key, value,
+            attention_mask, dropout=, scaling=, **kwargs) -> (output [batch, queries, heads, dim], None)`.
+        mask: builds `attention_mask`, see `mask_builder`.
+
+    Raises:
+        AquaError: the model does not use transformers' attention interface; nothing is changed then.
+    """
+    name = f"{NAME_PREFIX}{next(_numbers)}"
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    refused = [type(part).__name__ for part in parts if not part._can_set_attn_implementation()]
+    if refused:
+        raise AquaError(
+            f"{refused[0]} does not use transformers' attention interface, so its attention cannot be replaced: "
+            "use a model class that does (Llama, Mistral, Qwen, Gemma, OPT, Phi-3, GPT-NeoX, ...)"
+        )
+    before = [(part.config, part.config._attn_implementation) for part in parts]
+
+    def undo() -> None:
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    try:
+        model.set_attn_implementation(name)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
+    """A mask function for transformers: None where causal order says it all, else boolean, or window codes.
+
+    The window is laid down here because only here are positions, padding and cache offsets known together.
+    """
+
+    def build(
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int | Tensor = 0,
+        kv_offset: int | Tensor = 0,
+        mask_function: Callable[..., Tensor] = causal_mask_function,
+        attention_mask: Tensor | None = None,
+        device: torch.device | str = "cpu",
+        **kwargs: Any,
+    ) -> Tensor | None:
+        visible: Tensor | None = sdpa_mask(
+            batch_size=batch_size,
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            device=device,
+            **kwargs,
+        )
+        if visible is None or sink + recent == 0:
+            return visible
+        if attention_mask is None:
+            first_token = torch.zeros(batch_size, dtype=torch.long, device=device)
+        else:
+            first_token = attention_mask.to(device=device, dtype=torch.int).argmax(-1)
+        query_positions = torch.arange(q_length, device=device) + q_offset
+        key_positions = torch.arange(kv_length, device=device) + kv_offset
+        return window_codes(visible, query_positions, key_positions, first_token, sink, recent)
+
+    return build
+
+
+def as_aqua_mask(mask: Tensor | None) -> Tensor | None:
+    """A mask that came through a model, in the form of `ops.mask`; a user's own 4-D additive mask becomes boolean.
+
+    Raises:
+        AquaError: an additive mask with values other than zero and minus infinity, which AQUA has no use for.
+    """
+    if mask is None or not mask.is_floating_point():
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not bool((hidden | (mask == 0)).all()):
+        raise AquaError(
+            "the attention mask adds a bias to the scores: AQUA supports only masks that hide tokens "
+            "(0 and the smallest number of the dtype, or boolean)"
+        )
+    return ~hidden

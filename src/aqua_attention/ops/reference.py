@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AQUA attention in plain torch: the specification that every other path is tested against.
+
+It forms the whole score matrix. `attention_chunked` evaluates the same code a few queries at a time: rows of
+attention do not depend on each other, so it is the same function in bounded memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aqua_attention.ops.mask import visible_and_exact
+
+CHUNK_SCORES = 1 << 24
+"""Scores held at once by `attention_chunked`: 64 MB in float32, for each of the few copies in flight."""
+
+
+def attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    sink: int = 0,
+    recent: int = 0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention whose scores use the selected dimensions outside the exact window and all of them inside.
+
+    score(i, j) = scaling * sum_{c in S} q_ic k_jc, with S = selected_i, or every dimension when token j is among
+    the first `sink` or the last `recent` tokens that query i sees. Softmax and product with the values as usual,
+    computed in at least float32.
+
+    Args:
+        query: rotated, [batch, num_attention_heads, queries, kept].
+        key: rotated, [batch, num_key_value_heads, keys, kept].
+        value: [batch, num_key_value_heads, keys, value_dim], not rotated.
+        selected: boolean, shape of `query`, from `select_dimensions`; None: every dimension (dense attention).
+        mask: see `ops.mask`; None is causal with the queries at the end of the keys.
+        sink, recent: size of the exact window in tokens (uint8 masks carry it already).
+        scaling: factor of the scores; default 1/sqrt(kept).
+        softcap: soft limit c of the scores, c * tanh(score / c), as in Gemma 2.
+        s_aux: [num_attention_heads], one extra logit a head that takes part in the softmax and has no value
+            (gpt-oss).
+
+    Returns:
+        [batch, num_attention_heads, queries, value_dim] in the dtype of `value`. A query that sees no key gets
+        zeros; a NaN in a query, or in a key that it sees, gives NaN.
+    """
+    batch, heads, queries, _ = query.shape
+    groups, keys = key.shape[1], key.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    tall_key = key.to(dtype).transpose(-1, -2)
+
+    def scores_of(states: Tensor) -> Tensor:
+        tall = states.to(dtype).reshape(batch, groups, heads // groups * queries, -1)
+        scores = (tall @ tall_key).reshape(batch, heads, queries, keys) * scaling
+        return softcap * torch.tanh(scores / softcap) if softcap is not None else scores
+
+    visible, exact = visible_and_exact(
+        mask, queries=queries, keys=keys, start=keys - queries, sink=sink, recent=recent, device=query.device
+    )
+    if selected is None:
+        scores = scores_of(query)
+    else:
+        # where, not a product: the dropped entries of a query must not let a NaN or an infinity through.
+        scores = scores_of(torch.where(selected, query, 0))
+        if sink + recent > 0 or (mask is not None and mask.dtype == torch.uint8):
+            scores = torch.where(exact, scores_of(query), scores)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if s_aux is not None:
+        extra = s_aux.to(dtype).reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        probabilities = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+    else:
+        probabilities = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+    tall_probabilities = probabilities.reshape(batch, groups, heads // groups * queries, keys)
+    output = tall_probabilities @ value.to(dtype)
+    return output.reshape(batch, heads, queries, -1).to(value.dtype)
+
+
+def attention_chunked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    sink: int = 0,
+    recent: int = 0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """`attention_reference`, a block of queries at a time: no more than `CHUNK_SCORES` scores in memory."""
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    key, result_dtype, value = key.to(dtype), value.dtype, value.to(dtype)
+    rows = max(1, CHUNK_SCORES // max(1, batch * heads * keys))
+    blocks = []
+    for start in range(0, queries, rows):
+        block = slice(start, min(start + rows, queries))
+        # Causal: the keys after the block's last query are hidden from all of it.
+        seen = keys if mask is not None else keys - queries + block.stop
+        blocks.append(
+            attention_reference(
+                query[:, :, block],
+                key[:, :, :seen],
+                value[:, :, :seen],
+                None if selected is None else selected[:, :, block],
+                mask=None if mask is None else mask[:, :, block],
+                sink=sink,
+                recent=recent,
+                scaling=scaling,
+                softcap=softcap,
+                s_aux=s_aux,
+            )
+        )
+    return torch.cat(blocks, 2).to(result_dtype)

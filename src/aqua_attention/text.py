@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where text comes from, and how it becomes windows of token ids."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aqua_attention.errors import AquaError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_SUFFIXES = (".txt", ".md", ".raw", ".rst")
+SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".parquet")
+FORMS = (
+    "builtin:calibration, builtin:evaluation, hub:dataset[:config[:split]], a folder, "
+    f"or a file ending in {', '.join(SUFFIXES)} (all but .parquet may end in .gz too)"
+)
+_FIELDS = ("text", "content")
+_DATA_EXTRA = "pip install 'aqua-attention[data]'"
+
+
+def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
+    """Read the text that `spec` names, at most the first `max_characters` of it.
+
+    Rows, lines and files are joined by an empty line; a row's text is its field `text`, else `content`.
+
+    Args:
+        spec: `builtin:calibration` or `builtin:evaluation` (the first 80 % and the last 20 % of the topics
+            of Python's own help, so the wording follows the Python version); a UTF-8 file, plain, .jsonl
+            or .parquet, the first two also with .gz; a folder, for all such files in it, by path; or
+            `hub:dataset[:config[:split]]`, split "train" unless given.
+        max_characters: where to stop reading.
+
+    Raises:
+        AquaError: there is no such text, it cannot be read, or it is blank.
+    """
+    if max_characters < 1:
+        raise AquaError(f"max_characters is {max_characters}: it must be at least 1")
+    kind, _, rest = spec.partition(":")
+    if kind == "builtin":
+        text = _builtin(rest)[:max_characters]
+    elif kind == "hub":
+        text = _join(_hub_rows(rest), max_characters)
+    else:
+        text = _local(spec, max_characters)
+    if not text.strip():
+        raise AquaError(f"the text {spec!r} is blank: give a text with words in it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise AquaError(f"the text {spec!r} has half a surrogate pair in it: mend its \\u escapes") from error
+    return text
+
+
+def _builtin(name: str) -> str:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise AquaError("this Python comes without pydoc_data, the built-in text: give a file") from error
+    text = "\n\n".join(topics[key] for key in sorted(topics))
+    cut = text.index("\n", len(text) * 8 // 10) + 1
+    if name == "calibration":
+        return text[:cut]
+    if name == "evaluation":
+        return text[cut:]
+    raise AquaError(f"unknown built-in text {name!r}: it is calibration or evaluation")
+
+
+def _local(spec: str, limit: int) -> str:
+    try:
+        path = Path(spec).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AquaError(f"{spec[:100]!r} is no usable path ({error}): a text is one of {FORMS}") from error
+    if is_folder:
+        files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
+        if not files:
+            raise AquaError(f"the folder {spec!r} holds no file ending in {', '.join(SUFFIXES)}")
+        return _join((_read(file, limit) for file in files), limit)
+    if not exists:
+        raise AquaError(f"there is no file or folder {spec!r}: a text is one of {FORMS}")
+    if _suffix(path) not in SUFFIXES:
+        raise AquaError(f"cannot tell what {spec!r} holds from its name: a text is one of {FORMS}")
+    return _read(path, limit)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that says what a file holds: the one before .gz, if that may be."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        inner = Path(path.stem).suffix.lower()
+        return inner if inner != ".parquet" else suffix
+    return suffix
+
+
+def _join(texts: Iterable[str], limit: int) -> str:
+    """Join by empty lines, taking no more texts than it needs to reach `limit` characters."""
+    taken: list[str] = []
+    length = 0
+    for text in texts:
+        taken.append(text)
+        length += len(text) + 2
+        if length >= limit + 2:
+            break
+    return "\n\n".join(taken)[:limit]
+
+
+def _read(path: Path, limit: int) -> str:
+    suffix = _suffix(path)
+    try:
+        if suffix == ".parquet":
+            return _join(_parquet_rows(path), limit)
+        opener = gzip.open if path.suffix.lower() == ".gz" else open
+        # utf-8-sig: a byte order mark is no part of the text.
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            return _join(_jsonl_rows(path, file), limit) if suffix == ".jsonl" else file.read(limit)
+    except UnicodeDecodeError as error:
+        raise AquaError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise AquaError(f"{path} is not a complete gzip file ({error}): make or fetch it again") from error
+    except OSError as error:
+        raise AquaError(f"cannot read {path} ({error.strerror or error}): check the file") from error
+
+
+def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise AquaError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise AquaError(f"{path}, line {number} is no JSON object: give objects with a field 'text'")
+        yield _row_text(row, f"{path}, line {number}")
+
+
+def _parquet_rows(path: Path) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise AquaError(f"reading {path} takes pyarrow: {_DATA_EXTRA}") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            columns = [name for name in names if name in _FIELDS] or names[:1]
+            for batch in file.iter_batches(columns=columns, batch_size=1024):
+                for row in batch.to_pylist():
+                    yield _row_text({**dict.fromkeys(names), **row}, str(path))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise AquaError(f"{path} is not a whole parquet file: {_first_line(error)}") from error
+
+
+def _hub_rows(rest: str) -> Iterator[str]:
+    name, *more = rest.split(":")
+    if not name or len(more) > 2:
+        raise AquaError(f"cannot read 'hub:{rest}': write hub:dataset[:config[:split]]")
+    config, split = [*more, "", ""][:2]
+    try:
+        import datasets
+    except ImportError as error:
+        raise AquaError(f"reading 'hub:{rest}' takes the datasets package: {_DATA_EXTRA}") from error
+    try:
+        for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+            yield _row_text(row, f"hub:{rest}")
+    except AquaError:
+        raise
+    except Exception as error:  # loading scripts and servers fail in any way they like
+        raise AquaError(
+            f"cannot read 'hub:{rest}' ({_first_line(error)}): check its name, config and split, and the network"
+        ) from error
+
+
+def _row_text(row: dict[str, Any], where: str) -> str:
+    for field in _FIELDS:
+        if isinstance(row.get(field), str):
+            return str(row[field])
+    raise AquaError(f"{where} has no string in a field 'text' or 'content': its fields are {', '.join(row)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def text_digest(text: str) -> str:
+    """SHA-256 of the text's UTF-8 bytes, in hexadecimal."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Token ids of `text` without special tokens, and the ids that the tokenizer puts in front of a text."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed = tokenizer("a")["input_ids"]
+    bos = dressed[:1] if dressed[:1] == [tokenizer.bos_token_id] else []
+    # What stands before the bare ids is the prefix; what stands after them, such as an EOS, is left out.
+    found = (start for start in range(len(dressed)) if bare and dressed[start : start + len(bare)] == bare)
+    start = next(found, None)
+    return ids, bos if start is None else dressed[:start]
+
+
+def token_windows(
+    token_ids: Sequence[int] | torch.Tensor,
+    *,
+    tokens: int,
+    context: int,
+    seed: int | None,
+    prefix: Sequence[int] = (),
+) -> torch.Tensor:
+    """Cut token ids into windows: an int64 tensor [windows, context].
+
+    There are `tokens // context` windows, at least one, and fewer where the text is short. Each is
+    `prefix` and then consecutive text tokens, none of them in two windows.
+
+    Args:
+        token_ids: the text, without special tokens; a list or a 1-D tensor.
+        tokens: how many tokens to take, those of `prefix` included.
+        context: tokens in a window, those of `prefix` included.
+        seed: None takes one window after the other from the start; an int spreads them over the whole
+            text, each at a random place in its share.
+        prefix: what the tokenizer puts in front of a text, see `tokenize`.
+
+    Raises:
+        AquaError: a value is out of range, or the text is shorter than one window.
+    """
+    import torch
+
+    if tokens < 1:
+        raise AquaError(f"tokens is {tokens}: it must be at least 1")
+    least = max(2, len(prefix) + 1)
+    if context < least:
+        raise AquaError(f"context is {context}: it must be at least {least}")
+    ids = torch.as_tensor(token_ids, dtype=torch.int64)
+    width = context - len(prefix)
+    count = min(max(1, tokens // context), len(ids) // width)
+    if count == 0:
+        raise AquaError(
+            f"the text has {len(ids)} tokens, fewer than one window of {context}: "
+            "give more text or a smaller --context"
+        )
+    starts = [index * width for index in range(count)]
+    if seed is not None:
+        slack, rng = len(ids) - count * width, random.Random(seed)
+        starts = [start + int((index + rng.random()) * slack / count) for index, start in enumerate(starts)]
+    head = torch.tensor(prefix, dtype=torch.int64, device=ids.device)
+    return torch.stack([torch.cat([head, ids[start : start + width]]) for start in starts])
