@@ -54,9 +54,7 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            raise AquaError(
-                f"{type(module).__name__} is not causal: only decoder language models are supported"
-            )
+            raise AquaError(f"{type(model).__name__} is not causal: only decoder language models are supported")
         observer(module, query, key)
         output = attention(
             query,
@@ -111,25 +109,17 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             if isinstance(error, AquaError):
                 raise
-            raise AquaError(
-                f"{name} does not run on token ids, so it is no decoder language model: {error}"
-            ) from error
+            raise AquaError(f"{name} does not run on token ids, so it is no decoder language model: {error}") from error
     layers = sorted(found.values(), key=lambda layer: layer.index)
     if not layers:
         raise AquaError(f"{name} made no attention call: AQUA needs a model with attention layers")
     if len({layer.index for layer in layers}) < len(layers):
-        raise AquaError(
-            f"{name} has attention layers that share a layer index: this architecture is not supported"
-        )
+        raise AquaError(f"{name} has attention layers that share a layer index: this architecture is not supported")
     return layers
 
 
 def innermost_decoder(model: PreTrainedModel, layers: list[AttentionLayer]) -> PreTrainedModel:
     """The smallest PreTrainedModel inside `model` that holds all attention layers (no language-model head)."""
     modules = {layer.module for layer in layers}
-    holders = [
-        part
-        for part in model.modules()
-        if isinstance(part, PreTrainedModel) and modules <= set(part.modules())
-    ]
+    holders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and modules <= set(part.modules())]
     return holders[-1]

@@ -23,8 +23,7 @@ def shape_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> dict[str, 
     return {
         "model_type": model.config.model_type,
         "layers": [
-            [layer.index, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim]
-            for layer in layers
+            [layer.index, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim] for layer in layers
         ],
     }
 

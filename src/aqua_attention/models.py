@@ -11,7 +11,9 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +196,8 @@ def _source(name: str, gguf_file: str | None) -> tuple[str, str | None]:
         path = Path(name).expanduser()
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise AquaError(f"model {name[:100]!r} is neither a path nor a hub id ({error}): check it") from error
+        reason = getattr(error, "strerror", None) or error
+        raise AquaError(f"model {name[:100]!r} is neither a path nor a hub id ({reason}): check it") from error
     is_gguf = path.suffix.lower() == ".gguf"
     if is_folder:
         return str(path), gguf_file
@@ -230,9 +233,17 @@ def _quiet() -> Iterator[None]:
         enable_progress_bars()
     log.set_verbosity_error()
     hub_log.set_verbosity_error()
+    reader: Any = None
+    with suppress(ImportError):  # it draws a bar that heeds no setting; other releases may lack it
+        reader = import_module("transformers.modeling_gguf_pytorch_utils")
+    gguf_bar = getattr(reader, "tqdm", None)
+    if gguf_bar is not None:
+        reader.tqdm = partial(gguf_bar, disable=True)
     try:
         yield
     finally:
+        if gguf_bar is not None:
+            reader.tqdm = gguf_bar
         if bars:
             log.enable_progress_bar()
         if not hub_bars:

@@ -154,9 +154,11 @@ class Projections:
             }
             found = {name: _checked(path, tensors, f"layers.{index}.{name}", *what) for name, what in expected.items()}
             identity = torch.eye(dim, dtype=torch.float32)
-            error = float((found["rotation"].transpose(-1, -2) @ found["rotation"] - identity).abs().max())
-            if not error <= ORTHOGONALITY_TOLERANCE:
-                raise AquaError(f"{path}: the rotation of layer {index} is not orthogonal ({error:.1e}): {RECALIBRATE}")
+            deviation = float((found["rotation"].transpose(-1, -2) @ found["rotation"] - identity).abs().max())
+            if deviation > ORTHOGONALITY_TOLERANCE:
+                raise AquaError(
+                    f"{path}: the rotation of layer {index} is not orthogonal ({deviation:.1e}): {RECALIBRATE}"
+                )
             queries, keys = found.pop("counts").tolist()
             rotation = found.pop("rotation")
             if min(queries, keys) < 1:
@@ -220,9 +222,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _checked(
-    path: Path, tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
-) -> Tensor:
+def _checked(path: Path, tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     tensor = tensors.get(name)
     if tensor is None:
         raise AquaError(f"{path}: tensor {name} is missing: {RECALIBRATE}")

@@ -84,7 +84,5 @@ Statistics = dict[int, LayerStatistics]
 def merge(first: Statistics, second: Statistics) -> Statistics:
     """The statistics of two runs over different text of the same model, as if it had been one run."""
     if first.keys() != second.keys():
-        raise AquaError(
-            f"statistics of different layers cannot be merged: {sorted(first)} and {sorted(second)}"
-        )
+        raise AquaError(f"statistics of different layers cannot be merged: {sorted(first)} and {sorted(second)}")
     return {layer: first[layer] + second[layer] for layer in first}

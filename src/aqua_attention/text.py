@@ -80,7 +80,8 @@ def _local(spec: str, limit: int) -> str:
         path = Path(spec).expanduser()
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError, RuntimeError) as error:
-        raise AquaError(f"{spec[:100]!r} is no usable path ({error}): a text is one of {FORMS}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise AquaError(f"{spec[:100]!r} is no usable path ({reason}): a text is one of {FORMS}") from error
     if is_folder:
         files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
         if not files:
@@ -137,8 +138,9 @@ def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise AquaError(f"{path}, line {number} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or error
+            raise AquaError(f"{path}, line {number} is not JSON ({reason}): mend or drop it") from error
         if not isinstance(row, dict):
             raise AquaError(f"{path}, line {number} is no JSON object: give objects with a field 'text'")
         yield _row_text(row, f"{path}, line {number}")
@@ -153,12 +155,16 @@ def _parquet_rows(path: Path) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            columns = [name for name in names if name in _FIELDS] or names[:1]
-            for batch in file.iter_batches(columns=columns, batch_size=1024):
-                for row in batch.to_pylist():
-                    yield _row_text({**dict.fromkeys(names), **row}, str(path))
+            column = next((field for field in _FIELDS if field in names), None)
+            if column is None:
+                raise AquaError(f"{path} has no column 'text' or 'content': its columns are {', '.join(names)}")
+            for batch in file.iter_batches(columns=[column], batch_size=1024):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str | None):
+                        raise AquaError(f"{path} has no strings in its column {column!r}: give a text column")
+                    yield text or ""
     except (pyarrow.ArrowException, OSError) as error:
-        raise AquaError(f"{path} is not a whole parquet file: {_first_line(error)}") from error
+        raise AquaError(f"{path} is not a whole parquet file ({_first_line(error)}): fetch it again") from error
 
 
 def _hub_rows(rest: str) -> Iterator[str]:
@@ -176,9 +182,8 @@ def _hub_rows(rest: str) -> Iterator[str]:
     except AquaError:
         raise
     except Exception as error:  # loading scripts and servers fail in any way they like
-        raise AquaError(
-            f"cannot read 'hub:{rest}' ({_first_line(error)}): check its name, config and split, and the network"
-        ) from error
+        reason = _first_line(error)
+        raise AquaError(f"cannot read 'hub:{rest}' ({reason}): check the name and the network") from error
 
 
 def _row_text(row: dict[str, Any], where: str) -> str:
@@ -200,8 +205,8 @@ def text_digest(text: str) -> str:
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
     """Token ids of `text` without special tokens, and the ids that the tokenizer puts in front of a text."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    dressed = tokenizer("a", verbose=False)["input_ids"]
     bos = dressed[:1] if dressed[:1] == [tokenizer.bos_token_id] else []
     # What stands before the bare ids is the prefix; what stands after them, such as an EOS, is left out.
     found = (start for start in range(len(dressed)) if bare and dressed[start : start + len(bare)] == bare)
@@ -240,13 +245,12 @@ def token_windows(
     least = max(2, len(prefix) + 1)
     if context < least:
         raise AquaError(f"context is {context}: it must be at least {least}")
-    ids = torch.as_tensor(token_ids, dtype=torch.int64)
+    ids = torch.as_tensor(token_ids, dtype=torch.int64).flatten()
     width = context - len(prefix)
     count = min(max(1, tokens // context), len(ids) // width)
     if count == 0:
         raise AquaError(
-            f"the text has {len(ids)} tokens, fewer than one window of {context}: "
-            "give more text or a smaller --context"
+            f"the text has {len(ids)} tokens, fewer than one window of {context}: give more text or a smaller --context"
         )
     starts = [index * width for index in range(count)]
     if seed is not None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -132,7 +131,9 @@ class Attachment:
         self._cache = None
 
     def _checkpoints_gradients(self) -> bool:
-        return self.model.training and bool(getattr(self._decoder, "is_gradient_checkpointing", False))
+        return self.model.training and any(
+            getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules()
+        )
 
     def _attend(
         self,

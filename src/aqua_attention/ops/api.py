@@ -39,9 +39,7 @@ def attention(
     _check_shapes(query, key, value, selected, mask)
     chosen = choose(query, key, mask, window=sink + recent > 0, softcap=softcap, s_aux=s_aux, impl=impl)
     if chosen == "fused":
-        return attention_fused(
-            query, key, value, selected, mask=mask, sink=sink, recent=recent, scaling=scaling
-        )
+        return attention_fused(query, key, value, selected, mask=mask, sink=sink, recent=recent, scaling=scaling)
     plain = attention_chunked if chosen == "chunked" else attention_reference
     return plain(
         query,
@@ -80,26 +78,18 @@ def choose(
     return "chunked"
 
 
-def _check_shapes(
-    query: Tensor, key: Tensor, value: Tensor, selected: Tensor | None, mask: Tensor | None
-) -> None:
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, selected: Tensor | None, mask: Tensor | None) -> None:
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     if key.shape != (batch, groups, keys, width):
         raise AquaError(f"key is {tuple(key.shape)}: query {tuple(query.shape)} needs its batch and width")
     if value.shape[:3] != key.shape[:3]:
-        raise AquaError(
-            f"value is {tuple(value.shape)}: it must have the heads and tokens of key {tuple(key.shape)}"
-        )
+        raise AquaError(f"value is {tuple(value.shape)}: it must have the heads and tokens of key {tuple(key.shape)}")
     if heads % groups:
         raise AquaError(f"{heads} query heads do not divide into {groups} key-value heads")
     if selected is not None and selected.shape != query.shape:
-        raise AquaError(
-            f"selected is {tuple(selected.shape)}: it must have the shape of query {tuple(query.shape)}"
-        )
+        raise AquaError(f"selected is {tuple(selected.shape)}: it must have the shape of query {tuple(query.shape)}")
     if mask is None and queries > keys:
         raise AquaError(f"{queries} causal queries need at least as many keys, there are {keys}")
     if mask is not None and mask.shape[-2:] != (queries, keys):
-        raise AquaError(
-            f"mask is {tuple(mask.shape)}: its last two sizes must be queries {queries} and keys {keys}"
-        )
+        raise AquaError(f"mask is {tuple(mask.shape)}: its last two sizes must be queries {queries} and keys {keys}")

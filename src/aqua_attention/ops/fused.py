@@ -69,9 +69,7 @@ def attention_fused(
         return _dense(masked_query, key, value, mask, scaling)
 
     outside = slice(sink, length - recent)
-    far, far_lse = attention_with_lse(
-        masked_query[:, :, window:], key[:, :, outside], value[:, :, outside], scaling
-    )
+    far, far_lse = attention_with_lse(masked_query[:, :, window:], key[:, :, outside], value[:, :, outside], scaling)
     near, near_lse = _window_attention(query, key, value, sink, recent, scaling)
     share = torch.sigmoid(near_lse[:, :, window:] - far_lse)[..., None]
     near[:, :, window:].mul_(share).add_(far * (1 - share))
@@ -164,9 +162,7 @@ def _window_attention(
         tall = query_blocks[:, :, :, part].transpose(2, 3).reshape(batch, groups, size, -1, width).to(dtype)
         near = tall @ key_blocks[:, :, part].to(dtype)
         first = tall @ first_key.transpose(-1, -2).to(dtype)
-        scores = (
-            torch.cat([first, near], -1).reshape(batch, groups, size, heads // groups, block, -1) * scaling
-        )
+        scores = torch.cat([first, near], -1).reshape(batch, groups, size, heads // groups, block, -1) * scaling
         hidden = _hidden_in_window(part, block, band, before, sink, recent, query.device)
         scores = scores.masked_fill(hidden[:, None], -torch.inf)
         lse = scores.logsumexp(-1)

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `aqua`: parsing and printing only. Libraries load inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aqua_attention.errors import AquaError
+from aqua_attention.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from aqua_attention.config import AquaConfig
+    from aqua_attention.tables import Table
+
+app = typer.Typer(
+    name="aqua",
+    help="AQUA attention: multiply only the query dimensions that matter (arXiv 2509.11155).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+evaluations = typer.Typer(no_args_is_help=True, help="Measure what AQUA loses against the dense model.")
+app.add_typer(evaluations, name="eval")
+
+# Options that several commands share.
+Model = Annotated[str, typer.Argument(help="smollm2 (fetched once), a local folder, a .gguf file, or a hub id.")]
+GgufFile = Annotated[str | None, typer.Option(help="A GGUF file's name inside the folder or hub repository.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda when there is one).")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+ProjectionsFile = Annotated[Path, typer.Option("--projections", "-p", help="File made by `aqua calibrate`.")]
+Context = Annotated[int, typer.Option(help="Tokens in a window.")]
+SRatio = Annotated[float, typer.Option(help="Share of trailing key dimensions never stored, in [0, 1).")]
+Selection = Annotated[str, typer.Option(help="magnitude (the paper), weighted (ours) or static (PCA slice).")]
+Share = Annotated[str, typer.Option(help="head: each query head its own dimensions; group: one set a KV head.")]
+Sink = Annotated[int, typer.Option(help="First tokens scored with every dimension.")]
+Recent = Annotated[int, typer.Option(help="Last tokens scored with every dimension.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"aqua-attention {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the projections here (.safetensors).")],
+    data: Annotated[str, typer.Option(help="Text: builtin:calibration, a file or folder, hub:name.")] = (
+        "builtin:calibration"
+    ),
+    tokens: Annotated[int, typer.Option(help="How many tokens to read.")] = 32768,
+    context: Context = 2048,
+    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Learn a model's projections from a text, once.
+
+    Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
+    """
+    _check_writable(output, json)
+    from aqua_attention.calibration import calibrate as run
+    from aqua_attention.tables import provenance_table, spectrum
+    from aqua_attention.text import load_text
+
+    text = load_text(data)
+    loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
+    with _progress() as report:
+        projections = run(
+            loaded,
+            tokenizer,
+            text,
+            tokens=tokens,
+            context=context,
+            seed=seed,
+            name=model,
+            progress=lambda done, total: report("calibrate", done, total),
+        )
+    projections.save(output)
+    _print_table(provenance_table(projections))
+    typer.echo(f"wrote {output}")
+    if json:
+        from aqua_attention.files import write_json
+
+        write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
+    json: Json = None,
+) -> None:
+    """Check a projections file and show what is in it.
+
+    Example: `aqua inspect smollm2.safetensors`
+    """
+    _check_writable(json)
+    from aqua_attention.files import write_json
+    from aqua_attention.projections import Projections
+    from aqua_attention.tables import provenance_table, spectrum, spectrum_table
+
+    projections = Projections.load(file)
+    _print_table(provenance_table(projections))
+    _print_table(spectrum_table(projections))
+    if json:
+        model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
+        write_json(
+            json,
+            {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)},
+        )
+
+
+@evaluations.command()
+def perplexity(
+    model: Model,
+    projections: ProjectionsFile,
+    data: Annotated[str, typer.Option(help="Text: builtin:evaluation, a file or folder, hub:name.")] = (
+        "builtin:evaluation"
+    ),
+    k_ratio: Annotated[list[float], typer.Option(help="Share of dimensions multiplied; repeat for a row each.")] = [  # noqa: B006 (typer)
+        0.75
+    ],
+    s_ratio: SRatio = 0.0,
+    selection: Selection = "magnitude",
+    share: Share = "head",
+    sink: Sink = 0,
+    recent: Recent = 0,
+    basis: Annotated[str, typer.Option(help="aqua, or none: the model's own dimensions, not rotated.")] = "aqua",
+    context: Context = 2048,
+    tokens: Annotated[int, typer.Option(help="How many tokens to evaluate, from the start of the text.")] = 8192,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement, dense and AQUA in one run.
+
+    Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
+    """
+    configs = [_config(ratio, s_ratio, selection, share, sink, recent) for ratio in k_ratio]
+    _check_writable(json)
+    from aqua_attention.calibration import check_context
+    from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
+    from aqua_attention.files import write_json
+    from aqua_attention.projections import Projections
+    from aqua_attention.tables import perplexity_table
+    from aqua_attention.text import load_text, text_digest, token_windows, tokenize
+
+    learned, text = Projections.load(projections), load_text(data)
+    settings = [Setting(config, basis) for config in configs]
+    loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
+    check_context(loaded, context)
+    ids, prefix = tokenize(tokenizer, text)
+    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+    with _progress() as report:
+        result = evaluate_perplexity(
+            loaded,
+            learned,
+            settings,
+            windows,
+            progress=lambda done, total: report("evaluate", done, total),
+        )
+    result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
+    _print_table(perplexity_table(result))
+    typer.echo(f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens")
+    if json:
+        write_json(json, result)
+
+
+@app.command()
+def generate(
+    model: Model,
+    projections: ProjectionsFile,
+    prompt: Annotated[str, typer.Option(help="What to continue; put into the model's chat template if it has one.")],
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 64,
+    k_ratio: Annotated[float, typer.Option(help="Share of dimensions multiplied, in (0, 1].")] = 0.75,
+    s_ratio: SRatio = 0.0,
+    selection: Selection = "magnitude",
+    share: Share = "head",
+    sink: Sink = 0,
+    recent: Recent = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
+    chat: Annotated[bool, typer.Option(help="Use the model's chat template.")] = True,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Continue a prompt with AQUA attention (greedy).
+
+    Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5 --compare`
+    """
+    config = _config(k_ratio, s_ratio, selection, share, sink, recent)
+    _check_writable(json)
+    from aqua_attention.files import write_json
+    from aqua_attention.generation import continue_prompt
+    from aqua_attention.projections import Projections
+
+    learned = Projections.load(projections)
+    loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
+
+    def run(with_aqua: bool) -> str:
+        return continue_prompt(
+            loaded,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            projections=learned if with_aqua else None,
+            config=config,
+            chat=chat,
+        ).text
+
+    result: dict[str, Any] = {"prompt": prompt, "setting": config.to_dict()}
+    if compare:
+        result["dense"] = run(with_aqua=False)
+        typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
+    result["aqua"] = run(with_aqua=True)
+    typer.echo(result["aqua"])
+    if json:
+        write_json(json, result)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for projections, table.md and summary.json.")] = Path("demo-out"),
+    json: Json = None,
+) -> None:
+    """Fetch a small model, calibrate it, measure gain and loss, and let it write: everything in one go.
+
+    Example: `aqua demo --out demo-out`
+    """
+    _check_writable(json)
+    from aqua_attention.demo import run_demo
+    from aqua_attention.files import write_json
+    from aqua_attention.tables import perplexity_table
+
+    with _progress() as report:
+        summary = run_demo(out, report)
+    _print_table(perplexity_table(summary))
+    generation = summary["generation"]
+    typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
+    typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")
+    minutes = sum(summary["seconds"].values()) / 60
+    typer.echo(f"\n{minutes:.1f} minutes, peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB; results in {out}")
+    if json:
+        write_json(json, summary)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    warnings.showwarning = lambda message, *rest, **more: typer.echo(f"warning: {message}", err=True)
+    try:
+        app()
+    except AquaError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _config(k_ratio: float, s_ratio: float, selection: str, share: str, sink: int, recent: int) -> AquaConfig:
+    from aqua_attention.config import AquaConfig
+
+    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent)
+
+
+def _load(
+    model: str, gguf_file: str | None, dtype: str, device: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from aqua_attention.models import load_model
+
+    return load_model(model, gguf_file=gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Say now, not after minutes of work, that a result has nowhere to go."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise AquaError(f"cannot write {path}: give a file in a folder that exists")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a step on the terminal's error stream, with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    tasks: dict[str, Any] = {}
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+
+        def report(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield report
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    titles, rows = table
+    grid = RichTable(show_header=any(titles))
+    for title in titles:
+        grid.add_column(title, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        # A pipe has no width; a table that wraps at 80 columns is of no use in a file.
+        console = Console(width=160)
+    console.print(grid, markup=False)
+
+
+if __name__ == "__main__":
+    main()

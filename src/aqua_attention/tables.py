@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results and projections as rows of words: one source for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from aqua_attention.fingerprint import describe_shape
+from aqua_attention.projections import Projections
+
+Table = tuple[list[str], list[list[str]]]
+"""Column titles, and the cells of each row."""
+
+
+def perplexity_table(result: dict[str, Any]) -> Table:
+    """What `evaluate_perplexity` returned: gain (products left out) and loss, a row a setting."""
+    titles = ["setting", "score products", "perplexity", "change", "KL to dense", "same top token"]
+    rows = [["dense", "100%", f"{result['dense']['perplexity']:.3f}", "", "", ""]]
+    rows += [
+        [
+            describe_setting(row["setting"], row["basis"]),
+            f"{row['mean_k']:.0%}",
+            f"{row['perplexity']:.3f}",
+            f"{row['perplexity_change']:+.2%}",
+            f"{row['kl']:.4f}",
+            f"{row['top1']:.1%}",
+        ]
+        for row in result["rows"]
+    ]
+    return titles, rows
+
+
+def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
+    """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64"."""
+    words = [f"k_ratio {setting['k_ratio']:g}"]
+    if setting["s_ratio"]:
+        words.append(f"s_ratio {setting['s_ratio']:g}")
+    if basis != "aqua":
+        words.append("not rotated")
+    if setting["selection"] != "magnitude":
+        words.append(setting["selection"])
+    if setting["share"] != "head":
+        words.append("shared by group")
+    if setting["sink"] or setting["recent"]:
+        words.append(f"exact {setting['sink']} + {setting['recent']}")
+    return ", ".join(words)
+
+
+def provenance_table(projections: Projections) -> Table:
+    """Where projections come from and what they fit."""
+    calibration = projections.calibration
+    rows = [
+        ["model", projections.model.get("name") or "not recorded"],
+        ["fits", describe_shape(projections.model["shape"])],
+        ["calibrated on", f"{calibration.get('tokens', '?')} tokens in windows of {calibration.get('context', '?')}"],
+        ["text SHA-256", str(calibration.get("text_sha256", "?"))],
+        ["window seed", str(calibration.get("seed", "?"))],
+        ["basis", projections.basis],
+        ["library version", str(calibration.get("library_version", "?"))],
+    ]
+    return ["", ""], rows
+
+
+def spectrum_table(projections: Projections) -> Table:
+    """How many leading dimensions hold 90% and 99% of the energy of queries and keys, least to most over heads."""
+    titles = ["layer", "key-value heads", "head_dim", "dims for 90%", "dims for 99%"]
+    rows = []
+    for row in spectrum(projections):
+        spans = [f"{min(dims)}-{max(dims)}" for dims in (row["dims_90"], row["dims_99"])]
+        rows.append([str(row["layer"]), str(len(row["dims_90"])), str(row["head_dim"]), *spans])
+    return titles, rows
+
+
+def spectrum(projections: Projections) -> list[dict[str, Any]]:
+    """A row a layer: `layer`, `head_dim`, and for each key-value head `dims_90` and `dims_99`."""
+    rows = []
+    for index, layer in projections.layers.items():
+        # In descending order whatever the basis: "how few dimensions could hold it".
+        cumulated = layer.energy.double().sort(-1, descending=True).values.cumsum(-1)
+        rows.append(
+            {
+                "layer": index,
+                "head_dim": layer.energy.shape[-1],
+                "dims_90": ((cumulated < 0.90).sum(-1) + 1).tolist(),
+                "dims_99": ((cumulated < 0.99).sum(-1) + 1).tolist(),
+            }
+        )
+    return rows
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, with a newline at its end."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)

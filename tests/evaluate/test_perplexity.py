@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures of `evaluate_perplexity` against their definitions, on a tiny model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import aqua_attention as aqua
+from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
+from conftest import VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(2, VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(5))
+
+
+def log_probabilities(model, windows):
+    with torch.no_grad():
+        return model(input_ids=windows).logits[:, :-1].double().log_softmax(-1)
+
+
+def test_figures_follow_their_definitions(llama, windows):
+    model, projections = llama
+    config = aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=1, recent=3)
+    result = evaluate_perplexity(model, projections, [Setting(config)], windows)
+    dense = log_probabilities(model, windows)
+    with aqua.apply(model, projections, config):
+        found = log_probabilities(model, windows)
+    targets = windows[:, 1:, None]
+    row = result["rows"][0]
+    perplexity = math.exp(-found.gather(-1, targets).mean())
+    dense_perplexity = math.exp(-dense.gather(-1, targets).mean())
+    assert result["dense"]["perplexity"] == pytest.approx(dense_perplexity, rel=1e-4)
+    assert row["perplexity"] == pytest.approx(perplexity, rel=1e-4)
+    assert row["perplexity_change"] == pytest.approx(perplexity / dense_perplexity - 1, rel=1e-3)
+    assert row["kl"] == pytest.approx(float((dense.exp() * (dense - found)).sum(-1).mean()), rel=1e-3)
+    assert row["top1"] == pytest.approx(float((dense.argmax(-1) == found.argmax(-1)).double().mean()))
+    assert row["tokens"] == result["dense"]["tokens"] == 2 * 47
+    assert row["setting"] == config.to_dict()
+    assert row["mean_k"] == 0.5
+    assert row["kl"] > 0.01, "half the dimensions must cost this model something"
+
+
+def test_the_settings_differ_and_dense_is_free(llama, windows):
+    model, projections = llama
+    settings = [
+        Setting(aqua.AquaConfig(k_ratio=1)),
+        Setting(aqua.AquaConfig(k_ratio=0.25)),
+        Setting(aqua.AquaConfig(k_ratio=0.25, selection="static")),
+        Setting(aqua.AquaConfig(k_ratio=0.25), basis="none"),
+        Setting(aqua.AquaConfig(k_ratio=0.25, selection="weighted"), basis="none"),
+        Setting(aqua.AquaConfig(k_ratio=0.5, s_ratio=0.5)),
+    ]
+    rows = evaluate_perplexity(model, projections, settings, windows)["rows"]
+    assert abs(rows[0]["perplexity_change"]) < 1e-5
+    assert rows[0]["kl"] < 1e-6
+    assert rows[0]["top1"] == 1.0
+    assert [row["mean_k"] for row in rows] == [1.0, 0.25, 0.25, 0.25, 0.25, 0.25]
+    assert len({round(row["kl"], 6) for row in rows}) == len(rows)
+    assert [row["basis"] for row in rows] == ["aqua", "aqua", "aqua", "none", "none", "aqua"]
+
+
+def test_progress_counts_every_forward_pass(llama, windows):
+    model, projections = llama
+    seen = []
+    evaluate_perplexity(
+        model,
+        projections,
+        [Setting(aqua.AquaConfig())],
+        windows,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_an_attached_model_is_not_taken_for_dense(llama, windows):
+    model, projections = llama
+    with aqua.apply(model, projections, aqua.AquaConfig()), pytest.raises(aqua.AquaError, match="attached"):
+        evaluate_perplexity(model, projections, [Setting(aqua.AquaConfig())], windows)
+
+
+def test_no_windows_is_an_error(llama):
+    model, projections = llama
+    with pytest.raises(aqua.AquaError, match="at least one window of two tokens"):
+        evaluate_perplexity(model, projections, [], torch.zeros(0, 8, dtype=torch.long))

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exact window as mask codes: by hand, and equal in each of the forms a mask can take."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, visible_and_exact, window_codes
+
+QUICK = settings(max_examples=100, deadline=None, derandomize=True)
+CPU = torch.device("cpu")
+sizes = st.integers(0, 9)
+
+
+def causal(queries, keys, padding=0):
+    """Boolean [1, 1, queries, keys]: the queries are the last tokens, the first `padding` keys are hidden."""
+    positions = torch.arange(keys)
+    return ((positions <= positions[keys - queries :, None]) & (positions >= padding))[None, None]
+
+
+def codes_of(queries, keys, sink, recent, padding=0):
+    positions = torch.arange(keys)
+    return window_codes(
+        causal(queries, keys, padding),
+        positions[keys - queries :],
+        positions,
+        torch.tensor([padding]),
+        sink,
+        recent,
+    )
+
+
+def split(mask, queries=None, keys=None, start=0, sink=0, recent=0):
+    if mask is not None:
+        queries, keys = mask.shape[-2:]
+    return visible_and_exact(mask, queries=queries, keys=keys, start=start, sink=sink, recent=recent, device=CPU)
+
+
+def test_codes_of_a_causal_mask_with_one_sink_and_two_recent_tokens():
+    assert codes_of(5, 5, sink=1, recent=2)[0, 0].tolist() == [
+        [2, 0, 0, 0, 0],
+        [2, 2, 0, 0, 0],
+        [2, 2, 2, 0, 0],
+        [2, 1, 2, 2, 0],
+        [2, 1, 1, 2, 2],
+    ]
+    assert codes_of(5, 5, sink=1, recent=2).dtype == torch.uint8
+
+
+def test_a_recent_window_of_one_is_the_query_itself():
+    assert codes_of(3, 3, sink=0, recent=1)[0, 0].tolist() == [[2, 0, 0], [1, 2, 0], [1, 1, 2]]
+
+
+def test_sinks_alone_are_the_first_keys_as_far_as_they_are_visible():
+    assert codes_of(3, 3, sink=2, recent=0)[0, 0].tolist() == [[2, 0, 0], [2, 2, 0], [2, 2, 1]]
+
+
+def test_without_a_window_the_codes_are_visibility():
+    assert torch.equal(codes_of(5, 5, sink=0, recent=0), causal(5, 5).to(torch.uint8))
+
+
+def test_left_padding_moves_the_sink_to_the_first_token():
+    # Two padding tokens; sink 1 is key 2.
+    assert codes_of(6, 6, sink=1, recent=2, padding=2)[0, 0].tolist() == [
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0],
+        [0, 0, 2, 0, 0, 0],
+        [0, 0, 2, 2, 0, 0],
+        [0, 0, 2, 2, 2, 0],
+        [0, 0, 2, 1, 2, 2],
+    ]
+
+
+def test_each_row_of_a_batch_has_its_own_first_token():
+    positions = torch.arange(4)
+    visible = torch.cat([causal(4, 4), causal(4, 4, padding=1)])
+    codes = window_codes(visible, positions, positions, torch.tensor([0, 1]), sink=1, recent=1)
+    assert codes[:, 0, 3].tolist() == [[2, 1, 1, 2], [0, 2, 1, 2]]
+
+
+def test_queries_after_a_cache_are_placed_by_their_offset():
+    assert codes_of(2, 5, sink=1, recent=2)[0, 0].tolist() == [[2, 1, 2, 2, 0], [2, 1, 1, 2, 2]]
+
+
+def test_keys_of_a_sliding_cache_are_placed_by_their_offset_and_have_lost_the_sink():
+    visible = torch.ones(1, 1, 1, 3, dtype=torch.bool)
+    codes = window_codes(visible, torch.tensor([4]), torch.arange(2, 5), torch.tensor([0]), sink=1, recent=2)
+    assert codes.tolist() == [[[[1, 2, 2]]]]
+
+
+def test_the_window_reveals_nothing_that_a_sliding_window_hides():
+    positions = torch.arange(6)
+    sliding = causal(6, 6) & (positions > positions[:, None] - 2)
+    codes = window_codes(sliding, positions, positions, torch.tensor([0]), sink=1, recent=4)
+    assert torch.equal(codes != HIDDEN, sliding)
+    assert codes[0, 0, 5].tolist() == [0, 0, 0, 0, 2, 2]
+
+
+def test_codes_are_split_into_visible_and_exact():
+    mask = torch.tensor([[[[HIDDEN, APPROXIMATE, EXACT]]]], dtype=torch.uint8)
+    visible, exact = split(mask)
+    assert visible.tolist() == [[[[False, True, True]]]]
+    assert exact.tolist() == [[[[False, False, True]]]]
+
+
+def test_a_boolean_mask_without_a_window_has_nothing_exact():
+    visible, exact = split(causal(4, 6, padding=1))
+    assert torch.equal(visible, causal(4, 6, padding=1))
+    assert not exact.any()
+
+
+@pytest.mark.parametrize(("sink", "recent"), [(0, 0), (1, 0), (0, 2), (2, 2), (9, 0), (0, 9)])
+def test_a_boolean_mask_counts_the_window_among_what_a_query_sees(sink, recent):
+    mask = torch.tensor([[[[True, False, True, True, False, True]]]])
+    _, exact = split(mask, sink=sink, recent=recent)
+    seen = [0, 2, 3, 5]
+    expected = set(seen[:sink]) | set(seen[len(seen) - min(recent, 4) :])
+    assert set(exact.flatten().nonzero().flatten().tolist()) == expected
+
+
+@given(queries=st.integers(1, 8), before=st.integers(0, 6), padding=st.integers(0, 5), sink=sizes, recent=sizes)
+@QUICK
+def test_counting_equals_codes_for_causal_and_left_padded_masks(queries, before, padding, sink, recent):
+    keys = queries + before
+    codes = codes_of(queries, keys, sink, recent, padding)
+    visible, exact = split(causal(queries, keys, padding), sink=sink, recent=recent)
+    assert torch.equal(visible, codes != HIDDEN)
+    assert torch.equal(exact, codes == EXACT)
+
+
+@given(queries=st.integers(1, 8), before=st.integers(0, 6), sink=sizes, recent=sizes)
+@QUICK
+def test_none_is_the_causal_mask_written_out(queries, before, sink, recent):
+    keys = queries + before
+    implicit = split(None, queries, keys, start=before, sink=sink, recent=recent)
+    explicit = split(causal(queries, keys), sink=sink, recent=recent)
+    codes = split(codes_of(queries, keys, sink, recent))
+    for part in range(2):
+        assert torch.equal(implicit[part], explicit[part])
+        assert torch.equal(implicit[part], codes[part])
+
+
+def test_a_query_that_sees_nothing_has_nothing_exact():
+    for mask in (causal(3, 3, padding=3), codes_of(3, 3, sink=2, recent=2, padding=3)):
+        visible, exact = split(mask, sink=2, recent=2)
+        assert not visible.any()
+        assert not exact.any()

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotation and the choice of dimensions: by hand first, then properties that hold for every query."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aqua_attention.config import SELECTIONS, SHARES, AquaConfig
+from aqua_attention.ops.select import rotate, select_dimensions
+
+QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+seeds = st.integers(0, 2**31)
+head_shapes = st.sampled_from([(4, 2), (6, 2), (3, 3), (1, 1), (4, 1)])  # query heads, key-value heads
+
+
+def chosen(rows, key_rms=None, groups=1, head_dim=None, **settings):
+    """The chosen dimensions of one token, `rows` by head, as lists of indices."""
+    query = torch.tensor(rows)[None, :, None]
+    kept = query.shape[-1]
+    key_rms = torch.ones(groups, kept) if key_rms is None else torch.tensor(key_rms)
+    selected = select_dimensions(query, AquaConfig(**settings), head_dim or kept, key_rms)
+    assert selected.shape == query.shape
+    assert selected.dtype == torch.bool
+    return [row.nonzero().flatten().tolist() for row in selected[0, :, 0]]
+
+
+def random_rotation(groups, dim, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(groups, dim, dim, generator=generator, dtype=torch.float64)).Q
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def test_magnitude_takes_the_largest_absolute_values():
+    assert chosen([[3.0, -1.0, 2.0, -4.0]], k_ratio=0.5) == [[0, 3]]
+    assert chosen([[3.0, -1.0, 2.0, -4.0]], k_ratio=0.75) == [[0, 2, 3]]
+
+
+def test_weighted_takes_the_largest_products_with_the_key_rms():
+    # 3 * 1, 1 * 10, 2 * 2, 4 * 0.1
+    rows, key_rms = [[3.0, -1.0, 2.0, -4.0]], [[1.0, 10.0, 2.0, 0.1]]
+    assert chosen(rows, key_rms, k_ratio=0.5, selection="weighted") == [[1, 2]]
+    assert chosen(rows, key_rms, k_ratio=0.5, selection="magnitude") == [[0, 3]]
+
+
+def test_weighted_uses_the_key_rms_of_each_heads_own_group():
+    rows, key_rms = [[1.0, 1.0]] * 4, [[2.0, 1.0], [1.0, 2.0]]
+    assert chosen(rows, key_rms, groups=2, k_ratio=0.5, selection="weighted") == [[0], [0], [1], [1]]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_static_takes_the_first_dimensions_whatever_the_query(share):
+    rows = [[0.0, 1.0, 2.0, 9.0], [5.0, 1.0, 2.0, torch.nan]]
+    assert chosen(rows, k_ratio=0.5, selection="static", share=share) == [[0, 1], [0, 1]]
+
+
+def test_head_sharing_chooses_for_each_head_and_group_sharing_for_all_by_sums_of_squares():
+    rows = [[3.0, 0.0, 0.0, 1.6], [0.0, 1.0, 0.0, 1.6]]
+    assert chosen(rows, k_ratio=0.25, share="head") == [[0], [3]]
+    # Squares: 9, 1, 0, 5.12. (Absolute values would give dimension 3: 3, 1, 0, 3.2.)
+    assert chosen(rows, k_ratio=0.25, share="group") == [[0], [0]]
+
+
+def test_group_sharing_weighs_before_it_squares():
+    # (1 * 3)^2 = 9 against 2 * (2 * 1)^2 = 8; weighing after squaring would give 3 against 8.
+    rows, key_rms = [[1.0, 2.0], [0.0, 2.0]], [[3.0, 1.0]]
+    assert chosen(rows, key_rms, k_ratio=0.5, selection="weighted", share="group") == [[0], [0]]
+
+
+def test_group_sharing_keeps_groups_apart():
+    rows = [[2.0, 1.0], [0.0, 1.0], [1.0, 2.0], [1.0, 0.0]]
+    assert chosen(rows, groups=2, k_ratio=0.5, share="group") == [[0], [0], [1], [1]]
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "weighted"])
+@pytest.mark.parametrize("share", SHARES)
+def test_the_lower_dimension_wins_a_tie(selection, share):
+    options = {"k_ratio": 0.5, "selection": selection, "share": share}
+    assert chosen([[1.0, -1.0, 1.0, -1.0]], **options) == [[0, 1]]
+    assert chosen([[0.0, 0.0, 0.0, 0.0]], **options) == [[0, 1]]
+    assert chosen([[1.0, 2.0, 1.0, 1.0]], **options) == [[0, 1]]
+
+
+@pytest.mark.parametrize("selection", ["magnitude", "weighted"])
+def test_nan_and_infinity_stay_selected(selection):
+    options = {"k_ratio": 0.5, "selection": selection}
+    assert chosen([[5.0, 4.0, torch.nan, 1.0]], **options) == [[0, 2]]
+    assert chosen([[5.0, 4.0, 3.0, -torch.inf]], **options) == [[0, 3]]
+    rows = [[5.0, 4.0, 1.0, torch.nan], [5.0, 4.0, 1.0, 0.0]]
+    assert chosen(rows, share="group", **options) == [[0, 3], [0, 3]]
+
+
+def test_none_means_that_every_dimension_is_kept():
+    query, rms = torch.ones(1, 1, 1, 4), torch.ones(1, 4)
+    assert select_dimensions(query, AquaConfig(k_ratio=1.0), 4, rms) is None
+    assert select_dimensions(query, AquaConfig(k_ratio=0.76), 4, rms) is None  # ceil(3.04)
+    assert select_dimensions(query, AquaConfig(k_ratio=0.75), 4, rms) is not None
+    # s_ratio 0.5 left 4 of 8 dimensions; k counts from those, and the whole of them is None again.
+    assert select_dimensions(query, AquaConfig(k_ratio=1.0, s_ratio=0.5), 8, rms) is None
+    assert chosen([[1.0, 2.0, 3.0, 4.0]], head_dim=8, k_ratio=0.5, s_ratio=0.5) == [[2, 3]]
+
+
+@given(seed=seeds, shape=head_shapes, percent=st.integers(1, 99))
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("share", SHARES)
+@QUICK
+def test_every_row_has_exactly_k_even_with_many_ties(selection, share, seed, shape, percent):
+    (heads, groups), kept = shape, 7
+    query = normal(2, heads, 5, kept, seed=seed).round()  # small whole numbers: mostly ties
+    config = AquaConfig(k_ratio=percent / 100, selection=selection, share=share)
+    k = config.selected_dims(kept)
+    selected = select_dimensions(query, config, kept, torch.ones(groups, kept))
+    assert (k == kept) == (selected is None)
+    if selected is not None:
+        assert (selected.sum(-1) == k).all()
+        if share == "head" and selection != "static":
+            best = query.abs().topk(k).values.sum(-1)
+            assert torch.equal((query.abs() * selected).sum(-1), best)
+
+
+@given(seed=seeds, groups=st.integers(1, 4), percent=st.integers(1, 80))
+@pytest.mark.parametrize("selection", SELECTIONS)
+@QUICK
+def test_group_sharing_is_head_sharing_when_a_group_has_one_head(selection, seed, groups, percent):
+    query, rms = normal(2, groups, 3, 8, seed=seed), normal(groups, 8, seed=seed + 1).abs()
+    head, group = (
+        select_dimensions(query, AquaConfig(k_ratio=percent / 100, selection=selection, share=share), 8, rms)
+        for share in SHARES
+    )
+    assert torch.equal(head, group)
+
+
+@given(seed=seeds, shape=head_shapes, dim=st.sampled_from([2, 5, 16]))
+@QUICK
+def test_rotating_queries_and_keys_leaves_their_products(seed, shape, dim):
+    heads, groups = shape
+    query, key = normal(2, heads, 3, dim, seed=seed), normal(2, groups, 4, dim, seed=seed + 1)
+    rotation = random_rotation(groups, dim, seed)
+
+    def products(query, key):
+        return query @ key.repeat_interleave(heads // groups, dim=1).transpose(-1, -2)
+
+    rotated = products(rotate(query, rotation), rotate(key, rotation))
+    torch.testing.assert_close(rotated, products(query, key), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 3), (4, 1)], ids=["gqa", "mha", "mqa"])
+def test_each_head_is_rotated_by_the_matrix_of_its_key_value_head(heads, groups):
+    query, rotation = normal(2, heads, 3, 8), random_rotation(groups, 8, seed=1)
+    rotated = rotate(query, rotation)
+    for head in range(heads):
+        own = rotation[head // (heads // groups)]
+        torch.testing.assert_close(rotated[:, head], query[:, head] @ own, rtol=1e-12, atol=1e-12)
+
+
+def test_a_rotation_with_fewer_columns_gives_the_leading_dimensions():
+    states, rotation = normal(2, 4, 3, 8), random_rotation(2, 8, seed=1)
+    torch.testing.assert_close(rotate(states, rotation[..., :5]), rotate(states, rotation)[..., :5])
+
+
+def test_bfloat16_states_are_rotated_to_rounding_and_no_worse():
+    dim = 64
+    states, rotation = normal(2, 4, 50, dim, dtype=torch.bfloat16), random_rotation(2, dim, seed=1).float()
+    exact = rotate(states.double(), rotation.double())
+    sizes = rotate(states.double().abs(), rotation.double().abs())
+    # One rounding to bfloat16 (half an eps), after a float32 sum of `dim` products.
+    bound = torch.finfo(torch.bfloat16).eps / 2 * exact.abs() + dim * torch.finfo(torch.float32).eps * sizes
+    rotated = rotate(states, rotation)
+    assert rotated.dtype == torch.bfloat16
+    assert ((rotated.double() - exact).abs() <= bound).all()
+    # The bound tells the difference: a rotation that was itself rounded to bfloat16 breaks it.
+    assert not ((rotate(states, rotation.bfloat16()).double() - exact).abs() <= bound).all()

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `aqua` as a user types it: figures when it works, one line and exit code 2 when the user is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from aqua_attention import cli
+from aqua_attention.projections import Projections
+
+
+@pytest.fixture
+def aqua(monkeypatch, capsys):
+    """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory, words):
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(words)
+    return path
+
+
+@pytest.fixture(scope="session")
+def projections_file(tmp_path_factory, tiny_folder, text_file):
+    """Made by the command itself, in a process of its own."""
+    path = tmp_path_factory.mktemp("projections") / "tiny.safetensors"
+    command = [sys.executable, "-m", "aqua_attention.cli", "calibrate", tiny_folder, "--data", text_file]
+    command += ["--tokens", "512", "--context", "64", "-o", path, "--json", path.with_suffix(".json")]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"wrote {path}" in done.stdout
+    return path
+
+
+def test_calibrate_writes_projections_and_figures(projections_file, tiny_folder):
+    projections = Projections.load(projections_file)
+    assert sorted(projections.layers) == [0, 1, 2]
+    assert projections.model["name"] == str(tiny_folder)
+    figures = json.loads(projections_file.with_suffix(".json").read_text())
+    assert figures["calibration"]["tokens"] == 512
+    assert len(figures["layers"]) == 3
+
+
+def test_inspect_shows_spectrum_and_provenance(aqua, projections_file, tmp_path):
+    code, out, _ = aqua("inspect", projections_file, "--json", tmp_path / "figures.json")
+    assert code == 0
+    assert "512 tokens in windows of 64" in out
+    assert "llama, 3 layers, 4 query and 2 key-value heads of 16" in out
+    rows = json.loads((tmp_path / "figures.json").read_text())["layers"]
+    assert len(rows) == 3
+    for row in rows:
+        assert all(0 < few <= many <= 16 for few, many in zip(row["dims_90"], row["dims_99"], strict=True))
+
+
+def test_eval_perplexity_prints_and_writes_a_row_a_setting(aqua, projections_file, tiny_folder, text_file, tmp_path):
+    code, out, err = aqua(
+        *("eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file),
+        *("--context", 64, "--tokens", 128, "--k-ratio", 1, "--k-ratio", 0.25, "--json", tmp_path / "rows.json"),
+    )
+    assert code == 0, err
+    assert "k_ratio 0.25" in out
+    result = json.loads((tmp_path / "rows.json").read_text())
+    first, second = result["rows"]
+    expected = {"setting", "perplexity", "perplexity_change", "kl", "top1", "mean_k", "tokens"}
+    assert expected <= set(first)
+    assert first["setting"]["k_ratio"] == 1
+    assert abs(first["perplexity_change"]) < 1e-4
+    assert second["kl"] > 0.01
+    assert second["mean_k"] == 0.25
+    assert second["tokens"] == 126
+
+
+def test_generate_compares_dense_and_aqua(aqua, projections_file, tiny_folder, tmp_path):
+    arguments = ("generate", tiny_folder, "-p", projections_file, "--prompt", "w1 w2 w3 w4", "--max-new-tokens", 8)
+    code, out, _ = aqua(*arguments, "--k-ratio", 1, "--compare", "--json", tmp_path / "out.json")
+    assert code == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["dense"] == result["aqua"]
+    assert len(result["aqua"].split()) == 8
+    assert out.count(result["aqua"]) == 2
+
+
+MODEL_ERRORS = {
+    "k_ratio 0": (["--k-ratio", "0"], r"k_ratio is 0.0: it must be a number with 0 < k_ratio <= 1"),
+    "k_ratio 1.5": (["--k-ratio", "1.5"], r"k_ratio is 1.5"),
+    "k_ratio nan": (["--k-ratio", "nan"], r"k_ratio is nan"),
+    "s_ratio 1": (["--s-ratio", "1"], r"s_ratio is 1.0: it must be a number with 0 <= s_ratio < 1"),
+    "selection": (["--selection", "best"], r"selection is 'best': it must be one of magnitude, weighted, static"),
+    "share": (["--share", "all"], r"share is 'all': it must be one of head, group"),
+    "sink": (["--sink", "-1"], r"sink is -1"),
+    "basis": (["--basis", "pca"], r"basis is 'pca': it must be one of aqua, none"),
+    "data": (["--data", "nowhere.txt"], r"nowhere.txt"),
+    "context": (["--context", "1"], r"context is 1: it must be at least 2"),
+    "long context": (["--context", "512"], r"context is 512: the model knows 256 positions"),
+    "tokens": (["--tokens", "0"], r"tokens is 0: it must be at least 1"),
+    "dtype": (["--dtype", "int4"], r"dtype 'int4' is not one of auto, float32, bfloat16, float16"),
+    "device": (["--device", "abacus"], r"device 'abacus' is not available"),
+    "json": (["--json", "/no/such/folder/rows.json"], r"cannot write /no/such/folder/rows.json"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(MODEL_ERRORS))
+def test_a_mistake_is_one_line_and_exit_code_2(case, aqua, projections_file, tiny_folder, text_file):
+    arguments, message = MODEL_ERRORS[case]
+    base = ["eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64]
+    code, _, err = aqua(*base, *arguments)
+    assert code == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert re.search(message, lines[0])
+    assert "Traceback" not in err
+
+
+def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, text_file):
+    truncated = tmp_path / "truncated.safetensors"
+    truncated.write_bytes(projections_file.read_bytes()[:1000])
+    empty = tmp_path / "empty.txt"
+    empty.write_text(" \n")
+    for arguments, message in [
+        (["inspect", tmp_path / "none.safetensors"], "no such projections file"),
+        (["inspect", truncated], "not a complete safetensors file"),
+        (["inspect", text_file], "not a complete safetensors file"),
+        (["calibrate", tiny_folder, "--data", empty, "-o", tmp_path / "p"], "is blank"),
+        (["calibrate", tmp_path / "no-model", "--data", text_file, "-o", tmp_path / "p"], "no-model"),
+        (["calibrate", tiny_folder, "--data", text_file, "-o", tmp_path / "no" / "p"], "cannot write"),
+        (["generate", tiny_folder, "-p", projections_file, "--prompt", " "], "the prompt is empty"),
+        (["generate", tiny_folder, "-p", projections_file, "--prompt", "w1", "--max-new-tokens", 0], "max_new_tokens"),
+    ]:
+        code, _, err = aqua(*arguments)
+        assert code == 2, arguments
+        assert message in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "p").exists()
+
+
+def test_every_command_has_an_example_in_its_help(aqua):
+    for command in (["calibrate"], ["inspect"], ["eval", "perplexity"], ["generate"], ["demo"]):
+        code, out, _ = aqua(*command, "--help")
+        assert code == 0
+        assert "Example" in out
+        assert "--json" in out
+
+
+def test_version(aqua):
+    from aqua_attention.version import __version__
+
+    assert aqua("--version")[:2] == (0, f"aqua-attention {__version__}\n")
+
+
+def test_ctrl_c_leaves_no_file_and_no_traceback(aqua, monkeypatch, tmp_path, tiny_folder, text_file):
+    from aqua_attention import calibration
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "collect", interrupted)
+    code, _, err = aqua("calibrate", tiny_folder, "--data", text_file, "--context", 64, "-o", tmp_path / "p")
+    assert code == 130
+    assert "Traceback" not in err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AquaConfig: every bad value is refused by name, and the counts of dimensions round as documented."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+
+BAD_VALUES = [
+    *(("k_ratio", value, "a number with 0 < k_ratio <= 1") for value in (0, -0.25, 1.5, math.nan, math.inf)),
+    *(("k_ratio", value, "a number with 0 < k_ratio <= 1") for value in (True, "x", None)),
+    *(("s_ratio", value, "a number with 0 <= s_ratio < 1") for value in (1, 1.5, -0.1, math.nan, -math.inf)),
+    *(("s_ratio", value, "a number with 0 <= s_ratio < 1") for value in (False, "0.5", None)),
+    *(("selection", value, "one of magnitude, weighted, static") for value in ("largest", "", None)),
+    *(("share", value, "one of head, group") for value in ("layer", "Head", None)),
+    *(("sink", value, "a whole number of tokens, 0 or more") for value in (-1, 2.5, 4.0, True, "4", None)),
+    *(("recent", value, "a whole number of tokens, 0 or more") for value in (-1, 2.5, False, math.inf)),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "allowed"), BAD_VALUES)
+def test_a_bad_value_is_refused_naming_field_value_and_range(field, value, allowed):
+    with pytest.raises(AquaError) as refusal:
+        AquaConfig(**{field: value})
+    assert str(refusal.value) == f"{field} is {value!r}: it must be {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("k_ratio", 1),
+        ("k_ratio", 1.0),
+        ("k_ratio", 1e-9),
+        ("s_ratio", 0),
+        ("s_ratio", 0.999),
+        ("selection", "static"),
+        ("share", "group"),
+        ("sink", 0),
+        ("recent", 100_000),
+    ],
+)
+def test_the_ends_of_each_range_are_taken(field, value):
+    assert getattr(AquaConfig(**{field: value}), field) == value
+
+
+def test_the_defaults_are_the_method_of_the_paper():
+    assert AquaConfig() == AquaConfig(0.75, 0.0, "magnitude", "head", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("s_ratio", "head_dim", "kept"),
+    [
+        (0.0, 64, 64),
+        (0.25, 64, 48),
+        (0.1, 64, 58),  # 6.4 dropped: 6
+        (0.11, 64, 57),  # 7.04 dropped: 7
+        (0.3, 10, 7),  # 0.3 * 10 is exact enough to drop 3
+        (0.9, 10, 1),
+        (0.01, 10, 10),  # 0.1 dropped: none
+    ],
+)
+def test_kept_dims_drops_the_rounded_share(s_ratio, head_dim, kept):
+    assert AquaConfig(s_ratio=s_ratio).kept_dims(head_dim) == kept
+
+
+@pytest.mark.parametrize(("s_ratio", "head_dim"), [(0.99, 4), (0.6, 1)])
+def test_an_s_ratio_that_stores_nothing_is_refused(s_ratio, head_dim):
+    config = AquaConfig(s_ratio=s_ratio)
+    for count in (config.kept_dims, config.selected_dims):
+        with pytest.raises(AquaError, match=rf"s_ratio {s_ratio} stores none of {head_dim} key dimensions"):
+            count(head_dim)
+
+
+@pytest.mark.parametrize(
+    ("k_ratio", "s_ratio", "head_dim", "selected"),
+    [
+        (0.75, 0.0, 64, 48),
+        (0.51, 0.0, 64, 33),  # 32.64, rounded up
+        (0.28, 0.0, 25, 7),  # 7.000000000000001 in floating point
+        (0.55, 0.0, 100, 55),  # 55.00000000000001
+        (0.001, 0.0, 64, 1),  # never none
+        (1e-12, 0.0, 64, 1),
+        (1.0, 0.0, 80, 80),
+        (0.5, 0.25, 64, 24),  # half of the 48 that are kept
+        (0.5, 0.1, 10, 5),  # half of 9, rounded up
+    ],
+)
+def test_selected_dims_rounds_the_share_of_kept_dims_up(k_ratio, s_ratio, head_dim, selected):
+    assert AquaConfig(k_ratio=k_ratio, s_ratio=s_ratio).selected_dims(head_dim) == selected
+
+
+def test_selected_dims_of_whole_percentages_is_exact_integer_arithmetic():
+    for percent in range(1, 101):
+        config = AquaConfig(k_ratio=percent / 100)
+        for head_dim in range(1, 257):
+            expected = -(-percent * head_dim // 100)
+            assert config.selected_dims(head_dim) == expected, f"{percent}% of {head_dim}"
+
+
+@pytest.mark.parametrize(("sink", "recent", "has_window"), [(0, 0, False), (4, 0, True), (0, 1, True), (4, 64, True)])
+def test_has_window_when_any_token_is_exact(sink, recent, has_window):
+    assert AquaConfig(sink=sink, recent=recent).has_window is has_window
+
+
+def test_a_config_is_frozen_and_a_changed_copy_is_checked_again():
+    config = AquaConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.k_ratio = 0.5
+    with pytest.raises(AquaError, match="sink is -1"):
+        dataclasses.replace(config, sink=-1)
+
+
+def test_to_dict_holds_every_field_and_survives_json():
+    config = AquaConfig(0.5, 0.1, "weighted", "group", 4, 64)
+    assert config.to_dict() == {
+        "k_ratio": 0.5,
+        "s_ratio": 0.1,
+        "selection": "weighted",
+        "share": "group",
+        "sink": 4,
+        "recent": 64,
+    }
+    assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config
