@@ -3,7 +3,8 @@
 
     python benchmarks/selection_table.py smollm2 --calibration train.txt --evaluation test.txt --json table.json
 
-Calibrates on `--windows` windows, evaluates on the first `--test-windows` of the evaluation text, prints a Markdown
+Calibrates on the first `--windows` windows (with `--seed N`: on windows spread over the text), evaluates on the first
+`--test-windows` of the evaluation text, and prints a Markdown
 table of perplexity change and KL divergence against the dense model in the same run.
 """
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--test-windows", type=int, default=10)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--seed", type=int, help="spread the calibration windows over the text by this seed")
     parser.add_argument("--recent", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device")
@@ -68,6 +70,7 @@ def main() -> None:
             aqua.load_text(options.calibration),
             tokens=options.windows * context,
             context=context,
+            seed=options.seed,
             name=options.model,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )

@@ -25,7 +25,7 @@ def calibrate(
     *,
     tokens: int = 32768,
     context: int = 2048,
-    seed: int = 0,
+    seed: int | None = 0,
     name: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Projections:
@@ -33,10 +33,11 @@ def calibrate(
 
     Args:
         model: a decoder language model; its weights and its attention are left as they are.
-        text: plain text; windows are spread over it, and their choice follows `seed`.
+        text: plain text.
         tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says).
         context: tokens in a window. Calibrate at the length you will use: projections from short windows are
             slightly worse on long ones.
+        seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
         name: recorded as the model's name.
         progress: called as progress(windows done, windows in all).
 

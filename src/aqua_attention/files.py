@@ -18,14 +18,15 @@ def write_atomically(path: Path | str, content: bytes) -> None:
     Raises:
         AquaError: the folder is missing or the disk refuses (full, read-only, no permission).
     """
-    path = Path(path)
+    # A link is written through, not replaced.
+    path = Path(path).resolve()
     if not path.parent.is_dir():
         raise AquaError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise AquaError(f"cannot write {path}: it is a folder")
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=".aqua-", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()

@@ -98,7 +98,7 @@ class Projections:
         if expected is None or found is None:
             return
         difference = weight_difference(expected, found)
-        if difference > WEIGHT_TOLERANCE:
+        if not difference <= WEIGHT_TOLERANCE:  # NaN too
             warnings.warn(
                 f"the projections were calibrated on other weights of the same shape (key weights differ by "
                 f"{min(difference, 1.0):.1%}): results are valid but lose more; {RECALIBRATE} for this model",
@@ -124,8 +124,8 @@ class Projections:
             "basis": self.basis,
             "model": self.model,
             "calibration": self.calibration,
-            "sha256": _content_digest(tensors),
         }
+        metadata["sha256"] = _content_digest(metadata, tensors)
         write_atomically(path, safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata)}))
 
     @classmethod
@@ -140,32 +140,17 @@ class Projections:
         try:
             model, calibration = metadata["model"], metadata["calibration"]
             shapes = [(int(i), int(groups), int(dim)) for i, _, groups, dim in model["shape"]["layers"]]
-            basis, digest = metadata["basis"], metadata["sha256"]
-        except (KeyError, TypeError, ValueError) as error:
+            basis, digest = str(metadata["basis"]), metadata.pop("sha256")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AquaError(f"{path}: its metadata is incomplete ({error!r}): {RECALIBRATE}") from error
+        found_digest = _content_digest(metadata, tensors)
         layers, statistics = {}, {}
         for index, groups, dim in shapes:
-            expected = {
-                "rotation": (torch.float32, (groups, dim, dim)),
-                "query_gram": (torch.float64, (groups, dim, dim)),
-                "key_gram": (torch.float64, (groups, dim, dim)),
-                "key_sum": (torch.float64, (groups, dim)),
-                "counts": (torch.int64, (2,)),
-            }
-            found = {name: _checked(path, tensors, f"layers.{index}.{name}", *what) for name, what in expected.items()}
-            identity = torch.eye(dim, dtype=torch.float32)
-            deviation = float((found["rotation"].transpose(-1, -2) @ found["rotation"] - identity).abs().max())
-            if deviation > ORTHOGONALITY_TOLERANCE:
-                raise AquaError(
-                    f"{path}: the rotation of layer {index} is not orthogonal ({deviation:.1e}): {RECALIBRATE}"
-                )
-            queries, keys = found.pop("counts").tolist()
-            rotation = found.pop("rotation")
-            if min(queries, keys) < 1:
-                raise AquaError(f"{path}: layer {index} counts {queries} queries and {keys} keys: {RECALIBRATE}")
-            statistics[index] = LayerStatistics(**found, query_count=queries, key_count=keys)
+            statistics[index], rotation = _take_layer(path, tensors, index, groups, dim)
             layers[index] = _layer_projection(statistics[index], rotation)
-        if _content_digest(tensors) != digest:
+        if tensors:
+            raise AquaError(f"{path}: holds tensors that do not belong in it ({min(tensors)}): {RECALIBRATE}")
+        if found_digest != digest:
             raise AquaError(f"{path}: its content was changed after it was written: {RECALIBRATE}")
         return cls(layers, statistics, model, calibration, basis)
 
@@ -189,7 +174,7 @@ def _layer_projection(layer: LayerStatistics, rotation: Tensor) -> LayerProjecti
     def along(gram: Tensor) -> Tensor:
         return torch.einsum("gic,gij,gjc->gc", wide, gram, wide).clamp_min(0)
 
-    energy = along(layer.query_gram + layer.key_gram)
+    energy = along(layer.query_gram + layer.key_gram).clamp_min(1e-300)
     return LayerProjection(
         rotation=rotation,
         key_rms=(along(layer.key_gram) / layer.key_count).sqrt().float(),
@@ -222,22 +207,44 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _checked(path: Path, tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    tensor = tensors.get(name)
-    if tensor is None:
-        raise AquaError(f"{path}: tensor {name} is missing: {RECALIBRATE}")
-    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-        raise AquaError(
-            f"{path}: tensor {name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}: {RECALIBRATE}"
-        )
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        raise AquaError(f"{path}: tensor {name} holds NaN or infinity: {RECALIBRATE}")
-    return tensor
+def _take_layer(
+    path: Path, tensors: dict[str, Tensor], index: int, groups: int, dim: int
+) -> tuple[LayerStatistics, Tensor]:
+    """Take one layer's tensors out of `tensors`, checked; statistics and rotation."""
+
+    def take(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        tensor = tensors.pop(f"layers.{index}.{name}", None)
+        if tensor is None:
+            raise AquaError(f"{path}: tensor layers.{index}.{name} is missing: {RECALIBRATE}")
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise AquaError(
+                f"{path}: tensor layers.{index}.{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}: "
+                f"{RECALIBRATE}"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise AquaError(f"{path}: tensor layers.{index}.{name} holds NaN or infinity: {RECALIBRATE}")
+        return tensor
+
+    rotation = take("rotation", torch.float32, groups, dim, dim)
+    deviation = float((rotation.transpose(-1, -2) @ rotation - torch.eye(dim)).abs().max())
+    if deviation > ORTHOGONALITY_TOLERANCE:
+        raise AquaError(f"{path}: the rotation of layer {index} is not orthogonal ({deviation:.1e}): {RECALIBRATE}")
+    queries, keys = take("counts", torch.int64, 2).tolist()
+    if min(queries, keys) < 1:
+        raise AquaError(f"{path}: layer {index} counts {queries} queries and {keys} keys: {RECALIBRATE}")
+    statistics = LayerStatistics(
+        query_gram=take("query_gram", torch.float64, groups, dim, dim),
+        key_gram=take("key_gram", torch.float64, groups, dim, dim),
+        key_sum=take("key_sum", torch.float64, groups, dim),
+        query_count=queries,
+        key_count=keys,
+    )
+    return statistics, rotation
 
 
-def _content_digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _content_digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -35,13 +35,13 @@ def zeros(*shape):
             {"key": zeros(2, 3, 9, 6), "value": zeros(2, 3, 9, 8)},
             "4 query heads do not divide into 3 key-value heads",
         ),
-        ({"selected": zeros(2, 4, 9, 5).bool()}, r"selected is \(2, 4, 9, 5\): .* shape of query"),
-        ({"selected": zeros(2, 2, 9, 6).bool()}, r"selected is \(2, 2, 9, 6\)"),
+        ({"selected": zeros(2, 4, 9, 5).bool()}, r"selected is torch.bool \(2, 4, 9, 5\): .* shape of query"),
+        ({"selected": zeros(2, 2, 9, 6).bool()}, r"selected is torch.bool \(2, 2, 9, 6\)"),
         (
             {"key": zeros(2, 2, 8, 6), "value": zeros(2, 2, 8, 8)},
             "9 causal queries need at least as many keys, there are 8",
         ),
-        ({"mask": zeros(2, 1, 9, 8).bool()}, r"mask is \(2, 1, 9, 8\): .* queries 9 and keys 9"),
+        ({"mask": zeros(2, 1, 9, 8).bool()}, r"mask is \(2, 1, 9, 8\): .* queries 9, keys 9"),
         ({"mask": zeros(2, 1, 1, 9).bool()}, r"mask is \(2, 1, 1, 9\)"),
     ],
 )
@@ -153,3 +153,22 @@ def test_without_gradients_enabled_a_window_takes_the_fused_path():
     with torch.no_grad():
         assert choose(arguments["query"], arguments["key"], None, window=True) == "fused"
         torch.testing.assert_close(attention(**arguments, **WINDOW), attention(**arguments, **WINDOW, impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mask": torch.zeros(2, 1, 9, 9)}, "mask is torch.float32: it must be boolean"),
+        ({"mask": torch.ones(2, 1, 9, 9, dtype=torch.int64)}, "mask is torch.int64: it must be boolean"),
+        ({"mask": torch.ones(9, 9, dtype=torch.bool)}, r"mask is \(9, 9\)"),
+        ({"mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)}, r"mask is \(3, 1, 9, 9\)"),
+        ({"s_aux": torch.zeros(3)}, r"s_aux is \(3,\): it must be one logit for each of 4 query heads"),
+        ({"selected": torch.ones(2, 4, 9, 6)}, "selected is torch.float32 .* must be boolean"),
+        ({"query": torch.zeros(4, 9, 6)}, r"query is \(4, 9, 6\): it must be \[batch, heads, tokens, width\]"),
+        ({"query": torch.zeros(2, 4, 0, 6)}, r"query is \(2, 4, 0, 6\): .* not empty"),
+        ({"key": torch.zeros(2, 2, 9, 6, dtype=torch.bfloat16)}, "they must be of one dtype"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused(change, message):
+    with pytest.raises(AquaError, match=message):
+        attention(**problem() | change)

@@ -204,6 +204,16 @@ def test_nan_in_a_query_or_key_spoils_what_sees_it_and_no_more(impl, window):
     assert torch.equal(output.isnan().any(-1), spoilt)
 
 
+@pytest.mark.parametrize("impl", ["chunked", "fused", "reference"])
+@pytest.mark.parametrize("dropped", [torch.inf, torch.nan])
+def test_a_dropped_infinity_or_nan_in_a_query_does_not_leak(impl, dropped):
+    query, key, value, selected = problem(6, queries=65)
+    selected[..., 3] = False
+    clean = attention(query, key, value, selected, impl=impl)
+    query[..., 3] = dropped
+    assert torch.equal(attention(query, key, value, selected, impl=impl), clean)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -149,6 +149,7 @@ def test_it_is_the_plain_double_loop(seed, shape, queries, before, form, sink, r
         starts = torch.tensor(padding)
         mask = causal & (positions >= starts[:, None, None, None])
         mask = window_codes(mask, positions[before:], positions, starts, sink, recent)
+    window = {} if form == "codes" else {"sink": sink, "recent": recent}  # the codes carry it
 
     def visible(b, i, j):
         if form == "boolean":
@@ -160,19 +161,9 @@ def test_it_is_the_plain_double_loop(seed, shape, queries, before, form, sink, r
         rank = seen.index(j)
         return rank < sink or rank >= len(seen) - recent
 
-    found = attention_reference(
-        query,
-        key,
-        value,
-        selected,
-        mask=mask,
-        sink=sink,
-        recent=recent,
-        scaling=scaling,
-        softcap=softcap,
-        s_aux=s_aux,
-    )
-    expected = naive(query, key, value, selected, visible, exact, scaling, softcap, s_aux)
+    options = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+    found = attention_reference(query, key, value, selected, mask=mask, **window, **options)
+    expected = naive(query, key, value, selected, visible, exact, **options)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 

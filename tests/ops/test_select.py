@@ -84,6 +84,17 @@ def test_the_lower_dimension_wins_a_tie(selection, share):
     assert chosen([[1.0, 2.0, 1.0, 1.0]], **options) == [[0, 1]]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("share", SHARES)
+def test_a_gpu_chooses_as_the_cpu_does_also_among_ties_and_nan(share):
+    config = AquaConfig(k_ratio=0.5, selection="weighted", share=share)
+    query, rms = normal(2, 8, 500, 128, dtype=torch.float32).round(), torch.ones(2, 128)
+    query[0, 0, 0, 100] = torch.nan
+    expected = select_dimensions(query, config, 128, rms)
+    assert torch.equal(select_dimensions(query.cuda(), config, 128, rms.cuda()).cpu(), expected)
+
+
 @pytest.mark.parametrize("selection", ["magnitude", "weighted"])
 def test_nan_and_infinity_stay_selected(selection):
     options = {"k_ratio": 0.5, "selection": selection}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
@@ -36,7 +37,7 @@ def attention(
     Raises:
         AquaError: shapes that do not fit, an unknown `impl`, or one that cannot take this call.
     """
-    _check_shapes(query, key, value, selected, mask)
+    _check(query, key, value, selected, mask, s_aux)
     chosen = choose(query, key, mask, window=sink + recent > 0, softcap=softcap, s_aux=s_aux, impl=impl)
     if chosen == "fused":
         return attention_fused(query, key, value, selected, mask=mask, sink=sink, recent=recent, scaling=scaling)
@@ -78,18 +79,38 @@ def choose(
     return "chunked"
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, selected: Tensor | None, mask: Tensor | None) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, selected: Tensor | None, mask: Tensor | None, s_aux: Tensor | None
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4 or tensor.shape[2] < 1:
+            raise AquaError(f"{name} is {tuple(tensor.shape)}: it must be [batch, heads, tokens, width], not empty")
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     if key.shape != (batch, groups, keys, width):
         raise AquaError(f"key is {tuple(key.shape)}: query {tuple(query.shape)} needs its batch and width")
     if value.shape[:3] != key.shape[:3]:
         raise AquaError(f"value is {tuple(value.shape)}: it must have the heads and tokens of key {tuple(key.shape)}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise AquaError(
+            f"query, key and value are {query.dtype}, {key.dtype}, {value.dtype}: they must be of one dtype"
+        )
     if heads % groups:
         raise AquaError(f"{heads} query heads do not divide into {groups} key-value heads")
-    if selected is not None and selected.shape != query.shape:
-        raise AquaError(f"selected is {tuple(selected.shape)}: it must have the shape of query {tuple(query.shape)}")
+    if selected is not None and (selected.shape != query.shape or selected.dtype != torch.bool):
+        raise AquaError(
+            f"selected is {selected.dtype} {tuple(selected.shape)}: it must be boolean, in the shape of query "
+            f"{tuple(query.shape)}"
+        )
     if mask is None and queries > keys:
         raise AquaError(f"{queries} causal queries need at least as many keys, there are {keys}")
-    if mask is not None and mask.shape[-2:] != (queries, keys):
-        raise AquaError(f"mask is {tuple(mask.shape)}: its last two sizes must be queries {queries} and keys {keys}")
+    if mask is not None:
+        if mask.dtype not in (torch.bool, torch.uint8):
+            raise AquaError(f"mask is {mask.dtype}: it must be boolean (True: visible) or uint8 codes (ops.mask)")
+        fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        if not fits or mask.shape[2:] != (queries, keys):
+            raise AquaError(
+                f"mask is {tuple(mask.shape)}: it must be [{batch} or 1, {heads} or 1, queries {queries}, keys {keys}]"
+            )
+    if s_aux is not None and s_aux.shape != (heads,):
+        raise AquaError(f"s_aux is {tuple(s_aux.shape)}: it must be one logit for each of {heads} query heads")

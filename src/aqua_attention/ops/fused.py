@@ -54,7 +54,11 @@ def attention_fused(
     recent: int = 0,
     scaling: float | None = None,
 ) -> Tensor:
-    """Same arguments and result as `attention_reference`, where `unsupported_reason` is None."""
+    """Same arguments and result as `attention_reference`, where `unsupported_reason` is None.
+
+    One difference, which dense fused kernels share: under a boolean mask, a NaN in a key that the mask hides may spoil
+    queries that do not see it, because these kernels add minus infinity to its score.
+    """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     width = max(query.shape[-1], value.shape[-1])
     # Keys narrower than values push the fused kernels onto a slow path; zeros change no score.
@@ -92,7 +96,8 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float
             query, key, value, 0.0, True, scale=scaling
         )
         return output, lse[:, :, :length]
-    if query.device.type == "cuda" and same_width and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0:
+    fits = same_width and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0 and query.dtype != torch.float64
+    if query.device.type == "cuda" and fits:
         repeats = query.shape[1] // key.shape[1]
         key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
         if query.dtype in (torch.float16, torch.bfloat16):
@@ -111,26 +116,31 @@ def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     """Dense attention through scaled_dot_product_attention; the mask is None (causal) or boolean."""
     batch, heads, queries, _ = query.shape
     groups = key.shape[1]
+    if mask is None and 1 < queries < key.shape[2]:
+        positions = torch.arange(key.shape[2], device=query.device)
+        mask = (positions <= positions[-queries:, None])[None, None]
+    kernel_mask = mask
     if queries == 1 and heads > groups:
         # One query a head: the heads of a group become the queries of one head, and no key is repeated.
         query = query.reshape(batch, groups, heads // groups, -1)
         if mask is not None and mask.shape[1] > 1:
-            mask = mask.reshape(mask.shape[0], groups, heads // groups, -1)
+            kernel_mask = mask.reshape(mask.shape[0], groups, heads // groups, -1)
     elif heads > groups and query.device.type != "cpu" and mask is not None:
         key, value = (states.repeat_interleave(heads // groups, dim=1) for states in (key, value))
-    if mask is None and 1 < queries < key.shape[2]:
-        positions = torch.arange(key.shape[2], device=query.device)
-        mask = (positions <= positions[-queries:, None])[None, None]
     output = F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask,
+        attn_mask=kernel_mask,
         is_causal=mask is None and queries > 1,
         scale=scaling,
         enable_gqa=query.shape[1] > key.shape[1],
     )
-    return output.reshape(batch, heads, queries, -1)
+    output = output.reshape(batch, heads, queries, -1)
+    if mask is not None:
+        # Kernels disagree about a query that sees nothing (padding): zeros, means, NaN. Zeros, as in the reference.
+        output = output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return output
 
 
 def _window_attention(

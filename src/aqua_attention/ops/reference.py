@@ -49,7 +49,7 @@ def attention_reference(
 
     Returns:
         [batch, num_attention_heads, queries, value_dim] in the dtype of `value`. A query that sees no key gets
-        zeros; a NaN in a query, or in a key that it sees, gives NaN.
+        zeros; a NaN in a query, or in a key that it sees, gives NaN, and a NaN in a value gives NaN to every query.
     """
     batch, heads, queries, _ = query.shape
     groups, keys = key.shape[1], key.shape[2]
