@@ -91,10 +91,6 @@ def _check(
         raise AquaError(f"key is {tuple(key.shape)}: query {tuple(query.shape)} needs its batch and width")
     if value.shape[:3] != key.shape[:3]:
         raise AquaError(f"value is {tuple(value.shape)}: it must have the heads and tokens of key {tuple(key.shape)}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise AquaError(
-            f"query, key and value are {query.dtype}, {key.dtype}, {value.dtype}: they must be of one dtype"
-        )
     if heads % groups:
         raise AquaError(f"{heads} query heads do not divide into {groups} key-value heads")
     if selected is not None and (selected.shape != query.shape or selected.dtype != torch.bool):
@@ -114,3 +110,7 @@ def _check(
             )
     if s_aux is not None and s_aux.shape != (heads,):
         raise AquaError(f"s_aux is {tuple(s_aux.shape)}: it must be one logit for each of {heads} query heads")
+    if not query.dtype == key.dtype == value.dtype:
+        raise AquaError(
+            f"query, key and value are {query.dtype}, {key.dtype}, {value.dtype}: they must be of one dtype"
+        )
