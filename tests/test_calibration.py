@@ -124,8 +124,12 @@ def test_bad_calibrations_are_one_clear_error(llama, word_tokenizer, words):
         aqua.calibrate(model, word_tokenizer, "w1 w2 w3", tokens=64, context=64)
     with pytest.raises(aqua.AquaError, match="context is 512: the model knows 256 positions"):
         aqua.calibrate(model, word_tokenizer, words, tokens=512, context=512)
-    broken = make_llama()
-    with torch.no_grad():
-        broken.model.layers[1].self_attn.k_proj.weight[0, 0] = float("nan")
-    with pytest.raises(aqua.AquaError, match="layer 1 gave NaN"):
-        aqua.calibrate(broken, word_tokenizer, words, tokens=64, context=64)
+    for place, message in (("q_proj", "layer 1 gave NaN"), ("k_proj", "key weights of layer 1 hold NaN")):
+        broken = make_llama()
+        with torch.no_grad():
+            getattr(broken.model.layers[1].self_attn, place).weight[0, 0] = float("nan")
+        with pytest.raises(aqua.AquaError, match=message):
+            aqua.calibrate(broken, word_tokenizer, words, tokens=64, context=64)
+    small = make_llama(vocab_size=50)
+    with pytest.raises(aqua.AquaError, match="the model knows 50 tokens"):
+        aqua.calibrate(small, word_tokenizer, words, tokens=64, context=64)

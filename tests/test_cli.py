@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -142,6 +143,7 @@ def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, t
         (["calibrate", tiny_folder, "--data", text_file, "-o", tmp_path / "no" / "p"], "cannot write"),
         (["generate", tiny_folder, "-p", projections_file, "--prompt", " "], "the prompt is empty"),
         (["generate", tiny_folder, "-p", projections_file, "--prompt", "w1", "--max-new-tokens", 0], "max_new_tokens"),
+        (["generate", tiny_folder, "-p", projections_file, "--prompt", "w1", "--max-new-tokens", 999], "256 positions"),
     ]:
         code, _, err = aqua(*arguments)
         assert code == 2, arguments
@@ -175,3 +177,16 @@ def test_ctrl_c_leaves_no_file_and_no_traceback(aqua, monkeypatch, tmp_path, tin
     assert code == 130
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_behind_standard_output_is_one_line(tmp_path, projections_file):
+    command = [sys.executable, "-m", "aqua_attention.cli", "inspect", str(projections_file)]
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+
+
+def test_json_to_a_device_leaves_the_device(aqua, projections_file):
+    assert aqua("inspect", projections_file, "--json", "/dev/null")[0] == 0
+    assert not Path("/dev/null").is_file()

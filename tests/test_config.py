@@ -101,11 +101,6 @@ def test_selected_dims_of_whole_percentages_is_exact_integer_arithmetic():
             assert config.selected_dims(head_dim) == expected, f"{percent}% of {head_dim}"
 
 
-@pytest.mark.parametrize(("sink", "recent", "has_window"), [(0, 0, False), (4, 0, True), (0, 1, True), (4, 64, True)])
-def test_has_window_when_any_token_is_exact(sink, recent, has_window):
-    assert AquaConfig(sink=sink, recent=recent).has_window is has_window
-
-
 def test_a_config_is_frozen_and_a_changed_copy_is_checked_again():
     config = AquaConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):

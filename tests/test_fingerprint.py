@@ -60,7 +60,7 @@ def one_layer(**children):
     module = nn.Module()
     for name, child in children.items():
         module.add_module(name, child)
-    return [AttentionLayer(0, module, 4, 2, 16, torch.device("cpu"))]
+    return [AttentionLayer(0, module, 4, 2, 16, torch.device("cpu"), reads_own_cache=True)]
 
 
 def test_the_shape_names_the_architecture_and_every_layer(model):

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.select import rotate
 
 
 class Rotation:
-    """The matrices of one attached layer; `active` is False once AQUA has left the model."""
+    """The matrices of one attached layer, a key-value head each; `active` is False once AQUA has left the model."""
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -34,7 +34,8 @@ class RotatedLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Rotate and append; returns all rotated keys and all values. See `DynamicLayer.update`."""
-        return super().update(_rotated(self.rotation, key_states), value_states, *args, **kwargs)
+        keys, values = super().update(_rotated(self.rotation, key_states), value_states, *args, **kwargs)
+        return _tagged(keys, self.rotation), values
 
 
 class RotatedSlidingLayer(DynamicSlidingWindowLayer):
@@ -46,7 +47,8 @@ class RotatedSlidingLayer(DynamicSlidingWindowLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Rotate and append; returns the rotated keys and values to attend to. See `DynamicSlidingWindowLayer`."""
-        return super().update(_rotated(self.rotation, key_states), value_states, *args, **kwargs)
+        keys, values = super().update(_rotated(self.rotation, key_states), value_states, *args, **kwargs)
+        return _tagged(keys, self.rotation), values
 
 
 def rotate_on_write(cache: DynamicCache, rotations: dict[int, Rotation]) -> None:
@@ -74,17 +76,26 @@ def rotate_on_write(cache: DynamicCache, rotations: dict[int, Rotation]) -> None
             cache.layers[index] = replacement
 
 
-def is_rotated(layer: CacheLayerMixin | None, rotation: Rotation) -> bool:
-    """Whether `layer` hands out keys that `rotation` has rotated already.
+def is_rotated(key: Tensor, rotation: Rotation) -> bool:
+    """Whether `key`, as it enters attention, was rotated by `rotation` in the cache.
+
+    The tensor itself says so: only it is the same in every thread, and under gradient checkpointing, where the model
+    drops its cache in silence.
 
     Raises:
-        AquaError: its keys were rotated for other projections or another s_ratio.
+        AquaError: it was rotated for other projections, another s_ratio or another layer.
     """
-    if not isinstance(layer, (RotatedLayer, RotatedSlidingLayer)):
+    tag = getattr(key, "_aqua_rotation", None)
+    if tag is None:
         return False
-    if layer.rotation is not rotation:
+    if tag is not rotation:
         raise AquaError("this cache was filled under other AQUA projections or settings: start with a new cache")
     return True
+
+
+def _tagged(keys: Tensor, rotation: Rotation) -> Tensor:
+    keys._aqua_rotation = rotation  # type: ignore[attr-defined]
+    return keys
 
 
 def _rotated(rotation: Rotation, key_states: Tensor) -> Tensor:

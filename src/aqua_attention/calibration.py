@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.capture import attention_layers, innermost_decoder, observed
+from aqua_attention.capture import attention_layers, evaluation_mode, innermost_decoder, input_device, observed
 from aqua_attention.errors import AquaError
 from aqua_attention.fingerprint import key_weight_digest, shape_of
 from aqua_attention.projections import Projections
@@ -38,20 +38,24 @@ def calibrate(
         context: tokens in a window. Calibrate at the length you will use: projections from short windows are
             slightly worse on long ones.
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
-        name: recorded as the model's name.
+        name: recorded as the model's name; the one in its config unless given.
         progress: called as progress(windows done, windows in all).
 
     Raises:
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN.
     """
     layers = attention_layers(model)
-    check_context(model, context)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
+    check_tokens(model, windows, context=windows.shape[1])
     statistics = collect(model, windows, progress=progress)
     return Projections.from_statistics(
         statistics,
-        model={"name": name, "shape": shape_of(model, layers), "key_weights": key_weight_digest(layers)},
+        model={
+            "name": name or model.config._name_or_path,
+            "shape": shape_of(model, layers),
+            "key_weights": key_weight_digest(layers),
+        },
         calibration={
             "text_sha256": text_digest(text),
             "tokens": windows.numel(),
@@ -76,23 +80,25 @@ def collect(
         index, seen = index_of[module], LayerStatistics.of(query, key)
         statistics[index] = statistics[index] + seen if index in statistics else seen
 
-    device, training = model.get_input_embeddings().weight.device, model.training
-    model.eval()
-    try:
-        with observed(model, accumulate), torch.no_grad():
-            for done, window in enumerate(windows):
-                if progress:
-                    progress(done, len(windows))
-                decoder(input_ids=window[None].to(device), use_cache=False)
+    device = input_device(model)
+    with observed(model, accumulate), torch.no_grad(), evaluation_mode(model):
+        for done, window in enumerate(windows):
             if progress:
-                progress(len(windows), len(windows))
-    finally:
-        model.train(training)
+                progress(done, len(windows))
+            decoder(input_ids=window[None].to(device), use_cache=False)
+        if progress:
+            progress(len(windows), len(windows))
     return statistics
 
 
-def check_context(model: PreTrainedModel, context: int) -> None:
-    """Raise AquaError when windows of `context` tokens are longer than the positions the model knows."""
+def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> None:
+    """Raise AquaError for tokens that the model does not know, and for a context longer than its positions."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and context > limit:
         raise AquaError(f"context is {context}: the model knows {limit} positions, choose at most that")
+    known = model.get_input_embeddings().weight.shape[0]
+    if token_ids.numel() and int(token_ids.max()) >= known:
+        raise AquaError(
+            f"the text has token {int(token_ids.max())}, the model knows {known} tokens: the tokenizer is another "
+            "model's"
+        )

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.errors import AquaError
-from aqua_attention.interface import as_aqua_mask, install, mask_builder
+from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, install, mask_builder
 from aqua_attention.ops.api import attention
 
 Observer = Callable[[nn.Module, Tensor, Tensor], None]
@@ -30,6 +30,8 @@ class AttentionLayer:
     num_key_value_heads: int
     head_dim: int
     device: torch.device
+    reads_own_cache: bool
+    """Whether its keys come straight from this layer of a `DynamicCache`, so that they can be rotated when written."""
 
 
 @contextmanager
@@ -53,22 +55,23 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
         s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            raise AquaError(f"{type(model).__name__} is not causal: only decoder language models are supported")
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        check_call(type(model).__name__, causal, kwargs)
         observer(module, query, key)
-        output = attention(
-            query,
-            key,
-            value,
-            None,
-            mask=as_aqua_mask(attention_mask),
-            scaling=scaling,
-            softcap=softcap,
-            s_aux=s_aux,
-        )
+        with torch.autocast(query.device.type, enabled=False):
+            output = attention(
+                query.to(value.dtype),
+                key.to(value.dtype),
+                value,
+                None,
+                mask=as_aqua_mask(attention_mask),
+                scaling=scaling,
+                softcap=softcap,
+                s_aux=s_aux,
+            )
         return output.transpose(1, 2).contiguous(), None
 
-    undo = install(model, dense, mask_builder(0, 0))
+    _, undo = install(model, dense, mask_builder(0, 0))
     try:
         yield
     finally:
@@ -78,8 +81,8 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     """The attention layers of a decoder in order, found by running it on four tokens and watching.
 
-    Watching instead of reading class names means that a layer on this list really sends its attention through the
-    interface, and one that does not is never taken for rotated.
+    The run is compared with the model's own attention. Watching instead of reading class names means that a layer on
+    this list really sends its attention through the interface, and one that does not is never taken for rotated.
 
     Raises:
         AquaError: the model is no decoder that sends its attention through transformers' interface.
@@ -89,33 +92,86 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise AquaError(f"{name} is an encoder-decoder: only decoder language models are supported")
-    found: dict[nn.Module, AttentionLayer] = {}
-
-    def note(module: nn.Module, query: Tensor, key: Tensor) -> None:
-        found[module] = AttentionLayer(
-            index=getattr(module, "layer_idx", len(found)),
-            module=module,
-            num_attention_heads=query.shape[1],
-            num_key_value_heads=key.shape[1],
-            head_dim=query.shape[-1],
-            device=key.device,
-        )
-
-    with observed(model, note), torch.no_grad():
-        try:
-            embeddings = model.get_input_embeddings()
-            tokens = torch.arange(4, device=embeddings.weight.device)[None]
-            model(input_ids=tokens, use_cache=False)
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
-            if isinstance(error, AquaError):
-                raise
-            raise AquaError(f"{name} does not run on token ids, so it is no decoder language model: {error}") from error
-    layers = sorted(found.values(), key=lambda layer: layer.index)
-    if not layers:
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    tokens = torch.arange(4, device=input_device(model))[None]
+    if str(model.config._attn_implementation).startswith(NAME_PREFIX):
+        raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            with observed(model, lambda module, query, key: seen.update({module: (query, key)})):
+                output = model(input_ids=tokens, use_cache=True)
+            expected = model(input_ids=tokens)
+    except AquaError:
+        raise
+    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise AquaError(f"{name} does not run on token ids alone, so it is not supported ({reason})") from error
+    if not seen:
         raise AquaError(f"{name} made no attention call: AQUA needs a model with attention layers")
+    _check_same(name, output[0], expected[0])
+    cache = getattr(output, "past_key_values", None)
+    layers: list[AttentionLayer] = []
+    for module, (query, key) in seen.items():
+        index = getattr(module, "layer_idx", None)
+        layers.append(
+            AttentionLayer(
+                index=len(layers) if index is None else index,
+                module=module,
+                num_attention_heads=query.shape[1],
+                num_key_value_heads=key.shape[1],
+                head_dim=query.shape[-1],
+                device=key.device,
+                reads_own_cache=index is not None and _is_cached(cache, index, key),
+            )
+        )
+    layers.sort(key=lambda layer: layer.index)
     if len({layer.index for layer in layers}) < len(layers):
         raise AquaError(f"{name} has attention layers that share a layer index: this architecture is not supported")
     return layers
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout while open; then every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the token ids of `model` belong; the CPU when its embeddings are offloaded."""
+    embeddings = model.get_input_embeddings()
+    weight = getattr(embeddings, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise AquaError(f"{type(model).__name__} has no token embeddings: a decoder language model is needed")
+    return weight.device if weight.device.type != "meta" else torch.device("cpu")
+
+
+def _check_same(name: str, found: Tensor, expected: Tensor) -> None:
+    """With our dense attention a model must give what it gives with its own, or its scores hold more than q and k."""
+    tolerance = 1e-2 if found.dtype in (torch.float32, torch.float64) else 0.2
+    difference = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
+    if difference > tolerance:
+        raise AquaError(
+            f"{name} computes more than softmax attention of queries and keys (its output changes by {difference:.0%} "
+            "under plain attention), which AQUA does not support"
+        )
+
+
+def _is_cached(cache: Any, index: int, key: Tensor) -> bool:
+    """Whether `key` is what layer `index` of an ordinary `DynamicCache` holds."""
+    if type(cache) is not DynamicCache or index >= len(cache.layers):
+        return False
+    stored = getattr(cache.layers[index], "keys", None)
+    return (
+        isinstance(stored, Tensor)
+        and stored.shape == key.shape
+        and stored.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    )
 
 
 def innermost_decoder(model: PreTrainedModel, layers: list[AttentionLayer]) -> PreTrainedModel:

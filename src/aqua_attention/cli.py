@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -79,6 +80,7 @@ def calibrate(
     """
     _check_writable(output, json)
     from aqua_attention.calibration import calibrate as run
+    from aqua_attention.files import write_json
     from aqua_attention.tables import provenance_table, spectrum
     from aqua_attention.text import load_text
 
@@ -96,12 +98,10 @@ def calibrate(
             progress=lambda done, total: report("calibrate", done, total),
         )
     projections.save(output)
+    if json:
+        write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
     _print_table(provenance_table(projections))
     typer.echo(f"wrote {output}")
-    if json:
-        from aqua_attention.files import write_json
-
-        write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
 
 
 @app.command()
@@ -119,14 +119,11 @@ def inspect(
     from aqua_attention.tables import provenance_table, spectrum, spectrum_table
 
     projections = Projections.load(file)
-    _print_table(provenance_table(projections))
-    _print_table(spectrum_table(projections))
     if json:
         model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
-        write_json(
-            json,
-            {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)},
-        )
+        write_json(json, {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)})
+    _print_table(provenance_table(projections))
+    _print_table(spectrum_table(projections))
 
 
 @evaluations.command()
@@ -159,7 +156,6 @@ def perplexity(
     """
     configs = [_config(ratio, s_ratio, selection, share, sink, recent) for ratio in k_ratio]
     _check_writable(json)
-    from aqua_attention.calibration import check_context
     from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
     from aqua_attention.files import write_json
     from aqua_attention.projections import Projections
@@ -169,7 +165,6 @@ def perplexity(
     learned, text = Projections.load(projections), load_text(data)
     settings = [Setting(config, basis) for config in configs]
     loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
-    check_context(loaded, context)
     ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
     with _progress() as report:
@@ -181,10 +176,10 @@ def perplexity(
             progress=lambda done, total: report("evaluate", done, total),
         )
     result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
-    _print_table(perplexity_table(result))
-    typer.echo(f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens")
     if json:
         write_json(json, result)
+    _print_table(perplexity_table(result))
+    typer.echo(f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens")
 
 
 @app.command()
@@ -209,7 +204,8 @@ def generate(
 ) -> None:
     """Continue a prompt with AQUA attention (greedy).
 
-    Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5 --compare`
+    Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
+    --selection weighted --sink 4 --recent 64 --compare`
     """
     config = _config(k_ratio, s_ratio, selection, share, sink, recent)
     _check_writable(json)
@@ -234,11 +230,12 @@ def generate(
     result: dict[str, Any] = {"prompt": prompt, "setting": config.to_dict()}
     if compare:
         result["dense"] = run(with_aqua=False)
-        typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
     result["aqua"] = run(with_aqua=True)
-    typer.echo(result["aqua"])
     if json:
         write_json(json, result)
+    if compare:
+        typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
+    typer.echo(result["aqua"])
 
 
 @app.command()
@@ -257,14 +254,16 @@ def demo(
 
     with _progress() as report:
         summary = run_demo(out, report)
+    if json:
+        write_json(json, summary)
     _print_table(perplexity_table(summary))
     generation = summary["generation"]
     typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
     typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")
     minutes = sum(summary["seconds"].values()) / 60
-    typer.echo(f"\n{minutes:.1f} minutes, peak memory {summary['peak_memory_bytes'] / 1e9:.1f} GB; results in {out}")
-    if json:
-        write_json(json, summary)
+    memory = summary["peak_memory_bytes"]
+    used = f", peak memory {memory / 1e9:.1f} GB" if memory else ""
+    typer.echo(f"\n{minutes:.1f} minutes{used}; results in {out}")
 
 
 def main() -> None:
@@ -275,6 +274,12 @@ def main() -> None:
     except AquaError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        typer.echo(f"error: {reason}", err=True)
+        sys.exit(1)
 
 
 def _config(k_ratio: float, s_ratio: float, selection: str, share: str, sink: int, recent: int) -> AquaConfig:
@@ -294,8 +299,11 @@ def _load(
 def _check_writable(*paths: Path | None) -> None:
     """Say now, not after minutes of work, that a result has nowhere to go."""
     for path in paths:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise AquaError(f"cannot write {path}: give a file in a folder that exists")
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
 
 
 @contextmanager

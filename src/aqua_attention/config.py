@@ -59,11 +59,6 @@ class AquaConfig:
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise AquaError(f"{name} is {value!r}: it must be a whole number of tokens, 0 or more")
 
-    @property
-    def has_window(self) -> bool:
-        """Whether some tokens (the first `sink`, the last `recent`) are scored with every stored dimension."""
-        return self.sink + self.recent > 0
-
     def kept_dims(self, head_dim: int) -> int:
         """Number of leading rotated key dimensions that are stored, of `head_dim`."""
         kept = head_dim - round(self.s_ratio * head_dim)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -122,14 +121,18 @@ def demo_markdown(summary: dict[str, Any]) -> str:
         "# AQUA attention on SmolLM2-135M-Instruct\n\n"
         f"{markdown(*perplexity_table(summary))}\n"
         f"{summary['dense']['tokens']} predictions on text that calibration did not see. "
-        '"Score products": query-key multiplications done outside the exact window, measured.\n\n'
+        '"Products": query-key multiplications, measured; the few exact tokens (first + last) cost all of theirs.\n\n'
         f"**Prompt.** {generation['prompt']}\n\n"
         f"**Dense.** {generation['dense']}\n\n"
         f"**AQUA ({describe_setting(generation['setting'])}).** {generation['aqua']}\n"
     )
 
 
-def _peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+def _peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -26,6 +26,10 @@ def write_atomically(path: Path | str, content: bytes) -> None:
         raise AquaError(f"cannot write {path}: it is a folder")
     temporary = None
     try:
+        if path.exists() and not path.is_file():
+            # A device or a pipe cannot be replaced, only written to.
+            path.write_bytes(content)
+            return
         handle, temporary = tempfile.mkstemp(prefix=".aqua-", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -44,5 +48,5 @@ def write_atomically(path: Path | str, content: bytes) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write `value` as indented JSON, atomically; NaN and infinity are an error, JSON has none."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.capture import AttentionLayer
+from aqua_attention.errors import AquaError
 
 KEY_WEIGHT_NAMES = ("k_proj", "key", "qkv_proj", "query_key_value", "c_attn")
 SKETCHES, SAMPLES = 4, 1 << 16
@@ -51,6 +52,8 @@ def key_weight_digest(layers: list[AttentionLayer]) -> list[list[float]] | None:
         sample = flat[:: max(1, math.ceil(flat.numel() / SAMPLES))].float().cpu()
         signs = torch.randint(0, 2, (SKETCHES, sample.numel()), generator=torch.Generator().manual_seed(0))
         norm = sample.norm().clamp_min(1e-30)
+        if not bool(torch.isfinite(norm)):
+            raise AquaError(f"the key weights of layer {layer.index} hold NaN or infinity: the checkpoint is damaged")
         digest.append([round(number, 6) for number in ((signs.float() * 2 - 1) @ (sample / norm)).tolist()])
     return digest
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from aqua_attention.calibration import check_tokens
+from aqua_attention.capture import input_device
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.integrations.transformers import apply
@@ -39,7 +41,7 @@ def continue_prompt(
         chat: put the prompt into the tokenizer's chat template, if it has one.
 
     Raises:
-        AquaError: an empty prompt, no room for a token.
+        AquaError: an empty prompt, no token to write, prompt and answer longer than the model's positions.
     """
     if not prompt.strip():
         raise AquaError("the prompt is empty: give it some words")
@@ -52,7 +54,8 @@ def continue_prompt(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
-    inputs = inputs.to(model.get_input_embeddings().weight.device)
+    check_tokens(model, inputs["input_ids"], context=inputs["input_ids"].shape[1] + max_new_tokens)
+    inputs = inputs.to(input_device(model))
     attached = nullcontext() if projections is None else apply(model, projections, config)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with attached, torch.inference_mode():

@@ -25,8 +25,8 @@ _numbers = itertools.count(1)
 
 def install(
     model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Tensor | None]
-) -> Callable[[], None]:
-    """Send every attention call of `model` to `attention`; returns the function that undoes it.
+) -> tuple[str, Callable[[], None]]:
+    """Send every attention call of `model` to `attention`; returns the name it runs under, and how to undo it.
 
     Args:
         attention: called as transformers calls its attention functions: `(module, query, key, value,
@@ -59,7 +59,25 @@ def install(
     except BaseException:
         undo()
         raise
-    return undo
+    return name, undo
+
+
+SCORE_ARGUMENTS = ("position_bias", "alibi", "head_mask", "sinks", "indices", "block_indices", "cu_seq_lens_q")
+"""Arguments with which a model changes scores or visibility in ways that AQUA does not know."""
+
+
+def check_call(model_name: str, is_causal: bool, extra: dict[str, Any]) -> None:
+    """Raise AquaError for an attention call that AQUA would compute wrongly.
+
+    Args:
+        is_causal: as the call or its module says.
+        extra: the call's further keyword arguments.
+    """
+    if not is_causal:
+        raise AquaError(f"{model_name} is not causal: only decoder language models are supported")
+    for name in SCORE_ARGUMENTS:
+        if extra.get(name) is not None:
+            raise AquaError(f"{model_name} passes {name} to its attention, which AQUA does not support")
 
 
 def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
@@ -92,13 +110,15 @@ def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
         )
         if visible is None or sink + recent == 0:
             return visible
-        if attention_mask is None:
-            first_token = torch.zeros(batch_size, dtype=torch.long, device=device)
-        else:
-            first_token = attention_mask.to(device=device, dtype=torch.int).argmax(-1)
-        query_positions = torch.arange(q_length, device=device) + q_offset
-        key_positions = torch.arange(kv_length, device=device) + kv_offset
-        return window_codes(visible, query_positions, key_positions, first_token, sink, recent)
+        query_positions = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
+        key_positions = (torch.arange(kv_length, device=device) + kv_offset).expand(batch_size, -1)
+        if attention_mask is not None:
+            # Count real tokens, so that padding on either side takes no place in the window.
+            counted = attention_mask.to(device=device, dtype=torch.long).cumsum(-1) - 1
+            last = counted.shape[-1] - 1
+            query_positions = counted.gather(-1, query_positions.clamp(max=last))
+            key_positions = counted.gather(-1, key_positions.clamp(max=last))
+        return window_codes(visible, query_positions, key_positions, sink, recent)
 
     return build
 

@@ -98,11 +98,11 @@ class Projections:
         if expected is None or found is None:
             return
         difference = weight_difference(expected, found)
-        if not difference <= WEIGHT_TOLERANCE:  # NaN too
+        if difference > WEIGHT_TOLERANCE:
             warnings.warn(
                 f"the projections were calibrated on other weights of the same shape (key weights differ by "
                 f"{min(difference, 1.0):.1%}): results are valid but lose more; {RECALIBRATE} for this model",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def save(self, path: Path | str) -> None:

@@ -15,7 +15,7 @@ Table = tuple[list[str], list[list[str]]]
 
 def perplexity_table(result: dict[str, Any]) -> Table:
     """What `evaluate_perplexity` returned: gain (products left out) and loss, a row a setting."""
-    titles = ["setting", "score products", "perplexity", "change", "KL to dense", "same top token"]
+    titles = ["setting", "products outside the window", "perplexity", "change", "KL to dense", "same top token"]
     rows = [["dense", "100%", f"{result['dense']['perplexity']:.3f}", "", "", ""]]
     rows += [
         [

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -81,6 +82,20 @@ def test_an_attached_model_is_not_taken_for_dense(llama, windows):
     model, projections = llama
     with aqua.apply(model, projections, aqua.AquaConfig()), pytest.raises(aqua.AquaError, match="attached"):
         evaluate_perplexity(model, projections, [Setting(aqua.AquaConfig())], windows)
+
+
+def test_nan_weights_are_an_error_and_no_result(llama, windows):
+    model, projections = copy.deepcopy(llama[0]), llama[1]
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = float("nan")
+    with pytest.raises(aqua.AquaError, match="NaN or infinite logits with dense attention"):
+        evaluate_perplexity(model, projections, [Setting(aqua.AquaConfig())], windows)
+
+
+def test_tokens_that_the_model_does_not_know_are_an_error(llama, windows):
+    model, projections = llama
+    with pytest.raises(aqua.AquaError, match=f"the model knows {VOCABULARY} tokens"):
+        evaluate_perplexity(model, projections, [], windows + VOCABULARY)
 
 
 def test_no_windows_is_an_error(llama):

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import aqua_attention as aqua
 from aqua_attention.cache import RotatedLayer, RotatedSlidingLayer
-from conftest import VOCABULARY, calibrated, make_llama
+from conftest import MAKERS, VOCABULARY, calibrated, make_llama
 
 PLAIN = aqua.AquaConfig(k_ratio=0.5)
 WINDOW = aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=2, recent=5)
@@ -113,12 +113,11 @@ def greedy_by_hand(model, ids, length):
 def test_generate_stores_rotated_keys_once(tiny):
     model, projections = tiny
     cache = DynamicCache(config=model.config)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25)) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25)):
         model.generate(tokens(), past_key_values=cache, **GREEDY)
         assert all(isinstance(layer, (RotatedLayer, RotatedSlidingLayer)) for layer in cache.layers)
         assert cache.layers[0].keys.shape[-1] == 12
         assert cache.layers[0].values.shape[-1] == 16
-        assert attachment._cache is None, "a finished forward pass must not keep its cache alive"
 
 
 def test_a_cache_that_was_filled_before_apply_is_rotated_as_it_is_read(llama):
@@ -309,3 +308,106 @@ def test_projections_of_other_weights_of_the_same_shape_only_warn(llama):
             layer.self_attn.k_proj.weight.add_(torch.randn_like(layer.self_attn.k_proj.weight) * 0.02)
     with pytest.warns(UserWarning, match="other weights of the same shape"):
         aqua.apply(other, projections, PLAIN)
+
+
+def test_threads_that_share_a_model_do_not_meet(llama):
+    """Keys carry their own mark: what another thread does with its cache is of no concern."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, projections = llama
+    prompts = [tokens(batch=1, length=10 + 3 * number, seed=number) for number in range(6)]
+    with aqua.apply(model, projections, PLAIN):
+        expected = [model.generate(prompt, **GREEDY) for prompt in prompts]
+        with ThreadPoolExecutor(3) as pool:
+            for _ in range(3):
+                found = list(pool.map(lambda prompt: model.generate(prompt, **GREEDY), prompts))
+                assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_right_padding_takes_no_place_in_the_window(llama):
+    """A row padded on the right, then continued: the window is counted in real tokens."""
+    model, projections = llama
+    ids = tokens(batch=1, length=30)
+    padded = torch.cat([ids[:, :20], torch.zeros(1, 6, dtype=torch.long), ids[:, 20:]], 1)
+    mask = torch.ones_like(padded)
+    mask[:, 20:26] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with aqua.apply(model, projections, WINDOW):
+        expected = logits(model, ids)
+        found = logits(model, padded, attention_mask=mask, position_ids=positions)
+    assert torch.allclose(found[:, mask[0].bool()], expected, rtol=0, atol=1e-4)
+
+
+def test_autocast(llama):
+    model, projections = llama
+    exact = logits(model, tokens())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense_error = (logits(model, tokens()).float() - exact).abs().mean()
+        with aqua.apply(model, projections, DENSE_WINDOW):
+            assert (logits(model, tokens()).float() - exact).abs().mean() < 2 * dense_error
+            assert model.generate(tokens(), **GREEDY).shape == (2, 56)
+
+
+def test_another_attention_implementation_inside_apply_is_refused(llama):
+    model, projections = llama
+    with aqua.apply(model, projections, PLAIN):
+        model.set_attn_implementation("eager")
+        with pytest.raises(aqua.AquaError, match="was set to 'eager' while AQUA is attached"):
+            logits(model, tokens())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_lasting_attachment_does_not_end_with_a_with_block(llama):
+    model, projections = llama
+    attachment = aqua.apply(model, projections, PLAIN).attach()
+    try:
+        with pytest.raises(aqua.AquaError, match="attached to this model already"), attachment:
+            pass
+        assert model.config._attn_implementation.startswith("aqua-")
+    finally:
+        attachment.detach()
+
+
+def test_calls_that_change_scores_in_unknown_ways_are_refused(llama):
+    model, projections = llama
+    with aqua.apply(model, projections, PLAIN):
+        for change, message in (({"is_causal": False}, "is not causal"), ({"position_bias": 1.0}, "position_bias")):
+            with pytest.raises(aqua.AquaError, match=message):
+                logits(model, tokens(), **change)
+
+
+def test_a_four_dimensional_mask_with_a_window_on_sliding_layers_is_refused():
+    model = MAKERS["mistral"]()
+    visible = torch.ones(40, 40).tril().triu(-11).bool()[None, None].expand(2, 1, 40, 40)
+    with aqua.apply(model, calibrated(model), WINDOW), pytest.raises(aqua.AquaError, match="need a 2-D attention mask"):
+        logits(model, tokens(), attention_mask=visible)
+
+
+def test_prompt_lookup_crops_rotated_caches(tiny):
+    model, projections = tiny
+    ids = tokens(batch=1, length=12).repeat(1, 3)
+    for config in (PLAIN, WINDOW):
+        with aqua.apply(model, projections, config):
+            expected = model.generate(ids, **GREEDY)
+            assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **GREEDY), expected)
+
+
+def test_a_model_that_adds_to_its_scores_is_refused_even_if_the_call_hides_it():
+    """The probe compares the model's own attention with plain attention."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    model = make_llama()
+    original = AttentionInterface._global_mapping["sdpa"]
+
+    def biased(module, query, key, value, attention_mask, **options):
+        return original(module, query + 1.0, key, value, attention_mask, **options)
+
+    AttentionInterface.register("biased-for-this-test", biased)
+    AttentionMaskInterface.register("biased-for-this-test", AttentionMaskInterface._global_mapping["sdpa"])
+    try:
+        model.set_attn_implementation("biased-for-this-test")
+        with pytest.raises(aqua.AquaError, match="computes more than softmax attention"):
+            calibrated(model)
+    finally:
+        AttentionInterface._global_mapping.pop("biased-for-this-test")
+        AttentionMaskInterface._global_mapping.pop("biased-for-this-test")

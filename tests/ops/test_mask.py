@@ -20,15 +20,8 @@ def causal(queries, keys, padding=0):
 
 
 def codes_of(queries, keys, sink, recent, padding=0):
-    positions = torch.arange(keys)
-    return window_codes(
-        causal(queries, keys, padding),
-        positions[keys - queries :],
-        positions,
-        torch.tensor([padding]),
-        sink,
-        recent,
-    )
+    positions = torch.arange(keys)[None] - padding
+    return window_codes(causal(queries, keys, padding), positions[:, keys - queries :], positions, sink, recent)
 
 
 def split(mask, queries=None, keys=None, start=0, sink=0, recent=0):
@@ -73,9 +66,9 @@ def test_left_padding_moves_the_sink_to_the_first_token():
 
 
 def test_each_row_of_a_batch_has_its_own_first_token():
-    positions = torch.arange(4)
+    positions = torch.tensor([[0, 1, 2, 3], [-1, 0, 1, 2]])
     visible = torch.cat([causal(4, 4), causal(4, 4, padding=1)])
-    codes = window_codes(visible, positions, positions, torch.tensor([0, 1]), sink=1, recent=1)
+    codes = window_codes(visible, positions, positions, sink=1, recent=1)
     assert codes[:, 0, 3].tolist() == [[2, 1, 1, 2], [0, 2, 1, 2]]
 
 
@@ -85,14 +78,14 @@ def test_queries_after_a_cache_are_placed_by_their_offset():
 
 def test_keys_of_a_sliding_cache_are_placed_by_their_offset_and_have_lost_the_sink():
     visible = torch.ones(1, 1, 1, 3, dtype=torch.bool)
-    codes = window_codes(visible, torch.tensor([4]), torch.arange(2, 5), torch.tensor([0]), sink=1, recent=2)
+    codes = window_codes(visible, torch.tensor([[4]]), torch.arange(2, 5)[None], sink=1, recent=2)
     assert codes.tolist() == [[[[1, 2, 2]]]]
 
 
 def test_the_window_reveals_nothing_that_a_sliding_window_hides():
     positions = torch.arange(6)
     sliding = causal(6, 6) & (positions > positions[:, None] - 2)
-    codes = window_codes(sliding, positions, positions, torch.tensor([0]), sink=1, recent=4)
+    codes = window_codes(sliding, positions[None], positions[None], sink=1, recent=4)
     assert torch.equal(codes != HIDDEN, sliding)
     assert codes[0, 0, 5].tolist() == [0, 0, 0, 0, 2, 2]
 

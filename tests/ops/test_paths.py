@@ -135,9 +135,8 @@ def test_masks(seed, heads, queries, before, padding, sliding, window, codes, bl
         patch.setattr(reference, "CHUNK_SCORES", block)
         assert_as_accurate_as_reference(states, selected, "fused", mask=mask)
         if codes:
-            positions = torch.arange(keys)
-            first = torch.tensor([0, padding])
-            mask, sink, recent = window_codes(mask, positions[before:], positions, first, *window), 0, 0
+            positions = torch.arange(keys) - torch.tensor([[0], [padding]])
+            mask, sink, recent = window_codes(mask, positions[:, before:], positions, *window), 0, 0
         assert_as_accurate_as_reference(states, selected, "chunked", mask=mask, sink=sink, recent=recent)
 
 

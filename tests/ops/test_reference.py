@@ -148,7 +148,8 @@ def test_it_is_the_plain_double_loop(seed, shape, queries, before, form, sink, r
     elif form == "codes":
         starts = torch.tensor(padding)
         mask = causal & (positions >= starts[:, None, None, None])
-        mask = window_codes(mask, positions[before:], positions, starts, sink, recent)
+        places = positions - starts[:, None]
+        mask = window_codes(mask, places[:, before:], places, sink, recent)
     window = {} if form == "codes" else {"sink": sink, "recent": recent}  # the codes carry it
 
     def visible(b, i, j):

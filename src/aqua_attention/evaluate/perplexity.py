@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aqua_attention.calibration import check_tokens
+from aqua_attention.capture import input_device
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.integrations.transformers import Attachment, apply
@@ -46,15 +48,11 @@ class _Run:
     attachment: Attachment
     sums: _Sums = field(default_factory=_Sums)
 
-    def count(self, layer: int, selected: Tensor | None, head_dim: int) -> None:
+    def count(self, layer: int, selected: Tensor | None, queries: torch.Size, head_dim: int) -> None:
         """Add one attention call to the measured share of dimensions."""
-        if selected is None:
-            kept = self.setting.config.kept_dims(head_dim)
-            self.sums.selected, self.sums.selectable = self.sums.selected + kept, self.sums.selectable + head_dim
-        else:
-            rows = selected.numel() // selected.shape[-1]
-            self.sums.selected += int(selected.sum())
-            self.sums.selectable += rows * head_dim
+        rows = queries.numel() // queries[-1]
+        self.sums.selected += rows * queries[-1] if selected is None else int(selected.sum())
+        self.sums.selectable += rows * head_dim
 
 
 def evaluate_perplexity(
@@ -77,14 +75,18 @@ def evaluate_perplexity(
         of the next-token distribution from the dense one, nats), `top1` (share of positions with the dense model's
         most likely token), `mean_k` (share of head_dim that was multiplied, measured, outside the exact window),
         `tokens` (predictions scored).
+
+    Raises:
+        AquaError: no windows, tokens that the model does not know, AQUA already attached, NaN or infinite logits.
     """
     if windows.shape[0] < 1 or windows.shape[1] < 2:
         raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
+    check_tokens(model, windows, context=windows.shape[1])
     by_basis = {basis: projections.with_basis(basis) for basis in {s.basis for s in settings} - {projections.basis}}
     runs = [_Run(s, apply(model, by_basis.get(s.basis, projections), s.config)) for s in settings]
     dense = _Sums()
     done, total = 0, len(windows) * (1 + len(runs))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     with torch.inference_mode():
         for window in windows:
             tokens = window[None].to(device)
@@ -100,7 +102,7 @@ def evaluate_perplexity(
                 done += 1
     if progress:
         progress(total, total)
-    dense_perplexity = math.exp(dense.loss / dense.tokens)
+    dense_perplexity = _perplexity(dense, "dense attention")
     return {
         "dense": {"perplexity": dense_perplexity, "tokens": dense.tokens},
         "rows": [_row(run, dense_perplexity) for run in runs],
@@ -129,7 +131,7 @@ def _score(sums: _Sums, logits: Tensor, dense_logits: Tensor, targets: Tensor) -
 
 def _row(run: _Run, dense_perplexity: float) -> dict[str, Any]:
     sums = run.sums
-    perplexity = math.exp(sums.loss / sums.tokens)
+    perplexity = _perplexity(sums, str(run.setting.config))
     return {
         "setting": run.setting.config.to_dict(),
         "basis": run.setting.basis,
@@ -140,3 +142,13 @@ def _row(run: _Run, dense_perplexity: float) -> dict[str, Any]:
         "mean_k": sums.selected / sums.selectable,
         "tokens": sums.tokens,
     }
+
+
+def _perplexity(sums: _Sums, what: str) -> float:
+    mean = sums.loss / sums.tokens
+    if not math.isfinite(mean):
+        raise AquaError(
+            f"the model gives NaN or infinite logits with {what}: its weights are damaged, or the dtype is too narrow "
+            "(try --dtype float32)"
+        )
+    return math.exp(min(mean, 700.0))

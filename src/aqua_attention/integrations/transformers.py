@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.cache import Rotation, is_rotated, rotate_on_write
 from aqua_attention.capture import AttentionLayer, attention_layers, innermost_decoder
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, install, mask_builder
+from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, install, mask_builder
 from aqua_attention.ops.api import attention
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
 
-SelectionObserver = Callable[[int, Tensor | None, int], None]
+SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Attachment:
 
     Attributes:
         model, projections, config: as given.
-        on_selection: called as on_selection(layer index, selected, head_dim) for every attention call; `selected` is
-            boolean [batch, num_attention_heads, queries, kept] or None for every kept dimension.
+        on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
+            attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
     """
 
     def __init__(self, model: PreTrainedModel, projections: Projections, config: AquaConfig) -> None:
@@ -59,8 +60,9 @@ class Attachment:
             config.kept_dims(layer.head_dim)
         self._decoder = innermost_decoder(model, self._found)
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
+        self._rotates_on_write = all(layer.reads_own_cache for layer in self._found)
         self._layers: dict[nn.Module, _AttachedLayer] = {}
-        self._cache: Cache | None = None
+        self._name = ""
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> Attachment:
@@ -72,10 +74,9 @@ class Attachment:
         if str(self.model.config._attn_implementation).startswith(NAME_PREFIX):
             raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
         self._layers = {layer.module: self._attached(layer) for layer in self._found}
-        self._undo.append(install(self.model, self._attend, mask_builder(self.config.sink, self.config.recent)))
-        before = self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        after = self._decoder.register_forward_hook(self._after_forward, always_call=True)
-        self._undo += [before.remove, after.remove]
+        self._name, undo = install(self.model, self._attend, mask_builder(self.config.sink, self.config.recent))
+        hook = self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._undo = [undo, hook.remove]
         return self
 
     def detach(self) -> None:
@@ -84,10 +85,10 @@ class Attachment:
             layer.rotation.active = False
         while self._undo:
             self._undo.pop()()
-        self._layers, self._cache = {}, None
+        self._layers = {}
 
     def __enter__(self) -> Attachment:
-        return self if self._undo else self.attach()
+        return self.attach()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -106,14 +107,19 @@ class Attachment:
     def _before_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """See which cache this forward pass uses, and make it rotate on write while it is empty."""
+        """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
+        implementation = self._decoder.config._attn_implementation
+        if implementation != self._name:
+            if str(implementation).startswith(NAME_PREFIX):
+                return args, kwargs  # being observed: dense for a moment, see capture.py
+            raise AquaError(
+                f"the model's attention was set to {implementation!r} while AQUA is attached: detach AQUA first"
+            )
+        if not self._rotates_on_write:
+            return args, kwargs
         given = dict(zip(self._forward_parameters, args, strict=False)) | kwargs
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
-        if self._checkpoints_gradients():
-            # The model drops its cache in this mode: keys arrive as they are.
-            self._cache = None
-            return args, kwargs
-        use_cache = self._decoder.config.use_cache if use_cache is None else use_cache
+        use_cache = getattr(self._decoder.config, "use_cache", False) if use_cache is None else use_cache
         if cache is None and use_cache and "past_key_values" in self._forward_parameters:
             # The model would make this very cache itself, out of our sight.
             cache = DynamicCache(config=self._decoder.config)
@@ -124,16 +130,7 @@ class Attachment:
                 kwargs = kwargs | {"past_key_values": cache}
         if type(cache) is DynamicCache:
             rotate_on_write(cache, {layer.index: layer.rotation for layer in self._layers.values()})
-        self._cache = cache
         return args, kwargs
-
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._cache = None
-
-    def _checkpoints_gradients(self) -> bool:
-        return self.model.training and any(
-            getattr(module, "gradient_checkpointing", False) for module in self._decoder.modules()
-        )
 
     def _attend(
         self,
@@ -152,37 +149,42 @@ class Attachment:
         """The attention function that transformers calls; query and key arrive after rotary embedding."""
         layer = self._layers.get(module)
         if layer is None:
-            raise AquaError(f"{type(module).__name__} was added to the model after AQUA was attached: attach again")
+            raise AquaError(
+                f"{type(module).__name__} called AQUA attention, but AQUA was not attached to it: either another model "
+                "shares this one's config, or it was added later; load the other model anew, or attach again"
+            )
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        check_call(type(self.model).__name__, causal, kwargs)
         if dropout > 0:
             raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
-        scaling = layer.head_dim**-0.5 if scaling is None else scaling
-        query = rotate(query, layer.rotation.matrix)
-        if not is_rotated(self._cache_layer(layer.index), layer.rotation):
-            key = rotate(key, layer.rotation.matrix)
-        selected = select_dimensions(query, self.config, layer.head_dim, layer.key_rms)
-        if self.on_selection is not None:
-            self.on_selection(layer.index, selected, layer.head_dim)
         mask = as_aqua_mask(attention_mask)
-        if mask is None and 1 < query.shape[2] < key.shape[2]:
-            # Without a mask, keys behind the queries are the empty end of a static cache.
-            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        output = attention(
-            query,
-            key,
-            value,
-            selected,
-            mask=mask,
-            sink=self.config.sink,
-            recent=self.config.recent,
-            scaling=scaling,
-            softcap=softcap,
-            s_aux=s_aux,
-        )
+        window = self.config.sink + self.config.recent > 0
+        if window and mask is not None and mask.dtype == torch.bool and kwargs.get("sliding_window"):
+            raise AquaError("sink and recent in a sliding-window layer need a 2-D attention mask, not a 4-D one")
+        scaling = layer.head_dim**-0.5 if scaling is None else scaling
+        with torch.autocast(query.device.type, enabled=False):
+            query = rotate(query, layer.rotation.matrix).to(value.dtype)
+            if not is_rotated(key, layer.rotation):
+                if mask is None and 1 < query.shape[2] < key.shape[2]:
+                    # Without a mask, keys behind the queries are the empty end of a static cache.
+                    key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+                key = rotate(key, layer.rotation.matrix)
+            selected = select_dimensions(query, self.config, layer.head_dim, layer.key_rms)
+            if self.on_selection is not None:
+                self.on_selection(layer.index, selected, query.shape, layer.head_dim)
+            output = attention(
+                query,
+                key.to(value.dtype),
+                value,
+                selected,
+                mask=mask,
+                sink=self.config.sink,
+                recent=self.config.recent,
+                scaling=scaling,
+                softcap=softcap,
+                s_aux=s_aux,
+            )
         return output.transpose(1, 2).contiguous(), None
-
-    def _cache_layer(self, index: int) -> Any:
-        layers = getattr(self._cache, "layers", ())
-        return layers[index] if index < len(layers) else None
 
 
 def apply(model: PreTrainedModel, projections: Projections, config: AquaConfig | None = None) -> Attachment:

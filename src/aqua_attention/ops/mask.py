@@ -17,7 +17,6 @@ def window_codes(
     visible: Tensor,
     query_positions: Tensor,
     key_positions: Tensor,
-    first_token: Tensor,
     sink: int,
     recent: int,
 ) -> Tensor:
@@ -25,16 +24,15 @@ def window_codes(
 
     Args:
         visible: boolean [batch, heads or 1, queries, keys].
-        query_positions: [queries], key_positions: [keys]; indices in the padded sequence.
-        first_token: [batch], index of each row's first non-padding token.
+        query_positions: [batch, queries], key_positions: [batch, keys]; places among the row's real tokens, from 0.
         sink, recent: sizes of the exact window in tokens.
 
     Returns:
         uint8, shape of `visible`.
     """
-    is_recent = key_positions > query_positions[:, None] - recent
-    is_sink = key_positions < first_token[:, None] + sink
-    exact = is_recent[None, None] | is_sink[:, None, None, :]
+    is_recent = key_positions[:, None, :] > query_positions[:, :, None] - recent
+    is_sink = key_positions < sink
+    exact = (is_recent | is_sink[:, None, :])[:, None]
     return visible.to(torch.uint8) + (visible & exact).to(torch.uint8)
 
 
@@ -44,7 +42,8 @@ def visible_and_exact(
     """Split a mask into what a query sees and what of it is exact.
 
     A boolean mask carries no positions, so the window is counted among the visible keys of each query: its first
-    `sink` and its last `recent`. For causal masks with or without padding that is the same window.
+    `sink` and its last `recent`. For causal masks with or without padding that is the same window; for sliding
+    windows it is not, and the integration refuses them.
 
     Args:
         mask: None, boolean or codes, [batch or 1, heads or 1, queries, keys].
@@ -54,11 +53,10 @@ def visible_and_exact(
         Two boolean tensors that broadcast to [batch, heads, queries, keys].
     """
     if mask is None:
-        query_positions = torch.arange(start, start + queries, device=device)
-        key_positions = torch.arange(keys, device=device)
-        visible = (key_positions <= query_positions[:, None])[None, None]
-        first_token = torch.zeros(1, dtype=torch.long, device=device)
-        codes = window_codes(visible, query_positions, key_positions, first_token, sink, recent)
+        query_positions = torch.arange(start, start + queries, device=device)[None]
+        key_positions = torch.arange(keys, device=device)[None]
+        visible = (key_positions[:, None, :] <= query_positions[:, :, None])[:, None]
+        codes = window_codes(visible, query_positions, key_positions, sink, recent)
         return visible, codes == EXACT
     if mask.dtype == torch.uint8:
         return mask != HIDDEN, mask == EXACT

@@ -31,9 +31,9 @@ def attention_reference(
 ) -> Tensor:
     """Attention whose scores use the selected dimensions outside the exact window and all of them inside.
 
-    score(i, j) = scaling * sum_{c in S} q_ic k_jc, with S = selected_i, or every dimension when token j is among
-    the first `sink` or the last `recent` tokens that query i sees. Softmax and product with the values as usual,
-    computed in at least float32.
+    score(i, j) = scaling * sum_{c in S} q_ic k_jc, with S = selected_i, or every dimension when token j is one of the
+    first `sink` tokens of its row or of the last `recent` up to query i (and visible to it). Softmax and product with
+    the values as usual, computed in at least float32.
 
     Args:
         query: rotated, [batch, num_attention_heads, queries, kept].

@@ -26,7 +26,8 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
     dtype = torch.promote_types(states.dtype, rotation.dtype)
     # The query heads of one key-value head lie next to each other, so they are one tall matrix for its rotation.
     tall = states.to(dtype).reshape(batch, groups, heads // groups * length, head_dim)
-    return (tall @ rotation.to(dtype)).reshape(batch, heads, length, -1).to(states.dtype)
+    with torch.autocast(states.device.type, enabled=False):
+        return (tall @ rotation.to(dtype)).reshape(batch, heads, length, -1).to(states.dtype)
 
 
 def select_dimensions(query: Tensor, config: AquaConfig, head_dim: int, key_rms: Tensor) -> Tensor | None:
