@@ -21,7 +21,11 @@ def make(config, model, **changes):
 FAMILIES = MAKERS | {
     "qwen2 (biases)": lambda: make(tf.Qwen2Config, tf.Qwen2ForCausalLM),
     "gemma2 (softcap)": lambda: make(
-        tf.Gemma2Config, tf.Gemma2ForCausalLM, sliding_window=12, query_pre_attn_scalar=16
+        tf.Gemma2Config,
+        tf.Gemma2ForCausalLM,
+        sliding_window=12,
+        query_pre_attn_scalar=16,
+        attn_implementation="eager",  # some versions of sdpa leave the softcap out
     ),
     "gemma3 (sliding and full, two bases)": lambda: make(
         tf.Gemma3TextConfig,
