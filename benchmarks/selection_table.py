@@ -21,6 +21,7 @@ from aqua_attention.files import write_json
 from aqua_attention.text import token_windows, tokenize
 
 RATIOS = (0.75, 0.5, 0.25)
+ERRORS = (0.05, 0.1, 0.2, 0.4)
 
 
 def methods(recent: int) -> dict[str, tuple[str, dict[str, object]]]:
@@ -36,6 +37,14 @@ def methods(recent: int) -> dict[str, tuple[str, dict[str, object]]]:
     }
 
 
+def adaptive(recent: int) -> tuple[list[str], list[Setting]]:
+    """Column titles and settings of adaptive k: a row an allowed error, a column a share."""
+    window = {"selection": "weighted", "sink": 4, "recent": recent}
+    shares = ("head", "group")
+    settings = [Setting(aqua.AquaConfig(logit_error=e, share=share, **window)) for e in ERRORS for share in shares]
+    return [f"share={share}: change (KL), mean k" for share in shares], settings
+
+
 def main() -> None:
     """Parse the command line, run, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -47,6 +56,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--seed", type=int, help="spread the calibration windows over the text by this seed")
     parser.add_argument("--recent", type=int, default=128)
+    parser.add_argument("--adaptive", action="store_true", help="a table of logit_error instead of k_ratio")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device")
     parser.add_argument("--json", help="write the rows here")
@@ -54,12 +64,15 @@ def main() -> None:
 
     model, tokenizer = aqua.load_model(options.model, dtype=options.dtype, device=options.device)
     context = options.context
-    columns = methods(options.recent)
-    settings = [
-        Setting(aqua.AquaConfig(k_ratio=ratio, **fields), basis)
-        for ratio in RATIOS
-        for basis, fields in columns.values()
-    ]
+    if options.adaptive:
+        columns, settings = adaptive(options.recent)
+    else:
+        columns = list(methods(options.recent))
+        settings = [
+            Setting(aqua.AquaConfig(k_ratio=ratio, **fields), basis)
+            for ratio in RATIOS
+            for basis, fields in methods(options.recent).values()
+        ]
     ids, prefix = tokenize(tokenizer, aqua.load_text(options.evaluation))
     windows = token_windows(ids, tokens=options.test_windows * context, context=context, seed=None, prefix=prefix)
     with Progress(console=Console(stderr=True)) as progress:
@@ -85,12 +98,23 @@ def main() -> None:
     if options.json:
         write_json(options.json, result)
     print(f"dense perplexity {result['dense']['perplexity']:.2f}, {result['dense']['tokens']} tokens\n")
-    print("| k_ratio | " + " | ".join(columns) + " |")
+    print(f"| {'logit_error' if options.adaptive else 'k_ratio'} | " + " | ".join(columns) + " |")
     print("|---|" + "---|" * len(columns))
     rows = iter(result["rows"])
-    for ratio in RATIOS:
-        cells = [f"{row['perplexity_change']:+.2%} ({row['kl']:.4f})" for _, row in zip(columns, rows, strict=False)]
-        print(f"| {ratio} | " + " | ".join(cells) + " |")
+    for first in ERRORS if options.adaptive else RATIOS:
+        cells = [
+            f"{row['perplexity_change']:+.2%} ({row['kl']:.4f})" + _share(row)
+            for _, row in zip(columns, rows, strict=False)
+        ]
+        print(f"| {first} | " + " | ".join(cells) + " |")
+
+
+def _share(row: dict) -> str:
+    """Of an adaptive row: the mean share of dimensions, and the least and the largest of a layer."""
+    if row["setting"]["logit_error"] is None:
+        return ""
+    layers = row["mean_k_per_layer"]
+    return f", {row['mean_k']:.2f} (layers {min(layers):.2f}-{max(layers):.2f})"
 
 
 if __name__ == "__main__":

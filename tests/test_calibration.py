@@ -25,7 +25,7 @@ def test_observed_queries_and_keys_give_the_models_own_attention(make):
     seen = []
     with torch.no_grad():
         weights = model(input_ids=tokens(1), output_attentions=True).attentions
-        with observed(model, lambda module, query, key: seen.append((query, key))):
+        with observed(model, lambda module, query, key, scaling: seen.append((query, key))):
             model(input_ids=tokens(1))
     assert len(seen) == len(weights) == 2
     for (query, key), expected in zip(seen, weights, strict=True):
@@ -66,7 +66,7 @@ def test_two_halves_merge_to_the_whole(llama):
 def test_statistics_are_those_of_the_captured_states(llama):
     model, _ = llama
     seen = []
-    with torch.no_grad(), observed(model, lambda module, query, key: seen.append((query, key))):
+    with torch.no_grad(), observed(model, lambda module, query, key, scaling: seen.append((query, key))):
         model(input_ids=tokens(1), use_cache=False)
     query, key = (states.double() for states in seen[1])
     layer = collect(model, tokens(1))[1]

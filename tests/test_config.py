@@ -118,5 +118,12 @@ def test_to_dict_holds_every_field_and_survives_json():
         "share": "group",
         "sink": 4,
         "recent": 64,
+        "logit_error": None,
     }
     assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf"), True, "x"])
+def test_a_bad_logit_error_is_refused(value):
+    with pytest.raises(AquaError, match=r"logit_error is .*: it must be a number, 0 or more, or None"):
+        AquaConfig(logit_error=value)

@@ -76,7 +76,7 @@ def collect(
     decoder = innermost_decoder(model, layers)
     statistics: Statistics = {}
 
-    def accumulate(module: nn.Module, query: Tensor, key: Tensor) -> None:
+    def accumulate(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
         index, seen = index_of[module], LayerStatistics.of(query, key)
         statistics[index] = statistics[index] + seen if index in statistics else seen
 

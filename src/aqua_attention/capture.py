@@ -16,7 +16,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, install, mask_builder
 from aqua_attention.ops.api import attention
 
-Observer = Callable[[nn.Module, Tensor, Tensor], None]
+Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class AttentionLayer:
 
 @contextmanager
 def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
-    """While open, `observer(module, query, key)` sees every attention call; the model's results stay dense.
+    """While open, `observer(module, query, key, scaling)` sees every attention call; the model's results stay dense.
 
     query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length, head_dim], as
     they enter the scores: after rotary embedding and after any query-key norm.
@@ -57,7 +57,8 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         check_call(type(model).__name__, causal, kwargs)
-        observer(module, query, key)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        observer(module, query, key, scaling)
         with torch.autocast(query.device.type, enabled=False):
             output = attention(
                 query.to(value.dtype),
@@ -98,7 +99,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
     try:
         with torch.no_grad(), evaluation_mode(model):
-            with observed(model, lambda module, query, key: seen.update({module: (query, key)})):
+            with observed(model, lambda module, query, key, scaling: seen.update({module: (query, key)})):
                 output = model(input_ids=tokens, use_cache=True)
             expected = model(input_ids=tokens)
     except AquaError:

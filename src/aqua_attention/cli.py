@@ -47,6 +47,9 @@ Selection = Annotated[str, typer.Option(help="magnitude (the paper), weighted (o
 Share = Annotated[str, typer.Option(help="head: each query head its own dimensions; group: one set a KV head.")]
 Sink = Annotated[int, typer.Option(help="First tokens scored with every dimension.")]
 Recent = Annotated[int, typer.Option(help="Last tokens scored with every dimension.")]
+LogitError = Annotated[
+    float | None, typer.Option(help="Adaptive k: variance of the logit error allowed to a query; replaces --k-ratio.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -141,7 +144,8 @@ def perplexity(
     share: Share = "head",
     sink: Sink = 0,
     recent: Recent = 0,
-    basis: Annotated[str, typer.Option(help="aqua, or none: the model's own dimensions, not rotated.")] = "aqua",
+    logit_error: LogitError = None,
+    basis: Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")] = "aqua",
     context: Context = 2048,
     tokens: Annotated[int, typer.Option(help="How many tokens to evaluate, from the start of the text.")] = 8192,
     gguf_file: GgufFile = None,
@@ -154,7 +158,7 @@ def perplexity(
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
-    configs = [_config(ratio, s_ratio, selection, share, sink, recent) for ratio in k_ratio]
+    configs = [_config(ratio, s_ratio, selection, share, sink, recent, logit_error) for ratio in k_ratio]
     _check_writable(json)
     from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
     from aqua_attention.files import write_json
@@ -182,6 +186,54 @@ def perplexity(
     typer.echo(f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens")
 
 
+@evaluations.command()
+def retention(
+    model: Model,
+    projections: ProjectionsFile,
+    data: Annotated[str, typer.Option(help="Text: builtin:evaluation, a file or folder, hub:name.")] = (
+        "builtin:evaluation"
+    ),
+    k_ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of dimensions; repeat (0.9 0.75 0.5 0.25).")
+    ] = None,
+    basis: Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")] = "aqua",
+    context: Context = 2048,
+    tokens: Annotated[int, typer.Option(help="How many tokens to read, from the start of the text.")] = 4096,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """How much of scores and softmax is lost, per layer and head: static, dynamic and weighted choice of dimensions.
+
+    Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
+    """
+    _check_writable(json)
+    from aqua_attention.evaluate.retention import K_RATIOS, evaluate_retention
+    from aqua_attention.files import write_json
+    from aqua_attention.projections import Projections
+    from aqua_attention.tables import retention_table
+    from aqua_attention.text import load_text, text_digest, token_windows, tokenize
+
+    learned, text = Projections.load(projections).with_basis(basis), load_text(data)
+    loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
+    ids, prefix = tokenize(tokenizer, text)
+    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+    with _progress() as report:
+        result = evaluate_retention(
+            loaded,
+            learned,
+            windows,
+            k_ratios=k_ratio or K_RATIOS,
+            progress=lambda done, total: report("retention", done, total),
+        )
+    result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
+    if json:
+        write_json(json, result)
+    _print_table(retention_table(result))
+
+
 @app.command()
 def generate(
     model: Model,
@@ -194,6 +246,7 @@ def generate(
     share: Share = "head",
     sink: Sink = 0,
     recent: Recent = 0,
+    logit_error: LogitError = None,
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template.")] = True,
     gguf_file: GgufFile = None,
@@ -207,7 +260,7 @@ def generate(
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --compare`
     """
-    config = _config(k_ratio, s_ratio, selection, share, sink, recent)
+    config = _config(k_ratio, s_ratio, selection, share, sink, recent, logit_error)
     _check_writable(json)
     from aqua_attention.files import write_json
     from aqua_attention.generation import continue_prompt
@@ -282,10 +335,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def _config(k_ratio: float, s_ratio: float, selection: str, share: str, sink: int, recent: int) -> AquaConfig:
+def _config(
+    k_ratio: float, s_ratio: float, selection: str, share: str, sink: int, recent: int, logit_error: float | None
+) -> AquaConfig:
     from aqua_attention.config import AquaConfig
 
-    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent)
+    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent, logit_error)
 
 
 def _load(

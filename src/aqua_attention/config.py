@@ -24,6 +24,10 @@ class AquaConfig:
     Attributes:
         k_ratio: share of the kept dimensions whose products are computed for a query, in (0, 1];
             k = ceil(k_ratio * kept). 1 is dense attention, up to rounding.
+        logit_error: adaptive k, replaces `k_ratio` when given: each query keeps the fewest dimensions, in the order of
+            `selection`, for which the expected squared error of its logits, sum over the dropped dimensions of
+            (scaling * q_i * rms(k_i))^2, is at most this; summed over the query heads when `share` is "group". It is in
+            the logit's own units, so one value fits every layer, head and model: 0.05 to 0.2 are sensible.
         s_ratio: share of trailing (low-variance) rotated key dimensions that are never stored, in [0, 1)
             ("AQUA-Memory"); kept = head_dim - round(s_ratio * head_dim).
         selection: which dimensions a query keeps. "magnitude": largest |q_i| (the paper). "weighted": largest
@@ -44,6 +48,7 @@ class AquaConfig:
     share: str = "head"
     sink: int = 0
     recent: int = 0
+    logit_error: float | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.k_ratio) or not 0 < self.k_ratio <= 1:
@@ -54,6 +59,8 @@ class AquaConfig:
             raise AquaError(f"selection is {self.selection!r}: it must be one of {', '.join(SELECTIONS)}")
         if self.share not in SHARES:
             raise AquaError(f"share is {self.share!r}: it must be one of {', '.join(SHARES)}")
+        if self.logit_error is not None and not (_is_number(self.logit_error) and self.logit_error >= 0):
+            raise AquaError(f"logit_error is {self.logit_error!r}: it must be a number, 0 or more, or None")
         for name in ("sink", "recent"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -67,7 +74,7 @@ class AquaConfig:
         return kept
 
     def selected_dims(self, head_dim: int) -> int:
-        """Number k of dimensions multiplied for a query outside the exact window."""
+        """Number k of dimensions multiplied for a query outside the exact window, by `k_ratio`."""
         # The small term keeps 0.28 * 25 = 7.000000000000001 from becoming 8.
         return max(1, math.ceil(self.k_ratio * self.kept_dims(head_dim) - 1e-9))
 

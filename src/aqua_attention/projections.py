@@ -30,7 +30,7 @@ from aqua_attention.stats import LayerStatistics, Statistics
 
 FORMAT_VERSION = 1
 METADATA_KEY = "aqua_attention"
-BASES = ("aqua", "none")
+BASES = ("aqua", "none", "key-pca")
 ORTHOGONALITY_TOLERANCE = 1e-4
 RECALIBRATE = "calibrate again with `aqua calibrate`"
 
@@ -62,7 +62,8 @@ class Projections:
         statistics: the calibration sums, by layer index.
         model: what the projections fit: `shape` (see `fingerprint.shape_of`), `key_weights` (digest or None), `name`.
         calibration: provenance: `text_sha256`, `tokens`, `context`, `seed`, `library_version`.
-        basis: "aqua", or "none" for the model's own dimensions (for comparison).
+        basis: "aqua"; for comparison "none", the model's own dimensions, or "key-pca", the principal components of the
+            centred keys alone.
     """
 
     layers: dict[int, LayerProjection]
@@ -83,7 +84,7 @@ class Projections:
         return cls(layers, statistics, model, calibration, basis)
 
     def with_basis(self, basis: str) -> Projections:
-        """The same calibration in another basis: "aqua" or "none" (no rotation, as in SparQ)."""
+        """The same calibration in another basis: "aqua", "none" (not rotated, as SparQ) or "key-pca" (as Loki)."""
         return Projections.from_statistics(self.statistics, self.model, self.calibration, basis)
 
     def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
@@ -161,8 +162,16 @@ def _rotation(layer: LayerStatistics, basis: str) -> Tensor:
         return torch.eye(layer.key_gram.shape[-1]).expand(layer.key_gram.shape).clone()
     if basis != "aqua":
         raise AquaError(f"basis is {basis!r}: it must be one of {', '.join(BASES)}")
-    # The right singular vectors of [Q; K] are the eigenvectors of Q^T Q + K^T K; eigh sorts upwards.
-    vectors = torch.linalg.eigh(layer.query_gram + layer.key_gram).eigenvectors.flip(-1)
+    if basis == "key-pca":
+        mean = layer.key_sum / layer.key_count
+        return _principal(layer.key_gram / layer.key_count - mean[:, :, None] * mean[:, None, :])
+    # The right singular vectors of [Q; K] are the eigenvectors of Q^T Q + K^T K.
+    return _principal(layer.query_gram + layer.key_gram)
+
+
+def _principal(gram: Tensor) -> Tensor:
+    """Eigenvectors of symmetric matrices as columns, largest eigenvalue first; float32."""
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)
     # An eigenvector's sign is free: fix it, so that the same statistics give the same file.
     largest = vectors.abs().argmax(-2, keepdim=True)
     return (vectors * vectors.gather(-2, largest).sign()).float()

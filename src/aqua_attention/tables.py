@@ -33,7 +33,8 @@ def perplexity_table(result: dict[str, Any]) -> Table:
 
 def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
     """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64"."""
-    words = [f"k_ratio {setting['k_ratio']:g}"]
+    adaptive = setting.get("logit_error") is not None
+    words = [f"logit_error {setting['logit_error']:g}" if adaptive else f"k_ratio {setting['k_ratio']:g}"]
     if setting["s_ratio"]:
         words.append(f"s_ratio {setting['s_ratio']:g}")
     if basis != "aqua":
@@ -45,6 +46,18 @@ def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
     if setting["sink"] or setting["recent"]:
         words.append(f"exact {setting['sink']} + {setting['recent']}")
     return ", ".join(words)
+
+
+def retention_table(result: dict[str, Any]) -> Table:
+    """What `evaluate_retention` returned: a row a ratio, the loss of each selection beside each other."""
+    selections = list(dict.fromkeys(row["selection"] for row in result["rows"]))
+    cells = {(row["k_ratio"], row["selection"]): row for row in result["rows"]}
+    titles = ["k_ratio", *(f"{loss} lost, {name}" for loss in ("scores", "softmax") for name in selections)]
+    rows = []
+    for ratio in dict.fromkeys(row["k_ratio"] for row in result["rows"]):
+        figures = [cells[ratio, name][key] for key in ("score_loss", "softmax_loss") for name in selections]
+        rows.append([f"{ratio:g}", *(f"{figure:.2%}" for figure in figures)])
+    return titles, rows
 
 
 def provenance_table(projections: Projections) -> Table:

@@ -112,8 +112,9 @@ def test_a_quarter_of_the_dimensions_moves_the_logits(family):
     [
         aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=2, recent=5),
         aqua.AquaConfig(k_ratio=0.5, share="group", s_ratio=0.25),
+        aqua.AquaConfig(logit_error=0.5, sink=2, recent=5),
     ],
-    ids=["weighted with window", "group with s_ratio"],
+    ids=["weighted with window", "group with s_ratio", "logit_error with window"],
 )
 def test_caches_padding_and_a_continued_chat_do_not_change_the_result(family, config):
     model, projections = family

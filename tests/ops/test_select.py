@@ -184,3 +184,55 @@ def test_bfloat16_states_are_rotated_to_rounding_and_no_worse():
     assert ((rotated.double() - exact).abs() <= bound).all()
     # The bound tells the difference: a rotation that was itself rounded to bfloat16 breaks it.
     assert not ((rotate(states, rotation.bfloat16()).double() - exact).abs() <= bound).all()
+
+
+ONE = torch.ones(1, 4)
+
+
+@pytest.mark.parametrize(("allowed", "kept"), [(0.0, 4), (0.99, 4), (1.0, 3), (4.99, 3), (5.0, 2), (14.0, 1), (1e9, 1)])
+def test_adaptive_k_drops_as_many_of_the_smallest_as_the_error_allows(allowed, kept):
+    """Squared entries 16, 9, 4, 1: dropping the last costs 1, the last two 5, the last three 14."""
+    query = torch.tensor([[[[4.0, -3.0, 2.0, -1.0]]]])
+    selected = select_dimensions(query, AquaConfig(logit_error=allowed), 4, ONE, scaling=1.0)
+    assert selected[0, 0, 0].tolist() == [place < kept for place in range(4)]
+
+
+def test_adaptive_k_weighs_by_the_keys_and_the_scaling():
+    query, rms = torch.tensor([[[[1.0, 1.0, 1.0]]]]), torch.tensor([[1.0, 2.0, 3.0]])
+    # Variances at scaling 0.5: 0.25, 1, 2.25. In order of magnitude (all equal) the last go first.
+    weighted = AquaConfig(logit_error=1.3, selection="weighted")
+    assert select_dimensions(query, weighted, 3, rms, scaling=0.5)[0, 0, 0].tolist() == [False, False, True]
+    plain = AquaConfig(logit_error=2.3)
+    assert select_dimensions(query, plain, 3, rms, scaling=0.5)[0, 0, 0].tolist() == [True, True, False]
+
+
+def test_adaptive_k_of_a_group_sums_the_errors_of_its_heads():
+    query = torch.tensor([[[[3.0, 0.0, 1.0]], [[0.0, 2.0, 1.0]]]])  # summed squares 9, 4, 2
+    for allowed, expected in ((1.9, [True, True, True]), (2.0, [True, True, False]), (6.0, [True, False, False])):
+        config = AquaConfig(logit_error=allowed, share="group")
+        selected = select_dimensions(query, config, 3, torch.ones(1, 3), scaling=1.0)
+        assert selected[0, 0, 0].tolist() == selected[0, 1, 0].tolist() == expected
+
+
+def test_adaptive_k_keeps_a_nan_visible():
+    query = torch.tensor([[[[float("nan"), 1.0, 2.0, 3.0]]]])
+    assert select_dimensions(query, AquaConfig(logit_error=100.0), 4, ONE, scaling=1.0)[0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_adaptive_k_is_the_fewest_that_hold_the_bound(share):
+    generator = torch.Generator().manual_seed(0)
+    query, rms = torch.randn(2, 4, 5, 16, generator=generator), torch.rand(2, 16, generator=generator) + 0.1
+    config = AquaConfig(logit_error=0.3, selection="weighted", share=share)
+    selected = select_dimensions(query, config, 16, rms)
+    variance = (query.reshape(2, 2, 2, 5, 16) * rms[:, None, None] / 4).square()
+    selected = selected.reshape(variance.shape)
+    if share == "group":
+        variance, selected = variance.sum(2, keepdim=True), selected[:, :, :1]
+    dropped = torch.where(selected, 0, variance).sum(-1)
+    smallest_kept = torch.where(selected, variance, torch.inf).amin(-1)
+    assert (dropped <= 0.3).all()
+    alone = selected.sum(-1) == 1  # one dimension is always kept
+    assert ((dropped + smallest_kept > 0.3) | alone).all()
+    assert not alone.all()
+    assert selected.sum(-1).unique().numel() > 1

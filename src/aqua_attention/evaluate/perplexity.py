@@ -38,8 +38,8 @@ class _Sums:
     kl: float = 0.0
     agree: int = 0
     tokens: int = 0
-    selected: int = 0
-    selectable: int = 0
+    selected: dict[int, int] = field(default_factory=dict)
+    selectable: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -51,8 +51,9 @@ class _Run:
     def count(self, layer: int, selected: Tensor | None, queries: torch.Size, head_dim: int) -> None:
         """Add one attention call to the measured share of dimensions."""
         rows = queries.numel() // queries[-1]
-        self.sums.selected += rows * queries[-1] if selected is None else int(selected.sum())
-        self.sums.selectable += rows * head_dim
+        sums, chosen = self.sums, rows * queries[-1] if selected is None else int(selected.sum())
+        sums.selected[layer] = sums.selected.get(layer, 0) + chosen
+        sums.selectable[layer] = sums.selectable.get(layer, 0) + rows * head_dim
 
 
 def evaluate_perplexity(
@@ -73,7 +74,8 @@ def evaluate_perplexity(
         `{"dense": {"perplexity", "tokens"}, "rows": [...]}`, a row a setting: `setting` (the AquaConfig's fields),
         `basis`, `perplexity`, `perplexity_change` (relative to dense: 0.01 is one per cent), `kl` (mean KL divergence
         of the next-token distribution from the dense one, nats), `top1` (share of positions with the dense model's
-        most likely token), `mean_k` (share of head_dim that was multiplied, measured, outside the exact window),
+        most likely token), `mean_k` (share of head_dim that was multiplied, measured, outside the exact window; also
+        `mean_k_per_layer`, a list),
         `tokens` (predictions scored).
 
     Raises:
@@ -139,7 +141,8 @@ def _row(run: _Run, dense_perplexity: float) -> dict[str, Any]:
         "perplexity_change": perplexity / dense_perplexity - 1,
         "kl": sums.kl / sums.tokens,
         "top1": sums.agree / sums.tokens,
-        "mean_k": sums.selected / sums.selectable,
+        "mean_k": sum(sums.selected.values()) / sum(sums.selectable.values()),
+        "mean_k_per_layer": [sums.selected[layer] / sums.selectable[layer] for layer in sorted(sums.selected)],
         "tokens": sums.tokens,
     }
 

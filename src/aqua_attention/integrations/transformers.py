@@ -169,7 +169,7 @@ class Attachment:
                     # Without a mask, keys behind the queries are the empty end of a static cache.
                     key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
                 key = rotate(key, layer.rotation.matrix)
-            selected = select_dimensions(query, self.config, layer.head_dim, layer.key_rms)
+            selected = select_dimensions(query, self.config, layer.head_dim, layer.key_rms, scaling)
             if self.on_selection is not None:
                 self.on_selection(layer.index, selected, query.shape, layer.head_dim)
             output = attention(

@@ -30,34 +30,53 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
         return (tall @ rotation.to(dtype)).reshape(batch, heads, length, -1).to(states.dtype)
 
 
-def select_dimensions(query: Tensor, config: AquaConfig, head_dim: int, key_rms: Tensor) -> Tensor | None:
-    """Which dimensions each query multiplies (paper, section 3: the k largest |q_i|).
+def select_dimensions(
+    query: Tensor, config: AquaConfig, head_dim: int, key_rms: Tensor, scaling: float | None = None
+) -> Tensor | None:
+    """Which dimensions each query multiplies (paper, section 3: the k largest |q_i|; or as many as it needs).
 
     Equal scores: the lower dimension (larger calibrated variance) wins. A NaN counts as largest, so a NaN in a
     query stays visible in its output.
 
     Args:
         query: rotated queries, [batch, num_attention_heads, length, kept].
-        config: `k_ratio`, `s_ratio`, `selection` and `share` are read.
+        config: `k_ratio` or `logit_error`, `s_ratio`, `selection` and `share` are read.
         head_dim: width of the model's heads before `s_ratio` cut the trailing dimensions.
         key_rms: root mean square of each rotated key dimension over the calibration text, not centred,
-            [num_key_value_heads, kept]; read by selection="weighted" only.
+            [num_key_value_heads, kept]; read by selection="weighted" and by `logit_error`.
+        scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
 
     Returns:
-        Boolean, same shape as `query`, exactly k True in each row; None when every dimension is kept.
+        Boolean, same shape as `query`, with exactly k True in each row (`k_ratio`) or at least one (`logit_error`);
+        None when `k_ratio` keeps every dimension.
     """
     batch, heads, length, kept = query.shape
-    k = config.selected_dims(head_dim)
-    if k >= kept:
-        return None
-    if config.selection == "static":
-        return (torch.arange(kept, device=query.device) < k).expand(query.shape)
     groups = key_rms.shape[0]
+    k = config.selected_dims(head_dim)
+    adaptive = config.logit_error is not None
+    if k >= kept and not adaptive:
+        return None
+    if config.selection == "static" and not adaptive:
+        return (torch.arange(kept, device=query.device) < k).expand(query.shape)
     size = query.float().reshape(batch, groups, heads // groups, length, kept).abs()
-    if config.selection == "weighted":
-        size = size * key_rms.float()[:, None, None, :]
+    error = size * key_rms.float()[:, None, None, :]
+    size = error if config.selection == "weighted" else size
     if config.share == "group":
         size = size.square().sum(2, keepdim=True)
-    order = torch.sort(size, dim=-1, descending=True, stable=True).indices
-    selected = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+    if config.selection == "static":
+        order = torch.arange(kept, device=query.device).expand(size.shape)
+    else:
+        order = torch.sort(size, dim=-1, descending=True, stable=True).indices
+    if config.logit_error is None:
+        chosen = torch.ones_like(order[..., :k], dtype=torch.bool)
+        order = order[..., :k]
+    else:
+        variance = (error * (head_dim**-0.5 if scaling is None else scaling)).square()
+        if config.share == "group":
+            variance = variance.sum(2, keepdim=True)
+        # Dropping from place i on costs the sum of the variances from there to the end.
+        left = variance.gather(-1, order).flip(-1).cumsum(-1).flip(-1)
+        chosen = ~(left <= config.logit_error)  # a NaN is kept
+        chosen[..., 0] = True
+    selected = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, order, chosen)
     return selected.expand(batch, groups, heads // groups, length, kept).reshape(query.shape)
