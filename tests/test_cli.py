@@ -88,6 +88,31 @@ def test_eval_perplexity_prints_and_writes_a_row_a_setting(aqua, projections_fil
     assert second["tokens"] == 126
 
 
+def test_eval_with_an_allowed_error_and_another_basis(aqua, projections_file, tiny_folder, text_file, tmp_path):
+    code, out, err = aqua(
+        *("eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64),
+        *("--tokens", 64, "--logit-error", 1.0, "--basis", "key-pca", "--json", tmp_path / "rows.json"),
+    )
+    assert code == 0, err
+    assert "logit_error 1, basis key-pca" in out
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["setting"]["logit_error"] == 1.0
+    assert row["basis"] == "key-pca"
+    assert 0 < min(row["mean_k_per_layer"]) <= row["mean_k"] <= max(row["mean_k_per_layer"]) < 1
+
+
+def test_eval_retention_prints_and_writes_every_selection(aqua, projections_file, tiny_folder, text_file, tmp_path):
+    code, out, err = aqua(
+        *("eval", "retention", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64),
+        *("--tokens", 64, "--k-ratio", 0.5, "--json", tmp_path / "rows.json"),
+    )
+    assert code == 0, err
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["selection"] for row in rows] == ["static", "magnitude", "weighted"]
+    assert all(len(row["per_layer"]) == 3 and len(row["per_layer"][0]["score_loss"]) == 4 for row in rows)
+    assert f"{rows[0]['score_loss']:.2%}" in out
+
+
 def test_generate_compares_dense_and_aqua(aqua, projections_file, tiny_folder, tmp_path):
     arguments = ("generate", tiny_folder, "-p", projections_file, "--prompt", "w1 w2 w3 w4", "--max-new-tokens", 8)
     code, out, _ = aqua(*arguments, "--k-ratio", 1, "--compare", "--json", tmp_path / "out.json")
@@ -153,7 +178,7 @@ def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, t
 
 
 def test_every_command_has_an_example_in_its_help(aqua):
-    for command in (["calibrate"], ["inspect"], ["eval", "perplexity"], ["generate"], ["demo"]):
+    for command in (["calibrate"], ["inspect"], ["eval", "perplexity"], ["eval", "retention"], ["generate"], ["demo"]):
         code, out, _ = aqua(*command, "--help")
         assert code == 0
         assert "Example" in out

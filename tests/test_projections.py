@@ -258,3 +258,15 @@ def test_a_tensor_that_does_not_belong_is_refused(path, dtype):
 def test_changed_metadata_is_refused(path, change):
     edit(path, lambda metadata: metadata.update(change))
     assert "its content was changed after it was written" in refusal(path)
+
+
+def test_the_key_pca_basis_is_the_principal_components_of_the_centred_keys():
+    generator = torch.Generator().manual_seed(11)
+    key = torch.randn(1, 1, 400, 6, generator=generator) * torch.tensor([1.0, 5, 2, 4, 3, 0.5]) + 7.0
+    query = torch.randn(1, 2, 400, 6, generator=generator)
+    layer = LayerStatistics.of(query, key)
+    projections = Projections.from_statistics({0: layer}, {}, {}, basis="key-pca")
+    centred = key[0, 0].double() - key[0, 0].double().mean(0)
+    expected = torch.linalg.svd(centred, full_matrices=False).Vh.T
+    found = projections.layers[0].rotation[0].double()
+    assert torch.allclose((found.T @ expected).abs(), torch.eye(6, dtype=torch.float64), atol=1e-3)

@@ -5,7 +5,7 @@ In the order of use:
 
     calibrate        learn the projections of a model from a text, once
     Projections      the learned rotations; save, load, check
-    AquaConfig       the knobs: k_ratio, s_ratio, selection, share, sink, recent
+    AquaConfig       the knobs: k_ratio or logit_error, s_ratio, selection, share, sink, recent
     apply            AQUA in a transformers model, as a context manager
     AquaError        every mistake of a user, with its remedy
 

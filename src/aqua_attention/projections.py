@@ -158,10 +158,10 @@ class Projections:
 
 def _rotation(layer: LayerStatistics, basis: str) -> Tensor:
     """Orthogonal float32 matrix [num_key_value_heads, head_dim, head_dim]."""
+    if basis not in BASES:
+        raise AquaError(f"basis is {basis!r}: it must be one of {', '.join(BASES)}")
     if basis == "none":
         return torch.eye(layer.key_gram.shape[-1]).expand(layer.key_gram.shape).clone()
-    if basis != "aqua":
-        raise AquaError(f"basis is {basis!r}: it must be one of {', '.join(BASES)}")
     if basis == "key-pca":
         mean = layer.key_sum / layer.key_count
         return _principal(layer.key_gram / layer.key_count - mean[:, :, None] * mean[:, None, :])

@@ -38,7 +38,7 @@ def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
     if setting["s_ratio"]:
         words.append(f"s_ratio {setting['s_ratio']:g}")
     if basis != "aqua":
-        words.append("not rotated")
+        words.append("not rotated" if basis == "none" else f"basis {basis}")
     if setting["selection"] != "magnitude":
         words.append(setting["selection"])
     if setting["share"] != "head":

@@ -26,7 +26,7 @@ ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of an evaluation: the knobs and the basis they work in ("aqua", or "none": not rotated)."""
+    """One row of an evaluation: the knobs and the basis they work in, see `Projections.with_basis`."""
 
     config: AquaConfig
     basis: str = "aqua"
