@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.capture import attention_layers, evaluation_mode, innermost_decoder, input_device, observed
+from aqua_attention.capture import attention_layers, observe_windows
 from aqua_attention.errors import AquaError
 from aqua_attention.fingerprint import key_weight_digest, shape_of
 from aqua_attention.projections import Projections
@@ -72,22 +71,13 @@ def collect(
     """Statistics of every attention layer over token windows [count, context], one forward pass a window."""
     layers = attention_layers(model)
     index_of = {layer.module: layer.index for layer in layers}
-    # The language-model head says nothing about queries and keys, and costs more than the statistics do.
-    decoder = innermost_decoder(model, layers)
     statistics: Statistics = {}
 
     def accumulate(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
         index, seen = index_of[module], LayerStatistics.of(query, key)
         statistics[index] = statistics[index] + seen if index in statistics else seen
 
-    device = input_device(model)
-    with observed(model, accumulate), torch.no_grad(), evaluation_mode(model):
-        for done, window in enumerate(windows):
-            if progress:
-                progress(done, len(windows))
-            decoder(input_ids=window[None].to(device), use_cache=False)
-        if progress:
-            progress(len(windows), len(windows))
+    observe_windows(model, layers, windows, accumulate, progress)
     return statistics
 
 

@@ -143,6 +143,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def observe_windows(
+    model: PreTrainedModel,
+    layers: list[AttentionLayer],
+    windows: Tensor,
+    observer: Observer,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """One dense forward pass for each window of token ids [count, context], watched by `observer`."""
+    # The language-model head says nothing about queries and keys, and costs more than observing does.
+    decoder, device = innermost_decoder(model, layers), input_device(model)
+    with observed(model, observer), torch.no_grad(), evaluation_mode(model):
+        for done, window in enumerate(windows):
+            if progress:
+                progress(done, len(windows))
+            decoder(input_ids=window[None].to(device), use_cache=False)
+    if progress:
+        progress(len(windows), len(windows))
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the token ids of `model` belong; the CPU when its embeddings are offloaded."""
     embeddings = model.get_input_embeddings()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aqua_attention.calibration import check_tokens
-from aqua_attention.capture import attention_layers, innermost_decoder, input_device, observed
+from aqua_attention.capture import attention_layers, observe_windows
 from aqua_attention.config import AquaConfig
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
@@ -45,6 +45,8 @@ def evaluate_retention(
 ) -> dict[str, Any]:
     """Loss of scores and of softmax for every layer, head, selection and ratio, on the model's own dense states.
 
+    Every earlier token counts as visible, also in sliding-window layers; softcap is left out.
+
     Args:
         windows: token ids, [count, context].
         queries: how many queries of each window are measured, spread over its second half.
@@ -59,7 +61,6 @@ def evaluate_retention(
     found = attention_layers(model)
     projections.check_model(model, found)
     layers = {layer.module: layer for layer in found}
-    decoder = innermost_decoder(model, list(layers.values()))
     settings = [(selection, ratio) for selection in selections for ratio in k_ratios]
     check_tokens(model, windows, context=windows.shape[1])
     losses: dict[tuple[str, float], dict[int, _Loss]] = {setting: {} for setting in settings}
@@ -88,14 +89,7 @@ def evaluate_retention(
             )
             sums.count += 1
 
-    device = input_device(model)
-    with observed(model, measure), torch.no_grad():
-        for done, window in enumerate(windows):
-            if progress:
-                progress(done, len(windows))
-            decoder(input_ids=window[None].to(device), use_cache=False)
-    if progress:
-        progress(len(windows), len(windows))
+    observe_windows(model, found, windows, measure, progress)
     return {"rows": [_row(selection, ratio, losses[selection, ratio]) for selection, ratio in settings]}
 
 
