@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from aqua_attention import cli
 from aqua_attention.projections import Projections
@@ -68,6 +69,19 @@ def test_inspect_shows_spectrum_and_provenance(aqua, projections_file, tmp_path)
     assert len(rows) == 3
     for row in rows:
         assert all(0 < few <= many <= 16 for few, many in zip(row["dims_90"], row["dims_99"], strict=True))
+
+
+def test_merge_is_one_run_over_both_texts(aqua, projections_file, tmp_path):
+    both = tmp_path / "both.safetensors"
+    code, out, err = aqua("merge", projections_file, projections_file, "-o", both, "--json", tmp_path / "figures.json")
+    assert code == 0, err
+    assert "1024 tokens in windows of 64" in out
+    one, two = Projections.load(projections_file), Projections.load(both)
+    assert two.calibration["merged"] == [one.calibration, one.calibration]
+    for index, layer in one.statistics.items():
+        assert torch.equal(two.statistics[index].key_gram, 2 * layer.key_gram)
+        assert two.statistics[index].key_count == 1024
+        assert torch.allclose(two.layers[index].key_rms, one.layers[index].key_rms)
 
 
 def test_eval_perplexity_prints_and_writes_a_row_a_setting(aqua, projections_file, tiny_folder, text_file, tmp_path):
@@ -178,7 +192,15 @@ def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, t
 
 
 def test_every_command_has_an_example_in_its_help(aqua):
-    for command in (["calibrate"], ["inspect"], ["eval", "perplexity"], ["eval", "retention"], ["generate"], ["demo"]):
+    for command in (
+        ["calibrate"],
+        ["inspect"],
+        ["merge"],
+        ["eval", "perplexity"],
+        ["eval", "retention"],
+        ["generate"],
+        ["demo"],
+    ):
         code, out, _ = aqua(*command, "--help")
         assert code == 0
         assert "Example" in out

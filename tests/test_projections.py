@@ -270,3 +270,28 @@ def test_the_key_pca_basis_is_the_principal_components_of_the_centred_keys():
     expected = torch.linalg.svd(centred, full_matrices=False).Vh.T
     found = projections.layers[0].rotation[0].double()
     assert torch.allclose((found.T @ expected).abs(), torch.eye(6, dtype=torch.float64), atol=1e-3)
+
+
+def test_two_halves_merge_to_the_whole_and_other_models_are_refused():
+    generator = torch.Generator().manual_seed(12)
+    query, key = (torch.randn(2, heads, 50, 6, generator=generator) for heads in (4, 2))
+    shape = {"model_type": "llama", "layers": [[0, 4, 2, 6]]}
+    model = {"shape": shape, "key_weights": [[0.1, 0.2, 0.3, 0.4]]}
+
+    def projections(rows, model=model, **changes):
+        statistics = {0: LayerStatistics.of(query[rows], key[rows])}
+        return Projections.from_statistics(statistics, model, {"tokens": 50, "context": 50}, **changes)
+
+    whole, both = projections(slice(0, 2)), projections(slice(0, 1)).merged(projections(slice(1, 2)))
+    assert both.calibration["tokens"] == 100
+    assert both.calibration["context"] == 50
+    gram, expected = both.statistics[0].query_gram, whole.statistics[0].query_gram
+    assert float((gram - expected).abs().max() / expected.abs().max()) < 1e-10
+    assert torch.allclose(both.layers[0].rotation, whole.layers[0].rotation, atol=1e-6)
+    for other, message in (
+        (projections(slice(0, 1), model | {"shape": shape | {"model_type": "opt"}}), "different models"),
+        (projections(slice(0, 1), model | {"key_weights": [[0.5, 0.2, 0.3, 0.4]]}), "different weights"),
+        (projections(slice(0, 1), basis="none"), "different bases"),
+    ):
+        with pytest.raises(AquaError, match=message):
+            whole.merged(other)

@@ -129,6 +129,30 @@ def inspect(
     _print_table(spectrum_table(projections))
 
 
+@app.command("merge")
+def merge_files(
+    first: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
+    second: Annotated[Path, typer.Argument(help="Another one, of the same model, from other text.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the merged projections here.")],
+    json: Json = None,
+) -> None:
+    """Join two calibrations of one model, as if one run had read both texts (for calibrating on several machines).
+
+    Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
+    """
+    _check_writable(output, json)
+    from aqua_attention.files import write_json
+    from aqua_attention.projections import Projections
+    from aqua_attention.tables import provenance_table, spectrum
+
+    projections = Projections.load(first).merged(Projections.load(second))
+    projections.save(output)
+    if json:
+        write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
+    _print_table(provenance_table(projections))
+    typer.echo(f"wrote {output}")
+
+
 @evaluations.command()
 def perplexity(
     model: Model,

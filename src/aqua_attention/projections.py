@@ -26,7 +26,7 @@ from aqua_attention.fingerprint import (
     shape_of,
     weight_difference,
 )
-from aqua_attention.stats import LayerStatistics, Statistics
+from aqua_attention.stats import LayerStatistics, Statistics, merge
 
 FORMAT_VERSION = 1
 METADATA_KEY = "aqua_attention"
@@ -86,6 +86,31 @@ class Projections:
     def with_basis(self, basis: str) -> Projections:
         """The same calibration in another basis: "aqua", "none" (not rotated, as SparQ) or "key-pca" (as Loki)."""
         return Projections.from_statistics(self.statistics, self.model, self.calibration, basis)
+
+    def merged(self, other: Projections) -> Projections:
+        """As if one calibration had read both texts: the sums are added and decomposed again.
+
+        Raises:
+            AquaError: the two are not of the same model, or not in the same basis.
+        """
+        if self.model["shape"] != other.model["shape"]:
+            raise AquaError(
+                f"projections of different models cannot be merged: {describe_shape(self.model['shape'])} and "
+                f"{describe_shape(other.model['shape'])}"
+            )
+        if self.basis != other.basis:
+            raise AquaError(f"projections in different bases cannot be merged: {self.basis} and {other.basis}")
+        digests = self.model.get("key_weights"), other.model.get("key_weights")
+        if digests[0] and digests[1] and (difference := weight_difference(*digests)) > WEIGHT_TOLERANCE:
+            raise AquaError(
+                f"projections of different weights cannot be merged: the key weights differ by {min(difference, 1):.1%}"
+            )
+        parts = [self.calibration, other.calibration]
+        calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value}
+        calibration |= {"tokens": sum(part.get("tokens", 0) for part in parts), "merged": parts}
+        return Projections.from_statistics(
+            merge(self.statistics, other.statistics), self.model, calibration, self.basis
+        )
 
     def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
         """Raise AquaError when the projections do not fit; warn when the model's key weights differ."""
