@@ -32,6 +32,7 @@ ORDER = [
     "generation",
     "evaluate",
     "tables",
+    "terminal",
     "demo",
     "cli",
 ]

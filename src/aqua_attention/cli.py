@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aqua_attention.errors import AquaError
+from aqua_attention.terminal import check_writable, print_table, progress_bars
 from aqua_attention.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from aqua_attention.config import AquaConfig
-    from aqua_attention.tables import Table
 
 app = typer.Typer(
     name="aqua",
@@ -81,7 +78,7 @@ def calibrate(
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
-    _check_writable(output, json)
+    check_writable(output, json)
     from aqua_attention.calibration import calibrate as run
     from aqua_attention.files import write_json
     from aqua_attention.tables import provenance_table, spectrum
@@ -89,7 +86,7 @@ def calibrate(
 
     text = load_text(data)
     loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
-    with _progress() as report:
+    with progress_bars() as report:
         projections = run(
             loaded,
             tokenizer,
@@ -103,7 +100,7 @@ def calibrate(
     projections.save(output)
     if json:
         write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
-    _print_table(provenance_table(projections))
+    print_table(provenance_table(projections))
     typer.echo(f"wrote {output}")
 
 
@@ -116,7 +113,7 @@ def inspect(
 
     Example: `aqua inspect smollm2.safetensors`
     """
-    _check_writable(json)
+    check_writable(json)
     from aqua_attention.files import write_json
     from aqua_attention.projections import Projections
     from aqua_attention.tables import provenance_table, spectrum, spectrum_table
@@ -125,8 +122,8 @@ def inspect(
     if json:
         model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
         write_json(json, {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)})
-    _print_table(provenance_table(projections))
-    _print_table(spectrum_table(projections))
+    print_table(provenance_table(projections))
+    print_table(spectrum_table(projections))
 
 
 @app.command("merge")
@@ -140,7 +137,7 @@ def merge_files(
 
     Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
     """
-    _check_writable(output, json)
+    check_writable(output, json)
     from aqua_attention.files import write_json
     from aqua_attention.projections import Projections
     from aqua_attention.tables import provenance_table, spectrum
@@ -149,7 +146,7 @@ def merge_files(
     projections.save(output)
     if json:
         write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
-    _print_table(provenance_table(projections))
+    print_table(provenance_table(projections))
     typer.echo(f"wrote {output}")
 
 
@@ -183,7 +180,7 @@ def perplexity(
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
     configs = [_config(ratio, s_ratio, selection, share, sink, recent, logit_error) for ratio in k_ratio]
-    _check_writable(json)
+    check_writable(json)
     from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
     from aqua_attention.files import write_json
     from aqua_attention.projections import Projections
@@ -195,7 +192,7 @@ def perplexity(
     loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
     ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
-    with _progress() as report:
+    with progress_bars() as report:
         result = evaluate_perplexity(
             loaded,
             learned,
@@ -206,7 +203,7 @@ def perplexity(
     result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
     if json:
         write_json(json, result)
-    _print_table(perplexity_table(result))
+    print_table(perplexity_table(result))
     typer.echo(f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens")
 
 
@@ -233,7 +230,7 @@ def retention(
 
     Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
     """
-    _check_writable(json)
+    check_writable(json)
     from aqua_attention.evaluate.retention import K_RATIOS, evaluate_retention
     from aqua_attention.files import write_json
     from aqua_attention.projections import Projections
@@ -244,7 +241,7 @@ def retention(
     loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
     ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
-    with _progress() as report:
+    with progress_bars() as report:
         result = evaluate_retention(
             loaded,
             learned,
@@ -255,7 +252,7 @@ def retention(
     result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
     if json:
         write_json(json, result)
-    _print_table(retention_table(result))
+    print_table(retention_table(result))
 
 
 @app.command()
@@ -285,7 +282,7 @@ def generate(
     --selection weighted --sink 4 --recent 64 --compare`
     """
     config = _config(k_ratio, s_ratio, selection, share, sink, recent, logit_error)
-    _check_writable(json)
+    check_writable(json)
     from aqua_attention.files import write_json
     from aqua_attention.generation import continue_prompt
     from aqua_attention.projections import Projections
@@ -324,16 +321,16 @@ def demo(
 
     Example: `aqua demo --out demo-out`
     """
-    _check_writable(json)
+    check_writable(json)
     from aqua_attention.demo import run_demo
     from aqua_attention.files import write_json
     from aqua_attention.tables import perplexity_table
 
-    with _progress() as report:
+    with progress_bars() as report:
         summary = run_demo(out, report)
     if json:
         write_json(json, summary)
-    _print_table(perplexity_table(summary))
+    print_table(perplexity_table(summary))
     generation = summary["generation"]
     typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
     typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")
@@ -373,51 +370,6 @@ def _load(
     from aqua_attention.models import load_model
 
     return load_model(model, gguf_file=gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-
-
-def _check_writable(*paths: Path | None) -> None:
-    """Say now, not after minutes of work, that a result has nowhere to go."""
-    for path in paths:
-        if path is None:
-            continue
-        folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a step on the terminal's error stream, with the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-
-        def report(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done, total=total)
-
-        yield report
-
-
-def _print_table(table: Table) -> None:
-    from rich.console import Console
-    from rich.table import Table as RichTable
-
-    titles, rows = table
-    grid = RichTable(show_header=any(titles))
-    for title in titles:
-        grid.add_column(title, overflow="fold")
-    for row in rows:
-        grid.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        # A pipe has no width; a table that wraps at 80 columns is of no use in a file.
-        console = Console(width=160)
-    console.print(grid, markup=False)
 
 
 if __name__ == "__main__":

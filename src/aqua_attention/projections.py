@@ -100,8 +100,8 @@ class Projections:
             )
         if self.basis != other.basis:
             raise AquaError(f"projections in different bases cannot be merged: {self.basis} and {other.basis}")
-        digests = self.model.get("key_weights"), other.model.get("key_weights")
-        if digests[0] and digests[1] and (difference := weight_difference(*digests)) > WEIGHT_TOLERANCE:
+        ours, theirs = self.model.get("key_weights"), other.model.get("key_weights")
+        if ours and theirs and (difference := weight_difference(ours, theirs)) > WEIGHT_TOLERANCE:
             raise AquaError(
                 f"projections of different weights cannot be merged: the key weights differ by {min(difference, 1):.1%}"
             )
