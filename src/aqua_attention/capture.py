@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.errors import AquaError
-from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, install, mask_builder
+from aqua_attention.interface import as_aqua_mask, check_call, check_detached, install, mask_builder
 from aqua_attention.ops.api import attention
 
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
@@ -95,8 +95,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         raise AquaError(f"{name} is an encoder-decoder: only decoder language models are supported")
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     tokens = torch.arange(4, device=input_device(model))[None]
-    if str(model.config._attn_implementation).startswith(NAME_PREFIX):
-        raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
+    check_detached(model)
     try:
         with torch.no_grad(), evaluation_mode(model):
             with observed(model, lambda module, query, key, scaling: seen.update({module: (query, key)})):

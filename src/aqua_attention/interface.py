@@ -80,6 +80,12 @@ def check_call(model_name: str, is_causal: bool, extra: dict[str, Any]) -> None:
             raise AquaError(f"{model_name} passes {name} to its attention, which AQUA does not support")
 
 
+def check_detached(model: PreTrainedModel) -> None:
+    """Raise AquaError when AQUA is attached to `model`: its attention is not the model's own then."""
+    if str(model.config._attn_implementation).startswith(NAME_PREFIX):
+        raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
+
+
 def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
     """A mask function for transformers: None where causal order says it all, else boolean, or window codes.
 

@@ -17,7 +17,7 @@ from aqua_attention.cache import Rotation, is_rotated, rotate_on_write
 from aqua_attention.capture import AttentionLayer, attention_layers, innermost_decoder
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, install, mask_builder
+from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, check_detached, install, mask_builder
 from aqua_attention.ops.api import attention
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
@@ -71,8 +71,7 @@ class Attachment:
         Raises:
             AquaError: AQUA is attached to this model already.
         """
-        if str(self.model.config._attn_implementation).startswith(NAME_PREFIX):
-            raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
+        check_detached(self.model)
         self._layers = {layer.module: self._attached(layer) for layer in self._found}
         self._name, undo = install(self.model, self._attend, mask_builder(self.config.sink, self.config.recent))
         hook = self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
