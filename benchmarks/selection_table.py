@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 import aqua_attention as aqua
-from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
+from aqua_attention.evaluate.perplexity import evaluate_perplexity
+from aqua_attention.evaluate.setting import Setting
 from aqua_attention.files import write_json
 from aqua_attention.text import token_windows, tokenize
 

@@ -127,6 +127,40 @@ def test_eval_retention_prints_and_writes_every_selection(aqua, projections_file
     assert f"{rows[0]['score_loss']:.2%}" in out
 
 
+def test_eval_lines_asks_generated_and_given_questions(aqua, projections_file, tiny_folder, tmp_path):
+    arguments = ("eval", "lines", tiny_folder, "-p", projections_file, "--k-ratio", 1, "--json", tmp_path / "out.json")
+    code, out, err = aqua(*arguments, "--lines", 3, "--lines", 5, "--count", 2)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [q["lines"] for q in result["questions"]] == [3, 3, 5, 5]
+    assert result["rows"][0]["same_answer"] == 1
+    assert "p (paired)" in out
+    given = tmp_path / "given.jsonl"
+    given.write_text(json.dumps({"prompt": "w1 w2", "random_idx": ["a-b", 0], "expected_number": 5, "num_lines": 9}))
+    code, out, err = aqua(*arguments, "--data", given)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(q["lines"], q["expected"]) for q in result["questions"]] == [(9, ["5"])]
+    assert result["data"] == str(given)
+
+
+def test_eval_needle_asks_in_a_grid(aqua, projections_file, tiny_folder, tmp_path):
+    essay = tmp_path / "essay.txt"
+    essay.write_text(" ".join(f"w{i % 7} w{i % 11} w{i % 13}." for i in range(200)))
+    code, out, err = aqua(
+        *("eval", "needle", tiny_folder, "-p", projections_file, "--data", essay, "--length", 100, "--length", 200),
+        *("--depth", 0, "--depth", 1, "--k-ratio", 1, "--k-ratio", 0.5, "--json", tmp_path / "out.json"),
+    )
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(q["length"], q["depth"]) for q in result["questions"]] == [(100, 0), (100, 1), (200, 0), (200, 1)]
+    assert result["rows"][0]["same_answer"] == 1
+    assert "k_ratio 0.5" in out
+    code, _, err = aqua("eval", "needle", tiny_folder, "-p", projections_file, "--data", essay, "--length", 9)
+    assert code == 2
+    assert "length is 9" in err
+
+
 def test_generate_compares_dense_and_aqua(aqua, projections_file, tiny_folder, tmp_path):
     arguments = ("generate", tiny_folder, "-p", projections_file, "--prompt", "w1 w2 w3 w4", "--max-new-tokens", 8)
     code, out, _ = aqua(*arguments, "--k-ratio", 1, "--compare", "--json", tmp_path / "out.json")

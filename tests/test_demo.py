@@ -12,9 +12,9 @@ from aqua_attention.projections import Projections
 def test_the_demo_writes_projections_table_and_summary(monkeypatch, tmp_path, llama, word_tokenizer, words):
     runs = []
 
-    def recorded(model, tokenizer, prompt, *, max_new_tokens, projections=None, config=None):
-        runs.append(projections is not None)
-        return demo_continue(model, tokenizer, "w1 w2 w3", max_new_tokens=8, projections=projections, config=config)
+    def recorded(model, tokenizer, prompt, *, max_new_tokens, attachment=None):
+        runs.append(attachment is not None)
+        return demo_continue(model, tokenizer, "w1 w2 w3", max_new_tokens=8, attachment=attachment)
 
     demo_continue = demo.continue_prompt
     monkeypatch.setattr(demo, "continue_prompt", recorded)

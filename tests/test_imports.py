@@ -34,6 +34,8 @@ ORDER = [
     "tables",
     "terminal",
     "demo",
+    "cli_options",
+    "cli_evaluate",
     "cli",
 ]
 """The data's way through the library; a module imports only from itself and from what stands before it."""

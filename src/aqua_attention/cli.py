@@ -6,18 +6,33 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from aqua_attention.cli_evaluate import evaluations
+from aqua_attention.cli_options import (
+    Chat,
+    Context,
+    Device,
+    Dtype,
+    GgufFile,
+    Json,
+    LogitError,
+    Model,
+    ProjectionsFile,
+    Recent,
+    RemoteCode,
+    Selection,
+    Share,
+    Sink,
+    SRatio,
+    aqua_config,
+    load_model,
+)
 from aqua_attention.errors import AquaError
 from aqua_attention.terminal import check_writable, print_table, progress_bars
 from aqua_attention.version import __version__
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from aqua_attention.config import AquaConfig
 
 app = typer.Typer(
     name="aqua",
@@ -27,26 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-evaluations = typer.Typer(no_args_is_help=True, help="Measure what AQUA loses against the dense model.")
 app.add_typer(evaluations, name="eval")
-
-# Options that several commands share.
-Model = Annotated[str, typer.Argument(help="smollm2 (fetched once), a local folder, a .gguf file, or a hub id.")]
-GgufFile = Annotated[str | None, typer.Option(help="A GGUF file's name inside the folder or hub repository.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda when there is one).")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
-ProjectionsFile = Annotated[Path, typer.Option("--projections", "-p", help="File made by `aqua calibrate`.")]
-Context = Annotated[int, typer.Option(help="Tokens in a window.")]
-SRatio = Annotated[float, typer.Option(help="Share of trailing key dimensions never stored, in [0, 1).")]
-Selection = Annotated[str, typer.Option(help="magnitude (the paper), weighted (ours) or static (PCA slice).")]
-Share = Annotated[str, typer.Option(help="head: each query head its own dimensions; group: one set a KV head.")]
-Sink = Annotated[int, typer.Option(help="First tokens scored with every dimension.")]
-Recent = Annotated[int, typer.Option(help="Last tokens scored with every dimension.")]
-LogitError = Annotated[
-    float | None, typer.Option(help="Adaptive k: variance of the logit error allowed to a query; replaces --k-ratio.")
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -85,7 +81,7 @@ def calibrate(
     from aqua_attention.text import load_text
 
     text = load_text(data)
-    loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
     with progress_bars() as report:
         projections = run(
             loaded,
@@ -150,111 +146,6 @@ def merge_files(
     typer.echo(f"wrote {output}")
 
 
-@evaluations.command()
-def perplexity(
-    model: Model,
-    projections: ProjectionsFile,
-    data: Annotated[str, typer.Option(help="Text: builtin:evaluation, a file or folder, hub:name.")] = (
-        "builtin:evaluation"
-    ),
-    k_ratio: Annotated[list[float], typer.Option(help="Share of dimensions multiplied; repeat for a row each.")] = [  # noqa: B006 (typer)
-        0.75
-    ],
-    s_ratio: SRatio = 0.0,
-    selection: Selection = "magnitude",
-    share: Share = "head",
-    sink: Sink = 0,
-    recent: Recent = 0,
-    logit_error: LogitError = None,
-    basis: Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")] = "aqua",
-    context: Context = 2048,
-    tokens: Annotated[int, typer.Option(help="How many tokens to evaluate, from the start of the text.")] = 8192,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
-    json: Json = None,
-) -> None:
-    """Perplexity, KL divergence and top-1 agreement, dense and AQUA in one run.
-
-    Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
-    """
-    configs = [_config(ratio, s_ratio, selection, share, sink, recent, logit_error) for ratio in k_ratio]
-    check_writable(json)
-    from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
-    from aqua_attention.files import write_json
-    from aqua_attention.projections import Projections
-    from aqua_attention.tables import perplexity_table
-    from aqua_attention.text import load_text, text_digest, token_windows, tokenize
-
-    learned, text = Projections.load(projections), load_text(data)
-    settings = [Setting(config, basis) for config in configs]
-    loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
-    ids, prefix = tokenize(tokenizer, text)
-    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
-    with progress_bars() as report:
-        result = evaluate_perplexity(
-            loaded,
-            learned,
-            settings,
-            windows,
-            progress=lambda done, total: report("evaluate", done, total),
-        )
-    result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
-    if json:
-        write_json(json, result)
-    print_table(perplexity_table(result))
-    typer.echo(f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens")
-
-
-@evaluations.command()
-def retention(
-    model: Model,
-    projections: ProjectionsFile,
-    data: Annotated[str, typer.Option(help="Text: builtin:evaluation, a file or folder, hub:name.")] = (
-        "builtin:evaluation"
-    ),
-    k_ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of dimensions; repeat (0.9 0.75 0.5 0.25).")
-    ] = None,
-    basis: Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")] = "aqua",
-    context: Context = 2048,
-    tokens: Annotated[int, typer.Option(help="How many tokens to read, from the start of the text.")] = 4096,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
-    json: Json = None,
-) -> None:
-    """How much of scores and softmax is lost, per layer and head: static, dynamic and weighted choice of dimensions.
-
-    Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
-    """
-    check_writable(json)
-    from aqua_attention.evaluate.retention import K_RATIOS, evaluate_retention
-    from aqua_attention.files import write_json
-    from aqua_attention.projections import Projections
-    from aqua_attention.tables import retention_table
-    from aqua_attention.text import load_text, text_digest, token_windows, tokenize
-
-    learned, text = Projections.load(projections).with_basis(basis), load_text(data)
-    loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
-    ids, prefix = tokenize(tokenizer, text)
-    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
-    with progress_bars() as report:
-        result = evaluate_retention(
-            loaded,
-            learned,
-            windows,
-            k_ratios=k_ratio or K_RATIOS,
-            progress=lambda done, total: report("retention", done, total),
-        )
-    result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
-    if json:
-        write_json(json, result)
-    print_table(retention_table(result))
-
-
 @app.command()
 def generate(
     model: Model,
@@ -269,7 +160,7 @@ def generate(
     recent: Recent = 0,
     logit_error: LogitError = None,
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
-    chat: Annotated[bool, typer.Option(help="Use the model's chat template.")] = True,
+    chat: Chat = True,
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -281,30 +172,25 @@ def generate(
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --compare`
     """
-    config = _config(k_ratio, s_ratio, selection, share, sink, recent, logit_error)
+    config = aqua_config(k_ratio, s_ratio, selection, share, sink, recent, logit_error)
     check_writable(json)
     from aqua_attention.files import write_json
     from aqua_attention.generation import continue_prompt
+    from aqua_attention.integrations.transformers import Attachment, apply
     from aqua_attention.projections import Projections
 
     learned = Projections.load(projections)
-    loaded, tokenizer = _load(model, gguf_file, dtype, device, trust_remote_code)
+    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
 
-    def run(with_aqua: bool) -> str:
+    def run(attachment: Attachment | None) -> str:
         return continue_prompt(
-            loaded,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            projections=learned if with_aqua else None,
-            config=config,
-            chat=chat,
+            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, attachment=attachment, chat=chat
         ).text
 
     result: dict[str, Any] = {"prompt": prompt, "setting": config.to_dict()}
     if compare:
-        result["dense"] = run(with_aqua=False)
-    result["aqua"] = run(with_aqua=True)
+        result["dense"] = run(None)
+    result["aqua"] = run(apply(loaded, learned, config))
     if json:
         write_json(json, result)
     if compare:
@@ -354,22 +240,6 @@ def main() -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         typer.echo(f"error: {reason}", err=True)
         sys.exit(1)
-
-
-def _config(
-    k_ratio: float, s_ratio: float, selection: str, share: str, sink: int, recent: int, logit_error: float | None
-) -> AquaConfig:
-    from aqua_attention.config import AquaConfig
-
-    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent, logit_error)
-
-
-def _load(
-    model: str, gguf_file: str | None, dtype: str, device: str | None, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from aqua_attention.models import load_model
-
-    return load_model(model, gguf_file=gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
 
 
 if __name__ == "__main__":

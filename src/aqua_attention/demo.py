@@ -16,9 +16,11 @@ import transformers
 from aqua_attention.calibration import calibrate
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
+from aqua_attention.evaluate.perplexity import evaluate_perplexity
+from aqua_attention.evaluate.setting import Setting
 from aqua_attention.files import write_atomically, write_json
 from aqua_attention.generation import continue_prompt
+from aqua_attention.integrations.transformers import apply
 from aqua_attention.models import DEFAULT_MODEL, load_model
 from aqua_attention.tables import describe_setting, markdown, perplexity_table
 from aqua_attention.text import load_text, token_windows, tokenize
@@ -85,9 +87,8 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     progress("generate", 0, 2)
     dense = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)
     progress("generate", 1, 2)
-    aqua = continue_prompt(
-        model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS, projections=projections, config=ours(0.5)
-    )
+    attachment = apply(model, projections, ours(0.5))
+    aqua = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS, attachment=attachment)
     progress("generate", 2, 2)
     lap("generate")
     summary = {

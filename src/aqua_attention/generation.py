@@ -7,14 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import input_device
-from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.integrations.transformers import apply
-from aqua_attention.projections import Projections
+from aqua_attention.integrations.transformers import Attachment
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,10 @@ def continue_prompt(
     prompt: str,
     *,
     max_new_tokens: int,
-    projections: Projections | None = None,
-    config: AquaConfig | None = None,
+    attachment: Attachment | None = None,
     chat: bool = True,
 ) -> Continuation:
-    """Greedy continuation of `prompt`; with AQUA when `projections` are given, else dense.
+    """Greedy continuation of `prompt`, under `attachment` (made by `apply`, not attached yet) or dense.
 
     Args:
         chat: put the prompt into the tokenizer's chat template, if it has one.
@@ -43,22 +41,48 @@ def continue_prompt(
     Raises:
         AquaError: an empty prompt, no token to write, prompt and answer longer than the model's positions.
     """
+    token_ids = encode_prompt(tokenizer, prompt, chat=chat)
+    return continue_tokens(model, tokenizer, token_ids, max_new_tokens=max_new_tokens, attachment=attachment)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True, answer_start: str = ""
+) -> Tensor:
+    """Token ids [1, length] of `prompt`, in the chat template if there is one, and of the answer's first words."""
     if not prompt.strip():
         raise AquaError("the prompt is empty: give it some words")
+    templated = chat and bool(tokenizer.chat_template)
+    if templated:
+        messages = [{"role": "user", "content": prompt}]
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)) + answer_start
+    else:
+        text = f"{prompt}\n{answer_start}" if answer_start else prompt
+    # A template writes its own special tokens.
+    return tokenizer(text, add_special_tokens=not templated, return_tensors="pt", verbose=False)["input_ids"]
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    attachment: Attachment | None = None,
+) -> Continuation:
+    """`continue_prompt` from token ids [1, length]."""
     if max_new_tokens < 1:
         raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    check_tokens(model, inputs["input_ids"], context=inputs["input_ids"].shape[1] + max_new_tokens)
-    inputs = inputs.to(input_device(model))
-    attached = nullcontext() if projections is None else apply(model, projections, config)
+    length = token_ids.shape[1]
+    check_tokens(model, token_ids, context=length + max_new_tokens)
+    token_ids = token_ids.to(input_device(model))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with attached, torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding)
-    new = output[0, inputs["input_ids"].shape[1] :].tolist()
+    with attachment or nullcontext(), torch.inference_mode():
+        output = model.generate(
+            input_ids=token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=padding,
+        )
+    new = output[0, length:].tolist()
     return Continuation(text=str(tokenizer.decode(new, skip_special_tokens=True)), token_ids=new)

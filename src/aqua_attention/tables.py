@@ -60,6 +60,40 @@ def retention_table(result: dict[str, Any]) -> Table:
     return titles, rows
 
 
+def retrieval_table(result: dict[str, Any]) -> Table:
+    """What `evaluate_retrieval` returned: exact answers dense and under each setting, and the paired test."""
+    titles = ["setting", "products", "right", "only dense right", "only AQUA right", "p (paired)", "same answer"]
+    rows = [["dense", "100%", f"{result['dense']['accuracy']:.1%}", "", "", "", ""]]
+    rows += [
+        [
+            describe_setting(row["setting"], row["basis"]),
+            f"{row['mean_k']:.0%}",
+            f"{row['accuracy']:.1%}",
+            str(row["lost"]),
+            str(row["gained"]),
+            f"{row['p_value']:.2g}",
+            f"{row['same_answer']:.1%}",
+        ]
+        for row in result["rows"]
+    ]
+    return titles, rows
+
+
+def retrieval_grid(result: dict[str, Any]) -> Table:
+    """Right answers of all, for each combination of the questions' labels, dense and under each setting."""
+    figures = ("tokens", "expected", "answers", "correct")
+    labels = [name for name in result["questions"][0] if name not in figures]
+    cells: dict[tuple[float, ...], list[list[bool]]] = {}
+    for question in result["questions"]:
+        cells.setdefault(tuple(question[name] for name in labels), []).append(question["correct"])
+    settings = [describe_setting(row["setting"], row["basis"]) for row in result["rows"]]
+    rows = [
+        [*(f"{value:g}" for value in cell), *(f"{sum(marks)}/{len(marks)}" for marks in zip(*correct, strict=True))]
+        for cell, correct in cells.items()
+    ]
+    return [*labels, "dense", *settings], rows
+
+
 def provenance_table(projections: Projections) -> Table:
     """Where projections come from and what they fit."""
     calibration = projections.calibration

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.evaluate.perplexity import Setting, evaluate_perplexity
+from aqua_attention.evaluate.perplexity import evaluate_perplexity
+from aqua_attention.evaluate.setting import Setting
 from conftest import VOCABULARY
 
 

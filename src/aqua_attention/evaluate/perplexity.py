@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,21 +15,13 @@ from transformers import PreTrainedModel
 
 from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import input_device
-from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.integrations.transformers import Attachment, apply
+from aqua_attention.evaluate.setting import Multiplied, Setting, attachments
+from aqua_attention.integrations.transformers import Attachment
 from aqua_attention.projections import Projections
 
 ROWS_AT_ONCE = 256
 """Positions whose next-token distributions are compared at once; bounds the float32 copies of the logits."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of an evaluation: the knobs and the basis they work in, see `Projections.with_basis`."""
-
-    config: AquaConfig
-    basis: str = "aqua"
 
 
 @dataclass
@@ -38,22 +30,6 @@ class _Sums:
     kl: float = 0.0
     agree: int = 0
     tokens: int = 0
-    selected: dict[int, int] = field(default_factory=dict)
-    selectable: dict[int, int] = field(default_factory=dict)
-
-
-@dataclass
-class _Run:
-    setting: Setting
-    attachment: Attachment
-    sums: _Sums = field(default_factory=_Sums)
-
-    def count(self, layer: int, selected: Tensor | None, queries: torch.Size, head_dim: int) -> None:
-        """Add one attention call to the measured share of dimensions."""
-        rows = queries.numel() // queries[-1]
-        sums, chosen = self.sums, rows * queries[-1] if selected is None else int(selected.sum())
-        sums.selected[layer] = sums.selected.get(layer, 0) + chosen
-        sums.selectable[layer] = sums.selectable.get(layer, 0) + rows * head_dim
 
 
 def evaluate_perplexity(
@@ -84,30 +60,32 @@ def evaluate_perplexity(
     if windows.shape[0] < 1 or windows.shape[1] < 2:
         raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
     check_tokens(model, windows, context=windows.shape[1])
-    by_basis = {basis: projections.with_basis(basis) for basis in {s.basis for s in settings} - {projections.basis}}
-    runs = [_Run(s, apply(model, by_basis.get(s.basis, projections), s.config)) for s in settings]
-    dense = _Sums()
+    runs = attachments(model, projections, settings)
+    dense, sums = _Sums(), [_Sums() for _ in settings]
     done, total = 0, len(windows) * (1 + len(runs))
     device = input_device(model)
     with torch.inference_mode():
         for window in windows:
             tokens = window[None].to(device)
             dense_logits = _logits(model, tokens)
-            for run in (None, *runs):
+            if progress:
+                progress(done, total)
+            _score(dense, dense_logits, dense_logits, tokens[0, 1:])
+            done += 1
+            for (attachment, _), row in zip(runs, sums, strict=True):
                 if progress:
                     progress(done, total)
-                if run is None:
-                    _score(dense, dense_logits, dense_logits, tokens[0, 1:])
-                else:
-                    run.attachment.on_selection = run.count
-                    _score(run.sums, _logits(model, tokens, run.attachment), dense_logits, tokens[0, 1:])
+                _score(row, _logits(model, tokens, attachment), dense_logits, tokens[0, 1:])
                 done += 1
     if progress:
         progress(total, total)
     dense_perplexity = _perplexity(dense, "dense attention")
     return {
         "dense": {"perplexity": dense_perplexity, "tokens": dense.tokens},
-        "rows": [_row(run, dense_perplexity) for run in runs],
+        "rows": [
+            _row(setting, row, multiplied, dense_perplexity)
+            for setting, row, (_, multiplied) in zip(settings, sums, runs, strict=True)
+        ],
     }
 
 
@@ -131,18 +109,17 @@ def _score(sums: _Sums, logits: Tensor, dense_logits: Tensor, targets: Tensor) -
         sums.agree += int((log_p.argmax(-1) == dense_log_p.argmax(-1)).sum())
 
 
-def _row(run: _Run, dense_perplexity: float) -> dict[str, Any]:
-    sums = run.sums
-    perplexity = _perplexity(sums, str(run.setting.config))
+def _row(setting: Setting, sums: _Sums, multiplied: Multiplied, dense_perplexity: float) -> dict[str, Any]:
+    perplexity = _perplexity(sums, str(setting.config))
     return {
-        "setting": run.setting.config.to_dict(),
-        "basis": run.setting.basis,
+        "setting": setting.config.to_dict(),
+        "basis": setting.basis,
         "perplexity": perplexity,
         "perplexity_change": perplexity / dense_perplexity - 1,
         "kl": sums.kl / sums.tokens,
         "top1": sums.agree / sums.tokens,
-        "mean_k": sum(sums.selected.values()) / sum(sums.selectable.values()),
-        "mean_k_per_layer": [sums.selected[layer] / sums.selectable[layer] for layer in sorted(sums.selected)],
+        "mean_k": multiplied.share(),
+        "mean_k_per_layer": multiplied.share_per_layer(),
         "tokens": sums.tokens,
     }
 

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One row of an evaluation: a configuration in a basis, attached to the model under test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aqua_attention.config import AquaConfig
+from aqua_attention.integrations.transformers import Attachment, apply
+from aqua_attention.projections import Projections
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The knobs, and the basis they work in, see `Projections.with_basis`."""
+
+    config: AquaConfig
+    basis: str = "aqua"
+
+
+@dataclass
+class Multiplied:
+    """Counts the dimensions that an attachment multiplies, outside the exact window; see `Attachment.on_selection`.
+
+    Attributes:
+        selected: by layer, dimensions multiplied, summed over queries; on the model's device, so that counting never
+            waits for a GPU.
+        selectable: by layer, head_dim summed over queries.
+    """
+
+    selected: dict[int, Tensor | int] = field(default_factory=dict)
+    selectable: dict[int, int] = field(default_factory=dict)
+
+    def count(self, layer: int, selected: Tensor | None, queries: torch.Size, head_dim: int) -> None:
+        """Add one attention call."""
+        rows = queries.numel() // queries[-1]
+        chosen = rows * queries[-1] if selected is None else selected.sum()
+        self.selected[layer] = self.selected.get(layer, 0) + chosen
+        self.selectable[layer] = self.selectable.get(layer, 0) + rows * head_dim
+
+    def share(self) -> float:
+        """Dimensions multiplied over head_dim, mean over all queries of all layers."""
+        return sum(int(count) for count in self.selected.values()) / sum(self.selectable.values())
+
+    def share_per_layer(self) -> list[float]:
+        """The same for each layer, by layer index."""
+        return [int(self.selected[layer]) / self.selectable[layer] for layer in sorted(self.selected)]
+
+
+def attachments(
+    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting]
+) -> list[tuple[Attachment, Multiplied]]:
+    """An attachment for each setting, not attached yet, and the counter that it reports to."""
+    others = {setting.basis for setting in settings} - {projections.basis}
+    by_basis = {projections.basis: projections} | {basis: projections.with_basis(basis) for basis in others}
+    made = []
+    for setting in settings:
+        attachment, multiplied = apply(model, by_basis[setting.basis], setting.config), Multiplied()
+        attachment.on_selection = multiplied.count
+        made.append((attachment, multiplied))
+    return made
