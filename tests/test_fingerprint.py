@@ -128,10 +128,16 @@ def test_large_key_weights_are_sampled_and_still_told_apart():
     assert weight_difference(digest, key_weight_digest(one_layer(k_proj=second))) > 0.5
 
 
+class Packed(nn.Parameter):
+    """Quantisers keep packed weights in classes of their own, which may claim a float dtype."""
+
+
 def test_without_plain_floating_point_key_weights_there_is_no_digest():
-    packed = nn.Module()
-    packed.register_buffer("weight", torch.ones(4, 4, dtype=torch.int8))
-    assert key_weight_digest(one_layer(k_proj=packed)) is None
+    integers, float8 = torch.ones(4, 4, dtype=torch.int8), torch.ones(4, 4).to(torch.float8_e4m3fn)
+    for weight in (integers, float8, Packed(torch.ones(8, 1))):
+        packed = nn.Module()
+        packed.weight = weight
+        assert key_weight_digest(one_layer(k_proj=packed)) is None
     assert key_weight_digest(one_layer(k_proj=nn.Linear(4, 4, device="meta"))) is None
     assert key_weight_digest(one_layer(other=nn.Linear(4, 4))) is None
 

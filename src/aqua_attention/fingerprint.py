@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.capture import AttentionLayer
+from aqua_attention.capture import AttentionLayer, is_plain
 from aqua_attention.errors import AquaError
 
 KEY_WEIGHT_NAMES = ("k_proj", "key", "qkv_proj", "query_key_value", "c_attn")
@@ -41,7 +41,7 @@ def key_weight_digest(layers: list[AttentionLayer]) -> list[list[float]] | None:
 
     Each number is the product of (a sample of) the weights, scaled to length one, with a fixed pattern of signs. The
     difference between two models' numbers therefore estimates the relative difference of their weights, which a
-    hash of rounded bytes could not give. None when a layer has no plain floating-point key weights.
+    hash of rounded bytes could not give. None when the key weights of a layer cannot be read: offloaded, quantised.
     """
     digest = []
     for layer in layers:
@@ -68,5 +68,5 @@ def _key_weight(layer: AttentionLayer) -> Tensor | None:
     for name, child in layer.module.named_modules():
         weight = getattr(child, "weight", None)
         if name.rpartition(".")[2] in KEY_WEIGHT_NAMES and isinstance(weight, Tensor):
-            return weight if weight.is_floating_point() and weight.device.type != "meta" else None
+            return weight if is_plain(weight) and weight.device.type != "meta" else None
     return None

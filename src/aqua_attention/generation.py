@@ -76,7 +76,7 @@ def continue_tokens(
     check_tokens(model, token_ids, context=length + max_new_tokens)
     token_ids = token_ids.to(input_device(model))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with attachment or nullcontext(), torch.inference_mode():
+    with attachment or nullcontext(), torch.no_grad():
         output = model.generate(
             input_ids=token_ids,
             attention_mask=torch.ones_like(token_ids),

@@ -64,7 +64,7 @@ def evaluate_perplexity(
     dense, sums = _Sums(), [_Sums() for _ in settings]
     done, total = 0, len(windows) * (1 + len(runs))
     device = input_device(model)
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference_mode: offloaded quantised weights may fail under it
         for window in windows:
             tokens = window[None].to(device)
             dense_logits = _logits(model, tokens)
