@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from aqua_attention.errors import AquaError
-from aqua_attention.projections import METADATA_KEY, Projections
+from aqua_attention.projections import KIND, Projections
 from aqua_attention.stats import LayerStatistics
 
 GROUPS, PER_GROUP, DIM, TOKENS = 2, 3, 8, 256
@@ -58,7 +58,7 @@ def path(tmp_path):
 def edit(path, metadata=None, **tensors):
     """Write the file again with other tensors (None: without) and metadata (a function of it, or raw text)."""
     with safetensors.safe_open(path, framework="pt") as file:
-        raw = file.metadata()[METADATA_KEY]
+        raw = file.metadata()[KIND]
     edits = {f"layers.2.{name}": tensor for name, tensor in tensors.items()}
     content = safetensors.torch.load_file(path) | edits
     if callable(metadata):
@@ -68,7 +68,7 @@ def edit(path, metadata=None, **tensors):
     elif metadata is not None:
         raw = metadata
     content = {name: tensor for name, tensor in content.items() if tensor is not None}
-    safetensors.torch.save_file(content, path, {METADATA_KEY: raw})
+    safetensors.torch.save_file(content, path, {KIND: raw})
 
 
 def refusal(path):

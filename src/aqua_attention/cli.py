@@ -64,36 +64,54 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="How many tokens to read.")] = 32768,
     context: Context = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(help="How often the state is kept, in OUTPUT.partial.")] = 10.0,
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
     device: Device = None,
     trust_remote_code: RemoteCode = False,
     json: Json = None,
 ) -> None:
-    """Learn a model's projections from a text, once.
+    """Learn a model's projections from a text, once. Stopped or killed, it goes on with --resume.
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
-    check_writable(output, json)
+    partial = output.with_name(f"{output.name}.partial")
+    check_writable(output, partial, json)
     from aqua_attention.calibration import calibrate as run
-    from aqua_attention.files import write_json
+    from aqua_attention.checkpoint import check_finished, discard
+    from aqua_attention.files import remove_leftovers, write_json
     from aqua_attention.tables import provenance_table, spectrum
     from aqua_attention.text import load_text
 
+    if not resume:
+        check_finished(partial)
     text = load_text(data)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    with progress_bars() as report:
-        projections = run(
-            loaded,
-            tokenizer,
-            text,
-            tokens=tokens,
-            context=context,
-            seed=seed,
-            name=model,
-            progress=lambda done, total: report("calibrate", done, total),
+    try:
+        with progress_bars() as report:
+            projections = run(
+                loaded,
+                tokenizer,
+                text,
+                tokens=tokens,
+                context=context,
+                seed=seed,
+                name=model,
+                checkpoint=partial,
+                checkpoint_seconds=checkpoint_seconds,
+                resume=resume,
+                progress=lambda done, total: report("calibrate", done, total),
+            )
+        projections.save(output)
+    except KeyboardInterrupt:
+        kept = (
+            f"{partial} keeps what is done: the same command with --resume goes on" if partial.exists() else "no loss"
         )
-    projections.save(output)
+        typer.echo(f"stopped; {kept}", err=True)
+        raise typer.Exit(130) from None
+    discard(partial)
+    remove_leftovers(output)
     if json:
         write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
     print_table(provenance_table(projections))

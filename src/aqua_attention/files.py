@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import tempfile
@@ -30,7 +31,7 @@ def write_atomically(path: Path | str, content: bytes) -> None:
             # A device or a pipe cannot be replaced, only written to.
             path.write_bytes(content)
             return
-        handle, temporary = tempfile.mkstemp(prefix=".aqua-", suffix=".tmp", dir=path.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
@@ -45,6 +46,13 @@ def write_atomically(path: Path | str, content: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path | str) -> None:
+    """Remove the temporary files of writes to `path` that were killed. Not while another process writes to it."""
+    path = Path(path).resolve()
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path | str, value: Any) -> None:

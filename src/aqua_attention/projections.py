@@ -3,22 +3,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.capture import AttentionLayer
 from aqua_attention.errors import AquaError
-from aqua_attention.files import write_atomically
 from aqua_attention.fingerprint import (
     WEIGHT_TOLERANCE,
     describe_shape,
@@ -26,10 +21,10 @@ from aqua_attention.fingerprint import (
     shape_of,
     weight_difference,
 )
-from aqua_attention.stats import LayerStatistics, Statistics, merge
+from aqua_attention.stats import LayerStatistics, Statistics, merge, named_tensors, take_layer
+from aqua_attention.storage import Stored, write_tensors
 
-FORMAT_VERSION = 1
-METADATA_KEY = "aqua_attention"
+KIND = "aqua_attention"
 BASES = ("aqua", "none", "key-pca")
 ORTHOGONALITY_TOLERANCE = 1e-4
 RECALIBRATE = "calibrate again with `aqua calibrate`"
@@ -136,23 +131,9 @@ class Projections:
 
         Tensors a layer: `rotation` (float32), `query_gram`, `key_gram`, `key_sum` (float64), `counts` (int64).
         """
-        tensors: dict[str, Tensor] = {}
-        for index, layer in self.layers.items():
-            sums = self.statistics[index]
-            tensors[f"layers.{index}.rotation"] = layer.rotation
-            tensors[f"layers.{index}.query_gram"] = sums.query_gram
-            tensors[f"layers.{index}.key_gram"] = sums.key_gram
-            tensors[f"layers.{index}.key_sum"] = sums.key_sum
-            tensors[f"layers.{index}.counts"] = torch.tensor([sums.query_count, sums.key_count])
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        metadata = {
-            "format_version": FORMAT_VERSION,
-            "basis": self.basis,
-            "model": self.model,
-            "calibration": self.calibration,
-        }
-        metadata["sha256"] = _content_digest(metadata, tensors)
-        write_atomically(path, safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(metadata)}))
+        rotations = {f"layers.{index}.rotation": layer.rotation for index, layer in self.layers.items()}
+        header = {"basis": self.basis, "model": self.model, "calibration": self.calibration}
+        write_tensors(path, KIND, header, rotations | named_tensors(self.statistics))
 
     @classmethod
     def load(cls, path: Path | str) -> Projections:
@@ -162,22 +143,27 @@ class Projections:
             AquaError: the file cannot be used; the message names what is wrong and the remedy.
         """
         path = Path(path)
-        metadata, tensors = _read(path)
+        if not path.is_file():
+            raise AquaError(f"{path}: no such projections file: make one with `aqua calibrate MODEL -o {path}`")
+        stored = Stored(path, KIND, what="AQUA projections", remedy=RECALIBRATE)
         try:
-            model, calibration = metadata["model"], metadata["calibration"]
+            model, calibration, basis = (
+                stored.header["model"],
+                stored.header["calibration"],
+                str(stored.header["basis"]),
+            )
             shapes = [(int(i), int(groups), int(dim)) for i, _, groups, dim in model["shape"]["layers"]]
-            basis, digest = str(metadata["basis"]), metadata.pop("sha256")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise AquaError(f"{path}: its metadata is incomplete ({error!r}): {RECALIBRATE}") from error
-        found_digest = _content_digest(metadata, tensors)
+            raise stored.error(f"its metadata is incomplete ({error!r})") from error
         layers, statistics = {}, {}
         for index, groups, dim in shapes:
-            statistics[index], rotation = _take_layer(path, tensors, index, groups, dim)
+            rotation = stored.take(f"layers.{index}.rotation", torch.float32, groups, dim, dim)
+            deviation = float((rotation.transpose(-1, -2) @ rotation - torch.eye(dim)).abs().max())
+            if deviation > ORTHOGONALITY_TOLERANCE:
+                raise stored.error(f"the rotation of layer {index} is not orthogonal ({deviation:.1e})")
+            statistics[index] = take_layer(stored, index, groups, dim)
             layers[index] = _layer_projection(statistics[index], rotation)
-        if tensors:
-            raise AquaError(f"{path}: holds tensors that do not belong in it ({min(tensors)}): {RECALIBRATE}")
-        if found_digest != digest:
-            raise AquaError(f"{path}: its content was changed after it was written: {RECALIBRATE}")
+        stored.finish()
         return cls(layers, statistics, model, calibration, basis)
 
 
@@ -215,70 +201,3 @@ def _layer_projection(layer: LayerStatistics, rotation: Tensor) -> LayerProjecti
         query_rms=(along(layer.query_gram) / layer.query_count).sqrt().float(),
         energy=(energy / energy.sum(-1, keepdim=True)).float(),
     )
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise AquaError(f"{path}: no such projections file: make one with `aqua calibrate MODEL -o {path}`")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            raw = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise AquaError(f"{path}: not a complete safetensors file ({error}): copy it again or {RECALIBRATE}") from error
-    if raw is None:
-        raise AquaError(f"{path}: a safetensors file, but not of AQUA projections: {RECALIBRATE}")
-    try:
-        metadata = json.loads(raw)
-        version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise AquaError(f"{path}: its metadata is damaged ({error!r}): {RECALIBRATE}") from error
-    if version != FORMAT_VERSION:
-        raise AquaError(
-            f"{path}: format version {version!r}, this library reads {FORMAT_VERSION}: upgrade aqua-attention or "
-            f"{RECALIBRATE}"
-        )
-    return metadata, tensors
-
-
-def _take_layer(
-    path: Path, tensors: dict[str, Tensor], index: int, groups: int, dim: int
-) -> tuple[LayerStatistics, Tensor]:
-    """Take one layer's tensors out of `tensors`, checked; statistics and rotation."""
-
-    def take(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        tensor = tensors.pop(f"layers.{index}.{name}", None)
-        if tensor is None:
-            raise AquaError(f"{path}: tensor layers.{index}.{name} is missing: {RECALIBRATE}")
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise AquaError(
-                f"{path}: tensor layers.{index}.{name} is {tensor.dtype} {tuple(tensor.shape)}, not {dtype} {shape}: "
-                f"{RECALIBRATE}"
-            )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise AquaError(f"{path}: tensor layers.{index}.{name} holds NaN or infinity: {RECALIBRATE}")
-        return tensor
-
-    rotation = take("rotation", torch.float32, groups, dim, dim)
-    deviation = float((rotation.transpose(-1, -2) @ rotation - torch.eye(dim)).abs().max())
-    if deviation > ORTHOGONALITY_TOLERANCE:
-        raise AquaError(f"{path}: the rotation of layer {index} is not orthogonal ({deviation:.1e}): {RECALIBRATE}")
-    queries, keys = take("counts", torch.int64, 2).tolist()
-    if min(queries, keys) < 1:
-        raise AquaError(f"{path}: layer {index} counts {queries} queries and {keys} keys: {RECALIBRATE}")
-    statistics = LayerStatistics(
-        query_gram=take("query_gram", torch.float64, groups, dim, dim),
-        key_gram=take("key_gram", torch.float64, groups, dim, dim),
-        key_sum=take("key_sum", torch.float64, groups, dim),
-        query_count=queries,
-        key_count=keys,
-    )
-    return statistics, rotation
-
-
-def _content_digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
+from aqua_attention.storage import Stored
 
 
 @dataclass
@@ -86,3 +87,32 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     if first.keys() != second.keys():
         raise AquaError(f"statistics of different layers cannot be merged: {sorted(first)} and {sorted(second)}")
     return {layer: first[layer] + second[layer] for layer in first}
+
+
+def named_tensors(statistics: Statistics) -> dict[str, Tensor]:
+    """As a file holds them: `layers.I.query_gram`, `.key_gram`, `.key_sum` (float64) and `.counts` (int64)."""
+    tensors: dict[str, Tensor] = {}
+    for index, layer in statistics.items():
+        tensors[f"layers.{index}.query_gram"] = layer.query_gram
+        tensors[f"layers.{index}.key_gram"] = layer.key_gram
+        tensors[f"layers.{index}.key_sum"] = layer.key_sum
+        tensors[f"layers.{index}.counts"] = torch.tensor([layer.query_count, layer.key_count])
+    return tensors
+
+
+def take_layer(stored: Stored, index: int, groups: int, dim: int) -> LayerStatistics:
+    """Take one layer's sums out of a file, checked.
+
+    Args:
+        groups: num_key_value_heads. dim: head_dim.
+    """
+    queries, keys = stored.take(f"layers.{index}.counts", torch.int64, 2).tolist()
+    if min(queries, keys) < 1:
+        raise stored.error(f"layer {index} counts {queries} queries and {keys} keys")
+    return LayerStatistics(
+        query_gram=stored.take(f"layers.{index}.query_gram", torch.float64, groups, dim, dim),
+        key_gram=stored.take(f"layers.{index}.key_gram", torch.float64, groups, dim, dim),
+        key_sum=stored.take(f"layers.{index}.key_sum", torch.float64, groups, dim),
+        query_count=queries,
+        key_count=keys,
+    )

@@ -128,7 +128,7 @@ def test_generated_lines_hold_one_answer_and_follow_the_seed():
         assert len(record) == 40 == len(set(record.values()))
         name = re.search(r"of line (\S+)\?", q.prompt).group(1)
         assert q.expected == (record[name],)
-        assert q.answer_start.endswith(f"line {name} is <")
+        assert q.answer_start == f"line {name}: REGISTER_CONTENT is <"
         assert q.labels == {"lines": 40}
 
 
@@ -148,7 +148,7 @@ def test_longeval_files_are_read(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     questions = read_lines_questions(tmp_path / name)
     assert [q.expected for q in questions] == [("77",), ("78",), ("79",)]
-    assert questions[0].answer_start == "The <REGISTER_CONTENT> in line calm-fox is <"
+    assert questions[0].answer_start == "line calm-fox: REGISTER_CONTENT is <"
     assert questions[0].labels == {"lines": 2}
     assert len(read_lines_questions(tmp_path / name, count=2)) == 2
 

@@ -108,5 +108,6 @@ def _parsed(line: str, where: str) -> Question:
 
 
 def _question(prompt: str, name: str, number: int, lines: int) -> Question:
-    start = f"The <REGISTER_CONTENT> in line {name} is <"
+    # As the record has it: the small models that this suite is for find more lines than after a sentence.
+    start = f"line {name}: REGISTER_CONTENT is <"
     return Question(prompt=prompt, answer_start=start, expected=(str(number),), labels={"lines": lines})
