@@ -18,8 +18,10 @@ from aqua_attention.evaluate.setting import Multiplied, Setting, attachments
 from aqua_attention.generation import continue_tokens, encode_prompt
 from aqua_attention.projections import Projections
 
-SPARE_TOKENS = 8
-"""Tokens that an answer may have beyond those of the expected one."""
+SPARE_TOKENS = 4
+"""Tokens that an answer may have beyond those of the expected numbers, such as a space and a full stop."""
+WORDS_BETWEEN = 8
+"""Tokens that it may have between two numbers, such as "and" or a name."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def paired_p_value(lost: int, gained: int) -> float:
 
 def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
     expected: Tensor = tokenizer(", ".join(question.expected), add_special_tokens=False)["input_ids"]
-    return len(expected) + SPARE_TOKENS
+    return len(expected) + SPARE_TOKENS + WORDS_BETWEEN * (len(question.expected) - 1)
 
 
 def _row(setting: Setting, multiplied: Multiplied, pairs: list[tuple[bool, bool]], same: int) -> dict[str, Any]:
