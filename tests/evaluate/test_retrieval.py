@@ -110,7 +110,7 @@ def test_impossible_questions_are_refused(llama, word_tokenizer):
     with pytest.raises(aqua.AquaError, match="no questions"):
         evaluate_retrieval(model, word_tokenizer, projections, [], [])
     with pytest.raises(aqua.AquaError, match="the model knows 256 positions"):
-        evaluate_retrieval(model, word_tokenizer, projections, [], [Question("w1 " * 250, "w2", ("1",), {})])
+        evaluate_retrieval(model, word_tokenizer, projections, [], [Question("w1 " * 252, "w2", ("1",), {})])
     with pytest.raises(aqua.AquaError, match="prompt is empty"):
         evaluate_retrieval(model, word_tokenizer, projections, [], [Question(" ", "w2", ("1",), {})])
 
