@@ -124,7 +124,8 @@ def test_bad_calibrations_are_one_clear_error(llama, word_tokenizer, words):
         aqua.calibrate(model, word_tokenizer, "w1 w2 w3", tokens=64, context=64)
     with pytest.raises(aqua.AquaError, match="context is 512: the model knows 256 positions"):
         aqua.calibrate(model, word_tokenizer, words, tokens=512, context=512)
-    for place, message in (("q_proj", "layer 1 gave NaN"), ("k_proj", "key weights of layer 1 hold NaN")):
+    message = "layer 1 of LlamaForCausalLM gives NaN"
+    for place in ("q_proj", "k_proj"):
         broken = make_llama()
         with torch.no_grad():
             getattr(broken.model.layers[1].self_attn, place).weight[0, 0] = float("nan")

@@ -24,7 +24,13 @@ def run(llama, word_tokenizer, words):
     """Calibrate the tiny Llama on 12 windows; the file's bytes."""
 
     def calibrate(path, **options):
-        options = {"tokens": 768, "context": 64, "checkpoint": f"{path}.partial", "checkpoint_seconds": 0} | options
+        options = {
+            "name": "tiny",
+            "tokens": 768,
+            "context": 64,
+            "checkpoint": f"{path}.partial",
+            "checkpoint_seconds": 0,
+        } | options
         model = options.pop("model", llama[0])
         aqua.calibrate(model, word_tokenizer, options.pop("text", words), **options).save(path)
         return path.read_bytes()
@@ -94,13 +100,14 @@ def test_an_unfinished_run_is_not_overwritten_without_resume(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"tokens": 512}, "tokens, windows_sha256"),
-        ({"context": 32}, "context, windows_sha256"),
-        ({"seed": 1}, "seed, windows_sha256"),
+        ({"tokens": 512}, r"tokens \(768, now 512\)"),
+        ({"context": 32}, r"context \(64, now 32\)"),
+        ({"seed": 1}, r"seed \(0, now 1\)"),
         ({"text": "w1 w2 w3 " * 900}, "text_sha256, windows_sha256"),
         ({"model": make_llama(num_hidden_layers=2)}, "shape"),
-        ({"model": make_llama().bfloat16()}, "dtype"),
+        ({"model": make_llama().bfloat16()}, r"dtype \(torch.float32, now torch.bfloat16\)"),
         ({"model": make_llama()}, "key_weights"),
+        ({"name": "other"}, r"model \(tiny, now other\)"),
     ],
 )
 def test_another_run_is_not_continued(run, tmp_path, changes, named):
@@ -108,7 +115,9 @@ def test_another_run_is_not_continued(run, tmp_path, changes, named):
         run(tmp_path / "p", progress=stop_after(3))
     if named == "key_weights":
         changes["model"].model.layers[0].self_attn.k_proj.weight.data[0] *= 2
-    with pytest.raises(aqua.AquaError, match=f"of another run, which differs in {named}: delete it"):
+    with pytest.raises(
+        aqua.AquaError, match=f"of another run, which differs in {named}: repeat the options of that run, or"
+    ):
         run(tmp_path / "p", resume=True, **changes)
 
 
@@ -134,12 +143,23 @@ def test_nan_ends_the_run_at_its_window_and_is_not_kept(run, tmp_path):
     assert not (tmp_path / "p.partial").exists()
 
 
+@pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
+def test_impossible_times_between_savings_are_refused(run, tmp_path, seconds):
+    with pytest.raises(aqua.AquaError, match=f"checkpoint_seconds is {seconds}: it must be a number of seconds"):
+        run(tmp_path / "p", checkpoint_seconds=seconds)
+
+
+def test_resume_takes_a_checkpoint(run, tmp_path):
+    with pytest.raises(aqua.AquaError, match="resume takes a checkpoint"):
+        run(tmp_path / "p", checkpoint=None, resume=True)
+
+
 def test_discard_removes_the_state_and_what_killed_writes_left(tmp_path):
-    for name in ("p.partial", ".p.partial-abc.tmp", ".other-abc.tmp"):
+    for name in ("p.partial", ".p.partial-abcdefgh.tmp", ".p.partial-2.partial-abcdefgh.tmp"):
         (tmp_path / name).touch()
     discard(tmp_path / "p.partial")
     discard(tmp_path / "p.partial")
-    assert [path.name for path in tmp_path.iterdir()] == [".other-abc.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == [".p.partial-2.partial-abcdefgh.tmp"], "another run's"
 
 
 def test_digests_of_key_weights_may_differ_in_the_last_digit(tmp_path):

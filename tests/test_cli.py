@@ -14,6 +14,7 @@ import torch
 
 from aqua_attention import cli
 from aqua_attention.projections import Projections
+from conftest import make_llama
 
 
 @pytest.fixture
@@ -136,11 +137,16 @@ def test_eval_lines_asks_generated_and_given_questions(aqua, projections_file, t
     assert result["rows"][0]["same_answer"] == 1
     assert "p (paired)" in out
     given = tmp_path / "given.jsonl"
-    given.write_text(json.dumps({"prompt": "w1 w2", "random_idx": ["a-b", 0], "expected_number": 5, "num_lines": 9}))
+    record = "line a-b: REGISTER_CONTENT is <5>"
+    given.write_text(json.dumps({"prompt": record, "random_idx": ["a-b", 0], "expected_number": 5}))
     code, out, err = aqua(*arguments, "--data", given)
     assert code == 0, err
     result = json.loads((tmp_path / "out.json").read_text())
-    assert [(q["lines"], q["expected"]) for q in result["questions"]] == [(9, ["5"])]
+    assert [(q["lines"], q["expected"]) for q in result["questions"]] == [(1, ["5"])]
+    code, _, err = aqua(*arguments, "--data", given, "--lines", 3)
+    assert (code, "give one of the two" in err) == (2, True)
+    assert aqua(*arguments, "--lines", 3, "--lines", 3, "--count", 2)[0] == 0
+    assert len(json.loads((tmp_path / "out.json").read_text())["questions"]) == 2
     assert result["data"] == str(given)
 
 
@@ -207,6 +213,7 @@ def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, t
     truncated.write_bytes(projections_file.read_bytes()[:1000])
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
+    calibrate = ["calibrate", tiny_folder, "--data", text_file, "-o"]
     for arguments, message in [
         (["inspect", tmp_path / "none.safetensors"], "no such projections file"),
         (["inspect", truncated], "not a complete safetensors file"),
@@ -214,6 +221,13 @@ def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, t
         (["calibrate", tiny_folder, "--data", empty, "-o", tmp_path / "p"], "is blank"),
         (["calibrate", tmp_path / "no-model", "--data", text_file, "-o", tmp_path / "p"], "no-model"),
         (["calibrate", tiny_folder, "--data", text_file, "-o", tmp_path / "no" / "p"], "cannot write"),
+        ([*calibrate, "."], "cannot write"),
+        ([*calibrate, tmp_path / "p", "--json", tmp_path / "p"], "two results"),
+        ([*calibrate, tmp_path / "p", "--checkpoint-seconds", "nan"], "checkpoint_seconds is nan"),
+        (["merge", projections_file, projections_file, "-o", tmp_path / "p", "--json", tmp_path / "p"], "two results"),
+        (["eval", "lines", tiny_folder, "-p", projections_file, "--lines", 100], "the model knows 256 positions"),
+        (["eval", "lines", tiny_folder, "-p", projections_file, "--data", tmp_path], "no such file of line questions"),
+        (["eval", "needle", tiny_folder, "-p", projections_file, "--length", -5], "give a larger length"),
         (["generate", tiny_folder, "-p", projections_file, "--prompt", " "], "the prompt is empty"),
         (["generate", tiny_folder, "-p", projections_file, "--prompt", "w1", "--max-new-tokens", 0], "max_new_tokens"),
         (["generate", tiny_folder, "-p", projections_file, "--prompt", "w1", "--max-new-tokens", 999], "256 positions"),
@@ -226,15 +240,10 @@ def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, t
 
 
 def test_every_command_has_an_example_in_its_help(aqua):
-    for command in (
-        ["calibrate"],
-        ["inspect"],
-        ["merge"],
-        ["eval", "perplexity"],
-        ["eval", "retention"],
-        ["generate"],
-        ["demo"],
-    ):
+    commands = [[c.name or c.callback.__name__] for c in cli.app.registered_commands]
+    commands += [["eval", c.name or c.callback.__name__] for c in cli.evaluations.registered_commands]
+    assert len(commands) >= 9
+    for command in commands:
         code, out, _ = aqua(*command, "--help")
         assert code == 0
         assert "Example" in out
@@ -247,17 +256,54 @@ def test_version(aqua):
     assert aqua("--version")[:2] == (0, f"aqua-attention {__version__}\n")
 
 
-def test_ctrl_c_leaves_no_file_and_no_traceback(aqua, monkeypatch, tmp_path, tiny_folder, text_file):
-    from aqua_attention import calibration
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(aqua, monkeypatch, tmp_path, tiny_folder, text_file):
+    from aqua_attention.stats import LayerStatistics
 
-    def interrupted(*args, **options):
-        raise KeyboardInterrupt
+    arguments = ("calibrate", tiny_folder, "--data", text_file, "--tokens", 256, "--context", 64, "-o")
+    assert aqua(*arguments, tmp_path / "whole")[0] == 0
+    whole, calls, original = (tmp_path / "whole").read_bytes(), [], LayerStatistics.of
 
-    monkeypatch.setattr(calibration, "collect", interrupted)
-    code, _, err = aqua("calibrate", tiny_folder, "--data", text_file, "--context", 64, "-o", tmp_path / "p")
-    assert code == 130
-    assert "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    def interrupted(query, key):
+        calls.append(0)
+        if len(calls) in (1, 3 + 3 * 2):  # before any window is done; in the third window after that
+            raise KeyboardInterrupt
+        return original(query, key)
+
+    monkeypatch.setattr(LayerStatistics, "of", interrupted)
+    code, _, err = aqua(*arguments, tmp_path / "p")
+    assert (code, "stopped: nothing was kept yet" in err, "Traceback" in err) == (130, True, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+    code, _, err = aqua(*arguments, tmp_path / "p")
+    assert (code, "Traceback" in err) == (130, False)
+    assert f"stopped: {tmp_path / 'p.partial'} keeps what is done, the same command with --resume" in err
+    code, _, err = aqua(*arguments, tmp_path / "p")
+    assert code == 2
+    assert "holds an unfinished calibration: go on with --resume, or delete it" in err
+    assert aqua(*arguments, tmp_path / "p", "--resume")[0] == 0
+    assert (tmp_path / "p").read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "whole"]
+    code, _, err = aqua(*arguments, tmp_path / "p", "--resume")
+    assert (code, "there is no" in err) == (0, True)
+
+
+def test_a_model_of_nan_gives_no_figures(aqua, projections_file, text_file, word_tokenizer, tmp_path):
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    word_tokenizer.save_pretrained(tmp_path / "nan")
+    given = (tmp_path / "nan", "-p", projections_file, "--json", tmp_path / "out.json")
+    windows, essay = ["--data", text_file, "--context", 64], tmp_path / "essay.txt"
+    essay.write_text("w1 w2 w3. " * 200)
+    for command in (
+        ["perplexity", *windows],
+        ["retention", *windows],
+        ["lines", "--lines", 3],
+        ["needle", "--data", essay, "--length", 150],
+    ):
+        code, _, err = aqua("eval", command[0], *given, *command[1:])
+        assert (code, "gives NaN" in err, "Traceback" in err) == (2, True, False), err
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_a_full_disk_behind_standard_output_is_one_line(tmp_path, projections_file):

@@ -53,6 +53,8 @@ def calibrate(
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
             checkpoint of another run, or one that exists though `resume` was not asked for.
     """
+    if resume and checkpoint is None:
+        raise AquaError("resume takes a checkpoint: name the file to go on from")
     if checkpoint is not None and not resume:
         check_finished(Path(checkpoint))
     layers = attention_layers(model)
@@ -67,14 +69,15 @@ def calibrate(
         "seed": seed,
         "library_version": __version__,
     }
+    identity = {"name": name or model.config._name_or_path, "shape": shape, "key_weights": key_weights}
     keeper = None
     if checkpoint is not None:
         # What the model is and what it reads; the windows' digest stands for the tokenizer.
         read = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "dtype": str(model.dtype)}
-        run = {"shape": shape, "key_weights": key_weights} | calibration | read
+        # The name tells models apart whose key weights cannot be read (quantised, offloaded).
+        run = {"model": identity["name"], "shape": shape, "key_weights": key_weights} | calibration | read
         keeper = Checkpoint(checkpoint, run, seconds=checkpoint_seconds)
     statistics = collect(model, windows, checkpoint=keeper, progress=progress)
-    identity = {"name": name or model.config._name_or_path, "shape": shape, "key_weights": key_weights}
     return Projections.from_statistics(statistics, model=identity, calibration=calibration)
 
 

@@ -109,6 +109,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         raise AquaError(f"{name} does not run on token ids alone, so it is not supported ({reason})") from error
     if not seen:
         raise AquaError(f"{name} made no attention call: AQUA needs a model with attention layers")
+    _check_finite(name, seen, expected[0])
     # A quantised model may round activations too: then the last bit of an attention output moves logits by percents.
     exact = output[0].dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
     _check_same(name, output[0], expected[0], tolerance=1e-2 if exact else 0.2)
@@ -176,6 +177,17 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def is_plain(weight: Tensor) -> bool:
     """Whether `weight` holds ordinary floats. Quantised ones are integers, float8, or of a class of their own."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in PLAIN_DTYPES
+
+
+def _check_finite(name: str, seen: dict[nn.Module, tuple[Tensor, Tensor]], logits: Tensor) -> None:
+    """No NaN may pass: compared with anything, it would look like no difference."""
+    remedy = "the weights are damaged or the dtype is too narrow (try --dtype float32)"
+    for module, states in seen.items():
+        if not all(bool(torch.isfinite(each).all()) for each in states):
+            layer = getattr(module, "layer_idx", None)
+            raise AquaError(f"layer {layer} of {name} gives NaN or infinite queries or keys: {remedy}")
+    if bool(torch.isnan(logits).any()):
+        raise AquaError(f"{name} gives NaN: {remedy}")
 
 
 def _check_same(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ class Checkpoint:
             run: JSON values that tell this run from others; `shape` (see `fingerprint.shape_of`) and `key_weights` of
                 the model among them.
             seconds: how old the file may get.
+
+        Raises:
+            AquaError: `seconds` is negative, infinite or NaN.
         """
+        check_seconds(seconds)
         self.path, self.seconds = Path(path), seconds
         self.run: dict[str, Any] = json.loads(json.dumps(run))  # as it will be read: lists, no tuples
         self._saved = time.monotonic()
@@ -45,14 +50,20 @@ class Checkpoint:
         if not self.path.exists():
             return {}, 0
         stored = Stored(
-            self.path, KIND, what="an unfinished calibration", remedy="delete it, and calibrate without --resume"
+            self.path,
+            KIND,
+            what="an unfinished calibration",
+            remedy="delete it, and calibrate without --resume",
         )
         try:
             run, done = dict(stored.header["run"]), int(stored.header["windows_done"])
         except (KeyError, TypeError, ValueError) as error:
             raise stored.error(f"its metadata is incomplete ({error!r})") from error
         if different := self._differences(run):
-            raise stored.error(f"it is of another run, which differs in {', '.join(different)}")
+            raise AquaError(
+                f"{self.path} is of another run, which differs in {', '.join(different)}: repeat the options of that "
+                "run, or delete the file to begin anew"
+            )
         statistics = {index: take_layer(stored, index, groups, dim) for index, _, groups, dim in run["shape"]["layers"]}
         stored.finish()
         return statistics, done
@@ -71,11 +82,18 @@ class Checkpoint:
     def _differences(self, run: dict[str, Any]) -> list[str]:
         ours, theirs = dict(self.run), dict(run)
         weights = ours.pop("key_weights", None), theirs.pop("key_weights", None)
-        different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        if different or weights[0] == weights[1]:
-            return different
+        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if names or weights[0] == weights[1]:
+            options = [name for name in names if name in ("model", "tokens", "context", "seed", "dtype")]
+            return [f"{name} ({theirs.get(name)}, now {ours.get(name)})" for name in options] or names
         # The same weights may differ in the last digit of their digest, when the number of threads does.
         return [] if all(weights) and weight_difference(*weights) < 1e-5 else ["key_weights"]
+
+
+def check_seconds(seconds: float) -> None:
+    """Raise AquaError when `seconds` is no time between two savings."""
+    if not 0 <= seconds < math.inf:
+        raise AquaError(f"checkpoint_seconds is {seconds}: it must be a number of seconds, 0 or more")
 
 
 def check_finished(path: Path) -> None:

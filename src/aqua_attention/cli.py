@@ -76,19 +76,23 @@ def calibrate(
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
+    check_writable(output, json)
     partial = output.with_name(f"{output.name}.partial")
     check_writable(output, partial, json)
     from aqua_attention.calibration import calibrate as run
-    from aqua_attention.checkpoint import check_finished, discard
+    from aqua_attention.checkpoint import check_finished, check_seconds, discard
     from aqua_attention.files import remove_leftovers, write_json
     from aqua_attention.tables import provenance_table, spectrum
     from aqua_attention.text import load_text
 
+    check_seconds(checkpoint_seconds)
     if not resume:
         check_finished(partial)
-    text = load_text(data)
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
+    elif not partial.exists():
+        typer.echo(f"there is no {partial}: beginning at the first window", err=True)
     try:
+        text = load_text(data)
+        loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
         with progress_bars() as report:
             projections = run(
                 loaded,
@@ -105,10 +109,8 @@ def calibrate(
             )
         projections.save(output)
     except KeyboardInterrupt:
-        kept = (
-            f"{partial} keeps what is done: the same command with --resume goes on" if partial.exists() else "no loss"
-        )
-        typer.echo(f"stopped; {kept}", err=True)
+        kept = f"{partial} keeps what is done, the same command with --resume goes on"
+        typer.echo(f"stopped: {kept if partial.exists() else 'nothing was kept yet'}", err=True)
         raise typer.Exit(130) from None
     discard(partial)
     remove_leftovers(output)

@@ -30,6 +30,7 @@ from aqua_attention.cli_options import (
     aqua_config,
     load_model,
 )
+from aqua_attention.errors import AquaError
 from aqua_attention.terminal import check_writable, print_table, progress_bars
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def lines(
         Path | None, typer.Option(help="LongEval's .jsonl of line questions; generated when left out.")
     ] = None,
     count: Annotated[int | None, typer.Option(help="How many questions (a file: all of them; generated: 50).")] = None,
-    lines: Annotated[list[int], typer.Option(help="Lines in a generated question; repeat.")] = LINES,
+    lines: Annotated[list[int] | None, typer.Option(help="Lines in a generated question; repeat (100 200).")] = None,
     seed: Annotated[int, typer.Option(help="Chooses the generated questions.")] = 0,
     k_ratio: KRatios = K_RATIOS,
     s_ratio: SRatio = 0.0,
@@ -182,11 +183,15 @@ def lines(
     from aqua_attention.evaluate.lines import lines_questions, read_lines_questions
     from aqua_attention.projections import Projections
 
+    if data is not None and lines:
+        raise AquaError(f"--lines generates questions, --data {data} reads them: give one of the two")
     learned = Projections.load(projections)
     if data is not None:
         questions = read_lines_questions(data, count=count)
     else:
-        questions = [q for n in lines for q in lines_questions(n, count=50 if count is None else count, seed=seed)]
+        each = 50 if count is None else count
+        # A number given twice would count the same questions twice.
+        questions = [q for n in dict.fromkeys(lines or LINES) for q in lines_questions(n, count=each, seed=seed)]
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
     source = {"model": model, "data": "generated" if data is None else str(data), "seed": None if data else seed}
     _retrieve(loaded, tokenizer, learned, configs, basis, questions, chat, source, json)

@@ -51,7 +51,8 @@ def write_atomically(path: Path | str, content: bytes) -> None:
 def remove_leftovers(path: Path | str) -> None:
     """Remove the temporary files of writes to `path` that were killed. Not while another process writes to it."""
     path = Path(path).resolve()
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}-*.tmp"):
+    # Exactly mkstemp's eight characters: the temporary files of "part-1" are not those of "part".
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????.tmp"):
         leftover.unlink(missing_ok=True)
 
 

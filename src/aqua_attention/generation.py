@@ -15,6 +15,9 @@ from aqua_attention.capture import input_device
 from aqua_attention.errors import AquaError
 from aqua_attention.integrations.transformers import Attachment
 
+# Some models ship a generation config with penalties or beams, which would hide what attention does.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -54,7 +57,11 @@ def encode_prompt(
     templated = chat and bool(tokenizer.chat_template)
     if templated:
         messages = [{"role": "user", "content": prompt}]
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)) + answer_start
+        try:
+            question = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program, and fails in any way it likes
+            raise AquaError(f"the model's chat template cannot be used ({error}): go without it (--no-chat)") from error
+        text = f"{question}{answer_start}"
     else:
         text = f"{prompt}\n{answer_start}" if answer_start else prompt
     # A template writes its own special tokens.
@@ -69,7 +76,11 @@ def continue_tokens(
     max_new_tokens: int,
     attachment: Attachment | None = None,
 ) -> Continuation:
-    """`continue_prompt` from token ids [1, length]."""
+    """`continue_prompt` from token ids [1, length].
+
+    Raises:
+        AquaError: as `continue_prompt`, and when the model gives NaN.
+    """
     if max_new_tokens < 1:
         raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
     length = token_ids.shape[1]
@@ -81,8 +92,12 @@ def continue_tokens(
             input_ids=token_ids,
             attention_mask=torch.ones_like(token_ids),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
             pad_token_id=padding,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **GREEDY,
         )
-    new = output[0, length:].tolist()
+    if any(bool(logits.isnan().any()) for logits in output.logits):
+        raise AquaError("the model gives NaN: its weights are damaged or the dtype is too narrow (try --dtype float32)")
+    new = output.sequences[0, length:].tolist()
     return Continuation(text=str(tokenizer.decode(new, skip_special_tokens=True)), token_ids=new)

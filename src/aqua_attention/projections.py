@@ -167,10 +167,15 @@ class Projections:
         return cls(layers, statistics, model, calibration, basis)
 
 
-def _rotation(layer: LayerStatistics, basis: str) -> Tensor:
-    """Orthogonal float32 matrix [num_key_value_heads, head_dim, head_dim]."""
+def check_basis(basis: str) -> None:
+    """Raise AquaError when there is no such basis."""
     if basis not in BASES:
         raise AquaError(f"basis is {basis!r}: it must be one of {', '.join(BASES)}")
+
+
+def _rotation(layer: LayerStatistics, basis: str) -> Tensor:
+    """Orthogonal float32 matrix [num_key_value_heads, head_dim, head_dim]."""
+    check_basis(basis)
     if basis == "none":
         return torch.eye(layer.key_gram.shape[-1]).expand(layer.key_gram.shape).clone()
     if basis == "key-pca":

@@ -54,7 +54,7 @@ class Stored:
                 raw = (file.metadata() or {}).get(kind)
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (safetensors.SafetensorError, OSError, ValueError) as error:
-            raise self.error(f"not a complete safetensors file ({error})", "copy it again or ") from error
+            raise self.error(f"not a complete safetensors file ({error})") from error
         if raw is None:
             raise self.error(f"a safetensors file, but not of {what}")
         try:
@@ -67,7 +67,7 @@ class Stored:
                 f"format version {version!r}, this library reads {FORMAT_VERSION}", "upgrade aqua-attention or "
             )
         if "sha256" not in self.header:
-            raise self.error("its metadata is incomplete (no 'sha256')")
+            raise self.error("its metadata is incomplete (KeyError('sha256'))")
         self._claimed = self.header.pop("sha256")
         self._found = _digest(self.header, self._tensors)
 

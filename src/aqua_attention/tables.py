@@ -62,7 +62,8 @@ def retention_table(result: dict[str, Any]) -> Table:
 
 def retrieval_table(result: dict[str, Any]) -> Table:
     """What `evaluate_retrieval` returned: exact answers dense and under each setting, and the paired test."""
-    titles = ["setting", "products", "right", "only dense right", "only AQUA right", "p (paired)", "same answer"]
+    titles = ["setting", "products outside the window", "right"]
+    titles += ["only dense right", "only AQUA right", "p (paired)", "same answer"]
     rows = [["dense", "100%", f"{result['dense']['accuracy']:.1%}", "", "", "", ""]]
     rows += [
         [
@@ -88,7 +89,7 @@ def retrieval_grid(result: dict[str, Any]) -> Table:
         cells.setdefault(tuple(question[name] for name in labels), []).append(question["correct"])
     settings = [describe_setting(row["setting"], row["basis"]) for row in result["rows"]]
     rows = [
-        [*(f"{value:g}" for value in cell), *(f"{sum(marks)}/{len(marks)}" for marks in zip(*correct, strict=True))]
+        [*(str(value) for value in cell), *(f"{sum(marks)}/{len(marks)}" for marks in zip(*correct, strict=True))]
         for cell, correct in cells.items()
     ]
     return [*labels, "dense", *settings], rows

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Say now, not after minutes of work, that a result has nowhere to go."""
-    for path in paths:
-        if path is None:
-            continue
+    """Say now, not after minutes of work, that a result has nowhere to go, or that two would go to one place."""
+    given = [path for path in paths if path is not None]
+    for path in given:
+        if sum(path.resolve() == other.resolve() for other in given) > 1 and not path.is_char_device():
+            raise AquaError(f"{path} is given for two results: give each a file of its own")
         folder = path.absolute().parent
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import re
@@ -115,6 +116,16 @@ def test_impossible_questions_are_refused(llama, word_tokenizer):
         evaluate_retrieval(model, word_tokenizer, projections, [], [Question(" ", "w2", ("1",), {})])
 
 
+def test_a_model_that_gives_nan_later_is_refused(llama, word_tokenizer):
+    """The four tokens of the probe are fine; a token of the question is not."""
+    model = copy.deepcopy(llama[0])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[50] = float("nan")
+    ask = Question("w1 w48 w2", "w3", ("1",), {})
+    with pytest.raises(aqua.AquaError, match="the model gives NaN"):
+        evaluate_retrieval(model, word_tokenizer, llama[1], [], [ask])
+
+
 # Lines
 
 
@@ -139,7 +150,8 @@ def test_lines_out_of_range():
             lines_questions(lines, count=count)
 
 
-ROW = {"random_idx": ["calm-fox", 1], "expected_number": 77, "num_lines": 2, "prompt": "line calm-fox: ... <77>"}
+RECORD = "line calm-fox: REGISTER_CONTENT is <77>\nline odd-elk: REGISTER_CONTENT is <8>\n"
+ROW = {"random_idx": ["calm-fox", 1], "expected_number": 77, "prompt": RECORD}
 
 
 @pytest.mark.parametrize("name", ["lines.jsonl", "lines.jsonl.gz"])
@@ -159,8 +171,14 @@ def test_longeval_files_are_read(tmp_path, name):
         (b"", "holds no questions"),
         (b"{", "line 1 is no LongEval line question"),
         (b"[1]", "line 1 is no LongEval line question"),
-        (json.dumps(ROW | {"expected_number": "many"}).encode(), "line 1 is no LongEval line question"),
-        (json.dumps(ROW | {"random_idx": []}).encode(), "line 1 is no LongEval line question"),
+        (b"[" * 200_000, "line 1 is no LongEval line question"),
+        *(
+            (json.dumps(ROW | {"expected_number": n}).encode(), "expected_number is")
+            for n in ("77", 77.9, -5, True, None)
+        ),
+        (json.dumps(ROW | {"expected_number": float("inf")}).encode(), "expected_number is inf"),
+        *((json.dumps(ROW | {"random_idx": name}).encode(), "random_idx is no text") for name in ([], [""], 3, None)),
+        *((json.dumps(ROW | {"prompt": p}).encode(), "prompt is no text") for p in ("", " ", ["a"], "\ud800")),
         (json.dumps({"prompt": "x", "random_idx": "y"}).encode(), "line 1 has no field 'expected_number'"),
         (b"\xff\xfe", "cannot be read"),
     ],
@@ -173,6 +191,8 @@ def test_damaged_line_files_name_the_place(tmp_path, content, message):
 
 
 def test_missing_and_truncated_line_files(tmp_path):
+    with pytest.raises(aqua.AquaError, match="count is -5"):
+        read_lines_questions(tmp_path / "none.jsonl", count=-5)
     with pytest.raises(aqua.AquaError, match="no such file of line questions"):
         read_lines_questions(tmp_path / "none.jsonl")
     cut = tmp_path / "cut.jsonl.gz"
@@ -200,6 +220,18 @@ def test_the_needle_is_at_its_depth_in_a_text_of_its_length(word_tokenizer):
         assert q.prompt.count(q.expected[0]) == 1
         assert place_of(q.prompt, q.expected[0]) == pytest.approx(q.labels["depth"], abs=0.1)
         assert re.search(r"[.]\s+The secret number|^The secret number", q.prompt.split("\n\n")[1]), "between sentences"
+
+
+def test_long_sentences_leave_the_haystack_full(word_tokenizer):
+    text = ESSAY + " w1" * 164 + ". " + ESSAY
+    for seed in range(20):
+        (q,) = needle_questions(word_tokenizer, text, lengths=[200], depths=[0.5], seed=seed, chat=False)
+        assert 0.85 * 200 <= len(word_tokenizer(f"{q.prompt} {q.answer_start}")["input_ids"]) <= 200
+
+
+def test_a_cell_given_twice_is_asked_once(word_tokenizer):
+    questions = needle_questions(word_tokenizer, ESSAY, lengths=[200, 200], depths=[0.5, 0.5], chat=False)
+    assert len(questions) == 1
 
 
 def test_several_needles_stand_in_the_order_they_are_asked_for(word_tokenizer):
@@ -232,7 +264,8 @@ def test_needle_questions_follow_the_seed(word_tokenizer):
         ({"depths": [float("nan")]}, "depth is nan"),
         ({"lengths": [10]}, "length is 10: question and needles alone take"),
         ({"lengths": [100_000]}, "give more text"),
-        ({"text": "w1 " * 900}, "a sentence of the text has 900 tokens"),
+        ({"text": "w1 " * 900}, "hardly a piece of the text .* has about [0-9]+ tokens"),
+        ({"text": " ".join(map(str, range(100_000, 1_000_000)))}, "full of six-digit numbers"),
     ],
 )
 def test_impossible_needles_are_refused(word_tokenizer, changes, message):

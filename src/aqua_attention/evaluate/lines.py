@@ -12,7 +12,6 @@ import json
 import random
 import zlib
 from pathlib import Path
-from typing import Any
 
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.retrieval import Question
@@ -61,12 +60,14 @@ def read_lines_questions(path: Path | str, *, count: int | None = None) -> list[
         AquaError: no such file, damaged, or a line lacks a field; the message names file, line and field.
     """
     path = Path(path)
+    if count is not None and count < 1:
+        raise AquaError(f"count is {count}: it must be at least 1")
     if not path.is_file():
         raise AquaError(f"{path}: no such file of line questions: give a LongEval .jsonl, or --lines to generate")
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
     questions: list[Question] = []
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if count is not None and len(questions) == count:
                     break
@@ -96,15 +97,28 @@ def _generated(lines: int, rng: random.Random) -> Question:
 
 def _parsed(line: str, where: str) -> Question:
     try:
-        row: dict[str, Any] = json.loads(line)
+        row = json.loads(line)
         prompt, name, number = row["prompt"], row["random_idx"], row["expected_number"]
-        name = name[0] if isinstance(name, list) else name
-        lines = int(row.get("num_lines", prompt.count("REGISTER_CONTENT is <")))
-        return _question(str(prompt), str(name), int(number), lines)
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise AquaError(f"{where} is no LongEval line question ({error}): mend or drop it") from error
     except KeyError as error:
         raise AquaError(f"{where} has no field {error}: it is no LongEval line question") from error
+    name = name[0] if isinstance(name, list) and name else name
+    for field, value in (("prompt", prompt), ("random_idx", name)):
+        if not (isinstance(value, str) and value.strip() and _is_text(value)):
+            raise AquaError(f"{where}: its {field} is no text: mend or drop it")
+    if type(number) is not int or number < 0:
+        raise AquaError(f"{where}: its expected_number is {number!r}, not a whole number: mend or drop it")
+    return _question(prompt, name, number, prompt.count("REGISTER_CONTENT is <"))
+
+
+def _is_text(value: str) -> bool:
+    """Whether it has no half of a surrogate pair, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _question(prompt: str, name: str, number: int, lines: int) -> Question:

@@ -19,8 +19,9 @@ CITIES = (
     "Bergen Cusco Dakar Esfahan Fukuoka Granada Havana Innsbruck Jakarta Kyoto Lagos Mombasa Nairobi Oslo Porto Quito "
     "Riga Samarkand Tbilisi Utrecht Valencia Warsaw Yerevan Zagreb"
 ).split()
+TRIES = 1000
 # White space stays with the sentence behind it, so that joining the pieces gives the text back.
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？।])|(?=\n\s*\n)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？।])|(?=\n[ \t\r]*\n)")
 
 
 def needle_questions(
@@ -38,7 +39,7 @@ def needle_questions(
 
     Args:
         text: the haystack, any essays; its sentences are kept whole.
-        lengths: tokens of the whole prompt, about: at most a sentence fewer.
+        lengths: tokens of the whole prompt, which takes 90 to 100 per cent of them.
         depths: where the needle is, 0 the beginning of the haystack, 1 its end. With more needles, the first is there
             and the others at equal distances behind it, up to the end; all of them are asked for, in their order.
         needles: how many.
@@ -59,7 +60,8 @@ def needle_questions(
     ids = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
     ends = [0, *accumulate(len(sentence) for sentence in ids)]
     questions = []
-    for length, depth, repeat in product(lengths, depths, range(repeats)):
+    # A cell given twice would count the same questions twice.
+    for length, depth, repeat in product(dict.fromkeys(lengths), dict.fromkeys(depths), range(repeats)):
         rng = random.Random(f"{seed}/{length}/{depth}/{repeat}")
         cities, numbers = rng.sample(CITIES, needles), _numbers(rng, needles, text)
         labels = {"length": length, "depth": depth}
@@ -67,7 +69,9 @@ def needle_questions(
         overhead = encode_prompt(tokenizer, bare.prompt, chat=chat, answer_start=bare.answer_start).shape[1]
         overhead += len(tokenizer(" ".join(_needles(cities, numbers)), add_special_tokens=False)["input_ids"]) + needles
         if (room := length - overhead) < 1:
-            raise AquaError(f"length is {length}: question and needles alone take {overhead} tokens")
+            raise AquaError(
+                f"length is {length}: question and needles alone take {overhead} tokens, give a larger length"
+            )
         start, stop = _span(ends, room, rng)
         positions = [depth + (1 - depth) * index / needles for index in range(needles)]
         places = [_boundary(ends[start : stop + 1], position) for position in positions]
@@ -83,27 +87,28 @@ def _needles(cities: Sequence[str], numbers: Sequence[str]) -> list[str]:
 def _numbers(rng: random.Random, count: int, text: str) -> list[str]:
     """Different six-digit numbers, none of which the text holds."""
     numbers: list[str] = []
-    while len(numbers) < count:
+    for _ in range(TRIES):
+        if len(numbers) == count:
+            return numbers
         number = str(rng.randrange(100_000, 1_000_000))
         if number not in numbers and number not in text:
             numbers.append(number)
-    return numbers
+    raise AquaError("the text is full of six-digit numbers, so that no needle would stand out: give another text")
 
 
 def _span(ends: Sequence[int], room: int, rng: random.Random) -> tuple[int, int]:
-    """First and last-plus-one sentence of a random piece of at most `room` tokens, and of hardly fewer."""
+    """First and last-plus-one sentence of a random piece of the text, of 90 to 100 per cent of `room` tokens."""
     if ends[-1] < room:
-        raise AquaError(
-            f"the text has {ends[-1]} tokens, the haystack needs {room}: give more text or a smaller length"
-        )
-    start = rng.randrange(bisect_right(ends, ends[-1] - room))
-    stop = bisect_right(ends, ends[start] + room) - 1
-    if stop == start:
-        raise AquaError(
-            f"a sentence of the text has {ends[start + 1] - ends[start]} tokens, the haystack {room}: "
-            "give a larger length"
-        )
-    return start, stop
+        raise AquaError(f"the text has {ends[-1]} tokens, the haystack {room}: give more text or a smaller length")
+    for _ in range(TRIES):
+        start = rng.randrange(bisect_right(ends, ends[-1] - room))
+        stop = bisect_right(ends, ends[start] + room) - 1
+        if ends[stop] - ends[start] >= 0.9 * room:
+            return start, stop
+    raise AquaError(
+        f"hardly a piece of the text from one sentence end to another has about {room} tokens: give a text with more "
+        "full stops or empty lines, or another length"
+    )
 
 
 def _boundary(ends: Sequence[int], position: float) -> int:

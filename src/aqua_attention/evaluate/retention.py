@@ -7,6 +7,7 @@ for every query (magnitude, weighted).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedModel
 from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import attention_layers, observe_windows
 from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
 
@@ -61,7 +63,11 @@ def evaluate_retention(
     found = attention_layers(model)
     projections.check_model(model, found)
     layers = {layer.module: layer for layer in found}
-    settings = [(selection, ratio) for selection in selections for ratio in k_ratios]
+    settings = {
+        (selection, ratio): AquaConfig(k_ratio=ratio, selection=selection)
+        for selection in selections
+        for ratio in k_ratios
+    }
     check_tokens(model, windows, context=windows.shape[1])
     losses: dict[tuple[str, float], dict[int, _Loss]] = {setting: {} for setting in settings}
 
@@ -75,14 +81,13 @@ def evaluate_retention(
         visible = torch.arange(length, device=key.device) <= places[:, None]
         dense = _scores(q, k, scaling)
         dense_centred, dense_softmax = _centred(dense, visible), _softmax(dense, visible)
-        for selection, ratio in settings:
-            config = AquaConfig(k_ratio=ratio, selection=selection)
+        for setting, config in settings.items():
             selected = select_dimensions(q, config, layer.head_dim, projection.key_rms.to(key.device))
             scores = dense if selected is None else _scores(torch.where(selected, q, 0), k, scaling)
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
             score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean(-1)[0]
             softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean(-1)[0] / 2
-            sums = losses[selection, ratio].setdefault(layer.index, _Loss())
+            sums = losses[setting].setdefault(layer.index, _Loss())
             sums.scores, sums.softmax = (
                 sums.scores + score_loss.double().cpu(),
                 sums.softmax + softmax_loss.double().cpu(),
@@ -111,6 +116,12 @@ def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
 def _row(selection: str, ratio: float, layers: dict[int, _Loss]) -> dict[str, Any]:
     scores = {index: (loss.scores / loss.count).tolist() for index, loss in layers.items()}
     softmax = {index: (loss.softmax / loss.count).tolist() for index, loss in layers.items()}
+
+    if not all(math.isfinite(value) for heads in (*scores.values(), *softmax.values()) for value in heads):
+        raise AquaError(
+            "the model gives NaN or infinite scores: its weights are damaged or the dtype is too narrow "
+            "(try --dtype float32)"
+        )
 
     def mean(per_layer: dict[int, list[float]]) -> float:
         values = [value for heads in per_layer.values() for value in heads]

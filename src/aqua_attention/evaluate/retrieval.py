@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration import check_tokens
@@ -63,16 +62,25 @@ def evaluate_retrieval(
         `accuracy` (exact match), `lost` and `gained` (questions that only dense, only AQUA got right), `p_value` (see
         `paired_p_value`), `same_answer` (share of answers that are dense's, token for token), `mean_k`. An entry a
         question: its labels, `tokens`, `expected`, and the lists `answers` and `correct`, dense first.
+        The p-values are one for each setting over all questions, not corrected for asking several times.
 
     Raises:
-        AquaError: no questions, one longer than the model's positions.
+        AquaError: no questions, one longer than the model's positions, NaN.
     """
     if not questions:
         raise AquaError("there are no questions to ask: give at least one")
     prompts = [encode_prompt(tokenizer, q.prompt, chat=chat, answer_start=q.answer_start) for q in questions]
     budgets = [_answer_tokens(tokenizer, question) for question in questions]
-    for prompt, budget in zip(prompts, budgets, strict=True):
-        check_tokens(model, prompt, context=prompt.shape[1] + budget)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for question, prompt, budget in zip(questions, prompts, budgets, strict=True):
+        needed = prompt.shape[1] + budget
+        if limit is not None and needed > limit:
+            where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
+            raise AquaError(
+                f"a question ({where}) takes {needed} tokens with its answer, the model knows {limit} positions: ask "
+                "shorter ones"
+            )
+        check_tokens(model, prompt, context=needed)
     runs = attachments(model, projections, settings)
     columns = [None, *(attachment for attachment, _ in runs)]
     answers: list[list[str]] = []
@@ -128,7 +136,7 @@ def paired_p_value(lost: int, gained: int) -> float:
 
 
 def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
-    expected: Tensor = tokenizer(", ".join(question.expected), add_special_tokens=False)["input_ids"]
+    expected: list[int] = tokenizer(", ".join(question.expected), add_special_tokens=False)["input_ids"]
     return len(expected) + SPARE_TOKENS + WORDS_BETWEEN * (len(question.expected) - 1)
 
 

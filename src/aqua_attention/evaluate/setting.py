@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.integrations.transformers import Attachment, apply
-from aqua_attention.projections import Projections
+from aqua_attention.projections import Projections, check_basis
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,9 @@ class Setting:
 
     config: AquaConfig
     basis: str = "aqua"
+
+    def __post_init__(self) -> None:
+        check_basis(self.basis)
 
 
 @dataclass
