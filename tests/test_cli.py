@@ -242,7 +242,8 @@ def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, t
 def test_every_command_has_an_example_in_its_help(aqua):
     commands = [[c.name or c.callback.__name__] for c in cli.app.registered_commands]
     commands += [["eval", c.name or c.callback.__name__] for c in cli.evaluations.registered_commands]
-    assert len(commands) >= 9
+    commands += [["bench", c.name or c.callback.__name__] for c in cli.benchmarks.registered_commands]
+    assert len(commands) >= 10
     for command in commands:
         code, out, _ = aqua(*command, "--help")
         assert code == 0

@@ -119,6 +119,7 @@ def test_to_dict_holds_every_field_and_survives_json():
         "sink": 4,
         "recent": 64,
         "logit_error": None,
+        "bits": None,
     }
     assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config
 

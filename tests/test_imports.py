@@ -29,15 +29,18 @@ ORDER = [
     "models",
     "text",
     "calibration",
+    "store",
     "cache",
     "integrations",
     "generation",
     "evaluate",
+    "bench",
     "tables",
     "terminal",
     "demo",
     "cli_options",
     "cli_evaluate",
+    "cli_bench",
     "cli",
 ]
 """The data's way through the library; a module imports only from itself and from what stands before it."""

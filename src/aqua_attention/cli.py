@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from aqua_attention.cli_bench import benchmarks
 from aqua_attention.cli_evaluate import evaluations
 from aqua_attention.cli_options import (
+    Bits,
     Chat,
     Context,
     Device,
@@ -43,6 +45,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(evaluations, name="eval")
+app.add_typer(benchmarks, name="bench")
 
 
 @app.callback(invoke_without_command=True)
@@ -179,6 +182,7 @@ def generate(
     sink: Sink = 0,
     recent: Recent = 0,
     logit_error: LogitError = None,
+    bits: Bits = None,
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -192,7 +196,7 @@ def generate(
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --compare`
     """
-    config = aqua_config(k_ratio, s_ratio, selection, share, sink, recent, logit_error)
+    config = aqua_config(k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits)
     check_writable(json)
     from aqua_attention.files import write_json
     from aqua_attention.generation import continue_prompt

@@ -10,6 +10,7 @@ import typer
 
 from aqua_attention.cli_options import (
     Basis,
+    Bits,
     Chat,
     Context,
     Device,
@@ -60,6 +61,7 @@ def perplexity(
     sink: Sink = 0,
     recent: Recent = 0,
     logit_error: LogitError = None,
+    bits: Bits = None,
     basis: Basis = "aqua",
     context: Context = 2048,
     tokens: Annotated[int, typer.Option(help="How many tokens to evaluate, from the start of the text.")] = 8192,
@@ -73,7 +75,7 @@ def perplexity(
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
-    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error) for ratio in k_ratio]
+    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits) for ratio in k_ratio]
     check_writable(json)
     from aqua_attention.evaluate.perplexity import evaluate_perplexity
     from aqua_attention.evaluate.setting import Setting
@@ -165,6 +167,7 @@ def lines(
     sink: Sink = 0,
     recent: Recent = 0,
     logit_error: LogitError = None,
+    bits: Bits = None,
     basis: Basis = "aqua",
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -178,7 +181,7 @@ def lines(
     Example: `aqua eval lines smollm2 -p smollm2.safetensors --lines 100 --count 50 --k-ratio 0.75 --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --json lines.json`
     """
-    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error) for ratio in k_ratio]
+    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits) for ratio in k_ratio]
     check_writable(json)
     from aqua_attention.evaluate.lines import lines_questions, read_lines_questions
     from aqua_attention.projections import Projections
@@ -216,6 +219,7 @@ def needle(
     sink: Sink = 0,
     recent: Recent = 0,
     logit_error: LogitError = None,
+    bits: Bits = None,
     basis: Basis = "aqua",
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -229,7 +233,7 @@ def needle(
     Example: `aqua eval needle smollm2 -p smollm2.safetensors --data essays/ --length 2048 --length 4096 --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --json needle.json`
     """
-    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error) for ratio in k_ratio]
+    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits) for ratio in k_ratio]
     check_writable(json)
     from aqua_attention.evaluate.needle import needle_questions
     from aqua_attention.projections import Projections

@@ -33,17 +33,25 @@ Recent = Annotated[int, typer.Option(help="Last tokens scored with every dimensi
 LogitError = Annotated[
     float | None, typer.Option(help="Adaptive k: variance of the logit error allowed to a query; replaces --k-ratio.")
 ]
+Bits = Annotated[int | None, typer.Option(help="8: keys and values are stored in int8 (default: as computed).")]
 Basis = Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")]
 Chat = Annotated[bool, typer.Option(help="Use the model's chat template.")]
 
 
 def aqua_config(
-    k_ratio: float, s_ratio: float, selection: str, share: str, sink: int, recent: int, logit_error: float | None
+    k_ratio: float,
+    s_ratio: float,
+    selection: str,
+    share: str,
+    sink: int,
+    recent: int,
+    logit_error: float | None,
+    bits: int | None,
 ) -> AquaConfig:
     """The configuration that the options name."""
     from aqua_attention.config import AquaConfig
 
-    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent, logit_error)
+    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits)
 
 
 def load_model(

@@ -12,6 +12,7 @@ from aqua_attention.errors import AquaError
 
 SELECTIONS = ("magnitude", "weighted", "static")
 SHARES = ("head", "group")
+BITS = (None, 8)
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class AquaConfig:
             a key-value head, which is what lets a GPU read fewer key bytes under grouped-query attention.
         sink: number of first (non-padding) tokens scored with every stored dimension.
         recent: number of last tokens, the query's own included, scored with every stored dimension.
+        bits: 8 stores keys (by rotated channel, with calibrated scales) and values in int8, except for the last 64 to
+            128 tokens (or `recent`, if more); None stores them as the model computes them. Sliding-window layers are
+            never rounded.
 
     Raises:
         AquaError: a value is out of range; the message names the field, the value and the range.
@@ -49,6 +53,7 @@ class AquaConfig:
     sink: int = 0
     recent: int = 0
     logit_error: float | None = None
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.k_ratio) or not 0 < self.k_ratio <= 1:
@@ -61,6 +66,8 @@ class AquaConfig:
             raise AquaError(f"share is {self.share!r}: it must be one of {', '.join(SHARES)}")
         if self.logit_error is not None and not (_is_number(self.logit_error) and self.logit_error >= 0):
             raise AquaError(f"logit_error is {self.logit_error!r}: it must be a number, 0 or more, or None")
+        if self.bits not in BITS or type(self.bits) not in (int, type(None)):
+            raise AquaError(f"bits is {self.bits!r}: it must be one of {', '.join(map(str, BITS))}")
         for name in ("sink", "recent"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -38,12 +38,15 @@ class LayerProjection:
         rotation: orthogonal, [num_key_value_heads, head_dim, head_dim]; columns by falling energy; float32.
         key_rms, query_rms: root mean square of rotated keys and queries over the calibration text, not centred,
             [num_key_value_heads, head_dim]; float32.
+        key_mean, key_std: mean and standard deviation of rotated keys, [num_key_value_heads, head_dim]; float32.
         energy: share of the squared length of queries and keys together along each dimension,
             [num_key_value_heads, head_dim]; sums to 1; float32.
     """
 
     rotation: Tensor
     key_rms: Tensor
+    key_mean: Tensor
+    key_std: Tensor
     query_rms: Tensor
     energy: Tensor
 
@@ -199,10 +202,17 @@ def _layer_projection(layer: LayerStatistics, rotation: Tensor) -> LayerProjecti
     def along(gram: Tensor) -> Tensor:
         return torch.einsum("gic,gij,gjc->gc", wide, gram, wide).clamp_min(0)
 
+    mean = torch.einsum("gi,gic->gc", layer.key_sum / layer.key_count, wide)
+    square = along(layer.key_gram) / layer.key_count
+    # A channel that hardly varied in calibration may vary in use: a scale of next to nothing would cost all others.
+    std = (square - mean.square()).clamp_min(0).sqrt()
+    std = std.maximum(1e-3 * std.amax(-1, keepdim=True)).clamp_min(1e-30)
     energy = along(layer.query_gram + layer.key_gram).clamp_min(1e-300)
     return LayerProjection(
         rotation=rotation,
-        key_rms=(along(layer.key_gram) / layer.key_count).sqrt().float(),
+        key_rms=square.sqrt().float(),
+        key_mean=mean.float(),
+        key_std=std.float(),
         query_rms=(along(layer.query_gram) / layer.query_count).sqrt().float(),
         energy=(energy / energy.sum(-1, keepdim=True)).float(),
     )

@@ -37,6 +37,8 @@ def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
     words = [f"logit_error {setting['logit_error']:g}" if adaptive else f"k_ratio {setting['k_ratio']:g}"]
     if setting["s_ratio"]:
         words.append(f"s_ratio {setting['s_ratio']:g}")
+    if setting.get("bits") is not None:
+        words.append(f"int{setting['bits']}")
     if basis != "aqua":
         words.append("not rotated" if basis == "none" else f"basis {basis}")
     if setting["selection"] != "magnitude":
@@ -46,6 +48,27 @@ def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
     if setting["sink"] or setting["recent"]:
         words.append(f"exact {setting['sink']} + {setting['recent']}")
     return ", ".join(words)
+
+
+def memory_table(result: dict[str, Any]) -> Table:
+    """What `measure_memory` returned: a row a cache."""
+    titles = [
+        f"cache of {result['length']} tokens, {result['dtype']}",
+        "MB",
+        "to DynamicCache",
+        "peak MB",
+        "to its peak",
+    ]
+    rows = []
+    for row in result["rows"]:
+        name = row["setting"] if isinstance(row["setting"], str) else f"AQUA, {describe_setting(row['setting'])}"
+        if "absent" in row:
+            rows.append([name, f"absent: {row['absent']}", "", "", ""])
+            continue
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
+        share = "" if row["peak_ratio"] is None else f"{row['peak_ratio']:.2f}"
+        rows.append([name, f"{row['bytes'] / 1e6:.1f}", f"{row['ratio']:.3f}", peak, share])
+    return titles, rows
 
 
 def retention_table(result: dict[str, Any]) -> Table:

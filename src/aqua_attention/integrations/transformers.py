@@ -61,6 +61,11 @@ class Attachment:
         self._decoder = innermost_decoder(model, self._found)
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
         self._rotates_on_write = all(layer.reads_own_cache for layer in self._found)
+        if config.bits is not None and not self._rotates_on_write:
+            raise AquaError(
+                f"{type(model).__name__} does not take its keys straight from its cache, so that bits={config.bits} "
+                "would save nothing: leave it out"
+            )
         self._layers: dict[nn.Module, _AttachedLayer] = {}
         self._name = ""
         self._undo: list[Callable[[], None]] = []
@@ -99,7 +104,13 @@ class Attachment:
         return _AttachedLayer(
             index=layer.index,
             head_dim=layer.head_dim,
-            rotation=Rotation(projection.rotation[..., :kept].contiguous().to(layer.device)),
+            rotation=Rotation(
+                projection.rotation[..., :kept].contiguous().to(layer.device),
+                projection.key_std[..., :kept].contiguous().to(layer.device),
+                projection.key_mean[..., :kept].contiguous().to(layer.device),
+                bits=self.config.bits,
+                recent=self.config.recent,
+            ),
             key_rms=projection.key_rms[..., :kept].contiguous().to(layer.device),
         )
 
@@ -127,6 +138,11 @@ class Attachment:
                 args = (*args[:place], cache, *args[place + 1 :])
             else:
                 kwargs = kwargs | {"past_key_values": cache}
+        if self.config.bits is not None and cache is not None and type(cache) is not DynamicCache:
+            raise AquaError(
+                f"bits={self.config.bits} stores into a DynamicCache, the default of generate, not into a "
+                f"{type(cache).__name__}: leave that out, or bits"
+            )
         if type(cache) is DynamicCache:
             rotate_on_write(cache, {layer.index: layer.rotation for layer in self._layers.values()})
         return args, kwargs
@@ -168,6 +184,8 @@ class Attachment:
                     # Without a mask, keys behind the queries are the empty end of a static cache.
                     key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
                 key = rotate(key, layer.rotation.matrix)
+                if self.config.bits is not None and not kwargs.get("sliding_window"):
+                    key, value = self._as_stored(layer.rotation, key, value, query.shape[2])
             selected = select_dimensions(query, self.config, layer.head_dim, layer.key_rms, scaling)
             if self.on_selection is not None:
                 self.on_selection(layer.index, selected, query.shape, layer.head_dim)
@@ -184,6 +202,14 @@ class Attachment:
                 s_aux=s_aux,
             )
         return output.transpose(1, 2).contiguous(), None
+
+    def _as_stored(self, rotation: Rotation, key: Tensor, value: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+        """Without a cache (scoring): what a cache would give back, so that the loss of rounding is seen."""
+        if key.shape[2] > queries:
+            raise AquaError(
+                f"bits={self.config.bits} needs a cache that AQUA has filled from its first token: start with a new one"
+            )
+        return rotation.stored(key, value)
 
 
 def apply(model: PreTrainedModel, projections: Projections, config: AquaConfig | None = None) -> Attachment:

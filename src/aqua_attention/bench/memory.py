@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of the key-value cache in `model.generate`: bytes as they are allocated, beside transformers' own caches."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from aqua_attention.cache import Rotation
+from aqua_attention.calibration import check_tokens
+from aqua_attention.capture import input_device
+from aqua_attention.config import AquaConfig
+from aqua_attention.integrations.transformers import Attachment, apply
+from aqua_attention.projections import Projections
+
+NEW_TOKENS = 8
+PREFILL_CHUNK = 512
+"""Tokens of the prompt processed at once, so that activations do not hide the cache in the peak."""
+
+
+def measure_memory(
+    model: PreTrainedModel,
+    projections: Projections,
+    configs: Sequence[AquaConfig],
+    *,
+    length: int = 8192,
+    batch: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Generate a few tokens after `length` random ones, with each cache in turn.
+
+    Returns:
+        `{"length", "batch", "dtype", "rows": [...]}`; a row for "DynamicCache", for transformers' "QuantizedCache" in
+        int8 and int4 (or `absent`: why it does not run here) and for each configuration: `setting` (a name, or the
+        AquaConfig's fields), `bytes` (storages that the cache holds at the end, each once), `ratio` (to DynamicCache),
+        `peak_bytes` (the most that the run added to this process, or on a GPU to what was allocated; None where the
+        system does not tell), `peak_ratio`.
+
+    Raises:
+        AquaError: longer than the model's positions, projections of another model.
+    """
+    check_tokens(model, torch.zeros(1, dtype=torch.long), context=length + NEW_TOKENS)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(input_device(model))
+    runs: list[tuple[Any, Callable[[], Any], Attachment | None]] = [
+        ("DynamicCache", lambda: DynamicCache(config=model.config), None),
+        ("QuantizedCache int8", lambda: _quantized(model, 8), None),
+        ("QuantizedCache int4", lambda: _quantized(model, 4), None),
+    ]
+    for config in configs:
+        runs.append((config.to_dict(), lambda: DynamicCache(config=model.config), apply(model, projections, config)))
+    rows: list[dict[str, Any]] = []
+    _generate(model, tokens[:, :64], DynamicCache(config=model.config))  # allocators and threads are there afterwards
+    for done, (setting, make, attachment) in enumerate(runs):
+        if progress:
+            progress(done, len(runs))
+        try:
+            cache = make()
+        except ImportError as error:
+            rows.append({"setting": setting, "absent": str(error).splitlines()[0]})
+            continue
+        before = _memory(model.device, reset=True)
+        with attachment or nullcontext():
+            _generate(model, tokens, cache)
+        peak = _memory(model.device)
+        added = None if peak is None or before is None else peak - before
+        rows.append({"setting": setting, "bytes": storage_bytes(cache), "peak_bytes": added})
+        del cache
+    if progress:
+        progress(len(runs), len(runs))
+    for row in rows:
+        if "absent" not in row:
+            row["ratio"] = row["bytes"] / rows[0]["bytes"]
+            peaks = row["peak_bytes"], rows[0]["peak_bytes"]
+            row["peak_ratio"] = peaks[0] / peaks[1] if all(peaks) else None
+    return {"length": length + NEW_TOKENS - 1, "batch": batch, "dtype": str(model.dtype), "rows": rows}
+
+
+def storage_bytes(cache: Any) -> int:
+    """Bytes of all tensor storages that a cache holds, each storage once.
+
+    Rotations are left out: they belong to the attached model, and every cache shares them.
+    """
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def visit(value: Any) -> None:
+        if id(value) in seen or isinstance(value, Rotation):
+            return
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            for each in value.values():
+                visit(each)
+        elif isinstance(value, (list, tuple)):
+            for each in value:
+                visit(each)
+        if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+            visit(vars(value))
+
+    visit(cache)
+    return sum(storages.values())
+
+
+def _generate(model: PreTrainedModel, tokens: Tensor, cache: Any) -> None:
+    with torch.no_grad():
+        model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            past_key_values=cache,
+            min_new_tokens=NEW_TOKENS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+            prefill_chunk_size=PREFILL_CHUNK,
+        )
+
+
+def _quantized(model: PreTrainedModel, bits: int) -> Any:
+    from transformers import QuantizedCache
+
+    return QuantizedCache("quanto", model.config, nbits=bits)
+
+
+def _memory(device: torch.device, *, reset: bool = False) -> int | None:
+    """Most memory in use since the last reset, or with `reset` what is in use now."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        if reset:
+            _return_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    field = "VmRSS" if reset else "VmHWM"
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def _return_freed_memory() -> None:
+    """Give what earlier runs have freed back to the system, so that it cannot hide what the next one takes."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands `aqua bench ...`: parsing and printing only, see `bench/` for what they do."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Annotated
+
+import typer
+
+from aqua_attention.cli_options import Device, Dtype, GgufFile, Json, Model, ProjectionsFile, RemoteCode, load_model
+from aqua_attention.terminal import check_writable, print_table, progress_bars
+
+S_RATIOS = [0.0, 0.25]
+
+benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
+
+
+@benchmarks.callback()
+def _several() -> None:
+    """Keep `memory` a subcommand while it is the only one."""
+
+
+@benchmarks.command()
+def memory(
+    model: Model,
+    projections: ProjectionsFile,
+    length: Annotated[int, typer.Option(help="Tokens in the cache.")] = 8192,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    s_ratio: Annotated[
+        list[float], typer.Option(help="Share of trailing key dimensions never stored; repeat.")
+    ] = S_RATIOS,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Bytes of the cache as allocated, and the peak of the whole generation: transformers' caches and ours.
+
+    Example: `aqua bench memory smollm2 -p smollm2.safetensors --length 8192 --json memory.json`
+    """
+    check_writable(json)
+    from aqua_attention.bench.memory import measure_memory
+    from aqua_attention.config import AquaConfig
+    from aqua_attention.files import write_json
+    from aqua_attention.projections import Projections
+    from aqua_attention.tables import memory_table
+
+    configs = [AquaConfig(s_ratio=ratio, bits=bits) for bits, ratio in product((None, 8), dict.fromkeys(s_ratio))]
+    learned = Projections.load(projections)
+    loaded, _ = load_model(model, gguf_file, dtype, device, trust_remote_code)
+    with progress_bars() as report:
+        result = measure_memory(
+            loaded,
+            learned,
+            configs,
+            length=length,
+            batch=batch,
+            progress=lambda done, total: report("generate", done, total),
+        )
+    result |= {"model": model}
+    if json:
+        write_json(json, result)
+    print_table(memory_table(result))
