@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a smaller cache loses, alone and together with fewer products: s_ratio and int8 at k_ratio 1, 3/4 and 1/2.
+"""What a smaller cache loses, alone and together with fewer products: s_ratio, int8 and int4 at k_ratio 1, 3/4 and 1/2.
 
     python benchmarks/cache_table.py smollm2 -p smollm2.safetensors --evaluation test.txt --json table.json
 
@@ -26,6 +26,7 @@ CACHES = {
     "s_ratio 0.1": {"s_ratio": 0.1},
     "s_ratio 0.25": {"s_ratio": 0.25},
     "int8": {"bits": 8},
+    "int4": {"bits": 4},
     "int8, s_ratio 0.25": {"bits": 8, "s_ratio": 0.25},
 }
 

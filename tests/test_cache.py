@@ -169,8 +169,8 @@ def test_requests_that_cannot_be_met_are_one_clear_error(llama):
         with pytest.raises(aqua.AquaError, match="the cache holds 2 sequences, the batch has 1"):
             logits(model, ids[:1, :1], past_key_values=cache)
         assert cache.get_seq_length() == 200
-    for bits in (4, 16, "8", True, 8.0):
-        with pytest.raises(aqua.AquaError, match=r"bits is .*: it must be one of None, 8"):
+    for bits in (2, 16, "8", True, 8.0):
+        with pytest.raises(aqua.AquaError, match=r"bits is .*: it must be one of None, 8, 4"):
             aqua.AquaConfig(bits=bits)
     with (
         aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1)),

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aqua_attention as aqua
-from aqua_attention.store import SLACK, UNQUANTISED_RECENT, Growing, Int8
+from aqua_attention.store import SLACK, UNQUANTISED_RECENT, Growing, Rounded
 
-HEADS, WIDTH = 2, 4
+HEADS, WIDTH = 2, 5
 OPERATIONS = st.lists(
     st.one_of(
         st.tuples(st.just("append"), st.integers(1, 200)),
@@ -67,32 +67,35 @@ def test_a_growing_store_holds_what_a_tensor_holds(operations):
 
 
 @settings(max_examples=60, deadline=None)
-@given(OPERATIONS)
-def test_an_int8_store_holds_it_to_half_a_step_and_the_last_tokens_exactly(operations):
+@given(OPERATIONS, st.sampled_from([8, 4]))
+def test_a_rounding_store_holds_it_to_half_a_step_and_the_last_tokens_exactly(operations, bits):
     def close(store, plain):
         read = store.read()
         assert read.shape == plain.shape
-        steps = plain.abs().amax(-1, keepdim=True) / 127
+        steps = plain.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
         assert ((read - plain).abs() <= 0.52 * steps).all()
         whole = store._tail.length
         assert torch.equal(read[:, :, store.length - whole :], plain[:, :, store.length - whole :])
 
-    follow(Int8(recent=0), operations, close)
+    follow(Rounded(bits, recent=0), operations, close)
 
 
 def test_the_last_tokens_are_whole_and_their_number_is_bounded():
-    store = Int8(recent=100)
+    store = Rounded(8, recent=100)
     for count in [1] * 50 + [500] + [1] * 300:
         store.append(states(count))
         assert min(store.length, 100) <= store._tail.length <= 200
-    assert Int8(recent=3).recent == UNQUANTISED_RECENT
+    assert Rounded(8, recent=3).recent == UNQUANTISED_RECENT
 
 
 def test_calibrated_scales_save_small_channels_beside_large_ones():
     """One channel far from zero and large: a step for the whole token would round the others to nothing."""
-    scale, mean = torch.tensor([[30.0, 1, 1, 0.1]]).expand(HEADS, 4), torch.tensor([[500.0, 0, 0, 0]]).expand(HEADS, 4)
+    scale, mean = (
+        torch.tensor([[30.0, 1, 1, 1, 0.1]]).expand(HEADS, 5),
+        torch.tensor([[500.0, 0, 0, 0, 0]]).expand(HEADS, 5),
+    )
     keys = states(400) * scale[:, None] + mean[:, None]
-    calibrated, plain = Int8(0, scale, mean), Int8(0)
+    calibrated, plain = Rounded(8, 0, scale, mean), Rounded(8, 0)
     calibrated.append(keys)
     plain.append(keys)
     old = slice(0, 400 - UNQUANTISED_RECENT)
@@ -113,18 +116,19 @@ def test_a_token_is_written_in_place_and_little_room_is_left():
     assert copied == 1, "204 tokens of room"
 
 
-def test_int8_takes_half_of_bfloat16():
-    store = Int8(0)
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.55), (4, 0.30)])
+def test_bits_are_what_is_held(bits, share):
+    store = Rounded(bits, 0)
     keys = torch.randn(1, 3, 8192, 64, dtype=torch.bfloat16)
     store.append(keys)
     held = sum(part.read().untyped_storage().nbytes() for part in (store._codes, store._steps, store._tail))
-    assert held < 0.55 * keys.nbytes
+    assert held < share * keys.nbytes
     assert store.read().dtype == torch.bfloat16
 
 
 def test_steps_follow_what_is_stored_for_tiny_and_zero_states():
     for size in (0.0, 1e-20, 1e-8, 1e8):
-        store = Int8(0)
+        store = Rounded(8, 0)
         keys = states(300) * size
         store.append(keys)
         assert torch.isfinite(store.read()).all()
@@ -141,7 +145,7 @@ def test_growing_keeps_gradients_and_int8_refuses_them():
     assert torch.allclose(first.grad, 2 + 2 * first)
     assert torch.allclose(second.grad, 2 * second)
     with pytest.raises(aqua.AquaError, match="int8 storage has no gradient"):
-        Int8(0).append(first)
+        Rounded(8, 0).append(first)
 
 
 def test_what_was_filled_in_inference_mode_goes_on_outside():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache layers that rotate keys once, when they are written, and store only the kept dimensions, in int8 if asked.
+"""Cache layers that rotate keys once, when they are written, and store only the kept dimensions, in few bits if asked.
 
 Full-attention layers keep their states in stores of ours (`store.py`): a decoded token is written in place, where
 transformers' own layer copies the whole cache. Sliding-window layers are bounded, and stay as they are but for the
@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.select import rotate
-from aqua_attention.store import Growing, Int8, Store
+from aqua_attention.store import Growing, Rounded, Store
 
 
 class Rotation:
@@ -27,8 +27,8 @@ class Rotation:
     Attributes:
         matrix: [num_key_value_heads, head_dim, kept], the leading columns of the layer's rotation.
         scale, mean: of each rotated key dimension over the calibration text, [num_key_value_heads, kept]; scale is the
-            standard deviation. Read when `bits` is 8.
-        bits: None stores keys and values as they are, 8 in int8.
+            standard deviation. Read when `bits` is given.
+        bits: None stores keys and values as they are, 8 in int8, 4 in int4.
         recent: last tokens that are never rounded.
         active: False once AQUA has left the model.
     """
@@ -49,7 +49,7 @@ class Rotation:
         """An empty store for rotated keys, and one for values."""
         if self.bits is None:
             return Growing(), Growing()
-        return Int8(self.recent, self.scale, self.mean), Int8(self.recent)
+        return Rounded(self.bits, self.recent, self.scale, self.mean), Rounded(self.bits, self.recent)
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values as a cache would give them back."""

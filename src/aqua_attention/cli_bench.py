@@ -47,7 +47,7 @@ def memory(
     from aqua_attention.projections import Projections
     from aqua_attention.tables import memory_table
 
-    configs = [AquaConfig(s_ratio=ratio, bits=bits) for bits, ratio in product((None, 8), dict.fromkeys(s_ratio))]
+    configs = [AquaConfig(s_ratio=ratio, bits=bits) for bits, ratio in product((None, 8, 4), dict.fromkeys(s_ratio))]
     learned = Projections.load(projections)
     loaded, _ = load_model(model, gguf_file, dtype, device, trust_remote_code)
     with progress_bars() as report:

@@ -33,7 +33,9 @@ Recent = Annotated[int, typer.Option(help="Last tokens scored with every dimensi
 LogitError = Annotated[
     float | None, typer.Option(help="Adaptive k: variance of the logit error allowed to a query; replaces --k-ratio.")
 ]
-Bits = Annotated[int | None, typer.Option(help="8: keys and values are stored in int8 (default: as computed).")]
+Bits = Annotated[
+    int | None, typer.Option(help="8 or 4: keys and values are stored in int8 or int4 (default: as computed).")
+]
 Basis = Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")]
 Chat = Annotated[bool, typer.Option(help="Use the model's chat template.")]
 

@@ -12,7 +12,7 @@ from aqua_attention.errors import AquaError
 
 SELECTIONS = ("magnitude", "weighted", "static")
 SHARES = ("head", "group")
-BITS = (None, 8)
+BITS = (None, 8, 4)
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class AquaConfig:
             a key-value head, which is what lets a GPU read fewer key bytes under grouped-query attention.
         sink: number of first (non-padding) tokens scored with every stored dimension.
         recent: number of last tokens, the query's own included, scored with every stored dimension.
-        bits: 8 stores keys (by rotated channel, with calibrated scales) and values in int8, except for the last 64 to
-            128 tokens (or `recent`, if more); None stores them as the model computes them. Sliding-window layers are
-            never rounded.
+        bits: 8 or 4 stores keys (by rotated channel, with calibrated scales) and values in int8 or int4, except for the
+            last 64 to 128 tokens (or `recent`, if more); None stores them as the model computes them. Sliding-window
+            layers are never rounded.
 
     Raises:
         AquaError: a value is out of range; the message names the field, the value and the range.

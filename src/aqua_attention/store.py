@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a cache layer keeps its keys or its values: a tensor that grows at its end, as it is or in int8."""
+"""Where a cache layer keeps its keys or its values: a tensor that grows at its end, as it is or in few bits."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
@@ -14,7 +15,7 @@ from aqua_attention.errors import AquaError
 SLACK = 40
 """A store allocates one part in so many more than it needs: appending a token then seldom copies what is there."""
 UNQUANTISED_RECENT = 64
-"""Last tokens that an int8 store keeps as they are, at least; at most twice as many are."""
+"""Last tokens that a rounding store keeps as they are, at least; at most twice as many are."""
 
 
 class Store(Protocol):
@@ -77,23 +78,24 @@ class Growing:
             self._buffer = function(self._buffer)
 
 
-class Int8:
-    """A store in int8, except for the last tokens.
+class Rounded:
+    """A store in int8 or int4, except for the last tokens.
 
     A token's states are `code * step * scale + mean`: one bfloat16 step for each token and head, and for keys a scale
     and a mean for each channel, fixed by calibration (some channels are a hundred times as large as others, and far
     from zero; a step for the token alone would round all others to nothing).
     """
 
-    def __init__(self, recent: int, scale: Tensor | None = None, mean: Tensor | None = None) -> None:
+    def __init__(self, bits: int, recent: int, scale: Tensor | None = None, mean: Tensor | None = None) -> None:
         """An empty store.
 
         Args:
+            bits: 8 or 4; two codes of 4 bits share a byte.
             recent: so many last tokens stay as they are; up to twice as many do, between two roundings.
             scale, mean: [heads, width], float32; None: 1 and 0.
         """
         self.length = 0
-        self.recent = max(recent, UNQUANTISED_RECENT)
+        self.bits, self.recent = bits, max(recent, UNQUANTISED_RECENT)
         self._scale, self._mean = scale, mean
         self._codes, self._steps, self._tail = Growing(), Growing(), Growing()
 
@@ -103,7 +105,7 @@ class Int8:
 
     def append(self, states: Tensor) -> None:  # noqa: D102
         if states.requires_grad:
-            raise AquaError("int8 storage has no gradient: leave bits out, or use torch.no_grad()")
+            raise AquaError(f"int{self.bits} storage has no gradient: leave bits out, or use torch.no_grad()")
         self.length += states.shape[2]
         if self._tail.length + states.shape[2] <= 2 * self.recent:
             self._tail.append(states)
@@ -120,7 +122,10 @@ class Int8:
         tail = self._tail.read()
         if self._codes.length == 0:
             return tail
-        old = self._codes.read().float() * self._steps.read().float()
+        codes = self._codes.read()
+        if self.bits == 4:
+            codes = _unpacked(codes, tail.shape[3])
+        old = codes.float() * self._steps.read().float()
         if self._scale is not None and self._mean is not None:
             old = old * self._scale[:, None, :].to(old.device) + self._mean[:, None, :].to(old.device)
         return torch.cat([old.to(tail.dtype), tail], 2)
@@ -140,9 +145,21 @@ class Int8:
         if self._scale is not None and self._mean is not None:
             states = (states - self._mean[:, None, :].to(states.device)) / self._scale[:, None, :].to(states.device)
         # Codes follow the step as it is stored, so that rounding the step shifts nothing.
-        steps = (states.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30).to(torch.bfloat16)
-        codes = (states / steps.float()).round().clamp(-127, 127).to(torch.int8)
-        return codes, steps
+        most = 2 ** (self.bits - 1) - 1
+        steps = (states.abs().amax(-1, keepdim=True) / most).clamp_min(1e-30).to(torch.bfloat16)
+        codes = (states / steps.float()).round().clamp(-most, most).to(torch.int8)
+        return _packed(codes) if self.bits == 4 else codes, steps
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Codes of -7 to 7, two in a byte: the first half of the channels in the low bits, the second in the high ones."""
+    codes = F.pad(codes, (0, codes.shape[-1] % 2)).add(8).to(torch.uint8)
+    low, high = codes.chunk(2, -1)
+    return low | (high << 4)
+
+
+def _unpacked(packed: Tensor, width: int) -> Tensor:
+    return torch.cat([packed & 15, packed >> 4], -1)[..., :width].to(torch.int8) - 8
 
 
 def _is_frozen(buffer: Tensor) -> bool:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import DynamicCache
 
 import aqua_attention as aqua
-from aqua_attention.bench.memory import NEW_TOKENS, measure_memory, storage_bytes
+from aqua_attention.bench.memory import measure_memory, storage_bytes
 
 
 def test_storages_are_counted_once_and_whole():
@@ -25,12 +26,17 @@ def test_the_rows_say_what_is_held(llama):
     configs = [aqua.AquaConfig(), aqua.AquaConfig(s_ratio=0.5), aqua.AquaConfig(bits=8)]
     result = measure_memory(model, projections, configs, length=240, batch=8)
     dense, *others = [row for row in result["rows"] if "absent" not in row]
-    length = 240 + NEW_TOKENS - 1
-    assert result["length"] == length
+    length = 240
     assert dense["bytes"] == 3 * 2 * 8 * 2 * length * 16 * 4
     aqua_rows = [row for row in others if isinstance(row["setting"], dict)]
     whole, narrow, int8 = (row["ratio"] for row in aqua_rows)
     assert 1 <= whole <= 1.03
     assert 0.75 <= narrow <= 0.75 * 1.03
-    assert 0.25 < int8 < 0.75, "float32 here: a quarter, but for the last 64 to 128 of 247 tokens"
+    assert 0.25 < int8 < 0.75, "float32 here: a quarter, but for the last 64 to 128 of 240 tokens"
     assert [row["setting"]["bits"] for row in aqua_rows] == [None, None, 8]
+
+
+def test_too_short_and_too_long_are_refused(llama):
+    for length, message in ((3, "length is 3"), (257, "the model knows 256 positions")):
+        with pytest.raises(aqua.AquaError, match=message):
+            measure_memory(*llama, [], length=length)

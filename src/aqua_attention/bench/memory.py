@@ -18,6 +18,7 @@ from aqua_attention.cache import Rotation
 from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import input_device
 from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
 from aqua_attention.integrations.transformers import Attachment, apply
 from aqua_attention.projections import Projections
 
@@ -35,7 +36,7 @@ def measure_memory(
     batch: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Generate a few tokens after `length` random ones, with each cache in turn.
+    """Generate a few tokens after random ones until `length` are in the cache, with each cache in turn.
 
     Returns:
         `{"length", "batch", "dtype", "rows": [...]}`; a row for "DynamicCache", for transformers' "QuantizedCache" in
@@ -45,11 +46,17 @@ def measure_memory(
         system does not tell), `peak_ratio`.
 
     Raises:
-        AquaError: longer than the model's positions, projections of another model.
+        AquaError: too short, longer than the model's positions, projections of another model.
     """
-    check_tokens(model, torch.zeros(1, dtype=torch.long), context=length + NEW_TOKENS)
+    if length < NEW_TOKENS or batch < 1:
+        raise AquaError(
+            f"length is {length} and batch {batch}: at least {NEW_TOKENS} tokens of one sequence are needed"
+        )
+    check_tokens(model, torch.zeros(1, dtype=torch.long), context=length)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    # The last token that is written is not cached.
+    prompt = length - NEW_TOKENS + 1
+    tokens = torch.randint(0, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(input_device(model))
     runs: list[tuple[Any, Callable[[], Any], Attachment | None]] = [
         ("DynamicCache", lambda: DynamicCache(config=model.config), None),
@@ -82,7 +89,7 @@ def measure_memory(
             row["ratio"] = row["bytes"] / rows[0]["bytes"]
             peaks = row["peak_bytes"], rows[0]["peak_bytes"]
             row["peak_ratio"] = peaks[0] / peaks[1] if all(peaks) else None
-    return {"length": length + NEW_TOKENS - 1, "batch": batch, "dtype": str(model.dtype), "rows": rows}
+    return {"length": length, "batch": batch, "dtype": str(model.dtype), "rows": rows}
 
 
 def storage_bytes(cache: Any) -> int:
