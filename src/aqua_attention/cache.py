@@ -62,6 +62,8 @@ class Rotation:
 
     def same_as(self, other: Rotation) -> bool:
         """Whether a cache filled under the other can go on under this one."""
+        if self is other:
+            return True
         same = self.bits == other.bits and self.recent == other.recent
         return same and torch.equal(self.matrix, other.matrix.to(self.matrix.device))
 
