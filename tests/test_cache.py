@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
@@ -142,6 +144,19 @@ def test_offloading_resetting_and_going_on(llama):
         assert cache.layers[0].keys is None
         logits(model, ids[:, :150], past_key_values=cache)
         assert torch.equal(logits(model, ids[:, 150:], past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_a_copied_cache_goes_on_by_itself(llama, bits):
+    """One prompt, several continuations: the usual way to reuse a prefix."""
+    model, projections = llama
+    ids = tokens()
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, bits=bits)):
+        cache = filled(model, ids[:, :150])
+        other = copy.deepcopy(cache)
+        expected = logits(model, ids[:, 150:], past_key_values=cache)
+        assert other.get_seq_length() == 150
+        assert torch.equal(logits(model, ids[:, 150:], past_key_values=other), expected)
 
 
 def test_sliding_layers_are_never_rounded():

@@ -14,6 +14,8 @@ from aqua_attention.errors import AquaError
 
 SLACK = 40
 """A store allocates one part in so many more than it needs: appending a token then seldom copies what is there."""
+WIDENED_AT_ONCE = 1024
+"""Rounded tokens that are in float32 at once while a store is read."""
 UNQUANTISED_RECENT = 64
 """Last tokens that a rounding store keeps as they are, at least; at most twice as many are."""
 
@@ -119,16 +121,15 @@ class Rounded:
         self._tail.append(tail[:, :, old:])
 
     def read(self) -> Tensor:  # noqa: D102
-        tail = self._tail.read()
-        if self._codes.length == 0:
+        tail, old = self._tail.read(), self._codes.length
+        if old == 0:
             return tail
-        codes = self._codes.read()
-        if self.bits == 4:
-            codes = _unpacked(codes, tail.shape[3])
-        old = codes.float() * self._steps.read().float()
-        if self._scale is not None and self._mean is not None:
-            old = old * self._scale[:, None, :].to(old.device) + self._mean[:, None, :].to(old.device)
-        return torch.cat([old.to(tail.dtype), tail], 2)
+        states = tail.new_empty((*tail.shape[:2], self.length, tail.shape[3]))
+        states[:, :, old:] = tail
+        for start in range(0, old, WIDENED_AT_ONCE):
+            part = slice(start, min(start + WIDENED_AT_ONCE, old))
+            states[:, :, part] = self._widened(part, tail.shape[3])
+        return states
 
     def keep(self, length: int) -> None:  # noqa: D102
         self.length = min(self.length, max(0, length))
@@ -139,6 +140,16 @@ class Rounded:
     def change(self, function: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
         for part in (self._codes, self._steps, self._tail):
             part.change(function)
+
+    def _widened(self, part: slice, width: int) -> Tensor:
+        """The states of some rounded tokens, in float32."""
+        codes = self._codes.read()[:, :, part]
+        if self.bits == 4:
+            codes = _unpacked(codes, width)
+        states = codes.float() * self._steps.read()[:, :, part].float()
+        if self._scale is not None and self._mean is not None:
+            states = states * self._scale[:, None, :].to(states.device) + self._mean[:, None, :].to(states.device)
+        return states
 
     def _rounded(self, states: Tensor) -> tuple[Tensor, Tensor]:
         states = states.float()
