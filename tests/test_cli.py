@@ -116,6 +116,25 @@ def test_eval_with_an_allowed_error_and_another_basis(aqua, projections_file, ti
     assert 0 < min(row["mean_k_per_layer"]) <= row["mean_k"] <= max(row["mean_k_per_layer"]) < 1
 
 
+def test_bits_are_a_setting_and_memory_is_measured(aqua, projections_file, tiny_folder, text_file, tmp_path):
+    given = (tiny_folder, "-p", projections_file, "--json", tmp_path / "out.json")
+    windows = ("--data", text_file, "--context", 250, "--tokens", 250)
+    code, out, err = aqua("eval", "perplexity", *given, *windows, "--k-ratio", 1, "--bits", 8)
+    assert code == 0, err
+    assert "k_ratio 1, int8" in out
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert 0 < row["kl"] < 0.05
+    code, out, err = aqua("bench", "memory", *given, "--length", 200, "--s-ratio", 0.5, "--dtype", "float32")
+    assert code == 0, err
+    rows = [row for row in json.loads((tmp_path / "out.json").read_text())["rows"] if "absent" not in row]
+    assert [row["setting"]["bits"] for row in rows if isinstance(row["setting"], dict)] == [None, 8, 4]
+    assert rows[0]["setting"] == "DynamicCache"
+    assert 0.75 <= rows[-3]["ratio"] <= 0.78
+    assert "AQUA, k_ratio 0.75, s_ratio 0.5, int8" in out
+    code, _, err = aqua("eval", "perplexity", *given[:3], "--bits", 3)
+    assert (code, "bits is 3: it must be one of None, 8, 4" in err) == (2, True)
+
+
 def test_eval_retention_prints_and_writes_every_selection(aqua, projections_file, tiny_folder, text_file, tmp_path):
     code, out, err = aqua(
         *("eval", "retention", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64),
