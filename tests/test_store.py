@@ -135,6 +135,17 @@ def test_steps_follow_what_is_stored_for_tiny_and_zero_states():
         assert torch.allclose(store.read(), keys, rtol=0, atol=size * 0.03)
 
 
+@pytest.mark.parametrize("make", [Growing, lambda: Rounded(8, 0)])
+def test_an_emptied_store_takes_another_batch(make):
+    store = make()
+    store.append(states(300))
+    store.keep(0)
+    other = states(4, batch=1)
+    store.append(other)
+    assert store.batch == 1
+    assert torch.equal(store.read(), other)
+
+
 def test_growing_keeps_gradients_and_int8_refuses_them():
     first, second = states(3).requires_grad_(), states(2, 1).requires_grad_()
     store = Growing()

@@ -53,8 +53,6 @@ class Rotation:
 
     def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated keys and values as a cache would give them back."""
-        if self.bits is None:
-            return keys, values
         key_store, value_store = self.stores()
         key_store.append(keys)
         value_store.append(values)

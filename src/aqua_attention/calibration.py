@@ -126,7 +126,7 @@ def collect(
 
 def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> None:
     """Raise AquaError for tokens that the model does not know, and for a context longer than its positions."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model)
     if limit is not None and context > limit:
         raise AquaError(f"context is {context}: the model knows {limit} positions, choose at most that")
     known = model.get_input_embeddings().weight.shape[0]
@@ -135,3 +135,8 @@ def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> 
             f"the text has token {int(token_ids.max())}, the model knows {known} tokens: the tokenizer is another "
             "model's"
         )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model knows; None when its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from aqua_attention.evaluate.retrieval import Question
     from aqua_attention.projections import Projections
 
-K_RATIOS = [0.75]
+PAPER_K_RATIO = [0.75]
 LINES = [100, 200]
 LENGTHS = [1024, 2048, 4096]
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -54,7 +54,7 @@ def perplexity(
     model: Model,
     projections: ProjectionsFile,
     data: EvaluationData = "builtin:evaluation",
-    k_ratio: KRatios = K_RATIOS,
+    k_ratio: KRatios = PAPER_K_RATIO,
     s_ratio: SRatio = 0.0,
     selection: Selection = "magnitude",
     share: Share = "head",
@@ -160,7 +160,7 @@ def lines(
     count: Annotated[int | None, typer.Option(help="How many questions (a file: all of them; generated: 50).")] = None,
     lines: Annotated[list[int] | None, typer.Option(help="Lines in a generated question; repeat (100 200).")] = None,
     seed: Annotated[int, typer.Option(help="Chooses the generated questions.")] = 0,
-    k_ratio: KRatios = K_RATIOS,
+    k_ratio: KRatios = PAPER_K_RATIO,
     s_ratio: SRatio = 0.0,
     selection: Selection = "magnitude",
     share: Share = "head",
@@ -212,7 +212,7 @@ def needle(
     needles: Annotated[int, typer.Option(help="How many are hidden, and asked for.")] = 1,
     repeats: Annotated[int, typer.Option(help="Haystacks for each length and depth.")] = 1,
     seed: Annotated[int, typer.Option(help="Chooses needles and haystacks.")] = 0,
-    k_ratio: KRatios = K_RATIOS,
+    k_ratio: KRatios = PAPER_K_RATIO,
     s_ratio: SRatio = 0.0,
     selection: Selection = "magnitude",
     share: Share = "head",

@@ -97,7 +97,7 @@ def continue_tokens(
             return_dict_in_generate=True,
             **GREEDY,
         )
-    if any(bool(logits.isnan().any()) for logits in output.logits):
+    if bool(torch.stack(output.logits).isnan().any()):
         raise AquaError("the model gives NaN: its weights are damaged or the dtype is too narrow (try --dtype float32)")
     new = output.sequences[0, length:].tolist()
     return Continuation(text=str(tokenizer.decode(new, skip_special_tokens=True)), token_ids=new)

@@ -60,7 +60,7 @@ class Growing:
             # Writing in place would spoil what autograd has kept of earlier steps.
             self._buffer = states if buffer is None else torch.cat([self.read(), states], 2)
         else:
-            if buffer is None or needed > buffer.shape[2] or _is_frozen(buffer):
+            if buffer is None or self.length == 0 or needed > buffer.shape[2] or _is_frozen(buffer):
                 buffer = states.new_empty((*states.shape[:2], needed + needed // SLACK, states.shape[3]))
                 if self.length:
                     buffer[:, :, : self.length] = self.read()
@@ -133,6 +133,9 @@ class Rounded:
 
     def keep(self, length: int) -> None:  # noqa: D102
         self.length = min(self.length, max(0, length))
+        if self.length == 0:
+            self._codes, self._steps, self._tail = Growing(), Growing(), Growing()
+            return
         self._tail.keep(self.length - self._codes.length)
         self._codes.keep(self.length)
         self._steps.keep(self.length)

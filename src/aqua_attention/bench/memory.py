@@ -19,6 +19,7 @@ from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import input_device
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.generation import GREEDY
 from aqua_attention.integrations.transformers import Attachment, apply
 from aqua_attention.projections import Projections
 
@@ -125,12 +126,10 @@ def _generate(model: PreTrainedModel, tokens: Tensor, cache: Any) -> None:
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             past_key_values=cache,
-            min_new_tokens=NEW_TOKENS,
             max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            num_beams=1,
             pad_token_id=0,
             prefill_chunk_size=PREFILL_CHUNK,
+            **GREEDY | {"min_new_tokens": NEW_TOKENS},
         )
 
 

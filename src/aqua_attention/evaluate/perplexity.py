@@ -50,9 +50,8 @@ def evaluate_perplexity(
         `{"dense": {"perplexity", "tokens"}, "rows": [...]}`, a row a setting: `setting` (the AquaConfig's fields),
         `basis`, `perplexity`, `perplexity_change` (relative to dense: 0.01 is one per cent), `kl` (mean KL divergence
         of the next-token distribution from the dense one, nats), `top1` (share of positions with the dense model's
-        most likely token), `mean_k` (share of head_dim that was multiplied, measured, outside the exact window; also
-        `mean_k_per_layer`, a list),
-        `tokens` (predictions scored).
+        most likely token), `mean_k` (share of head_dim that was multiplied, measured, outside the exact window),
+        `mean_k_per_layer` (the same, a list), `tokens` (predictions scored).
 
     Raises:
         AquaError: no windows, tokens that the model does not know, AQUA already attached, NaN or infinite logits.

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.calibration import check_tokens
+from aqua_attention.calibration import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.setting import Multiplied, Setting, attachments
 from aqua_attention.generation import continue_tokens, encode_prompt
@@ -71,7 +71,7 @@ def evaluate_retrieval(
         raise AquaError("there are no questions to ask: give at least one")
     prompts = [encode_prompt(tokenizer, q.prompt, chat=chat, answer_start=q.answer_start) for q in questions]
     budgets = [_answer_tokens(tokenizer, question) for question in questions]
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model)
     for question, prompt, budget in zip(questions, prompts, budgets, strict=True):
         needed = prompt.shape[1] + budget
         if limit is not None and needed > limit:
