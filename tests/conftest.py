@@ -51,6 +51,15 @@ def make_qwen3(**changes):
     return Qwen3ForCausalLM(Qwen3Config(**SHAPE | changes)).eval()
 
 
+def make_gemma3(**changes):
+    """Layers with a sliding window of 12 tokens, and a full one."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(3)
+    layers = {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE | {"query_pre_attn_scalar": 16} | layers | changes)).eval()
+
+
 MAKERS = {"llama": make_llama, "mistral": make_mistral, "qwen3": make_qwen3}
 
 

@@ -57,7 +57,7 @@ def test_int8_with_fewer_key_dimensions_holds_what_it_says(llama):
         model.generate(tokens(), past_key_values=cache, **GREEDY)
     layer = cache.layers[0]
     assert isinstance(layer, RotatedLayer)
-    assert layer._keys._codes.read().dtype == layer._values._codes.read().dtype == torch.int8
+    assert layer._keys._codes.read().dtype == layer._values._codes.read().dtype == torch.uint8
     assert layer.keys.shape == (2, 2, 211, 12)
     assert layer.values.shape == (2, 2, 211, 16)
 
@@ -174,7 +174,7 @@ def test_requests_that_cannot_be_met_are_one_clear_error(llama):
     before = DynamicCache(config=model.config)
     logits(model, ids[:, :10], past_key_values=before)
     with aqua.apply(model, projections, INT8):
-        with pytest.raises(aqua.AquaError, match=r"bits=8 stores into a DynamicCache, .* not into a StaticCache"):
+        with pytest.raises(aqua.AquaError, match=r"bits=8 needs a DynamicCache, .* not a StaticCache"):
             logits(model, ids, past_key_values=StaticCache(config=model.config, max_cache_len=256))
         with pytest.raises(aqua.AquaError, match="needs a cache that AQUA has filled from its first token"):
             logits(model, ids[:, 10:12], past_key_values=before)

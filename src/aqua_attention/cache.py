@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache layers that rotate keys once, when they are written, and store only the kept dimensions, in few bits if asked.
+"""Caches that rotate keys once, when they are written, and store less of them: dimensions, bits, tokens.
 
 Full-attention layers keep their states in stores of ours (`store.py`): a decoded token is written in place, where
 transformers' own layer copies the whole cache. Sliding-window layers are bounded, and stay as they are but for the
@@ -16,74 +16,65 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.select import rotate
-from aqua_attention.store import Growing, Rounded, Store
+from aqua_attention.ops.api import attention
+from aqua_attention.ops.mask import HIDDEN
+from aqua_attention.ops.reference import attention_chunked, attention_probabilities, group_mass, weighted_values
+from aqua_attention.store import SLACK
+from aqua_attention.window_store import WindowStore
 
-
-class Rotation:
-    """What one attached layer does to its keys and values before it stores them.
-
-    Attributes:
-        matrix: [num_key_value_heads, head_dim, kept], the leading columns of the layer's rotation.
-        scale, mean: of each rotated key dimension over the calibration text, [num_key_value_heads, kept]; scale is the
-            standard deviation. Read when `bits` is given.
-        bits: None stores keys and values as they are, 8 in int8, 4 in int4.
-        recent: last tokens that are never rounded.
-        active: False once AQUA has left the model.
-    """
-
-    def __init__(
-        self,
-        matrix: Tensor,
-        scale: Tensor | None = None,
-        mean: Tensor | None = None,
-        bits: int | None = None,
-        recent: int = 0,
-    ) -> None:
-        self.matrix, self.scale, self.mean = matrix, scale, mean
-        self.bits, self.recent = bits, recent
-        self.active = True
-
-    def stores(self) -> tuple[Store, Store]:
-        """An empty store for rotated keys, and one for values."""
-        if self.bits is None:
-            return Growing(), Growing()
-        return Rounded(self.bits, self.recent, self.scale, self.mean), Rounded(self.bits, self.recent)
-
-    def stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values as a cache would give them back."""
-        key_store, value_store = self.stores()
-        key_store.append(keys)
-        value_store.append(values)
-        return key_store.read(), value_store.read()
-
-    def same_as(self, other: Rotation) -> bool:
-        """Whether a cache filled under the other can go on under this one."""
-        if self is other:
-            return True
-        same = self.bits == other.bits and self.recent == other.recent
-        return same and torch.equal(self.matrix, other.matrix.to(self.matrix.device))
+FEW_QUERIES = 16
+"""So many queries multiply with stored codes; for more, the codes are widened into keys and values first."""
+LEAST_EVICTED = 16
+"""Eviction waits for so many new tokens, or one part in `SLACK` of the stored ones: then it moves these."""
 
 
 class RotatedLayer(DynamicLayer):
-    """A growing cache layer of rotated keys, [batch, num_key_value_heads, length, kept], and values."""
+    """A growing cache layer of rotated keys, [batch, num_key_value_heads, stored, kept], and values.
 
-    def __init__(self, rotation: Rotation) -> None:
+    Its length is the number of tokens it was given; it may store fewer of them.
+    """
+
+    def __init__(self, spec: CacheSpec) -> None:
         # Not DynamicLayer's: `keys` and `values` are read from the stores here.
         self.is_initialized = False
-        self.rotation = rotation
-        self._keys, self._values = rotation.stores()
+        self.spec = spec
+        self._clear()
+
+    def _clear(self) -> None:
+        self._keys, self._values = self.spec.stores()
+        self._evicted = 0
+        self._after_eviction = 0
+        """Tokens that the last eviction left."""
+        self._evict_from = 0
+        """Tokens stored at which eviction is due again: moving the others for each new one would cost too much."""
+        self._mass: Tensor | None = None
+        """Attention that each stored token was given, [batch, num_key_value_heads, stored]."""
+        self._real: Tensor | None = None
+        """Boolean [batch, stored]: which tokens are no padding. Kept where a window store or eviction needs it."""
+        self._lengths: Tensor | None = None
+        """Real tokens of each sequence so far, evicted ones too, [batch]."""
+        self._has_padding = False
+        self._is_offloaded = False
+
+    @property
+    def stored(self) -> int:
+        """Tokens stored; less than the length after an eviction."""
+        return self._keys.length
 
     @property
     def keys(self) -> Tensor | None:
-        """All rotated keys, [batch, num_key_value_heads, length, kept]; None while empty."""
-        return self._keys.read() if self._keys.length else None
+        """All stored rotated keys, [batch, num_key_value_heads, stored, kept]; None while empty.
+
+        With `s_ratio` and an exact window they have all dimensions, zero where they were not stored.
+        """
+        return self._keys.read() if self.stored else None
 
     @property
     def values(self) -> Tensor | None:
-        """All values, [batch, num_key_value_heads, length, value_dim]; None while empty."""
-        return self._values.read() if self._values.length else None
+        """All stored values, [batch, num_key_value_heads, stored, value_dim]; None while empty."""
+        return self._values.read() if self.stored else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device of the first states."""
@@ -93,35 +84,120 @@ class RotatedLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Rotate and append; returns all rotated keys and all values.
 
+        Where the stores hold something else than plain states, what is returned has their shape and is NaN: AQUA's
+        attention function asks the layer itself (`attend`), and nobody else must read it.
+
         Raises:
-            AquaError: AQUA has left the model, or the batch has another size than what is stored.
+            AquaError: AQUA has left the model, the batch has another size than what is stored, or there are gradients
+                and tokens would be evicted.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rotated = _rotated(self.rotation, key_states)
-        if self._keys.length and (stored := self._keys.batch) != rotated.shape[0]:
+        rotated = _rotated(self.spec, key_states)
+        if self.stored and (stored := self._keys.batch) != rotated.shape[0]:
             raise AquaError(
                 f"the cache holds {stored} sequences, the batch has {rotated.shape[0]}: start with a new cache, or "
                 "repeat or select its sequences first"
             )
+        if self.spec.eviction and rotated.requires_grad:
+            raise AquaError("eviction (h2o_ratio) has no gradient: leave it out, or use torch.no_grad()")
         self._keys.append(rotated)
         self._values.append(value_states)
-        return _tagged(self._keys.read(), self.rotation), self._values.read()
+        if self.spec.is_plain:
+            return _tagged(self._keys.read(), self), self._values.read()
+        nothing = rotated.new_full((1,), torch.nan)
+        keys = nothing.expand(*rotated.shape[:2], self.stored, rotated.shape[3])
+        return _tagged(keys, self), nothing.to(value_states).expand(*keys.shape[:3], value_states.shape[3])
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        selected: Tensor | None,
+        mask: Tensor | None,
+        is_sliding: bool,
+        **options: Any,
+    ) -> Tensor:
+        """AQUA attention to what `update` has stored, as `ops.api.attention`; then evict, if that is due.
+
+        Args:
+            key, value: what `update` returned.
+            is_sliding: the attention layer has a sliding window; its tokens are never evicted.
+            options: further arguments of `ops.api.attention`.
+        """
+        if self.spec.is_plain:
+            return attention(query, key.to(value.dtype), value, selected, mask=mask, **options)
+        if offloaded := self._is_offloaded:
+            self.prefetch()
+        mask = self._visible(mask, query.shape[2])
+        groups, few = key.shape[1], query.shape[2] <= FEW_QUERIES
+        eviction = None if is_sliding else self.spec.eviction
+        mass = None if eviction is None else query.new_zeros((*key.shape[:3],), dtype=torch.float32)
+        if few:
+            probabilities = attention_probabilities(
+                query, self._keys.products, selected, groups=groups, keys=self.stored, mask=mask, **options
+            )
+            output = weighted_values(probabilities, self._values.mixture, groups).to(value.dtype)
+            if mass is not None:
+                mass += group_mass(probabilities, groups)
+        else:
+            key, value = self._keys.read().to(value.dtype), self._values.read()
+            if eviction is None or eviction.queries is not None:
+                output = attention(query, key, value, selected, mask=mask, **options)
+            if eviction is not None:
+                last = slice(-eviction.queries if eviction.queries else None, None)
+                some = attention_chunked(
+                    query[:, :, last],
+                    key,
+                    value,
+                    None if selected is None else selected[:, :, last],
+                    mask=None if mask is None else mask[:, :, last],
+                    mass=mass,
+                    **options,
+                )
+                output = some if eviction.queries is None else output
+        self._attended(mask, query.shape[2], mass)
+        if offloaded:
+            self.offload()
+        return output
 
     def get_seq_length(self) -> int:
-        """Tokens stored."""
-        return self._keys.length
+        """Tokens given so far, evicted ones too: the position of the next one."""
+        return self.stored + self._evicted
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the attention mask, and the position of the first; after an eviction, see `_visible`."""
+        return self.stored + query_length, self._evicted
 
     def reset(self) -> None:
         """Forget everything."""
-        self._keys, self._values = self.rotation.stores()
+        self._clear()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: -n forgets n of them, n keeps n."""
+        """Forget the last tokens: -n forgets n of them, n keeps n.
+
+        Raises:
+            AquaError: tokens have been evicted since the last one that would stay; nothing is changed then.
+        """
         length = tokens_to_remove if tokens_to_remove > 0 else self.get_seq_length() + tokens_to_remove
-        self._keys.keep(length)
-        self._values.keep(length)
+        removed = min(self.get_seq_length(), max(0, self.get_seq_length() - length))
+        if self._evicted and removed > self.stored - self._after_eviction:
+            raise AquaError(
+                f"the last {removed} tokens cannot be taken back: others were evicted after them (h2o_ratio); start "
+                "with a new cache"
+            )
+        left = self.stored - removed
+        self._keys.keep(left)
+        self._values.keep(left)
+        if self._real is not None and self._lengths is not None:
+            self._lengths = self._lengths - self._real[:, left:].sum(-1)
+            self._real = self._real[:, :left]
+        if self._mass is not None:
+            self._mass = self._mass[..., :left]
+        if left == 0:
+            self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences of these indices (beam search)."""
@@ -138,58 +214,124 @@ class RotatedLayer(DynamicLayer):
     def offload(self) -> None:
         """Move to the CPU."""
         self._change(lambda states: states.to("cpu", non_blocking=True))
+        self._is_offloaded = True
 
     def prefetch(self) -> None:
         """Move back to the device of the model."""
         self._change(lambda states: states.to(self.device, non_blocking=True))
+        self._is_offloaded = False
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         self._keys.change(function)
         self._values.change(function)
+        for name in ("_mass", "_real", "_lengths"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, function(tensor))
+
+    def _visible(self, mask: Tensor | None, queries: int) -> Tensor | None:
+        """A mask over the stored tokens, from the model's own, which knows nothing of evictions.
+
+        Only its last columns, of the new tokens, are right after one. All earlier tokens are visible but for padding,
+        and the exact window is counted among them: its tokens are never evicted, so it is the same window.
+        """
+        if self._evicted == 0 or self._real is None:
+            return mask
+        if mask is None and queries == 1 and not self._has_padding:
+            return None
+        if mask is None:
+            new = torch.ones(1, 1, queries, queries, dtype=torch.bool, device=self._real.device).tril()
+        else:
+            new = mask[..., -queries:] != HIDDEN
+        batch, old = self._real.shape[0], self._real[:, None, None, : self.stored - queries]
+        return torch.cat([old.expand(batch, new.shape[1], queries, -1), new.expand(batch, -1, -1, -1)], -1)
+
+    def _attended(self, mask: Tensor | None, queries: int, mass: Tensor | None) -> None:
+        """Note which of the new tokens are real and who was attended to; trim the window store; evict."""
+        if mass is None and not isinstance(self._keys, WindowStore):
+            return
+        batch, old, device = self._keys.batch, self.stored - queries, self.device
+        new = torch.ones(batch, queries, dtype=torch.bool, device=device)
+        if mask is not None:
+            # A real token sees itself, a padding token is seen by none.
+            places = torch.arange(queries, device=device)
+            new = (mask[:, :, places, old + places] != HIDDEN).any(1).expand(batch, -1)
+            self._has_padding = True
+        before = torch.ones(batch, old, dtype=torch.bool, device=device) if self._real is None else self._real
+        counted = before.sum(-1) if self._lengths is None else self._lengths
+        self._real, self._lengths = torch.cat([before, new], -1), counted + new.sum(-1)
+        if isinstance(self._keys, WindowStore):
+            self._keys.settle(self._real)
+        if mass is not None:
+            assert self.spec.eviction is not None
+            known = self._mass
+            if known is not None:
+                known = torch.nn.functional.pad(known, (0, self.stored - known.shape[-1]))
+                mass = self.spec.eviction.added(known, mass, queries)
+            self._mass = mass
+            self._evict()
+
+    def _evict(self) -> None:
+        eviction, stored = self.spec.eviction, self.stored
+        assert eviction is not None and self._mass is not None and self._real is not None and self._lengths is not None
+        if stored < self._evict_from or stored <= eviction.at_most(self.get_seq_length()):
+            return
+        whole = max(self._keys.whole, self._values.whole)
+        places, real = eviction.chosen(self._mass, self._real, self._lengths, whole)
+        self._evict_from = places.shape[2] + max(places.shape[2] // SLACK, LEAST_EVICTED)
+        if places.shape[2] == stored:
+            return
+        self._keys.gather(places)
+        self._values.gather(places)
+        self._mass, self._real = self._mass.gather(2, places), real
+        if isinstance(self._keys, WindowStore):
+            self._keys.settle(real)
+        self._evicted += stored - self.stored
+        self._after_eviction = self.stored
 
 
 class RotatedSlidingLayer(DynamicSlidingWindowLayer):
     """A sliding-window cache layer whose `keys` are rotated."""
 
-    def __init__(self, rotation: Rotation, sliding_window: int) -> None:
+    def __init__(self, spec: CacheSpec, sliding_window: int) -> None:
         super().__init__(sliding_window=sliding_window)
-        self.rotation = rotation
+        self.spec = spec
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Rotate and append; returns the rotated keys and values to attend to. See `DynamicSlidingWindowLayer`."""
-        keys, values = super().update(_rotated(self.rotation, key_states), value_states, *args, **kwargs)
-        return _tagged(keys, self.rotation), values
+        keys, values = super().update(_rotated(self.spec, key_states), value_states, *args, **kwargs)
+        return _tagged(keys, self), values
 
 
-def rotate_on_write(cache: DynamicCache, rotations: dict[int, Rotation]) -> None:
+def rotate_on_write(cache: DynamicCache, specs: dict[int, CacheSpec]) -> None:
     """Make the layers of `cache` rotate what is written to them, as far as that keeps their content right.
 
-    Empty ordinary layers are replaced. Layers that an earlier attachment filled under the same rotation go on under
+    Empty ordinary layers are replaced. Layers that an earlier attachment filled under the same spec go on under
     this one. Everything else (ordinary layers with content, other kinds of layer) stays as it is.
     """
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers.extend(DynamicLayer() for _ in range(max(rotations) + 1))
-    for index, rotation in rotations.items():
+        cache.layers.extend(DynamicLayer() for _ in range(max(specs) + 1))
+    for index, spec in specs.items():
         if index >= len(cache.layers):
             continue
         layer = cache.layers[index]
         if isinstance(layer, (RotatedLayer, RotatedSlidingLayer)):
             if layer.get_seq_length() == 0 and isinstance(layer, RotatedLayer):
-                cache.layers[index] = RotatedLayer(rotation)
-            elif layer.get_seq_length() == 0 or rotation.same_as(layer.rotation):
-                layer.rotation = rotation
+                if layer.spec is not spec:
+                    cache.layers[index] = RotatedLayer(spec)
+            elif layer.get_seq_length() == 0 or spec.same_as(layer.spec):
+                layer.spec = spec
         elif layer.get_seq_length() > 0:
             continue
         elif type(layer) is DynamicLayer:
-            cache.layers[index] = RotatedLayer(rotation)
+            cache.layers[index] = RotatedLayer(spec)
         elif type(layer) is DynamicSlidingWindowLayer:
-            replacement = RotatedSlidingLayer(rotation, layer.sliding_window)
+            replacement = RotatedSlidingLayer(spec, layer.sliding_window)
             replacement.record_past = layer.record_past
             cache.layers[index] = replacement
 
 
-def is_rotated(key: Tensor, rotation: Rotation) -> bool:
-    """Whether `key`, as it enters attention, was rotated by `rotation` in the cache.
+def layer_of(key: Tensor, spec: CacheSpec) -> RotatedLayer | RotatedSlidingLayer | None:
+    """The cache layer that rotated `key`, as it enters attention; None when it is not rotated.
 
     The tensor itself says so: only it is the same in every thread, and under gradient checkpointing, where the model
     drops its cache in silence.
@@ -197,23 +339,21 @@ def is_rotated(key: Tensor, rotation: Rotation) -> bool:
     Raises:
         AquaError: it was rotated for other projections, another s_ratio or another layer.
     """
-    tag = getattr(key, "_aqua_rotation", None)
-    if tag is None:
-        return False
-    if tag is not rotation:
+    layer: RotatedLayer | RotatedSlidingLayer | None = getattr(key, "_aqua_layer", None)
+    if layer is not None and layer.spec is not spec:
         raise AquaError("this cache was filled under other AQUA projections or settings: start with a new cache")
-    return True
+    return layer
 
 
-def _tagged(keys: Tensor, rotation: Rotation) -> Tensor:
-    keys._aqua_rotation = rotation  # type: ignore[attr-defined]
+def _tagged(keys: Tensor, layer: RotatedLayer | RotatedSlidingLayer) -> Tensor:
+    keys._aqua_layer = layer  # type: ignore[attr-defined]
     return keys
 
 
-def _rotated(rotation: Rotation, key_states: Tensor) -> Tensor:
-    if not rotation.active:
+def _rotated(spec: CacheSpec, key_states: Tensor) -> Tensor:
+    if not spec.active:
         raise AquaError(
             "this cache holds AQUA-rotated keys, but the AQUA that filled it has left the model: apply the same "
             "projections and settings again, or start with a new cache"
         )
-    return rotate(key_states, rotation.matrix)
+    return spec.rotated(key_states)

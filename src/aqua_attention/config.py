@@ -30,17 +30,23 @@ class AquaConfig:
             (scaling * q_i * rms(k_i))^2, is at most this; summed over the query heads when `share` is "group". It is in
             the logit's own units, so one value fits every layer, head and model: 0.05 to 0.2 are sensible.
         s_ratio: share of trailing (low-variance) rotated key dimensions that are never stored, in [0, 1)
-            ("AQUA-Memory"); kept = head_dim - round(s_ratio * head_dim).
+            ("AQUA-Memory"); kept = head_dim - round(s_ratio * head_dim). Tokens of an exact window keep all of them.
         selection: which dimensions a query keeps. "magnitude": largest |q_i| (the paper). "weighted": largest
             |q_i| * rms(k_i), the expected size of what is dropped (ours). "static": always the first k, whatever
             the query (plain PCA slicing, for comparison).
         share: "head": each query head its own dimensions (the paper). "group": one set for all query heads of
             a key-value head, which is what lets a GPU read fewer key bytes under grouped-query attention.
-        sink: number of first (non-padding) tokens scored with every stored dimension.
-        recent: number of last tokens, the query's own included, scored with every stored dimension.
+        sink: number of first (non-padding) tokens scored with every dimension.
+        recent: number of last tokens, the query's own included, scored with every dimension.
         bits: 8 or 4 stores keys (by rotated channel, with calibrated scales) and values in int8 or int4, except for the
-            last 64 to 128 tokens (or `recent`, if more); None stores them as the model computes them. Sliding-window
-            layers are never rounded.
+            last 64 to 128 tokens (or `recent`, if more); None stores them as the model computes them. With 4, the first
+            quarter of the key dimensions has 8.
+        h2o_ratio: share of a sequence's tokens so far that a cache keeps, in (0, 1] ("AQUA-H2O"): for each key-value
+            head half of them those that were given most attention, half the most recent; `sink` and `recent` tokens
+            always stay. 1 keeps all.
+        h2o_queries: only the last so many queries say which tokens stay, as in SnapKV; None: all so far, as in H2O.
+
+    Sliding-window layers are never rounded and lose no tokens, whatever `bits` and `h2o_ratio` say.
 
     Raises:
         AquaError: a value is out of range; the message names the field, the value and the range.
@@ -54,6 +60,8 @@ class AquaConfig:
     recent: int = 0
     logit_error: float | None = None
     bits: int | None = None
+    h2o_ratio: float = 1.0
+    h2o_queries: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.k_ratio) or not 0 < self.k_ratio <= 1:
@@ -68,6 +76,10 @@ class AquaConfig:
             raise AquaError(f"logit_error is {self.logit_error!r}: it must be a number, 0 or more, or None")
         if self.bits not in BITS or type(self.bits) not in (int, type(None)):
             raise AquaError(f"bits is {self.bits!r}: it must be one of {', '.join(map(str, BITS))}")
+        if not _is_number(self.h2o_ratio) or not 0 < self.h2o_ratio <= 1:
+            raise AquaError(f"h2o_ratio is {self.h2o_ratio!r}: it must be a number with 0 < h2o_ratio <= 1")
+        if self.h2o_queries is not None and (type(self.h2o_queries) is not int or self.h2o_queries < 1):
+            raise AquaError(f"h2o_queries is {self.h2o_queries!r}: it must be a whole number, 1 or more, or None")
         for name in ("sink", "recent"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -84,6 +96,11 @@ class AquaConfig:
         """Number k of dimensions multiplied for a query outside the exact window, by `k_ratio`."""
         # The small term keeps 0.28 * 25 = 7.000000000000001 from becoming 8.
         return max(1, math.ceil(self.k_ratio * self.kept_dims(head_dim) - 1e-9))
+
+    @property
+    def effective_ratio(self) -> float | None:
+        """E = k_ratio * (1 - s_ratio), the share of head_dim multiplied (paper); None when `logit_error` decides."""
+        return None if self.logit_error is not None else self.k_ratio * (1 - self.s_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""

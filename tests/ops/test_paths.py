@@ -73,9 +73,9 @@ def assert_as_accurate_as_reference(states, selected, impl, **options):
 @pytest.fixture
 def chunks(monkeypatch):
     """Small blocks of queries; counts the blocks."""
-    calls, whole = [], reference.attention_reference
+    calls, whole = [], reference.attention_probabilities
     monkeypatch.setattr(reference, "CHUNK_SCORES", 3000)
-    monkeypatch.setattr(reference, "attention_reference", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    monkeypatch.setattr(reference, "attention_probabilities", lambda *a, **k: calls.append(1) or whole(*a, **k))
     return calls
 
 

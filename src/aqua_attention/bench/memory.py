@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from aqua_attention.cache import Rotation
+from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import input_device
 from aqua_attention.config import AquaConfig
@@ -102,7 +102,7 @@ def storage_bytes(cache: Any) -> int:
     seen: set[int] = set()
 
     def visit(value: Any) -> None:
-        if id(value) in seen or isinstance(value, Rotation):
+        if id(value) in seen or isinstance(value, CacheSpec):
             return
         seen.add(id(value))
         if isinstance(value, Tensor):

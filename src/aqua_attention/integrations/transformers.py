@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from aqua_attention.cache import Rotation, is_rotated, rotate_on_write
+from aqua_attention.cache import RotatedLayer, layer_of, rotate_on_write
+from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.capture import AttentionLayer, attention_layers, innermost_decoder
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -29,7 +30,7 @@ SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
 class _AttachedLayer:
     index: int
     head_dim: int
-    rotation: Rotation
+    spec: CacheSpec
     key_rms: Tensor
 
 
@@ -61,10 +62,10 @@ class Attachment:
         self._decoder = innermost_decoder(model, self._found)
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
         self._rotates_on_write = all(layer.reads_own_cache for layer in self._found)
-        if config.bits is not None and not self._rotates_on_write:
+        if (needs := _needs_own_cache(config)) and not self._rotates_on_write:
             raise AquaError(
-                f"{type(model).__name__} does not take its keys straight from its cache, so that bits={config.bits} "
-                "would save nothing: leave it out"
+                f"{type(model).__name__} does not take its keys straight from its cache, so that {needs} would save "
+                "nothing: leave it out"
             )
         self._layers: dict[nn.Module, _AttachedLayer] = {}
         self._name = ""
@@ -86,7 +87,7 @@ class Attachment:
     def detach(self) -> None:
         """Leave the model as it was found. Caches that AQUA filled cannot be used by the model afterwards."""
         for layer in self._layers.values():
-            layer.rotation.active = False
+            layer.spec.active = False
         while self._undo:
             self._undo.pop()()
         self._layers = {}
@@ -104,13 +105,7 @@ class Attachment:
         return _AttachedLayer(
             index=layer.index,
             head_dim=layer.head_dim,
-            rotation=Rotation(
-                projection.rotation[..., :kept].contiguous().to(layer.device),
-                projection.key_std[..., :kept].contiguous().to(layer.device),
-                projection.key_mean[..., :kept].contiguous().to(layer.device),
-                bits=self.config.bits,
-                recent=self.config.recent,
-            ),
+            spec=CacheSpec(projection, self.config, layer.device),
             key_rms=projection.key_rms[..., :kept].contiguous().to(layer.device),
         )
 
@@ -138,13 +133,13 @@ class Attachment:
                 args = (*args[:place], cache, *args[place + 1 :])
             else:
                 kwargs = kwargs | {"past_key_values": cache}
-        if self.config.bits is not None and cache is not None and type(cache) is not DynamicCache:
+        if (needs := _needs_own_cache(self.config)) and cache is not None and type(cache) is not DynamicCache:
             raise AquaError(
-                f"bits={self.config.bits} stores into a DynamicCache, the default of generate, not into a "
-                f"{type(cache).__name__}: leave that out, or bits"
+                f"{needs} needs a DynamicCache, the default of generate, not a {type(cache).__name__}: leave one of "
+                "the two out"
             )
         if type(cache) is DynamicCache:
-            rotate_on_write(cache, {layer.index: layer.rotation for layer in self._layers.values()})
+            rotate_on_write(cache, {layer.index: layer.spec for layer in self._layers.values()})
         return args, kwargs
 
     def _attend(
@@ -173,43 +168,63 @@ class Attachment:
         if dropout > 0:
             raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
         mask = as_aqua_mask(attention_mask)
-        window = self.config.sink + self.config.recent > 0
-        if window and mask is not None and mask.dtype == torch.bool and kwargs.get("sliding_window"):
+        window, sliding_window = self.config.sink + self.config.recent > 0, kwargs.get("sliding_window")
+        if window and mask is not None and mask.dtype == torch.bool and sliding_window:
             raise AquaError("sink and recent in a sliding-window layer need a 2-D attention mask, not a 4-D one")
         scaling = layer.head_dim**-0.5 if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
-            query = rotate(query, layer.rotation.matrix).to(value.dtype)
-            if not is_rotated(key, layer.rotation):
-                if mask is None and 1 < query.shape[2] < key.shape[2]:
-                    # Without a mask, keys behind the queries are the empty end of a static cache.
-                    key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-                key = rotate(key, layer.rotation.matrix)
-                if self.config.bits is not None and not kwargs.get("sliding_window"):
-                    key, value = self._as_stored(layer.rotation, key, value, query.shape[2])
-            selected = select_dimensions(query, self.config, layer.head_dim, layer.key_rms, scaling)
-            if self.on_selection is not None:
-                self.on_selection(layer.index, selected, query.shape, layer.head_dim)
-            output = attention(
-                query,
-                key.to(value.dtype),
-                value,
-                selected,
-                mask=mask,
-                sink=self.config.sink,
-                recent=self.config.recent,
-                scaling=scaling,
-                softcap=softcap,
-                s_aux=s_aux,
-            )
+            query = rotate(query, layer.spec.matrix).to(value.dtype)
+            cached = layer_of(key, layer.spec)
+            if cached is None:
+                key, value = self._uncached(layer.spec, key, value, query.shape[2], mask, bool(sliding_window))
+            selected = self._selected(layer, query, scaling)
+            options = {
+                "sink": self.config.sink,
+                "recent": self.config.recent,
+                "scaling": scaling,
+                "softcap": softcap,
+                "s_aux": s_aux,
+            }
+            if isinstance(cached, RotatedLayer):
+                output = cached.attend(query, key, value, selected, mask, bool(sliding_window), **options)
+            else:
+                output = attention(query, key.to(value.dtype), value, selected, mask=mask, **options)
         return output.transpose(1, 2).contiguous(), None
 
-    def _as_stored(self, rotation: Rotation, key: Tensor, value: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-        """Without a cache (scoring): what a cache would give back, so that the loss of rounding is seen."""
-        if key.shape[2] > queries:
-            raise AquaError(
-                f"bits={self.config.bits} needs a cache that AQUA has filled from its first token: start with a new one"
-            )
-        return rotation.stored(key, value)
+    def _selected(self, layer: _AttachedLayer, query: Tensor, scaling: float) -> Tensor | None:
+        """The dimensions that each query multiplies outside the exact window; shape of `query`, or None for all."""
+        kept = layer.spec.kept
+        leading = query[..., :kept]
+        selected = select_dimensions(leading, self.config, layer.head_dim, layer.key_rms, scaling)
+        if self.on_selection is not None:
+            self.on_selection(layer.index, selected, leading.shape, layer.head_dim)
+        if kept == query.shape[-1]:
+            return selected
+        selected = leading.new_ones(leading.shape, dtype=torch.bool) if selected is None else selected
+        return torch.nn.functional.pad(selected, (0, query.shape[-1] - kept))
+
+    def _uncached(
+        self, spec: CacheSpec, key: Tensor, value: Tensor, queries: int, mask: Tensor | None, is_sliding: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate keys that no cache of ours has rotated: scoring without a cache, or another kind of cache.
+
+        With `bits`, keys and values are what a cache would give back, so that the loss of rounding is seen.
+        """
+        if mask is None and 1 < queries < key.shape[2]:
+            # Without a mask, keys behind the queries are the empty end of a static cache.
+            key, value = key[:, :, :queries], value[:, :, :queries]
+        key = spec.rotated(key)
+        needs = None if is_sliding else _needs_own_cache(self.config)
+        if needs and (key.shape[2] > queries or spec.eviction):
+            raise AquaError(f"{needs} needs a cache that AQUA has filled from its first token: start with a new one")
+        return (key, value) if is_sliding else spec.rounded(key, value)
+
+
+def _needs_own_cache(config: AquaConfig) -> str:
+    """The setting that only a cache of ours can meet, in words; empty when any will do."""
+    if config.h2o_ratio < 1:
+        return f"h2o_ratio={config.h2o_ratio:g}"
+    return "" if config.bits is None else f"bits={config.bits}"
 
 
 def apply(model: PreTrainedModel, projections: Projections, config: AquaConfig | None = None) -> Attachment:

@@ -7,6 +7,8 @@ attention do not depend on each other, so it is the same function in bounded mem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -51,15 +53,52 @@ def attention_reference(
         [batch, num_attention_heads, queries, value_dim] in the dtype of `value`. A query that sees no key gets
         zeros; a NaN in a query, or in a key that it sees, gives NaN, and a NaN in a value gives NaN to every query.
     """
+    tall_key = key.to(torch.promote_types(query.dtype, torch.float32)).transpose(-1, -2)
+    probabilities = attention_probabilities(
+        query,
+        lambda tall: tall @ tall_key,
+        selected,
+        groups=key.shape[1],
+        keys=key.shape[2],
+        mask=mask,
+        sink=sink,
+        recent=recent,
+        scaling=scaling,
+        softcap=softcap,
+        s_aux=s_aux,
+    )
+    return weighted_values(probabilities, lambda tall: tall @ value.to(tall.dtype), value.shape[1]).to(value.dtype)
+
+
+def attention_probabilities(
+    query: Tensor,
+    products: Callable[[Tensor], Tensor],
+    selected: Tensor | None,
+    *,
+    groups: int,
+    keys: int,
+    mask: Tensor | None = None,
+    sink: int = 0,
+    recent: int = 0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """The softmax of `attention_reference`, [batch, num_attention_heads, queries, keys], in at least float32.
+
+    Args:
+        products: dot products with the keys, wherever they are kept: maps the queries of all heads of a group,
+            [batch, groups, any, kept], to [batch, groups, any, keys].
+        groups: num_key_value_heads.
+        keys: how many there are.
+    """
     batch, heads, queries, _ = query.shape
-    groups, keys = key.shape[1], key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    tall_key = key.to(dtype).transpose(-1, -2)
 
     def scores_of(states: Tensor) -> Tensor:
         tall = states.to(dtype).reshape(batch, groups, heads // groups * queries, -1)
-        scores = (tall @ tall_key).reshape(batch, heads, queries, keys) * scaling
+        scores = products(tall).reshape(batch, heads, queries, keys) * scaling
         return softcap * torch.tanh(scores / softcap) if softcap is not None else scores
 
     visible, exact = visible_and_exact(
@@ -75,12 +114,21 @@ def attention_reference(
     scores = scores.masked_fill(~visible, -torch.inf)
     if s_aux is not None:
         extra = s_aux.to(dtype).reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
-        probabilities = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
-    else:
-        probabilities = scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    tall_probabilities = probabilities.reshape(batch, groups, heads // groups * queries, keys)
-    output = tall_probabilities @ value.to(dtype)
-    return output.reshape(batch, heads, queries, -1).to(value.dtype)
+        return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
+
+
+def weighted_values(probabilities: Tensor, mixture: Callable[[Tensor], Tensor], groups: int) -> Tensor:
+    """Sums of values by probabilities, [batch, num_attention_heads, queries, value_dim].
+
+    Args:
+        probabilities: [batch, num_attention_heads, queries, keys].
+        mixture: product with the values, wherever they are kept: maps [batch, groups, any, keys] to
+            [batch, groups, any, value_dim].
+    """
+    batch, heads, queries, keys = probabilities.shape
+    tall = probabilities.reshape(batch, groups, heads // groups * queries, keys)
+    return mixture(tall).reshape(batch, heads, queries, -1)
 
 
 def attention_chunked(
@@ -95,31 +143,46 @@ def attention_chunked(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    mass: Tensor | None = None,
 ) -> Tensor:
-    """`attention_reference`, a block of queries at a time: no more than `CHUNK_SCORES` scores in memory."""
+    """`attention_reference`, a block of queries at a time: no more than `CHUNK_SCORES` scores in memory.
+
+    Args:
+        mass: [batch, num_key_value_heads, keys], is added to: the probability that each key gets from all queries of
+            all heads of its group.
+    """
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, result_dtype, value = key.to(dtype), value.dtype, value.to(dtype)
     rows = max(1, CHUNK_SCORES // max(1, batch * heads * keys))
-    blocks = []
+    groups, blocks = key.shape[1], []
     for start in range(0, queries, rows):
         block = slice(start, min(start + rows, queries))
         # Causal: the keys after the block's last query are hidden from all of it.
         seen = keys if mask is not None else keys - queries + block.stop
-        blocks.append(
-            attention_reference(
-                query[:, :, block],
-                key[:, :, :seen],
-                value[:, :, :seen],
-                None if selected is None else selected[:, :, block],
-                mask=None if mask is None else mask[:, :, block],
-                sink=sink,
-                recent=recent,
-                scaling=scaling,
-                softcap=softcap,
-                s_aux=s_aux,
-            )
+        tall_key, block_value = key[:, :, :seen].transpose(-1, -2), value[:, :, :seen]
+        probabilities = attention_probabilities(
+            query[:, :, block],
+            lambda tall, tall_key=tall_key: tall @ tall_key,  # type: ignore[misc]
+            None if selected is None else selected[:, :, block],
+            groups=groups,
+            keys=seen,
+            mask=None if mask is None else mask[:, :, block],
+            sink=sink,
+            recent=recent,
+            scaling=scaling,
+            softcap=softcap,
+            s_aux=s_aux,
         )
+        blocks.append(weighted_values(probabilities, lambda tall, values=block_value: tall @ values, groups))  # type: ignore[misc]
+        if mass is not None:
+            mass[:, :, :seen] += group_mass(probabilities, groups)
     return torch.cat(blocks, 2).to(result_dtype)
+
+
+def group_mass(probabilities: Tensor, groups: int) -> Tensor:
+    """What each key gets from all queries of all heads of its group, [batch, groups, keys]."""
+    batch, _, _, keys = probabilities.shape
+    return probabilities.reshape(batch, groups, -1, keys).sum(2)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one attention layer's cache does to keys and values before it stores them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aqua_attention.config import AquaConfig
+from aqua_attention.evict import Eviction
+from aqua_attention.ops.select import rotate
+from aqua_attention.projections import LayerProjection
+from aqua_attention.rounded import Rounded
+from aqua_attention.store import Growing, Store
+from aqua_attention.window_store import WindowStore
+
+
+class CacheSpec:
+    """Rotation, width, precision and eviction of one attached layer.
+
+    Attributes:
+        matrix: [num_key_value_heads, head_dim, width], the leading columns of the layer's rotation. Width is `kept`, or
+            head_dim when the tokens of an exact window keep every dimension.
+        kept: leading rotated key dimensions that every token keeps.
+        bits: None stores keys and values as they are, 8 in int8, 4 in int4.
+        sink, recent: size of the exact window.
+        eviction: which tokens stay; None: all.
+        active: False once AQUA has left the model.
+    """
+
+    def __init__(self, projection: LayerProjection, config: AquaConfig, device: torch.device | str = "cpu") -> None:
+        head_dim = projection.rotation.shape[-1]
+        self.kept = config.kept_dims(head_dim)
+        self.sink, self.recent, self.bits = config.sink, config.recent, config.bits
+        self.has_window_store = self.kept < head_dim and config.sink + config.recent > 0
+        width = head_dim if self.has_window_store else self.kept
+        self.matrix = projection.rotation[..., :width].contiguous().to(device)
+        self._scale = projection.key_std[..., : self.kept].contiguous().to(device)
+        self._mean = projection.key_mean[..., : self.kept].contiguous().to(device)
+        self.eviction: Eviction | None = None
+        if config.h2o_ratio < 1:
+            self.eviction = Eviction(config.h2o_ratio, config.h2o_queries, config.sink, config.recent)
+        self.active = True
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the cache gives back the very keys and values that it was given, rotated."""
+        return self.bits is None and self.eviction is None and not self.has_window_store
+
+    def stores(self) -> tuple[Store, Store]:
+        """An empty store for rotated keys, and one for values."""
+        keys, values = self._leading_store(), Growing() if self.bits is None else Rounded(self.bits, self.recent)
+        return WindowStore(keys, self.kept, self.sink, self.recent) if self.has_window_store else keys, values
+
+    def rotated(self, keys: Tensor) -> Tensor:
+        """Keys as the model computes them, [batch, num_key_value_heads, length, head_dim], in this layer's basis."""
+        return rotate(keys, self.matrix)
+
+    def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values as `bits` would give them back; those of an exact window are rounded too."""
+        if self.bits is None:
+            return keys, values
+        leading, value_store = self._leading_store(), Rounded(self.bits, self.recent)
+        leading.append(keys[..., : self.kept])
+        value_store.append(values)
+        return torch.cat([leading.read(), keys[..., self.kept :]], -1), value_store.read()
+
+    def same_as(self, other: CacheSpec) -> bool:
+        """Whether a cache filled under the other can go on under this one."""
+        if self is other:
+            return True
+        ours, theirs = (
+            (spec.kept, spec.bits, spec.sink, spec.recent, spec.eviction, spec.matrix.shape) for spec in (self, other)
+        )
+        return ours == theirs and torch.equal(self.matrix, other.matrix.to(self.matrix.device))
+
+    def _leading_store(self) -> Store:
+        return Growing() if self.bits is None else Rounded(self.bits, self.recent, self._scale, self._mean)
