@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a smaller cache loses, alone and together with fewer products: s_ratio, int8 and int4 at k_ratio 1, 3/4 and 1/2.
+"""What a smaller cache loses, alone and together with fewer products: dimensions, bits and tokens.
 
     python benchmarks/cache_table.py smollm2 -p smollm2.safetensors --evaluation test.txt --json table.json
 
-Selection is weighted, with an exact window of 4 + 64. Prints a Markdown table of perplexity change, KL divergence and
-top-1 agreement against the dense model in the same run.
+Selection is weighted, with an exact window of 4 + 64, k_ratio 1, 3/4 and 1/2. Prints two Markdown tables of perplexity
+change, KL divergence and top-1 agreement against the dense model: of whole windows, and, with eviction, of the second
+halves of windows, read in chunks of 128 tokens after the first half was evicted from.
 """
 
 from __future__ import annotations
@@ -25,9 +26,21 @@ CACHES = {
     "whole": {},
     "s_ratio 0.1": {"s_ratio": 0.1},
     "s_ratio 0.25": {"s_ratio": 0.25},
+    "s_ratio 0.25, no exact window": {"s_ratio": 0.25, "sink": 0, "recent": 0},
     "int8": {"bits": 8},
     "int4": {"bits": 4},
     "int8, s_ratio 0.25": {"bits": 8, "s_ratio": 0.25},
+    "int4, s_ratio 0.25": {"bits": 4, "s_ratio": 0.25},
+}
+EVICTIONS = {
+    "whole": {},
+    "h2o 0.5": {"h2o_ratio": 0.5},
+    "h2o 0.25": {"h2o_ratio": 0.25},
+    "h2o 0.5 by 64 queries": {"h2o_ratio": 0.5, "h2o_queries": 64},
+    "h2o 0.25 by 64 queries": {"h2o_ratio": 0.25, "h2o_queries": 64},
+    "h2o 0.5, int8": {"h2o_ratio": 0.5, "bits": 8},
+    "h2o 0.5, int8, s_ratio 0.25": {"h2o_ratio": 0.5, "bits": 8, "s_ratio": 0.25},
+    "h2o 0.5, int4": {"h2o_ratio": 0.5, "bits": 4},
 }
 
 
@@ -49,27 +62,39 @@ def main() -> None:
     windows = token_windows(
         ids, tokens=options.windows * options.context, context=options.context, seed=None, prefix=prefix
     )
-    settings = [
-        Setting(aqua.AquaConfig(k_ratio=ratio, selection="weighted", sink=4, recent=64, **fields))
-        for fields in CACHES.values()
-        for ratio in RATIOS
-    ]
+    projections = aqua.Projections.load(options.projections)
+    results = {}
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("evaluate")
-        result = evaluate_perplexity(
-            model,
-            aqua.Projections.load(options.projections),
-            settings,
-            windows,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        for name, caches in (("caches", CACHES), ("evictions", EVICTIONS)):
+            task = progress.add_task(name)
+            settings = [
+                Setting(
+                    aqua.AquaConfig(**{"k_ratio": ratio, "selection": "weighted", "sink": 4, "recent": 64} | fields)
+                )
+                for fields in caches.values()
+                for ratio in RATIOS
+            ]
+            results[name] = evaluate_perplexity(
+                model,
+                projections,
+                settings,
+                windows,
+                progress=lambda done, total, task=task: progress.update(task, completed=done, total=total),
+            )
     if options.json:
-        write_json(options.json, result)
-    print(f"dense perplexity {result['dense']['perplexity']:.2f}, {result['dense']['tokens']} tokens\n")
+        write_json(options.json, results)
+    for result, caches in zip(results.values(), (CACHES, EVICTIONS), strict=True):
+        print_table(result, caches)
+
+
+def print_table(result, caches) -> None:
+    """Markdown: a row a cache, a column a k_ratio."""
+    dense = result["dense"]
+    print(f"\ndense perplexity {dense['perplexity']:.2f}, {dense['tokens']} tokens scored ({result['scored']})\n")
     print("| cache | " + " | ".join(f"k_ratio {ratio:g}" for ratio in RATIOS) + " |")
     print("|---|" + "---|" * len(RATIOS))
     rows = iter(result["rows"])
-    for name in CACHES:
+    for name in caches:
         cells = [
             f"{row['perplexity_change']:+.2%} ({row['kl']:.4f}, {row['top1']:.1%})"
             for _, row in zip(RATIOS, rows, strict=False)

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import aqua_attention as aqua
-from aqua_attention.cache import RotatedLayer
+from aqua_attention.rotated_layer import RotatedLayer
 from conftest import VOCABULARY, calibrated, make_llama, make_mistral
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}

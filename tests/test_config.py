@@ -120,6 +120,8 @@ def test_to_dict_holds_every_field_and_survives_json():
         "recent": 64,
         "logit_error": None,
         "bits": None,
+        "h2o_ratio": 1.0,
+        "h2o_queries": None,
     }
     assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config
 

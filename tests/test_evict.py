@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import aqua_attention as aqua
-from aqua_attention.cache import LEAST_EVICTED, RotatedLayer
 from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.evict import NEIGHBOURS, Eviction
 from aqua_attention.projections import LayerProjection
+from aqua_attention.rotated_layer import LEAST_EVICTED, RotatedLayer
 from aqua_attention.store import SLACK
 from conftest import VOCABULARY, calibrated, make_gemma3
 

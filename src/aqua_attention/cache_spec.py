@@ -49,8 +49,10 @@ class CacheSpec:
 
     def stores(self) -> tuple[Store, Store]:
         """An empty store for rotated keys, and one for values."""
-        keys, values = self._leading_store(), Growing() if self.bits is None else Rounded(self.bits, self.recent)
-        return WindowStore(keys, self.kept, self.sink, self.recent) if self.has_window_store else keys, values
+        keys, values = self._leading_store(), self._value_store()
+        if self.has_window_store:
+            keys = WindowStore(keys, self.kept, self.sink, self.recent)
+        return keys, values
 
     def rotated(self, keys: Tensor) -> Tensor:
         """Keys as the model computes them, [batch, num_key_value_heads, length, head_dim], in this layer's basis."""
@@ -60,7 +62,7 @@ class CacheSpec:
         """Rotated keys and values as `bits` would give them back; those of an exact window are rounded too."""
         if self.bits is None:
             return keys, values
-        leading, value_store = self._leading_store(), Rounded(self.bits, self.recent)
+        leading, value_store = self._leading_store(), self._value_store()
         leading.append(keys[..., : self.kept])
         value_store.append(values)
         return torch.cat([leading.read(), keys[..., self.kept :]], -1), value_store.read()
@@ -76,3 +78,6 @@ class CacheSpec:
 
     def _leading_store(self) -> Store:
         return Growing() if self.bits is None else Rounded(self.bits, self.recent, self._scale, self._mean)
+
+    def _value_store(self) -> Store:
+        return Growing() if self.bits is None else Rounded(self.bits, self.recent)

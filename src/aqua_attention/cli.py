@@ -19,6 +19,8 @@ from aqua_attention.cli_options import (
     Device,
     Dtype,
     GgufFile,
+    H2OQueries,
+    H2ORatio,
     Json,
     LogitError,
     Model,
@@ -183,6 +185,8 @@ def generate(
     recent: Recent = 0,
     logit_error: LogitError = None,
     bits: Bits = None,
+    h2o_ratio: H2ORatio = 1.0,
+    h2o_queries: H2OQueries = None,
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -196,7 +200,7 @@ def generate(
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --compare`
     """
-    config = aqua_config(k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits)
+    config = aqua_config(k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
     check_writable(json)
     from aqua_attention.files import write_json
     from aqua_attention.generation import continue_prompt

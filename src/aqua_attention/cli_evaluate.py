@@ -17,6 +17,8 @@ from aqua_attention.cli_options import (
     Dtype,
     EvaluationData,
     GgufFile,
+    H2OQueries,
+    H2ORatio,
     Json,
     KRatios,
     LogitError,
@@ -62,6 +64,8 @@ def perplexity(
     recent: Recent = 0,
     logit_error: LogitError = None,
     bits: Bits = None,
+    h2o_ratio: H2ORatio = 1.0,
+    h2o_queries: H2OQueries = None,
     basis: Basis = "aqua",
     context: Context = 2048,
     tokens: Annotated[int, typer.Option(help="How many tokens to evaluate, from the start of the text.")] = 8192,
@@ -75,7 +79,10 @@ def perplexity(
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
-    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits) for ratio in k_ratio]
+    configs = [
+        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+        for ratio in k_ratio
+    ]
     check_writable(json)
     from aqua_attention.evaluate.perplexity import evaluate_perplexity
     from aqua_attention.evaluate.setting import Setting
@@ -168,6 +175,8 @@ def lines(
     recent: Recent = 0,
     logit_error: LogitError = None,
     bits: Bits = None,
+    h2o_ratio: H2ORatio = 1.0,
+    h2o_queries: H2OQueries = None,
     basis: Basis = "aqua",
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -181,7 +190,10 @@ def lines(
     Example: `aqua eval lines smollm2 -p smollm2.safetensors --lines 100 --count 50 --k-ratio 0.75 --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --json lines.json`
     """
-    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits) for ratio in k_ratio]
+    configs = [
+        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+        for ratio in k_ratio
+    ]
     check_writable(json)
     from aqua_attention.evaluate.lines import lines_questions, read_lines_questions
     from aqua_attention.projections import Projections
@@ -220,6 +232,8 @@ def needle(
     recent: Recent = 0,
     logit_error: LogitError = None,
     bits: Bits = None,
+    h2o_ratio: H2ORatio = 1.0,
+    h2o_queries: H2OQueries = None,
     basis: Basis = "aqua",
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -233,7 +247,10 @@ def needle(
     Example: `aqua eval needle smollm2 -p smollm2.safetensors --data essays/ --length 2048 --length 4096 --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --json needle.json`
     """
-    configs = [aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits) for ratio in k_ratio]
+    configs = [
+        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+        for ratio in k_ratio
+    ]
     check_writable(json)
     from aqua_attention.evaluate.needle import needle_questions
     from aqua_attention.projections import Projections

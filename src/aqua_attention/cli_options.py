@@ -36,6 +36,10 @@ LogitError = Annotated[
 Bits = Annotated[
     int | None, typer.Option(help="8 or 4: keys and values are stored in int8 or int4 (default: as computed).")
 ]
+H2ORatio = Annotated[float, typer.Option("--h2o-ratio", help="Share of the tokens that stays in the cache, in (0, 1].")]
+H2OQueries = Annotated[
+    int | None, typer.Option("--h2o-queries", help="Only the last so many queries say which (default: all, H2O).")
+]
 Basis = Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")]
 Chat = Annotated[bool, typer.Option(help="Use the model's chat template.")]
 
@@ -49,11 +53,13 @@ def aqua_config(
     recent: int,
     logit_error: float | None,
     bits: int | None,
+    h2o_ratio: float,
+    h2o_queries: int | None,
 ) -> AquaConfig:
     """The configuration that the options name."""
     from aqua_attention.config import AquaConfig
 
-    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits)
+    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
 
 
 def load_model(

@@ -16,7 +16,9 @@ SLACK = 40
 class Store(Protocol):
     """States of shape [batch, heads, length, width], growing along length."""
 
-    length: int
+    @property
+    def length(self) -> int:
+        """Tokens stored."""
 
     @property
     def batch(self) -> int:

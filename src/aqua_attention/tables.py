@@ -39,6 +39,9 @@ def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
         words.append(f"s_ratio {setting['s_ratio']:g}")
     if setting.get("bits") is not None:
         words.append(f"int{setting['bits']}")
+    if setting.get("h2o_ratio", 1) < 1:
+        queries = setting.get("h2o_queries")
+        words.append(f"h2o_ratio {setting['h2o_ratio']:g}" + (f" by {queries} queries" if queries else ""))
     if basis != "aqua":
         words.append("not rotated" if basis == "none" else f"basis {basis}")
     if setting["selection"] != "magnitude":

@@ -10,7 +10,8 @@ import torch
 from transformers import DynamicCache
 
 import aqua_attention as aqua
-from aqua_attention.cache import RotatedLayer, RotatedSlidingLayer
+from aqua_attention.cache import RotatedSlidingLayer
+from aqua_attention.rotated_layer import RotatedLayer
 from conftest import MAKERS, VOCABULARY, calibrated, make_llama
 
 PLAIN = aqua.AquaConfig(k_ratio=0.5)

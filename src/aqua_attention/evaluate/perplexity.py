@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import input_device
@@ -20,6 +20,8 @@ from aqua_attention.evaluate.setting import Multiplied, Setting, attachments
 from aqua_attention.integrations.transformers import Attachment
 from aqua_attention.projections import Projections
 
+CHUNK = 128
+"""Tokens that are scored at once after a prefill."""
 ROWS_AT_ONCE = 256
 """Positions whose next-token distributions are compared at once; bounds the float32 copies of the logits."""
 
@@ -42,16 +44,21 @@ def evaluate_perplexity(
 ) -> dict[str, Any]:
     """Run every window dense, then under every setting, each from its first token on.
 
+    When a setting evicts tokens (`h2o_ratio`), every window is read as a conversation is: its first half at once, into
+    a cache, and then the second in chunks of 128 tokens; only the second half is scored, of all settings and of dense.
+    Otherwise a window is one forward pass without a cache, and all of it is scored.
+
     Args:
         windows: token ids, [count, context]; each window predicts context - 1 tokens.
         progress: called as progress(forward passes done, forward passes in all).
 
     Returns:
-        `{"dense": {"perplexity", "tokens"}, "rows": [...]}`, a row a setting: `setting` (the AquaConfig's fields),
-        `basis`, `perplexity`, `perplexity_change` (relative to dense: 0.01 is one per cent), `kl` (mean KL divergence
-        of the next-token distribution from the dense one, nats), `top1` (share of positions with the dense model's
-        most likely token), `mean_k` (share of head_dim that was multiplied, measured, outside the exact window),
-        `mean_k_per_layer` (the same, a list), `tokens` (predictions scored).
+        `{"dense": {"perplexity", "tokens"}, "rows": [...], "scored": "all" or "second half"}`, a row a setting:
+        `setting` (the AquaConfig's fields), `basis`, `effective_ratio` (E = k_ratio * (1 - s_ratio)), `perplexity`,
+        `perplexity_change` (relative to dense: 0.01 is one per cent), `kl` (mean KL divergence of the next-token
+        distribution from the dense one, nats), `top1` (share of positions with the dense model's most likely token),
+        `mean_k` (share of head_dim that was multiplied, measured, outside the exact window), `mean_k_per_layer` (the
+        same, a list), `tokens` (predictions scored).
 
     Raises:
         AquaError: no windows, tokens that the model does not know, AQUA already attached, NaN or infinite logits.
@@ -60,21 +67,25 @@ def evaluate_perplexity(
         raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
     check_tokens(model, windows, context=windows.shape[1])
     runs = attachments(model, projections, settings)
+    half = windows.shape[1] // 2 if any(setting.config.h2o_ratio < 1 for setting in settings) else 0
+    if half and windows.shape[1] < 4:
+        raise AquaError(f"windows have {windows.shape[1]} tokens: h2o_ratio needs at least four, half of them to score")
     dense, sums = _Sums(), [_Sums() for _ in settings]
     done, total = 0, len(windows) * (1 + len(runs))
     device = input_device(model)
     with torch.no_grad():  # not inference_mode: offloaded quantised weights may fail under it
         for window in windows:
             tokens = window[None].to(device)
-            dense_logits = _logits(model, tokens)
             if progress:
                 progress(done, total)
-            _score(dense, dense_logits, dense_logits, tokens[0, 1:])
+            dense_logits, targets = _logits(model, tokens)[half:], tokens[0, half + 1 :]
+            _score(dense, dense_logits, dense_logits, targets)
             done += 1
             for (attachment, _), row in zip(runs, sums, strict=True):
                 if progress:
                     progress(done, total)
-                _score(row, _logits(model, tokens, attachment), dense_logits, tokens[0, 1:])
+                found = _continued(model, tokens, half, attachment) if half else _logits(model, tokens, attachment)
+                _score(row, found, dense_logits, targets)
                 done += 1
     if progress:
         progress(total, total)
@@ -85,6 +96,7 @@ def evaluate_perplexity(
             _row(setting, row, multiplied, dense_perplexity)
             for setting, row, (_, multiplied) in zip(settings, sums, runs, strict=True)
         ],
+        "scored": "second half" if half else "all",
     }
 
 
@@ -92,6 +104,18 @@ def _logits(model: PreTrainedModel, tokens: Tensor, attachment: Attachment | Non
     """Next-token logits of one window, [context - 1, vocabulary], in the model's dtype."""
     with attachment or nullcontext():
         return model(input_ids=tokens, use_cache=False).logits[0, :-1]
+
+
+def _continued(model: PreTrainedModel, tokens: Tensor, half: int, attachment: Attachment) -> Tensor:
+    """The same for the tokens from `half` on, read after those before it are in the cache."""
+    logits, end = [], tokens.shape[1] - 1
+    with attachment:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=tokens[:, :half], past_key_values=cache)
+        for start in range(half, end, CHUNK):
+            part = tokens[:, start : min(start + CHUNK, end)]
+            logits.append(model(input_ids=part, past_key_values=cache).logits[0])
+    return torch.cat(logits)
 
 
 def _score(sums: _Sums, logits: Tensor, dense_logits: Tensor, targets: Tensor) -> None:
@@ -113,6 +137,7 @@ def _row(setting: Setting, sums: _Sums, multiplied: Multiplied, dense_perplexity
     return {
         "setting": setting.config.to_dict(),
         "basis": setting.basis,
+        "effective_ratio": setting.config.effective_ratio,
         "perplexity": perplexity,
         "perplexity_change": perplexity / dense_perplexity - 1,
         "kl": sums.kl / sums.tokens,

@@ -6,14 +6,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
-from aqua_attention.cache import RotatedLayer, layer_of, rotate_on_write
+from aqua_attention.cache import AquaCache, rotate_on_write
+from aqua_attention.cache_file import load_cache, save_cache
 from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.capture import AttentionLayer, attention_layers, innermost_decoder
 from aqua_attention.config import AquaConfig
@@ -22,7 +24,10 @@ from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, chec
 from aqua_attention.ops.api import attention
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
+from aqua_attention.rotated_layer import RotatedLayer, layer_of
 
+OWN_CACHES = (DynamicCache, AquaCache)
+"""Caches whose layers can be ours."""
 SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
 
 
@@ -100,6 +105,52 @@ class Attachment:
     ) -> None:
         self.detach()
 
+    def new_cache(self, max_length: int | None = None, *, offloading: bool = False) -> AquaCache:
+        """An empty cache for this attachment, to be given to `generate` or `forward` as `past_key_values`.
+
+        Args:
+            max_length: None grows as needed; a number of tokens allocates them once and never changes a shape, as
+                `torch.compile` and CUDA graphs need.
+            offloading: keep the layers that are not in use on the CPU.
+
+        Raises:
+            AquaError: not attached, or a setting that a cache of fixed size cannot store.
+        """
+        if not self._layers:
+            raise AquaError("AQUA is not attached: make its cache inside `apply`, or after attach()")
+        if not self._rotates_on_write:
+            raise AquaError(f"{type(self.model).__name__} does not take its keys straight from its cache")
+        needs = _needs_own_cache(self.config)
+        if max_length is not None and (needs or self._specs()[self._found[0].index].has_window_store):
+            raise AquaError(
+                f"a static cache cannot store {needs or 's_ratio with an exact window (sink, recent)'}: leave out "
+                "max_length, or that"
+            )
+        if max_length is not None and max_length < 1:
+            raise AquaError(f"max_length is {max_length}: it must be 1 or more")
+        return AquaCache(self._decoder.config, self._specs(), max_length, offloading)
+
+    def save_cache(self, cache: Cache, path: Path | str) -> None:
+        """Write a growing cache that this attachment has filled to one safetensors file, whole or not at all.
+
+        Raises:
+            AquaError: another kind of cache, an empty one, or the file cannot be written.
+        """
+        save_cache(path, cache, self._specs(), self.config, self.projections.model["shape"])
+
+    def load_cache(self, path: Path | str) -> AquaCache:
+        """A cache from a file, to go on with: same model, projections, and settings of what is stored.
+
+        Raises:
+            AquaError: the file is damaged, or of another model, other projections or settings.
+        """
+        cache = self.new_cache()
+        load_cache(path, cache, self._specs(), self.config, self.projections.model["shape"])
+        return cache
+
+    def _specs(self) -> dict[int, CacheSpec]:
+        return {layer.index: layer.spec for layer in self._layers.values()}
+
     def _attached(self, layer: AttentionLayer) -> _AttachedLayer:
         projection, kept = self.projections.layers[layer.index], self.config.kept_dims(layer.head_dim)
         return _AttachedLayer(
@@ -133,13 +184,16 @@ class Attachment:
                 args = (*args[:place], cache, *args[place + 1 :])
             else:
                 kwargs = kwargs | {"past_key_values": cache}
-        if (needs := _needs_own_cache(self.config)) and cache is not None and type(cache) is not DynamicCache:
+        if (needs := _needs_own_cache(self.config)) and cache is not None and type(cache) not in OWN_CACHES:
             raise AquaError(
                 f"{needs} needs a DynamicCache, the default of generate, not a {type(cache).__name__}: leave one of "
                 "the two out"
             )
-        if type(cache) is DynamicCache:
-            rotate_on_write(cache, {layer.index: layer.spec for layer in self._layers.values()})
+        if type(cache) in OWN_CACHES:
+            rotate_on_write(cache, self._specs())
+        if isinstance(cache, AquaCache) and cache.max_length is not None and not _is_captured():
+            tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+            cache.check_room(0 if tokens is None else tokens.shape[1])
         return args, kwargs
 
     def _attend(
@@ -175,10 +229,13 @@ class Attachment:
         with torch.autocast(query.device.type, enabled=False):
             query = rotate(query, layer.spec.matrix).to(value.dtype)
             cached = layer_of(key, layer.spec)
+            if mask is None and 1 < query.shape[2] < key.shape[2] and not isinstance(cached, RotatedLayer):
+                # Without a mask, keys behind the queries are the empty end of a static cache.
+                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
             if cached is None:
-                key, value = self._uncached(layer.spec, key, value, query.shape[2], mask, bool(sliding_window))
+                key, value = self._uncached(layer.spec, key, value, query.shape[2], bool(sliding_window))
             selected = self._selected(layer, query, scaling)
-            options = {
+            options: dict[str, Any] = {
                 "sink": self.config.sink,
                 "recent": self.config.recent,
                 "scaling": scaling,
@@ -204,20 +261,22 @@ class Attachment:
         return torch.nn.functional.pad(selected, (0, query.shape[-1] - kept))
 
     def _uncached(
-        self, spec: CacheSpec, key: Tensor, value: Tensor, queries: int, mask: Tensor | None, is_sliding: bool
+        self, spec: CacheSpec, key: Tensor, value: Tensor, queries: int, is_sliding: bool
     ) -> tuple[Tensor, Tensor]:
         """Rotate keys that no cache of ours has rotated: scoring without a cache, or another kind of cache.
 
         With `bits`, keys and values are what a cache would give back, so that the loss of rounding is seen.
         """
-        if mask is None and 1 < queries < key.shape[2]:
-            # Without a mask, keys behind the queries are the empty end of a static cache.
-            key, value = key[:, :, :queries], value[:, :, :queries]
         key = spec.rotated(key)
         needs = None if is_sliding else _needs_own_cache(self.config)
         if needs and (key.shape[2] > queries or spec.eviction):
             raise AquaError(f"{needs} needs a cache that AQUA has filled from its first token: start with a new one")
         return (key, value) if is_sliding else spec.rounded(key, value)
+
+
+def _is_captured() -> bool:
+    """Whether this call is being compiled or recorded, when lengths cannot be looked at."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _needs_own_cache(config: AquaConfig) -> str:
