@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True, help="text to evaluate on")
     parser.add_argument("--windows", type=int, default=10)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--table", choices=("caches", "evictions"), action="append", help="only this one")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device")
     parser.add_argument("--json", help="write the rows here")
@@ -63,9 +64,11 @@ def main() -> None:
         ids, tokens=options.windows * options.context, context=options.context, seed=None, prefix=prefix
     )
     projections = aqua.Projections.load(options.projections)
+    tables = {"caches": CACHES, "evictions": EVICTIONS}
+    tables = {name: tables[name] for name in options.table or tables}
     results = {}
     with Progress(console=Console(stderr=True)) as progress:
-        for name, caches in (("caches", CACHES), ("evictions", EVICTIONS)):
+        for name, caches in tables.items():
             task = progress.add_task(name)
             settings = [
                 Setting(
@@ -83,7 +86,7 @@ def main() -> None:
             )
     if options.json:
         write_json(options.json, results)
-    for result, caches in zip(results.values(), (CACHES, EVICTIONS), strict=True):
+    for result, caches in zip(results.values(), tables.values(), strict=True):
         print_table(result, caches)
 
 

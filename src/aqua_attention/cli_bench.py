@@ -8,10 +8,22 @@ from typing import Annotated
 
 import typer
 
-from aqua_attention.cli_options import Device, Dtype, GgufFile, Json, Model, ProjectionsFile, RemoteCode, load_model
+from aqua_attention.cli_options import (
+    Device,
+    Dtype,
+    GgufFile,
+    Json,
+    Model,
+    ProjectionsFile,
+    Recent,
+    RemoteCode,
+    Sink,
+    load_model,
+)
 from aqua_attention.terminal import check_writable, print_table, progress_bars
 
 S_RATIOS = [0.0, 0.25]
+H2O_RATIOS = [1.0, 0.5]
 
 benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
 
@@ -30,6 +42,11 @@ def memory(
     s_ratio: Annotated[
         list[float], typer.Option(help="Share of trailing key dimensions never stored; repeat.")
     ] = S_RATIOS,
+    h2o_ratio: Annotated[
+        list[float], typer.Option("--h2o-ratio", help="Share of the tokens that stays; repeat.")
+    ] = H2O_RATIOS,
+    sink: Sink = 4,
+    recent: Recent = 64,
     gguf_file: GgufFile = None,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -47,7 +64,8 @@ def memory(
     from aqua_attention.projections import Projections
     from aqua_attention.tables import memory_table
 
-    configs = [AquaConfig(s_ratio=ratio, bits=bits) for bits, ratio in product((None, 8, 4), dict.fromkeys(s_ratio))]
+    grid = product((None, 8, 4), dict.fromkeys(s_ratio), dict.fromkeys(h2o_ratio))
+    configs = [AquaConfig(s_ratio=s, bits=b, h2o_ratio=h, sink=sink, recent=recent) for b, s, h in grid]
     learned = Projections.load(projections)
     loaded, _ = load_model(model, gguf_file, dtype, device, trust_remote_code)
     with progress_bars() as report:

@@ -42,9 +42,9 @@ def measure_memory(
     Returns:
         `{"length", "batch", "dtype", "rows": [...]}`; a row for "DynamicCache", for transformers' "QuantizedCache" in
         int8 and int4 (or `absent`: why it does not run here) and for each configuration: `setting` (a name, or the
-        AquaConfig's fields), `bytes` (storages that the cache holds at the end, each once), `ratio` (to DynamicCache),
-        `peak_bytes` (the most that the run added to this process, or on a GPU to what was allocated; None where the
-        system does not tell), `peak_ratio`.
+        AquaConfig's fields, with `effective_ratio`), `bytes` (storages that the cache holds at the end, each once),
+        `ratio` (to DynamicCache), `peak_bytes` (the most that the run added to this process, or on a GPU to what was
+        allocated; None where the system does not tell), `peak_ratio`.
 
     Raises:
         AquaError: too short, longer than the model's positions, projections of another model.
@@ -65,7 +65,8 @@ def measure_memory(
         ("QuantizedCache int4", lambda: _quantized(model, 4), None),
     ]
     for config in configs:
-        runs.append((config.to_dict(), lambda: DynamicCache(config=model.config), apply(model, projections, config)))
+        setting = config.to_dict() | {"effective_ratio": config.effective_ratio}
+        runs.append((setting, lambda: DynamicCache(config=model.config), apply(model, projections, config)))
     rows: list[dict[str, Any]] = []
     _generate(model, tokens[:, :64], DynamicCache(config=model.config))  # allocators and threads are there afterwards
     for done, (setting, make, attachment) in enumerate(runs):
