@@ -57,7 +57,7 @@ def test_int8_with_fewer_key_dimensions_holds_what_it_says(llama):
         model.generate(tokens(), past_key_values=cache, **GREEDY)
     layer = cache.layers[0]
     assert isinstance(layer, RotatedLayer)
-    assert layer._keys._codes.read().dtype == layer._values._codes.read().dtype == torch.uint8
+    assert layer._keys._bytes.read().dtype == layer._values._bytes.read().dtype == torch.uint8
     assert layer.keys.shape == (2, 2, 211, 12)
     assert layer.values.shape == (2, 2, 211, 16)
 

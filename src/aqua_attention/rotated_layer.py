@@ -274,22 +274,29 @@ class RotatedLayer(DynamicLayer):
             new = torch.ones(1, 1, queries, queries, dtype=torch.bool, device=self._real.device).tril()
         else:
             new = mask[..., -queries:] != HIDDEN
-        batch, old = self._real.shape[0], self._real[:, None, None, : self.stored - queries]
-        return torch.cat([old.expand(batch, new.shape[1], queries, -1), new.expand(batch, -1, -1, -1)], -1)
+        old = self._known(self.stored - queries)[0][:, None, None]
+        return torch.cat([old.expand(-1, new.shape[1], queries, -1), new.expand(len(old), -1, -1, -1)], -1)
+
+    def _known(self, old: int) -> tuple[Tensor, Tensor]:
+        """Which of the first `old` tokens are real, and how many of a sequence ever were; others count as real."""
+        if self._real is None or self._lengths is None:
+            real = torch.ones(self._keys.batch, old, dtype=torch.bool, device=self.device)
+            return real, real.sum(-1)
+        new = old - self._real.shape[1]
+        return torch.nn.functional.pad(self._real, (0, new), value=True), self._lengths + new
 
     def _attended(self, mask: Tensor | None, queries: int, mass: Tensor | None) -> None:
         """Note which of the new tokens are real and who was attended to; trim the window store; evict."""
         if mass is None and not isinstance(self._keys, WindowStore):
             return
         batch, old, device = self._keys.batch, self.stored - queries, self.device
+        before, counted = self._known(old)
         new = torch.ones(batch, queries, dtype=torch.bool, device=device)
         if mask is not None:
             # A real token sees itself, a padding token is seen by none.
             places = torch.arange(queries, device=device)
             new = (mask[:, :, places, old + places] != HIDDEN).any(1).expand(batch, -1)
             self._has_padding = True
-        before = torch.ones(batch, old, dtype=torch.bool, device=device) if self._real is None else self._real
-        counted = before.sum(-1) if self._lengths is None else self._lengths
         self._real, self._lengths = torch.cat([before, new], -1), counted + new.sum(-1)
         if isinstance(self._keys, WindowStore):
             self._keys.settle(self._real)

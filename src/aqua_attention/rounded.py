@@ -23,6 +23,10 @@ UNQUANTISED_RECENT = 64
 """Last tokens that a rounding store keeps as they are, at least; at most twice as many are."""
 
 
+NAMES = ("bytes", "nibbles", "steps", "middles", "tail")
+"""What is held, for a file."""
+
+
 class Rounded:
     """A store (see `store.Store`) in int8 or int4, except for the last tokens.
 
@@ -43,11 +47,17 @@ class Rounded:
         self.length = 0
         self.bits, self.recent = bits, max(recent, UNQUANTISED_RECENT)
         self._scale, self._mean = scale, mean
-        self._codes, self._steps, self._middles, self._tail = Growing(), Growing(), Growing(), Growing()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._bytes, self._nibbles = Growing(), Growing()
+        """Codes of 8 bits, and pairs of 4: those of the first half of the channels are the low bits."""
+        self._steps, self._middles = Growing(), Growing()
+        self._tail = Growing()
 
     @property
     def batch(self) -> int:  # noqa: D102 (see Store, here and below)
-        return self._codes.batch or self._tail.batch
+        return self._steps.batch or self._tail.batch
 
     @property
     def whole(self) -> int:  # noqa: D102
@@ -64,94 +74,124 @@ class Rounded:
         old = tail.shape[2] - self.recent
         for start in range(0, old, TOKENS_AT_ONCE):
             rounded = self._rounded(tail[:, :, start : min(start + TOKENS_AT_ONCE, old)])
-            for store, part in zip((self._codes, self._steps, self._middles), rounded, strict=True):
+            for store, part in zip(self._rounded_stores(), rounded, strict=True):
                 store.append(part)
         self._tail = Growing()
         self._tail.append(tail[:, :, old:])
 
     def read(self) -> Tensor:  # noqa: D102
         tail = self._tail.read()
-        if self._codes.length == 0:
+        if self._steps.length == 0:
             return tail
         states = tail.new_empty((*tail.shape[:2], self.length, tail.shape[3]))
-        states[:, :, self._codes.length :] = tail
-        for part, groups in self._parts(tail.shape[3]):
-            wide = torch.cat([codes * step + middle for _, codes, step, middle in groups], -1)
+        states[:, :, self._steps.length :] = tail
+        groups = self._affine(tail.shape[3])
+        for part, codes in self._parts(tail.shape[3]):
+            wide = torch.cat(
+                [
+                    torch.addcmul(b[:, :, part], some, a[:, :, part])
+                    for (_, a, b), some in zip(groups, codes, strict=True)
+                ],
+                -1,
+            )
             if self._scale is not None and self._mean is not None:
-                wide = wide * self._scale[:, None].to(wide.device) + self._mean[:, None].to(wide.device)
+                wide = wide * self._scale[:, None].to(wide) + self._mean[:, None].to(wide)
             states[:, :, part] = wide
         return states
 
     def products(self, tall: Tensor) -> Tensor:  # noqa: D102
-        result = tall.new_empty((*tall.shape[:3], self.length))
-        result[..., self._codes.length :] = self._tail.products(tall)
-        constant: Tensor | float = 0.0
+        last = self._tail.products(tall)
+        if self._steps.length == 0:
+            return last
+        total = tall.new_zeros((*tall.shape[:3], self._steps.length))
         if self._scale is not None and self._mean is not None:
             # Scale and mean go into the few queries, not into the many keys.
-            constant = tall @ self._mean[..., None].to(tall)
+            total += tall @ self._mean[..., None].to(tall)
             tall = tall * self._scale[:, None].to(tall)
-        for part, groups in self._parts(tall.shape[3]):
-            total = constant
-            for channels, codes, step, middle in groups:
-                some = tall[..., channels]
-                product = (some @ codes.transpose(-1, -2)).mul_(step.transpose(-1, -2))
-                total = product.addcmul_(some.sum(-1, keepdim=True), middle.transpose(-1, -2)).add_(total)
-            result[..., part] = total
-        return result
+        groups = self._affine(tall.shape[3])
+        products: list[list[Tensor]] = [[] for _ in groups]
+        for _, codes in self._parts(tall.shape[3]):
+            for (channels, _, _), some, product in zip(groups, codes, products, strict=True):
+                product.append(tall[..., channels] @ some.transpose(-1, -2))
+        for (channels, step, shift), product in zip(groups, products, strict=True):
+            total.addcmul_(torch.cat(product, -1), step.transpose(-1, -2))
+            total.addcmul_(tall[..., channels].sum(-1, keepdim=True), shift.transpose(-1, -2))
+        return torch.cat([total, last], -1)
 
     def mixture(self, weights: Tensor) -> Tensor:
         """See `Store`; of values only, which have no scale and mean."""
         assert self._scale is None
-        result = self._tail.mixture(weights[..., self._codes.length :])
-        for part, groups in self._parts(result.shape[-1]):
-            share = weights[..., part]
-            for channels, codes, step, middle in groups:
-                result[..., channels] += (share * step.transpose(-1, -2)) @ codes + share @ middle
+        result = self._tail.mixture(weights[..., self._steps.length :])
+        weights = weights[..., : self._steps.length]
+        groups = self._affine(result.shape[3])
+        stepped = [weights * step.transpose(-1, -2) for _, step, _ in groups]
+        for channels, _, shift in groups:
+            result[..., channels] += weights @ shift
+        for part, codes in self._parts(result.shape[3]):
+            for (channels, _, _), some, share in zip(groups, codes, stepped, strict=True):
+                result[..., channels] += share[..., part] @ some
         return result
 
     def keep(self, length: int) -> None:  # noqa: D102
         self.length = min(self.length, max(0, length))
         if self.length == 0:
-            self._codes, self._steps, self._middles, self._tail = Growing(), Growing(), Growing(), Growing()
-        self._tail.keep(self.length - self._codes.length)
-        for store in (self._codes, self._steps, self._middles):
+            self._clear()
+        self._tail.keep(self.length - self._steps.length)
+        for store in self._rounded_stores():
             store.keep(self.length)
 
     def gather(self, places: Tensor) -> None:  # noqa: D102
         old = places[..., : places.shape[2] - self._tail.length]
-        if self._codes.length:
-            for store in (self._codes, self._steps, self._middles):
+        if self._steps.length:
+            for store in self._rounded_stores():
                 store.gather(old)
         self.length = places.shape[2]
 
     def change(self, function: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
-        for store in (self._codes, self._steps, self._middles, self._tail):
+        for store in (*self._rounded_stores(), self._tail):
             store.change(function)
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        stores = {"codes": self._codes, "steps": self._steps, "middles": self._middles, "tail": self._tail}
+        stores = dict(zip(NAMES, (*self._rounded_stores(), self._tail), strict=True))
         return {name: store.read() for name, store in stores.items() if store.length}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:  # noqa: D102
-        stores = {"codes": self._codes, "steps": self._steps, "middles": self._middles, "tail": self._tail}
-        for name, store in stores.items():
+        for name, store in zip(NAMES, (*self._rounded_stores(), self._tail), strict=True):
             store.restore({"states": tensors[name]} if name in tensors else {})
-        self.length = self._codes.length + self._tail.length
+        self.length = self._steps.length + self._tail.length
 
-    def _parts(self, width: int) -> Iterator[tuple[slice, list[tuple[slice, Tensor, Tensor, Tensor]]]]:
-        """The rounded tokens, some at a time, and for each group of channels: which, codes, step and middle, float32.
+    def _rounded_stores(self) -> tuple[Growing, Growing, Growing, Growing]:
+        return self._bytes, self._nibbles, self._steps, self._middles
 
-        Codes are [batch, heads, some, channels], steps and middles [batch, heads, some, 1].
+    def _affine(self, width: int) -> list[tuple[slice, Tensor, Tensor]]:
+        """Groups of channels, and what makes states of their codes: step and shift, float32 [batch, heads, rounded, 1].
+
+        A state is code * step + shift.
         """
-        for start in range(0, self._codes.length, TOKENS_AT_ONCE):
-            part = slice(start, min(start + TOKENS_AT_ONCE, self._codes.length))
-            codes = _unpacked(self._codes.read()[:, :, part], self._leading(width))
-            steps = self._steps.read()[:, :, part].float().split(1, -1)
-            middles = self._middles.read()[:, :, part].float().split(1, -1)
-            groups = [
-                (channels, codes[..., channels].float().sub_(2 ** (bits - 1) - 0.5), step, middle)
-                for (channels, bits), step, middle in zip(self._groups(width), steps, middles, strict=True)
-            ]
+        if self._steps.length == 0:
+            return []
+        steps, middles = (store.read().float().split(1, -1) for store in (self._steps, self._middles))
+        return [
+            (channels, step, torch.add(middle, step, alpha=0.5 - 2 ** (bits - 1)))
+            for (channels, bits), step, middle in zip(self._groups(width), steps, middles, strict=True)
+        ]
+
+    def _parts(self, width: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """The rounded tokens, some at a time, and the codes of each group, float32 [batch, heads, some, channels]."""
+        leading, half = self._leading(width), self._half(width)
+        for start in range(0, self._steps.length, TOKENS_AT_ONCE):
+            part = slice(start, min(start + TOKENS_AT_ONCE, self._steps.length))
+            # Whole contiguous rows are converted, and the groups taken from the result: narrow slices are slow.
+            codes, groups = {}, []
+            if leading:
+                codes["bytes"] = self._bytes.read()[:, :, part].float()
+            if half:
+                pairs = self._nibbles.read()[:, :, part]
+                codes |= {"low": (pairs & 15).float(), "high": (pairs >> 4).float()}
+            for channels, bits in self._groups(width):
+                start_of = {"bytes": 0, "low": leading, "high": leading + half}
+                kind = "bytes" if bits == 8 else "low" if channels.start < leading + half else "high"
+                groups.append(codes[kind][..., channels.start - start_of[kind] : channels.stop - start_of[kind]])
             yield part, groups
 
     def _leading(self, width: int) -> int:
@@ -160,15 +200,21 @@ class Rounded:
             return width
         return 0 if self._scale is None else -(-width // LEADING_SHARE)
 
-    def _groups(self, width: int) -> list[tuple[slice, int]]:
-        """Channels that share a step and a middle, and their bits."""
-        leading = self._leading(width)
-        starts = range(leading, width, GROUP)
-        fours = [(slice(start, min(start + GROUP, width)), 4) for start in starts]
-        return [(slice(0, leading), 8), *fours] if leading else fours
+    def _half(self, width: int) -> int:
+        """Half of the others: their codes are the low bits of a byte, those of the other half the high ones."""
+        return -(-(width - self._leading(width)) // 2)
 
-    def _rounded(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes [batch, heads, tokens, bytes], and steps and middles [batch, heads, tokens, groups]."""
+    def _groups(self, width: int) -> list[tuple[slice, int]]:
+        """Channels that share a step and a middle, and their bits; no group is in both halves."""
+        leading, half = self._leading(width), self._half(width)
+        found = [(slice(0, leading), 8)] if leading else []
+        for start, stop in ((leading, leading + half), (leading + half, width)):
+            size = -(-half // max(1, -(-half // GROUP)))
+            found += [(slice(at, min(at + size, stop)), 4) for at in range(start, stop, max(1, size))]
+        return found
+
+    def _rounded(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes of 8 bits, pairs of 4 bits, steps and middles: [batch, heads, tokens, any], as they are stored."""
         states = states.float()
         if self._scale is not None and self._mean is not None:
             states = (states - self._mean[:, None].to(states.device)) / self._scale[:, None].to(states.device)
@@ -182,17 +228,8 @@ class Rounded:
             codes.append((some / step.float()).floor().add_(most).clamp_(0, 2 * most - 1).to(torch.uint8))
             steps.append(step)
             middles.append(middle)
-        packed = _packed(torch.cat(codes, -1), self._leading(states.shape[-1]))
-        return packed, torch.cat(steps, -1), torch.cat(middles, -1)
-
-
-def _packed(codes: Tensor, leading: int) -> Tensor:
-    """One byte for each of the leading codes, then two codes in a byte: those of the first half in its low bits."""
-    rest = F.pad(codes[..., leading:], (0, (codes.shape[-1] - leading) % 2))
-    low, high = rest.chunk(2, -1) if rest.shape[-1] else (rest, rest)
-    return torch.cat([codes[..., :leading], low | (high << 4)], -1)
-
-
-def _unpacked(packed: Tensor, leading: int) -> Tensor:
-    rest = packed[..., leading:]
-    return torch.cat([packed[..., :leading], rest & 15, rest >> 4], -1)
+        leading, half = self._leading(states.shape[-1]), self._half(states.shape[-1])
+        each = torch.cat(codes, -1)
+        low, high = each[..., leading : leading + half], each[..., leading + half :]
+        nibbles = low | (F.pad(high, (0, low.shape[-1] - high.shape[-1])) << 4)
+        return each[..., :leading], nibbles, torch.cat(steps, -1), torch.cat(middles, -1)
