@@ -5,8 +5,9 @@ In the order of use:
 
     calibrate        learn the projections of a model from a text, once
     Projections      the learned rotations; save, load, check
-    AquaConfig       the knobs: k_ratio or logit_error, s_ratio, selection, share, sink, recent
+    AquaConfig       the knobs: what is multiplied (k_ratio, ...) and what is stored (s_ratio, bits, h2o_ratio)
     apply            AQUA in a transformers model, as a context manager
+    AquaCache        a cache that is filled under it; made by `Attachment.new_cache`
     AquaError        every mistake of a user, with its remedy
 
 Names load on first use, so that importing the package (and `aqua --help`) is quick and changes nothing.
@@ -18,6 +19,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from aqua_attention.cache import AquaCache as AquaCache
     from aqua_attention.calibration import calibrate as calibrate
     from aqua_attention.config import AquaConfig as AquaConfig
     from aqua_attention.errors import AquaError as AquaError
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from aqua_attention.version import __version__ as __version__
 
 _HOME = {
+    "AquaCache": "cache",
     "AquaConfig": "config",
     "AquaError": "errors",
     "Attachment": "integrations.transformers",

@@ -61,8 +61,8 @@ def measure_memory(
     tokens = tokens.to(input_device(model))
     runs: list[tuple[Any, Callable[[], Any], Attachment | None]] = [
         ("DynamicCache", lambda: DynamicCache(config=model.config), None),
-        ("QuantizedCache int8", lambda: _quantized(model, 8), None),
-        ("QuantizedCache int4", lambda: _quantized(model, 4), None),
+        ("QuantizedCache int8", lambda: _quantized(model, "hqq", 8), None),
+        ("QuantizedCache int4", lambda: _quantized(model, "quanto", 4), None),
     ]
     for config in configs:
         setting = config.to_dict() | {"effective_ratio": config.effective_ratio}
@@ -134,10 +134,10 @@ def _generate(model: PreTrainedModel, tokens: Tensor, cache: Any) -> None:
         )
 
 
-def _quantized(model: PreTrainedModel, bits: int) -> Any:
+def _quantized(model: PreTrainedModel, backend: str, bits: int) -> Any:
     from transformers import QuantizedCache
 
-    return QuantizedCache("quanto", model.config, nbits=bits)
+    return QuantizedCache(backend, model.config, nbits=bits)
 
 
 def _memory(device: torch.device, *, reset: bool = False) -> int | None:

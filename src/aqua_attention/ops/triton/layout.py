@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys laid out for decoding: old tokens by dimension, new ones by token.
+
+A query multiplies few dimensions of many keys. Reading two bytes here and there moves 32 each time, so the keys of 128
+tokens form a tile in which each dimension is one contiguous row: `tiles[batch, head, tile, dimension, token]`. The last
+128 to 256 tokens stay as they came, in a ring `tail[batch, head, token % 256, dimension]`: a token is appended without
+touching a tile, and the window that is scored with every dimension is read whole.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aqua_attention.errors import AquaError
+
+TILE = 128
+"""Tokens in a tile; the tail holds up to two."""
+
+
+class TiledCache:
+    """Rotated keys and values of a fixed largest length, for `ops.triton.decode`.
+
+    Attributes:
+        tiles: [batch, num_key_value_heads, max_length / TILE, kept, TILE].
+        tail: [batch, num_key_value_heads, 2 * TILE, kept]; token t is at t % (2 * TILE).
+        values: [batch, num_key_value_heads, max_length, value_dim].
+        lengths: int32 [batch], tokens of each sequence.
+    """
+
+    def __init__(
+        self, batch: int, groups: int, kept: int, value_dim: int, max_length: int, dtype: torch.dtype, device: str
+    ) -> None:
+        if max_length < 1:
+            raise AquaError(f"max_length is {max_length}: it must be 1 or more")
+        count = -(-max_length // TILE)
+        self.max_length = max_length
+        self.tiles = torch.zeros(batch, groups, count, kept, TILE, dtype=dtype, device=device)
+        self.tail = torch.zeros(batch, groups, 2 * TILE, kept, dtype=dtype, device=device)
+        self.values = torch.zeros(batch, groups, count * TILE, value_dim, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+
+    def fill(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
+        """Hold a prompt.
+
+        Args:
+            keys: rotated, [batch, num_key_value_heads, length, kept]; of sequence b the first lengths[b] count.
+            values: [batch, num_key_value_heads, length, value_dim].
+            lengths: int [batch], each from 1 to `length`.
+
+        Raises:
+            AquaError: it does not fit; nothing is changed then.
+        """
+        length = keys.shape[2]
+        shape = (*self.tail.shape[:2], length, self.tail.shape[3])
+        if keys.shape != shape or values.shape != (*shape[:3], self.values.shape[3]) or length > self.max_length:
+            raise AquaError(
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit a cache of keys "
+                f"{(*shape[:2], self.max_length, shape[3])} and value_dim {self.values.shape[3]}"
+            )
+        if lengths.shape != shape[:1] or int(lengths.min()) < 1 or int(lengths.max()) > length:
+            raise AquaError(f"lengths are {lengths.tolist()}: they must be {shape[0]} numbers from 1 to {length}")
+        self.lengths.copy_(lengths)
+        self.values[:, :, :length] = values
+        whole = length // TILE
+        tiled = keys[:, :, : whole * TILE].unflatten(2, (whole, TILE)).transpose(-1, -2)
+        self.tiles[:, :, :whole] = tiled
+        for row, count in enumerate(lengths.tolist()):
+            tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
+            self.tail[row, :, tokens % (2 * TILE)] = keys[row, :, tokens]
+
+
+def tiles_done(length: int) -> int:
+    """How many tiles of a sequence of this length are read as tiles; the tokens behind them are in the tail."""
+    return max((length - 1) // TILE - 1, 0)
