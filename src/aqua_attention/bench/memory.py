@@ -106,6 +106,11 @@ def storage_bytes(cache: Any) -> int:
         if id(value) in seen or isinstance(value, CacheSpec):
             return
         seen.add(id(value))
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+            # A quantised tensor of another library: a name for several others.
+            for name in value.__tensor_flatten__()[0]:
+                visit(getattr(value, name))
+            return
         if isinstance(value, Tensor):
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, dict):
