@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import safetensors
@@ -174,7 +176,7 @@ def test_files_and_caches_that_do_not_fit_are_one_clear_error(llama, tmp_path):
         pytest.raises(aqua.AquaError, match="it was made for another model"),
     ):
         attachment.load_cache(path)
-    with aqua.apply(model, projections, STORED["int8"]) as attachment:
+    with aqua.apply(model, projections, STORED["paper"]) as attachment:
         with pytest.raises(aqua.AquaError, match="this cache was not filled under this AQUA"):
             attachment.save_cache(cache, path)
         projections.save(path)
@@ -208,3 +210,147 @@ def test_a_file_whose_parts_do_not_fit_is_refused(llama, tmp_path):
             write_tensors(path, "aqua_attention_cache", header, tensors)
             with pytest.raises(aqua.AquaError, match="fill a new cache and save it again"):
                 attachment.load_cache(path)
+
+
+def lengths(cache):
+    return [int(layer.get_seq_length()) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("make", [make_llama, make_gemma3])
+def test_an_error_leaves_every_layer_as_it_was(make, static):
+    """Another batch, another attachment's cache, a mask that adds a bias: refused before any layer has written."""
+    model, ids = make(), tokens(50)
+    projections, other = calibrated(model), make()
+    with (
+        aqua.apply(model, projections, CONFIGS["paper"]) as attachment,
+        aqua.apply(other, projections, CONFIGS["window"]),
+    ):
+        cache = attachment.new_cache(max_length=64 if static else None)
+        logits(model, ids, past_key_values=cache)
+        before = lengths(cache)
+        with pytest.raises(aqua.AquaError, match="the cache holds 2 sequences, the batch has 1"):
+            logits(model, ids[:1, :1], past_key_values=cache)
+        with pytest.raises(aqua.AquaError, match="filled under other AQUA projections or settings"):
+            logits(other, ids[:, :1], past_key_values=cache)
+        with pytest.raises(aqua.AquaError, match="the attention mask adds a bias"):
+            logits(model, ids[:, :1], past_key_values=cache, attention_mask=torch.full((2, 1, 1, 51), 0.5))
+        assert lengths(cache) == before
+        logits(model, ids[:, :1], past_key_values=cache)
+
+
+def test_gradients_are_refused_before_any_layer_has_written():
+    model = make_gemma3()
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    model.model.layers[2].self_attn.v_proj.weight.requires_grad = True
+    for name in ("int8", "evicted"):
+        with aqua.apply(model, calibrated(model), STORED[name]) as attachment:
+            cache = attachment.new_cache()
+            with pytest.raises(aqua.AquaError, match="has no gradient: leave it out"):
+                model(input_ids=tokens(50), past_key_values=cache)
+            assert lengths(cache) == [0, 0, 0]
+
+
+def test_a_crop_that_one_layer_cannot_do_is_done_by_none():
+    model = make_gemma3(sliding_window=64)
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig(k_ratio=1, h2o_ratio=0.3)) as attachment:
+        cache = attachment.new_cache()
+        logits(model, tokens(50), past_key_values=cache)
+        with pytest.raises(aqua.AquaError, match="the last 3 tokens cannot be taken back"):
+            cache.crop(-3)
+        assert lengths(cache) == [50, 50, 50]
+    with (
+        aqua.apply(model, calibrated(model)) as attachment,
+        pytest.raises(aqua.AquaError, match="a static cache cannot be cropped"),
+    ):
+        attachment.new_cache(max_length=64).crop(-3)
+
+
+@pytest.mark.parametrize("name", ["paper", "int8"])
+def test_copies_end_with_the_attachment_and_other_weights_are_refused(name, tmp_path):
+    model, tuned, ids = make_llama(), make_llama(), tokens(100)
+    projections = calibrated(model)
+    with torch.no_grad():
+        for layer in tuned.model.layers:
+            layer.self_attn.k_proj.weight.add_(0.1 * torch.randn_like(layer.self_attn.k_proj.weight))
+    with aqua.apply(model, projections, STORED[name]) as attachment:
+        cache = attachment.new_cache()
+        logits(model, ids, past_key_values=cache)
+        copied, for_other = copy.deepcopy(cache), copy.deepcopy(cache)
+        attachment.save_cache(copied, tmp_path / "talk.safetensors")
+        with pytest.raises(aqua.AquaError, match="cannot be pickled"):
+            pickle.dumps(cache)
+    with pytest.raises(aqua.AquaError, match="the AQUA that filled it has left"):
+        logits(model, ids[:, :1], past_key_values=copied)
+    with pytest.warns(UserWarning, match="other weights"), aqua.apply(tuned, projections, STORED[name]) as attachment:
+        with pytest.raises(aqua.AquaError, match="it was made for another model"):
+            attachment.load_cache(tmp_path / "talk.safetensors")
+        with pytest.raises(aqua.AquaError, match="the AQUA that filled it has left"):
+            logits(tuned, ids[:, :1], past_key_values=for_other)
+
+
+def test_codes_are_not_read_with_other_scales(tmp_path):
+    """Not rotated, so that the matrix is the same for every calibration; the scales are not."""
+    model = make_llama()
+    first, second = calibrated(model).with_basis("none"), calibrated(model, windows=2, context=16).with_basis("none")
+    with aqua.apply(model, first, STORED["int8"]) as attachment:
+        cache = attachment.new_cache()
+        logits(model, tokens(), past_key_values=cache)
+        attachment.save_cache(cache, tmp_path / "talk.safetensors")
+    with (
+        aqua.apply(model, second, STORED["int8"]) as attachment,
+        pytest.raises(aqua.AquaError, match="made with other projections"),
+    ):
+        attachment.load_cache(tmp_path / "talk.safetensors")
+
+
+def test_a_cropped_cache_is_saved_and_another_dtype_is_refused(tmp_path):
+    model, path = make_llama(), tmp_path / "talk.safetensors"
+    projections, ids = calibrated(model), tokens()
+    with aqua.apply(model, projections, STORED["int8"]) as attachment:
+        cache = attachment.new_cache()
+        logits(model, ids, past_key_values=cache)
+        cache.crop(-120)
+        attachment.save_cache(cache, path)
+        again = attachment.load_cache(path)
+        expected = logits(model, ids[:, 80:90], past_key_values=cache)
+        assert torch.equal(logits(model, ids[:, 80:90], past_key_values=again), expected)
+    model = model.bfloat16()
+    with (
+        aqua.apply(model, projections, STORED["int8"]) as attachment,
+        pytest.raises(aqua.AquaError, match=r"a model in torch.float32, this one is torch.bfloat16"),
+    ):
+        attachment.load_cache(path)
+
+
+def test_an_empty_static_cache_serves_a_later_attachment(llama):
+    model, projections = llama
+    with aqua.apply(model, projections, CONFIGS["paper"]) as attachment:
+        cache = attachment.new_cache(max_length=64)
+    with aqua.apply(model, projections, CONFIGS["window"]):
+        found = logits(model, tokens(40), past_key_values=cache)
+        assert torch.allclose(found, logits(model, tokens(40)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_was_filled_in_inference_mode_goes_on_outside(llama, name):
+    model, projections = llama
+    with aqua.apply(model, projections, STORED[name]) as attachment:
+        cache = attachment.new_cache()
+        with torch.inference_mode():
+            model(input_ids=tokens(), past_key_values=cache)
+        for _ in range(60):
+            assert torch.isfinite(logits(model, tokens(1), past_key_values=cache)).all()
+
+
+def test_int8_serves_a_model_in_float64(llama):
+    model, projections = llama
+    model, ids = copy.deepcopy(model).double(), tokens()
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, bits=8)) as attachment:
+        cache = attachment.new_cache()
+        logits(model, ids[:, :150], past_key_values=cache)
+        found = logits(model, ids[:, 150:152], past_key_values=cache)
+    expected = logits(model, ids[:, :152])[:, 150:]
+    assert found.dtype == torch.float64
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.05

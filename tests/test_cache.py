@@ -63,7 +63,7 @@ def test_int8_with_fewer_key_dimensions_holds_what_it_says(llama):
 
 
 def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(llama):
-    """Padding moves the boundary of the rounded tokens for nobody: it is counted from the end."""
+    """Padding moves the boundary of the rounded tokens for nobody here: 200 tokens are rounded but for the last 64."""
     model, projections = llama
     ids = tokens(batch=1)
     padded = torch.cat([torch.zeros(1, 20, dtype=torch.long), ids], 1)
@@ -178,8 +178,10 @@ def test_requests_that_cannot_be_met_are_one_clear_error(llama):
             logits(model, ids, past_key_values=StaticCache(config=model.config, max_cache_len=256))
         with pytest.raises(aqua.AquaError, match="needs a cache that AQUA has filled from its first token"):
             logits(model, ids[:, 10:12], past_key_values=before)
-        with pytest.raises(aqua.AquaError, match="int8 storage has no gradient"):
+        with pytest.raises(aqua.AquaError, match="bits=8 has no gradient"):
             model(input_ids=ids)
+        with pytest.raises(aqua.AquaError, match="int8 storage has no gradient"):
+            model(input_ids=ids, use_cache=False)
         cache = filled(model, ids)
         with pytest.raises(aqua.AquaError, match="the cache holds 2 sequences, the batch has 1"):
             logits(model, ids[:1, :1], past_key_values=cache)

@@ -124,13 +124,21 @@ def test_bits_are_a_setting_and_memory_is_measured(aqua, projections_file, tiny_
     assert "k_ratio 1, int8" in out
     (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert 0 < row["kl"] < 0.05
-    code, out, err = aqua("bench", "memory", *given, "--length", 200, "--s-ratio", 0.5, "--dtype", "float32")
+    narrow = ("--s-ratio", 0.5, "--sink", 0, "--recent", 0)
+    code, out, err = aqua(
+        *("bench", "memory", *given, "--length", 200, *narrow, "--h2o-ratio", 1, "--h2o-ratio", 0.5),
+        *("--dtype", "float32"),
+    )
     assert code == 0, err
     rows = [row for row in json.loads((tmp_path / "out.json").read_text())["rows"] if "absent" not in row]
-    assert [row["setting"]["bits"] for row in rows if isinstance(row["setting"], dict)] == [None, 8, 4]
+    ours = [row for row in rows if isinstance(row["setting"], dict)]
+    assert [row["setting"]["bits"] for row in ours] == [None, None, 8, 8, 4, 4]
+    assert [row["setting"]["effective_ratio"] for row in ours] == [0.375] * 6
     assert rows[0]["setting"] == "DynamicCache"
-    assert 0.75 <= rows[-3]["ratio"] <= 0.78
+    assert 0.75 <= ours[0]["ratio"] <= 0.78
+    assert 0.37 <= ours[1]["ratio"] <= 0.46, "half of that, sixteen tokens until the next eviction, and the mass"
     assert "AQUA, k_ratio 0.75, s_ratio 0.5, int8" in out
+    assert "h2o_ratio 0.5" in out
     code, _, err = aqua("eval", "perplexity", *given[:3], "--bits", 3)
     assert (code, "bits is 3: it must be one of None, 8, 4" in err) == (2, True)
 

@@ -17,7 +17,7 @@ from aqua_attention.evict import NEIGHBOURS, Eviction
 from aqua_attention.projections import LayerProjection
 from aqua_attention.rotated_layer import LEAST_EVICTED, RotatedLayer
 from aqua_attention.store import SLACK
-from conftest import VOCABULARY, calibrated, make_gemma3
+from conftest import VOCABULARY, calibrated, make_gemma3, make_llama
 
 GROUPS, HEADS, DIM = 2, 4, 4
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
@@ -46,6 +46,7 @@ def test_the_first_and_last_tokens_are_protected_and_the_budget_grows_for_them()
 def test_ties_keep_the_earlier_token_and_nan_counts_as_most():
     assert choose([[[1.0] * 8]])[0] == [[[0, 1, 6, 7]]]
     assert choose([[[0.0, 1, 1, math.nan, 0, 0, 0, 0]]])[0] == [[[1, 3, 6, 7]]]
+    assert choose([[[0.0, 0, math.nan, math.nan, math.nan, 0, 0, 0]]], sink=2)[0] == [[[0, 1, 6, 7]]]
 
 
 def test_a_padded_row_keeps_its_own_share_and_begins_with_padding():
@@ -74,9 +75,16 @@ def test_with_h2o_queries_neighbours_of_a_heavy_token_count_as_much():
     mass[0][0][8] = 1.0
     stay = choose(mass, ratio=0.5, queries=4)[0][0][0]
     assert set(range(8 - NEIGHBOURS // 2, 8 + NEIGHBOURS // 2 + 1)) & set(stay) >= {5, 6, 7, 8, 9}
-    assert Eviction(0.5, None, 0, 0).added(torch.ones(1), torch.ones(1), 2) == 2
-    assert Eviction(0.5, 4, 0, 0).added(torch.ones(1), torch.ones(1), 1) == 1.75
-    assert Eviction(0.5, 4, 0, 0).added(torch.ones(1), torch.ones(1), 9) == 1
+
+
+def test_old_attention_fades_as_queries_pass_and_padding_counts_for_nothing():
+    one = torch.ones(1, 1, 1)
+    assert Eviction(0.5, None, 0, 0).added(one, one, torch.ones(1, 2)) == 2
+    assert Eviction(0.5, 4, 0, 0).added(one, one, torch.ones(1, 1)) == 1.75
+    assert Eviction(0.5, 4, 0, 0).added(one, one, torch.ones(1, 9)) == 1
+    real = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    assert torch.equal(Eviction(0.5, None, 0, 0).counted(real), real)
+    assert Eviction(0.5, 2, 0, 0).counted(real).long().tolist() == [[0, 0, 1, 1], [0, 1, 1, 0], [1, 0, 0, 0]]
 
 
 class Lists:
@@ -312,13 +320,45 @@ def test_sliding_layers_lose_nothing_and_full_ones_beside_them_do():
             assert count == layer.sliding_window - 1
 
 
+def test_only_the_last_queries_count_in_a_short_prompt_too(llama):
+    model, projections = llama
+    for length in (16, 17):
+        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.9, h2o_queries=4, recent=20)):
+            cache = DynamicCache(config=model.config)
+            logits(model, tokens(length, 1), past_key_values=cache)
+        assert torch.allclose(cache.layers[0]._mass.sum(-1), torch.tensor(2 * 4.0)), "two heads a group, four queries"
+
+
+@pytest.mark.parametrize("kinds", ["FSF", "SFS", "SSF"])
+def test_a_cache_made_without_a_config_knows_the_sliding_layers(kinds):
+    names = {"F": "full_attention", "S": "sliding_attention"}
+    model = make_gemma3(layer_types=[names[kind] for kind in kinds])
+    projections, ids = calibrated(model), tokens(100)
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, h2o_ratio=0.5, bits=4)):
+        bare, whole = DynamicCache(), DynamicCache(config=model.config)
+        for part in (slice(0, 70), slice(70, 100)):
+            found = logits(model, ids[:, part], past_key_values=bare)
+            assert torch.equal(found, logits(model, ids[:, part], past_key_values=whole))
+
+
+def test_an_assistant_is_refused_once_its_guesses_cannot_be_taken_back(llama):
+    model, projections = llama
+    with (
+        aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.3)),
+        pytest.raises(aqua.AquaError, match="with h2o_ratio, leave out assisted decoding"),
+    ):
+        model.generate(
+            tokens(60, 1), assistant_model=make_llama(num_hidden_layers=1), max_new_tokens=60, pad_token_id=0
+        )
+
+
 def test_requests_that_cannot_be_met_are_one_clear_error(llama):
     model, projections = llama
     ids = tokens(100)
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.5)):
         with pytest.raises(aqua.AquaError, match=r"h2o_ratio=0.5 needs a cache that AQUA has filled"):
             logits(model, ids, use_cache=False)
-        with pytest.raises(aqua.AquaError, match=r"eviction \(h2o_ratio\) has no gradient"):
+        with pytest.raises(aqua.AquaError, match=r"h2o_ratio=0.5 has no gradient"):
             model(input_ids=ids)
         cache = DynamicCache(config=model.config)
         logits(model, ids, past_key_values=cache)
@@ -326,8 +366,30 @@ def test_requests_that_cannot_be_met_are_one_clear_error(llama):
             cache.crop(-10)
         assert cache.get_seq_length() == 100
         assert cache.layers[0].stored == 50
+        with pytest.raises(aqua.AquaError, match="a 4-D mask no longer says which tokens it means"):
+            logits(model, ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 51, dtype=torch.bool))
     for value in (0, 1.5, "half", True):
         with pytest.raises(aqua.AquaError, match=r"h2o_ratio is .*: it must be a number with 0 < h2o_ratio <= 1"):
             aqua.AquaConfig(h2o_ratio=value)
     with pytest.raises(aqua.AquaError, match="h2o_queries is 0: it must be a whole number"):
         aqua.AquaConfig(h2o_queries=0)
+
+
+@pytest.mark.parametrize("queries", [None, 8, 30])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing_of_what_is_kept(llama, queries, side):
+    """The same 80 tokens alone and padded by 60: the same are kept, by the same attention."""
+    model, projections = llama
+    ids, padding = tokens(80, 1), torch.zeros(1, 60, dtype=torch.long)
+    parts = [padding, ids] if side == "left" else [ids, padding]
+    mask = torch.cat([part > 0 for part in parts], 1).long()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.5, h2o_queries=queries)):
+        alone, padded = DynamicCache(config=model.config), DynamicCache(config=model.config)
+        logits(model, ids, past_key_values=alone)
+        logits(model, torch.cat(parts, 1), attention_mask=mask, position_ids=positions, past_key_values=padded)
+    for one, other in zip(alone.layers, padded.layers, strict=True):
+        kept = other._real[0]
+        assert kept.sum() == one.stored == 40
+        assert torch.allclose(other.keys[:, :, kept], one.keys, rtol=0, atol=1e-4)
+        assert torch.allclose(other._mass[:, :, kept], one._mass, rtol=0, atol=1e-3)

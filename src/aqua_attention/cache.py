@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
@@ -20,7 +22,7 @@ from transformers.cache_utils import (
 
 from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.errors import AquaError
-from aqua_attention.rotated_layer import RotatedLayer, rotated_keys, tagged
+from aqua_attention.rotated_layer import OTHER_SETTINGS, RotatedLayer, check_active, rotated_keys, tagged
 
 
 class RotatedSlidingLayer(DynamicSlidingWindowLayer):
@@ -45,8 +47,10 @@ class RotatedSlidingLayer(DynamicSlidingWindowLayer):
         assert self.keys is not None and self.values is not None
         return {"cumulative_length": self.cumulative_length}, {"keys": self.keys, "values": self.values}
 
-    def restore(self, numbers: dict[str, int], tensors: dict[str, Tensor]) -> None:
-        """Hold what `state` once returned."""
+    def restore(self, numbers: dict[str, int], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Hold what `state` once returned, of a model in `dtype`."""
+        if {tensors["keys"].dtype, tensors["values"].dtype} != {dtype}:
+            raise ValueError(f"keys and values are not {dtype}")
         self.lazy_initialization(tensors["keys"], tensors["values"])
         self.keys, self.values = tensors["keys"], tensors["values"]
         self.cumulative_length = int(numbers["cumulative_length"])
@@ -98,56 +102,98 @@ class AquaCache(Cache):
         else:
             layers = StaticCache(config=config, max_cache_len=max_length).layers
         super().__init__(layers=layers, offloading=offloading)
-        rotate_on_write(self, specs)
+        rotate_on_write(self, specs, config)
 
     @property
     def is_compileable(self) -> bool:
         """False, so that `generate` does not compile by itself: a compiled step cannot say that there is no room."""
         return False
 
-    def check_room(self, new: int) -> None:
-        """Raise AquaError when `new` more tokens do not fit; nothing is changed then."""
-        if self.max_length is None:
-            return
-        held = max(int(layer.get_seq_length()) for layer in self.layers)
-        if held + new > self.max_length:
-            raise AquaError(
-                f"the static cache has room for {self.max_length} tokens and holds {held}, {new} more do not fit: "
-                "make it with a larger max_length"
-            )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: -n forgets n of them.
+
+        Raises:
+            AquaError: one of the layers cannot; nothing is changed then.
+        """
+        for layer in self.layers:
+            if isinstance(layer, RotatedLayer):
+                layer.check_crop(tokens_to_remove)
+            elif isinstance(layer, RotatedSlidingLayer):
+                if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
+                    raise AquaError(
+                        "a sliding-window layer has forgotten what a crop would need: call activate_past_recording() "
+                        "on the cache before it is filled"
+                    )
+            else:
+                raise AquaError("a static cache cannot be cropped: make it without max_length")
+        super().crop(tokens_to_remove)
 
 
-def rotate_on_write(cache: Cache, specs: dict[int, CacheSpec]) -> None:
+def rotate_on_write(cache: Cache, specs: dict[int, CacheSpec], config: PreTrainedConfig) -> None:
     """Make the layers of `cache` rotate what is written to them, as far as that keeps their content right.
 
-    Empty ordinary layers are replaced. Layers that an earlier attachment filled under the same spec go on under
-    this one. Everything else (ordinary layers with content, other kinds of layer) stays as it is.
+    Empty layers are replaced. Layers that an earlier attachment filled under the same spec go on under this one.
+    Everything else (ordinary layers with content, other kinds of layer) stays as it is.
+
+    Args:
+        config: of the decoder, which says which layers have a sliding window.
     """
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
-        cache.layers.extend(DynamicLayer() for _ in range(max(specs) + 1))
+        cache.layers.extend(DynamicCache(config=config).layers)
     for index, spec in specs.items():
-        if index >= len(cache.layers):
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        mine = getattr(layer, "spec", None)
+        if layer is None or mine is spec:
             continue
-        layer = cache.layers[index]
-        if isinstance(layer, (RotatedStaticLayer, RotatedStaticSlidingLayer)):
-            if layer.spec is not spec and spec.same_as(layer.spec):
-                layer.spec = spec
-        elif isinstance(layer, (RotatedLayer, RotatedSlidingLayer)):
-            if layer.get_seq_length() == 0 and isinstance(layer, RotatedLayer):
-                if layer.spec is not spec:
-                    cache.layers[index] = RotatedLayer(spec)
-            elif layer.get_seq_length() == 0 or spec.same_as(layer.spec):
-                layer.spec = spec
-        elif layer.get_seq_length() > 0:
+        if int(layer.get_seq_length()) == 0:
+            cache.layers[index] = _empty(layer, spec, isinstance(cache, AquaCache)) or layer
+        elif mine is not None and spec.same_as(mine):
+            layer.spec = spec
+
+
+def _empty(layer: CacheLayerMixin, spec: CacheSpec, fixed: bool) -> CacheLayerMixin | None:
+    """The rotated layer that takes the place of an empty one; None where there is none.
+
+    Args:
+        fixed: whether layers of a fixed size are replaced too.
+    """
+    if type(layer) in (DynamicLayer, RotatedLayer):
+        return RotatedLayer(spec)
+    if type(layer) in (DynamicSlidingWindowLayer, RotatedSlidingLayer):
+        sliding = RotatedSlidingLayer(spec, layer.sliding_window)
+        sliding.record_past = layer.record_past
+        return sliding
+    if fixed and type(layer) in (StaticLayer, RotatedStaticLayer):
+        return RotatedStaticLayer(spec, layer.max_cache_len)
+    if fixed and type(layer) in (StaticSlidingWindowLayer, RotatedStaticSlidingLayer):
+        # The layer's own length is its window, or the whole cache where that is shorter.
+        return RotatedStaticSlidingLayer(spec, layer.max_cache_len, layer.max_cache_len)
+    return None
+
+
+def check_cache(cache: Cache, specs: dict[int, CacheSpec], batch: int, new: int) -> None:
+    """Raise AquaError when `new` tokens of `batch` sequences cannot go on with what `cache` holds.
+
+    Before any layer has run, so that the cache stays as it is.
+    """
+    for index, spec in specs.items():
+        layer = cache.layers[index] if index < len(cache.layers) else None
+        mine = getattr(layer, "spec", None)
+        if layer is None or mine is None:
             continue
-        elif type(layer) is DynamicLayer:
-            cache.layers[index] = RotatedLayer(spec)
-        elif type(layer) is DynamicSlidingWindowLayer:
-            replacement = RotatedSlidingLayer(spec, layer.sliding_window)
-            replacement.record_past = layer.record_past
-            cache.layers[index] = replacement
-        elif type(layer) is StaticLayer and isinstance(cache, AquaCache):
-            cache.layers[index] = RotatedStaticLayer(spec, layer.max_cache_len)
-        elif type(layer) is StaticSlidingWindowLayer and isinstance(cache, AquaCache):
-            # The layer's own length is its window, or the whole cache where that is shorter.
-            cache.layers[index] = RotatedStaticSlidingLayer(spec, layer.max_cache_len, layer.max_cache_len)
+        if mine is not spec:
+            check_active(mine)
+            raise AquaError(OTHER_SETTINGS)
+        held = layer.batch_size if isinstance(layer, StaticLayer) and layer.is_initialized else 0
+        held = layer.batch if isinstance(layer, (RotatedLayer, RotatedSlidingLayer)) else held
+        if held not in (0, batch):
+            raise AquaError(
+                f"the cache holds {held} sequences, the batch has {batch}: start with a new cache, or repeat or select "
+                "its sequences first"
+            )
+    room = getattr(cache, "max_length", None)
+    if room is not None and (held := int(cache.get_seq_length())) + new > room:
+        raise AquaError(
+            f"the static cache has room for {room} tokens and holds {held}, {new} more do not fit: make it with a "
+            "larger max_length"
+        )

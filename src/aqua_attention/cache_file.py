@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from aqua_attention.cache import AquaCache, RotatedSlidingLayer
-from aqua_attention.cache_spec import CacheSpec
+from aqua_attention.cache_spec import CacheSpec, same_weights
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.rotated_layer import RotatedLayer
@@ -25,12 +25,14 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.f
 DTYPES |= {str(dtype): dtype for dtype in (torch.uint8, torch.bool, torch.int64)}
 
 
-def save_cache(path: Path | str, cache: Any, specs: dict[int, CacheSpec], config: AquaConfig, model: Any) -> None:
+def save_cache(
+    path: Path | str, cache: Any, specs: dict[int, CacheSpec], config: AquaConfig, model: dict[str, Any]
+) -> None:
     """Write a growing cache, whole or not at all; see `Attachment.save_cache`.
 
     Args:
         specs: of the attachment that filled it, by layer index.
-        model: the model's shape, see `fingerprint.shape_of`.
+        model: `shape` (see `fingerprint.shape_of`) and `dtype`.
 
     Raises:
         AquaError: a cache that this attachment did not fill, an empty one, or one of fixed size.
@@ -43,19 +45,29 @@ def save_cache(path: Path | str, cache: Any, specs: dict[int, CacheSpec], config
     layers: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, (RotatedLayer, RotatedSlidingLayer)) or layer.spec is not specs.get(index):
+        spec = specs.get(index)
+        ours = isinstance(layer, (RotatedLayer, RotatedSlidingLayer))
+        if not ours or spec is None or not spec.same_as(layer.spec):
             raise AquaError("this cache was not filled under this AQUA: save it before AQUA leaves the model")
-        if layer.get_seq_length() == 0:
+        if layer.batch == 0:
             raise AquaError("this cache is empty: there is nothing to save")
         numbers, held = layer.state()
         described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in held.items()}
         layers.append({"numbers": numbers, "tensors": described})
         tensors |= {f"layers.{index}.{name}": tensor.cpu() for name, tensor in held.items()}
-    header = {"model": model, "settings": _settings(config), "rotations": _rotation_digest(specs), "layers": layers}
+    header = {
+        "model": model,
+        "key_weights": [specs[index].key_weights for index in sorted(specs)],
+        "settings": _settings(config),
+        "rotations": _rotation_digest(specs),
+        "layers": layers,
+    }
     write_tensors(path, KIND, header, tensors)
 
 
-def load_cache(path: Path | str, cache: AquaCache, specs: dict[int, CacheSpec], config: AquaConfig, model: Any) -> None:
+def load_cache(
+    path: Path | str, cache: AquaCache, specs: dict[int, CacheSpec], config: AquaConfig, model: dict[str, Any]
+) -> None:
     """Fill an empty growing cache from a file; see `Attachment.load_cache`.
 
     Raises:
@@ -67,8 +79,11 @@ def load_cache(path: Path | str, cache: AquaCache, specs: dict[int, CacheSpec], 
     stored = Stored(path, KIND, what="an AQUA cache", remedy="fill a new cache and save it again")
     try:
         header = stored.header
-        if header["model"] != model:
+        weights = zip(header["key_weights"], (specs[index].key_weights for index in sorted(specs)), strict=True)
+        if header["model"]["shape"] != model["shape"] or not all(same_weights(*pair) for pair in weights):
             raise stored.error("it was made for another model")
+        if header["model"]["dtype"] != model["dtype"]:
+            raise stored.error(f"it was filled by a model in {header['model']['dtype']}, this one is {model['dtype']}")
         settings = _settings(config)
         if header["settings"] != settings:
             there = header["settings"]
@@ -89,7 +104,8 @@ def load_cache(path: Path | str, cache: AquaCache, specs: dict[int, CacheSpec], 
             filled.append((described["numbers"], held))
         stored.finish()
         for layer, (numbers, held) in zip(cache.layers, filled, strict=True):
-            layer.restore(numbers, {name: tensor.to(layer.spec.matrix.device) for name, tensor in held.items()})
+            held = {name: tensor.to(layer.spec.matrix.device) for name, tensor in held.items()}
+            layer.restore(numbers, held, DTYPES[model["dtype"]])
     except AquaError:
         raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -105,7 +121,7 @@ def _settings(config: AquaConfig) -> dict[str, Any]:
 def _rotation_digest(specs: dict[int, CacheSpec]) -> str:
     digest = hashlib.sha256()
     for index in sorted(specs):
-        matrix: Tensor = specs[index].matrix
-        digest.update(f"{index} {tuple(matrix.shape)}".encode())
-        digest.update(matrix.contiguous().cpu().numpy().tobytes())
+        for tensor in specs[index].tensors():
+            digest.update(f"{index} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()

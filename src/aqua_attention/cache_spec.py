@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
 from aqua_attention.evict import Eviction
+from aqua_attention.fingerprint import WEIGHT_TOLERANCE, weight_difference
 from aqua_attention.ops.select import rotate
 from aqua_attention.projections import LayerProjection
 from aqua_attention.rounded import Rounded
@@ -28,7 +32,20 @@ class CacheSpec:
         active: False once AQUA has left the model.
     """
 
-    def __init__(self, projection: LayerProjection, config: AquaConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        projection: LayerProjection,
+        config: AquaConfig,
+        device: torch.device | str = "cpu",
+        key_weights: list[float] | None = None,
+    ) -> None:
+        """From one layer's projection.
+
+        Args:
+            key_weights: digest of the layer's key weights (`fingerprint.key_weight_digest`), so that no cache goes on
+                under other weights; None where they cannot be read.
+        """
+        self.key_weights = key_weights
         head_dim = projection.rotation.shape[-1]
         self.kept = config.kept_dims(head_dim)
         self.sink, self.recent, self.bits = config.sink, config.recent, config.bits
@@ -67,6 +84,10 @@ class CacheSpec:
         value_store.append(values)
         return torch.cat([leading.read(), keys[..., self.kept :]], -1), value_store.read()
 
+    def tensors(self) -> list[Tensor]:
+        """What stored states are made with."""
+        return [self.matrix] if self.bits is None else [self.matrix, self._scale, self._mean]
+
     def same_as(self, other: CacheSpec) -> bool:
         """Whether a cache filled under the other can go on under this one."""
         if self is other:
@@ -74,10 +95,26 @@ class CacheSpec:
         ours, theirs = (
             (spec.kept, spec.bits, spec.sink, spec.recent, spec.eviction, spec.matrix.shape) for spec in (self, other)
         )
-        return ours == theirs and torch.equal(self.matrix, other.matrix.to(self.matrix.device))
+        if ours != theirs or not same_weights(self.key_weights, other.key_weights):
+            return False
+        pairs = zip(self.tensors(), other.tensors(), strict=True)
+        return all(torch.equal(mine, its.to(mine.device)) for mine, its in pairs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheSpec:
+        """Itself: a copied cache belongs to the attachment that filled the first, and ends with it."""
+        return self
+
+    def __getstate__(self) -> Any:
+        """Not to be pickled: what is loaded elsewhere would know of no attachment."""
+        raise AquaError("a cache that AQUA has filled cannot be pickled: write it with Attachment.save_cache")
 
     def _leading_store(self) -> Store:
         return Growing() if self.bits is None else Rounded(self.bits, self.recent, self._scale, self._mean)
 
     def _value_store(self) -> Store:
         return Growing() if self.bits is None else Rounded(self.bits, self.recent)
+
+
+def same_weights(first: list[float] | None, second: list[float] | None) -> bool:
+    """Whether two layers' key weights are the same as far as is known."""
+    return first is None or second is None or weight_difference([first], [second]) <= WEIGHT_TOLERANCE

@@ -30,7 +30,8 @@ class AquaConfig:
             (scaling * q_i * rms(k_i))^2, is at most this; summed over the query heads when `share` is "group". It is in
             the logit's own units, so one value fits every layer, head and model: 0.05 to 0.2 are sensible.
         s_ratio: share of trailing (low-variance) rotated key dimensions that are never stored, in [0, 1)
-            ("AQUA-Memory"); kept = head_dim - round(s_ratio * head_dim). Tokens of an exact window keep all of them.
+            ("AQUA-Memory"); kept = head_dim - round(s_ratio * head_dim). Tokens of an exact window keep all of them,
+            and so do, when there is one, all tokens of sliding-window layers.
         selection: which dimensions a query keeps. "magnitude": largest |q_i| (the paper). "weighted": largest
             |q_i| * rms(k_i), the expected size of what is dropped (ours). "static": always the first k, whatever
             the query (plain PCA slicing, for comparison).
@@ -44,7 +45,8 @@ class AquaConfig:
         h2o_ratio: share of a sequence's tokens so far that a cache keeps, in (0, 1] ("AQUA-H2O"): for each key-value
             head half of them those that were given most attention, half the most recent; `sink` and `recent` tokens
             always stay. 1 keeps all.
-        h2o_queries: only the last so many queries say which tokens stay, as in SnapKV; None: all so far, as in H2O.
+        h2o_queries: only the last so many queries say which tokens stay, as in SnapKV; None: all so far, as in H2O. In
+            decoding the attention of earlier ones fades, by one part in so many for each new token.
 
     Sliding-window layers are never rounded and lose no tokens, whatever `bits` and `h2o_ratio` say.
 

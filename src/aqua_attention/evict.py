@@ -43,11 +43,18 @@ class Eviction:
         """The largest number that stays of a sequence of `length`, by `ratio`."""
         return max(1, math.ceil(length * self.ratio - 1e-9))
 
-    def added(self, mass: Tensor, new: Tensor, queries: int) -> Tensor:
-        """Attention so far, and that of `queries` more; with a limit on queries the old fades as they pass."""
+    def counted(self, real: Tensor) -> Tensor:
+        """Whose attention counts of new queries, boolean [batch, queries]; `real` says which are no padding."""
+        if self.queries is None:
+            return real
+        later = real.flip(-1).long().cumsum(-1).flip(-1)  # 1 for the last real query
+        return real & (later <= self.queries)
+
+    def added(self, mass: Tensor, new: Tensor, real: Tensor) -> Tensor:
+        """Attention so far, and that of new queries; with a limit on queries the old fades as real ones pass."""
         if self.queries is None:
             return mass + new
-        return mass * max(0.0, 1 - queries / self.queries) + new
+        return mass * (1 - real.sum(-1) / self.queries).clamp_min(0)[:, None, None] + new
 
     def chosen(self, mass: Tensor, real: Tensor, lengths: Tensor, whole: int = 0) -> tuple[Tensor, Tensor]:
         """Which tokens stay.
@@ -68,6 +75,8 @@ class Eviction:
         protected = real & ((rank <= self.sink) | (rank > rank[:, -1:] - last[:, None]))
         if self.queries is not None:
             mass = F.max_pool1d(mass, NEIGHBOURS, stride=1, padding=NEIGHBOURS // 2)
+        # A NaN is the largest number there is, and no more: the protected are above it.
+        mass = mass.nan_to_num(torch.finfo(mass.dtype).max)
         mass, tail, real, protected = mass[..., :old], real[:, old:], real[:, :old], protected[:, :old]
         budget = torch.maximum(budget - tail.sum(-1), protected.sum(-1)).minimum(real.sum(-1))
         kept = int(budget.max())

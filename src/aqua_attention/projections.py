@@ -110,8 +110,12 @@ class Projections:
             merge(self.statistics, other.statistics), self.model, calibration, self.basis
         )
 
-    def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> None:
-        """Raise AquaError when the projections do not fit; warn when the model's key weights differ."""
+    def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> list[list[float]] | None:
+        """Raise AquaError when the projections do not fit; warn when the model's key weights differ.
+
+        Returns:
+            The digest of the model's key weights, see `fingerprint.key_weight_digest`.
+        """
         shape = shape_of(model, layers)
         if shape != self.model["shape"]:
             raise AquaError(
@@ -120,7 +124,7 @@ class Projections:
             )
         expected, found = self.model.get("key_weights"), key_weight_digest(layers)
         if expected is None or found is None:
-            return
+            return found
         difference = weight_difference(expected, found)
         if difference > WEIGHT_TOLERANCE:
             warnings.warn(
@@ -128,6 +132,7 @@ class Projections:
                 f"{min(difference, 1.0):.1%}): results are valid but lose more; {RECALIBRATE} for this model",
                 stacklevel=4,
             )
+        return found
 
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, whole or not at all.

@@ -17,7 +17,8 @@ from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import attention
 from aqua_attention.ops.mask import HIDDEN
-from aqua_attention.ops.reference import attention_chunked, attention_probabilities, group_mass, weighted_values
+from aqua_attention.ops.mass import attention_mass, group_mass
+from aqua_attention.ops.reference import attention_probabilities, weighted_values
 from aqua_attention.store import SLACK
 from aqua_attention.window_store import WindowStore
 
@@ -27,6 +28,10 @@ LEAST_EVICTED = 16
 """Eviction waits for so many new tokens, or one part in `SLACK` of the stored ones: then it moves these."""
 
 
+OTHER_SETTINGS = (
+    "this cache was filled under other AQUA projections or settings, or by a model with other weights: start with a "
+    "new cache"
+)
 NUMBERS = ("evicted", "after_eviction", "evict_from", "has_padding")
 """What a `RotatedLayer` counts, for `state` and `restore`."""
 
@@ -89,19 +94,11 @@ class RotatedLayer(DynamicLayer):
         attention function asks the layer itself (`attend`), and nobody else must read it.
 
         Raises:
-            AquaError: AQUA has left the model, the batch has another size than what is stored, or there are gradients
-                and tokens would be evicted.
+            AquaError: AQUA has left the model.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rotated = rotated_keys(self.spec, key_states)
-        if self.stored and (stored := self._keys.batch) != rotated.shape[0]:
-            raise AquaError(
-                f"the cache holds {stored} sequences, the batch has {rotated.shape[0]}: start with a new cache, or "
-                "repeat or select its sequences first"
-            )
-        if self.spec.eviction and rotated.requires_grad:
-            raise AquaError("eviction (h2o_ratio) has no gradient: leave it out, or use torch.no_grad()")
         self._keys.append(rotated)
         self._values.append(value_states)
         if self.spec.is_plain:
@@ -131,34 +128,31 @@ class RotatedLayer(DynamicLayer):
             return attention(query, key.to(value.dtype), value, selected, mask=mask, **options)
         if offloaded := self._is_offloaded:
             self.prefetch()
-        mask = self._visible(mask, query.shape[2])
-        groups, few = key.shape[1], query.shape[2] <= FEW_QUERIES
+        mask, real = self._visible(mask, query.shape[2]), self._new_real(mask, query.shape[2])
+        groups, mass = key.shape[1], None
         eviction = None if is_sliding else self.spec.eviction
-        mass = None if eviction is None else query.new_zeros((*key.shape[:3],), dtype=torch.float32)
-        if few:
+        if query.shape[2] <= FEW_QUERIES:
             probabilities = attention_probabilities(
                 query, self._keys.products, selected, groups=groups, keys=self.stored, mask=mask, **options
             )
             output = weighted_values(probabilities, self._values.mixture, groups).to(value.dtype)
-            if mass is not None:
-                mass += group_mass(probabilities, groups)
-        else:
-            key, value = self._keys.read().to(value.dtype), self._values.read()
-            if eviction is None or eviction.queries is not None:
-                output = attention(query, key, value, selected, mask=mask, **options)
             if eviction is not None:
-                last = slice(-eviction.queries if eviction.queries else None, None)
-                some = attention_chunked(
+                mass = group_mass(probabilities, groups, eviction.counted(real))
+        else:
+            key = self._keys.read().to(value.dtype)
+            output = attention(query, key, self._values.read(), selected, mask=mask, **options)
+            if eviction is not None:
+                # Without padding it is known without a look at the mask that only the last queries count.
+                last = slice(-eviction.queries if eviction.queries and mask is None else None, None)
+                mass = attention_mass(
                     query[:, :, last],
                     key,
-                    value,
                     None if selected is None else selected[:, :, last],
-                    mask=None if mask is None else mask[:, :, last],
-                    mass=mass,
+                    eviction.counted(real)[:, last],
+                    None if mask is None else mask[:, :, last],
                     **options,
                 )
-                output = some if eviction.queries is None else output
-        self._attended(mask, query.shape[2], mass)
+        self._attended(real, mass)
         if offloaded:
             self.offload()
         return output
@@ -179,16 +173,13 @@ class RotatedLayer(DynamicLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: -n forgets n of them, n keeps n.
 
+        Tokens that had left the exact window or the unrounded end do not get back what they lost then, and the
+        attention that forgotten queries gave stays counted.
+
         Raises:
             AquaError: tokens have been evicted since the last one that would stay; nothing is changed then.
         """
-        length = tokens_to_remove if tokens_to_remove > 0 else self.get_seq_length() + tokens_to_remove
-        removed = min(self.get_seq_length(), max(0, self.get_seq_length() - length))
-        if self._evicted and removed > self.stored - self._after_eviction:
-            raise AquaError(
-                f"the last {removed} tokens cannot be taken back: others were evicted after them (h2o_ratio); start "
-                "with a new cache"
-            )
+        removed = self.check_crop(tokens_to_remove)
         left = self.stored - removed
         self._keys.keep(left)
         self._values.keep(left)
@@ -199,6 +190,21 @@ class RotatedLayer(DynamicLayer):
             self._mass = self._mass[..., :left]
         if left == 0:
             self._clear()
+
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens a crop would forget.
+
+        Raises:
+            AquaError: see `crop`.
+        """
+        length = self.get_seq_length()
+        removed = max(0, length - tokens_to_remove) if tokens_to_remove > 0 else min(length, -tokens_to_remove)
+        if self._evicted and removed > self.stored - self._after_eviction:
+            raise AquaError(
+                f"the last {removed} tokens cannot be taken back, others were evicted after them: with h2o_ratio, "
+                "leave out assisted decoding and cropping"
+            )
+        return removed
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences of these indices (beam search)."""
@@ -225,7 +231,12 @@ class RotatedLayer(DynamicLayer):
     @property
     def batch(self) -> int:
         """Sequences stored; 0 before the first token."""
-        return self._keys.batch
+        return self._keys.batch if self.stored else 0
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether it stores fewer tokens than it was given."""
+        return self._evicted > 0
 
     def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         """All that is held, to be written to a file: numbers and tensors by name."""
@@ -237,8 +248,8 @@ class RotatedLayer(DynamicLayer):
                 tensors[name] = tensor
         return numbers, tensors
 
-    def restore(self, numbers: dict[str, int], tensors: dict[str, Tensor]) -> None:
-        """Hold what `state` once returned."""
+    def restore(self, numbers: dict[str, int], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+        """Hold what `state` once returned, of a model in `dtype`."""
         self._clear()
         for name in NUMBERS:
             setattr(self, f"_{name}", type(getattr(self, f"_{name}"))(numbers[name]))
@@ -250,8 +261,8 @@ class RotatedLayer(DynamicLayer):
             raise ValueError(f"{self._keys.length} keys, {self._values.length} values")
         if isinstance(self._keys, WindowStore) and self._real is not None:
             self._keys.settle(self._real)
-        whole = tensors["values.tail"] if "values.tail" in tensors else tensors["values.states"]
-        self.lazy_initialization(whole, whole)
+        nothing = self.spec.matrix.new_empty(0, dtype=dtype)
+        self.lazy_initialization(nothing, nothing)
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         self._keys.change(function)
@@ -285,18 +296,21 @@ class RotatedLayer(DynamicLayer):
         new = old - self._real.shape[1]
         return torch.nn.functional.pad(self._real, (0, new), value=True), self._lengths + new
 
-    def _attended(self, mask: Tensor | None, queries: int, mass: Tensor | None) -> None:
+    def _new_real(self, mask: Tensor | None, queries: int) -> Tensor:
+        """Which of the new tokens are no padding, boolean [batch, queries]."""
+        if mask is None:
+            return torch.ones(self._keys.batch, queries, dtype=torch.bool, device=self.device)
+        self._has_padding = True
+        # A real token sees itself, a padding token is seen by none.
+        places = torch.arange(queries, device=mask.device)
+        seen = mask[:, :, places, mask.shape[3] - queries + places] != HIDDEN
+        return seen.any(1).expand(self._keys.batch, -1)
+
+    def _attended(self, new: Tensor, mass: Tensor | None) -> None:
         """Note which of the new tokens are real and who was attended to; trim the window store; evict."""
         if mass is None and not isinstance(self._keys, WindowStore):
             return
-        batch, old, device = self._keys.batch, self.stored - queries, self.device
-        before, counted = self._known(old)
-        new = torch.ones(batch, queries, dtype=torch.bool, device=device)
-        if mask is not None:
-            # A real token sees itself, a padding token is seen by none.
-            places = torch.arange(queries, device=device)
-            new = (mask[:, :, places, old + places] != HIDDEN).any(1).expand(batch, -1)
-            self._has_padding = True
+        before, counted = self._known(self.stored - new.shape[1])
         self._real, self._lengths = torch.cat([before, new], -1), counted + new.sum(-1)
         if isinstance(self._keys, WindowStore):
             self._keys.settle(self._real)
@@ -305,7 +319,7 @@ class RotatedLayer(DynamicLayer):
             known = self._mass
             if known is not None:
                 known = torch.nn.functional.pad(known, (0, self.stored - known.shape[-1]))
-                mass = self.spec.eviction.added(known, mass, queries)
+                mass = self.spec.eviction.added(known, mass, new)
             self._mass = mass
             self._evict()
 
@@ -345,7 +359,7 @@ def layer_of(key: Tensor, spec: CacheSpec) -> HasSpec | None:
     """
     layer: HasSpec | None = getattr(key, "_aqua_layer", None)
     if layer is not None and layer.spec is not spec:
-        raise AquaError("this cache was filled under other AQUA projections or settings: start with a new cache")
+        raise AquaError(OTHER_SETTINGS)
     return layer
 
 
@@ -357,9 +371,14 @@ def tagged(keys: Tensor, layer: HasSpec) -> Tensor:
 
 def rotated_keys(spec: CacheSpec, key_states: Tensor) -> Tensor:
     """Keys in the basis of `spec`, while AQUA is in the model."""
+    check_active(spec)
+    return spec.rotated(key_states)
+
+
+def check_active(spec: CacheSpec) -> None:
+    """Raise AquaError when AQUA has left the model."""
     if not spec.active:
         raise AquaError(
             "this cache holds AQUA-rotated keys, but the AQUA that filled it has left the model: apply the same "
             "projections and settings again, or start with a new cache"
         )
-    return spec.rotated(key_states)

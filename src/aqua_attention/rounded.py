@@ -103,6 +103,7 @@ class Rounded:
         last = self._tail.products(tall)
         if self._steps.length == 0:
             return last
+        tall = tall.float()
         total = tall.new_zeros((*tall.shape[:3], self._steps.length))
         if self._scale is not None and self._mean is not None:
             # Scale and mean go into the few queries, not into the many keys.
@@ -116,13 +117,13 @@ class Rounded:
         for (channels, step, shift), product in zip(groups, products, strict=True):
             total.addcmul_(torch.cat(product, -1), step.transpose(-1, -2))
             total.addcmul_(tall[..., channels].sum(-1, keepdim=True), shift.transpose(-1, -2))
-        return torch.cat([total, last], -1)
+        return torch.cat([total.to(last.dtype), last], -1)
 
     def mixture(self, weights: Tensor) -> Tensor:
         """See `Store`; of values only, which have no scale and mean."""
         assert self._scale is None
         result = self._tail.mixture(weights[..., self._steps.length :])
-        weights = weights[..., : self._steps.length]
+        weights = weights[..., : self._steps.length].float()
         groups = self._affine(result.shape[3])
         stepped = [weights * step.transpose(-1, -2) for _, step, _ in groups]
         for channels, _, shift in groups:

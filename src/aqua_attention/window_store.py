@@ -66,13 +66,17 @@ class WindowStore:
             return
         rest, old = self._rest.read(), self._rest.length - self.recent
         start = self.length - self._rest.length
-        if self._first is None:
-            self._first = rest.new_zeros((*rest.shape[:2], self.sink, rest.shape[3]))
+        known = self._first
+        if known is None:
+            known = rest.new_zeros((*rest.shape[:2], self.sink, rest.shape[3]))
         rank = real.long().cumsum(-1)[:, start : start + old] * real[:, start : start + old]
+        rows, places = torch.arange(len(rank), device=rest.device), []
         for place in range(self.sink):
             here = rank == place + 1
-            found = rest[torch.arange(len(here), device=rest.device), :, here.long().argmax(-1)]
-            self._first[:, :, place] = torch.where(here.any(-1)[:, None, None], found, self._first[:, :, place])
+            found = rest[rows, :, here.long().argmax(-1)]
+            places.append(torch.where(here.any(-1)[:, None, None], found, known[:, :, place]))
+        # Not in place: autograd, or inference mode, may hold the old one.
+        self._first = torch.stack(places, 2) if places else known
         self._rest = Growing()
         self._rest.append(rest[:, :, old:])
         self._found = None

@@ -74,12 +74,18 @@ def measure_memory(
             progress(done, len(runs))
         try:
             cache = make()
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             rows.append({"setting": setting, "absent": str(error).splitlines()[0]})
             continue
         before = _memory(model.device, reset=True)
-        with attachment or nullcontext():
-            _generate(model, tokens, cache)
+        try:
+            with attachment or nullcontext():
+                _generate(model, tokens, cache)
+        except (RuntimeError, AssertionError, TypeError) as error:
+            if attachment is not None or setting == "DynamicCache":
+                raise
+            rows.append({"setting": setting, "absent": str(error).splitlines()[0]})
+            continue
         peak = _memory(model.device)
         added = None if peak is None or before is None else peak - before
         rows.append({"setting": setting, "bytes": storage_bytes(cache), "peak_bytes": added})

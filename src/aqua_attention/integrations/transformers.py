@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from aqua_attention.cache import AquaCache, rotate_on_write
+from aqua_attention.cache import AquaCache, check_cache, rotate_on_write
 from aqua_attention.cache_file import load_cache, save_cache
 from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.capture import AttentionLayer, attention_layers, innermost_decoder
@@ -61,7 +61,7 @@ class Attachment:
         self.model, self.projections, self.config = model, projections, config
         self.on_selection: SelectionObserver | None = None
         self._found = attention_layers(model)
-        projections.check_model(model, self._found)
+        self._key_weights = projections.check_model(model, self._found)
         for layer in self._found:
             config.kept_dims(layer.head_dim)
         self._decoder = innermost_decoder(model, self._found)
@@ -136,7 +136,7 @@ class Attachment:
         Raises:
             AquaError: another kind of cache, an empty one, or the file cannot be written.
         """
-        save_cache(path, cache, self._specs(), self.config, self.projections.model["shape"])
+        save_cache(path, cache, self._specs(), self.config, self._model_facts())
 
     def load_cache(self, path: Path | str) -> AquaCache:
         """A cache from a file, to go on with: same model, projections, and settings of what is stored.
@@ -145,18 +145,22 @@ class Attachment:
             AquaError: the file is damaged, or of another model, other projections or settings.
         """
         cache = self.new_cache()
-        load_cache(path, cache, self._specs(), self.config, self.projections.model["shape"])
+        load_cache(path, cache, self._specs(), self.config, self._model_facts())
         return cache
+
+    def _model_facts(self) -> dict[str, Any]:
+        return {"shape": self.projections.model["shape"], "dtype": str(self.model.dtype)}
 
     def _specs(self) -> dict[int, CacheSpec]:
         return {layer.index: layer.spec for layer in self._layers.values()}
 
     def _attached(self, layer: AttentionLayer) -> _AttachedLayer:
         projection, kept = self.projections.layers[layer.index], self.config.kept_dims(layer.head_dim)
+        weights = None if self._key_weights is None else self._key_weights[self._found.index(layer)]
         return _AttachedLayer(
             index=layer.index,
             head_dim=layer.head_dim,
-            spec=CacheSpec(projection, self.config, layer.device),
+            spec=CacheSpec(projection, self.config, layer.device, weights),
             key_rms=projection.key_rms[..., :kept].contiguous().to(layer.device),
         )
 
@@ -189,12 +193,25 @@ class Attachment:
                 f"{needs} needs a DynamicCache, the default of generate, not a {type(cache).__name__}: leave one of "
                 "the two out"
             )
-        if type(cache) in OWN_CACHES:
-            rotate_on_write(cache, self._specs())
-        if isinstance(cache, AquaCache) and cache.max_length is not None and not _is_captured():
-            tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-            cache.check_room(0 if tokens is None else tokens.shape[1])
+        if type(cache) in OWN_CACHES and not _is_captured():
+            rotate_on_write(cache, self._specs(), self._decoder.config)
+            self._check(cache, given)
         return args, kwargs
+
+    def _check(self, cache: Cache, given: dict[str, Any]) -> None:
+        """Raise AquaError for a forward pass that some layer would refuse after others have written their tokens."""
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if isinstance(tokens, Tensor):
+            check_cache(cache, self._specs(), tokens.shape[0], tokens.shape[1])
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 4:
+            as_aqua_mask(mask)
+            if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
+                raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
+        if needs := torch.is_grad_enabled() and _needs_own_cache(self.config):
+            trained = any(weight.requires_grad for weight in self._decoder.parameters())
+            if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
+                raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
 
     def _attend(
         self,

@@ -143,46 +143,31 @@ def attention_chunked(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    mass: Tensor | None = None,
 ) -> Tensor:
-    """`attention_reference`, a block of queries at a time: no more than `CHUNK_SCORES` scores in memory.
-
-    Args:
-        mass: [batch, num_key_value_heads, keys], is added to: the probability that each key gets from all queries of
-            all heads of its group.
-    """
+    """`attention_reference`, a block of queries at a time: no more than `CHUNK_SCORES` scores in memory."""
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, result_dtype, value = key.to(dtype), value.dtype, value.to(dtype)
     rows = max(1, CHUNK_SCORES // max(1, batch * heads * keys))
-    groups, blocks = key.shape[1], []
+    blocks = []
     for start in range(0, queries, rows):
         block = slice(start, min(start + rows, queries))
         # Causal: the keys after the block's last query are hidden from all of it.
         seen = keys if mask is not None else keys - queries + block.stop
-        tall_key, block_value = key[:, :, :seen].transpose(-1, -2), value[:, :, :seen]
-        probabilities = attention_probabilities(
-            query[:, :, block],
-            lambda tall, tall_key=tall_key: tall @ tall_key,  # type: ignore[misc]
-            None if selected is None else selected[:, :, block],
-            groups=groups,
-            keys=seen,
-            mask=None if mask is None else mask[:, :, block],
-            sink=sink,
-            recent=recent,
-            scaling=scaling,
-            softcap=softcap,
-            s_aux=s_aux,
+        blocks.append(
+            attention_reference(
+                query[:, :, block],
+                key[:, :, :seen],
+                value[:, :, :seen],
+                None if selected is None else selected[:, :, block],
+                mask=None if mask is None else mask[:, :, block],
+                sink=sink,
+                recent=recent,
+                scaling=scaling,
+                softcap=softcap,
+                s_aux=s_aux,
+            )
         )
-        blocks.append(weighted_values(probabilities, lambda tall, values=block_value: tall @ values, groups))  # type: ignore[misc]
-        if mass is not None:
-            mass[:, :, :seen] += group_mass(probabilities, groups)
     return torch.cat(blocks, 2).to(result_dtype)
-
-
-def group_mass(probabilities: Tensor, groups: int) -> Tensor:
-    """What each key gets from all queries of all heads of its group, [batch, groups, keys]."""
-    batch, _, _, keys = probabilities.shape
-    return probabilities.reshape(batch, groups, -1, keys).sum(2)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
 """AQUA decoding on a GPU: one query token a sequence, reading only the chosen dimensions of the keys.
 
-The tokens of a sequence are split over programs; each writes the attention over its own tokens and their log-sum-exp, and
+The tokens of a sequence are split over programs; each writes the attention over its own tokens and its log-sum-exp, and
 a second kernel merges them. One program of each sequence and head has the tokens that need every dimension: those of
 the first tile and of the tail. All others read `k` rows of each tile, without a branch in their loop.
 """
@@ -19,8 +20,9 @@ from aqua_attention.ops.triton.layout import TILE, TiledCache
 DIMS_AT_ONCE = 32
 LEAST_ROWS = 16
 """Rows of a matrix product on tensor cores: the query heads of a group are padded to so many."""
-PROGRAMS = 528
-"""Splits are made until there are about so many programs: four for each of the 132 processors of an H100."""
+PROGRAMS = 4096
+"""Splits are made until there are about so many programs; measured, see RESULTS.md."""
+WARPS, STAGES = 8, 4
 LEAST_TILES = 4
 """Tiles that a program has at least, unless there are fewer."""
 
@@ -34,6 +36,7 @@ def decode(
     recent: int = 0,
     scaling: float | None = None,
     splits: int | None = None,
+    appended: bool = False,
 ) -> Tensor:
     """One step of `attention_reference` for one query token a sequence, with dimensions shared by a group.
 
@@ -43,6 +46,7 @@ def decode(
         cache: keys and values, the query's own token included.
         sink, recent: size of the exact window, at most TILE each.
         scaling: factor of the scores; default 1/sqrt(kept).
+        appended: a token that `prepare` has written is counted too, and the sequences are one longer afterwards.
         splits: programs for each sequence and key-value head; None: as many as fill the GPU.
 
     Returns:
@@ -75,6 +79,7 @@ def decode(
         sink,
         recent,
         count,
+        APPENDED=appended,
         GROUP=heads // groups,
         ROWS=max(LEAST_ROWS, triton.next_power_of_2(heads // groups)),
         DIM=kept,
@@ -83,11 +88,19 @@ def decode(
         CHOSEN=dims.shape[2],
         STEP=min(DIMS_AT_ONCE, dims.shape[2]),
         TILE=TILE,
-        num_warps=4,
-        num_stages=3,
+        num_warps=WARPS,
+        num_stages=STAGES,
     )
     _merge[(heads, batch)](
-        partial, lse, output, splits, SPLITS=triton.next_power_of_2(splits), VALUE_DIM=value_dim, num_warps=4
+        partial,
+        lse,
+        output,
+        cache.lengths,
+        splits,
+        APPENDED=appended,
+        SPLITS=triton.next_power_of_2(splits),
+        VALUE_DIM=value_dim,
+        num_warps=4,
     )
     return output
 
@@ -108,7 +121,9 @@ def _check(query: Tensor, dims: Tensor | None, cache: TiledCache, sink: int, rec
     if dims is not None:
         fits = dims.ndim == 3 and dims.shape[:2] == (batch, groups) and 1 <= dims.shape[2] <= kept
         if not fits or dims.dtype != torch.int32 or not dims.is_contiguous():
-            raise AquaError(f"dims is {dims.dtype} {tuple(dims.shape)}: it must be int32 [{batch}, {groups}, 1 to {kept}]")
+            raise AquaError(
+                f"dims is {dims.dtype} {tuple(dims.shape)}: it must be int32 [{batch}, {groups}, 1 to {kept}]"
+            )
         if dims.shape[2] % 16:
             raise AquaError(f"k is {dims.shape[2]}: the kernel takes multiples of 16")
 
@@ -140,6 +155,7 @@ def _partial(
     sink,
     recent,
     count,
+    APPENDED: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -151,7 +167,7 @@ def _partial(
 ):
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, groups = tl.num_programs(0), tl.num_programs(1)
-    length = tl.load(lengths_ptr + row)
+    length = tl.load(lengths_ptr + row) + APPENDED
     done = tl.maximum((length - 1) // TILE - 1, 0)
     place = (row * groups + group).to(tl.int64)
     tiles_ptr += place * count * DIM * TILE
@@ -175,16 +191,16 @@ def _partial(
             some = tl.load(dims_ptr + start + tl.arange(0, 16))
             chosen += tl.sum((some[:, None] == dim[None, :]).to(tl.int32), 0)
         narrow = tl.where(chosen[None, :] > 0, query, 0.0).to(query.dtype)
-        for block in range(0, 3):
+        for block in tl.static_range(0, 3):
             # The first tile, then the two halves of the tail.
-            first = tl.where(block == 0, 0, (done + block - 1) * TILE)
-            position = first + tokens
             if block == 0:
-                seen = (position < length) & (done > 0)
+                position = tokens
+                seen = position < tl.where(done > 0, length, 0)
                 keys = tl.load(
                     tiles_ptr + dim[:, None] * TILE + tokens[None, :], (dim[:, None] < DIM) & seen[None, :], 0.0
                 )
             else:
+                position = (done + block - 1) * TILE + tokens
                 seen = position < length
                 slots = position % (2 * TILE)
                 keys = tl.load(
@@ -225,8 +241,21 @@ def _partial(
 
 
 @triton.jit
-def _merge(partial_ptr, lse_ptr, output_ptr, splits, SPLITS: tl.constexpr, VALUE_DIM: tl.constexpr):
+def _merge(
+    partial_ptr,
+    lse_ptr,
+    output_ptr,
+    lengths_ptr,
+    splits,
+    APPENDED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+):
     head = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
+        if tl.program_id(0) == 0:
+            # Nobody else reads it in this launch.
+            tl.store(lengths_ptr + tl.program_id(1), tl.load(lengths_ptr + tl.program_id(1)) + 1)
     place, columns = tl.arange(0, SPLITS), tl.arange(0, VALUE_DIM)
     lse = tl.load(lse_ptr + head * splits + place, place < splits, float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, 0))
