@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqua_attention.ops.reference import CHUNK_SCORES, attention_probabilities
+from aqua_attention.ops.reference import attention_probabilities, rows_at_once
 
 
 def attention_mass(
@@ -24,11 +24,11 @@ def attention_mass(
     Returns:
         float32 [batch, num_key_value_heads, keys].
     """
-    batch, heads, queries, _ = query.shape
+    batch, _, queries, _ = query.shape
     groups, keys = key.shape[1], key.shape[2]
     tall_key = key.to(torch.promote_types(query.dtype, torch.float32)).transpose(-1, -2)
     mass = query.new_zeros((batch, groups, keys), dtype=torch.float32)
-    rows = max(1, CHUNK_SCORES // max(1, batch * heads * keys))
+    rows = rows_at_once(query, keys)
     for start in range(0, queries, rows):
         block = slice(start, min(start + rows, queries))
         # Causal: the keys after the block's last query are hidden from all of it.

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from aqua_attention.ops.mask import visible_and_exact
 
-CHUNK_SCORES = 1 << 24
-"""Scores held at once by `attention_chunked`: 64 MB in float32, for each of the few copies in flight."""
+CHUNK_SCORES = 1 << 21
+"""Scores held at once by `attention_chunked` on a CPU: 8 MB in float32, for each of the few copies in flight. Larger
+blocks are slower there, because they leave the caches."""
+GPU_CHUNKS = 8
+"""So many times as many on a GPU, where small blocks wait for launches."""
 
 
 def attention_reference(
@@ -131,6 +134,12 @@ def weighted_values(probabilities: Tensor, mixture: Callable[[Tensor], Tensor], 
     return mixture(tall).reshape(batch, heads, queries, -1)
 
 
+def rows_at_once(query: Tensor, keys: int) -> int:
+    """Queries in a block, at least one, for so many keys."""
+    scores = CHUNK_SCORES * (1 if query.device.type == "cpu" else GPU_CHUNKS)
+    return max(1, scores // max(1, query.shape[0] * query.shape[1] * keys))
+
+
 def attention_chunked(
     query: Tensor,
     key: Tensor,
@@ -150,7 +159,7 @@ def attention_chunked(
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, result_dtype, value = key.to(dtype), value.dtype, value.to(dtype)
-    rows = max(1, CHUNK_SCORES // max(1, batch * heads * keys))
+    rows = rows_at_once(query, keys)
     blocks = []
     for start in range(0, queries, rows):
         block = slice(start, min(start + rows, queries))
