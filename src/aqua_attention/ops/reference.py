@@ -154,8 +154,7 @@ def attention_chunked(
     s_aux: Tensor | None = None,
 ) -> Tensor:
     """`attention_reference`, a block of queries at a time: no more than `CHUNK_SCORES` scores in memory."""
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
+    queries, keys = query.shape[2], key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, result_dtype, value = key.to(dtype), value.dtype, value.to(dtype)
