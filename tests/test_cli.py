@@ -143,6 +143,18 @@ def test_bits_are_a_setting_and_memory_is_measured(aqua, projections_file, tiny_
     assert (code, "bits is 3: it must be one of None, 8, 4" in err) == (2, True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what there is not")
+def test_bench_decode_needs_a_gpu_and_a_size(aqua):
+    pytest.importorskip("triton")
+    for arguments, words in (
+        ([], "measures kernels on a CUDA GPU: there is none"),
+        (["--size", "8"], "size is '8': it must be sequences x tokens, such as 8x32768"),
+        (["--dtype", "int8"], "dtype is 'int8': it must be bfloat16 or float16"),
+    ):
+        code, _, err = aqua("bench", "decode", *arguments)
+        assert (code, words in err.replace("\n", " ")) == (2, True)
+
+
 def test_eval_retention_prints_and_writes_every_selection(aqua, projections_file, tiny_folder, text_file, tmp_path):
     code, out, err = aqua(
         *("eval", "retention", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64),

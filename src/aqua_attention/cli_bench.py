@@ -13,6 +13,7 @@ from aqua_attention.cli_options import (
     Dtype,
     GgufFile,
     Json,
+    KRatios,
     Model,
     ProjectionsFile,
     Recent,
@@ -20,17 +21,15 @@ from aqua_attention.cli_options import (
     Sink,
     load_model,
 )
+from aqua_attention.errors import AquaError
 from aqua_attention.terminal import check_writable, print_table, progress_bars
 
 S_RATIOS = [0.0, 0.25]
 H2O_RATIOS = [1.0, 0.5]
+SIZES = ["32x32768", "8x131072"]
+K_RATIOS = [1.0, 0.75, 0.5, 0.25]
 
 benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
-
-
-@benchmarks.callback()
-def _several() -> None:
-    """Keep `memory` a subcommand while it is the only one."""
 
 
 @benchmarks.command()
@@ -81,3 +80,51 @@ def memory(
     if json:
         write_json(json, result)
     print_table(memory_table(result))
+
+
+@benchmarks.command()
+def decode(
+    size: Annotated[list[str], typer.Option(help="Sequences and tokens in each, such as 8x32768; repeat.")] = SIZES,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    groups: Annotated[int, typer.Option(help="Key-value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 128,
+    k_ratio: KRatios = K_RATIOS,
+    sink: Sink = 4,
+    recent: Recent = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    json: Json = None,
+) -> None:
+    """One decoding attention step on a CUDA GPU, checked and timed: AQUA's kernel beside every dense one installed.
+
+    Example: `aqua bench decode --size 32x32768 --size 8x131072 --json decode.json`
+    """
+    check_writable(json)
+    import torch
+
+    try:
+        from aqua_attention.bench.decode import measure_decode, read_sizes
+    except ModuleNotFoundError as error:
+        raise AquaError("aqua bench decode needs triton, which CUDA builds of torch bring along") from error
+    from aqua_attention.files import write_json
+    from aqua_attention.tables import decode_table
+
+    if dtype not in ("bfloat16", "float16"):
+        raise AquaError(f"dtype is {dtype!r}: it must be bfloat16 or float16")
+    results = []
+    for batch, length in read_sizes(size):
+        results.append(
+            measure_decode(
+                batch=batch,
+                length=length,
+                heads=heads,
+                groups=groups,
+                head_dim=head_dim,
+                k_ratios=tuple(k_ratio),
+                sink=sink,
+                recent=recent,
+                dtype=getattr(torch, dtype),
+            )
+        )
+        print_table(decode_table(results[-1]))
+    if json:
+        write_json(json, {"results": results})

@@ -74,6 +74,27 @@ def memory_table(result: dict[str, Any]) -> Table:
     return titles, rows
 
 
+def decode_table(result: dict[str, Any]) -> Table:
+    """What `measure_decode` returned: a row a kernel."""
+    titles = [
+        f"{result['device']}, {result['batch']} x {result['length']} tokens, {result['heads']} query and "
+        f"{result['groups']} key-value heads of {result['head_dim']}, {result['dtype']}",
+        "us",
+        "of the read bandwidth",
+        "to the best dense",
+        "ceiling",
+    ]
+    rows = []
+    for row in result["rows"]:
+        name = row["name"] if row["k_ratio"] is None else f"{row['name']}, k_ratio {row['k_ratio']:g}"
+        if "absent" in row:
+            rows.append([name, f"absent: {row['absent']}", "", "", ""])
+            continue
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        rows.append([name, f"{1e6 * row['seconds']:.0f}", f"{row['share']:.1%}", ratio, f"{row['ceiling']:.2f}"])
+    return titles, rows
+
+
 def retention_table(result: dict[str, Any]) -> Table:
     """What `evaluate_retention` returned: a row a ratio, the loss of each selection beside each other."""
     selections = list(dict.fromkeys(row["selection"] for row in result["rows"]))

@@ -55,6 +55,11 @@ def measure_decode(
     """
     if not torch.cuda.is_available():
         raise AquaError("aqua bench decode measures kernels on a CUDA GPU: there is none")
+    if heads % groups or not all(0 < ratio <= 1 for ratio in k_ratios):
+        raise AquaError(
+            f"{heads} query heads for {groups} key-value heads and k_ratio {k_ratios}: heads must divide, and ratios "
+            "be above 0 and at most 1"
+        )
     generator = torch.Generator(device="cuda").manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -105,6 +110,21 @@ def measure_decode(
         "read_bandwidth": bandwidth,
         "rows": rows,
     }
+
+
+def read_sizes(sizes: list[str]) -> list[tuple[int, int]]:
+    """Sequences and tokens of "8x32768" and the like.
+
+    Raises:
+        AquaError: it is written in another way.
+    """
+    found = []
+    for size in sizes:
+        batch, _, length = size.partition("x")
+        if not (batch.isdecimal() and length.isdecimal() and int(batch) > 0 and int(length) > 1):
+            raise AquaError(f"size is {size!r}: it must be sequences x tokens, such as 8x32768")
+        found.append((int(batch), int(length)))
+    return found
 
 
 def read_bandwidth() -> float:
@@ -187,12 +207,15 @@ def _flash_attention_3(query: Tensor, keys: Tensor, values: Tensor) -> Callable[
     """FlashAttention-3 as vLLM builds it; `import _vllm_fa3_C` must find the library."""
     import _vllm_fa3_C  # type: ignore[import-not-found]  # noqa: F401
 
-    by_token = [each.transpose(1, 2).contiguous() for each in (keys, values)]
-    given = [query[:, None], *by_token, *[None] * 20, query.shape[-1] ** -0.5, False, -1, -1, 0.0, True, None, 0]
-    given += [None, 0, None, 1, 0, None]
+    batch, _, length, _ = keys.shape
+    # This build takes sequences one behind the other.
+    flat = [each.transpose(1, 2).flatten(0, 1).contiguous() for each in (keys, values)]
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=keys.device)
+    given: list[Any] = [query, *flat, None, None, None, None, starts, starts * length, None, None, None, 1, length]
+    given += [*[None] * 9, query.shape[-1] ** -0.5, False, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None]
 
     def run() -> Tensor:
-        return torch.ops._vllm_fa3_C.fwd(*given)[0][:, 0]
+        return torch.ops._vllm_fa3_C.fwd(*given)[0]
 
     return run
 

@@ -86,7 +86,7 @@ def decode(
         DIM_PADDED=triton.next_power_of_2(kept),
         VALUE_DIM=value_dim,
         CHOSEN=dims.shape[2],
-        STEP=min(DIMS_AT_ONCE, dims.shape[2]),
+        STEP=DIMS_AT_ONCE if dims.shape[2] > LEAST_ROWS else LEAST_ROWS,
         TILE=TILE,
         num_warps=WARPS,
         num_stages=STAGES,
@@ -124,8 +124,6 @@ def _check(query: Tensor, dims: Tensor | None, cache: TiledCache, sink: int, rec
             raise AquaError(
                 f"dims is {dims.dtype} {tuple(dims.shape)}: it must be int32 [{batch}, {groups}, 1 to {kept}]"
             )
-        if dims.shape[2] % 16:
-            raise AquaError(f"k is {dims.shape[2]}: the kernel takes multiples of 16")
 
 
 @triton.jit
@@ -188,7 +186,8 @@ def _partial(
         query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], there, 0.0)
         chosen = tl.zeros([DIM_PADDED], tl.int32)
         for start in range(0, CHOSEN, 16):
-            some = tl.load(dims_ptr + start + tl.arange(0, 16))
+            places = start + tl.arange(0, 16)
+            some = tl.load(dims_ptr + places, places < CHOSEN, -1)
             chosen += tl.sum((some[:, None] == dim[None, :]).to(tl.int32), 0)
         narrow = tl.where(chosen[None, :] > 0, query, 0.0).to(query.dtype)
         for block in tl.static_range(0, 3):
@@ -222,6 +221,7 @@ def _partial(
                 dim = tl.load(dims_ptr + place_of, place_of < CHOSEN, 0)
                 there = (heads[:, None] < GROUP) & (place_of[None, :] < CHOSEN)
                 query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], there, 0.0)
+                # Where k is no multiple, the rest is dimension 0 again, times zero.
                 keys = tl.load(tiles_ptr + (tile * DIM + dim[:, None]) * TILE + tokens[None, :])
                 scores = tl.dot(query, keys, scores, input_precision="ieee")
             position = tile * TILE + tokens

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode kernels against the reference: in triton's interpreter here, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import aqua_attention as aqua
+from aqua_attention.ops.reference import attention_reference
+from aqua_attention.ops.select import rotate, select_dimensions
+
+pytest.importorskip("triton")
+from aqua_attention.ops.triton.decode import decode
+from aqua_attention.ops.triton.layout import TILE, TiledCache, tiles_done
+from aqua_attention.ops.triton.prepare import prepare
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes bfloat16 wrongly, without a word.
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+# Shrinking takes minutes in the interpreter.
+PHASES = [Phase.explicit, Phase.generate]
+HEADS = [(4, 2), (2, 2), (6, 1), (8, 1)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uninitialised_memory_is_nan():
+    """What a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random(*shape, seed, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def problem(heads, lengths, kept, value_dim, dtype, seed=0):
+    """A cache of rows of these lengths, in tiles and as plain tensors, and a query for each row."""
+    (count, groups), length, batch = heads, max(lengths), len(lengths)
+    keys = random(batch, groups, length, kept, seed=seed, dtype=dtype)
+    values = random(batch, groups, length, value_dim, seed=seed + 1, dtype=dtype)
+    cache = TiledCache(batch, groups, kept, value_dim, length + 3, dtype, DEVICE)
+    # Behind a row's end is what must not be read.
+    hidden = torch.arange(length, device=DEVICE) >= torch.tensor(lengths, device=DEVICE)[:, None]
+    cache.fill(
+        keys.masked_fill(hidden[:, None, :, None], torch.nan),
+        values.masked_fill(hidden[:, None, :, None], torch.nan),
+        torch.tensor(lengths, device=DEVICE),
+    )
+    return random(batch, count, kept, seed=seed + 2, dtype=dtype), keys, values, cache
+
+
+def chosen(query, groups, count):
+    """Dimensions of largest summed square for each group, and the same as the reference takes them."""
+    batch, heads, kept = query.shape
+    size = query.float().view(batch, groups, heads // groups, kept).square().sum(2)
+    dims = size.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    mask = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, dims, True)
+    return dims.to(torch.int32).contiguous(), mask.repeat_interleave(heads // groups, 1)[:, :, None]
+
+
+def check(found, query, keys, values, selected, lengths, **options):
+    """As close to float64 as a few times the reference in the same dtype, in every row."""
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        given = [query[one, :, None], keys[one, :, :length], values[one, :, :length]]
+        mask = None if selected is None else selected[one]
+        exact = attention_reference(*(each.double() for each in given), mask, **options)[0, :, 0]
+        plain = attention_reference(*given, mask, **options)[0, :, 0].double()
+        error, scale = (found[row].double() - exact).abs().max(), exact.abs().max()
+        assert error <= 4 * (plain - exact).abs().max() + 4 * torch.finfo(query.dtype).eps * scale
+
+
+@settings(max_examples=200 if DEVICE == "cuda" else 12, deadline=None, phases=PHASES)
+@given(
+    heads=st.sampled_from(HEADS),
+    lengths=st.lists(st.sampled_from([1, 2, 127, 128, 129, 255, 256, 257, 385, 700, 1025]), min_size=1, max_size=3),
+    widths=st.sampled_from([(16, 16), (64, 64), (48, 64), (96, 128)]),
+    share=st.sampled_from([0.1, 0.25, 0.5, 0.7, 1.0]),
+    window=st.sampled_from([(0, 0), (4, 64), (128, 128), (0, 1), (3, 0)]),
+    splits=st.sampled_from([None, 1, 3]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_decoding_equals_the_reference(heads, lengths, widths, share, window, splits, dtype, seed):
+    query, keys, values, cache = problem(heads, lengths, *widths, dtype, seed)
+    count = math.ceil(share * widths[0])
+    dims, selected = (None, None) if share == 1 else chosen(query, heads[1], count)
+    sink, recent = window
+    found = decode(query, dims, cache, sink=sink, recent=recent, splits=splits)
+    check(found, query, keys, values, selected, lengths, sink=sink, recent=recent)
+
+
+@settings(max_examples=40 if DEVICE == "cuda" else 3, deadline=None, phases=PHASES)
+@given(
+    heads=st.sampled_from(HEADS),
+    widths=st.sampled_from([(64, 64, 64), (64, 48, 64), (32, 32, 16)]),
+    start=st.sampled_from([1, 248, 380]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, dtype, seed):
+    """Rows of two lengths, over the moments at which a tile is filled: token by token, checked now and then."""
+    (count, groups), (head_dim, kept, value_dim), steps = heads, widths, 16
+    lengths = torch.tensor([start, start + 5])
+    config = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", s_ratio=1 - kept / head_dim)
+    rotation = torch.linalg.qr(random(groups, head_dim, head_dim, seed=seed))[0][..., :kept].contiguous()
+    weight = random(groups, kept, seed=seed + 1).abs() + 0.1
+    total = start + 5 + steps
+    keys = random(2, groups, total, head_dim, seed=seed + 2, dtype=dtype)
+    values = random(2, groups, total, value_dim, seed=seed + 3, dtype=dtype)
+    queries = random(2, count, steps, head_dim, seed=seed + 4, dtype=dtype)
+    rotated = rotate(keys, rotation)
+    cache = TiledCache(2, groups, kept, value_dim, total, dtype, DEVICE)
+    cache.fill(rotated[:, :, : start + 5], values[:, :, : start + 5], lengths.to(DEVICE))
+    rows = torch.arange(2, device=DEVICE)
+    for step in range(steps):
+        place = (lengths + step).to(DEVICE)
+        query = queries[:, :, step]
+        wide, dims = prepare(
+            query, keys[rows, :, place], values[rows, :, place], cache, rotation, weight, config.selected_dims(head_dim)
+        )
+        found = decode(wide, dims, cache, sink=3, recent=20, appended=True, scaling=head_dim**-0.5)
+        if step % 5:
+            continue
+        expected = rotate(query[:, :, None], rotation)
+        assert torch.allclose(wide.float(), expected[:, :, 0].float(), rtol=0, atol=4 * torch.finfo(dtype).eps * 8)
+        selected = select_dimensions(wide[:, :, None], config, head_dim, weight)
+        ends = (lengths + step + 1).tolist()
+        check(found, wide, rotated, values, selected, ends, sink=3, recent=20, scaling=head_dim**-0.5)
+    assert cache.lengths.tolist() == [start + steps, start + 5 + steps]
+
+
+def test_selection_in_the_kernel_is_that_of_the_reference_with_ties():
+    query = torch.zeros(1, 2, 16, device=DEVICE)
+    query[0, 0] = torch.tensor([1.0, 2, 2, 0, 3, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
+    cache = TiledCache(1, 1, 16, 16, 8, torch.float32, DEVICE)
+    state, rotation = torch.zeros(1, 1, 16, device=DEVICE), torch.eye(16, device=DEVICE)[None]
+    weight = torch.ones(1, 16, device=DEVICE)
+    assert prepare(query, state, state, cache, rotation, weight, 4)[1].tolist() == [[[0, 1, 2, 4]]]
+    query[0, 1, 9] = 10
+    assert prepare(query, state, state, cache, rotation, weight, 4)[1].tolist() == [[[1, 2, 4, 9]]]
+    weight[0, 9] = 0
+    assert prepare(query, state, state, cache, rotation, weight, 4)[1].tolist() == [[[0, 1, 2, 4]]]
+    query[0, 1, 9] = torch.nan
+    rotated, dims = prepare(query, state, state, cache, rotation, weight, 4)
+    assert rotated[0, 1].isnan().all(), "a NaN is turned into every dimension"
+    assert dims.tolist() == [[[0, 1, 2, 3]]], "and all are equal then: the first ones, as many as asked for"
+
+
+def test_requests_that_the_kernels_do_not_take_list_what_they_take():
+    query, _, _, cache = problem((4, 2), [300], 64, 64, torch.float32)
+    dims = torch.zeros(1, 2, 16, dtype=torch.int32, device=DEVICE)
+    for arguments, words in (
+        ((query[:, :3].contiguous(), None), "a multiple of 2, 64"),
+        ((query.double(), None), "in the cache's torch.float32"),
+        ((query, dims.long()), "int32 .1, 2, 1 to 64."),
+    ):
+        with pytest.raises(aqua.AquaError, match=words):
+            decode(*arguments, cache)
+    with pytest.raises(aqua.AquaError, match=f"takes 0 to {TILE} of each"):
+        decode(query, None, cache, recent=TILE + 1)
+    with pytest.raises(aqua.AquaError, match=r"lengths are .301.: they must be 1 numbers from 1 to 300"):
+        cache.fill(random(1, 2, 300, 64, seed=0), random(1, 2, 300, 64, seed=0), torch.tensor([301]))
+    with pytest.raises(aqua.AquaError, match="do not fit a cache"):
+        cache.fill(random(1, 2, 400, 64, seed=0), random(1, 2, 400, 64, seed=0), torch.tensor([1]))
+    with pytest.raises(aqua.AquaError, match="count is 65: it must be 1 to 64"):
+        prepare(query, query[:, :2], query[:, :2], cache, torch.eye(64).expand(2, 64, 64), torch.ones(2, 64), 65)
+
+
+def test_the_tail_holds_one_to_two_tiles():
+    for length in range(1, 5 * TILE):
+        rest = length - tiles_done(length) * TILE
+        assert rest <= 2 * TILE
+        assert rest > TILE or tiles_done(length) == 0
