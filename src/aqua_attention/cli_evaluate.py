@@ -108,7 +108,10 @@ def perplexity(
     if json:
         write_json(json, result)
     print_table(perplexity_table(result))
-    typer.echo(f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens")
+    scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
+    typer.echo(
+        f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens{scored}"
+    )
 
 
 @evaluations.command()

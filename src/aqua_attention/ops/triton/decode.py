@@ -23,6 +23,9 @@ LEAST_ROWS = 16
 PROGRAMS = 4096
 """Splits are made until there are about so many programs; measured, see RESULTS.md."""
 WARPS, STAGES = 8, 4
+"""Stages for two bytes a number; wider ones take two, or the values of several tiles leave no room."""
+MOST_SPLITS = 64
+"""The kernel that merges them holds all of one head at once."""
 LEAST_TILES = 4
 """Tiles that a program has at least, unless there are fewer."""
 
@@ -61,7 +64,7 @@ def decode(
     if dims is None:
         dims = torch.arange(kept, dtype=torch.int32, device=query.device).expand(batch, groups, kept).contiguous()
     if splits is None:
-        splits = max(1, min(-(-PROGRAMS // (batch * groups)), -(-count // LEAST_TILES)))
+        splits = max(1, min(-(-PROGRAMS // (batch * groups)), -(-count // LEAST_TILES), MOST_SPLITS))
     splits += 1  # the first has the exact window
     partial = query.new_empty((batch, heads, splits, value_dim), dtype=torch.float32)
     lse = query.new_empty((batch, heads, splits), dtype=torch.float32)
@@ -89,7 +92,7 @@ def decode(
         STEP=DIMS_AT_ONCE if dims.shape[2] > LEAST_ROWS else LEAST_ROWS,
         TILE=TILE,
         num_warps=WARPS,
-        num_stages=STAGES,
+        num_stages=STAGES if query.element_size() == 2 else 2,
     )
     _merge[(heads, batch)](
         partial,
