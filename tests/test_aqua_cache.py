@@ -354,3 +354,14 @@ def test_int8_serves_a_model_in_float64(llama):
     expected = logits(model, ids[:, :152])[:, 150:]
     assert found.dtype == torch.float64
     assert 1e-4 < (found - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("make", [make_llama, make_mistral, make_gemma3])
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 16}, {}])
+def test_a_growing_cache_of_ours_serves_every_way_to_generate(make, way):
+    model, ids = make(), tokens(40, 1)
+    assistant = {} if way else {"assistant_model": make_llama(num_hidden_layers=1)}
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig(k_ratio=0.5)) as attachment:
+        expected = model.generate(ids, **GREEDY | way | assistant)
+        found = model.generate(ids, past_key_values=attachment.new_cache(), **GREEDY | way | assistant)
+    assert torch.equal(found, expected)
