@@ -128,20 +128,22 @@ class RotatedLayer(DynamicLayer):
             return attention(query, key.to(value.dtype), value, selected, mask=mask, **options)
         if offloaded := self._is_offloaded:
             self.prefetch()
-        mask, real = self._visible(mask, query.shape[2]), self._new_real(mask, query.shape[2])
+        mask = self._visible(mask, query.shape[2])
         groups, mass = key.shape[1], None
         eviction = None if is_sliding else self.spec.eviction
+        watched = eviction is not None or isinstance(self._keys, WindowStore)
+        real = self._new_real(mask, query.shape[2]) if watched else None
         if query.shape[2] <= FEW_QUERIES:
             probabilities = attention_probabilities(
                 query, self._keys.products, selected, groups=groups, keys=self.stored, mask=mask, **options
             )
             output = weighted_values(probabilities, self._values.mixture, groups).to(value.dtype)
-            if eviction is not None:
+            if eviction is not None and real is not None:
                 mass = group_mass(probabilities, groups, eviction.counted(real))
         else:
             key = self._keys.read().to(value.dtype)
             output = attention(query, key, self._values.read(), selected, mask=mask, **options)
-            if eviction is not None:
+            if eviction is not None and real is not None:
                 # Without padding it is known without a look at the mask that only the last queries count.
                 last = slice(-eviction.queries if eviction.queries and mask is None else None, None)
                 mass = attention_mass(
@@ -152,7 +154,8 @@ class RotatedLayer(DynamicLayer):
                     None if mask is None else mask[:, :, last],
                     **options,
                 )
-        self._attended(real, mass)
+        if real is not None:
+            self._attended(real, mass)
         if offloaded:
             self.offload()
         return output
@@ -308,8 +311,6 @@ class RotatedLayer(DynamicLayer):
 
     def _attended(self, new: Tensor, mass: Tensor | None) -> None:
         """Note which of the new tokens are real and who was attended to; trim the window store; evict."""
-        if mass is None and not isinstance(self._keys, WindowStore):
-            return
         before, counted = self._known(self.stored - new.shape[1])
         self._real, self._lengths = torch.cat([before, new], -1), counted + new.sum(-1)
         if isinstance(self._keys, WindowStore):

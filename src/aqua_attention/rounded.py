@@ -16,7 +16,7 @@ GROUP = 32
 """Channels that share a step, in 4 bits. In 8 bits, all do."""
 LEADING_SHARE = 4
 """With 4 bits, one part in so many of the key dimensions, those of largest variance, has 8 bits: they decide most of a
-score. Without it int4 keys cost SmolLM2 ten times as much (RESULTS.md)."""
+score."""
 TOKENS_AT_ONCE = 2048
 """Rounded tokens that are in float32 at once while a store is read."""
 UNQUANTISED_RECENT = 64

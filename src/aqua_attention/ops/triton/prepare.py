@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.triton.decode import LEAST_ROWS
 from aqua_attention.ops.triton.layout import TILE, TiledCache
-
-LEAST_ROWS = 16
 
 
 def prepare(
