@@ -25,17 +25,23 @@ from aqua_attention.errors import AquaError
 from aqua_attention.rotated_layer import OTHER_SETTINGS, RotatedLayer, check_active, rotated_keys, tagged
 
 
-class RotatedSlidingLayer(DynamicSlidingWindowLayer):
+class _RotatesOnWrite:
+    """What our variants of transformers' bounded layers add to them."""
+
+    spec: CacheSpec
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Rotate and write; returns the rotated keys and values to attend to, as transformers' layer does."""
+        written = super().update(rotated_keys(self.spec, key_states), value_states, *args, **kwargs)  # type: ignore[misc]
+        return tagged(written[0], self), written[1]
+
+
+class RotatedSlidingLayer(_RotatesOnWrite, DynamicSlidingWindowLayer):
     """A sliding-window cache layer whose `keys` are rotated."""
 
     def __init__(self, spec: CacheSpec, sliding_window: int) -> None:
         super().__init__(sliding_window=sliding_window)
         self.spec = spec
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Rotate and append; returns the rotated keys and values to attend to. See `DynamicSlidingWindowLayer`."""
-        keys, values = super().update(rotated_keys(self.spec, key_states), value_states, *args, **kwargs)
-        return tagged(keys, self), values
 
     @property
     def batch(self) -> int:
@@ -56,30 +62,20 @@ class RotatedSlidingLayer(DynamicSlidingWindowLayer):
         self.cumulative_length = int(numbers["cumulative_length"])
 
 
-class RotatedStaticLayer(StaticLayer):
+class RotatedStaticLayer(_RotatesOnWrite, StaticLayer):
     """A cache layer of fixed size, for `torch.compile` and CUDA graphs: rotated keys, `kept` wide, and values."""
 
     def __init__(self, spec: CacheSpec, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.spec = spec
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Rotate and write; returns all rotated keys and values, those not written yet too. See `StaticLayer`."""
-        keys, values = super().update(rotated_keys(self.spec, key_states), value_states, *args, **kwargs)
-        return tagged(keys, self), values
 
-
-class RotatedStaticSlidingLayer(StaticSlidingWindowLayer):
+class RotatedStaticSlidingLayer(_RotatesOnWrite, StaticSlidingWindowLayer):
     """A sliding-window cache layer of fixed size whose `keys` are rotated."""
 
     def __init__(self, spec: CacheSpec, max_cache_len: int, sliding_window: int) -> None:
         super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
         self.spec = spec
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Rotate and write; returns the rotated keys and values to attend to. See `StaticSlidingWindowLayer`."""
-        keys, values = super().update(rotated_keys(self.spec, key_states), value_states, *args, **kwargs)
-        return tagged(keys, self), values
 
 
 class AquaCache(Cache):
