@@ -83,15 +83,18 @@ def decode_table(result: dict[str, Any]) -> Table:
         "of the read bandwidth",
         "to the best dense",
         "ceiling",
+        "whole step: us",
+        "to the best dense",
     ]
     rows = []
     for row in result["rows"]:
         name = row["name"] if row["k_ratio"] is None else f"{row['name']}, k_ratio {row['k_ratio']:g}"
         if "absent" in row:
-            rows.append([name, f"absent: {row['absent']}", "", "", ""])
+            rows.append([name, f"absent: {row['absent']}", *[""] * 5])
             continue
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        rows.append([name, f"{1e6 * row['seconds']:.0f}", f"{row['share']:.1%}", ratio, f"{row['ceiling']:.2f}"])
+        ratio, step_ratio = ("" if row[key] is None else f"{row[key]:.2f}" for key in ("ratio", "step_ratio"))
+        times = [f"{1e6 * row[key]:.1f}" for key in ("seconds", "step_seconds")]
+        rows.append([name, times[0], f"{row['share']:.1%}", ratio, f"{row['ceiling']:.2f}", times[1], step_ratio])
     return titles, rows
 
 

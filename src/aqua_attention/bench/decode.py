@@ -8,23 +8,26 @@ data, each baseline with dense attention.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from aqua_attention.bench.dense import BASELINES
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.reference import attention_reference
+from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.ops.triton.decode import decode
-from aqua_attention.ops.triton.layout import TiledCache
+from aqua_attention.ops.triton.layout import TILE, TiledCache
+from aqua_attention.ops.triton.prepare import prepare
 
 RUNS = 25
+LEAST_SECONDS, MOST_REPEATS = 5e-4, 20
+"""What takes less than this is run so often in a row: a graph of one short kernel measures the start of the graph."""
 CHECKED_ROWS = 2
 TOLERANCE = 3.0
 """A result may be so many times as far from float64 as the reference in the low precision is."""
@@ -46,8 +49,9 @@ def measure_decode(
 
     Returns:
         `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a kernel: `name`, `k_ratio` (None: dense), `seconds`
-        (median), `bytes` (keys and values that the step needs), `share` (of the measured read bandwidth), `ratio`
-        (to the fastest dense one, above 1 is faster), `ceiling` (what that could be at most: its bytes over ours), or
+        (median) of attention alone, `bytes` (keys and values that it needs), `share` (of the measured read bandwidth),
+        `ratio` (to the fastest dense one, above 1 is faster), `ceiling` (what that could be at most: its bytes over
+        ours), `step_seconds` and `step_ratio` (with what comes before: append, for ours rotate and select too); or
         `absent` (why it did not run).
 
     Raises:
@@ -62,41 +66,67 @@ def measure_decode(
         )
     generator = torch.Generator(device="cuda").manual_seed(0)
 
-    def random(*shape: int) -> Tensor:
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
 
-    query = random(batch, heads, head_dim)
+    query, new = random(batch, heads, head_dim), random(2, batch, groups, head_dim)
     keys, values = random(batch, groups, length, head_dim), random(batch, groups, length, head_dim)
-    cache = TiledCache(batch, groups, head_dim, head_dim, length, dtype, "cuda")
-    cache.fill(keys, values, torch.full((batch,), length))
+    rotation = torch.linalg.qr(random(groups, head_dim, head_dim, dtype=torch.float32)).Q.contiguous()
+    key_rms = random(groups, head_dim, dtype=torch.float32).abs() + 0.1
     rows: list[dict[str, Any]] = []
     wide = batch * groups * length * head_dim * keys.element_size()
     for name, make in BASELINES.items():
         try:
             run = make(query, keys, values)
             _check(run()[:CHECKED_ROWS], query, keys, values, None, 0, 0)
-            rows.append({"name": name, "k_ratio": None, "seconds": _seconds(run), "bytes": 2 * wide})
+            row: dict[str, Any] = {"name": name, "k_ratio": None, "seconds": _seconds(run), "bytes": 2 * wide}
+
+            def dense_step(run: Callable[[], Tensor] = run) -> Tensor:
+                _append(new, keys, values)
+                return run()
+
+            rows.append(row | {"step_seconds": _seconds(dense_step)})
         except (RuntimeError, ImportError, AttributeError, OSError) as error:
             rows.append({"name": name, "k_ratio": None, "absent": str(error).splitlines()[0][:120]})
-    size = query.view(batch, groups, heads // groups, head_dim).float().square().sum(2)
-    order = size.sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
+    cache = TiledCache(batch, groups, head_dim, head_dim, length + TILE, dtype, "cuda")
+    lengths = torch.full((batch,), length)
     for ratio in k_ratios:
-        count = math.ceil(ratio * head_dim)
-        dims = None if count == head_dim else order[..., :count].contiguous()
+        config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent)
 
-        def run(dims: Tensor | None = dims) -> Tensor:
-            return decode(query, dims, cache, sink=sink, recent=recent)
+        def step(config: AquaConfig = config) -> tuple[Tensor, ...]:
+            turned, dims, _ = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
+            return decode(turned, dims, cache, sink=sink, recent=recent, appended=True), turned
 
-        _check(run()[:CHECKED_ROWS], query, keys, values, dims, sink, recent)
-        used = wide + wide * count // head_dim
-        rows.append({"name": "aqua", "k_ratio": ratio, "seconds": _seconds(run), "bytes": used})
+        cache.fill(keys, values, lengths)
+        found, turned = (each[:CHECKED_ROWS] for each in step())
+        low = slice(0, found.shape[0])
+        _close(turned, rotate(query[low, :, None], rotation)[:, :, 0], "rotated query")
+        longer = [
+            torch.cat([old[low], one[low, :, None]], 2)
+            for old, one in ((keys, rotate(new[0][:, :, None], rotation)[:, :, 0]), (values, new[1]))
+        ]
+        selected = select_dimensions(turned[:, :, None], config, head_dim, key_rms)
+        _check(found, turned, longer[0], longer[1], selected, sink, recent)
+
+        turned, dims, _ = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
+        cache.fill(keys, values, lengths)
+
+        def run(turned: Tensor = turned, dims: Tensor | None = dims) -> Tensor:
+            return decode(turned, dims, cache, sink=sink, recent=recent)
+
+        selected = select_dimensions(turned[:CHECKED_ROWS, :, None], config, head_dim, key_rms)
+        _check(run()[:CHECKED_ROWS], turned, keys, values, selected, sink, recent)
+        used = wide + wide * config.selected_dims(head_dim) // head_dim
+        row = {"name": "aqua", "k_ratio": ratio, "seconds": _seconds(run), "bytes": used}
+        rows.append(row | {"step_seconds": _seconds(step)})
     bandwidth = read_bandwidth()
-    dense = min((row["seconds"] for row in rows if row["k_ratio"] is None and "seconds" in row), default=None)
     for row in rows:
         if "seconds" in row:
             row["share"] = row["bytes"] / row["seconds"] / bandwidth
-            row["ratio"] = None if dense is None else dense / row["seconds"]
             row["ceiling"] = 2 * wide / row["bytes"]
+            for time, ratio_name in (("seconds", "ratio"), ("step_seconds", "step_ratio")):
+                dense = [other[time] for other in rows if other["k_ratio"] is None and time in other]
+                row[ratio_name] = min(dense) / row[time] if dense else None
     return {
         "device": torch.cuda.get_device_name(),
         "batch": batch,
@@ -145,114 +175,60 @@ def _read(data_ptr, sums_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """Median time of one run in a CUDA graph, so that no launch is waited for."""
+    """Median time of one run, of several in a row in a CUDA graph, so that no launch from the CPU is waited for."""
     for _ in range(3):
         run()
+    repeats = max(1, min(MOST_REPEATS, int(LEAST_SECONDS / _replay(run, 1, 3))))
+    return _replay(run, repeats, RUNS)
+
+
+def _replay(run: Callable[[], Any], repeats: int, runs: int) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for _ in range(repeats):
+            run()
     graph.replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(RUNS)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, stop in events:
         start.record()
         graph.replay()
         stop.record()
     torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in events)[RUNS // 2] / 1e3
+    return sorted(start.elapsed_time(stop) for start, stop in events)[runs // 2] / 1e3 / repeats
+
+
+def _append(new: Tensor, keys: Tensor, values: Tensor) -> None:
+    """What dense attention does before: one launch writes a key and a value behind the others of each sequence."""
+    batch, groups, length, dim = keys.shape
+    _write[(batch * groups,)](new, keys, values, batch * groups, length - 1, length, DIM=dim)
+
+
+@triton.jit
+def _write(new_ptr, keys_ptr, values_ptr, rows, place, length, DIM: tl.constexpr):
+    row, dim = tl.program_id(0).to(tl.int64), tl.arange(0, DIM)
+    tl.store(keys_ptr + (row * length + place) * DIM + dim, tl.load(new_ptr + row * DIM + dim))
+    tl.store(values_ptr + (row * length + place) * DIM + dim, tl.load(new_ptr + (rows + row) * DIM + dim))
+
+
+def _close(found: Tensor, expected: Tensor, name: str) -> None:
+    error = float((found.double() - expected.double()).norm() / expected.double().norm())
+    if not error <= torch.finfo(found.dtype).eps:
+        raise AquaError(f"a kernel is wrong: the {name} is {error:.2e} from the reference")
 
 
 def _check(
-    found: Tensor, query: Tensor, keys: Tensor, values: Tensor, dims: Tensor | None, sink: int, recent: int
+    found: Tensor, query: Tensor, keys: Tensor, values: Tensor, selected: Tensor | None, sink: int, recent: int
 ) -> None:
     """The first rows against float64, with the error of the low-precision reference as yardstick."""
     for row in range(found.shape[0]):
         one = slice(row, row + 1)
-        one_query, one_key, one_value = query[one, :, None], keys[one], values[one]
-        selected = None
-        if dims is not None:
-            heads_of_group = query.shape[1] // keys.shape[1]
-            chosen = torch.zeros_like(keys[one, :, 0], dtype=torch.bool).scatter_(-1, dims[one].long(), True)
-            selected = chosen.repeat_interleave(heads_of_group, 1)[:, :, None]
-        wide = one_query.double(), one_key.double(), one_value.double()
-        exact = attention_reference(wide[0], wide[1], wide[2], selected, sink=sink, recent=recent)
-        plain = attention_reference(one_query, one_key, one_value, selected, sink=sink, recent=recent)
+        given = query[one, :, None], keys[one], values[one]
+        mask = None if selected is None else selected[one]
+        wide = [each.double() for each in given]
+        exact = attention_reference(wide[0], wide[1], wide[2], mask, sink=sink, recent=recent)
+        plain = attention_reference(given[0], given[1], given[2], mask, sink=sink, recent=recent)
         limit = TOLERANCE * float((plain.double() - exact).norm())
         error = float((found[one, :, None].double() - exact).norm())
         if not error <= limit:
             raise AquaError(f"a kernel is wrong: row {row} is {error:.2e} from the reference, {limit:.2e} is allowed")
-
-
-def _sdpa(backend: SDPBackend) -> Callable[..., Callable[[], Tensor]]:
-    def make(query: Tensor, keys: Tensor, values: Tensor) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
-
-        return run
-
-    return make
-
-
-def _sdpa_packed(backend: SDPBackend) -> Callable[..., Callable[[], Tensor]]:
-    def make(query: Tensor, keys: Tensor, values: Tensor) -> Callable[[], Tensor]:
-        packed = query.unflatten(1, (keys.shape[1], -1))
-
-        def run() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(packed, keys, values).flatten(1, 2)
-
-        return run
-
-    return make
-
-
-def _flash_attention_3(query: Tensor, keys: Tensor, values: Tensor) -> Callable[[], Tensor]:
-    """FlashAttention-3 as vLLM builds it; `import _vllm_fa3_C` must find the library."""
-    import _vllm_fa3_C  # type: ignore[import-not-found]  # noqa: F401
-
-    batch, _, length, _ = keys.shape
-    # This build takes sequences one behind the other.
-    flat = [each.transpose(1, 2).flatten(0, 1).contiguous() for each in (keys, values)]
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=keys.device)
-    given: list[Any] = [query, *flat, None, None, None, None, starts, starts * length, None, None, None, 1, length]
-    given += [*[None] * 9, query.shape[-1] ** -0.5, False, -1, -1, 0.0, True, None, 0, None, 0, None, 1, 0, None]
-
-    def run() -> Tensor:
-        return torch.ops._vllm_fa3_C.fwd(*given)[0]
-
-    return run
-
-
-def _flashinfer(tensor_cores: bool) -> Callable[..., Callable[[], Tensor]]:
-    def make(query: Tensor, keys: Tensor, values: Tensor) -> Callable[[], Tensor]:
-        import flashinfer  # type: ignore[import-not-found]
-
-        batch, groups, length, dim = keys.shape
-        page = 16
-        paged = [
-            each.transpose(1, 2).reshape(batch * length // page, page, groups, dim).contiguous()
-            for each in (keys, values)
-        ]
-        work = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(work, "NHD", use_tensor_cores=tensor_cores)
-        counts = torch.arange(0, batch + 1, dtype=torch.int32, device="cuda") * (length // page)
-        places = torch.arange(0, batch * length // page, dtype=torch.int32, device="cuda")
-        last = torch.full((batch,), page, dtype=torch.int32, device="cuda")
-        wrapper.plan(
-            counts, places, last, query.shape[1], groups, dim, page, q_data_type=query.dtype, kv_data_type=keys.dtype
-        )
-        return lambda: wrapper.run(query, tuple(paged))
-
-    return make
-
-
-BASELINES: dict[str, Callable[..., Callable[[], Tensor]]] = {
-    "SDPA flash": _sdpa(SDPBackend.FLASH_ATTENTION),
-    "SDPA cuDNN": _sdpa(SDPBackend.CUDNN_ATTENTION),
-    "SDPA flash, packed": _sdpa_packed(SDPBackend.FLASH_ATTENTION),
-    "SDPA cuDNN, packed": _sdpa_packed(SDPBackend.CUDNN_ATTENTION),
-    "FlashAttention-3": _flash_attention_3,
-    "FlashInfer": _flashinfer(False),
-    "FlashInfer, tensor cores": _flashinfer(True),
-}

@@ -3,8 +3,8 @@
 """AQUA decoding on a GPU: one query token a sequence, reading only the chosen dimensions of the keys.
 
 The tokens of a sequence are split over programs; each writes the attention over its own tokens and its log-sum-exp, and
-a second kernel merges them. One program of each sequence and head has the tokens that need every dimension: those of
-the first tile and of the tail. All others read `k` rows of each tile, without a branch in their loop.
+the last one to arrive merges them. Three programs have the blocks in which tokens can need every dimension, one each:
+the first tile and the two halves of the tail. All others read `k` rows of each tile, without a branch in their loop.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.triton.layout import TILE, TiledCache
 
 DIMS_AT_ONCE = 32
-LEAST_ROWS = 16
-"""Rows of a matrix product on tensor cores: the query heads of a group are padded to so many."""
+LEAST_SIZE = 16
+"""Rows and columns of a matrix product on tensor cores are padded to so many at least."""
 PROGRAMS = 4096
 """Splits are made until there are about so many programs: the best of a sweep on an H100."""
-WARPS, STAGES = 8, 4
-"""Stages for two bytes a number; wider ones take two, or the values of several tiles leave no room."""
-MOST_SPLITS = 64
-"""The kernel that merges them holds all of one head at once."""
+WARPS = 8
+STAGE_BYTES, MOST_STAGES = 200_000, 4
+"""Shared memory for the tiles that are on their way, and how many there are at most."""
+SPECIAL = 3
+"""Programs of each sequence and head for the blocks with an exact window."""
+MOST_SPLITS = 61
+MERGED_ROWS = 64
+"""Partial results of so many splits and heads are merged at once."""
 LEAST_TILES = 4
 """Tiles that a program has at least, unless there are fewer."""
 
@@ -35,11 +39,13 @@ def decode(
     dims: Tensor | None,
     cache: TiledCache,
     *,
+    counts: Tensor | None = None,
     sink: int = 0,
     recent: int = 0,
     scaling: float | None = None,
     splits: int | None = None,
     appended: bool = False,
+    mass: Tensor | None = None,
 ) -> Tensor:
     """One step of `attention_reference` for one query token a sequence, with dimensions shared by a group.
 
@@ -47,10 +53,13 @@ def decode(
         query: rotated, [batch, num_attention_heads, kept].
         dims: int32 [batch, num_key_value_heads, k], the dimensions to multiply, each once; None: all (dense attention).
         cache: keys and values, the query's own token included.
+        counts: int32 [batch, num_key_value_heads], how many of `dims` count, the first ones; None: all.
         sink, recent: size of the exact window, at most TILE each.
         scaling: factor of the scores; default 1/sqrt(kept).
-        appended: a token that `prepare` has written is counted too, and the sequences are one longer afterwards.
         splits: programs for each sequence and key-value head; None: as many as fill the GPU.
+        appended: a token that `prepare` has written is counted too, and the sequences are one longer afterwards.
+        mass: float32 [batch, num_key_value_heads, tokens of `cache.values`]; gets the attention that each token was
+            given, summed over the heads of its group, and zero behind a sequence's end.
 
     Returns:
         [batch, num_attention_heads, value_dim] in the dtype of the cache.
@@ -60,65 +69,79 @@ def decode(
     """
     batch, groups, count, kept, _ = cache.tiles.shape
     heads, value_dim = query.shape[1], cache.values.shape[3]
-    _check(query, dims, cache, sink, recent)
-    if dims is None:
-        dims = torch.arange(kept, dtype=torch.int32, device=query.device).expand(batch, groups, kept).contiguous()
+    _check(query, dims, counts, mass, cache, sink, recent)
+    chosen = kept if dims is None else dims.shape[2]
     if splits is None:
         splits = max(1, min(-(-PROGRAMS // (batch * groups)), -(-count // LEAST_TILES), MOST_SPLITS))
-    splits += 1  # the first has the exact window
+    splits += SPECIAL
     partial = query.new_empty((batch, heads, splits, value_dim), dtype=torch.float32)
     lse = query.new_empty((batch, heads, splits), dtype=torch.float32)
+    scores = None if mass is None else query.new_empty((batch, heads, count * TILE), dtype=torch.float32)
+    whole_lse = None if mass is None else query.new_empty((batch, heads), dtype=torch.float32)
     output = query.new_empty((batch, heads, value_dim))
-    _partial[(splits, groups, batch)](
+    group_padded = triton.next_power_of_2(heads // groups)
+    tile_bytes = TILE * (chosen + value_dim) * query.element_size()
+    _decode[(splits, groups, batch)](
         query,
         dims,
+        counts,
         cache.tiles,
         cache.tail,
         cache.values,
         cache.lengths,
+        cache.arrived,
         partial,
         lse,
+        output,
+        scores,
+        whole_lse,
         (kept**-0.5 if scaling is None else scaling) * 1.4426950408889634,
         sink,
         recent,
         count,
         APPENDED=appended,
         GROUP=heads // groups,
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(heads // groups)),
+        ROWS=padded(heads // groups),
         DIM=kept,
-        DIM_PADDED=triton.next_power_of_2(kept),
+        DIM_PADDED=padded(kept),
         VALUE_DIM=value_dim,
-        CHOSEN=dims.shape[2],
-        STEP=DIMS_AT_ONCE if dims.shape[2] > LEAST_ROWS else LEAST_ROWS,
+        VALUE_PADDED=padded(value_dim),
+        CHOSEN=chosen,
+        STEP=DIMS_AT_ONCE if chosen > LEAST_SIZE else LEAST_SIZE,
+        GROUP_PADDED=group_padded,
+        SPLITS_PADDED=triton.next_power_of_2(splits),
+        MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
         TILE=TILE,
+        SPECIAL=SPECIAL,
         num_warps=WARPS,
-        num_stages=STAGES if query.element_size() == 2 else 2,
+        num_stages=max(1, min(MOST_STAGES, 1 + STAGE_BYTES // tile_bytes)),
     )
-    _merge[(heads, batch)](
-        partial,
-        lse,
-        output,
-        cache.lengths,
-        splits,
-        APPENDED=appended,
-        SPLITS=triton.next_power_of_2(splits),
-        VALUE_DIM=value_dim,
-        num_warps=4,
-    )
+    if mass is not None:
+        _mass[(-(-count * TILE // 1024), groups, batch)](
+            scores, whole_lse, cache.lengths, mass, count * TILE, GROUP=heads // groups, BLOCK=1024
+        )
     return output
 
 
-def _check(query: Tensor, dims: Tensor | None, cache: TiledCache, sink: int, recent: int) -> None:
-    batch, groups, _, kept, _ = cache.tiles.shape
+def padded(size: int) -> int:
+    """The size of a block that holds so many."""
+    return max(LEAST_SIZE, int(triton.next_power_of_2(size)))
+
+
+def _check(
+    query: Tensor,
+    dims: Tensor | None,
+    counts: Tensor | None,
+    mass: Tensor | None,
+    cache: TiledCache,
+    sink: int,
+    recent: int,
+) -> None:
+    batch, groups, count, kept, _ = cache.tiles.shape
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
         raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")
     if query.dtype != cache.tiles.dtype or not query.is_contiguous():
         raise AquaError(f"query is {query.dtype}: it must be contiguous, in the cache's {cache.tiles.dtype}")
-    if kept % 16 or cache.values.shape[3] not in (16, 32, 64, 128, 256):
-        raise AquaError(
-            f"{kept} key and {cache.values.shape[3]} value dimensions: the kernel takes multiples of 16, and values of "
-            "16, 32, 64, 128 or 256"
-        )
     if not (0 <= sink <= TILE and 0 <= recent <= TILE):
         raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
     if dims is not None:
@@ -127,6 +150,187 @@ def _check(query: Tensor, dims: Tensor | None, cache: TiledCache, sink: int, rec
             raise AquaError(
                 f"dims is {dims.dtype} {tuple(dims.shape)}: it must be int32 [{batch}, {groups}, 1 to {kept}]"
             )
+    if counts is not None and (dims is None or counts.dtype != torch.int32 or counts.shape != (batch, groups)):
+        raise AquaError(
+            f"counts is {counts.dtype} {tuple(counts.shape)}: it must be int32 [{batch}, {groups}], with dims"
+        )
+    if mass is not None and (mass.dtype != torch.float32 or mass.shape != (batch, groups, count * TILE)):
+        raise AquaError(
+            f"mass is {mass.dtype} {tuple(mass.shape)}: it must be float32 [{batch}, {groups}, {count * TILE}]"
+        )
+
+
+@triton.jit
+def _decode(
+    query_ptr,
+    dims_ptr,
+    counts_ptr,
+    tiles_ptr,
+    tail_ptr,
+    values_ptr,
+    lengths_ptr,
+    arrived_ptr,
+    partial_ptr,
+    lse_ptr,
+    output_ptr,
+    scores_ptr,
+    whole_lse_ptr,
+    scaling,
+    sink,
+    recent,
+    count,
+    APPENDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    STEP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    MERGED: tl.constexpr,
+    TILE: tl.constexpr,
+    SPECIAL: tl.constexpr,
+):
+    split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits, groups = tl.num_programs(0), tl.num_programs(1)
+    length = tl.minimum(tl.load(lengths_ptr + row) + APPENDED, count * TILE)
+    done = tl.maximum((length - 1) // TILE - 1, 0)
+    place = (row * groups + group).to(tl.int64)
+    tiles_ptr += place * count * DIM * TILE
+    tail_ptr += place * 2 * TILE * DIM
+    values_ptr += place * count * TILE * VALUE_DIM
+    query_ptr += place * GROUP * DIM
+    limit = CHOSEN
+    if counts_ptr is not None:
+        limit = tl.load(counts_ptr + place)
+    if dims_ptr is not None:
+        dims_ptr += place * CHOSEN
+
+    heads, tokens, columns = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, VALUE_PADDED)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    head = place * GROUP + heads
+    inside = heads < GROUP
+    if scores_ptr is not None:
+        scores_ptr += head[:, None] * count * TILE
+
+    if split < SPECIAL:
+        # Every dimension of the first tile or half of the tail; outside the window those not chosen count as zero.
+        dim = tl.arange(0, DIM_PADDED)
+        query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
+        position = tl.where(split == 0, 0, done + split - 1) * TILE + tokens
+        seen = position < tl.where((split == 0) & (done == 0), 0, length)
+        there = (dim[:, None] < DIM) & seen[None, :]
+        if split == 0:
+            keys = tl.load(tiles_ptr + dim[:, None] * TILE + tokens[None, :], there, 0.0)
+        else:
+            keys = tl.load(tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0)
+        scores = tl.dot(query, keys, input_precision="ieee")
+        if dims_ptr is not None:
+            chosen = tl.zeros([DIM_PADDED], tl.int32)
+            for start in range(0, CHOSEN, STEP):
+                places = start + tl.arange(0, STEP)
+                some = tl.load(dims_ptr + places, places < limit, -1)
+                chosen += tl.sum((some[:, None] == dim[None, :]).to(tl.int32), 0)
+            narrow = tl.where(chosen[None, :] > 0, query, 0.0).to(query.dtype)
+            exact = (position < sink) | (position >= length - recent)
+            scores = tl.where(exact[None, :], scores, tl.dot(narrow, keys, input_precision="ieee"))
+        scores = tl.where(seen[None, :], scores * scaling, float("-inf"))
+        values = tl.load(
+            values_ptr + position[:, None] * VALUE_DIM + columns[None, :],
+            seen[:, None] & (columns[None, :] < VALUE_DIM),
+            0.0,
+        )
+        if scores_ptr is not None:
+            tl.store(scores_ptr + position[None, :], scores, inside[:, None] & seen[None, :])
+        largest, total, output = _update(scores, values, largest, total, output)
+    else:
+        each = tl.cdiv(tl.maximum(done - 1, 0), splits - SPECIAL)
+        begin = 1 + (split - SPECIAL) * each
+        for tile in range(begin, tl.minimum(begin + each, done)):
+            scores = tl.zeros([ROWS, TILE], tl.float32)
+            for start in tl.static_range(0, CHOSEN, STEP):
+                places = start + tl.arange(0, STEP)
+                if dims_ptr is None:
+                    dim = tl.minimum(places, CHOSEN - 1)
+                else:
+                    dim = tl.load(dims_ptr + places, places < limit, 0)
+                query = tl.load(
+                    query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (places[None, :] < limit), 0.0
+                )
+                keys_ptr = tiles_ptr + (tile * DIM + dim[:, None]) * TILE + tokens[None, :]
+                if counts_ptr is None:
+                    # Where k is no multiple, the rest is some dimension again, times zero.
+                    keys = tl.load(keys_ptr)
+                else:
+                    keys = tl.load(keys_ptr, (places[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
+                scores = tl.dot(query, keys, scores, input_precision="ieee")
+            scores = scores * scaling
+            position = tile * TILE + tokens
+            if VALUE_DIM == VALUE_PADDED:
+                values = tl.load(values_ptr + position[:, None] * VALUE_DIM + columns[None, :])
+            else:
+                there = (position[:, None] >= 0) & (columns[None, :] < VALUE_DIM)
+                values = tl.load(values_ptr + position[:, None] * VALUE_DIM + columns[None, :], there, 0.0)
+            if scores_ptr is not None:
+                tl.store(scores_ptr + position[None, :], scores, inside[:, None] & (tokens[None, :] >= 0))
+            largest, total, output = _update(scores, values, largest, total, output)
+
+    output = output / tl.where(total > 0, total, 1.0)[:, None]
+    column = columns < VALUE_DIM
+    tl.store(
+        partial_ptr + (head[:, None] * splits + split) * VALUE_DIM + columns[None, :],
+        output,
+        inside[:, None] & column[None, :],
+    )
+    tl.store(lse_ptr + head * splits + split, largest + tl.log2(total), inside)
+
+    tl.debug_barrier()  # the whole program has written before it says so
+    if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
+        tl.store(arrived_ptr + row * (groups + 1) + group, 0)
+        part, member = tl.arange(0, SPLITS_PADDED), tl.arange(0, GROUP_PADDED)
+        first = (place * GROUP + member) * splits
+        # Past the cache of this processor, which may hold what was there before.
+        parts = tl.load(
+            lse_ptr + first[:, None] + part[None, :],
+            (member[:, None] < GROUP) & (part[None, :] < splits),
+            float("-inf"),
+            cache_modifier=".cg",
+        )
+        top = tl.max(parts, 1)
+        whole = top + tl.log2(tl.sum(tl.exp2(parts - tl.where(member < GROUP, top, 0.0)[:, None]), 1))
+        result = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
+        for start in range(0, splits, MERGED):
+            part = start + tl.arange(0, MERGED)
+            there = (member[:, None] < GROUP) & (part[None, :] < splits)
+            at = first[:, None] + part[None, :]
+            weights = tl.exp2(
+                tl.load(lse_ptr + at, there, float("-inf"), cache_modifier=".cg")
+                - tl.where(member < GROUP, whole, 0.0)[:, None]
+            )
+            some = tl.load(
+                partial_ptr + at[:, :, None] * VALUE_DIM + columns[None, None, :],
+                there[:, :, None] & column[None, None, :],
+                0.0,
+                cache_modifier=".cg",
+            )
+            result += tl.sum(some * weights[:, :, None], 1)
+        tl.store(
+            output_ptr + (place * GROUP + member)[:, None] * VALUE_DIM + columns[None, :],
+            result.to(output_ptr.dtype.element_ty),
+            (member[:, None] < GROUP) & column[None, :],
+        )
+        if whole_lse_ptr is not None:
+            tl.store(whole_lse_ptr + place * GROUP + member, whole, member < GROUP)
+        if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
+            if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
+                # All programs of this sequence have read its length.
+                tl.store(arrived_ptr + row * (groups + 1) + groups, 0)
+                tl.store(lengths_ptr + row, length)
 
 
 @triton.jit
@@ -143,130 +347,14 @@ def _update(scores, values, largest, total, output):
 
 
 @triton.jit
-def _partial(
-    query_ptr,
-    dims_ptr,
-    tiles_ptr,
-    tail_ptr,
-    values_ptr,
-    lengths_ptr,
-    partial_ptr,
-    lse_ptr,
-    scaling,
-    sink,
-    recent,
-    count,
-    APPENDED: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    STEP: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits, groups = tl.num_programs(0), tl.num_programs(1)
-    length = tl.load(lengths_ptr + row) + APPENDED
-    done = tl.maximum((length - 1) // TILE - 1, 0)
-    place = (row * groups + group).to(tl.int64)
-    tiles_ptr += place * count * DIM * TILE
-    tail_ptr += place * 2 * TILE * DIM
-    values_ptr += place * count * TILE * VALUE_DIM
-    dims_ptr += place * CHOSEN
-    query_ptr += (row * groups + group) * GROUP * DIM
-
-    heads, tokens, columns = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, VALUE_DIM)
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    output = tl.zeros([ROWS, VALUE_DIM], tl.float32)
-
-    if split == 0:
-        # Every dimension of the first tile and of the tail; outside the window those not chosen count as zero.
-        dim = tl.arange(0, DIM_PADDED)
-        there = (heads[:, None] < GROUP) & (dim[None, :] < DIM)
-        query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], there, 0.0)
-        chosen = tl.zeros([DIM_PADDED], tl.int32)
-        for start in range(0, CHOSEN, 16):
-            places = start + tl.arange(0, 16)
-            some = tl.load(dims_ptr + places, places < CHOSEN, -1)
-            chosen += tl.sum((some[:, None] == dim[None, :]).to(tl.int32), 0)
-        narrow = tl.where(chosen[None, :] > 0, query, 0.0).to(query.dtype)
-        for block in tl.static_range(0, 3):
-            # The first tile, then the two halves of the tail.
-            if block == 0:
-                position = tokens
-                seen = position < tl.where(done > 0, length, 0)
-                keys = tl.load(
-                    tiles_ptr + dim[:, None] * TILE + tokens[None, :], (dim[:, None] < DIM) & seen[None, :], 0.0
-                )
-            else:
-                position = (done + block - 1) * TILE + tokens
-                seen = position < length
-                slots = position % (2 * TILE)
-                keys = tl.load(
-                    tail_ptr + slots[None, :] * DIM + dim[:, None], (dim[:, None] < DIM) & seen[None, :], 0.0
-                )
-            exact = (position < sink) | (position >= length - recent)
-            wide = tl.dot(query, keys, input_precision="ieee")
-            scores = tl.where(exact[None, :], wide, tl.dot(narrow, keys, input_precision="ieee")) * scaling
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            values = tl.load(values_ptr + position[:, None] * VALUE_DIM + columns[None, :], seen[:, None], 0.0)
-            largest, total, output = _update(scores, values, largest, total, output)
-    else:
-        each = tl.cdiv(tl.maximum(done - 1, 0), splits - 1)
-        begin = 1 + (split - 1) * each
-        for tile in range(begin, tl.minimum(begin + each, done)):
-            scores = tl.zeros([ROWS, TILE], tl.float32)
-            for start in tl.static_range(0, CHOSEN, STEP):
-                place_of = start + tl.arange(0, STEP)
-                dim = tl.load(dims_ptr + place_of, place_of < CHOSEN, 0)
-                there = (heads[:, None] < GROUP) & (place_of[None, :] < CHOSEN)
-                query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], there, 0.0)
-                # Where k is no multiple, the rest is dimension 0 again, times zero.
-                keys = tl.load(tiles_ptr + (tile * DIM + dim[:, None]) * TILE + tokens[None, :])
-                scores = tl.dot(query, keys, scores, input_precision="ieee")
-            position = tile * TILE + tokens
-            values = tl.load(values_ptr + position[:, None] * VALUE_DIM + columns[None, :])
-            largest, total, output = _update(scores * scaling, values, largest, total, output)
-
-    head = (row * groups + group) * GROUP + heads
-    inside = heads < GROUP
-    some = tl.where(total > 0, total, 1.0)
-    output = output / some[:, None]
-    tl.store(
-        partial_ptr + (head[:, None].to(tl.int64) * splits + split) * VALUE_DIM + columns[None, :],
-        output,
-        inside[:, None],
-    )
-    tl.store(lse_ptr + head * splits + split, largest + tl.log2(total), inside)
-
-
-@triton.jit
-def _merge(
-    partial_ptr,
-    lse_ptr,
-    output_ptr,
-    lengths_ptr,
-    splits,
-    APPENDED: tl.constexpr,
-    SPLITS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-):
-    head = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
-        if tl.program_id(0) == 0:
-            # Nobody else reads it in this launch.
-            tl.store(lengths_ptr + tl.program_id(1), tl.load(lengths_ptr + tl.program_id(1)) + 1)
-    place, columns = tl.arange(0, SPLITS), tl.arange(0, VALUE_DIM)
-    lse = tl.load(lse_ptr + head * splits + place, place < splits, float("-inf"))
-    weights = tl.exp2(lse - tl.max(lse, 0))
-    weights = weights / tl.sum(weights, 0)
-    some = tl.load(
-        partial_ptr + (head.to(tl.int64) * splits + place[:, None]) * VALUE_DIM + columns[None, :],
-        place[:, None] < splits,
-        0.0,
-    )
-    result = tl.sum(some * weights[:, None], 0)
-    tl.store(output_ptr + head.to(tl.int64) * VALUE_DIM + columns, result.to(output_ptr.dtype.element_ty))
+def _mass(scores_ptr, lse_ptr, lengths_ptr, mass_ptr, tokens, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(2)
+    place = (row * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    seen = position < tl.load(lengths_ptr + row)
+    mass = tl.zeros([BLOCK], tl.float32)
+    for member in range(GROUP):
+        head = place * GROUP + member
+        scores = tl.load(scores_ptr + head * tokens + position, seen, float("-inf"))
+        mass += tl.exp2(scores - tl.load(lse_ptr + head))
+    tl.store(mass_ptr + place * tokens + position, tl.where(seen, mass, 0.0), position < tokens)

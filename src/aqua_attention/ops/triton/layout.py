@@ -26,6 +26,7 @@ class TiledCache:
         tail: [batch, num_key_value_heads, 2 * TILE, kept]; token t is at t % (2 * TILE).
         values: [batch, num_key_value_heads, max_length, value_dim].
         lengths: int32 [batch], tokens of each sequence.
+        arrived: int32 [batch, num_key_value_heads + 1], zero; the decoding kernel counts its programs there.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TiledCache:
         self.tail = torch.zeros(batch, groups, 2 * TILE, kept, dtype=dtype, device=device)
         self.values = torch.zeros(batch, groups, count * TILE, value_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(batch, groups + 1, dtype=torch.int32, device=device)
 
     def fill(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """Hold a prompt.

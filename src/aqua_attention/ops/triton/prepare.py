@@ -9,27 +9,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.triton.decode import LEAST_ROWS
+from aqua_attention.ops.triton.decode import padded
 from aqua_attention.ops.triton.layout import TILE, TiledCache
+
+WARPS = 8
 
 
 def prepare(
-    query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, rotation: Tensor, weight: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """Rotate one query and key token a sequence, write key and value behind the others, choose `count` dimensions.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: TiledCache,
+    rotation: Tensor,
+    key_rms: Tensor,
+    config: AquaConfig,
+    *,
+    scaling: float | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rotate one query and key token a sequence, write key and value behind the others, choose dimensions.
 
-    The sequences are not longer afterwards: `decode` with `appended=True` counts the new token and lengthens them.
+    The sequences are not longer afterwards: `decode` with `appended=True` counts the new token and lengthens them. A
+    token for which a sequence has no room is not written.
 
     Args:
         query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
         rotation: float32 [num_key_value_heads, head_dim, kept].
-        weight: float32 [num_key_value_heads, kept]: key_rms for selection="weighted", ones for "magnitude".
-        count: dimensions to choose for each key-value head, shared by its query heads, 1 to kept.
+        key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`.
+        config: `k_ratio` or `logit_error`, and `selection`, as in `select_dimensions`; `share` must be "group", unless
+            each key-value head has one query head.
+        scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
 
     Returns:
-        Rotated queries [batch, num_attention_heads, kept] and int32 dimensions [batch, num_key_value_heads, count],
-        ascending.
+        Rotated queries [batch, num_attention_heads, kept], and `dims` and `counts` for `decode`, ascending: all of them
+        None where every dimension counts, `counts` None where `k_ratio` says how many.
+
+    Raises:
+        AquaError: shapes that do not fit, or dimensions that are not shared by a group.
     """
     batch, heads, head_dim = query.shape
     groups, kept = rotation.shape[0], rotation.shape[2]
@@ -38,36 +55,46 @@ def prepare(
             f"rotation {tuple(rotation.shape)} does not fit queries of {head_dim} dimensions and a cache of "
             f"{cache.tail.shape[1]} heads of {cache.tail.shape[3]}"
         )
-    if not 1 <= count <= kept:
-        raise AquaError(f"count is {count}: it must be 1 to {kept} dimensions")
+    if config.share != "group" and heads != groups:
+        raise AquaError(f"share is {config.share!r}: the kernel reads the same dimensions for a group, share='group'")
+    count, adaptive = config.selected_dims(head_dim), config.logit_error is not None
+    count = kept if adaptive else min(count, kept)
     rotated = query.new_empty((batch, heads, kept))
-    dims = torch.empty((batch, groups, count), dtype=torch.int32, device=query.device)
+    dims = counts = None
+    if adaptive or count < kept:
+        dims = torch.empty((batch, groups, count), dtype=torch.int32, device=query.device)
+    if adaptive:
+        counts = torch.empty((batch, groups), dtype=torch.int32, device=query.device)
     _prepare[(groups, batch)](
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
         rotation,
-        weight,
+        key_rms,
         cache.tiles,
         cache.tail,
         cache.values,
         cache.lengths,
         rotated,
         dims,
+        counts,
         cache.tiles.shape[2],
+        config.logit_error or 0.0,
+        head_dim**-0.5 if scaling is None else scaling,
         GROUP=heads // groups,
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(heads // groups + 1)),
+        ROWS=padded(heads // groups + 1),
         HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_DIM_PADDED=padded(head_dim),
         KEPT=kept,
-        KEPT_PADDED=triton.next_power_of_2(kept),
+        KEPT_PADDED=padded(kept),
         VALUE_DIM=value.shape[2],
         VALUE_DIM_PADDED=triton.next_power_of_2(value.shape[2]),
         COUNT=count,
+        SELECTION=config.selection,
         TILE=TILE,
-        num_warps=8,
+        num_warps=WARPS,
     )
-    return rotated, dims
+    return rotated, dims, counts
 
 
 @triton.jit
@@ -76,14 +103,17 @@ def _prepare(
     key_ptr,
     value_ptr,
     rotation_ptr,
-    weight_ptr,
+    rms_ptr,
     tiles_ptr,
     tail_ptr,
     values_ptr,
     lengths_ptr,
     rotated_ptr,
     dims_ptr,
+    counts_ptr,
     tiles,
+    logit_error,
+    scaling,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -93,61 +123,81 @@ def _prepare(
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
     COUNT: tl.constexpr,
+    SELECTION: tl.constexpr,
     TILE: tl.constexpr,
 ):
     group, row = tl.program_id(0), tl.program_id(1)
-    place = row * tl.num_programs(0) + group
+    place = (row * tl.num_programs(0) + group).to(tl.int64)
+    position = tl.load(lengths_ptr + row)
     # One matrix: the query heads of the group, and the key as the row behind them.
     heads, wide, narrow = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM_PADDED), tl.arange(0, KEPT_PADDED)
-    states = tl.load(
-        query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
-        (heads[:, None] < GROUP) & (wide[None, :] < HEAD_DIM),
-        0.0,
-    ).to(tl.float32)
-    key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0).to(tl.float32)
-    states = tl.where(heads[:, None] == GROUP, key[None, :], states)
+    inside, is_key, column = heads < GROUP, heads == GROUP, narrow < KEPT
     rotation = tl.load(
         rotation_ptr + (group * HEAD_DIM + wide[:, None]) * KEPT + narrow[None, :],
-        (wide[:, None] < HEAD_DIM) & (narrow[None, :] < KEPT),
+        (wide[:, None] < HEAD_DIM) & column[None, :],
         0.0,
     )
-    turned = tl.dot(states, rotation, input_precision="ieee").to(rotated_ptr.dtype.element_ty)
+    states = tl.load(
+        query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
+        inside[:, None] & (wide[None, :] < HEAD_DIM),
+        0.0,
+    )
+    key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
+    states = tl.where(is_key[:, None], key[None, :], states)
+    if states.dtype == tl.float32:
+        turned = tl.dot(states, rotation, input_precision="ieee")
+    else:
+        # A rotation rounded to 16 bits is not orthogonal; with what was rounded off beside it, it is.
+        high = rotation.to(states.dtype)
+        turned = tl.dot(states, high)
+        turned = tl.dot(states, (rotation - high.to(tl.float32)).to(states.dtype), turned)
+    turned = turned.to(rotated_ptr.dtype.element_ty)
     tl.store(
         rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
         turned,
-        (heads[:, None] < GROUP) & (narrow[None, :] < KEPT),
+        inside[:, None] & column[None, :],
     )
 
-    # The dimensions of largest summed square; among equals the lower one, and a NaN is largest.
-    weight = tl.load(weight_ptr + group * KEPT + narrow, narrow < KEPT, 0.0)
-    size = tl.where(heads[:, None] < GROUP, turned.to(tl.float32) * weight[None, :], 0.0)
-    size = tl.sum(size * size, 0)
-    size = tl.where(size == size, size, float("inf"))
-    size = tl.where(narrow < KEPT, size, -1.0)
-    ahead = (size[:, None] > size[None, :]) | ((size[:, None] == size[None, :]) & (narrow[:, None] < narrow[None, :]))
-    chosen = (tl.sum(ahead.to(tl.int32), 0) < COUNT).to(tl.int32)
-    tl.store(dims_ptr + place * COUNT + tl.cumsum(chosen, 0) - 1, narrow, chosen > 0)
+    if position < tiles * TILE:
+        # The new token replaces one of the tile before last, which must be in its place by then.
+        tail_ptr += place * 2 * TILE * KEPT
+        slot = position % (2 * TILE)
+        if (position % TILE == 0) & (position >= 2 * TILE):
+            tokens = tl.arange(0, TILE)
+            there = column[:, None] & (tokens[None, :] >= 0)
+            old = tl.load(tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None], there)
+            first = (place * tiles + position // TILE - 2) * KEPT
+            tl.store(tiles_ptr + (first + narrow[:, None]) * TILE + tokens[None, :], old, there)
+            tl.debug_barrier()
+        new = tl.sum(tl.where(is_key[:, None], turned.to(tl.float32), 0.0), 0)
+        tl.store(tail_ptr + slot * KEPT + narrow, new.to(tail_ptr.dtype.element_ty), column)
+        columns = tl.arange(0, VALUE_DIM_PADDED)
+        value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
+        tl.store(values_ptr + (place * tiles * TILE + position) * VALUE_DIM + columns, value, columns < VALUE_DIM)
 
-    # The new token replaces one of the tile before last, which must be in its place by then.
-    position = tl.load(lengths_ptr + row)
-    place = place.to(tl.int64)
-    tail_ptr += place * 2 * TILE * KEPT
-    slot = position % (2 * TILE)
-    if (position % TILE == 0) & (position >= 2 * TILE):
-        tokens = tl.arange(0, TILE)
-        old = tl.load(
-            tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None],
-            (narrow[:, None] < KEPT) & (tokens[None, :] >= 0),
+    if dims_ptr is not None:
+        # The dimensions of largest summed square; among equals the lower one, and a NaN is largest.
+        rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
+        magnitude = tl.where(inside[:, None], turned.to(tl.float32), 0.0)
+        error = magnitude * rms[None, :]
+        if SELECTION == "static":
+            size = (KEPT_PADDED - narrow).to(tl.float32)
+        else:
+            size = tl.sum(error * error, 0) if SELECTION == "weighted" else tl.sum(magnitude * magnitude, 0)
+            size = tl.where(size == size, size, float("inf"))
+        size = tl.where(column, size, -1.0)
+        ahead = (size[:, None] > size[None, :]) | (
+            (size[:, None] == size[None, :]) & (narrow[:, None] < narrow[None, :])
         )
-        tile = position // TILE - 2
-        tl.store(
-            tiles_ptr + ((place * tiles + tile) * KEPT + narrow[:, None]) * TILE + tokens[None, :],
-            old,
-            (narrow[:, None] < KEPT) & (tokens[None, :] >= 0),
-        )
-        tl.debug_barrier()
-    new = tl.sum(tl.where(heads[:, None] == GROUP, turned.to(tl.float32), 0.0), 0)
-    tl.store(tail_ptr + slot * KEPT + narrow, new.to(tail_ptr.dtype.element_ty), narrow < KEPT)
-    columns = tl.arange(0, VALUE_DIM_PADDED)
-    value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
-    tl.store(values_ptr + (place * tiles * TILE + position) * VALUE_DIM + columns, value, columns < VALUE_DIM)
+        rank = tl.sum(ahead.to(tl.int32), 0)
+        if counts_ptr is None:
+            chosen = (rank < COUNT).to(tl.int32)
+        else:
+            # Dropping a dimension costs its variance and that of all behind it.
+            error *= scaling
+            variance = tl.sum(error * error, 0)
+            behind = tl.sum(tl.where(ahead, 0.0, variance[:, None]), 0)
+            few = behind <= logit_error
+            chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
+            tl.store(counts_ptr + place, tl.sum(chosen, 0))
+        tl.store(dims_ptr + place * COUNT + tl.cumsum(chosen, 0) - 1, narrow, chosen > 0)
