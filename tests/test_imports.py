@@ -35,6 +35,7 @@ ORDER = [
     "evict",
     "cache_spec",
     "rotated_layer",
+    "tiled_layer",
     "cache",
     "cache_file",
     "integrations",

@@ -23,6 +23,7 @@ from transformers.cache_utils import (
 from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.errors import AquaError
 from aqua_attention.rotated_layer import OTHER_SETTINGS, RotatedLayer, check_active, rotated_keys, tagged
+from aqua_attention.tiled_layer import TiledLayer
 
 
 class _RotatesOnWrite:
@@ -81,6 +82,10 @@ class RotatedStaticSlidingLayer(_RotatesOnWrite, StaticSlidingWindowLayer):
 class AquaCache(Cache):
     """A cache made for one attachment, by `Attachment.new_cache`: growing, or of a fixed size.
 
+    Attributes:
+        max_length: tokens for which there is room; None: it grows.
+        layout: "tiled" for the decoding kernel on a GPU, or "plain".
+
     An ordinary `DynamicCache`, which `generate` makes by itself, becomes the same as the growing one while it is empty.
     """
 
@@ -90,9 +95,10 @@ class AquaCache(Cache):
         specs: dict[int, CacheSpec],
         max_length: int | None = None,
         offloading: bool = False,
+        layout: str = "plain",
     ) -> None:
         """An empty cache; see `Attachment.new_cache`."""
-        self.max_length = max_length
+        self.max_length, self.layout = max_length, layout
         if max_length is None:
             layers = DynamicCache(config=config).layers
         else:
@@ -142,16 +148,16 @@ def rotate_on_write(cache: Cache, specs: dict[int, CacheSpec], config: PreTraine
         if layer is None or mine is spec:
             continue
         if int(layer.get_seq_length()) == 0:
-            cache.layers[index] = _empty(layer, spec, isinstance(cache, AquaCache)) or layer
+            cache.layers[index] = _empty(layer, spec, getattr(cache, "layout", None)) or layer
         elif mine is not None and spec.same_as(mine):
             layer.spec = spec
 
 
-def _empty(layer: CacheLayerMixin, spec: CacheSpec, fixed: bool) -> CacheLayerMixin | None:
+def _empty(layer: CacheLayerMixin, spec: CacheSpec, layout: str | None) -> CacheLayerMixin | None:
     """The rotated layer that takes the place of an empty one; None where there is none.
 
     Args:
-        fixed: whether layers of a fixed size are replaced too.
+        layout: of an `AquaCache`, whose layers of a fixed size are replaced too; None: another cache.
     """
     if type(layer) in (DynamicLayer, RotatedLayer):
         return RotatedLayer(spec)
@@ -159,9 +165,9 @@ def _empty(layer: CacheLayerMixin, spec: CacheSpec, fixed: bool) -> CacheLayerMi
         sliding = RotatedSlidingLayer(spec, layer.sliding_window)
         sliding.record_past = layer.record_past
         return sliding
-    if fixed and type(layer) in (StaticLayer, RotatedStaticLayer):
-        return RotatedStaticLayer(spec, layer.max_cache_len)
-    if fixed and type(layer) in (StaticSlidingWindowLayer, RotatedStaticSlidingLayer):
+    if layout and type(layer) in (StaticLayer, RotatedStaticLayer, TiledLayer):
+        return (TiledLayer if layout == "tiled" else RotatedStaticLayer)(spec, layer.max_cache_len)
+    if layout and type(layer) in (StaticSlidingWindowLayer, RotatedStaticSlidingLayer):
         # The layer's own length is its window, or the whole cache where that is shorter.
         return RotatedStaticSlidingLayer(spec, layer.max_cache_len, layer.max_cache_len)
     return None

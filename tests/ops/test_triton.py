@@ -16,7 +16,7 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 
 pytest.importorskip("triton")
-from aqua_attention.ops.triton.decode import decode
+from aqua_attention.ops.triton.decode import Chosen, decode
 from aqua_attention.ops.triton.layout import TILE, TiledCache, tiles_done
 from aqua_attention.ops.triton.prepare import prepare
 
@@ -62,7 +62,7 @@ def chosen(query, groups, count):
     size = query.float().view(batch, groups, heads // groups, kept).square().sum(2)
     dims = size.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     mask = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, dims, True)
-    return dims.to(torch.int32).contiguous(), mask.repeat_interleave(heads // groups, 1)[:, :, None]
+    return Chosen.of(dims, kept), mask.repeat_interleave(heads // groups, 1)[:, :, None]
 
 
 def check(found, query, keys, values, selected, lengths, **options):
@@ -136,28 +136,30 @@ def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, 
     for step in range(steps):
         place = (lengths + step).to(DEVICE)
         query = queries[:, :, step]
-        wide, dims, counts = prepare(query, keys[rows, :, place], values[rows, :, place], cache, rotation, rms, config)
-        found = decode(wide, dims, cache, counts=counts, sink=3, recent=20, appended=True, scaling=head_dim**-0.5)
+        wide, taken = prepare(query, keys[rows, :, place], values[rows, :, place], cache, rotation, rms, config)
+        found = decode(wide, taken, cache, sink=3, recent=20, appended=True, scaling=head_dim**-0.5)
         if step % 5:
             continue
         expected = rotate(query[:, :, None], rotation)
         assert torch.allclose(wide.float(), expected[:, :, 0].float(), rtol=0, atol=4 * torch.finfo(dtype).eps * 8)
         selected = select_dimensions(wide[:, :, None], config, head_dim, rms)
-        if dims is not None:
-            assert torch.equal(as_mask(dims, counts, wide), selected)
+        if taken is not None:
+            assert torch.equal(as_mask(taken, wide), selected)
         ends = (lengths + step + 1).tolist()
         check(found, wide, rotated, values, selected, ends, sink=3, recent=20, scaling=head_dim**-0.5)
     assert cache.lengths.tolist() == [start + steps, start + 5 + steps]
     assert not cache.arrived.any()
 
 
-def as_mask(dims, counts, query):
+def as_mask(taken, query):
     """What `prepare` chose, as `select_dimensions` says it."""
+    dims, flags, counts = taken
     (batch, groups, count), (heads, kept) = dims.shape, query.shape[1:]
     mask = torch.zeros(batch, groups, kept, dtype=torch.bool, device=DEVICE)
     for row in range(batch):
         for group in range(groups):
             mask[row, group, dims[row, group, : count if counts is None else counts[row, group]].long()] = True
+    assert torch.equal(mask, flags.bool())
     return mask.repeat_interleave(heads // groups, 1)[:, :, None]
 
 
@@ -170,7 +172,7 @@ def test_selection_in_the_kernel_is_that_of_the_reference_with_ties():
 
     def dims(**choice):
         config = aqua.AquaConfig(selection="weighted", share="group", **choice)
-        _, dims, counts = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
+        _, (dims, _, counts) = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
         return dims[0, 0, : dims.shape[2] if counts is None else counts[0, 0]].tolist()
 
     assert dims(k_ratio=0.25) == [0, 1, 2, 4]
@@ -191,20 +193,23 @@ def test_a_full_cache_is_not_written_behind_its_end():
     held = cache.values.shape[2]
     config, one = aqua.AquaConfig(k_ratio=0.5, share="group"), torch.ones(1, 2, 16, device=DEVICE)
     for _ in range(10):
-        wide, dims, _ = prepare(
+        wide, taken = prepare(
             one, one, one, cache, torch.eye(16, device=DEVICE).expand(2, 16, 16).contiguous(), one[0], config
         )
-        decode(wide, dims, cache, appended=True)
+        decode(wide, taken, cache, appended=True)
     assert cache.lengths.tolist() == [held]
 
 
 def test_requests_that_the_kernels_do_not_take_list_what_they_take():
     query, _, _, cache = problem((4, 2), [300], 64, 64, torch.float32)
     dims = torch.zeros(1, 2, 16, dtype=torch.int32, device=DEVICE)
+    mask = torch.zeros(1, 2, 64, dtype=torch.int8, device=DEVICE)
     for arguments, words in (
         ((query[:, :3].contiguous(), None), "a multiple of 2, 64"),
         ((query.double(), None), "in the cache's torch.float32"),
-        ((query, dims.long()), "int32 .1, 2, 1 to 64."),
+        ((query, Chosen(dims.long(), mask)), "dims is .* int32 .1, 2, 1 to 64."),
+        ((query, Chosen(dims, mask[..., 1:])), "mask is .* int8 .1, 2, 64."),
+        ((query, Chosen(dims, mask, dims)), "counts is .* int32 .1, 2."),
     ):
         with pytest.raises(aqua.AquaError, match=words):
             decode(*arguments, cache)

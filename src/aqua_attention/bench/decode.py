@@ -21,7 +21,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.triton.decode import decode
+from aqua_attention.ops.triton.decode import Chosen, decode
 from aqua_attention.ops.triton.layout import TILE, TiledCache
 from aqua_attention.ops.triton.prepare import prepare
 
@@ -94,8 +94,8 @@ def measure_decode(
         config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent)
 
         def step(config: AquaConfig = config) -> tuple[Tensor, ...]:
-            turned, dims, _ = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
-            return decode(turned, dims, cache, sink=sink, recent=recent, appended=True), turned
+            turned, chosen = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
+            return decode(turned, chosen, cache, sink=sink, recent=recent, appended=True), turned
 
         cache.fill(keys, values, lengths)
         found, turned = (each[:CHECKED_ROWS] for each in step())
@@ -108,11 +108,11 @@ def measure_decode(
         selected = select_dimensions(turned[:, :, None], config, head_dim, key_rms)
         _check(found, turned, longer[0], longer[1], selected, sink, recent)
 
-        turned, dims, _ = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
+        turned, chosen = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
         cache.fill(keys, values, lengths)
 
-        def run(turned: Tensor = turned, dims: Tensor | None = dims) -> Tensor:
-            return decode(turned, dims, cache, sink=sink, recent=recent)
+        def run(turned: Tensor = turned, chosen: Chosen | None = chosen) -> Tensor:
+            return decode(turned, chosen, cache, sink=sink, recent=recent)
 
         selected = select_dimensions(turned[:CHECKED_ROWS, :, None], config, head_dim, key_rms)
         _check(run()[:CHECKED_ROWS], turned, keys, values, selected, sink, recent)

@@ -25,9 +25,11 @@ from aqua_attention.ops.api import attention
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
 from aqua_attention.rotated_layer import RotatedLayer, layer_of
+from aqua_attention.tiled_layer import TiledLayer, untiled_reason
 
 OWN_CACHES = (DynamicCache, AquaCache)
 """Caches whose layers can be ours."""
+LAYOUTS = ("auto", "tiled", "plain")
 SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
 
 
@@ -105,17 +107,22 @@ class Attachment:
     ) -> None:
         self.detach()
 
-    def new_cache(self, max_length: int | None = None, *, offloading: bool = False) -> AquaCache:
+    def new_cache(self, max_length: int | None = None, *, offloading: bool = False, layout: str = "auto") -> AquaCache:
         """An empty cache for this attachment, to be given to `generate` or `forward` as `past_key_values`.
 
         Args:
             max_length: None grows as needed; a number of tokens allocates them once and never changes a shape, as
                 `torch.compile` and CUDA graphs need.
             offloading: keep the layers that are not in use on the CPU.
+            layout: of a cache of fixed size. "tiled": keys by dimension, for the decoding kernel on a GPU, which reads
+                the chosen dimensions only; "plain": keys by token, all of them read; "auto": tiled where that is
+                possible. The cache's `layout` says which it is.
 
         Raises:
-            AquaError: not attached, or a setting that a cache of fixed size cannot store.
+            AquaError: not attached, or a setting that a cache of fixed size or its layout cannot store.
         """
+        if layout not in LAYOUTS:
+            raise AquaError(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
         if not self._layers:
             raise AquaError("AQUA is not attached: make its cache inside `apply`, or after attach()")
         if not self._rotates_on_write:
@@ -128,7 +135,23 @@ class Attachment:
             )
         if max_length is not None and max_length < 1:
             raise AquaError(f"max_length is {max_length}: it must be 1 or more")
-        return AquaCache(self._decoder.config, self._specs(), max_length, offloading)
+        reason = self._untiled_reason(max_length, offloading)
+        if layout == "tiled" and reason:
+            raise AquaError(f"a cache in the tiled layout is impossible here, because {reason}: use auto or plain")
+        on_gpu = all(layer.device.type == "cuda" for layer in self._found)
+        tiled = layout == "tiled" or (layout == "auto" and not reason and on_gpu)
+        return AquaCache(self._decoder.config, self._specs(), max_length, offloading, "tiled" if tiled else "plain")
+
+    def _untiled_reason(self, max_length: int | None, offloading: bool) -> str | None:
+        """Why there can be no cache for the decoding kernel; None when there can."""
+        if max_length is None or offloading:
+            return "it has a fixed size and stays on the GPU (give max_length, no offloading)"
+        if getattr(self._decoder.config, "attn_logit_softcapping", None) or any(
+            getattr(layer.module, "sinks", None) is not None for layer in self._found
+        ):
+            return "the kernel knows neither softcap nor extra softmax logits"
+        reasons = (untiled_reason(self.config, self._layers[f.module].spec, f.num_attention_heads) for f in self._found)
+        return next(filter(None, reasons), None)
 
     def save_cache(self, cache: Cache, path: Path | str) -> None:
         """Write a growing cache that this attachment has filled to one safetensors file, whole or not at all.
@@ -208,7 +231,8 @@ class Attachment:
             as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
-        if needs := torch.is_grad_enabled() and _needs_own_cache(self.config):
+        tiled = any(isinstance(layer, TiledLayer) for layer in cache.layers)
+        if needs := torch.is_grad_enabled() and ("the tiled layout" if tiled else _needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
@@ -244,9 +268,24 @@ class Attachment:
             raise AquaError("sink and recent in a sliding-window layer need a 2-D attention mask, not a 4-D one")
         scaling = layer.head_dim**-0.5 if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
-            query = rotate(query, layer.spec.matrix).to(value.dtype)
             cached = layer_of(key, layer.spec)
-            if mask is None and 1 < query.shape[2] < key.shape[2] and not isinstance(cached, RotatedLayer):
+            if isinstance(cached, TiledLayer):
+                if sliding_window or softcap or s_aux is not None:
+                    raise AquaError(
+                        "the tiled layout knows neither sliding windows, softcap nor extra softmax logits: make the "
+                        "cache with layout='plain'"
+                    )
+                if cached.decodes(query.shape[2]):
+                    output, selected, query = cached.decode(query, layer.key_rms, self.config, scaling)
+                    if self.on_selection is not None:
+                        self.on_selection(layer.index, selected, query.shape, layer.head_dim)
+                    return output.transpose(1, 2).contiguous(), None
+            query = rotate(query, layer.spec.matrix).to(value.dtype)
+            if (
+                mask is None
+                and 1 < query.shape[2] < key.shape[2]
+                and not isinstance(cached, (RotatedLayer, TiledLayer))
+            ):
                 # Without a mask, keys behind the queries are the empty end of a static cache.
                 key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
             if cached is None:
@@ -263,6 +302,8 @@ class Attachment:
                 output = cached.attend(query, key, value, selected, mask, bool(sliding_window), **options)
             else:
                 output = attention(query, key.to(value.dtype), value, selected, mask=mask, **options)
+            if isinstance(cached, TiledLayer):
+                cached.store(mask)
         return output.transpose(1, 2).contiguous(), None
 
     def _selected(self, layer: _AttachedLayer, query: Tensor, scaling: float) -> Tensor | None:

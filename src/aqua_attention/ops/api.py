@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
@@ -77,6 +80,15 @@ def choose(
     if impl == "fused":
         raise AquaError(f"impl='fused' cannot take this call ({reason}): use auto, chunked or reference")
     return "chunked"
+
+
+def no_kernels_reason(device: torch.device) -> str | None:
+    """Why our kernels cannot run on this device; None when they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device.type}, and the kernels need a CUDA GPU"
+    return None
 
 
 def _check(

@@ -9,6 +9,8 @@ the first tile and the two halves of the tail. All others read `k` rows of each 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,26 +22,46 @@ from aqua_attention.ops.triton.layout import TILE, TiledCache
 DIMS_AT_ONCE = 32
 LEAST_SIZE = 16
 """Rows and columns of a matrix product on tensor cores are padded to so many at least."""
-PROGRAMS = 4096
-"""Splits are made until there are about so many programs: the best of a sweep on an H100."""
-WARPS = 8
+WARPS, FEW_WARPS = 8, 4
+"""Of a program when there are many programs, and when all of them run at once."""
 STAGE_BYTES, MOST_STAGES = 200_000, 4
 """Shared memory for the tiles that are on their way, and how many there are at most."""
 SPECIAL = 3
 """Programs of each sequence and head for the blocks with an exact window."""
 MOST_SPLITS = 61
+"""The program that merges holds the log-sum-exp of all of them at once."""
 MERGED_ROWS = 64
 """Partial results of so many splits and heads are merged at once."""
-LEAST_TILES = 4
-"""Tiles that a program has at least, unless there are fewer."""
+TILES_EACH, LEAST_SPLITS = 12, 4
+"""Tiles of a program when there are many; as many programs as run at once, where that is this many splits or more. Both
+are the best of a sweep on an H100."""
+
+
+class Chosen(NamedTuple):
+    """Dimensions to multiply outside the exact window, for each sequence and key-value head, shared by its query heads.
+
+    Attributes:
+        dims: int32 [batch, num_key_value_heads, k], each once.
+        mask: int8 [batch, num_key_value_heads, kept], 1 for these.
+        counts: int32 [batch, num_key_value_heads], how many of `dims` count, the first ones; None: all.
+    """
+
+    dims: Tensor
+    mask: Tensor
+    counts: Tensor | None = None
+
+    @staticmethod
+    def of(dims: Tensor, kept: int) -> Chosen:
+        """From the dimensions alone."""
+        mask = torch.zeros((*dims.shape[:2], kept), dtype=torch.int8, device=dims.device)
+        return Chosen(dims.to(torch.int32).contiguous(), mask.scatter_(-1, dims.long(), 1))
 
 
 def decode(
     query: Tensor,
-    dims: Tensor | None,
+    chosen: Chosen | None,
     cache: TiledCache,
     *,
-    counts: Tensor | None = None,
     sink: int = 0,
     recent: int = 0,
     scaling: float | None = None,
@@ -51,9 +73,8 @@ def decode(
 
     Args:
         query: rotated, [batch, num_attention_heads, kept].
-        dims: int32 [batch, num_key_value_heads, k], the dimensions to multiply, each once; None: all (dense attention).
+        chosen: the dimensions to multiply; None: all (dense attention).
         cache: keys and values, the query's own token included.
-        counts: int32 [batch, num_key_value_heads], how many of `dims` count, the first ones; None: all.
         sink, recent: size of the exact window, at most TILE each.
         scaling: factor of the scores; default 1/sqrt(kept).
         splits: programs for each sequence and key-value head; None: as many as fill the GPU.
@@ -69,10 +90,13 @@ def decode(
     """
     batch, groups, count, kept, _ = cache.tiles.shape
     heads, value_dim = query.shape[1], cache.values.shape[3]
-    _check(query, dims, counts, mass, cache, sink, recent)
-    chosen = kept if dims is None else dims.shape[2]
+    _check(query, chosen, mass, cache, sink, recent)
+    dims, chosen_mask, counts = (None, None, None) if chosen is None else chosen
+    most = kept if dims is None else dims.shape[2]
     if splits is None:
-        splits = max(1, min(-(-PROGRAMS // (batch * groups)), -(-count // LEAST_TILES), MOST_SPLITS))
+        splits, warps = splits_and_warps(batch * groups, count, query.device)
+    else:
+        warps = WARPS
     splits += SPECIAL
     partial = query.new_empty((batch, heads, splits, value_dim), dtype=torch.float32)
     lse = query.new_empty((batch, heads, splits), dtype=torch.float32)
@@ -80,10 +104,11 @@ def decode(
     whole_lse = None if mass is None else query.new_empty((batch, heads), dtype=torch.float32)
     output = query.new_empty((batch, heads, value_dim))
     group_padded = triton.next_power_of_2(heads // groups)
-    tile_bytes = TILE * (chosen + value_dim) * query.element_size()
+    tile_bytes = TILE * (most + value_dim) * query.element_size()
     _decode[(splits, groups, batch)](
         query,
         dims,
+        chosen_mask,
         counts,
         cache.tiles,
         cache.tail,
@@ -106,14 +131,15 @@ def decode(
         DIM_PADDED=padded(kept),
         VALUE_DIM=value_dim,
         VALUE_PADDED=padded(value_dim),
-        CHOSEN=chosen,
-        STEP=DIMS_AT_ONCE if chosen > LEAST_SIZE else LEAST_SIZE,
+        CHOSEN=most,
+        STEP=DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE,
         GROUP_PADDED=group_padded,
         SPLITS_PADDED=triton.next_power_of_2(splits),
         MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
         TILE=TILE,
         SPECIAL=SPECIAL,
-        num_warps=WARPS,
+        num_warps=warps,
+        **starts_early(query),
         num_stages=max(1, min(MOST_STAGES, 1 + STAGE_BYTES // tile_bytes)),
     )
     if mass is not None:
@@ -123,19 +149,28 @@ def decode(
     return output
 
 
+def splits_and_warps(rows: int, tiles: int, device: torch.device) -> tuple[int, int]:
+    """Programs for the tiles of each of `rows` sequences and heads, and the warps of one."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
+    at_once = min(processors // rows - SPECIAL, tiles)
+    if at_once >= LEAST_SPLITS or at_once == tiles:
+        return at_once, FEW_WARPS
+    return max(1, min(-(-tiles // TILES_EACH), MOST_SPLITS)), WARPS
+
+
+def starts_early(tensor: Tensor) -> dict[str, bool]:
+    """Options of a kernel that may be put on the GPU before the one ahead of it has ended, where GPUs can do that."""
+    early = tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
+
+
 def padded(size: int) -> int:
     """The size of a block that holds so many."""
     return max(LEAST_SIZE, int(triton.next_power_of_2(size)))
 
 
 def _check(
-    query: Tensor,
-    dims: Tensor | None,
-    counts: Tensor | None,
-    mass: Tensor | None,
-    cache: TiledCache,
-    sink: int,
-    recent: int,
+    query: Tensor, chosen: Chosen | None, mass: Tensor | None, cache: TiledCache, sink: int, recent: int
 ) -> None:
     batch, groups, count, kept, _ = cache.tiles.shape
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
@@ -144,16 +179,17 @@ def _check(
         raise AquaError(f"query is {query.dtype}: it must be contiguous, in the cache's {cache.tiles.dtype}")
     if not (0 <= sink <= TILE and 0 <= recent <= TILE):
         raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
-    if dims is not None:
+    if chosen is not None:
+        dims, mask, counts = chosen
         fits = dims.ndim == 3 and dims.shape[:2] == (batch, groups) and 1 <= dims.shape[2] <= kept
         if not fits or dims.dtype != torch.int32 or not dims.is_contiguous():
             raise AquaError(
                 f"dims is {dims.dtype} {tuple(dims.shape)}: it must be int32 [{batch}, {groups}, 1 to {kept}]"
             )
-    if counts is not None and (dims is None or counts.dtype != torch.int32 or counts.shape != (batch, groups)):
-        raise AquaError(
-            f"counts is {counts.dtype} {tuple(counts.shape)}: it must be int32 [{batch}, {groups}], with dims"
-        )
+        if mask.dtype != torch.int8 or mask.shape != (batch, groups, kept) or not mask.is_contiguous():
+            raise AquaError(f"mask is {mask.dtype} {tuple(mask.shape)}: it must be int8 [{batch}, {groups}, {kept}]")
+        if counts is not None and (counts.dtype != torch.int32 or counts.shape != (batch, groups)):
+            raise AquaError(f"counts is {counts.dtype} {tuple(counts.shape)}: it must be int32 [{batch}, {groups}]")
     if mass is not None and (mass.dtype != torch.float32 or mass.shape != (batch, groups, count * TILE)):
         raise AquaError(
             f"mass is {mass.dtype} {tuple(mass.shape)}: it must be float32 [{batch}, {groups}, {count * TILE}]"
@@ -164,6 +200,7 @@ def _check(
 def _decode(
     query_ptr,
     dims_ptr,
+    mask_ptr,
     counts_ptr,
     tiles_ptr,
     tail_ptr,
@@ -193,9 +230,12 @@ def _decode(
     MERGED: tl.constexpr,
     TILE: tl.constexpr,
     SPECIAL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, groups = tl.num_programs(0), tl.num_programs(1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # for `prepare`
     length = tl.minimum(tl.load(lengths_ptr + row) + APPENDED, count * TILE)
     done = tl.maximum((length - 1) // TILE - 1, 0)
     place = (row * groups + group).to(tl.int64)
@@ -219,7 +259,7 @@ def _decode(
         scores_ptr += head[:, None] * count * TILE
 
     if split < SPECIAL:
-        # Every dimension of the first tile or half of the tail; outside the window those not chosen count as zero.
+        # The first tile, or half of the tail. Outside the window, dimensions that are not chosen count as zero.
         dim = tl.arange(0, DIM_PADDED)
         query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
         position = tl.where(split == 0, 0, done + split - 1) * TILE + tokens
@@ -229,22 +269,17 @@ def _decode(
             keys = tl.load(tiles_ptr + dim[:, None] * TILE + tokens[None, :], there, 0.0)
         else:
             keys = tl.load(tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0)
-        scores = tl.dot(query, keys, input_precision="ieee")
-        if dims_ptr is not None:
-            chosen = tl.zeros([DIM_PADDED], tl.int32)
-            for start in range(0, CHOSEN, STEP):
-                places = start + tl.arange(0, STEP)
-                some = tl.load(dims_ptr + places, places < limit, -1)
-                chosen += tl.sum((some[:, None] == dim[None, :]).to(tl.int32), 0)
-            narrow = tl.where(chosen[None, :] > 0, query, 0.0).to(query.dtype)
-            exact = (position < sink) | (position >= length - recent)
-            scores = tl.where(exact[None, :], scores, tl.dot(narrow, keys, input_precision="ieee"))
-        scores = tl.where(seen[None, :], scores * scaling, float("-inf"))
         values = tl.load(
             values_ptr + position[:, None] * VALUE_DIM + columns[None, :],
             seen[:, None] & (columns[None, :] < VALUE_DIM),
             0.0,
         )
+        if dims_ptr is not None:
+            exact = (position < sink) | (position >= length - recent)
+            chosen = tl.load(mask_ptr + place * DIM + dim, dim < DIM, 0) > 0
+            keys = tl.where(chosen[:, None] | exact[None, :], keys, 0.0)
+        scores = tl.dot(query, keys, input_precision="ieee")
+        scores = tl.where(seen[None, :], scores * scaling, float("-inf"))
         if scores_ptr is not None:
             tl.store(scores_ptr + position[None, :], scores, inside[:, None] & seen[None, :])
         largest, total, output = _update(scores, values, largest, total, output)
@@ -292,12 +327,12 @@ def _decode(
     tl.debug_barrier()  # the whole program has written before it says so
     if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
         tl.store(arrived_ptr + row * (groups + 1) + group, 0)
-        part, member = tl.arange(0, SPLITS_PADDED), tl.arange(0, GROUP_PADDED)
+        every, member = tl.arange(0, SPLITS_PADDED), tl.arange(0, GROUP_PADDED)
         first = (place * GROUP + member) * splits
         # Past the cache of this processor, which may hold what was there before.
         parts = tl.load(
-            lse_ptr + first[:, None] + part[None, :],
-            (member[:, None] < GROUP) & (part[None, :] < splits),
+            lse_ptr + first[:, None] + every[None, :],
+            (member[:, None] < GROUP) & (every[None, :] < splits),
             float("-inf"),
             cache_modifier=".cg",
         )
@@ -306,15 +341,15 @@ def _decode(
         result = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
         for start in range(0, splits, MERGED):
             part = start + tl.arange(0, MERGED)
-            there = (member[:, None] < GROUP) & (part[None, :] < splits)
+            is_part = (member[:, None] < GROUP) & (part[None, :] < splits)
             at = first[:, None] + part[None, :]
             weights = tl.exp2(
-                tl.load(lse_ptr + at, there, float("-inf"), cache_modifier=".cg")
+                tl.load(lse_ptr + at, is_part, float("-inf"), cache_modifier=".cg")
                 - tl.where(member < GROUP, whole, 0.0)[:, None]
             )
             some = tl.load(
                 partial_ptr + at[:, :, None] * VALUE_DIM + columns[None, None, :],
-                there[:, :, None] & column[None, None, :],
+                is_part[:, :, None] & column[None, None, :],
                 0.0,
                 cache_modifier=".cg",
             )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from aqua_attention.errors import AquaError
 
+Device = torch.device | str
 TILE = 128
 """Tokens in a tile; the tail holds up to two."""
 
@@ -30,7 +31,7 @@ class TiledCache:
     """
 
     def __init__(
-        self, batch: int, groups: int, kept: int, value_dim: int, max_length: int, dtype: torch.dtype, device: str
+        self, batch: int, groups: int, kept: int, value_dim: int, max_length: int, dtype: torch.dtype, device: Device
     ) -> None:
         if max_length < 1:
             raise AquaError(f"max_length is {max_length}: it must be 1 or more")
@@ -48,7 +49,7 @@ class TiledCache:
         Args:
             keys: rotated, [batch, num_key_value_heads, length, kept]; of sequence b the first lengths[b] count.
             values: [batch, num_key_value_heads, length, value_dim].
-            lengths: int [batch], each from 1 to `length`.
+            lengths: int [batch], each from 0 to `length`.
 
         Raises:
             AquaError: it does not fit; nothing is changed then.
@@ -60,8 +61,8 @@ class TiledCache:
                 f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit a cache of keys "
                 f"{(*shape[:2], self.max_length, shape[3])} and value_dim {self.values.shape[3]}"
             )
-        if lengths.shape != shape[:1] or int(lengths.min()) < 1 or int(lengths.max()) > length:
-            raise AquaError(f"lengths are {lengths.tolist()}: they must be {shape[0]} numbers from 1 to {length}")
+        if lengths.shape != shape[:1] or int(lengths.min()) < 0 or int(lengths.max()) > length:
+            raise AquaError(f"lengths are {lengths.tolist()}: they must be {shape[0]} numbers from 0 to {length}")
         self.lengths.copy_(lengths)
         self.values[:, :, :length] = values
         whole = length // TILE
@@ -70,6 +71,22 @@ class TiledCache:
         for row, count in enumerate(lengths.tolist()):
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
             self.tail[row, :, tokens % (2 * TILE)] = keys[row, :, tokens]
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values by token, [batch, num_key_value_heads, longest, ...]; behind the end of a row is rubbish."""
+        lengths = self.lengths.tolist()
+        longest = max(lengths)
+        whole = -(-longest // TILE)
+        keys = self.tiles[:, :, :whole].transpose(-1, -2).flatten(2, 3)[:, :, :longest].contiguous()
+        for row, count in enumerate(lengths):
+            tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
+            keys[row, :, tokens] = self.tail[row, :, tokens % (2 * TILE)]
+        return keys, self.values[:, :, :longest]
+
+    def take(self, rows: Tensor) -> None:
+        """Hold the sequences of these indices, one for each there was."""
+        for states in (self.tiles, self.tail, self.values, self.lengths):
+            states.copy_(states.index_select(0, rows))
 
 
 def tiles_done(length: int) -> int:

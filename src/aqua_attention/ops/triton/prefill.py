@@ -17,7 +17,6 @@ from torch import Tensor
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.fused import _dense, attention_with_lse
-from aqua_attention.ops.triton.decode import _update
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256
@@ -25,7 +24,7 @@ WIDEST = 256
 TOKENS = 64
 """Tokens of one head that a program rotates at once: 16 a warp, so that a row stays within four threads."""
 RESIDENT = 128
-"""Rotations up to this padded width stay in shared memory; of wider ones so many rows divided by two at a time."""
+"""Rotations up to this padded width stay in shared memory; of wider ones a few rows at a time are loaded."""
 PROGRAMS = 2
 """Programs on each multiprocessor that rotate: as many as have room for a rotation in shared memory."""
 PRECISION = "tf32x3"
@@ -34,10 +33,8 @@ OCTAVES = 8
 """The threshold of a row is sought first among the sizes from its largest down by this power of two."""
 STEPS = 5
 """Halvings between two looks at whether all rows of a block are done."""
-WINDOW_ROWS, WINDOW_STAGES = 128, 2
-"""Queries of the exact window at once (tokens times heads of a group), 16 a warp; loads in flight."""
-WINDOW_KEYS = 64
-"""Keys of the exact window at once."""
+WINDOW_ROWS, WINDOW_KEYS, WINDOW_STAGES = 64, 32, 2
+"""Queries of the exact window at once (tokens times heads of a group), 16 a warp; keys at once; loads in flight."""
 
 
 def attention_prefill(
@@ -187,7 +184,7 @@ def window_merge(
         key: rotated, [batch, num_key_value_heads, length, kept]; value: [batch, num_key_value_heads, length, value_dim].
         far: attention of the queries from sink + recent on to the keys outside their windows,
             [batch, num_attention_heads, length - sink - recent, value_dim]; far_lse: its log-sum-exp, float32.
-        sink, recent: size of the window, at least one token; `sink` is at most 128.
+        sink, recent: size of the window, 1 to length - 1 together.
         scaling: factor of the scores.
 
     Returns:
@@ -198,10 +195,9 @@ def window_merge(
     """
     batch, heads, length, kept = query.shape
     groups, value_dim = key.shape[1], value.shape[3]
-    if not (0 <= sink <= 128 and 0 <= recent and 0 < sink + recent < length):
+    if not (0 <= sink and 0 <= recent and 0 < sink + recent < length):
         raise AquaError(
-            f"sink is {sink} and recent {recent}: the kernel takes a sink of 0 to 128 tokens, and a window of 1 to "
-            f"{length - 1} for {length} tokens"
+            f"sink is {sink} and recent {recent}: the kernel takes a window of 1 to {length - 1} for {length} tokens"
         )
     rest = (batch, heads, length - sink - recent)
     if far.shape != (*rest, value_dim) or far_lse.shape != rest or far_lse.dtype != torch.float32:
@@ -212,10 +208,8 @@ def window_merge(
     query, key, value, far = (_rows(states) for states in (query, key, value, far))
     output = value.new_empty((batch, heads, length, value_dim))
     widths = [max(16, triton.next_power_of_2(width)) for width in (kept, value_dim)]
-    small = query.element_size() == 2 and max(widths) <= 128
-    rows = WINDOW_ROWS if small else WINDOW_ROWS // 2
     together = triton.next_power_of_2(heads // groups)
-    rows = max(rows, together)
+    rows = max(WINDOW_ROWS, together)
     # Programs of neighbouring tokens run at the same time, so that their keys are read from the cache.
     _window[(triton.cdiv(length, rows // together), groups, batch)](
         query,
@@ -235,14 +229,14 @@ def window_merge(
         GROUP=heads // groups,
         TOGETHER=together,
         ROWS=rows,
-        SINK=0 if sink == 0 else max(16, triton.next_power_of_2(sink)),
         KEYS=WINDOW_KEYS,
         KEPT=kept,
         KEPT_PADDED=widths[0],
         VALUE_DIM=value_dim,
         VALUE_DIM_PADDED=widths[1],
+        PRECISION=PRECISION,
         num_warps=rows // 16,
-        num_stages=WINDOW_STAGES if small else 1,
+        num_stages=WINDOW_STAGES if query.element_size() == 2 and max(widths) <= 128 else 1,
     )
     return output
 
@@ -311,7 +305,7 @@ def _launch(
         GROUP=heads // groups,
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=wide,
-        CHUNK=wide if resident else RESIDENT // 2,
+        CHUNK=wide if resident else RESIDENT // states.element_size(),
         KEPT=kept,
         KEPT_PADDED=narrow_width,
         TOKENS=TOKENS,
@@ -320,6 +314,8 @@ def _launch(
         STEPS=STEPS,
         PRECISION=PRECISION,
         num_warps=4 if resident else 8,
+        # Two programs fit on a multiprocessor, and hide each other's loads. More in flight would leave room for one.
+        num_stages=2 if mode == "none" and resident else 1,
         # Products and sums are rounded as the reference's, or equal sizes would differ.
         enable_fp_fusion=False,
     )
@@ -384,22 +380,24 @@ def _as_float(places, LOW_BITS: tl.constexpr):
 
 @triton.jit
 def _behind_largest(size, LOW_BITS: tl.constexpr):
-    """The place behind that of the largest number of each row, NaN aside."""
-    return (tl.max(tl.where(size == size, size, 0.0), 1).to(tl.int32, bitcast=True) >> LOW_BITS) + 1
+    """The place behind that of the largest number of each row, at most that behind infinity."""
+    return (tl.minimum(tl.max(size.to(tl.int32, bitcast=True), 1), 0x7F800000) >> LOW_BITS) + 1
 
 
 @triton.jit
-def _look(size, count, middle, low, high, held, LOW_BITS: tl.constexpr):
+def _look(size, count, middle, low, high, held, fewer, LOW_BITS: tl.constexpr):
     """One step of the search in `_largest`."""
-    # A NaN is not less than anything. Sums of floats are twice as fast as those of integers.
-    there = tl.sum(tl.where(size < _as_float(middle, LOW_BITS)[:, None], 0.0, 1.0), 1)
+    # Sums of floats are twice as fast as those of integers.
+    there = tl.sum(tl.where(size >= _as_float(middle, LOW_BITS)[:, None], 1.0, 0.0), 1)
     enough = there >= count
-    return tl.where(enough, middle, low), tl.where(enough, high, middle), tl.where(enough, there, held)
+    low, held = tl.where(enough, middle, low), tl.where(enough, there, held)
+    return low, tl.where(enough, high, middle), held, tl.where(enough, fewer, there)
 
 
 @triton.jit
 def _largest(
     size,
+    states,
     count,
     before,
     KEPT: tl.constexpr,
@@ -407,32 +405,32 @@ def _largest(
     OCTAVES: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Boolean, the shape of `size`: the `count` largest numbers of each row, NaN first, of equal ones the first.
-
-    Negative numbers are none; `before[i, j]` is 1 where i < j, else 0.
+    """`states`, with zeros but where the `count` largest numbers of each row of `size` are: NaN first, of equal ones
+    the first. Negative numbers are none; `before[i, j]` is 1 where i < j, else 0.
     """
-    # `held` numbers are at the place `low` or behind it, at least as many as asked for; at `high` there are fewer.
+    bits = size.to(tl.int32, bitcast=True)
+    if tl.max(tl.max(bits, 1), 0) > 0x7F800000:
+        # Move the others down by one place to make room for NaN. The two smallest are equal then.
+        moved = tl.where(bits > 0x7F800000, 0x7F800000, tl.maximum(bits - (1 << LOW_BITS), 0))
+        size = tl.where(bits < 0, size, moved.to(tl.float32, bitcast=True))
+    # `held` numbers are at the place `low` or behind it, at least as many as asked for; at `high` are `fewer`.
     high = _behind_largest(size, LOW_BITS)
-    low, held = tl.zeros_like(high), tl.full(high.shape, KEPT, tl.float32)
+    low, held, fewer = tl.zeros_like(high), tl.full(high.shape, KEPT, tl.float32), tl.zeros(high.shape, tl.float32)
     middle = tl.maximum(high - (OCTAVES << (23 - LOW_BITS)), 0)
-    low, high, held = _look(size, count, middle, low, high, held, LOW_BITS)
+    low, high, held, fewer = _look(size, count, middle, low, high, held, fewer, LOW_BITS)
     while tl.max(tl.where(held > count, high - low, 1), 0) > 1:
         for _ in tl.static_range(STEPS):
-            low, high, held = _look(size, count, low + ((high - low) >> 1), low, high, held, LOW_BITS)
-    least = _as_float(low, LOW_BITS)[:, None]
+            middle = low + ((high - low) >> 1)
+            low, high, held, fewer = _look(size, count, middle, low, high, held, fewer, LOW_BITS)
+    # What is at the place `low` or behind it is chosen, and nothing below.
+    bound = tl.where(low > 0, _as_float(tl.maximum(low - 1, 0), LOW_BITS), -1.0)[:, None]
+    bound = tl.broadcast_to(bound, size.shape)
     if tl.max(held, 0) > count:
-        # Somewhere too many are equal: to the least one, or all NaN.
-        more = tl.where(size <= least, 0.0, 1.0)
-        sure = tl.sum(more, 1)
-        equal = tl.where(size == least, 1.0, 0.0)
-        only_nan = sure > count
-        equal = tl.where(only_nan[:, None], more, equal)
-        places = tl.where(only_nan, count, count - sure)
-        rank = tl.dot(equal.to(before.dtype), before)
-        size = tl.where((equal > 0) & (rank >= places[:, None]), -1.0, size)
-        # What is equal comes before the rest only where the rest is no NaN.
-        size = tl.where(only_nan[:, None] & (equal == 0), -1.0, size)
-    return ~(size < least)
+        # In some rows too many are at that place. The rank among them is the sum of those before.
+        least = _as_float(low, LOW_BITS)[:, None]
+        rank = tl.dot(tl.where(size == least, 1.0, 0.0).to(before.dtype), before)
+        bound = tl.where(rank >= tl.where(held > count, count - fewer, KEPT)[:, None], least, bound)
+    return tl.where(size <= bound, 0.0, states)
 
 
 @triton.jit
@@ -507,12 +505,15 @@ def _rotate_and_narrow(
         tokens = item % blocks * TOKENS + tl.arange(0, TOKENS)
         there = tokens < length
         first = group * GROUP + item // blocks * TOGETHER
+        start = (row * groups * GROUP + first) * length
+        places = tokens[:, None] * KEPT + dims[None, :]
+        written = there[:, None] & (dims[None, :] < KEPT)
+        turned = tl.zeros([TOKENS, KEPT_PADDED], states_ptr.dtype.element_ty)
         size = tl.zeros([TOKENS, KEPT_PADDED], tl.float32)
         variance = size
         for member in range(TOGETHER):
-            head = first + member
             turned = _turn(
-                states_ptr + row * stride_batch + head.to(tl.int64) * stride_head,
+                states_ptr + row * stride_batch + (first + member).to(tl.int64) * stride_head,
                 there,
                 stride_token,
                 tokens,
@@ -527,40 +528,50 @@ def _rotate_and_narrow(
                 TOKENS,
                 PRECISION,
             )
-            place = (row * groups * GROUP + head) * length + tokens
-            places = place[:, None] * KEPT + dims[None, :]
-            written = there[:, None] & (dims[None, :] < KEPT)
-            tl.store(rotated_ptr + places, turned, written)
+            tl.store(rotated_ptr + (start + member * length) * KEPT + places, turned, written)
             if MODE == "largest" or MODE == "error":
-                magnitude = tl.abs(turned.to(tl.float32))
-                error = magnitude * weight
-                one = error if SELECTION == "weighted" else magnitude
+                error = tl.abs(turned.to(tl.float32) * weight)
+                one = error if SELECTION == "weighted" else tl.abs(turned.to(tl.float32))
                 size += one * one if SQUARED else one
                 if MODE == "error":
                     error *= scaling
                     variance += error * error
         if MODE != "none":
-            if MODE == "first":
-                chosen = (dims < count)[None, :]
-            else:
-                if SELECTION == "static":
-                    size = tl.broadcast_to((KEPT - dims).to(tl.float32)[None, :], size.shape)
+            wanted = turned.to(tl.float32)
+            if TOGETHER > 1:
+                wanted = tl.full(size.shape, 1.0, tl.float32)
+            if SELECTION == "static":
+                size = tl.broadcast_to((KEPT - dims).to(tl.float32)[None, :], size.shape)
+            if KEPT < KEPT_PADDED:
                 size = tl.where(dims[None, :] < KEPT, size, -1.0)
-                if MODE == "largest":
-                    chosen = _largest(size, count, before, KEPT, LOW_BITS, OCTAVES, STEPS)
-                else:
-                    chosen = _needed(size, variance, limit, LOW_BITS, STEPS)
+            if MODE == "first":
+                wanted = tl.where((dims < count)[None, :], wanted, 0.0)
+            elif MODE == "largest":
+                wanted = _largest(size, wanted, count, before, KEPT, LOW_BITS, OCTAVES, STEPS)
+            else:
+                wanted = tl.where(_needed(size, variance, limit, LOW_BITS, STEPS), wanted, 0.0)
             if TOGETHER == 1:
-                tl.store(narrow_ptr + places, tl.where(chosen, turned, 0.0).to(turned.dtype), written)
+                tl.store(narrow_ptr + start * KEPT + places, wanted.to(turned.dtype), written)
             else:
                 # Other threads of this program may have written what one reads here.
                 tl.debug_barrier()
                 for member in range(TOGETHER):
-                    head = first + member
-                    place = (row * groups * GROUP + head) * length + tokens
-                    places = place[:, None] * KEPT + dims[None, :]
-                    turned = tl.load(rotated_ptr + places, written, 0.0)
-                    tl.store(narrow_ptr + places, tl.where(chosen, turned, 0.0).to(turned.dtype), written)
+                    offset = (start + member * length) * KEPT
+                    turned = tl.load(rotated_ptr + offset + places, written, 0.0)
+                    tl.store(narrow_ptr + offset + places, tl.where(wanted > 0, turned, 0.0).to(turned.dtype), written)
+
+
+@triton.jit
+def _update(scores, values, largest, total, output, PRECISION: tl.constexpr):
+    """One more block of an online softmax; scores are to the base 2."""
+    now = tl.maximum(largest, tl.max(scores, 1))
+    # A block in which nothing is visible must not make NaN of minus infinity less itself.
+    safe = tl.where(now == float("-inf"), 0.0, now)
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(largest - safe)
+    total = total * shrink + tl.sum(weights, 1)
+    output = tl.dot(weights.to(values.dtype), values, output * shrink[:, None], input_precision=PRECISION)
+    return now, total, output
 
 
 @triton.jit
@@ -590,12 +601,12 @@ def _window(
     GROUP: tl.constexpr,
     TOGETHER: tl.constexpr,
     ROWS: tl.constexpr,
-    SINK: tl.constexpr,
     KEYS: tl.constexpr,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     group, groups, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
     start = tl.program_id(0) * (ROWS // TOGETHER)
@@ -620,40 +631,29 @@ def _window(
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_DIM_PADDED], tl.float32)
-    if SINK > 0:
-        positions = tl.arange(0, SINK)
-        keys = tl.load(
-            key_ptr + positions.to(tl.int64)[None, :] * key_token + dims[:, None],
-            (positions[None, :] < sink) & (dims[:, None] < KEPT),
-            0.0,
-        )
-        values = tl.load(
-            value_ptr + positions.to(tl.int64)[:, None] * value_token + columns[None, :],
-            (positions[:, None] < sink) & (columns[None, :] < VALUE_DIM),
-            0.0,
-        )
-        scores = tl.dot(query, keys, input_precision="ieee") * scaling
-        seen = (positions[None, :] < sink) & (positions[None, :] <= tokens[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
-        largest, total, output = _update(scores, values, largest, total, output)
-    # A first token is counted above, and not again here.
+    # Blocks of first tokens, then of those from the first query's window on, which are not counted twice.
+    begin = tl.maximum(start - recent + 1, sink)
     end = tl.where(recent > 0, tl.minimum(start + ROWS // TOGETHER, length), 0)
-    for begin in range(tl.maximum(start - recent + 1, sink), end, KEYS):
-        positions = begin + tl.arange(0, KEYS)
+    firsts = tl.cdiv(tl.minimum(sink, start + ROWS // TOGETHER), KEYS)
+    for block in range(firsts + tl.cdiv(tl.maximum(end - begin, 0), KEYS)):
+        is_first = block < firsts
+        positions = tl.where(is_first, block, block - firsts) * KEYS + tl.where(is_first, 0, begin) + tl.arange(0, KEYS)
+        given = positions < tl.where(is_first, sink, end)
         keys = tl.load(
             key_ptr + positions.to(tl.int64)[None, :] * key_token + dims[:, None],
-            (positions[None, :] < end) & (dims[:, None] < KEPT),
+            given[None, :] & (dims[:, None] < KEPT),
             0.0,
         )
         values = tl.load(
             value_ptr + positions.to(tl.int64)[:, None] * value_token + columns[None, :],
-            (positions[:, None] < end) & (columns[None, :] < VALUE_DIM),
+            given[:, None] & (columns[None, :] < VALUE_DIM),
             0.0,
         )
-        scores = tl.dot(query, keys, input_precision="ieee") * scaling
-        seen = (positions[None, :] <= tokens[:, None]) & (positions[None, :] > tokens[:, None] - recent)
+        scores = tl.dot(query, keys, input_precision=PRECISION) * scaling
+        after = tl.where(is_first, -1, tokens - recent)
+        seen = given[None, :] & (positions[None, :] <= tokens[:, None]) & (positions[None, :] > after[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-        largest, total, output = _update(scores, values, largest, total, output)
+        largest, total, output = _update(scores, values, largest, total, output, PRECISION)
 
     window = sink + recent
     has_far = there & (tokens >= window)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.triton.decode import padded
+from aqua_attention.ops.triton.decode import Chosen, padded, starts_early
 from aqua_attention.ops.triton.layout import TILE, TiledCache
 
 WARPS = 8
@@ -27,7 +27,7 @@ def prepare(
     config: AquaConfig,
     *,
     scaling: float | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Chosen | None]:
     """Rotate one query and key token a sequence, write key and value behind the others, choose dimensions.
 
     The sequences are not longer afterwards: `decode` with `appended=True` counts the new token and lengthens them. A
@@ -42,8 +42,8 @@ def prepare(
         scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
 
     Returns:
-        Rotated queries [batch, num_attention_heads, kept], and `dims` and `counts` for `decode`, ascending: all of them
-        None where every dimension counts, `counts` None where `k_ratio` says how many.
+        Rotated queries [batch, num_attention_heads, kept], and what `decode` multiplies: None where every dimension
+        counts; `dims` are ascending.
 
     Raises:
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
@@ -60,11 +60,13 @@ def prepare(
     count, adaptive = config.selected_dims(head_dim), config.logit_error is not None
     count = kept if adaptive else min(count, kept)
     rotated = query.new_empty((batch, heads, kept))
-    dims = counts = None
+    chosen = None
     if adaptive or count < kept:
-        dims = torch.empty((batch, groups, count), dtype=torch.int32, device=query.device)
-    if adaptive:
-        counts = torch.empty((batch, groups), dtype=torch.int32, device=query.device)
+        chosen = Chosen(
+            torch.empty((batch, groups, count), dtype=torch.int32, device=query.device),
+            torch.empty((batch, groups, kept), dtype=torch.int8, device=query.device),
+            torch.empty((batch, groups), dtype=torch.int32, device=query.device) if adaptive else None,
+        )
     _prepare[(groups, batch)](
         query.contiguous(),
         key.contiguous(),
@@ -76,8 +78,7 @@ def prepare(
         cache.values,
         cache.lengths,
         rotated,
-        dims,
-        counts,
+        *(chosen or (None, None, None)),
         cache.tiles.shape[2],
         config.logit_error or 0.0,
         head_dim**-0.5 if scaling is None else scaling,
@@ -92,9 +93,10 @@ def prepare(
         COUNT=count,
         SELECTION=config.selection,
         TILE=TILE,
+        EARLY=starts_early(query)["EARLY"],
         num_warps=WARPS,
     )
-    return rotated, dims, counts
+    return rotated, chosen
 
 
 @triton.jit
@@ -110,6 +112,7 @@ def _prepare(
     lengths_ptr,
     rotated_ptr,
     dims_ptr,
+    mask_ptr,
     counts_ptr,
     tiles,
     logit_error,
@@ -125,7 +128,10 @@ def _prepare(
     COUNT: tl.constexpr,
     SELECTION: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
     group, row = tl.program_id(0), tl.program_id(1)
     place = (row * tl.num_programs(0) + group).to(tl.int64)
     position = tl.load(lengths_ptr + row)
@@ -143,6 +149,9 @@ def _prepare(
         0.0,
     )
     key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
+    columns = tl.arange(0, VALUE_DIM_PADDED)
+    value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
+    rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
     states = tl.where(is_key[:, None], key[None, :], states)
     if states.dtype == tl.float32:
         turned = tl.dot(states, rotation, input_precision="ieee")
@@ -157,6 +166,8 @@ def _prepare(
         turned,
         inside[:, None] & column[None, :],
     )
+    turned = turned.to(tl.float32)
+    new = tl.sum(tl.where(is_key[:, None], turned, 0.0), 0)
 
     if position < tiles * TILE:
         # The new token replaces one of the tile before last, which must be in its place by then.
@@ -169,21 +180,18 @@ def _prepare(
             first = (place * tiles + position // TILE - 2) * KEPT
             tl.store(tiles_ptr + (first + narrow[:, None]) * TILE + tokens[None, :], old, there)
             tl.debug_barrier()
-        new = tl.sum(tl.where(is_key[:, None], turned.to(tl.float32), 0.0), 0)
         tl.store(tail_ptr + slot * KEPT + narrow, new.to(tail_ptr.dtype.element_ty), column)
-        columns = tl.arange(0, VALUE_DIM_PADDED)
-        value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
         tl.store(values_ptr + (place * tiles * TILE + position) * VALUE_DIM + columns, value, columns < VALUE_DIM)
 
     if dims_ptr is not None:
         # The dimensions of largest summed square; among equals the lower one, and a NaN is largest.
-        rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
-        magnitude = tl.where(inside[:, None], turned.to(tl.float32), 0.0)
-        error = magnitude * rms[None, :]
         if SELECTION == "static":
             size = (KEPT_PADDED - narrow).to(tl.float32)
         else:
-            size = tl.sum(error * error, 0) if SELECTION == "weighted" else tl.sum(magnitude * magnitude, 0)
+            size = tl.where(inside[:, None], turned, 0.0)
+            if SELECTION == "weighted":
+                size *= rms[None, :]
+            size = tl.sum(size * size, 0)
             size = tl.where(size == size, size, float("inf"))
         size = tl.where(column, size, -1.0)
         ahead = (size[:, None] > size[None, :]) | (
@@ -194,10 +202,11 @@ def _prepare(
             chosen = (rank < COUNT).to(tl.int32)
         else:
             # Dropping a dimension costs its variance and that of all behind it.
-            error *= scaling
+            error = tl.where(inside[:, None], turned, 0.0) * rms[None, :] * scaling
             variance = tl.sum(error * error, 0)
             behind = tl.sum(tl.where(ahead, 0.0, variance[:, None]), 0)
             few = behind <= logit_error
             chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
             tl.store(counts_ptr + place, tl.sum(chosen, 0))
+        tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
         tl.store(dims_ptr + place * COUNT + tl.cumsum(chosen, 0) - 1, narrow, chosen > 0)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A cache layer of fixed size in the layout of the decoding kernel (`ops.triton`), for models on a GPU.
+
+A decoded token is rotated, appended and attended to by two kernels, without a look at the mask and without waiting for
+the GPU, so a step can be recorded as a CUDA graph. Padding is not stored: each sequence has its own length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from aqua_attention.cache_spec import CacheSpec
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.ops.api import no_kernels_reason
+from aqua_attention.ops.mask import HIDDEN
+from aqua_attention.rotated_layer import check_active, tagged
+
+LARGEST_HEAD = 256
+LARGEST_WINDOW = 128
+"""`ops.triton.layout.TILE`, which cannot be asked where triton is not installed."""
+
+
+def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int) -> str | None:
+    """Why a layer cannot be stored for the decoding kernel; None when it can."""
+    groups, head_dim, _ = spec.matrix.shape
+    if reason := no_kernels_reason(spec.matrix.device):
+        return reason
+    if config.share != "group" and query_heads != groups:
+        return f"share is {config.share!r}, and the kernel reads the same dimensions for a group (share='group')"
+    if not spec.is_plain:
+        return "it stores neither bits, h2o_ratio nor s_ratio with an exact window"
+    if max(config.sink, config.recent) > LARGEST_WINDOW:
+        return f"sink is {config.sink} and recent {config.recent}, and it takes {LARGEST_WINDOW} at most"
+    if head_dim > LARGEST_HEAD:
+        return f"heads have {head_dim} dimensions, and it takes {LARGEST_HEAD} at most"
+    return None
+
+
+class TiledLayer(StaticLayer):
+    """A cache layer of fixed size: rotated keys in tiles by dimension, values by token, see `TiledCache`."""
+
+    def __init__(self, spec: CacheSpec, max_cache_len: int) -> None:
+        super().__init__(max_cache_len=max_cache_len)
+        self.spec = spec
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized = False
+        self._is_filled = False
+        self._new: tuple[Tensor, Tensor] | None = None
+        """Keys, rotated, and values that the next attention stores; keys as they came while decoding."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the batch, dtype and device of the first states."""
+        from aqua_attention.ops.triton.layout import TiledCache
+
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.cache = TiledCache(
+            self.batch_size,
+            self.num_heads,
+            self.spec.kept,
+            value_states.shape[3],
+            self.max_cache_len,
+            self.dtype,
+            self.device,
+        )
+        self._real = torch.ones(self.batch_size, 0, dtype=torch.bool, device=self.device)
+        """Which of the tokens given at once were no padding, [batch, so many]; decoded ones all are."""
+        self._padding = torch.zeros((), dtype=torch.long, device=self.device)
+        """Padding tokens of the first sequence, which are given but not stored."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new tokens; `decode` or `store` writes them.
+
+        Returns rotated keys and values of all tokens given, padding too; while decoding, NaN in place of them: AQUA's
+        attention function asks the layer itself.
+
+        Raises:
+            AquaError: AQUA has left the model.
+        """
+        check_active(self.spec)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.decodes(key_states.shape[2]):
+            self._new = key_states, value_states
+            nothing = key_states.new_full((1,), torch.nan)
+            keys = nothing.expand(*key_states.shape[:3], self.spec.kept)
+            return tagged(keys, self), nothing.expand(value_states.shape)
+        keys, values = self.spec.rotated(key_states), value_states
+        self._new = keys, values
+        if self._is_filled:
+            keys, values = (torch.cat([old, new], 2) for old, new in zip(self._given(), (keys, values), strict=True))
+        return tagged(keys, self), values
+
+    def decodes(self, queries: int) -> bool:
+        """Whether so many new tokens are a decoding step for the kernel."""
+        return queries == 1 and self._is_filled
+
+    def decode(
+        self, query: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rotate, choose, append what `update` took, attend.
+
+        Args:
+            query: as the model computes it, [batch, num_attention_heads, 1, head_dim].
+            key_rms: float32 [num_key_value_heads, kept].
+
+        Returns:
+            Output [batch, num_attention_heads, 1, value_dim], the selected dimensions as from `select_dimensions`, and
+            the rotated query.
+        """
+        from aqua_attention.ops.triton.decode import decode
+        from aqua_attention.ops.triton.prepare import prepare
+
+        key, value = self._taken()
+        rotated, chosen = prepare(
+            query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.spec.matrix, key_rms, config, scaling=scaling
+        )
+        output = decode(
+            rotated, chosen, self.cache, sink=config.sink, recent=config.recent, scaling=scaling, appended=True
+        )
+        selected = None
+        if chosen is not None:
+            repeats = query.shape[1] // key.shape[1]
+            selected = chosen.mask.bool()[:, :, None].expand(-1, -1, repeats, -1).reshape(rotated.shape)[:, :, None]
+        return output[:, :, None], selected, rotated[:, :, None]
+
+    def store(self, mask: Tensor | None) -> None:
+        """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
+        keys, values = self._taken()
+        batch, new = self.batch_size, keys.shape[2]
+        real = torch.ones(batch, new, dtype=torch.bool, device=self.device)
+        if mask is not None:
+            # A real token sees itself, a padding token is seen by none.
+            places = torch.arange(new, device=self.device)
+            seen = mask[:, :, places, mask.shape[3] - new + places] != HIDDEN
+            real = seen.any(1).expand(batch, -1)
+        if self._is_filled:
+            old = self._given()
+            keys, values = torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2)
+            real = torch.cat([self._known(old[0].shape[2]), real], 1)
+        self._real, self._padding = real, (~real[0]).sum()
+        if not bool(real.all()):
+            # The real ones first, in order.
+            order = (~real).to(torch.int8).sort(dim=-1, stable=True).indices[:, None, :, None]
+            keys, values = (
+                states.gather(2, order.expand(*states.shape[:2], -1, states.shape[3])) for states in (keys, values)
+            )
+        self.cache.fill(keys, values, real.sum(-1))
+        self._is_filled = True
+
+    def get_seq_length(self) -> int:  # type: ignore[override,unused-ignore]
+        """Tokens given so far, padding too: a tensor on the GPU, so that nobody waits for it."""
+        return self.cache.lengths[0].long() + self._padding if self.is_initialized else 0  # type: ignore[return-value]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns of the attention mask and the position of the first; a decoding step needs none and asks for one."""
+        if self.decodes(query_length):
+            return 1, 0
+        return int(self.get_seq_length()) + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take the sequences of these indices (beam search)."""
+        if self.is_initialized:
+            beam_idx = beam_idx.to(self.device)
+            self.cache.take(beam_idx)
+            self._real = self._real.index_select(0, beam_idx)
+            given = self._real.shape[1]
+            self._padding = given - self._real[0].sum()
+
+    def _taken(self) -> tuple[Tensor, Tensor]:
+        if self._new is None:
+            raise AquaError("the model asked for attention twice after one update of its cache: AQUA cannot follow it")
+        new, self._new = self._new, None
+        return new
+
+    def _known(self, given: int) -> Tensor:
+        """Which of the tokens so far were no padding, [batch, given]."""
+        return torch.nn.functional.pad(self._real, (0, given - self._real.shape[1]), value=True)
+
+    def _given(self) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values of all tokens so far at the places at which they were given."""
+        given = int(self.get_seq_length())
+        places = (self._known(given).cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
+        keys, values = (
+            states.gather(2, places.expand(*states.shape[:2], -1, states.shape[3])) for states in self.cache.read()
+        )
+        return keys, values

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A static cache in the layout of the decoding kernel, under a model: in triton's interpreter here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import aqua_attention as aqua
+from conftest import VOCABULARY, calibrated, make_gemma3, make_llama
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SETTINGS = {
+    "dense": {"k_ratio": 1.0},
+    "weighted": {"k_ratio": 0.5, "selection": "weighted", "sink": 2, "recent": 5},
+    "sliced": {"k_ratio": 0.5, "s_ratio": 0.25},
+    "adaptive": {"logit_error": 0.2, "sink": 2, "recent": 5},
+    "static": {"k_ratio": 0.5, "selection": "static"},
+}
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """(model, projections) of a tiny Llama where the kernels run."""
+    model = make_llama()
+    projections = calibrated(model)
+    return model.to(DEVICE), projections
+
+
+def tokens(batch, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, VOCABULARY, (batch, length), generator=generator).to(DEVICE)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_decoded_logits_and_choices_are_those_of_the_growing_cache(model, name):
+    model, projections = model
+    ids = tokens(2, 134)
+    config = aqua.AquaConfig(share="group", **SETTINGS[name])
+    results = []
+    with aqua.apply(model, projections, config) as attachment, torch.no_grad():
+        for cache in (attachment.new_cache(), attachment.new_cache(max_length=160, layout="tiled")):
+            seen, logits = [], [model(ids[:, :130], past_key_values=cache).logits]
+            attachment.on_selection = lambda index, selected, *_, seen=seen: seen.append(selected)
+            for place in range(130, 134):
+                logits.append(model(ids[:, place : place + 1], past_key_values=cache).logits)
+            assert int(cache.get_seq_length()) == 134
+            results.append((torch.cat(logits, 1), seen))
+            attachment.on_selection = None
+    (expected, plain), (found, tiled) = results
+    assert torch.allclose(found, expected, atol=2e-4)
+    for mine, theirs in zip(tiled, plain, strict=True):
+        assert (mine is None) == (theirs is None) and (mine is None or torch.equal(mine, theirs))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_generation_with_padding_is_that_of_the_growing_cache(model, options):
+    model, projections = model
+    ids, mask = tokens(3, 20, seed=1), torch.ones(3, 20, dtype=torch.long, device=DEVICE)
+    ids[1, :7], mask[1, :7] = 0, 0
+    config = aqua.AquaConfig(share="group", **SETTINGS["weighted"])
+    with aqua.apply(model, projections, config) as attachment:
+        expected = model.generate(ids, attention_mask=mask, **GREEDY, **options)
+        cache = attachment.new_cache(max_length=40, layout="tiled")
+        assert torch.equal(
+            model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY, **options), expected
+        )
+        assert cache.layout == "tiled"
+
+
+def test_a_prompt_in_pieces_between_decoded_tokens(model):
+    model, projections = model
+    ids, mask = tokens(2, 30, seed=2), torch.ones(2, 30, dtype=torch.long, device=DEVICE)
+    ids[0, :4], mask[0, :4] = 0, 0
+    config = aqua.AquaConfig(share="group", **SETTINGS["weighted"])
+    with aqua.apply(model, projections, config) as attachment, torch.no_grad():
+        results = []
+        for cache in (attachment.new_cache(), attachment.new_cache(max_length=30, layout="tiled")):
+            start, logits = 0, []
+            for size in (9, 1, 1, 8, 1, 10):
+                part = slice(start, start + size)
+                logits.append(model(ids[:, part], attention_mask=mask[:, : part.stop], past_key_values=cache).logits)
+                start = part.stop
+            results.append(torch.cat(logits, 1))
+        real = mask.bool()
+        assert torch.allclose(results[1][real], results[0][real], atol=2e-4)
+        with pytest.raises(aqua.AquaError, match="room for 30 tokens and holds 30, 1 more do not fit"):
+            model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        again = model(ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache).logits
+        assert torch.allclose(again[real[:, :9]], results[1][:, :9][real[:, :9]], atol=2e-4)
+
+
+def test_what_the_layout_cannot_do_is_said(model, monkeypatch):
+    model, projections = model
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5)) as attachment:
+        with pytest.raises(aqua.AquaError, match="share is 'head'"):
+            attachment.new_cache(max_length=64, layout="tiled")
+        assert attachment.new_cache(max_length=64).layout == "plain"
+    wide = aqua.AquaConfig(k_ratio=0.5, share="group", recent=129)
+    words = pytest.raises(aqua.AquaError, match="recent 129, and it takes 128 at most: use auto or plain")
+    with aqua.apply(model, projections, wide) as attachment, words:
+        attachment.new_cache(max_length=64, layout="tiled")
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment:
+        with pytest.raises(aqua.AquaError, match="fixed size"):
+            attachment.new_cache(layout="tiled")
+        with pytest.raises(aqua.AquaError, match="fixed size"):
+            attachment.new_cache(max_length=64, layout="tiled", offloading=True)
+        with pytest.raises(aqua.AquaError, match="layout is 'tile': it must be one of auto, tiled, plain"):
+            attachment.new_cache(max_length=64, layout="tile")
+        assert attachment.new_cache(max_length=64).layout == ("tiled" if DEVICE == "cuda" else "plain")
+        cache = attachment.new_cache(max_length=64, layout="tiled")
+        with torch.no_grad():
+            model(tokens(1, 10), past_key_values=cache)
+        with pytest.raises(aqua.AquaError, match="holds 1 sequences, the batch has 2"):
+            model(tokens(2, 1), past_key_values=cache)
+        with pytest.raises(aqua.AquaError, match="no gradient"):
+            model(tokens(1, 1), past_key_values=cache)
+        if DEVICE == "cpu":
+            monkeypatch.delenv("TRITON_INTERPRET")
+            with pytest.raises(aqua.AquaError, match="tensors are on cpu"):
+                attachment.new_cache(max_length=64, layout="tiled")
+    with pytest.raises(aqua.AquaError, match="has left the model"), torch.no_grad():
+        model(tokens(1, 1), past_key_values=cache)
+
+
+def test_sliding_layers_beside_tiled_ones():
+    model = make_gemma3()
+    projections = calibrated(model)
+    model, ids = model.to(DEVICE), tokens(1, 24)
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment:
+        expected = model.generate(ids, **GREEDY)
+        cache = attachment.new_cache(max_length=40, layout="tiled")
+        assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
+        assert [type(layer).__name__ for layer in cache.layers].count("TiledLayer") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_a_step_recorded_as_a_cuda_graph_goes_on_by_itself(dtype):
+    model = make_llama()
+    projections = calibrated(model)
+    model = model.to(DEVICE, dtype)
+    ids, total = tokens(2, 300), 300
+    config = aqua.AquaConfig(share="group", **SETTINGS["weighted"])
+    with aqua.apply(model, projections, config) as attachment, torch.no_grad():
+        cache = attachment.new_cache(max_length=total)
+        assert cache.layout == "tiled"
+        model(ids[:, :200], past_key_values=cache)
+        expected = [model(ids[:, place : place + 1], past_key_values=cache).logits for place in range(200, total)]
+        cache.reset()
+        model(ids[:, :200], past_key_values=cache)
+        token, stream = ids[:, 200:201].clone(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            first = model(token, past_key_values=cache).logits
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, past_key_values=cache).logits
+        found = [first]
+        for place in range(201, total):
+            token.copy_(ids[:, place : place + 1])
+            graph.replay()
+            found.append(logits.clone())
+    assert torch.equal(torch.cat(found, 1), torch.cat(expected, 1))
+    assert int(cache.get_seq_length()) == total
