@@ -12,7 +12,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evict import Eviction
 from aqua_attention.fingerprint import WEIGHT_TOLERANCE, weight_difference
-from aqua_attention.ops.select import rotate
+from aqua_attention.ops.api import rotate
 from aqua_attention.projections import LayerProjection
 from aqua_attention.rounded import Rounded
 from aqua_attention.store import Growing, Store

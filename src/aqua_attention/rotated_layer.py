@@ -113,6 +113,7 @@ class RotatedLayer(DynamicLayer):
         key: Tensor,
         value: Tensor,
         selected: Tensor | None,
+        *,
         mask: Tensor | None,
         is_sliding: bool,
         **options: Any,

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.api import IMPLEMENTATIONS, attention, choose
+from aqua_attention.ops.api import TORCH_IMPLEMENTATIONS, attention, choose
 
 
 def problem(queries=9, keys=9, heads=4, groups=2, requires_grad=(), dtype=torch.float64):
@@ -45,7 +45,7 @@ def zeros(*shape):
         ({"mask": zeros(2, 1, 1, 9).bool()}, r"mask is \(2, 1, 1, 9\)"),
     ],
 )
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", TORCH_IMPLEMENTATIONS)
 def test_shapes_that_do_not_fit_are_refused_with_sizes(change, message, impl):
     with pytest.raises(AquaError, match=message):
         attention(**(problem() | change), impl=impl)
@@ -53,7 +53,7 @@ def test_shapes_that_do_not_fit_are_refused_with_sizes(change, message, impl):
 
 def test_a_mask_allows_more_queries_than_keys():
     arguments = problem(queries=9, keys=8) | {"mask": torch.ones(2, 1, 9, 8, dtype=torch.bool)}
-    results = [attention(**arguments, impl=impl) for impl in IMPLEMENTATIONS]
+    results = [attention(**arguments, impl=impl) for impl in TORCH_IMPLEMENTATIONS]
     for result in results[1:]:
         torch.testing.assert_close(result, results[0])
 
@@ -102,7 +102,7 @@ def test_what_fused_cannot_take_is_refused_with_the_reason_and_auto_runs_chunked
 )
 def test_choose_names_the_path(options, keys, expected):
     arguments = problem(keys=keys)
-    assert choose(arguments["query"], arguments["key"], None, **options) == expected
+    assert choose(arguments["query"], arguments["key"], arguments["value"], None, **options) == expected
 
 
 def gradients(impl, names, arguments):
@@ -134,7 +134,10 @@ def test_gradients_of_the_automatic_path_are_the_references(names, options, expe
     arguments = problem(requires_grad=names) | options
     window = options.get("sink", 0) + options.get("recent", 0) > 0
     mask, softcap = options.get("mask"), options.get("softcap")
-    assert choose(arguments["query"], arguments["key"], mask, window=window, softcap=softcap) == expected
+    assert (
+        choose(arguments["query"], arguments["key"], arguments["value"], mask, window=window, softcap=softcap)
+        == expected
+    )
     found, reference = (gradients(impl, names, arguments) for impl in ("auto", "reference"))
     for name, one, other in zip(names, found, reference, strict=True):
         assert one.isfinite().all(), name
@@ -151,7 +154,7 @@ def test_gradients_of_dropped_query_entries_are_zero_outside_the_window():
 def test_without_gradients_enabled_a_window_takes_the_fused_path():
     arguments = problem(requires_grad=ALL)
     with torch.no_grad():
-        assert choose(arguments["query"], arguments["key"], None, window=True) == "fused"
+        assert choose(arguments["query"], arguments["key"], arguments["value"], None, window=True) == "fused"
         torch.testing.assert_close(attention(**arguments, **WINDOW), attention(**arguments, **WINDOW, impl="reference"))
 
 

@@ -215,7 +215,7 @@ def test_requests_that_the_kernels_do_not_take_list_what_they_take():
             decode(*arguments, cache)
     with pytest.raises(aqua.AquaError, match=f"takes 0 to {TILE} of each"):
         decode(query, None, cache, recent=TILE + 1)
-    with pytest.raises(aqua.AquaError, match=r"lengths are .301.: they must be 1 numbers from 1 to 300"):
+    with pytest.raises(aqua.AquaError, match=r"lengths are .301.: they must be 1 numbers from 0 to 300"):
         cache.fill(random(1, 2, 300, 64, seed=0), random(1, 2, 300, 64, seed=0), torch.tensor([301]))
     with pytest.raises(aqua.AquaError, match="do not fit a cache"):
         cache.fill(random(1, 2, 400, 64, seed=0), random(1, 2, 400, 64, seed=0), torch.tensor([1]))

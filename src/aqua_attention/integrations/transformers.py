@@ -21,8 +21,8 @@ from aqua_attention.capture import AttentionLayer, attention_layers, innermost_d
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, check_detached, install, mask_builder
-from aqua_attention.ops.api import attention
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.api import attend, attention, rotate
+from aqua_attention.ops.select import select_dimensions
 from aqua_attention.projections import Projections
 from aqua_attention.rotated_layer import RotatedLayer, layer_of
 from aqua_attention.tiled_layer import TiledLayer, untiled_reason
@@ -280,28 +280,24 @@ class Attachment:
                     if self.on_selection is not None:
                         self.on_selection(layer.index, selected, query.shape, layer.head_dim)
                     return output.transpose(1, 2).contiguous(), None
-            query = rotate(query, layer.spec.matrix).to(value.dtype)
-            if (
-                mask is None
-                and 1 < query.shape[2] < key.shape[2]
-                and not isinstance(cached, (RotatedLayer, TiledLayer))
-            ):
+            queries = query.shape[2]
+            if mask is None and 1 < queries < key.shape[2] and not isinstance(cached, (RotatedLayer, TiledLayer)):
                 # Without a mask, keys behind the queries are the empty end of a static cache.
-                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+                key, value = key[:, :, :queries], value[:, :, :queries]
             if cached is None:
-                key, value = self._uncached(layer.spec, key, value, query.shape[2], bool(sliding_window))
-            selected = self._selected(layer, query, scaling)
-            options: dict[str, Any] = {
-                "sink": self.config.sink,
-                "recent": self.config.recent,
-                "scaling": scaling,
-                "softcap": softcap,
-                "s_aux": s_aux,
-            }
-            if isinstance(cached, RotatedLayer):
-                output = cached.attend(query, key, value, selected, mask, bool(sliding_window), **options)
+                key, value = self._uncached(layer.spec, key, value, queries, bool(sliding_window))
+            options: dict[str, Any] = {"mask": mask, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+            if layer.spec.is_plain and self.on_selection is None:
+                query, key = query.to(value.dtype), key.to(value.dtype)
+                output = attend(query, key, value, layer.spec.matrix, layer.key_rms, self.config, **options)
             else:
-                output = attention(query, key.to(value.dtype), value, selected, mask=mask, **options)
+                query = rotate(query, layer.spec.matrix).to(value.dtype)
+                selected = self._selected(layer, query, scaling)
+                options |= {"sink": self.config.sink, "recent": self.config.recent}
+                if isinstance(cached, RotatedLayer):
+                    output = cached.attend(query, key, value, selected, is_sliding=bool(sliding_window), **options)
+                else:
+                    output = attention(query, key.to(value.dtype), value, selected, **options)
             if isinstance(cached, TiledLayer):
                 cached.store(mask)
         return output.transpose(1, 2).contiguous(), None

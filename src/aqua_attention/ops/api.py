@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One entry to AQUA attention on tensors: check the request, choose an implementation, never fall back in silence."""
+"""AQUA attention on tensors: check the request, choose an implementation, never fall back in silence.
+
+`attend` is all of it: rotate the queries, choose dimensions, attend. `attention` begins with rotated queries and a
+choice, and `rotate` is what keys go through.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,88 @@ import os
 import torch
 from torch import Tensor
 
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.ops import select
 from aqua_attention.ops.fused import attention_fused, unsupported_reason
 from aqua_attention.ops.reference import attention_chunked, attention_reference
 
-IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "fused", "chunked", "reference")
+"""Of `attend`."""
+TORCH_IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
+"""Of `attention`."""
+KERNEL_DTYPES, WIDEST = (torch.bfloat16, torch.float16, torch.float32), 256
+"""What our kernels take: dtypes, and dimensions of a head."""
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotation: Tensor,
+    key_rms: Tensor,
+    config: AquaConfig,
+    *,
+    mask: Tensor | None = None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """AQUA attention of queries as the model computes them, after rotary embedding.
+
+    Args:
+        query: [batch, num_attention_heads, queries, head_dim].
+        key: rotated, [batch, num_key_value_heads, keys, kept]; value: [batch, num_key_value_heads, keys, value_dim].
+        rotation: float32 [num_key_value_heads, head_dim, kept].
+        key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`.
+        config: the selection, and the exact window.
+        mask: see `ops.mask`; None is causal with the queries at the end of the keys.
+        scaling: factor of the scores; default 1/sqrt(head_dim).
+        softcap, s_aux: see `ops.reference.attention_reference`.
+        impl: "triton" (our kernels for a whole prompt on a GPU), "fused" (dense fused kernels on masked queries),
+            "chunked" (the reference in bounded memory), "reference" (whole score matrix), or "auto": the first of
+            these that can take the call. All compute the same function; `choose` says which one "auto" is.
+
+    Returns:
+        [batch, num_attention_heads, queries, value_dim] in the dtype of `value`.
+
+    Raises:
+        AquaError: shapes that do not fit, an unknown `impl`, or one that cannot take this call.
+    """
+    head_dim = query.shape[-1]
+    scaling = head_dim**-0.5 if scaling is None else scaling
+    window = config.sink + config.recent > 0
+    if choose(query, key, value, mask, window=window, softcap=softcap, s_aux=s_aux, impl=impl) == "triton":
+        from aqua_attention.ops.triton.prefill import attention_prefill
+
+        return attention_prefill(query, key, value, rotation, key_rms, config, head_dim=head_dim, scaling=scaling)
+    query = rotate(query, rotation)
+    return attention(
+        query,
+        key,
+        value,
+        select.select_dimensions(query, config, head_dim, key_rms, scaling),
+        mask=mask,
+        sink=config.sink,
+        recent=config.recent,
+        scaling=scaling,
+        softcap=softcap,
+        s_aux=s_aux,
+        impl=impl,
+    )
+
+
+def rotate(states: Tensor, rotation: Tensor) -> Tensor:
+    """`ops.select.rotate`, by a kernel on a GPU where no gradient is asked for."""
+    on_gpu = states.is_cuda and no_kernels_reason(states.device) is None and states.dtype in KERNEL_DTYPES
+    if not on_gpu or states.numel() == 0 or rotation.dtype != torch.float32 or max(rotation.shape) > WIDEST:
+        return select.rotate(states, rotation)
+    if torch.is_grad_enabled() and states.requires_grad:
+        return select.rotate(states, rotation)
+    from aqua_attention.ops.triton.prefill import rotate_on_gpu
+
+    return rotate_on_gpu(states, rotation)
 
 
 def attention(
@@ -33,15 +114,13 @@ def attention(
     """AQUA attention on rotated queries and keys; shapes and meaning as in `ops.reference.attention_reference`.
 
     Args:
-        impl: "reference" (whole score matrix), "chunked" (the reference in bounded memory), "fused" (dense fused
-            kernels on masked queries), or "auto": fused where it can take the call, else chunked. All compute the
-            same function.
+        impl: as for `attend`, but for "triton", whose kernels rotate and choose by themselves.
 
     Raises:
         AquaError: shapes that do not fit, an unknown `impl`, or one that cannot take this call.
     """
     _check(query, key, value, selected, mask, s_aux)
-    chosen = choose(query, key, mask, window=sink + recent > 0, softcap=softcap, s_aux=s_aux, impl=impl)
+    chosen = _choose_torch(query, key, mask, sink + recent > 0, softcap, s_aux, impl)
     if chosen == "fused":
         return attention_fused(query, key, value, selected, mask=mask, sink=sink, recent=recent, scaling=scaling)
     plain = attention_chunked if chosen == "chunked" else attention_reference
@@ -62,6 +141,7 @@ def attention(
 def choose(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     mask: Tensor | None,
     *,
     window: bool,
@@ -69,9 +149,37 @@ def choose(
     s_aux: Tensor | None = None,
     impl: str = "auto",
 ) -> str:
-    """The implementation that `attention` runs for this call: "fused", "chunked" or "reference"."""
+    """The implementation that `attend` runs for this call: "triton", "fused", "chunked" or "reference".
+
+    Args:
+        query, key, value, mask: of `attend`.
+        window: whether there is an exact one.
+
+    Raises:
+        AquaError: an unknown `impl`, or one that cannot take this call; the message says why and what to use.
+    """
     if impl not in IMPLEMENTATIONS:
         raise AquaError(f"impl is {impl!r}: it must be one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "triton" or (impl == "auto" and query.is_cuda):
+        reason = _untriton_reason(query, key, value, mask, softcap, s_aux)
+        if reason is None:
+            return "triton"
+        if impl == "triton":
+            raise AquaError(f"impl='triton' cannot take this call ({reason}): use auto, fused, chunked or reference")
+    return _choose_torch(query, key, mask, window, softcap, s_aux, impl)
+
+
+def _choose_torch(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    window: bool,
+    softcap: float | None,
+    s_aux: Tensor | None,
+    impl: str,
+) -> str:
+    if impl not in TORCH_IMPLEMENTATIONS:
+        raise AquaError(f"impl is {impl!r}: it must be one of {', '.join(TORCH_IMPLEMENTATIONS)}")
     if impl in ("chunked", "reference"):
         return impl
     reason = unsupported_reason(query, key, mask, window=window, softcap=softcap, s_aux=s_aux)
@@ -80,6 +188,30 @@ def choose(
     if impl == "fused":
         raise AquaError(f"impl='fused' cannot take this call ({reason}): use auto, chunked or reference")
     return "chunked"
+
+
+def _untriton_reason(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> str | None:
+    """Why the kernels for a prompt cannot take this call; None when they can."""
+    if reason := no_kernels_reason(query.device):
+        return reason
+    if mask is not None:
+        return "it knows no mask"
+    if softcap is not None or s_aux is not None:
+        return "it knows neither softcap nor extra softmax logits (s_aux)"
+    if query.shape[2] != key.shape[2]:
+        return f"it is for a whole prompt, with as many queries as keys: {query.shape[2]} and {key.shape[2]}"
+    if query.dtype not in KERNEL_DTYPES or max(query.shape[3], key.shape[3]) > WIDEST:
+        return f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
+    if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
+        return "it has no gradient"
+    return None
 
 
 def no_kernels_reason(device: torch.device) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams
 
 from aqua_attention.ops.mask import visible_and_exact
 
@@ -67,10 +68,10 @@ def attention_fused(
         selected = F.pad(selected, (0, width - selected.shape[-1]))
     length, window = query.shape[2], sink + recent
     if selected is None or (window > 0 and length <= window):
-        return _dense(query, key, value, mask, scaling)
+        return dense_attention(query, key, value, mask, scaling)
     masked_query = torch.where(selected, query, 0)
     if window == 0:
-        return _dense(masked_query, key, value, mask, scaling)
+        return dense_attention(masked_query, key, value, mask, scaling)
 
     outside = slice(sink, length - recent)
     far, far_lse = attention_with_lse(masked_query[:, :, window:], key[:, :, outside], value[:, :, outside], scaling)
@@ -96,23 +97,29 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float
             query, key, value, 0.0, True, scale=scaling
         )
         return output, lse[:, :, :length]
-    fits = same_width and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0 and query.dtype != torch.float64
-    if query.device.type == "cuda" and fits:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
-        if query.dtype in (torch.float16, torch.bfloat16):
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        given = SDPAParams(query, key, value, None, 0.0, True, query.shape[1] > key.shape[1])
+        if torch.backends.cuda.can_use_cudnn_attention(given):
+            output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, True, 0.0, True, False, scale=scaling
+            )
+            return output, lse.reshape(query.shape[:3])
+        if torch.backends.cuda.can_use_flash_attention(given):
             output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
                 query, key, value, 0.0, True, False, scale=scaling
             )
-        else:
-            output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-                query, key, value, None, True, 0.0, True, scale=scaling
-            )
+            return output, lse[:, :, :length]
+    fits = same_width and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0 and query.dtype != torch.float64
+    if query.device.type == "cuda" and fits:
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, True, scale=scaling
+        )
         return output, lse[:, :, :length]
     return _chunked_with_lse(query, key, value, scaling)
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Dense attention through scaled_dot_product_attention; the mask is None (causal) or boolean."""
     batch, heads, queries, _ = query.shape
     groups = key.shape[1]

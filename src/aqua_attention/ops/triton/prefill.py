@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.fused import _dense, attention_with_lse
+from aqua_attention.ops.fused import attention_with_lse, dense_attention
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 256
@@ -82,15 +82,16 @@ def attention_prefill(
         raise AquaError("prefill kernels have no gradient: call them under torch.no_grad()")
     head_dim = query.shape[3] if head_dim is None else head_dim
     scaling = head_dim**-0.5 if scaling is None else scaling
-    if 0 < window and length <= window:
+    if window > 0 and length <= window:
         rotated = narrow = rotate_on_gpu(query, rotation)
     else:
         rotated, narrow = rotate_and_narrow(query, rotation, key_rms, config, head_dim=head_dim, scaling=scaling)
+    key, value = _rows(key), _rows(value)
     # Keys narrower than values push the fused kernels onto a slow path; zeros change no score.
     width = max(kept, value.shape[3])
     wide_key = F.pad(key, (0, width - kept))
     if window == 0 or narrow is rotated:
-        return _dense(F.pad(narrow, (0, width - kept)), wide_key, value, None, scaling)
+        return dense_attention(F.pad(narrow, (0, width - kept)), wide_key, value, None, scaling)
     outside = slice(config.sink, length - config.recent)
     far, far_lse = attention_with_lse(
         F.pad(narrow[:, :, window:], (0, width - kept)), wide_key[:, :, outside], value[:, :, outside], scaling
@@ -138,7 +139,7 @@ def rotate_and_narrow(
         The rotated queries and the narrow ones, both [batch, num_attention_heads, length, kept], contiguous, in the
         query's dtype; one and the same tensor where every dimension is selected. Sums over the heads of a group and
         expected errors are in float32 in another order than the reference's: where two sizes, or an error and
-        `logit_error`, differ by rounding only, another dimension may be taken.
+        `logit_error`, differ by rounding only, another dimension may be taken. An infinite query may turn into NaN.
 
     Raises:
         AquaError: shapes or dtypes that the kernel does not take; the message lists what it takes.
@@ -181,7 +182,8 @@ def window_merge(
 
     Args:
         query: rotated, [batch, num_attention_heads, length, kept].
-        key: rotated, [batch, num_key_value_heads, length, kept]; value: [batch, num_key_value_heads, length, value_dim].
+        key: rotated, [batch, num_key_value_heads, length, kept].
+        value: [batch, num_key_value_heads, length, value_dim].
         far: attention of the queries from sink + recent on to the keys outside their windows,
             [batch, num_attention_heads, length - sink - recent, value_dim]; far_lse: its log-sum-exp, float32.
         sink, recent: size of the window, 1 to length - 1 together.
@@ -195,7 +197,7 @@ def window_merge(
     """
     batch, heads, length, kept = query.shape
     groups, value_dim = key.shape[1], value.shape[3]
-    if not (0 <= sink and 0 <= recent and 0 < sink + recent < length):
+    if min(sink, recent) < 0 or not 0 < sink + recent < length:
         raise AquaError(
             f"sink is {sink} and recent {recent}: the kernel takes a window of 1 to {length - 1} for {length} tokens"
         )
@@ -280,7 +282,11 @@ def _launch(
     shared = mode in ("largest", "error") and config is not None and config.share == "group" and heads > groups
     states = _rows(states)
     wide, narrow_width = (max(16, triton.next_power_of_2(width)) for width in (head_dim, kept))
-    resident = max(wide, narrow_width) <= RESIDENT
+    size = states.element_size()
+    room = torch.cuda.get_device_properties(states.device).shared_memory_per_block_optin if states.is_cuda else 1 << 18
+    # Both halves of a rotation, the states, and the matrix by which ranks are found.
+    needed = size * (2 * wide * narrow_width + TOKENS * wide) + 2 * narrow_width**2
+    resident = max(wide, narrow_width) <= RESIDENT and needed <= room
     items = triton.cdiv(length, TOKENS) * (1 if shared else heads // groups)
     processors = torch.cuda.get_device_properties(states.device).multi_processor_count if states.is_cuda else 1
     programs = min(items, triton.cdiv(PROGRAMS * processors, groups * batch))
@@ -305,7 +311,7 @@ def _launch(
         GROUP=heads // groups,
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=wide,
-        CHUNK=wide if resident else RESIDENT // states.element_size(),
+        CHUNK=wide if resident else RESIDENT // size,
         KEPT=kept,
         KEPT_PADDED=narrow_width,
         TOKENS=TOKENS,
@@ -400,6 +406,7 @@ def _largest(
     states,
     count,
     before,
+    RANK_BY_DOT: tl.constexpr,
     KEPT: tl.constexpr,
     LOW_BITS: tl.constexpr,
     OCTAVES: tl.constexpr,
@@ -418,44 +425,55 @@ def _largest(
     low, held, fewer = tl.zeros_like(high), tl.full(high.shape, KEPT, tl.float32), tl.zeros(high.shape, tl.float32)
     middle = tl.maximum(high - (OCTAVES << (23 - LOW_BITS)), 0)
     low, high, held, fewer = _look(size, count, middle, low, high, held, fewer, LOW_BITS)
-    while tl.max(tl.where(held > count, high - low, 1), 0) > 1:
+    unsettled = tl.max(tl.where(held > count, high - low, 1), 0)
+    while unsettled > 1:
         for _ in tl.static_range(STEPS):
             middle = low + ((high - low) >> 1)
             low, high, held, fewer = _look(size, count, middle, low, high, held, fewer, LOW_BITS)
+        unsettled = tl.max(tl.where(held > count, high - low, 1), 0)
     # What is at the place `low` or behind it is chosen, and nothing below.
     bound = tl.where(low > 0, _as_float(tl.maximum(low - 1, 0), LOW_BITS), -1.0)[:, None]
     bound = tl.broadcast_to(bound, size.shape)
     if tl.max(held, 0) > count:
         # In some rows too many are at that place. The rank among them is the sum of those before.
         least = _as_float(low, LOW_BITS)[:, None]
-        rank = tl.dot(tl.where(size == least, 1.0, 0.0).to(before.dtype), before)
+        equal = tl.where(size == least, 1.0, 0.0)
+        rank = tl.dot(equal.to(before.dtype), before) if RANK_BY_DOT else tl.cumsum(equal, 1) - equal
         bound = tl.where(rank >= tl.where(held > count, count - fewer, KEPT)[:, None], least, bound)
     return tl.where(size <= bound, 0.0, states)
 
 
 @triton.jit
-def _needed(size, variance, limit, LOW_BITS: tl.constexpr, STEPS: tl.constexpr):
+def _drop(size, variance, limit, middle, low, high, dropped, LOW_BITS: tl.constexpr):
+    """One step of the search in `_needed`."""
+    lost = tl.sum(tl.where(size < _as_float(middle, LOW_BITS)[:, None], variance, 0.0), 1)
+    # A NaN is never little enough.
+    little = lost <= limit
+    return tl.where(little, middle, low), tl.where(little, high, middle), tl.where(little, lost, dropped)
+
+
+@triton.jit
+def _needed(size, variance, limit, LOW_BITS: tl.constexpr, OCTAVES: tl.constexpr, STEPS: tl.constexpr):
     """Boolean, the shape of `size`: the fewest of the largest numbers of each row, one at least, for which the
     variances of the others add up to `limit` at most. The order is that of `_largest`.
     """
-    # What is less than the place `low` may be dropped, what is less than `high` may not, or is everything.
+    # What is before the place `low` may be dropped, all that is before `high` may not, unless it is everything.
     high = _behind_largest(size, LOW_BITS)
     low, dropped = tl.zeros_like(high), tl.zeros(high.shape, tl.float32)
-    unsettled = high
-    while tl.max(unsettled, 0) > 1:
+    middle = tl.maximum(high - (OCTAVES << (23 - LOW_BITS)), 0)
+    low, high, dropped = _drop(size, variance, limit, middle, low, high, dropped, LOW_BITS)
+    unsettled = tl.max(high, 0)
+    while unsettled > 1:
         for _ in tl.static_range(STEPS):
-            middle = low + ((high - low) >> 1)
-            lost = tl.sum(tl.where(size < _as_float(middle, LOW_BITS)[:, None], variance, 0.0), 1)
-            # A NaN is never little enough.
-            little = lost <= limit
-            low, high = tl.where(little, middle, low), tl.where(little, high, middle)
-            dropped = tl.where(little, lost, dropped)
-        between = (size >= _as_float(low, LOW_BITS)[:, None]) & (size <= _as_float(high - 1, LOW_BITS)[:, None])
-        unsettled = tl.where(high - low > 1, tl.sum(between.to(tl.int32), 1), 1)
+            low, high, dropped = _drop(size, variance, limit, low + ((high - low) >> 1), low, high, dropped, LOW_BITS)
+        least, most = _as_float(low, LOW_BITS)[:, None], _as_float(high - 1, LOW_BITS)[:, None]
+        between = tl.sum(tl.where((size >= least) & (size <= most), 1, 0), 1)
+        unsettled = tl.max(tl.where(high - low > 1, between, 1), 0)
     # Between the two is one number, or several equal ones: the last of these are dropped.
-    equal = (size >= _as_float(low, LOW_BITS)[:, None]) & (size <= _as_float(high - 1, LOW_BITS)[:, None])
+    least, most = _as_float(low, LOW_BITS)[:, None], _as_float(high - 1, LOW_BITS)[:, None]
+    equal = (size >= least) & (size <= most)
     left = tl.cumsum(tl.where(equal, variance, 0.0), 1, reverse=True) + dropped[:, None]
-    chosen = ~(size <= _as_float(high - 1, LOW_BITS)[:, None]) | (equal & ~(left <= limit))
+    chosen = ~(size <= most) | (equal & ~(left <= limit))
     dims = tl.arange(0, size.shape[1])[None, :]
     first = tl.min(tl.where(equal, dims, size.shape[1]), 1)
     return chosen | ((tl.sum(chosen.to(tl.int32), 1) == 0)[:, None] & (dims == first[:, None]))
@@ -547,9 +565,9 @@ def _rotate_and_narrow(
             if MODE == "first":
                 wanted = tl.where((dims < count)[None, :], wanted, 0.0)
             elif MODE == "largest":
-                wanted = _largest(size, wanted, count, before, KEPT, LOW_BITS, OCTAVES, STEPS)
+                wanted = _largest(size, wanted, count, before, KEPT_PADDED <= 128, KEPT, LOW_BITS, OCTAVES, STEPS)
             else:
-                wanted = tl.where(_needed(size, variance, limit, LOW_BITS, STEPS), wanted, 0.0)
+                wanted = tl.where(_needed(size, variance, limit, LOW_BITS, OCTAVES, STEPS), wanted, 0.0)
             if TOGETHER == 1:
                 tl.store(narrow_ptr + start * KEPT + places, wanted.to(turned.dtype), written)
             else:
@@ -673,7 +691,7 @@ def _window(
     now = tl.where(now == float("-inf"), 0.0, now)
     near_share, far_share = tl.exp2(largest - now), tl.exp2(far_lse - now)
     merged = output * near_share[:, None] + far * far_share[:, None]
-    merged = merged / (total * near_share + far_share)[:, None]
+    merged = merged / tl.where(there, total * near_share + far_share, 1.0)[:, None]
     tl.store(
         output_ptr + ((row * groups * GROUP + heads) * length + tokens)[:, None] * VALUE_DIM + columns[None, :],
         merged.to(output_ptr.dtype.element_ty),
