@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill of one attention layer on a GPU: AQUA's plain torch path against dense SDPA, checked before it is timed.
+"""Prefill of one attention layer on a GPU: AQUA against the fastest dense kernel of torch, checked before it is timed.
 
 python benchmarks/prefill_gpu.py --json prefill.json
 """
@@ -10,61 +10,97 @@ import argparse
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 import aqua_attention as aqua
 from aqua_attention.files import write_json
-from aqua_attention.ops.api import attention
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.api import attend, choose, rotate
+from aqua_attention.ops.reference import attention_reference
+from aqua_attention.ops.select import select_dimensions
+from aqua_attention.ops.triton.prefill import rotate_and_narrow
 from aqua_attention.tables import markdown
 
 HEADS, GROUPS, DIM = 32, 8, 128
+CHECKED_QUERIES = 256
+TOLERANCE = 3.0
+"""A result may be so many times as far from float64 as the reference in bfloat16 is."""
+
+
+def check(name, config, query, key, value, rotation, rms):
+    """The last queries against float64, on the choices and the rounded states of the kernels."""
+    rotated, _ = rotate_and_narrow(query, rotation, rms, config)
+    last = slice(-CHECKED_QUERIES, None)
+    found = attend(query, rotate(key, rotation), value, rotation, rms, config, impl="triton")[:, :, last]
+    states = rotated[:, :, last], rotate(key, rotation), value
+    selected = select_dimensions(states[0], config, DIM, rms)
+    plain, exact = [], []
+    for group in range(GROUPS):  # a few heads at a time, for the memory of float64
+        heads, one = slice(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS), slice(group, group + 1)
+        for results, dtype in ((plain, torch.bfloat16), (exact, torch.float64)):
+            given = states[0][:, heads], states[1][:, one], states[2][:, one]
+            given = [each.to(dtype) for each in given]
+            results.append(
+                attention_reference(*given, selected[:, heads], sink=config.sink, recent=config.recent).double()
+            )
+    plain, exact = torch.cat(plain, 1), torch.cat(exact, 1)
+    error, limit = float((found.double() - exact).norm()), TOLERANCE * float((plain - exact).norm())
+    if not error <= limit:
+        raise SystemExit(f"wrong result: {name} is {error:.2e} from float64, {limit:.2e} is allowed")
 
 
 def main() -> None:
     """Run 8k and 32k tokens, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--length", type=int, action="append", help="tokens; repeat (default 8192 and 32768)")
     options = parser.parse_args()
     rows, cells = [], []
-    for length in (8192, 32768):
+    for length in options.length or (8192, 32768):
         torch.manual_seed(0)
         query, key, value = (
             torch.randn(1, n, length, DIM, device="cuda", dtype=torch.bfloat16) for n in (HEADS, GROUPS, GROUPS)
         )
-        rotation = torch.linalg.qr(torch.randn(GROUPS, DIM, DIM)).Q.cuda()
-        rms = torch.ones(GROUPS, DIM, device="cuda")
+        rotation = torch.linalg.qr(torch.randn(GROUPS, DIM, DIM)).Q.contiguous().cuda()
+        rms = torch.rand(GROUPS, DIM, device="cuda") + 0.1
 
-        def ours(config: aqua.AquaConfig, impl="fused", query=query, key=key, value=value, rotation=rotation, rms=rms):
-            q, k = rotate(query, rotation), rotate(key, rotation)
-            selected = select_dimensions(q, config, DIM, rms)
-            return attention(q, k, value, selected, sink=config.sink, recent=config.recent, impl=impl)
+        def ours(config: aqua.AquaConfig, query=query, key=key, value=value, rotation=rotation, rms=rms):
+            return attend(query, rotate(key, rotation), value, rotation, rms, config)
 
-        def dense(query=query, key=key, value=value):
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        def dense(backend: SDPBackend, query=query, key=key, value=value):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
-        settings = {
-            "no window": aqua.AquaConfig(k_ratio=0.5),
-            "exact 4 + 64": aqua.AquaConfig(k_ratio=0.5, sink=4, recent=64),
+        runs = {
+            f"dense, {name}": lambda backend=backend: dense(backend)
+            for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION))
         }
-        for name, config in settings.items():
-            exact = ours(config, impl="chunked").float()
-            error = float((ours(config).float() - exact).norm() / exact.norm())
-            if not error < 1e-2:
-                raise SystemExit(f"wrong result: {name} differs from the reference by {error:.1e}")
-        base = do_bench(dense, return_mode="median")
-        for name, config in {"dense SDPA": None, **settings}.items():
+        for ratio in (0.75, 0.5, 0.25):
+            for share in ("head", "group"):
+                for window in ((0, 0), (4, 64)):
+                    config = aqua.AquaConfig(
+                        k_ratio=ratio, selection="weighted", share=share, sink=window[0], recent=window[1]
+                    )
+                    name = f"k_ratio {ratio}, {share}" + (", exact 4 + 64" if sum(window) else "")
+                    if choose(query, key, value, None, window=sum(window) > 0) != "triton":
+                        raise SystemExit("the kernels do not take this call")
+                    check(name, config, query, key, value, rotation, rms)
+                    runs[name] = lambda config=config: ours(config)
+        times, peaks = {}, {}
+        for name, run in runs.items():
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            _ = dense() if config is None else ours(config)
-            peak = torch.cuda.max_memory_allocated() - before
-            seconds = base if config is None else do_bench(lambda c=config: ours(c), return_mode="median")
+            run()
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+            times[name] = do_bench(run, return_mode="median")
+        base = min(time for name, time in times.items() if name.startswith("dense"))
+        for name, time in times.items():
             rows.append(
-                {"length": length, "setting": name, "ms": seconds, "speed": base / seconds, "added_bytes": peak}
+                {"length": length, "setting": name, "ms": time, "speed": base / time, "added_bytes": peaks[name]}
             )
-            cells.append([str(length), name, f"{seconds:.2f}", f"{base / seconds:.2f}", f"{peak / 1e6:.0f}"])
+            cells.append([str(length), name, f"{time:.2f}", f"{base / time:.2f}", f"{peaks[name] / 1e6:.0f}"])
     print(torch.cuda.get_device_name(), torch.__version__)
-    print(markdown(["tokens", "setting", "ms", "speed to dense", "added MB"], cells))
+    print(markdown(["tokens", "setting", "ms", "speed to the best dense", "added MB"], cells))
     if options.json:
         write_json(options.json, {"device": torch.cuda.get_device_name(), "rows": rows})
 

@@ -16,16 +16,16 @@ from transformers.cache_utils import StaticLayer
 from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.api import no_kernels_reason
+from aqua_attention.ops.api import KERNEL_DTYPES, no_kernels_reason
 from aqua_attention.ops.mask import HIDDEN
 from aqua_attention.rotated_layer import check_active, tagged
 
-LARGEST_HEAD = 256
+LARGEST_HEAD, LARGEST_FLOAT32_HEAD = 256, 128
 LARGEST_WINDOW = 128
 """`ops.triton.layout.TILE`, which cannot be asked where triton is not installed."""
 
 
-def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int) -> str | None:
+def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype: torch.dtype) -> str | None:
     """Why a layer cannot be stored for the decoding kernel; None when it can."""
     groups, head_dim, _ = spec.matrix.shape
     if reason := no_kernels_reason(spec.matrix.device):
@@ -36,6 +36,10 @@ def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int) -> str
         return "it stores neither bits, h2o_ratio nor s_ratio with an exact window"
     if max(config.sink, config.recent) > LARGEST_WINDOW:
         return f"sink is {config.sink} and recent {config.recent}, and it takes {LARGEST_WINDOW} at most"
+    if dtype not in KERNEL_DTYPES:
+        return f"the model is {dtype}, and it takes bfloat16, float16 and float32"
+    if dtype == torch.float32 and head_dim > LARGEST_FLOAT32_HEAD and spec.matrix.is_cuda:
+        return f"heads have {head_dim} dimensions, and in float32 it takes {LARGEST_FLOAT32_HEAD} at most"
     if head_dim > LARGEST_HEAD:
         return f"heads have {head_dim} dimensions, and it takes {LARGEST_HEAD} at most"
     return None
@@ -77,6 +81,7 @@ class TiledLayer(StaticLayer):
         """Padding tokens of the first sequence, which are given but not stored."""
         self.is_initialized = True
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new tokens; `decode` or `store` writes them.
 
@@ -104,6 +109,7 @@ class TiledLayer(StaticLayer):
         """Whether so many new tokens are a decoding step for the kernel."""
         return queries == 1 and self._is_filled
 
+    @torch.compiler.disable
     def decode(
         self, query: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float
     ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -133,6 +139,7 @@ class TiledLayer(StaticLayer):
             selected = chosen.mask.bool()[:, :, None].expand(-1, -1, repeats, -1).reshape(rotated.shape)[:, :, None]
         return output[:, :, None], selected, rotated[:, :, None]
 
+    @torch.compiler.disable
     def store(self, mask: Tensor | None) -> None:
         """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
         keys, values = self._taken()

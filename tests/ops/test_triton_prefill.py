@@ -86,7 +86,7 @@ def check_choice(rotated, narrow, config, head_dim, key_rms):
             assert taken.sum() == 1 or lost + errors[last] / head_dim >= config.logit_error * (1 - 1e-5)
 
 
-@settings(max_examples=300 if ON_GPU else 16, deadline=None, phases=PHASES)
+@settings(max_examples=25 if ON_GPU else 16, deadline=None, phases=PHASES)
 @given(
     heads=st.sampled_from(HEADS),
     widths=st.sampled_from([*WIDTHS, (256, 256)] if ON_GPU else WIDTHS),
@@ -186,7 +186,7 @@ def test_as_many_dimensions_as_an_error_allows_by_hand():
         assert [row.nonzero().flatten().tolist() for row in narrow[0, 0]] == [*expected, []], limit
 
 
-@settings(max_examples=200 if ON_GPU else 10, deadline=None, phases=PHASES)
+@settings(max_examples=20 if ON_GPU else 10, deadline=None, phases=PHASES)
 @given(
     heads=st.sampled_from(HEADS),
     widths=st.sampled_from([(64, 64, 64), (64, 48, 64), (80, 80, 80), (64, 64, 128)]),

@@ -116,7 +116,8 @@ class Attachment:
             offloading: keep the layers that are not in use on the CPU.
             layout: of a cache of fixed size. "tiled": keys by dimension, for the decoding kernel on a GPU, which reads
                 the chosen dimensions only; "plain": keys by token, all of them read; "auto": tiled where that is
-                possible. The cache's `layout` says which it is.
+                possible. The cache's `layout` says which it is. A tiled one can be recorded in a CUDA graph;
+                `torch.compile` breaks its graph there, so take a plain one for that.
 
         Raises:
             AquaError: not attached, or a setting that a cache of fixed size or its layout cannot store.
@@ -150,7 +151,10 @@ class Attachment:
             getattr(layer.module, "sinks", None) is not None for layer in self._found
         ):
             return "the kernel knows neither softcap nor extra softmax logits"
-        reasons = (untiled_reason(self.config, self._layers[f.module].spec, f.num_attention_heads) for f in self._found)
+        reasons = (
+            untiled_reason(self.config, self._layers[f.module].spec, f.num_attention_heads, self.model.dtype)
+            for f in self._found
+        )
         return next(filter(None, reasons), None)
 
     def save_cache(self, cache: Cache, path: Path | str) -> None:

@@ -25,6 +25,7 @@ TORCH_IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
 """Of `attention`."""
 KERNEL_DTYPES, WIDEST = (torch.bfloat16, torch.float16, torch.float32), 256
 """What our kernels take: dtypes, and dimensions of a head."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def attend(
@@ -216,8 +217,10 @@ def _untriton_reason(
 
 def no_kernels_reason(device: torch.device) -> str | None:
     """Why our kernels cannot run on this device; None when they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return "triton is not installed"
+    if torch.compiler.is_compiling():
+        return "the call is being compiled by torch.compile"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {device.type}, and the kernels need a CUDA GPU"
     return None

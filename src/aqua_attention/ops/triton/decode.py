@@ -25,7 +25,13 @@ LEAST_SIZE = 16
 WARPS, FEW_WARPS = 8, 4
 """Of a program when there are many programs, and when all of them run at once."""
 STAGE_BYTES, MOST_STAGES = 200_000, 4
-"""Shared memory for the tiles that are on their way, and how many there are at most."""
+"""Shared memory for the tiles that are on their way, and how many there are at most: two in float32, whose products
+need more of it."""
+LARGEST_FLOAT32 = 128
+"""Dimensions of a head in float32, for the same reason."""
+WHOLE_TILES = 40
+"""Caches of up to so many tiles are read whole, by queries that are zero where they are not chosen: there the latency
+counts and not the bytes, and the addresses of keys need not wait for the choice."""
 SPECIAL = 3
 """Programs of each sequence and head for the blocks with an exact window."""
 MOST_SPLITS = 61
@@ -66,6 +72,7 @@ def decode(
     recent: int = 0,
     scaling: float | None = None,
     splits: int | None = None,
+    whole: bool | None = None,
     appended: bool = False,
     mass: Tensor | None = None,
 ) -> Tensor:
@@ -78,6 +85,7 @@ def decode(
         sink, recent: size of the exact window, at most TILE each.
         scaling: factor of the scores; default 1/sqrt(kept).
         splits: programs for each sequence and key-value head; None: as many as fill the GPU.
+        whole: read dimensions that are not chosen too, and multiply them by zero; None: where that is faster.
         appended: a token that `prepare` has written is counted too, and the sequences are one longer afterwards.
         mass: float32 [batch, num_key_value_heads, tokens of `cache.values`]; gets the attention that each token was
             given, summed over the heads of its group, and zero behind a sequence's end.
@@ -104,7 +112,11 @@ def decode(
     whole_lse = None if mass is None else query.new_empty((batch, heads), dtype=torch.float32)
     output = query.new_empty((batch, heads, value_dim))
     group_padded = triton.next_power_of_2(heads // groups)
-    tile_bytes = TILE * (most + value_dim) * query.element_size()
+    whole = chosen is not None and (count <= WHOLE_TILES if whole is None else whole)
+    if whole:
+        most, counts = kept, None
+    tile_bytes = TILE * (padded(most) + padded(value_dim)) * query.element_size()
+    stages = max(1, min(MOST_STAGES if query.element_size() == 2 else 2, 1 + STAGE_BYTES // tile_bytes))
     _decode[(splits, groups, batch)](
         query,
         dims,
@@ -138,9 +150,10 @@ def decode(
         MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
         TILE=TILE,
         SPECIAL=SPECIAL,
+        WHOLE=whole,
         num_warps=warps,
         **starts_early(query),
-        num_stages=max(1, min(MOST_STAGES, 1 + STAGE_BYTES // tile_bytes)),
+        num_stages=stages,
     )
     if mass is not None:
         _mass[(-(-count * TILE // 1024), groups, batch)](
@@ -177,6 +190,10 @@ def _check(
         raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")
     if query.dtype != cache.tiles.dtype or not query.is_contiguous():
         raise AquaError(f"query is {query.dtype}: it must be contiguous, in the cache's {cache.tiles.dtype}")
+    if query.dtype == torch.float32 and query.is_cuda and max(kept, cache.values.shape[3]) > LARGEST_FLOAT32:
+        raise AquaError(
+            f"heads of {kept} dimensions in float32: the kernel takes {LARGEST_FLOAT32} at most, or 16 bits"
+        )
     if not (0 <= sink <= TILE and 0 <= recent <= TILE):
         raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
     if chosen is not None:
@@ -230,6 +247,7 @@ def _decode(
     MERGED: tl.constexpr,
     TILE: tl.constexpr,
     SPECIAL: tl.constexpr,
+    WHOLE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -246,7 +264,7 @@ def _decode(
     limit = CHOSEN
     if counts_ptr is not None:
         limit = tl.load(counts_ptr + place)
-    if dims_ptr is not None:
+    if dims_ptr is not None and not WHOLE:
         dims_ptr += place * CHOSEN
 
     heads, tokens, columns = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, VALUE_PADDED)
@@ -290,13 +308,16 @@ def _decode(
             scores = tl.zeros([ROWS, TILE], tl.float32)
             for start in tl.static_range(0, CHOSEN, STEP):
                 places = start + tl.arange(0, STEP)
-                if dims_ptr is None:
+                if dims_ptr is None or WHOLE:
                     dim = tl.minimum(places, CHOSEN - 1)
                 else:
                     dim = tl.load(dims_ptr + places, places < limit, 0)
                 query = tl.load(
                     query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (places[None, :] < limit), 0.0
                 )
+                if WHOLE:
+                    chosen = tl.load(mask_ptr + place * DIM + dim)
+                    query = tl.where(chosen[None, :] > 0, query, 0.0).to(query.dtype)
                 keys_ptr = tiles_ptr + (tile * DIM + dim[:, None]) * TILE + tokens[None, :]
                 if counts_ptr is None:
                     # Where k is no multiple, the rest is some dimension again, times zero.
@@ -337,7 +358,7 @@ def _decode(
             cache_modifier=".cg",
         )
         top = tl.max(parts, 1)
-        whole = top + tl.log2(tl.sum(tl.exp2(parts - tl.where(member < GROUP, top, 0.0)[:, None]), 1))
+        whole_lse = top + tl.log2(tl.sum(tl.exp2(parts - tl.where(member < GROUP, top, 0.0)[:, None]), 1))
         result = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
         for start in range(0, splits, MERGED):
             part = start + tl.arange(0, MERGED)
@@ -345,7 +366,7 @@ def _decode(
             at = first[:, None] + part[None, :]
             weights = tl.exp2(
                 tl.load(lse_ptr + at, is_part, float("-inf"), cache_modifier=".cg")
-                - tl.where(member < GROUP, whole, 0.0)[:, None]
+                - tl.where(member < GROUP, whole_lse, 0.0)[:, None]
             )
             some = tl.load(
                 partial_ptr + at[:, :, None] * VALUE_DIM + columns[None, None, :],
@@ -360,7 +381,7 @@ def _decode(
             (member[:, None] < GROUP) & column[None, :],
         )
         if whole_lse_ptr is not None:
-            tl.store(whole_lse_ptr + place * GROUP + member, whole, member < GROUP)
+            tl.store(whole_lse_ptr + place * GROUP + member, whole_lse, member < GROUP)
         if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
             if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
                 # All programs of this sequence have read its length.

@@ -85,12 +85,14 @@ def attention_prefill(
     if window > 0 and length <= window:
         rotated = narrow = rotate_on_gpu(query, rotation)
     else:
-        rotated, narrow = rotate_and_narrow(query, rotation, key_rms, config, head_dim=head_dim, scaling=scaling)
+        rotated, narrow = rotate_and_narrow(
+            query, rotation, key_rms, config, head_dim=head_dim, scaling=scaling, both=window > 0
+        )
     key, value = _rows(key), _rows(value)
     # Keys narrower than values push the fused kernels onto a slow path; zeros change no score.
     width = max(kept, value.shape[3])
     wide_key = F.pad(key, (0, width - kept))
-    if window == 0 or narrow is rotated:
+    if window == 0 or length <= window or narrow is rotated:
         return dense_attention(F.pad(narrow, (0, width - kept)), wide_key, value, None, scaling)
     outside = slice(config.sink, length - config.recent)
     far, far_lse = attention_with_lse(
@@ -126,6 +128,7 @@ def rotate_and_narrow(
     *,
     head_dim: int | None = None,
     scaling: float | None = None,
+    both: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries, and set to zero what `ops.select.select_dimensions` does not select of them.
 
@@ -134,6 +137,7 @@ def rotate_and_narrow(
         rotation: float32 [num_key_value_heads, head_dim, kept].
         key_rms: float32 [num_key_value_heads, kept].
         config, head_dim, scaling: see `select_dimensions`; head_dim is the query's by default.
+        both: False writes the narrow ones only, in the place of the rotated ones.
 
     Returns:
         The rotated queries and the narrow ones, both [batch, num_attention_heads, length, kept], contiguous, in the
@@ -151,7 +155,7 @@ def rotate_and_narrow(
         rotated = rotate_on_gpu(query, rotation)
         return rotated, rotated
     rotated = query.new_empty((*query.shape[:3], rotation.shape[2]))
-    narrow = torch.empty_like(rotated)
+    narrow = torch.empty_like(rotated) if both else rotated
     mode = "error" if config.logit_error is not None else "first" if config.selection == "static" else "largest"
     _launch(
         query,
@@ -282,14 +286,16 @@ def _launch(
     shared = mode in ("largest", "error") and config is not None and config.share == "group" and heads > groups
     states = _rows(states)
     wide, narrow_width = (max(16, triton.next_power_of_2(width)) for width in (head_dim, kept))
-    size = states.element_size()
-    room = torch.cuda.get_device_properties(states.device).shared_memory_per_block_optin if states.is_cuda else 1 << 18
+    size, processors, room = states.element_size(), 1, 1 << 18
+    if states.is_cuda:
+        device = torch.cuda.get_device_properties(states.device)
+        processors, room = device.multi_processor_count, getattr(device, "shared_memory_per_block_optin", 1 << 16)
     # Both halves of a rotation, the states, and the matrix by which ranks are found.
     needed = size * (2 * wide * narrow_width + TOKENS * wide) + 2 * narrow_width**2
     resident = max(wide, narrow_width) <= RESIDENT and needed <= room
     items = triton.cdiv(length, TOKENS) * (1 if shared else heads // groups)
-    processors = torch.cuda.get_device_properties(states.device).multi_processor_count if states.is_cuda else 1
-    programs = min(items, triton.cdiv(PROGRAMS * processors, groups * batch))
+    # Not one more than run at once: the last would wait for a whole round.
+    programs = min(items, max(1, PROGRAMS * processors // (groups * batch)))
     # The low bits of a half number are zero in float32, and need no search where nothing was multiplied to it.
     plain = selection == "magnitude" and not (config is not None and config.share == "group")
     low_bits = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[states.dtype] if plain else 0
@@ -307,6 +313,7 @@ def _launch(
         MODE=mode,
         SELECTION=selection,
         SQUARED=config is not None and config.share == "group",
+        BOTH=narrow is not rotated,
         TOGETHER=heads // groups if shared else 1,
         GROUP=heads // groups,
         HEAD_DIM=head_dim,
@@ -427,8 +434,13 @@ def _largest(
     low, high, held, fewer = _look(size, count, middle, low, high, held, fewer, LOW_BITS)
     unsettled = tl.max(tl.where(held > count, high - low, 1), 0)
     while unsettled > 1:
-        for _ in tl.static_range(STEPS):
+        for step in tl.static_range(STEPS):
             middle = low + ((high - low) >> 1)
+            if step % 2 == 0:
+                # Where the wanted one would be if the numbers between the two were spread evenly.
+                share = (held - count + 0.5) / (held - fewer + 0.5)
+                guess = low + (share * (high - low).to(tl.float32)).to(tl.int32)
+                middle = tl.minimum(tl.maximum(guess, low + 1), tl.maximum(high - 1, low))
             low, high, held, fewer = _look(size, count, middle, low, high, held, fewer, LOW_BITS)
         unsettled = tl.max(tl.where(held > count, high - low, 1), 0)
     # What is at the place `low` or behind it is chosen, and nothing below.
@@ -496,6 +508,7 @@ def _rotate_and_narrow(
     MODE: tl.constexpr,
     SELECTION: tl.constexpr,
     SQUARED: tl.constexpr,
+    BOTH: tl.constexpr,
     TOGETHER: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -546,7 +559,8 @@ def _rotate_and_narrow(
                 TOKENS,
                 PRECISION,
             )
-            tl.store(rotated_ptr + (start + member * length) * KEPT + places, turned, written)
+            if BOTH or TOGETHER > 1 or MODE == "none":
+                tl.store(rotated_ptr + (start + member * length) * KEPT + places, turned, written)
             if MODE == "largest" or MODE == "error":
                 error = tl.abs(turned.to(tl.float32) * weight)
                 one = error if SELECTION == "weighted" else tl.abs(turned.to(tl.float32))

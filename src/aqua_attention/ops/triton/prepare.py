@@ -93,8 +93,8 @@ def prepare(
         COUNT=count,
         SELECTION=config.selection,
         TILE=TILE,
-        EARLY=starts_early(query)["EARLY"],
         num_warps=WARPS,
+        **starts_early(query),
     )
     return rotated, chosen
 
@@ -131,6 +131,7 @@ def _prepare(
     EARLY: tl.constexpr,
 ):
     if EARLY:
+        tl.extra.cuda.gdc_wait()  # for what computes the query
         tl.extra.cuda.gdc_launch_dependents()
     group, row = tl.program_id(0), tl.program_id(1)
     place = (row * tl.num_programs(0) + group).to(tl.int64)
