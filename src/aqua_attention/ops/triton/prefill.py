@@ -23,6 +23,8 @@ WIDEST = 256
 """Largest head_dim, kept and value_dim."""
 TOKENS = 64
 """Tokens of one head that a program rotates at once: 16 a warp, so that a row stays within four threads."""
+WARPS = 4
+EXTRA: dict[str, int] = {}
 RESIDENT = 128
 """Rotations up to this padded width stay in shared memory; of wider ones a few rows at a time are loaded."""
 PROGRAMS = 2
@@ -326,7 +328,8 @@ def _launch(
         OCTAVES=OCTAVES,
         STEPS=STEPS,
         PRECISION=PRECISION,
-        num_warps=4 if resident else 8,
+        num_warps=WARPS if resident else 8,
+        **EXTRA,
         # Two programs fit on a multiprocessor, and hide each other's loads. More in flight would leave room for one.
         num_stages=2 if mode == "none" and resident else 1,
         # Products and sums are rounded as the reference's, or equal sizes would differ.

@@ -15,6 +15,8 @@ from aqua_attention.ops.triton.decode import Chosen, padded, starts_early
 from aqua_attention.ops.triton.layout import TILE, TiledCache
 
 WARPS = 8
+FEW_PROGRAMS = 64
+LARGEST_CHUNK = 128
 
 
 def prepare(
@@ -43,7 +45,7 @@ def prepare(
 
     Returns:
         Rotated queries [batch, num_attention_heads, kept], and what `decode` multiplies: None where every dimension
-        counts; `dims` are ascending.
+        counts; `dims` are in the order of the selection.
 
     Raises:
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
@@ -67,7 +69,9 @@ def prepare(
             torch.empty((batch, groups, kept), dtype=torch.int8, device=query.device),
             torch.empty((batch, groups), dtype=torch.int32, device=query.device) if adaptive else None,
         )
-    _prepare[(groups, batch)](
+    # A second program for the key and the value, where there are processors for it.
+    halves = 2 if batch * groups <= FEW_PROGRAMS else 1
+    _prepare[(groups, batch, halves)](
         query.contiguous(),
         key.contiguous(),
         value.contiguous(),
@@ -86,6 +90,7 @@ def prepare(
         ROWS=padded(heads // groups + 1),
         HEAD_DIM=head_dim,
         HEAD_DIM_PADDED=padded(head_dim),
+        CHUNK=min(padded(head_dim), LARGEST_CHUNK),
         KEPT=kept,
         KEPT_PADDED=padded(kept),
         VALUE_DIM=value.shape[2],
@@ -121,6 +126,7 @@ def _prepare(
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -136,41 +142,46 @@ def _prepare(
     group, row = tl.program_id(0), tl.program_id(1)
     place = (row * tl.num_programs(0) + group).to(tl.int64)
     position = tl.load(lengths_ptr + row)
+    does_query, does_key = tl.program_id(2) == 0, tl.program_id(2) == tl.num_programs(2) - 1
     # One matrix: the query heads of the group, and the key as the row behind them.
-    heads, wide, narrow = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM_PADDED), tl.arange(0, KEPT_PADDED)
+    heads, narrow = tl.arange(0, ROWS), tl.arange(0, KEPT_PADDED)
     inside, is_key, column = heads < GROUP, heads == GROUP, narrow < KEPT
-    rotation = tl.load(
-        rotation_ptr + (group * HEAD_DIM + wide[:, None]) * KEPT + narrow[None, :],
-        (wide[:, None] < HEAD_DIM) & column[None, :],
-        0.0,
-    )
-    states = tl.load(
-        query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
-        inside[:, None] & (wide[None, :] < HEAD_DIM),
-        0.0,
-    )
-    key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
     columns = tl.arange(0, VALUE_DIM_PADDED)
     value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
     rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
-    states = tl.where(is_key[:, None], key[None, :], states)
-    if states.dtype == tl.float32:
-        turned = tl.dot(states, rotation, input_precision="ieee")
-    else:
-        # A rotation rounded to 16 bits is not orthogonal; with what was rounded off beside it, it is.
-        high = rotation.to(states.dtype)
-        turned = tl.dot(states, high)
-        turned = tl.dot(states, (rotation - high.to(tl.float32)).to(states.dtype), turned)
+    turned = tl.zeros([ROWS, KEPT_PADDED], tl.float32)
+    for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
+        wide = start + tl.arange(0, CHUNK)
+        rotation = tl.load(
+            rotation_ptr + (group * HEAD_DIM + wide[:, None]) * KEPT + narrow[None, :],
+            (wide[:, None] < HEAD_DIM) & column[None, :],
+            0.0,
+        )
+        states = tl.load(
+            query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
+            inside[:, None] & (wide[None, :] < HEAD_DIM),
+            0.0,
+        )
+        key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
+        states = tl.where(is_key[:, None], key[None, :], states)
+        if states.dtype == tl.float32:
+            turned = tl.dot(states, rotation, turned, input_precision="ieee")
+        else:
+            # A rotation rounded to 16 bits is not orthogonal; with what was rounded off beside it, it is.
+            high = rotation.to(states.dtype)
+            turned = tl.dot(states, high, turned)
+            turned = tl.dot(states, (rotation - high.to(tl.float32)).to(states.dtype), turned)
     turned = turned.to(rotated_ptr.dtype.element_ty)
-    tl.store(
-        rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
-        turned,
-        inside[:, None] & column[None, :],
-    )
+    if does_query:
+        tl.store(
+            rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
+            turned,
+            inside[:, None] & column[None, :],
+        )
     turned = turned.to(tl.float32)
-    new = tl.sum(tl.where(is_key[:, None], turned, 0.0), 0)
 
-    if position < tiles * TILE:
+    if does_key & (position < tiles * TILE):
+        new = tl.sum(tl.where(is_key[:, None], turned, 0.0), 0)
         # The new token replaces one of the tile before last, which must be in its place by then.
         tail_ptr += place * 2 * TILE * KEPT
         slot = position % (2 * TILE)
@@ -184,30 +195,31 @@ def _prepare(
         tl.store(tail_ptr + slot * KEPT + narrow, new.to(tail_ptr.dtype.element_ty), column)
         tl.store(values_ptr + (place * tiles * TILE + position) * VALUE_DIM + columns, value, columns < VALUE_DIM)
 
-    if dims_ptr is not None:
-        # The dimensions of largest summed square; among equals the lower one, and a NaN is largest.
-        if SELECTION == "static":
-            size = (KEPT_PADDED - narrow).to(tl.float32)
-        else:
-            size = tl.where(inside[:, None], turned, 0.0)
-            if SELECTION == "weighted":
-                size *= rms[None, :]
-            size = tl.sum(size * size, 0)
-            size = tl.where(size == size, size, float("inf"))
-        size = tl.where(column, size, -1.0)
-        ahead = (size[:, None] > size[None, :]) | (
-            (size[:, None] == size[None, :]) & (narrow[:, None] < narrow[None, :])
-        )
-        rank = tl.sum(ahead.to(tl.int32), 0)
-        if counts_ptr is None:
-            chosen = (rank < COUNT).to(tl.int32)
-        else:
-            # Dropping a dimension costs its variance and that of all behind it.
-            error = tl.where(inside[:, None], turned, 0.0) * rms[None, :] * scaling
-            variance = tl.sum(error * error, 0)
-            behind = tl.sum(tl.where(ahead, 0.0, variance[:, None]), 0)
-            few = behind <= logit_error
-            chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
-            tl.store(counts_ptr + place, tl.sum(chosen, 0))
-        tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
-        tl.store(dims_ptr + place * COUNT + tl.cumsum(chosen, 0) - 1, narrow, chosen > 0)
+    if dims_ptr is not None:  # noqa: SIM102 (this is known when compiling, the other is not)
+        if does_query:
+            # The dimensions of largest summed square; among equals the lower one, and a NaN is largest.
+            if SELECTION == "static":
+                size = (KEPT_PADDED - narrow).to(tl.float32)
+            else:
+                size = tl.where(inside[:, None], turned, 0.0)
+                if SELECTION == "weighted":
+                    size *= rms[None, :]
+                size = tl.sum(size * size, 0)
+                size = tl.where(size == size, size, float("inf"))
+            size = tl.where(column, size, -1.0)
+            ahead = (size[:, None] > size[None, :]) | (
+                (size[:, None] == size[None, :]) & (narrow[:, None] < narrow[None, :])
+            )
+            rank = tl.sum(ahead.to(tl.int32), 0)
+            if counts_ptr is None:
+                chosen = (rank < COUNT).to(tl.int32)
+            else:
+                # Dropping a dimension costs its variance and that of all behind it.
+                error = tl.where(inside[:, None], turned, 0.0) * rms[None, :] * scaling
+                variance = tl.sum(error * error, 0)
+                behind = tl.sum(tl.where(ahead, 0.0, variance[:, None]), 0)
+                few = behind <= logit_error
+                chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
+                tl.store(counts_ptr + place, tl.sum(chosen, 0))
+            tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
+            tl.store(dims_ptr + place * COUNT + rank, narrow, chosen > 0)
