@@ -18,7 +18,7 @@ from aqua_attention.files import write_json
 from aqua_attention.ops.api import attend, choose, rotate
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import select_dimensions
-from aqua_attention.ops.triton.prefill import rotate_and_narrow
+from aqua_attention.ops.triton.rotate import rotate_and_narrow
 from aqua_attention.tables import markdown
 
 HEADS, GROUPS, DIM = 32, 8, 128

@@ -54,7 +54,7 @@ def test_a_static_cache_runs_in_cuda_graphs(llama, name):
     model, projections = llama
     model, ids = copy.deepcopy(model).cuda(), tokens(60).cuda()
     with aqua.apply(model, projections, CONFIGS[name]) as attachment:
-        growing, static = attachment.new_cache(), attachment.new_cache(max_length=64)
+        growing, static = attachment.new_cache(), attachment.new_cache(max_length=64, layout="plain")
         for cache in (growing, static):
             logits(model, ids[:, :40], past_key_values=cache)
         step = torch.compile(model, fullgraph=True, mode="reduce-overhead")

@@ -13,8 +13,11 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 
 pytest.importorskip("triton")
-from aqua_attention.ops.triton import prefill
-from aqua_attention.ops.triton.prefill import attention_prefill, rotate_and_narrow, rotate_on_gpu, window_merge
+from aqua_attention.ops.triton import rotate as rotate_kernels
+from aqua_attention.ops.triton import window
+from aqua_attention.ops.triton.prefill import attention_prefill
+from aqua_attention.ops.triton.rotate import rotate_and_narrow, rotate_on_gpu
+from aqua_attention.ops.triton.window import window_merge
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -289,5 +292,5 @@ def test_a_long_prompt_on_a_gpu(groups, selection):
 
 def test_constants_fit_the_layout():
     """A row is summed within one warp: 16 rows each."""
-    assert prefill.TOKENS == 64
-    assert prefill.WINDOW_ROWS % 16 == 0
+    assert rotate_kernels.TOKENS == 16 * rotate_kernels.WARPS
+    assert window.WINDOW_ROWS % 16 == 0

@@ -93,7 +93,7 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
         return select.rotate(states, rotation)
     if torch.is_grad_enabled() and states.requires_grad:
         return select.rotate(states, rotation)
-    from aqua_attention.ops.triton.prefill import rotate_on_gpu
+    from aqua_attention.ops.triton.rotate import rotate_on_gpu
 
     return rotate_on_gpu(states, rotation)
 

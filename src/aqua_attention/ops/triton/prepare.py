@@ -11,7 +11,8 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.triton.decode import Chosen, padded, starts_early
+from aqua_attention.ops.triton.blocks import padded, starts_early
+from aqua_attention.ops.triton.decode import Chosen
 from aqua_attention.ops.triton.layout import TILE, TiledCache
 
 WARPS = 8

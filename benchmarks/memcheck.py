@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel once on awkward shapes, to be run under a memory checker.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck.py
+"""
+
+from __future__ import annotations
+
+import torch
+
+import aqua_attention as aqua
+from aqua_attention.ops.api import attend, rotate
+from aqua_attention.ops.triton.decode import decode
+from aqua_attention.ops.triton.layout import TiledCache
+from aqua_attention.ops.triton.prepare import prepare
+
+SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64)]
+"""Query heads, key-value heads, head_dim, kept and value_dim."""
+CHOICES = [{"k_ratio": 1.0}, {"k_ratio": 0.5, "selection": "weighted"}, {"logit_error": 0.1}]
+
+
+def main() -> None:
+    """Decode over the end of a tile and of the cache, and prefill odd lengths; results must be finite."""
+    torch.manual_seed(0)
+    runs = 0
+    for heads, groups, head_dim, kept, value_dim in SHAPES:
+        rotation = torch.linalg.qr(torch.randn(groups, head_dim, head_dim)).Q[..., :kept].contiguous().cuda()
+        rms = torch.rand(groups, kept, device="cuda") + 0.1
+        for choice in CHOICES:
+            s_ratio = 1 - kept / head_dim
+            config = aqua.AquaConfig(share="group", s_ratio=s_ratio, sink=3, recent=20, **choice)
+
+            def random(*shape: int) -> torch.Tensor:
+                return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+            lengths = torch.tensor([509, 380, 1])
+            cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda")
+            cache.fill(random(3, groups, 509, kept), random(3, groups, 509, value_dim), lengths)
+            mass = torch.empty(3, groups, cache.values.shape[2], device="cuda")
+            for step in range(8):
+                query, key, value = (
+                    random(3, n, width) for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
+                )
+                turned, chosen = prepare(query, key, value, cache, rotation, rms, config)
+                given = mass if step % 2 else None
+                output = decode(turned, chosen, cache, sink=3, recent=20, appended=True, mass=given)
+                assert output.isfinite().all()
+                runs += 1
+            assert cache.lengths.tolist() == [512, 388, 9]
+            for share in ("head", "group"):
+                for window in ({"sink": 0, "recent": 0}, {"sink": 3, "recent": 20}):
+                    config = aqua.AquaConfig(share=share, s_ratio=s_ratio, **window, **choice)
+                    query, key = random(2, heads, 131, head_dim), random(2, groups, 131, head_dim)
+                    value = random(2, groups, 131, value_dim)
+                    output = attend(query, rotate(key, rotation), value, rotation, rms, config, impl="triton")
+                    assert output.isfinite().all()
+                    runs += 1
+    torch.cuda.synchronize()
+    print(f"{runs} runs, all finite")
+
+
+if __name__ == "__main__":
+    main()

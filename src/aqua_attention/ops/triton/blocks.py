@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""What several kernels share: sizes of blocks, early starts, and one step of an online softmax."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LEAST_SIZE = 16
+"""Rows and columns of a matrix product on tensor cores are padded to so many at least."""
+
+
+def padded(size: int) -> int:
+    """The size of a block that holds so many."""
+    return max(LEAST_SIZE, int(triton.next_power_of_2(size)))
+
+
+def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
+    """Options of a kernel that may be put on the GPU before the one ahead of it has ended, where GPUs can do that."""
+    early = wanted and tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
+
+
+@triton.jit
+def online_softmax(scores, values, largest, total, output, PRECISION: tl.constexpr):
+    """One more block of an online softmax; scores are to the base 2."""
+    now = tl.maximum(largest, tl.max(scores, 1))
+    # A block in which nothing is visible must not make NaN of minus infinity less itself.
+    safe = tl.where(now == float("-inf"), 0.0, now)
+    weights = tl.exp2(scores - safe[:, None])
+    shrink = tl.exp2(largest - safe)
+    total = total * shrink + tl.sum(weights, 1)
+    output = tl.dot(weights.to(values.dtype), values, output * shrink[:, None], input_precision=PRECISION)
+    return now, total, output

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels compile for a GPU where there is none: the interpreter accepts what the compiler does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+LARGEST_SHARED_MEMORY = 232_448
+"""Bytes that a program can have on an H100."""
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aqua_attention.ops.triton import decode, decode_kernel, prepare, rotate, window
+
+
+class Launch:
+    '''Stands for a kernel: compiles for compute capability 9.0 what would be launched.'''
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *arguments, num_warps=4, num_stages=3, launch_pdl=False, enable_fp_fusion=True, **constants):
+        names = self.kernel.arg_names
+        given = dict(zip(names, arguments)) | constants
+        signature, values = {}, {}
+        for name in names:
+            value = given[name]
+            if name.isupper() or value is None:
+                signature[name], values[(names.index(name),)] = "constexpr", value
+            elif hasattr(value, "dtype"):
+                signature[name] = "*" + KINDS[str(value.dtype)]
+            else:
+                signature[name] = "fp32" if isinstance(value, float) else "i32"
+        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=values, attrs=aligned)
+        built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        print(self.kernel.__name__, built.metadata.shared)
+
+
+KINDS = {
+    "torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.int32": "i32", "torch.int8": "i8"
+}
+decode.decode_kernel, decode.mass_kernel = Launch(decode.decode_kernel), Launch(decode.mass_kernel)
+prepare._prepare = Launch(prepare._prepare)
+decode.starts_early = prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
+rotate._rotate_and_narrow = Launch(rotate._rotate_and_narrow)
+window._window = Launch(window._window)
+
+import torch
+import aqua_attention as aqua
+from aqua_attention.ops.triton.layout import TiledCache
+
+
+def build(dtype, heads, groups, head_dim, kept, value_dim, **choice):
+    config = aqua.AquaConfig(share="group", s_ratio=1 - kept / head_dim, **choice)
+    cache = TiledCache(1, groups, kept, value_dim, 300, dtype, "cpu")
+    query, key = torch.zeros(1, heads, head_dim, dtype=dtype), torch.zeros(1, groups, head_dim, dtype=dtype)
+    rotation, rms = torch.zeros(groups, head_dim, kept), torch.ones(groups, kept)
+    value = torch.zeros(1, groups, value_dim, dtype=dtype)
+    turned, chosen = prepare.prepare(query, key, value, cache, rotation, rms, config)
+    mass = torch.zeros(1, groups, cache.values.shape[2]) if head_dim == 128 else None
+    decode.decode(turned, chosen, cache, sink=4, recent=64, appended=True, mass=mass)
+    prompt = torch.zeros(1, heads, 300, head_dim, dtype=dtype)
+    rotate.rotate_and_narrow(prompt, rotation, rms, config)
+    far = torch.zeros(1, heads, 232, value_dim, dtype=dtype)
+    keys, values = (torch.zeros(1, groups, 300, width, dtype=dtype) for width in (kept, value_dim))
+    turned = torch.zeros(1, heads, 300, kept, dtype=dtype)
+    window.window_merge(turned, keys, values, far, far[..., 0].float(), sink=4, recent=64, scaling=0.1)
+
+
+for given in CASES:
+    build(**given)
+print("done")
+"""
+CASES = {
+    "weighted": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
+    "selection='weighted')",
+    "adaptive": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=64, value_dim=96, logit_error=0.1)",
+    "dense": "dict(dtype=torch.float32, heads=2, groups=2, head_dim=64, kept=64, value_dim=64, k_ratio=1.0)",
+    "wide": "dict(dtype=torch.bfloat16, heads=8, groups=1, head_dim=256, kept=256, value_dim=256, k_ratio=0.5)",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(case, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE.replace("CASES", f"[{CASES[case]}]")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    *kernels, last = found.stdout.splitlines()
+    assert last == "done"
+    assert {line.split()[0] for line in kernels} >= {"_prepare", "decode_kernel", "_rotate_and_narrow", "_window"}
+    for line in kernels:
+        assert int(line.split()[1]) <= LARGEST_SHARED_MEMORY, line
