@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import aqua_attention as aqua
+from aqua_attention.ops.cpu.library import no_library_reason
 from conftest import VOCABULARY, calibrated, make_gemma3, make_llama
 
 pytest.importorskip("triton")
@@ -19,6 +20,16 @@ SETTINGS = {
     "static": {"k_ratio": 0.5, "selection": "static"},
 }
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+
+
+@pytest.fixture(params=["triton", "cpu"])
+def kernel(request, monkeypatch, tmp_path_factory):
+    """Which kernels run: triton's, in its interpreter where there is no GPU, or the one in C."""
+    if request.param == "cpu":
+        if DEVICE == "cuda" or no_library_reason():
+            pytest.skip(no_library_reason() or "the model is on a GPU")
+        monkeypatch.delenv("TRITON_INTERPRET")
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +46,7 @@ def tokens(batch, length, seed=0):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_decoded_logits_and_choices_are_those_of_the_growing_cache(model, name):
+def test_decoded_logits_and_choices_are_those_of_the_growing_cache(model, name, kernel):
     model, projections = model
     ids = tokens(2, 134)
     config = aqua.AquaConfig(share="group", **SETTINGS[name])
@@ -56,7 +67,7 @@ def test_decoded_logits_and_choices_are_those_of_the_growing_cache(model, name):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_generation_with_padding_is_that_of_the_growing_cache(model, options):
+def test_generation_with_padding_is_that_of_the_growing_cache(model, options, kernel):
     model, projections = model
     ids, mask = tokens(3, 20, seed=1), torch.ones(3, 20, dtype=torch.long, device=DEVICE)
     ids[1, :7], mask[1, :7] = 0, 0
@@ -70,7 +81,7 @@ def test_generation_with_padding_is_that_of_the_growing_cache(model, options):
         assert cache.layout == "tiled"
 
 
-def test_a_prompt_in_pieces_between_decoded_tokens(model):
+def test_a_prompt_in_pieces_between_decoded_tokens(model, kernel):
     model, projections = model
     ids, mask = tokens(2, 30, seed=2), torch.ones(2, 30, dtype=torch.long, device=DEVICE)
     ids[0, :4], mask[0, :4] = 0, 0
@@ -120,7 +131,8 @@ def test_what_the_layout_cannot_do_is_said(model, monkeypatch):
             model(tokens(1, 1), past_key_values=cache)
         if DEVICE == "cpu":
             monkeypatch.delenv("TRITON_INTERPRET")
-            with pytest.raises(aqua.AquaError, match="tensors are on cpu"):
+            monkeypatch.setenv("PATH", "")
+            with pytest.raises(aqua.AquaError, match="no C compiler"):
                 attachment.new_cache(max_length=64, layout="tiled")
     with pytest.raises(aqua.AquaError, match="has left the model"), torch.no_grad():
         model(tokens(1, 1), past_key_values=cache)

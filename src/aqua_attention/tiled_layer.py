@@ -16,7 +16,8 @@ from transformers.cache_utils import StaticLayer
 from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.api import KERNEL_DTYPES, no_kernels_reason
+from aqua_attention.ops.api import KERNEL_DTYPES, is_interpreted, no_kernels_reason
+from aqua_attention.ops.cpu.library import no_library_reason
 from aqua_attention.ops.mask import HIDDEN
 from aqua_attention.rotated_layer import check_active, tagged
 
@@ -28,8 +29,12 @@ LARGEST_WINDOW = 128
 def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype: torch.dtype) -> str | None:
     """Why a layer cannot be stored for the decoding kernel; None when it can."""
     groups, head_dim, _ = spec.matrix.shape
-    if reason := no_kernels_reason(spec.matrix.device):
+    device = spec.matrix.device
+    on_cpu = device.type == "cpu" and not is_interpreted(device)
+    if reason := no_library_reason() if on_cpu else no_kernels_reason(device):
         return reason
+    if on_cpu and dtype not in (torch.float32, torch.bfloat16):
+        return f"the model is {dtype}, and the CPU kernel takes float32 and bfloat16"
     if config.share != "group" and query_heads != groups:
         return f"share is {config.share!r}, and the kernel reads the same dimensions for a group (share='group')"
     if not spec.is_plain:
@@ -123,16 +128,21 @@ class TiledLayer(StaticLayer):
             Output [batch, num_attention_heads, 1, value_dim], the selected dimensions as from `select_dimensions`, and
             the rotated query.
         """
-        from aqua_attention.ops.triton.decode import decode
-        from aqua_attention.ops.triton.prepare import prepare
-
         key, value = self._taken()
-        rotated, chosen = prepare(
-            query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.spec.matrix, key_rms, config, scaling=scaling
-        )
-        output = decode(
-            rotated, chosen, self.cache, sink=config.sink, recent=config.recent, scaling=scaling, appended=True
-        )
+        given = query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.spec.matrix, key_rms, config
+        window: dict[str, Any] = {"sink": config.sink, "recent": config.recent, "scaling": scaling}
+        if query.device.type == "cpu" and not is_interpreted(query.device):
+            from aqua_attention.ops.cpu import decode as cpu_decode
+            from aqua_attention.ops.cpu import prepare as cpu_prepare
+
+            rotated, chosen = cpu_prepare.prepare(*given, scaling=scaling)
+            output = cpu_decode.decode(rotated, chosen, self.cache, **window)
+        else:
+            from aqua_attention.ops.triton import decode as gpu_decode
+            from aqua_attention.ops.triton import prepare as gpu_prepare
+
+            rotated, chosen = gpu_prepare.prepare(*given, scaling=scaling)
+            output = gpu_decode.decode(rotated, chosen, self.cache, appended=True, **window)
         selected = None
         if chosen is not None:
             repeats = query.shape[1] // key.shape[1]

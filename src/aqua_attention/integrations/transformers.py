@@ -114,10 +114,11 @@ class Attachment:
             max_length: None grows as needed; a number of tokens allocates them once and never changes a shape, as
                 `torch.compile` and CUDA graphs need.
             offloading: keep the layers that are not in use on the CPU.
-            layout: of a cache of fixed size. "tiled": keys by dimension, for the decoding kernel on a GPU, which reads
-                the chosen dimensions only; "plain": keys by token, all of them read; "auto": tiled where that is
-                possible. The cache's `layout` says which it is. A tiled one can be recorded in a CUDA graph;
-                `torch.compile` breaks its graph there, so take a plain one for that.
+            layout: of a cache of fixed size. "tiled": keys by dimension, for the decoding kernels, which read the
+                chosen dimensions only (on a CPU, one in C that is compiled when it is first used); "plain": keys by
+                token, all of them read; "auto": tiled on a GPU, where that is possible. The cache's `layout` says which
+                it is. A tiled one can be recorded in a CUDA graph; `torch.compile` breaks its graph there, so take a
+                plain one for that.
 
         Raises:
             AquaError: not attached, or a setting that a cache of fixed size or its layout cannot store.

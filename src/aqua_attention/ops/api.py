@@ -215,13 +215,18 @@ def _untriton_reason(
     return None
 
 
+def is_interpreted(device: torch.device) -> bool:
+    """Whether triton's interpreter stands for a GPU, in tests."""
+    return HAS_TRITON and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def no_kernels_reason(device: torch.device) -> str | None:
     """Why our kernels cannot run on this device; None when they can."""
     if not HAS_TRITON:
         return "triton is not installed"
     if torch.compiler.is_compiling():
         return "the call is being compiled by torch.compile"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not is_interpreted(device):
         return f"the tensors are on {device.type}, and the kernels need a CUDA GPU"
     return None
 

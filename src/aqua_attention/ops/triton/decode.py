@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.triton.blocks import LEAST_SIZE, padded, starts_early
 from aqua_attention.ops.triton.decode_kernel import decode_kernel, mass_kernel
-from aqua_attention.ops.triton.layout import TILE, TiledCache
+from aqua_attention.ops.triton.layout import TILE, Chosen, TiledCache
 
 DIMS_AT_ONCE = 32
 WARPS, FEW_WARPS = 8, 4
@@ -31,26 +29,6 @@ MERGED_ROWS = 64
 TILES_EACH, LEAST_SPLITS = 12, 4
 """Tiles of a program when there are many; as many programs as run at once, where that is this many splits or more. Both
 are the best of a sweep on an H100."""
-
-
-class Chosen(NamedTuple):
-    """Dimensions to multiply outside the exact window, for each sequence and key-value head, shared by its query heads.
-
-    Attributes:
-        dims: int32 [batch, num_key_value_heads, k], each once.
-        mask: int8 [batch, num_key_value_heads, kept], 1 for these.
-        counts: int32 [batch, num_key_value_heads], how many of `dims` count, the first ones; None: all.
-    """
-
-    dims: Tensor
-    mask: Tensor
-    counts: Tensor | None = None
-
-    @staticmethod
-    def of(dims: Tensor, kept: int) -> Chosen:
-        """From the dimensions alone."""
-        mask = torch.zeros((*dims.shape[:2], kept), dtype=torch.int8, device=dims.device)
-        return Chosen(dims.to(torch.int32).contiguous(), mask.scatter_(-1, dims.long(), 1))
 
 
 def decode(

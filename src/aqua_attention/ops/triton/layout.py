@@ -9,6 +9,8 @@ touching a tile, and the window that is scored with every dimension is read whol
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,26 @@ from aqua_attention.errors import AquaError
 Device = torch.device | str
 TILE = 128
 """Tokens in a tile; the tail holds up to two."""
+
+
+class Chosen(NamedTuple):
+    """Dimensions to multiply outside the exact window, for each sequence and key-value head, shared by its query heads.
+
+    Attributes:
+        dims: int32 [batch, num_key_value_heads, k], each once.
+        mask: int8 [batch, num_key_value_heads, kept], 1 for these.
+        counts: int32 [batch, num_key_value_heads], how many of `dims` count, the first ones; None: all.
+    """
+
+    dims: Tensor
+    mask: Tensor
+    counts: Tensor | None = None
+
+    @staticmethod
+    def of(dims: Tensor, kept: int) -> Chosen:
+        """From the dimensions alone."""
+        mask = torch.zeros((*dims.shape[:2], kept), dtype=torch.int8, device=dims.device)
+        return Chosen(dims.to(torch.int32).contiguous(), mask.scatter_(-1, dims.long(), 1))
 
 
 class TiledCache:
@@ -71,6 +93,22 @@ class TiledCache:
         for row, count in enumerate(lengths.tolist()):
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
             self.tail[row, :, tokens % (2 * TILE)] = keys[row, :, tokens]
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """One more token of each sequence that has room: rotated keys [batch, num_key_value_heads, kept], and values.
+
+        As `ops.triton.prepare` does it, for caches on a CPU: it looks at the lengths.
+        """
+        for row, position in enumerate(self.lengths.tolist()):
+            if position >= self.values.shape[2]:
+                continue
+            slot = position % (2 * TILE)
+            if position % TILE == 0 and position >= 2 * TILE:
+                # The new token replaces one of the tile before last, which must be in its place by then.
+                self.tiles[row, :, position // TILE - 2] = self.tail[row, :, slot : slot + TILE].transpose(-1, -2)
+            self.tail[row, :, slot] = keys[row]
+            self.values[row, :, position] = values[row]
+            self.lengths[row] += 1
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values by token, [batch, num_key_value_heads, longest, ...]; behind the end of a row is rubbish."""

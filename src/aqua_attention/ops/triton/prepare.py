@@ -12,8 +12,7 @@ from torch import Tensor
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.triton.blocks import padded, starts_early
-from aqua_attention.ops.triton.decode import Chosen
-from aqua_attention.ops.triton.layout import TILE, TiledCache
+from aqua_attention.ops.triton.layout import TILE, Chosen, TiledCache
 
 WARPS = 8
 FEW_PROGRAMS = 64

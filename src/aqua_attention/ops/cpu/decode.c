@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// One decoding attention step on a CPU, reading only the chosen dimensions of the keys; see decode.py for the arguments.
+// Keys and values lie as in TiledCache: tiles of TILE tokens by dimension, a ring of two tiles by token behind them.
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define TILE 128
+#define MOST_DIMS 256
+#define MOST_HEADS 16 // of a group at once
+
+
+typedef struct {
+    const float *query;     // [rows, group, dims], rotated
+    const int32_t *chosen;  // [rows, most]
+    const int32_t *counts;  // [rows], or NULL: all of `most`
+    const uint8_t *mask;    // [rows, dims], 1 for the chosen
+    const void *tiles;      // [rows, tiles_each, dims, TILE]
+    const void *tail;       // [rows, 2 * TILE, dims]
+    const void *values;     // [rows, tiles_each * TILE, value_dims]
+    const int32_t *lengths; // [rows / rows_each]
+    void *output;           // [rows, group, value_dims]
+    float *sums;            // [rows, parts, group, value_dims], not yet divided
+    float *largest, *total; // [rows, parts, group]
+    int64_t rows, rows_each, group, dims, most, value_dims, tiles_each, sink, recent, parts;
+    float scaling;
+} Step;
+
+// e to the power of x, for x of at most 0, to a few units in the last place; a NaN stays one. Compilers vectorise it.
+static inline float exponential(float x) {
+    float scaled = x * 1.44269504f;
+    scaled = scaled < -126.0f ? -126.0f : scaled;
+    // Adding and subtracting 1.5 * 2^23 rounds, and leaves the whole number in the low bits.
+    float shifted = scaled + 12582912.0f, whole = shifted - 12582912.0f, rest = scaled - whole;
+    float power = 1.0f + rest * (0.693147181f + rest * (0.240226507f + rest * (0.0555041087f +
+                  rest * (0.00961812911f + rest * (0.00133335581f + rest * 0.000154035304f)))));
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof(bits));
+    bits = (int32_t)((uint32_t)(bits + 127) << 23);
+    float two;
+    memcpy(&two, &bits, sizeof(two));
+    return power * (x < -87.0f ? 0.0f : two);
+}
+
+static inline float same(float number) { return number; }
+static inline float from_bfloat16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof(wide));
+    return wide;
+}
+static inline uint16_t to_bfloat16(float number) {
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof(bits));
+    // To the nearest, of two equally near ones to the even; a NaN must not become an infinity.
+    return number != number ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+#define NUMBER float
+#define WIDE same
+#define NARROW same
+#define NAME(function) function##_float32
+#include "decode.inc"
+#undef NUMBER
+#undef WIDE
+#undef NARROW
+#undef NAME
+
+#define NUMBER uint16_t
+#define WIDE from_bfloat16
+#define NARROW to_bfloat16
+#define NAME(function) function##_bfloat16
+#include "decode.inc"

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From C to functions: compile `decode.c` for this very processor, once, and keep the result in the cache folder."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from platformdirs import user_cache_dir
+
+from aqua_attention.errors import AquaError
+
+SOURCE = Path(__file__).with_name("decode.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC")
+"""Whatever a NaN or an infinity needs stays: no -ffast-math."""
+SECONDS = 120
+
+
+def no_library_reason() -> str | None:
+    """Why there can be no kernel on this machine; None when there can be one, as far as is known before compiling."""
+    if platform.system() != "Linux":
+        return f"the kernel is for Linux, this is {platform.system()}"
+    if _compiler() is None:
+        return "there is no C compiler (install gcc, or set CC)"
+    return None
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel.
+
+    Raises:
+        AquaError: there is no compiler, it fails, or the result cannot be kept or loaded.
+    """
+    if reason := no_library_reason():
+        raise AquaError(f"impl='cpu' is impossible here, because {reason}")
+    compiler = _compiler()
+    assert compiler is not None
+    folder = Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")) / "kernels"
+    target = folder / f"decode-{_fingerprint(compiler)}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            try:
+                return ctypes.CDLL(str(target))
+            except OSError:
+                pass  # damaged: compile it again
+        _compile(compiler, target)
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise AquaError(f"the CPU kernel cannot be kept in or loaded from {folder}: {error}") from error
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+
+
+def _compile(compiler: str, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        compiled, linked = Path(folder) / "decode.o", Path(folder) / "decode.so"
+        # Linked without OpenMP: the one that torch has loaded serves, and with it torch's threads.
+        for command in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)],
+            [compiler, "-shared", str(compiled), "-o", str(linked), "-lm"],
+        ):
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            except subprocess.TimeoutExpired as error:
+                raise AquaError(f"the C compiler {compiler} did not end within {SECONDS} s") from error
+            if done.returncode != 0:
+                raise AquaError(f"the C compiler {compiler} cannot compile {SOURCE.name}: {done.stderr.strip()[-400:]}")
+        linked.replace(target)
+
+
+def _fingerprint(compiler: str) -> str:
+    """Of everything that the result depends on: source, flags, compiler and processor."""
+    digest = hashlib.sha256(SOURCE.read_bytes() + SOURCE.with_suffix(".inc").read_bytes() + " ".join(FLAGS).encode())
+    digest.update(f"{compiler} {Path(compiler).stat().st_mtime_ns} {platform.machine()}".encode())
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        digest.update("".join(line for line in lines[:40] if line.startswith(("model name", "flags"))).encode())
+    except OSError:
+        pass
+    return digest.hexdigest()[:16]

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding kernel in C against the reference, and what happens where it cannot be compiled."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import aqua_attention as aqua
+from aqua_attention.ops.cpu import library as build
+from aqua_attention.ops.cpu.decode import decode
+from aqua_attention.ops.cpu.prepare import prepare
+from aqua_attention.ops.reference import attention_reference
+from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.triton.layout import Chosen, TiledCache
+
+REASON = build.no_library_reason()
+compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def random(*shape, seed, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(found, query, keys, values, selected, lengths, **options):
+    """As close to float64 as a few times the reference in the same dtype, in every row."""
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        parts = [query[one, :, None], keys[one, :, :length], values[one, :, :length]]
+        mask = None if selected is None else selected[one]
+        exact = attention_reference(*(part.double() for part in parts), mask, **options)[0, :, 0]
+        plain = attention_reference(*parts, mask, **options)[0, :, 0].double()
+        error, scale = (found[row].double() - exact).abs().max(), exact.abs().max()
+        assert error <= 4 * (plain - exact).abs().max() + 8 * torch.finfo(query.dtype).eps * scale
+
+
+@compiled
+@settings(max_examples=80, deadline=None)
+@given(
+    heads=st.sampled_from([(4, 2), (2, 2), (6, 1), (3, 1), (20, 1)]),
+    lengths=st.lists(st.sampled_from([1, 2, 127, 128, 129, 255, 256, 257, 385, 700, 1025]), min_size=1, max_size=3),
+    widths=st.sampled_from([(16, 16), (64, 64), (48, 64), (80, 96), (33, 7), (256, 256)]),
+    share=st.sampled_from([0.1, 0.5, 0.7, 1.0]),
+    window=st.sampled_from([(0, 0), (4, 64), (300, 128), (0, 1), (3, 0)]),
+    parts=st.sampled_from([None, 1, 3]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+)
+def test_decoding_equals_the_reference(heads, lengths, widths, share, window, parts, dtype, seed):
+    (count, groups), (kept, value_dim), batch, length = heads, widths, len(lengths), max(lengths)
+    query = random(batch, count, kept, seed=seed, dtype=dtype)
+    keys = random(batch, groups, length, kept, seed=seed + 1, dtype=dtype)
+    values = random(batch, groups, length, value_dim, seed=seed + 2, dtype=dtype)
+    hidden = (torch.arange(length) >= torch.tensor(lengths)[:, None])[:, None, :, None]
+    cache = TiledCache(batch, groups, kept, value_dim, length + 3, dtype, "cpu")
+    # Behind a row's end is what must not be read.
+    cache.fill(keys.masked_fill(hidden, torch.nan), values.masked_fill(hidden, torch.nan), torch.tensor(lengths))
+    chosen = selected = None
+    if share < 1:
+        order = random(batch, groups, kept, seed=seed + 3).argsort(-1)
+        chosen = Chosen.of(order[..., : math.ceil(share * kept)], kept)
+        selected = chosen.mask.bool().repeat_interleave(count // groups, 1)[:, :, None]
+    found = decode(query, chosen, cache, sink=window[0], recent=window[1], parts=parts)
+    assert found.dtype == dtype
+    check(found, query, keys, values, selected, lengths, sink=window[0], recent=window[1])
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("choice", [{"k_ratio": 0.5}, {"k_ratio": 1.0}, {"logit_error": 0.2}])
+def test_a_whole_step_over_the_end_of_a_tile_and_of_the_cache(dtype, choice):
+    config = aqua.AquaConfig(share="group", selection="weighted", sink=3, recent=20, **choice)
+    rotation = torch.linalg.qr(random(2, 32, 32, seed=0))[0].contiguous()
+    rms, lengths = random(2, 32, seed=1).abs() + 0.1, [380, 250]
+    keys, values = (random(2, 2, 390, 32, seed=seed, dtype=dtype) for seed in (2, 3))
+    rotated = rotate(keys, rotation)
+    cache = TiledCache(2, 2, 32, 32, 384, dtype, "cpu")
+    cache.fill(rotated[:, :, :380], values[:, :, :380], torch.tensor(lengths))
+    rows = torch.arange(2)
+    for step in range(8):
+        place, query = torch.tensor(lengths), random(2, 6, 32, seed=4 + step, dtype=dtype)
+        wide, chosen = prepare(query, keys[rows, :, place], values[rows, :, place], cache, rotation, rms, config)
+        lengths = [min(length + 1, 384) for length in lengths]
+        assert cache.lengths.tolist() == lengths
+        selected = select_dimensions(wide[:, :, None], config, 32, rms)
+        assert (chosen is None) == (selected is None)
+        found = decode(wide, chosen, cache, sink=3, recent=20)
+        check(found, wide, rotated, values, selected, lengths, sink=3, recent=20)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_stays_visible_and_huge_scores_do_not_overflow(dtype):
+    cache = TiledCache(1, 1, 16, 16, 300, dtype, "cpu")
+    keys, values = random(1, 1, 300, 16, seed=0, dtype=dtype), random(1, 1, 300, 16, seed=1, dtype=dtype)
+    query = 1e4 * random(1, 2, 16, seed=2, dtype=dtype)
+    cache.fill(keys, values, torch.tensor([300]))
+    check(decode(query, None, cache), query, keys, values, None, [300])
+    query[0, 1, 3] = torch.nan
+    found = decode(query, None, cache)
+    assert found[0, 1].isnan().all()
+    assert found[0, 0].isfinite().all()
+    for place in (5, 290):  # in a tile, in the tail
+        damaged = keys.clone()
+        damaged[0, 0, place, 0] = torch.nan
+        cache.fill(damaged, values, torch.tensor([300]))
+        assert decode(query, None, cache).isnan().all()
+
+
+@compiled
+def test_requests_that_the_kernel_does_not_take_list_what_it_takes():
+    cache = TiledCache(1, 2, 16, 16, 100, torch.float32, "cpu")
+    with pytest.raises(aqua.AquaError, match=r"query is \(1, 3, 16\): it must be \[1, a multiple of 2, 16\]"):
+        decode(torch.zeros(1, 3, 16), None, cache)
+    with pytest.raises(aqua.AquaError, match="recent 129: the CPU kernel takes float32 and bfloat16"):
+        decode(torch.zeros(1, 2, 16), None, cache, recent=129)
+    with pytest.raises(aqua.AquaError, match="float16, heads of 16"):
+        decode(torch.zeros(1, 2, 16), None, TiledCache(1, 2, 16, 16, 100, torch.float16, "cpu"))
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing compiled so far, and an empty cache folder."""
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+    build.library.cache_clear()
+    yield tmp_path
+    build.library.cache_clear()
+
+
+def test_without_a_compiler_it_says_so(fresh, monkeypatch):
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(aqua.AquaError, match="impl='cpu' is impossible here, because there is no C compiler"):
+        build.library()
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch):
+    broken = fresh / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'out of ideas' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.raises(aqua.AquaError, match=r"cannot compile decode[.]c: out of ideas"):
+        build.library()
+    assert list((fresh / "kernels").iterdir()) == []
+
+
+@compiled
+def test_it_is_compiled_once_and_again_when_the_file_is_damaged(fresh):
+    target = fresh / "kernels" / f"decode-{build._fingerprint(build._compiler())}.so"
+    target.parent.mkdir()
+    target.write_bytes(b"no library")
+    build.library()
+    before = target.stat()
+    assert before.st_size > 1000
+    build.library.cache_clear()
+    build.library()
+    assert target.stat().st_mtime_ns == before.st_mtime_ns
+    assert list(target.parent.iterdir()) == [target]
+
+
+@compiled
+def test_a_folder_that_cannot_be_written_is_named(fresh, monkeypatch):
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(fresh / "file"))
+    with pytest.raises(aqua.AquaError, match=r"cannot be kept in or loaded from .*file"):
+        build.library()
