@@ -19,7 +19,7 @@ from aqua_attention.ops.cpu.decode import decode
 from aqua_attention.ops.cpu.prepare import prepare
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import select_dimensions
-from aqua_attention.ops.triton.layout import TILE, TiledCache
+from aqua_attention.ops.tiled import TILE, TiledCache
 from aqua_attention.tables import markdown
 
 SHAPES = [(32, 8, 128), (9, 3, 64)]

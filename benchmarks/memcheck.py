@@ -10,8 +10,8 @@ import torch
 
 import aqua_attention as aqua
 from aqua_attention.ops.api import attend, rotate
+from aqua_attention.ops.tiled import TiledCache
 from aqua_attention.ops.triton.decode import decode
-from aqua_attention.ops.triton.layout import TiledCache
 from aqua_attention.ops.triton.prepare import prepare
 
 SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64)]

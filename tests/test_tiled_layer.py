@@ -8,7 +8,7 @@ import torch
 
 import aqua_attention as aqua
 from aqua_attention.ops.cpu.library import no_library_reason
-from conftest import VOCABULARY, calibrated, make_gemma3, make_llama
+from conftest import VOCABULARY, calibrated, make_gemma3, make_llama, make_mistral
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,6 +104,90 @@ def test_a_prompt_in_pieces_between_decoded_tokens(model, kernel):
         assert torch.allclose(again[real[:, :9]], results[1][:, :9][real[:, :9]], atol=2e-4)
 
 
+MASKS = {
+    "left padding, one by one": ([1] * 8, [[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8]),
+    "hidden between turns": ([4, 1, 1, 2, 1], [[1, 1, 1, 1, 1, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1, 1]]),
+    "hidden afterwards": ([5, 1, 1, 1], [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("layout", ["tiled", "plain"])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_that_hide_more_than_padding_are_obeyed(model, name, layout):
+    """As the growing cache obeys them, token by token."""
+    model, projections = model
+    sizes, rows = MASKS[name]
+    mask = torch.tensor(rows, device=DEVICE)
+    ids = tokens(2, mask.shape[1], seed=3)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment, torch.no_grad():
+        results = []
+        for cache in (attachment.new_cache(), attachment.new_cache(max_length=12, layout=layout)):
+            start, logits = 0, []
+            for size in sizes:
+                part = slice(start, start + size)
+                # What was seen before may be hidden only from the last token on.
+                seen = mask if name != "hidden afterwards" or part.stop == mask.shape[1] else torch.ones_like(mask)
+                given = {"attention_mask": seen[:, : part.stop], "position_ids": places[:, part]}
+                logits.append(model(ids[:, part], past_key_values=cache, **given).logits)
+                start = part.stop
+            results.append(torch.cat(logits, 1)[mask.bool()])
+    assert torch.allclose(results[1], results[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("layout", ["tiled", "plain"])
+@pytest.mark.parametrize("window", [{}, {"sink": 2, "recent": 5}], ids=["", "window"])
+def test_decoding_without_any_mask_sees_no_empty_end(model, layout, window):
+    model, projections = model
+    ids = tokens(1, 12, seed=4)
+    config = aqua.AquaConfig(k_ratio=0.5, share="group", **window)
+    with aqua.apply(model, projections, config) as attachment, torch.no_grad():
+        results = []
+        for cache in (attachment.new_cache(), attachment.new_cache(max_length=40, layout=layout)):
+            model(ids[:, :9], past_key_values=cache)
+            results.append(torch.cat([model(ids[:, n : n + 1], past_key_values=cache).logits for n in (9, 10, 11)]))
+    assert torch.allclose(results[1], results[0], atol=2e-4)
+
+
+def test_a_reset_keeps_the_addresses_that_a_recorded_graph_knows(model):
+    model, projections = model
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment, torch.no_grad():
+        cache = attachment.new_cache(max_length=40, layout="tiled")
+        (layer, *_), ids = cache.layers, tokens(2, 12, seed=5)
+
+        def addresses():
+            held = layer.cache
+            tensors = (held.tiles, held.tail, held.values, held.lengths, held.arrived, layer._padding)
+            return [tensor.data_ptr() for tensor in tensors]
+
+        first = model(ids, past_key_values=cache).logits
+        before = addresses()
+        model(ids[:, :1], past_key_values=cache)
+        cache.reset()
+        assert int(cache.get_seq_length()) == 0
+        assert torch.equal(model(ids, past_key_values=cache).logits, first)
+        assert addresses() == before
+        cache.reset()
+        model(ids[:1], past_key_values=cache)  # another batch
+        assert cache.layers[0].cache.lengths.shape == (1,)
+
+
+def test_a_tiled_cache_of_another_attachment_is_refused(model):
+    model, projections = model
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment:
+        cache = attachment.new_cache(max_length=40, layout="tiled")
+        for method, given in (("batch_repeat_interleave", 2), ("batch_select_indices", torch.tensor([0]))):
+            with pytest.raises(aqua.AquaError, match="cannot repeat or select sequences: make it without max_length"):
+                getattr(cache, method)(given)
+        with pytest.raises(aqua.AquaError, match="assisted decoding"):
+            cache.crop(-1)
+    wrong = pytest.raises(
+        aqua.AquaError, match="this cache is tiled, which is impossible here, because share is 'head'"
+    )
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5)), torch.no_grad(), wrong:
+        model(tokens(1, 5), past_key_values=cache)
+
+
 def test_what_the_layout_cannot_do_is_said(model, monkeypatch):
     model, projections = model
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5)) as attachment:
@@ -136,6 +220,15 @@ def test_what_the_layout_cannot_do_is_said(model, monkeypatch):
                 attachment.new_cache(max_length=64, layout="tiled")
     with pytest.raises(aqua.AquaError, match="has left the model"), torch.no_grad():
         model(tokens(1, 1), past_key_values=cache)
+
+
+def test_a_model_of_sliding_layers_only_has_nothing_to_tile():
+    model = make_mistral()
+    projections = calibrated(model)
+    with aqua.apply(model.to(DEVICE), projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment:
+        with pytest.raises(aqua.AquaError, match="all layers have sliding windows"):
+            attachment.new_cache(max_length=40, layout="tiled")
+        assert attachment.new_cache(max_length=40).layout == "plain"
 
 
 def test_sliding_layers_beside_tiled_ones():

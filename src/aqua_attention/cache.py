@@ -127,8 +127,33 @@ class AquaCache(Cache):
                         "on the cache before it is filled"
                     )
             else:
-                raise AquaError("a static cache cannot be cropped: make it without max_length")
+                raise AquaError(
+                    "a static cache cannot be cropped, as assisted decoding and prompt lookup do: make it without "
+                    "max_length"
+                )
         super().crop(tokens_to_remove)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence.
+
+        Raises:
+            AquaError: the cache is of a fixed size.
+        """
+        self._check_growing()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences of these indices.
+
+        Raises:
+            AquaError: the cache is of a fixed size.
+        """
+        self._check_growing()
+        super().batch_select_indices(indices)
+
+    def _check_growing(self) -> None:
+        if self.max_length is not None:
+            raise AquaError("a static cache cannot repeat or select sequences: make it without max_length")
 
 
 def rotate_on_write(cache: Cache, specs: dict[int, CacheSpec], config: PreTrainedConfig) -> None:

@@ -103,6 +103,9 @@ def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
         device: torch.device | str = "cpu",
         **kwargs: Any,
     ) -> Tensor | None:
+        if q_length == 1 and isinstance(q_offset, Tensor):
+            # A static cache, whose empty end must be hidden; transformers thinks of that only where it compiles.
+            kwargs["allow_is_causal_skip"] = False
         visible: Tensor | None = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,

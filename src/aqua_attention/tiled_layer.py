@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache layer of fixed size in the layout of the decoding kernel (`ops.triton`), for models on a GPU.
 
-A decoded token is rotated, appended and attended to by two kernels, without a look at the mask and without waiting for
-the GPU, so a step can be recorded as a CUDA graph. Padding is not stored: each sequence has its own length.
+A decoded token is rotated, appended and attended to by two kernels, which look at no mask and no length on the CPU, so
+that a step can be recorded as a CUDA graph. Padding is not stored: each sequence has its own length.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import KERNEL_DTYPES, is_interpreted, no_kernels_reason
 from aqua_attention.ops.cpu.library import no_library_reason
 from aqua_attention.ops.mask import HIDDEN
+from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 from aqua_attention.rotated_layer import check_active, tagged
 
 LARGEST_HEAD, LARGEST_FLOAT32_HEAD = 256, 128
-LARGEST_WINDOW = 128
-"""`ops.triton.layout.TILE`, which cannot be asked where triton is not installed."""
 
 
 def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype: torch.dtype) -> str | None:
@@ -39,8 +38,8 @@ def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype:
         return f"share is {config.share!r}, and the kernel reads the same dimensions for a group (share='group')"
     if not spec.is_plain:
         return "it stores neither bits, h2o_ratio nor s_ratio with an exact window"
-    if max(config.sink, config.recent) > LARGEST_WINDOW:
-        return f"sink is {config.sink} and recent {config.recent}, and it takes {LARGEST_WINDOW} at most"
+    if max(config.sink, config.recent) > TILE:
+        return f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
     if dtype not in KERNEL_DTYPES:
         return f"the model is {dtype}, and it takes bfloat16, float16 and float32"
     if dtype == torch.float32 and head_dim > LARGEST_FLOAT32_HEAD and spec.matrix.is_cuda:
@@ -56,10 +55,14 @@ class TiledLayer(StaticLayer):
     def __init__(self, spec: CacheSpec, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.spec = spec
+        self.cache: TiledCache | None = None
+        self.mask_is_known = True
+        """Whether the mask of the coming forward pass hides nothing but the padding of a prompt; else tokens are
+        attended to one by one in plain torch. Set before each pass, where nothing is being recorded."""
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything; what is allocated stays, because recorded CUDA graphs know its addresses."""
         self.is_initialized = False
         self._is_filled = False
         self._new: tuple[Tensor, Tensor] | None = None
@@ -67,23 +70,20 @@ class TiledLayer(StaticLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, dtype and device of the first states."""
-        from aqua_attention.ops.triton.layout import TiledCache
-
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
-        self.cache = TiledCache(
-            self.batch_size,
-            self.num_heads,
-            self.spec.kept,
-            value_states.shape[3],
-            self.max_cache_len,
-            self.dtype,
-            self.device,
-        )
+        shape = (self.batch_size, self.num_heads, self.spec.kept, value_states.shape[3], self.max_cache_len)
+        held = self.cache
+        if held is None or (held.shape, held.tiles.dtype, held.tiles.device) != (shape, self.dtype, self.device):
+            self.cache = held = None  # the old one makes room first
+            self.cache = TiledCache(*shape, self.dtype, self.device)
+            self._padding = torch.zeros((), dtype=torch.long, device=self.device)
+            """Padding tokens of the first sequence, which are given but not stored."""
+        else:
+            held.clear()
+            self._padding.zero_()
         self._real = torch.ones(self.batch_size, 0, dtype=torch.bool, device=self.device)
         """Which of the tokens given at once were no padding, [batch, so many]; decoded ones all are."""
-        self._padding = torch.zeros((), dtype=torch.long, device=self.device)
-        """Padding tokens of the first sequence, which are given but not stored."""
         self.is_initialized = True
 
     @torch.compiler.disable
@@ -112,12 +112,12 @@ class TiledLayer(StaticLayer):
 
     def decodes(self, queries: int) -> bool:
         """Whether so many new tokens are a decoding step for the kernel."""
-        return queries == 1 and self._is_filled
+        return queries == 1 and self._is_filled and self.mask_is_known
 
     @torch.compiler.disable
     def decode(
         self, query: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor, Chosen | None]:
         """Rotate, choose, append what `update` took, attend.
 
         Args:
@@ -125,10 +125,10 @@ class TiledLayer(StaticLayer):
             key_rms: float32 [num_key_value_heads, kept].
 
         Returns:
-            Output [batch, num_attention_heads, 1, value_dim], the selected dimensions as from `select_dimensions`, and
-            the rotated query.
+            Output [batch, num_attention_heads, 1, value_dim], the rotated query, and what it multiplied.
         """
         key, value = self._taken()
+        assert self.cache is not None
         given = query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.spec.matrix, key_rms, config
         window: dict[str, Any] = {"sink": config.sink, "recent": config.recent, "scaling": scaling}
         if query.device.type == "cpu" and not is_interpreted(query.device):
@@ -143,16 +143,13 @@ class TiledLayer(StaticLayer):
 
             rotated, chosen = gpu_prepare.prepare(*given, scaling=scaling)
             output = gpu_decode.decode(rotated, chosen, self.cache, appended=True, **window)
-        selected = None
-        if chosen is not None:
-            repeats = query.shape[1] // key.shape[1]
-            selected = chosen.mask.bool()[:, :, None].expand(-1, -1, repeats, -1).reshape(rotated.shape)[:, :, None]
-        return output[:, :, None], selected, rotated[:, :, None]
+        return output[:, :, None], rotated[:, :, None], chosen
 
     @torch.compiler.disable
     def store(self, mask: Tensor | None) -> None:
         """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
         keys, values = self._taken()
+        assert self.cache is not None
         batch, new = self.batch_size, keys.shape[2]
         real = torch.ones(batch, new, dtype=torch.bool, device=self.device)
         if mask is not None:
@@ -164,7 +161,8 @@ class TiledLayer(StaticLayer):
             old = self._given()
             keys, values = torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2)
             real = torch.cat([self._known(old[0].shape[2]), real], 1)
-        self._real, self._padding = real, (~real[0]).sum()
+        self._real = real
+        self._padding.copy_((~real[0]).sum())
         if not bool(real.all()):
             # The real ones first, in order.
             order = (~real).to(torch.int8).sort(dim=-1, stable=True).indices[:, None, :, None]
@@ -175,8 +173,19 @@ class TiledLayer(StaticLayer):
         self._is_filled = True
 
     def get_seq_length(self) -> int:  # type: ignore[override,unused-ignore]
-        """Tokens given so far, padding too: a tensor on the GPU, so that nobody waits for it."""
-        return self.cache.lengths[0].long() + self._padding if self.is_initialized else 0  # type: ignore[return-value]
+        """Tokens given so far, padding too: a tensor, so that a recorded step goes on counting."""
+        if self.cache is None or not self.is_initialized:
+            return 0
+        return self.cache.lengths[0].long() + self._padding  # type: ignore[return-value]
+
+    def knows(self, mask: Tensor) -> bool:
+        """Whether a mask, [batch, tokens so far and one more], hides nothing but what was padding in a prompt."""
+        if not self._is_filled:
+            return True
+        given = int(self.get_seq_length())
+        if mask.ndim != 2 or mask.shape[0] != self.batch_size or mask.shape[1] <= given:
+            return False
+        return torch.equal(mask[:, : given + 1].to(self.device, torch.bool), self._known(given + 1))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns of the attention mask and the position of the first; a decoding step needs none and asks for one."""
@@ -186,16 +195,18 @@ class TiledLayer(StaticLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences of these indices (beam search)."""
-        if self.is_initialized:
+        if self.cache is not None and self.is_initialized:
             beam_idx = beam_idx.to(self.device)
             self.cache.take(beam_idx)
             self._real = self._real.index_select(0, beam_idx)
-            given = self._real.shape[1]
-            self._padding = given - self._real[0].sum()
+            self._padding.copy_((~self._real[0]).sum())
 
     def _taken(self) -> tuple[Tensor, Tensor]:
         if self._new is None:
-            raise AquaError("the model asked for attention twice after one update of its cache: AQUA cannot follow it")
+            raise AquaError(
+                f"{type(self).__name__}: the model asked for attention twice after one update of its cache, which the "
+                "tiled layout cannot follow: make the cache with layout='plain'"
+            )
         new, self._new = self._new, None
         return new
 
@@ -205,6 +216,7 @@ class TiledLayer(StaticLayer):
 
     def _given(self) -> tuple[Tensor, Tensor]:
         """Rotated keys and values of all tokens so far at the places at which they were given."""
+        assert self.cache is not None
         given = int(self.get_seq_length())
         places = (self._known(given).cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
         keys, values = (

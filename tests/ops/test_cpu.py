@@ -16,7 +16,7 @@ from aqua_attention.ops.cpu.decode import decode
 from aqua_attention.ops.cpu.prepare import prepare
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.triton.layout import Chosen, TiledCache
+from aqua_attention.ops.tiled import Chosen, TiledCache
 
 REASON = build.no_library_reason()
 compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -16,8 +16,8 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 
 pytest.importorskip("triton")
+from aqua_attention.ops.tiled import TILE, TiledCache, tiles_done
 from aqua_attention.ops.triton.decode import LARGEST_FLOAT32, Chosen, decode
-from aqua_attention.ops.triton.layout import TILE, TiledCache, tiles_done
 from aqua_attention.ops.triton.prepare import prepare
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -208,9 +208,9 @@ def test_requests_that_the_kernels_do_not_take_list_what_they_take():
     for arguments, words in (
         ((query[:, :3].contiguous(), None), "a multiple of 2, 64"),
         ((query.double(), None), "in the cache's torch.float32"),
-        ((query, Chosen(dims.long(), mask)), "dims is .* int32 .1, 2, 1 to 64."),
-        ((query, Chosen(dims, mask[..., 1:])), "mask is .* int8 .1, 2, 64."),
-        ((query, Chosen(dims, mask, dims)), "counts is .* int32 .1, 2."),
+        ((query, Chosen(dims.long(), mask)), "dims is torch.int64 .* it must be torch.int32 .1, 2, 16., contiguous"),
+        ((query, Chosen(dims, mask[..., 1:])), "mask is .* torch.int8 .1, 2, 64."),
+        ((query, Chosen(dims, mask, dims)), "counts is .* torch.int32 .1, 2."),
     ):
         with pytest.raises(aqua.AquaError, match=words):
             decode(*arguments, cache)
@@ -220,16 +220,53 @@ def test_requests_that_the_kernels_do_not_take_list_what_they_take():
         cache.fill(random(1, 2, 300, 64, seed=0), random(1, 2, 300, 64, seed=0), torch.tensor([301]))
     with pytest.raises(aqua.AquaError, match="do not fit a cache"):
         cache.fill(random(1, 2, 400, 64, seed=0), random(1, 2, 400, 64, seed=0), torch.tensor([1]))
-    with pytest.raises(aqua.AquaError, match="share is 'head'"):
-        prepare(
-            query,
-            query[:, :2],
-            query[:, :2],
-            cache,
-            torch.eye(64).expand(2, 64, 64),
-            torch.ones(2, 64),
-            aqua.AquaConfig(),
-        )
+    for splits in (0, -1, 62):
+        with pytest.raises(aqua.AquaError, match=f"splits is {splits}: it must be 1 to 61"):
+            decode(query, None, cache, splits=splits)
+    strided = torch.zeros(1, 2, 768, device=DEVICE)[..., ::2]
+    with pytest.raises(aqua.AquaError, match=r"mass is .* contiguous"):
+        decode(query, None, cache, mass=strided)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query": (1, 3, 64)}, "query is .* .1, 2, 64."),
+        ({"query": (2, 4, 64)}, "query is .* .1, 4, 64."),
+        ({"key": (1, 2, 63)}, "key is .* .1, 2, 64."),
+        ({"value": (1, 2, 65)}, "value is .* .1, 2, 64."),
+        ({"rotation": (2, 64, 63)}, "rotation is .* .2, 64, 64."),
+        ({"key_rms": (2, 63)}, "key_rms is .* .2, 64."),
+        ({"config": aqua.AquaConfig()}, "share is 'head'"),
+    ],
+)
+def test_a_step_whose_shapes_do_not_fit_its_cache_is_refused(change, words):
+    cache = TiledCache(1, 2, 64, 64, 300, torch.float32, DEVICE)
+    shapes = {"query": (1, 4, 64), "key": (1, 2, 64), "value": (1, 2, 64), "rotation": (2, 64, 64), "key_rms": (2, 64)}
+    given = {name: torch.ones(shape, device=DEVICE) for name, shape in shapes.items()}
+    given |= {"config": aqua.AquaConfig(share="group"), "cache": cache}
+    given |= {name: torch.ones(new, device=DEVICE) if isinstance(new, tuple) else new for name, new in change.items()}
+    with pytest.raises(aqua.AquaError, match=words):
+        prepare(**given)
+    assert not cache.values.any()
+
+
+def test_strided_rotations_are_read_right():
+    config, wide = aqua.AquaConfig(k_ratio=0.5, share="group", s_ratio=0.25), random(2, 64, 64, seed=0)
+    results = []
+    for rotation in (wide[..., :48], wide[..., :48].contiguous()):
+        cache = TiledCache(1, 2, 48, 64, 300, torch.float32, DEVICE)
+        given = random(1, 4, 64, seed=1), random(1, 2, 64, seed=2), random(1, 2, 64, seed=3)
+        results.append(prepare(*given, cache, rotation, torch.ones(2, 96, device=DEVICE)[:, ::2], config)[0])
+    assert torch.equal(*results)
+
+
+def test_a_sequence_without_a_token_gets_zeros():
+    query, _, _, cache = problem((4, 2), [300, 1], 64, 64, torch.float32)
+    cache.lengths[1] = 0
+    found = decode(query, None, cache)
+    assert found[0].isfinite().all()
+    assert (found[1] == 0).all()
 
 
 def test_the_tail_holds_one_to_two_tiles():

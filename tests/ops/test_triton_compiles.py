@@ -60,7 +60,7 @@ window._window = Launch(window._window)
 
 import torch
 import aqua_attention as aqua
-from aqua_attention.ops.triton.layout import TiledCache
+from aqua_attention.ops.tiled import TiledCache
 
 
 def build(dtype, heads, groups, head_dim, kept, value_dim, **choice):

@@ -21,8 +21,8 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 from aqua_attention.ops.triton.decode import decode
-from aqua_attention.ops.triton.layout import TILE, Chosen, TiledCache
 from aqua_attention.ops.triton.prepare import prepare
 
 RUNS = 25

@@ -142,7 +142,14 @@ class Attachment:
             raise AquaError(f"a cache in the tiled layout is impossible here, because {reason}: use auto or plain")
         on_gpu = all(layer.device.type == "cuda" for layer in self._found)
         tiled = layout == "tiled" or (layout == "auto" and not reason and on_gpu)
-        return AquaCache(self._decoder.config, self._specs(), max_length, offloading, "tiled" if tiled else "plain")
+        cache = AquaCache(self._decoder.config, self._specs(), max_length, offloading, "tiled" if tiled else "plain")
+        if not any(isinstance(layer, TiledLayer) for layer in cache.layers):
+            if layout == "tiled":
+                raise AquaError(
+                    "a cache in the tiled layout is impossible here, because all layers have sliding windows"
+                )
+            cache.layout = "plain"
+        return cache
 
     def _untiled_reason(self, max_length: int | None, offloading: bool) -> str | None:
         """Why there can be no cache for the decoding kernel; None when there can."""
@@ -232,11 +239,15 @@ class Attachment:
         if isinstance(tokens, Tensor):
             check_cache(cache, self._specs(), tokens.shape[0], tokens.shape[1])
         mask = given.get("attention_mask")
+        tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
+        if tiled and (reason := self._untiled_reason(1, offloading=False)):
+            raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
+        for layer in tiled:
+            layer.mask_is_known = mask is None or (isinstance(mask, Tensor) and tiled[0].knows(mask))
         if isinstance(mask, Tensor) and mask.ndim == 4:
             as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
-        tiled = any(isinstance(layer, TiledLayer) for layer in cache.layers)
         if needs := torch.is_grad_enabled() and ("the tiled layout" if tiled else _needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
@@ -281,8 +292,9 @@ class Attachment:
                         "cache with layout='plain'"
                     )
                 if cached.decodes(query.shape[2]):
-                    output, selected, query = cached.decode(query, layer.key_rms, self.config, scaling)
+                    output, query, chosen = cached.decode(query, layer.key_rms, self.config, scaling)
                     if self.on_selection is not None:
+                        selected = None if chosen is None else chosen.selected(query.shape[1])
                         self.on_selection(layer.index, selected, query.shape, layer.head_dim)
                     return output.transpose(1, 2).contiguous(), None
             queries = query.shape[2]

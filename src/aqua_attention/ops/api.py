@@ -66,7 +66,10 @@ def attend(
     head_dim = query.shape[-1]
     scaling = head_dim**-0.5 if scaling is None else scaling
     window = config.sink + config.recent > 0
-    if choose(query, key, value, mask, window=window, softcap=softcap, s_aux=s_aux, impl=impl) == "triton":
+    if rotation.dtype != torch.float32 and impl == "triton":
+        raise AquaError(f"rotation is {rotation.dtype}: impl='triton' takes torch.float32")
+    chosen = choose(query, key, value, mask, window=window, softcap=softcap, s_aux=s_aux, impl=impl)
+    if chosen == "triton" and rotation.dtype == torch.float32:
         from aqua_attention.ops.triton.prefill import attention_prefill
 
         return attention_prefill(query, key, value, rotation, key_rms, config, head_dim=head_dim, scaling=scaling)
@@ -208,7 +211,7 @@ def _untriton_reason(
         return "it knows neither softcap nor extra softmax logits (s_aux)"
     if query.shape[2] != key.shape[2]:
         return f"it is for a whole prompt, with as many queries as keys: {query.shape[2]} and {key.shape[2]}"
-    if query.dtype not in KERNEL_DTYPES or max(query.shape[3], key.shape[3]) > WIDEST:
+    if query.dtype not in KERNEL_DTYPES or max(query.shape[3], key.shape[3], value.shape[3]) > WIDEST:
         return f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
     if torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value)):
         return "it has no gradient"
@@ -226,6 +229,8 @@ def no_kernels_reason(device: torch.device) -> str | None:
         return "triton is not installed"
     if torch.compiler.is_compiling():
         return "the call is being compiled by torch.compile"
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "the kernels are for NVIDIA GPUs of compute capability 8.0 and newer"
     if device.type != "cuda" and not is_interpreted(device):
         return f"the tensors are on {device.type}, and the kernels need a CUDA GPU"
     return None

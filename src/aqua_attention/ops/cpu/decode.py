@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.cpu.library import library
-from aqua_attention.ops.triton.layout import TILE, Chosen, TiledCache
+from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
 LARGEST_HEAD = 256

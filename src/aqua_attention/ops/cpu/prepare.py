@@ -7,7 +7,7 @@ from torch import Tensor, int8, int32
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.triton.layout import Chosen, TiledCache
+from aqua_attention.ops.tiled import Chosen, TiledCache
 
 
 def prepare(

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +19,18 @@ LEAST_SIZE = 16
 def padded(size: int) -> int:
     """The size of a block that holds so many."""
     return max(LEAST_SIZE, int(triton.next_power_of_2(size)))
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton starts kernels on the current device, which need not be the tensors' own."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def shared_memory(tensor: Tensor) -> int:
+    """Bytes of shared memory that a program can have; of an H100 where there is no GPU."""
+    if not tensor.is_cuda:
+        return 232_448
+    return int(getattr(torch.cuda.get_device_properties(tensor.device), "shared_memory_per_block_optin", 99 << 10))
 
 
 def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:

@@ -8,16 +8,16 @@ import triton
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.triton.blocks import LEAST_SIZE, padded, starts_early
+from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
+from aqua_attention.ops.triton.blocks import LEAST_SIZE, on_device_of, padded, shared_memory, starts_early
 from aqua_attention.ops.triton.decode_kernel import decode_kernel, mass_kernel
-from aqua_attention.ops.triton.layout import TILE, Chosen, TiledCache
 
 DIMS_AT_ONCE = 32
 WARPS, FEW_WARPS = 8, 4
 """Of a program when there are many programs, and when all of them run at once."""
-STAGE_BYTES, MOST_STAGES = 200_000, 4
-"""Shared memory for the tiles that are on their way, and how many there are at most: two in float32, whose products
-need more of it."""
+OTHER_BYTES, MOST_STAGES = 32_000, 4
+"""Shared memory that is not for tiles on their way, and how many those are at most: two in float32, whose products need
+more of it."""
 LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32, for the same reason."""
 SPECIAL = 3
@@ -64,7 +64,7 @@ def decode(
     """
     batch, groups, count, kept, _ = cache.tiles.shape
     heads, value_dim = query.shape[1], cache.values.shape[3]
-    _check(query, chosen, mass, cache, sink, recent)
+    _check(query, chosen, mass, cache, sink, recent, splits)
     dims, chosen_mask, counts = (None, None, None) if chosen is None else chosen
     most = kept if dims is None else dims.shape[2]
     fitting, warps = splits_and_warps(batch * groups, count, query)
@@ -78,64 +78,72 @@ def decode(
     output = query.new_empty((batch, heads, value_dim))
     group_padded = triton.next_power_of_2(heads // groups)
     tile_bytes = TILE * (padded(most) + padded(value_dim)) * query.element_size()
-    stages = max(1, min(MOST_STAGES if query.element_size() == 2 else 2, 1 + STAGE_BYTES // tile_bytes))
-    decode_kernel[(splits, groups, batch)](
-        query,
-        dims,
-        chosen_mask,
-        counts,
-        cache.tiles,
-        cache.tail,
-        cache.values,
-        cache.lengths,
-        cache.arrived,
-        partial,
-        lse,
-        output,
-        scores,
-        whole_lse,
-        (kept**-0.5 if scaling is None else scaling) * 1.4426950408889634,
-        sink,
-        recent,
-        count,
-        APPENDED=appended,
-        GROUP=heads // groups,
-        ROWS=padded(heads // groups),
-        COPIES=copies,
-        SPECIAL_ROWS=copies * max(triton.next_power_of_2(heads // groups), LEAST_SIZE // copies),
-        DIM=kept,
-        DIM_PADDED=padded(kept),
-        VALUE_DIM=value_dim,
-        VALUE_PADDED=padded(value_dim),
-        CHOSEN=most,
-        STEP=DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE,
-        GROUP_PADDED=group_padded,
-        SPLITS_PADDED=triton.next_power_of_2(splits),
-        MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
-        TILE=TILE,
-        SPECIAL=SPECIAL,
-        num_warps=warps,
-        **starts_early(query, appended),
-        num_stages=stages,
-    )
-    if mass is not None:
-        mass_kernel[(-(-count * TILE // 1024), groups, batch)](
-            scores, whole_lse, cache.lengths, mass, count * TILE, GROUP=heads // groups, BLOCK=1024
+    most_stages = MOST_STAGES if query.element_size() == 2 else 2
+    stages = max(1, min(most_stages, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes))
+    with on_device_of(query):
+        decode_kernel[(splits, groups, batch)](
+            query,
+            dims,
+            chosen_mask,
+            counts,
+            cache.tiles,
+            cache.tail,
+            cache.values,
+            cache.lengths,
+            cache.arrived,
+            partial,
+            lse,
+            output,
+            scores,
+            whole_lse,
+            (kept**-0.5 if scaling is None else scaling) * 1.4426950408889634,
+            sink,
+            recent,
+            count,
+            APPENDED=appended,
+            GROUP=heads // groups,
+            ROWS=padded(heads // groups),
+            COPIES=copies,
+            SPECIAL_ROWS=copies * max(triton.next_power_of_2(heads // groups), LEAST_SIZE // copies),
+            DIM=kept,
+            DIM_PADDED=padded(kept),
+            VALUE_DIM=value_dim,
+            VALUE_PADDED=padded(value_dim),
+            CHOSEN=most,
+            STEP=DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE,
+            GROUP_PADDED=group_padded,
+            SPLITS_PADDED=triton.next_power_of_2(splits),
+            MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
+            TILE=TILE,
+            SPECIAL=SPECIAL,
+            num_warps=warps,
+            **starts_early(query, appended),
+            num_stages=stages,
         )
+        if mass is not None:
+            mass_kernel[(-(-count * TILE // 1024), groups, batch)](
+                scores, whole_lse, cache.lengths, mass, count * TILE, GROUP=heads // groups, BLOCK=1024
+            )
     return output
 
 
 def splits_and_warps(rows: int, tiles: int, query: Tensor) -> tuple[int, int]:
     """Programs for the tiles of each of `rows` sequences and heads, and the warps of one."""
     processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 64
-    at_once = min(processors // rows - SPECIAL, tiles)
+    at_once = min(processors // rows - SPECIAL, tiles, MOST_SPLITS)
     if at_once >= LEAST_SPLITS or at_once == tiles:
         return at_once, FEW_WARPS if query.element_size() == 2 else WARPS
     return max(1, min(-(-tiles // TILES_EACH), MOST_SPLITS)), WARPS
 
 
 def _check(
-    query: Tensor, chosen: Chosen | None, mass: Tensor | None, cache: TiledCache, sink: int, recent: int
+    query: Tensor,
+    chosen: Chosen | None,
+    mass: Tensor | None,
+    cache: TiledCache,
+    sink: int,
+    recent: int,
+    splits: int | None,
 ) -> None:
     batch, groups, count, kept, _ = cache.tiles.shape
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
@@ -148,18 +156,19 @@ def _check(
         )
     if not (0 <= sink <= TILE and 0 <= recent <= TILE):
         raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
+    if splits is not None and not 1 <= splits <= MOST_SPLITS:
+        raise AquaError(f"splits is {splits}: it must be 1 to {MOST_SPLITS}, or None")
     if chosen is not None:
-        dims, mask, counts = chosen
-        fits = dims.ndim == 3 and dims.shape[:2] == (batch, groups) and 1 <= dims.shape[2] <= kept
-        if not fits or dims.dtype != torch.int32 or not dims.is_contiguous():
-            raise AquaError(
-                f"dims is {dims.dtype} {tuple(dims.shape)}: it must be int32 [{batch}, {groups}, 1 to {kept}]"
-            )
-        if mask.dtype != torch.int8 or mask.shape != (batch, groups, kept) or not mask.is_contiguous():
-            raise AquaError(f"mask is {mask.dtype} {tuple(mask.shape)}: it must be int8 [{batch}, {groups}, {kept}]")
-        if counts is not None and (counts.dtype != torch.int32 or counts.shape != (batch, groups)):
-            raise AquaError(f"counts is {counts.dtype} {tuple(counts.shape)}: it must be int32 [{batch}, {groups}]")
-    if mass is not None and (mass.dtype != torch.float32 or mass.shape != (batch, groups, count * TILE)):
-        raise AquaError(
-            f"mass is {mass.dtype} {tuple(mass.shape)}: it must be float32 [{batch}, {groups}, {count * TILE}]"
-        )
+        if not 1 <= chosen.dims.shape[-1] <= kept:
+            raise AquaError(f"dims is {tuple(chosen.dims.shape)}: it must name 1 to {kept} dimensions")
+        _expect("dims", chosen.dims, torch.int32, (batch, groups, chosen.dims.shape[-1]))
+        _expect("mask", chosen.mask, torch.int8, (batch, groups, kept))
+        if chosen.counts is not None:
+            _expect("counts", chosen.counts, torch.int32, (batch, groups))
+    if mass is not None:
+        _expect("mass", mass, torch.float32, (batch, groups, count * TILE))
+
+
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise AquaError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be {dtype} {shape}, contiguous")

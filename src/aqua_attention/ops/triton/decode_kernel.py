@@ -56,7 +56,8 @@ def decode_kernel(
     """One part of the tokens of a sequence and key-value head; the last to end merges all."""
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, groups = tl.num_programs(0), tl.num_programs(1)
-    length = tl.minimum(tl.load(lengths_ptr + row) + APPENDED, count * TILE)
+    # Past the cache of this processor, where an earlier step's may lie.
+    length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
     if EARLY:
         # For `prepare`, which has written everything that is read from here on.
         tl.extra.cuda.gdc_wait()
@@ -339,9 +340,11 @@ def _merge(
         float("-inf"),
         cache_modifier=".cg",
     )
-    top = tl.where(member < GROUP, tl.max(lse, 1), 0.0)
+    top = tl.max(lse, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
     whole_lse = top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), 1))
-    whole_lse = tl.where(member < GROUP, whole_lse, 0.0)
+    # Heads that are not there, and sequences without a token: zeros, and no minus infinity less itself.
+    whole_lse = tl.where(whole_lse == float("-inf"), 0.0, whole_lse)
     result = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
     for start in range(0, splits, MERGED):
         part = start + tl.arange(0, MERGED)

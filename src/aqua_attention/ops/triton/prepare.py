@@ -11,12 +11,15 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.triton.blocks import padded, starts_early
-from aqua_attention.ops.triton.layout import TILE, Chosen, TiledCache
+from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
+from aqua_attention.ops.triton.blocks import on_device_of, padded, starts_early
 
 WARPS = 8
 FEW_PROGRAMS = 64
-LARGEST_CHUNK = 128
+WIDEST = 256
+"""Largest head_dim."""
+LARGEST_CHUNK = 1 << 14
+"""Numbers of a rotation that are multiplied at once: 64 KB of shared memory."""
 
 
 def prepare(
@@ -32,8 +35,9 @@ def prepare(
 ) -> tuple[Tensor, Chosen | None]:
     """Rotate one query and key token a sequence, write key and value behind the others, choose dimensions.
 
-    The sequences are not longer afterwards: `decode` with `appended=True` counts the new token and lengthens them. A
-    token for which a sequence has no room is not written.
+    The sequences are not longer afterwards: `decode` with `appended=True` counts the new token and lengthens them; once
+    for each call, because at the end of a tile the oldest token of the tail has given its place. A token for which a
+    sequence has no room is not written.
 
     Args:
         query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
@@ -50,15 +54,9 @@ def prepare(
     Raises:
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
     """
+    _check(query, key, value, cache, rotation, key_rms, config)
     batch, heads, head_dim = query.shape
     groups, kept = rotation.shape[0], rotation.shape[2]
-    if rotation.shape[:2] != (groups, head_dim) or cache.tail.shape[1] != groups or cache.tail.shape[3] != kept:
-        raise AquaError(
-            f"rotation {tuple(rotation.shape)} does not fit queries of {head_dim} dimensions and a cache of "
-            f"{cache.tail.shape[1]} heads of {cache.tail.shape[3]}"
-        )
-    if config.share != "group" and heads != groups:
-        raise AquaError(f"share is {config.share!r}: the kernel reads the same dimensions for a group, share='group'")
     count, adaptive = config.selected_dims(head_dim), config.logit_error is not None
     count = kept if adaptive else min(count, kept)
     rotated = query.new_empty((batch, heads, kept))
@@ -71,37 +69,69 @@ def prepare(
         )
     # A second program for the key and the value, where there are processors for it.
     halves = 2 if batch * groups <= FEW_PROGRAMS else 1
-    _prepare[(groups, batch, halves)](
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
-        rotation,
-        key_rms,
-        cache.tiles,
-        cache.tail,
-        cache.values,
-        cache.lengths,
-        rotated,
-        *(chosen or (None, None, None)),
-        cache.tiles.shape[2],
-        config.logit_error or 0.0,
-        head_dim**-0.5 if scaling is None else scaling,
-        GROUP=heads // groups,
-        ROWS=padded(heads // groups + 1),
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=padded(head_dim),
-        CHUNK=min(padded(head_dim), LARGEST_CHUNK),
-        KEPT=kept,
-        KEPT_PADDED=padded(kept),
-        VALUE_DIM=value.shape[2],
-        VALUE_DIM_PADDED=triton.next_power_of_2(value.shape[2]),
-        COUNT=count,
-        SELECTION=config.selection,
-        TILE=TILE,
-        num_warps=WARPS,
-        **starts_early(query),
-    )
+    with on_device_of(query):
+        _prepare[(groups, batch, halves)](
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            rotation.contiguous(),
+            key_rms.contiguous(),
+            cache.tiles,
+            cache.tail,
+            cache.values,
+            cache.lengths,
+            rotated,
+            *(chosen or (None, None, None)),
+            cache.tiles.shape[2],
+            config.logit_error or 0.0,
+            head_dim**-0.5 if scaling is None else scaling,
+            GROUP=heads // groups,
+            ROWS=padded(heads // groups + 1),
+            HEAD_DIM=head_dim,
+            HEAD_DIM_PADDED=padded(head_dim),
+            CHUNK=min(padded(head_dim), LARGEST_CHUNK // padded(kept)),
+            KEPT=kept,
+            KEPT_PADDED=padded(kept),
+            VALUE_DIM=value.shape[2],
+            VALUE_DIM_PADDED=triton.next_power_of_2(value.shape[2]),
+            COUNT=count,
+            SELECTION=config.selection,
+            TILE=TILE,
+            num_warps=WARPS,
+            **starts_early(query),
+        )
     return rotated, chosen
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: TiledCache,
+    rotation: Tensor,
+    key_rms: Tensor,
+    config: AquaConfig,
+) -> None:
+    batch, groups, kept, value_dim, _ = cache.shape
+    head_dim, dtype = query.shape[-1], cache.tiles.dtype
+    for name, states, shape in (
+        ("query", query, (batch, query.shape[1] // groups * groups, head_dim)),
+        ("key", key, (batch, groups, head_dim)),
+        ("value", value, (batch, groups, value_dim)),
+    ):
+        if states.shape != shape or states.dtype != dtype:
+            raise AquaError(
+                f"{name} is {states.dtype} {tuple(states.shape)}: it must be {dtype} {shape}, as the cache is"
+            )
+    if rotation.shape != (groups, head_dim, kept) or rotation.dtype != torch.float32 or head_dim > WIDEST:
+        raise AquaError(
+            f"rotation is {rotation.dtype} {tuple(rotation.shape)}: it must be torch.float32 "
+            f"{(groups, head_dim, kept)}, of at most {WIDEST} dimensions"
+        )
+    if key_rms.shape != (groups, kept) or key_rms.dtype != torch.float32:
+        raise AquaError(f"key_rms is {key_rms.dtype} {tuple(key_rms.shape)}: it must be torch.float32 {(groups, kept)}")
+    if config.share != "group" and query.shape[1] != groups:
+        raise AquaError(f"share is {config.share!r}: the kernel reads the same dimensions for a group, share='group'")
 
 
 @triton.jit

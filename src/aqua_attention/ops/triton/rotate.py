@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.triton.blocks import padded
+from aqua_attention.ops.triton.blocks import on_device_of, padded
 from aqua_attention.ops.triton.search import largest, needed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -154,39 +154,40 @@ def _launch(
     # The low bits of a half number are zero in float32, and need no search where nothing was multiplied to it.
     plain = selection == "magnitude" and not (config is not None and config.share == "group")
     low_bits = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[states.dtype] if plain else 0
-    _rotate_and_narrow[(programs, groups, batch)](
-        states,
-        rotation.contiguous(),
-        key_rms,
-        rotated,
-        narrow,
-        *states.stride()[:3],
-        length,
-        count,
-        0.0 if config is None or config.logit_error is None else float(config.logit_error),
-        scaling,
-        MODE=mode,
-        SELECTION=selection,
-        SQUARED=config is not None and config.share == "group",
-        BOTH=narrow is not rotated,
-        TOGETHER=heads // groups if shared else 1,
-        GROUP=heads // groups,
-        HEAD_DIM=head_dim,
-        HEAD_DIM_PADDED=wide,
-        CHUNK=wide if resident else RESIDENT // size,
-        KEPT=kept,
-        KEPT_PADDED=narrow_width,
-        TOKENS=TOKENS,
-        LOW_BITS=low_bits,
-        OCTAVES=OCTAVES,
-        STEPS=STEPS,
-        PRECISION=PRECISION,
-        num_warps=WARPS if resident else 8,
-        # Two programs fit on a multiprocessor, and hide each other's loads. More in flight would leave room for one.
-        num_stages=2 if mode == "none" and resident else 1,
-        # Products and sums are rounded as the reference's, or equal sizes would differ.
-        enable_fp_fusion=False,
-    )
+    with on_device_of(states):
+        _rotate_and_narrow[(programs, groups, batch)](
+            states,
+            rotation.contiguous(),
+            key_rms,
+            rotated,
+            narrow,
+            *states.stride()[:3],
+            length,
+            count,
+            0.0 if config is None or config.logit_error is None else float(config.logit_error),
+            scaling,
+            MODE=mode,
+            SELECTION=selection,
+            SQUARED=config is not None and config.share == "group",
+            BOTH=narrow is not rotated,
+            TOGETHER=heads // groups if shared else 1,
+            GROUP=heads // groups,
+            HEAD_DIM=head_dim,
+            HEAD_DIM_PADDED=wide,
+            CHUNK=wide if resident else RESIDENT // size,
+            KEPT=kept,
+            KEPT_PADDED=narrow_width,
+            TOKENS=TOKENS,
+            LOW_BITS=low_bits,
+            OCTAVES=OCTAVES,
+            STEPS=STEPS,
+            PRECISION=PRECISION,
+            num_warps=WARPS if resident else 8,
+            # Two programs fit on a multiprocessor and hide each other's loads; more in flight would leave room for one.
+            num_stages=2 if mode == "none" and resident else 1,
+            # Products and sums are rounded as the reference's, or equal sizes would differ.
+            enable_fp_fusion=False,
+        )
 
 
 @triton.jit

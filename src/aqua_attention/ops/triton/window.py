@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.triton.blocks import online_softmax, padded
+from aqua_attention.ops.triton.blocks import on_device_of, online_softmax, padded
 from aqua_attention.ops.triton.rotate import PRECISION, by_token
 
 WINDOW_ROWS, WINDOW_KEYS, WINDOW_STAGES = 64, 32, 2
@@ -62,33 +62,34 @@ def window_merge(
     together = triton.next_power_of_2(heads // groups)
     rows = max(WINDOW_ROWS, together)
     # Programs of neighbouring tokens run at the same time, so that their keys are read from the cache.
-    _window[(triton.cdiv(length, rows // together), groups, batch)](
-        query,
-        key,
-        value,
-        far,
-        far_lse.contiguous(),
-        output,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *far.stride()[:3],
-        length,
-        sink,
-        recent,
-        scaling * 1.4426950408889634,
-        GROUP=heads // groups,
-        TOGETHER=together,
-        ROWS=rows,
-        KEYS=WINDOW_KEYS,
-        KEPT=kept,
-        KEPT_PADDED=widths[0],
-        VALUE_DIM=value_dim,
-        VALUE_DIM_PADDED=widths[1],
-        PRECISION=PRECISION,
-        num_warps=rows // 16,
-        num_stages=WINDOW_STAGES if query.element_size() == 2 and max(widths) <= 128 else 1,
-    )
+    with on_device_of(query):
+        _window[(triton.cdiv(length, rows // together), groups, batch)](
+            query,
+            key,
+            value,
+            far,
+            far_lse.contiguous(),
+            output,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *far.stride()[:3],
+            length,
+            sink,
+            recent,
+            scaling * 1.4426950408889634,
+            GROUP=heads // groups,
+            TOGETHER=together,
+            ROWS=rows,
+            KEYS=WINDOW_KEYS,
+            KEPT=kept,
+            KEPT_PADDED=widths[0],
+            VALUE_DIM=value_dim,
+            VALUE_DIM_PADDED=widths[1],
+            PRECISION=PRECISION,
+            num_warps=rows // 16,
+            num_stages=WINDOW_STAGES if query.element_size() == 2 and max(widths) <= 128 else 1,
+        )
     return output
 
 

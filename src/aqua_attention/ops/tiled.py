@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys laid out for decoding: old tokens by dimension, new ones by token.
+"""Keys laid out for the decoding kernels: old tokens by dimension, new ones by token.
 
 A query multiplies few dimensions of many keys. Reading two bytes here and there moves 32 each time, so the keys of 128
 tokens form a tile in which each dimension is one contiguous row: `tiles[batch, head, tile, dimension, token]`. The last
@@ -34,6 +34,10 @@ class Chosen(NamedTuple):
     mask: Tensor
     counts: Tensor | None = None
 
+    def selected(self, heads: int) -> Tensor:
+        """The same as `select_dimensions` says it, boolean [batch, heads, 1, kept]."""
+        return self.mask.bool().repeat_interleave(heads // self.mask.shape[1], 1)[:, :, None]
+
     @staticmethod
     def of(dims: Tensor, kept: int) -> Chosen:
         """From the dimensions alone."""
@@ -58,12 +62,17 @@ class TiledCache:
         if max_length < 1:
             raise AquaError(f"max_length is {max_length}: it must be 1 or more")
         count = -(-max_length // TILE)
-        self.max_length = max_length
+        self.shape, self.max_length = (batch, groups, kept, value_dim, max_length), max_length
         self.tiles = torch.zeros(batch, groups, count, kept, TILE, dtype=dtype, device=device)
         self.tail = torch.zeros(batch, groups, 2 * TILE, kept, dtype=dtype, device=device)
         self.values = torch.zeros(batch, groups, count * TILE, value_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(batch, groups + 1, dtype=torch.int32, device=device)
+
+    def clear(self) -> None:
+        """Forget all tokens; nothing is allocated anew."""
+        self.lengths.zero_()
+        self.arrived.zero_()
 
     def fill(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """Hold a prompt.
@@ -122,7 +131,13 @@ class TiledCache:
         return keys, self.values[:, :, :longest]
 
     def take(self, rows: Tensor) -> None:
-        """Hold the sequences of these indices, one for each there was."""
+        """Hold the sequences of these indices, one for each there was.
+
+        Raises:
+            AquaError: another number of them.
+        """
+        if len(rows) != len(self.lengths):
+            raise AquaError(f"{len(rows)} sequences cannot take the places of {len(self.lengths)}")
         for states in (self.tiles, self.tail, self.values, self.lengths):
             states.copy_(states.index_select(0, rows))
 
