@@ -14,9 +14,10 @@ from aqua_attention.ops.tiled import TiledCache
 from aqua_attention.ops.triton.decode import decode
 from aqua_attention.ops.triton.prepare import prepare
 
-SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64)]
+SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64), (2, 2, 256, 256, 256)]
 """Query heads, key-value heads, head_dim, kept and value_dim."""
-CHOICES = [{"k_ratio": 1.0}, {"k_ratio": 0.5, "selection": "weighted"}, {"logit_error": 0.1}]
+STATIC = {"k_ratio": 0.25, "selection": "static"}
+CHOICES = [{"k_ratio": 1.0}, {"k_ratio": 0.5, "selection": "weighted"}, {"logit_error": 0.1}, STATIC]
 
 
 def main() -> None:
@@ -41,9 +42,10 @@ def main() -> None:
                 query, key, value = (
                     random(3, n, width) for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
                 )
-                turned, chosen = prepare(query, key, value, cache, rotation, rms, config)
+                scaling = head_dim**-0.5
+                turned, chosen = prepare(query, key, value, cache, rotation, rms, config, scaling=scaling)
                 given = mass if step % 2 else None
-                output = decode(turned, chosen, cache, sink=3, recent=20, appended=True, mass=given)
+                output = decode(turned, chosen, cache, sink=3, recent=20, scaling=scaling, appended=True, mass=given)
                 assert output.isfinite().all()
                 runs += 1
             assert cache.lengths.tolist() == [512, 388, 9]

@@ -17,6 +17,7 @@ import aqua_attention as aqua
 from aqua_attention.files import write_json
 from aqua_attention.ops.api import attend, choose, rotate
 from aqua_attention.ops.reference import attention_reference
+from aqua_attention.ops.select import rotate as select_rotate
 from aqua_attention.ops.select import select_dimensions
 from aqua_attention.ops.triton.rotate import rotate_and_narrow
 from aqua_attention.tables import markdown
@@ -28,11 +29,22 @@ TOLERANCE = 3.0
 
 
 def check(name, config, query, key, value, rotation, rms):
-    """The last queries against float64, on the choices and the rounded states of the kernels."""
+    """The first and last queries against float64, on the choices and the rounded states of the kernels."""
     rotated, _ = rotate_and_narrow(query, rotation, rms, config)
-    last = slice(-CHECKED_QUERIES, None)
-    found = attend(query, rotate(key, rotation), value, rotation, rms, config, impl="triton")[:, :, last]
-    states = rotated[:, :, last], rotate(key, rotation), value
+    turned_key = rotate(key, rotation)
+    for turned, states in ((rotated, query), (turned_key, key)):
+        exact = select_rotate(states, rotation)
+        if not float((turned.float() - exact.float()).norm() / exact.float().norm()) <= torch.finfo(turned.dtype).eps:
+            raise SystemExit("wrong result: the kernel rotates otherwise than the reference")
+    output = attend(query, turned_key, value, rotation, rms, config, impl="triton")
+    for part in (slice(CHECKED_QUERIES), slice(-CHECKED_QUERIES, None)):
+        seen = slice(None if part.start else part.stop)
+        states = rotated[:, :, part], turned_key[:, :, seen], value[:, :, seen]
+        check_part(name, config, output[:, :, part], states, rms)
+
+
+def check_part(name, config, found, states, rms):
+    """Queries at the end of their keys against float64."""
     selected = select_dimensions(states[0], config, DIM, rms)
     plain, exact = [], []
     for group in range(GROUPS):  # a few heads at a time, for the memory of float64
