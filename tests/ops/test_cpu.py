@@ -71,7 +71,7 @@ def test_decoding_equals_the_reference(heads, lengths, widths, share, window, pa
 
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("choice", [{"k_ratio": 0.5}, {"k_ratio": 1.0}, {"logit_error": 0.2}])
+@pytest.mark.parametrize("choice", [{"k_ratio": 0.5}, {"k_ratio": 1.0}, {"logit_error": 0.2}, {"k_ratio": 0.3}])
 def test_a_whole_step_over_the_end_of_a_tile_and_of_the_cache(dtype, choice):
     config = aqua.AquaConfig(share="group", selection="weighted", sink=3, recent=20, **choice)
     rotation = torch.linalg.qr(random(2, 32, 32, seed=0))[0].contiguous()
@@ -86,10 +86,66 @@ def test_a_whole_step_over_the_end_of_a_tile_and_of_the_cache(dtype, choice):
         wide, chosen = prepare(query, keys[rows, :, place], values[rows, :, place], cache, rotation, rms, config)
         lengths = [min(length + 1, 384) for length in lengths]
         assert cache.lengths.tolist() == lengths
+        expected = rotate(query[:, :, None], rotation)[:, :, 0]
+        assert torch.allclose(wide.float(), expected.float(), rtol=0, atol=32 * torch.finfo(dtype).eps)
         selected = select_dimensions(wide[:, :, None], config, 32, rms)
         assert (chosen is None) == (selected is None)
+        if chosen is not None:
+            assert torch.equal(chosen.selected(6), selected)
+            for row in range(2):
+                for group in range(2):
+                    count = chosen.dims.shape[2] if chosen.counts is None else chosen.counts[row, group]
+                    flags = chosen.mask[row, group].nonzero()[:, 0].tolist()
+                    assert sorted(chosen.dims[row, group, :count].tolist()) == flags
         found = decode(wide, chosen, cache, sink=3, recent=20)
         check(found, wide, rotated, values, selected, lengths, sink=3, recent=20)
+
+
+@compiled
+def test_selection_is_that_of_the_reference_with_ties_and_nan():
+    query = torch.zeros(1, 2, 16)
+    query[0, 0] = torch.tensor([1.0, 2, 2, 0, 3, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0])
+    state, rotation, rms = torch.zeros(1, 1, 16), torch.eye(16)[None], torch.ones(1, 16)
+
+    def dims(**choice):
+        cache = TiledCache(1, 1, 16, 16, 8, torch.float32, "cpu")
+        config = aqua.AquaConfig(**{"selection": "weighted", "share": "group"} | choice)
+        _, (dims, mask, counts) = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
+        expected = select_dimensions(query[:, :, None], config, 16, rms, 1.0)[:, 0, 0]
+        assert torch.equal(mask[0].bool(), expected)
+        return sorted(dims[0, 0, : dims.shape[2] if counts is None else counts[0, 0]].tolist())
+
+    assert dims(k_ratio=0.25) == [0, 1, 2, 4]
+    assert dims(k_ratio=0.25, selection="static") == [0, 1, 2, 3]
+    assert dims(logit_error=4.0) == [1, 2, 4], "the four ones may go"
+    assert dims(logit_error=3.5) == [0, 1, 2, 4], "of equals the first stay"
+    assert dims(logit_error=100.0) == [4], "the largest always stays"
+    rms[0, 9], query[0, 1, 9] = 0, 10
+    assert dims(k_ratio=0.25) == [0, 1, 2, 4]
+    assert dims(k_ratio=0.25, selection="magnitude") == [1, 2, 4, 9]
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"query": (1, 3, 64)}, "query is .* .1, 2, 64."),
+        ({"key": (1, 2, 63)}, "key is .* .1, 2, 64."),
+        ({"value": (1, 2, 65)}, "value is .* .1, 2, 64."),
+        ({"rotation": (2, 64, 63)}, "rotation is .* .2, 64, 64."),
+        ({"key_rms": (2, 63)}, "key_rms is .* .2, 64."),
+        ({"config": aqua.AquaConfig()}, "share is 'head'"),
+    ],
+)
+def test_a_step_whose_shapes_do_not_fit_its_cache_is_refused(change, words):
+    cache = TiledCache(1, 2, 64, 64, 300, torch.float32, "cpu")
+    shapes = {"query": (1, 4, 64), "key": (1, 2, 64), "value": (1, 2, 64), "rotation": (2, 64, 64), "key_rms": (2, 64)}
+    given = {name: torch.ones(shape) for name, shape in shapes.items()}
+    given |= {"config": aqua.AquaConfig(share="group"), "cache": cache}
+    given |= {name: torch.ones(new) if isinstance(new, tuple) else new for name, new in change.items()}
+    with pytest.raises(aqua.AquaError, match=words):
+        prepare(**given)
+    assert cache.lengths.tolist() == [0]
 
 
 @compiled

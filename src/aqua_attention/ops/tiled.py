@@ -103,22 +103,6 @@ class TiledCache:
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
             self.tail[row, :, tokens % (2 * TILE)] = keys[row, :, tokens]
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """One more token of each sequence that has room: rotated keys [batch, num_key_value_heads, kept], and values.
-
-        As `ops.triton.prepare` does it, for caches on a CPU: it looks at the lengths.
-        """
-        for row, position in enumerate(self.lengths.tolist()):
-            if position >= self.values.shape[2]:
-                continue
-            slot = position % (2 * TILE)
-            if position % TILE == 0 and position >= 2 * TILE:
-                # The new token replaces one of the tile before last, which must be in its place by then.
-                self.tiles[row, :, position // TILE - 2] = self.tail[row, :, slot : slot + TILE].transpose(-1, -2)
-            self.tail[row, :, slot] = keys[row]
-            self.values[row, :, position] = values[row]
-            self.lengths[row] += 1
-
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values by token, [batch, num_key_value_heads, longest, ...]; behind the end of a row is rubbish."""
         lengths = self.lengths.tolist()

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One decoding attention step on a CPU, reading only the chosen dimensions of the keys; see decode.py for the arguments.
+// One decoding attention step on a CPU, reading only the chosen dimensions of the keys; see decode.py and prepare.py.
 // Keys and values lie as in TiledCache: tiles of TILE tokens by dimension, a ring of two tiles by token behind them.
 #include <math.h>
 #include <stdint.h>
@@ -8,7 +8,6 @@
 #define TILE 128
 #define MOST_DIMS 256
 #define MOST_HEADS 16 // of a group at once
-
 
 typedef struct {
     const float *query;     // [rows, group, dims], rotated
@@ -25,6 +24,48 @@ typedef struct {
     int64_t rows, rows_each, group, dims, most, value_dims, tiles_each, sink, recent, parts;
     float scaling;
 } Step;
+
+enum { MAGNITUDE, WEIGHTED, STATIC };
+
+typedef struct {
+    const void *query, *key, *value; // [rows, group, wide], [rows, wide], [rows, value_dims]
+    const float *rotation, *rms;     // [rows_each, wide, dims], [rows_each, dims]
+    void *tiles, *tail, *values;     // as in Step
+    int32_t *lengths;                // [rows / rows_each], one more afterwards
+    void *turned;                    // rotated queries, [rows, group, dims]
+    int32_t *chosen, *counts;        // [rows, most] and [rows], or NULL
+    uint8_t *mask;                   // [rows, dims]
+    int64_t rows, rows_each, group, wide, dims, most, value_dims, tiles_each, selection, squared, adaptive;
+    float scaling, logit_error;
+} Preparation;
+
+// Dimensions by falling size; of equal ones the first, and a NaN is largest. As many as `most`, or as few as the expected
+// error allows: dropping one costs its own and that of all behind it.
+static void choose(const Preparation *given, int64_t row, const float *sizes, const float *errors) {
+    int64_t dims = given->dims, count = given->most;
+    int32_t keys[MOST_DIMS], ranks[MOST_DIMS], *chosen = given->chosen + row * given->most, order[MOST_DIMS];
+    for (int64_t d = 0; d < dims; d++) {
+        // Floats that are not negative have the order of their bits.
+        memcpy(&keys[d], &sizes[d], sizeof(keys[d]));
+        keys[d] = given->selection == STATIC ? (int32_t)(dims - d) : sizes[d] != sizes[d] ? INT32_MAX : keys[d];
+        ranks[d] = 0;
+    }
+    for (int64_t i = 0; i < dims; i++) {
+#pragma omp simd
+        for (int64_t d = 0; d < dims; d++) ranks[d] += keys[i] > keys[d] || (keys[i] == keys[d] && i < d);
+    }
+    for (int64_t d = 0; d < dims; d++) order[ranks[d]] = (int32_t)d;
+    if (given->adaptive) {
+        float left = 0.0f;
+        for (; count > 1; count--) {
+            left += errors[order[count - 1]];
+            if (!(left <= given->logit_error)) break;
+        }
+        given->counts[row] = (int32_t)count;
+    }
+    memcpy(chosen, order, (size_t)count * sizeof(*chosen));
+    for (int64_t d = 0; d < dims; d++) given->mask[row * dims + d] = ranks[d] < count;
+}
 
 // e to the power of x, for x of at most 0, to a few units in the last place; a NaN stays one. Compilers vectorise it.
 static inline float exponential(float x) {
@@ -61,6 +102,7 @@ static inline uint16_t to_bfloat16(float number) {
 #define NARROW same
 #define NAME(function) function##_float32
 #include "decode.inc"
+#include "prepare.inc"
 #undef NUMBER
 #undef WIDE
 #undef NARROW
@@ -71,3 +113,4 @@ static inline uint16_t to_bfloat16(float number) {
 #define NARROW to_bfloat16
 #define NAME(function) function##_bfloat16
 #include "decode.inc"
+#include "prepare.inc"

@@ -81,7 +81,8 @@ def _compile(compiler: str, target: Path) -> None:
 
 def _fingerprint(compiler: str) -> str:
     """Of everything that the result depends on: source, flags, compiler and processor."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + SOURCE.with_suffix(".inc").read_bytes() + " ".join(FLAGS).encode())
+    sources = b"".join(path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.inc"))))
+    digest = hashlib.sha256(sources + " ".join(FLAGS).encode())
     digest.update(f"{compiler} {Path(compiler).stat().st_mtime_ns} {platform.machine()}".encode())
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

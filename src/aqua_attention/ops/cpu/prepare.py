@@ -3,11 +3,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor, int8, int32
+import ctypes
 
-from aqua_attention.config import AquaConfig
-from aqua_attention.ops.select import rotate, select_dimensions
+import torch
+from torch import Tensor
+
+from aqua_attention.config import SELECTIONS, AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.ops.cpu.decode import FUNCTIONS, LARGEST_HEAD
+from aqua_attention.ops.cpu.library import library
 from aqua_attention.ops.tiled import Chosen, TiledCache
+
+
+class _Preparation(ctypes.Structure):
+    """`Preparation` of decode.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "rotation", "rms", "tiles", "tail", "values")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "turned", "chosen", "counts", "mask")),
+        *((name, ctypes.c_int64) for name in ("rows", "rows_each", "group", "wide", "dims", "most", "value_dims")),
+        *((name, ctypes.c_int64) for name in ("tiles_each", "selection", "squared", "adaptive")),
+        *((name, ctypes.c_float) for name in ("scaling", "logit_error")),
+    ]
 
 
 def prepare(
@@ -21,26 +38,71 @@ def prepare(
     *,
     scaling: float | None = None,
 ) -> tuple[Tensor, Chosen | None]:
-    """`ops.triton.prepare.prepare` in plain torch; the sequences are one longer afterwards, where they have room.
+    """`ops.triton.prepare.prepare` on a CPU; the sequences are one longer afterwards, where they have room.
 
     Args:
         query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
         rotation: float32 [num_key_value_heads, head_dim, kept]; key_rms: float32 [num_key_value_heads, kept].
         config: the selection; its dimensions are shared by a group.
+        scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
 
     Returns:
         Rotated queries [batch, num_attention_heads, kept], and what `decode` multiplies; None: every dimension.
+
+    Raises:
+        AquaError: shapes or dtypes that do not fit the cache, or dimensions that are not shared by a group.
     """
-    groups = key.shape[1]
-    rotated = rotate(query[:, :, None], rotation)
-    cache.append(rotate(key[:, :, None], rotation)[:, :, 0], value)
-    selected = select_dimensions(rotated, config, query.shape[2], key_rms, scaling)
-    rotated = rotated[:, :, 0]
-    if selected is None:
-        return rotated, None
-    # The heads of a group have the same ones.
-    mask = selected[:, :: query.shape[1] // groups, 0]
-    counts = mask.sum(-1, dtype=int32)
-    most = int(counts.max())
-    dims = mask.to(int8).sort(dim=-1, descending=True, stable=True).indices[..., :most].to(int32).contiguous()
-    return rotated, Chosen(dims, mask.to(int8).contiguous(), counts if config.logit_error is not None else None)
+    batch, groups, kept, value_dim, _ = cache.shape
+    heads, head_dim, dtype = query.shape[1], query.shape[2], cache.tiles.dtype
+    for name, states, shape, kind in (
+        ("query", query, (batch, heads // groups * groups, head_dim), dtype),
+        ("key", key, (batch, groups, head_dim), dtype),
+        ("value", value, (batch, groups, value_dim), dtype),
+        ("rotation", rotation, (groups, head_dim, kept), torch.float32),
+        ("key_rms", key_rms, (groups, kept), torch.float32),
+    ):
+        if states.shape != shape or states.dtype != kind:
+            raise AquaError(f"{name} is {states.dtype} {tuple(states.shape)}: it must be {kind} {shape}")
+    if dtype not in FUNCTIONS or max(head_dim, kept, value_dim) > LARGEST_HEAD:
+        raise AquaError(
+            f"{dtype}, {head_dim} dimensions: the CPU kernel takes float32, bfloat16 and {LARGEST_HEAD} at most"
+        )
+    if config.share != "group" and heads != groups:
+        raise AquaError(f"share is {config.share!r}: the kernel reads the same dimensions for a group, share='group'")
+    adaptive = config.logit_error is not None
+    count = kept if adaptive else min(config.selected_dims(head_dim), kept)
+    turned = query.new_empty((batch, heads, kept))
+    chosen = None
+    if adaptive or count < kept:
+        chosen = Chosen(
+            torch.empty((batch, groups, count), dtype=torch.int32),
+            torch.empty((batch, groups, kept), dtype=torch.int8),
+            torch.empty((batch, groups), dtype=torch.int32) if adaptive else None,
+        )
+    # Held by name until the call has ended.
+    given = [states.contiguous() for states in (query, key, value, rotation, key_rms)]
+    dims, mask, counts = chosen or (None, None, None)
+    step = _Preparation(
+        *(states.data_ptr() for states in given),
+        cache.tiles.data_ptr(),
+        cache.tail.data_ptr(),
+        cache.values.data_ptr(),
+        cache.lengths.data_ptr(),
+        turned.data_ptr(),
+        *(None if tensor is None else tensor.data_ptr() for tensor in (dims, counts, mask)),
+        rows=batch * groups,
+        rows_each=groups,
+        group=heads // groups,
+        wide=head_dim,
+        dims=kept,
+        most=count,
+        value_dims=value_dim,
+        tiles_each=cache.tiles.shape[2],
+        selection=SELECTIONS.index(config.selection),
+        squared=config.share == "group",
+        adaptive=adaptive,
+        scaling=head_dim**-0.5 if scaling is None else scaling,
+        logit_error=config.logit_error or 0.0,
+    )
+    getattr(library(), FUNCTIONS[dtype].replace("decode", "prepare"))(ctypes.byref(step))
+    return turned, chosen
