@@ -17,7 +17,7 @@ from contextlib import nullcontext
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import aqua_attention as aqua
 from aqua_attention.calibration import collect
@@ -26,6 +26,7 @@ from aqua_attention.files import write_json
 from aqua_attention.fingerprint import key_weight_digest, shape_of
 from aqua_attention.projections import Projections
 from aqua_attention.tables import describe_setting
+from aqua_attention.tiled_layer import TiledLayer
 
 SHAPE = {
     "vocab_size": 1024,
@@ -45,7 +46,12 @@ CONFIGS = [
     aqua.AquaConfig(k_ratio=0.5, bits=4),
     aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25, sink=4, recent=64),
     aqua.AquaConfig(k_ratio=0.5, h2o_ratio=0.5),
+    aqua.AquaConfig(k_ratio=1.0, share="group", sink=4, recent=64),
+    aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64),
 ]
+"""Those shared by a group have a cache of fixed size for the decoding kernel."""
+ROOM = 1024
+"""Tokens beyond the first ones, for the steps."""
 
 
 def main() -> None:
@@ -95,6 +101,13 @@ def attached(model, projections, config):
     return nullcontext() if config is None else aqua.apply(model, projections, config)
 
 
+def new_cache(model, attachment, length):
+    """A growing one, or one in the kernel's layout where dimensions are shared."""
+    if attachment is None or attachment.config.share != "group":
+        return DynamicCache(config=model.config)
+    return attachment.new_cache(max_length=length, layout="tiled")
+
+
 @torch.no_grad()
 def check(model, projections) -> None:
     """The gate: one token after 199 cached ones is what 200 tokens at once give."""
@@ -103,8 +116,8 @@ def check(model, projections) -> None:
     for config in CONFIGS:
         if config is not None and config.h2o_ratio < 1:
             config = dataclasses.replace(config, recent=256)  # so many stay that nothing is lost
-        with attached(model, projections, config):
-            cache = DynamicCache(config=model.config)
+        with attached(model, projections, config) as attachment:
+            cache = new_cache(model, attachment, 200)
             model(input_ids=tokens[:, :199], past_key_values=cache)
             found = model(input_ids=tokens[:, 199:], past_key_values=cache).logits[0, -1].float()
             expected = model(input_ids=tokens, past_key_values=DynamicCache(config=model.config)).logits[0, -1].float()
@@ -114,14 +127,16 @@ def check(model, projections) -> None:
 
 
 @torch.no_grad()
-def filled(model, projections, config, length) -> DynamicCache:
+def filled(model, projections, config, length) -> Cache:
     """A cache of `length` random tokens."""
-    cache = DynamicCache(config=model.config)
-    with attached(model, projections, config):
+    with attached(model, projections, config) as attachment:
+        cache = new_cache(model, attachment, length + ROOM)
         model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache)
         for index in range(SHAPE["num_hidden_layers"]):
             states = torch.randn(2, 1, 3, length - 1, 64, dtype=model.dtype, device=model.device)
             cache.update(states[0], states[1], index)
+            if isinstance(cache.layers[index], TiledLayer):
+                cache.layers[index].store(None)
     return cache
 
 
