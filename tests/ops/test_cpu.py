@@ -174,6 +174,17 @@ def test_requests_that_the_kernel_does_not_take_list_what_it_takes():
         decode(torch.zeros(1, 3, 16), None, cache)
     with pytest.raises(aqua.AquaError, match="recent 129: the CPU kernel takes float32 and bfloat16"):
         decode(torch.zeros(1, 2, 16), None, cache, recent=129)
+    dims, mask = torch.zeros(1, 2, 4, dtype=torch.int32), torch.zeros(1, 2, 16, dtype=torch.int8)
+    for chosen, words in (
+        (Chosen(dims.long(), mask), "dims is torch.int64"),
+        (Chosen(dims, mask[..., 1:]), "mask is .* it must be torch.int8 .1, 2, 16."),
+        (Chosen(dims, mask, dims), "counts is .* it must be torch.int32 .1, 2."),
+        (Chosen(dims[..., :0], mask), "it must name 1 to 16 dimensions"),
+    ):
+        with pytest.raises(aqua.AquaError, match=words):
+            decode(torch.zeros(1, 2, 16), chosen, cache)
+    with pytest.raises(aqua.AquaError, match="parts is 0"):
+        decode(torch.zeros(1, 2, 16), None, cache, parts=0)
     with pytest.raises(aqua.AquaError, match="float16, heads of 16"):
         decode(torch.zeros(1, 2, 16), None, TiledCache(1, 2, 16, 16, 100, torch.float16, "cpu"))
 

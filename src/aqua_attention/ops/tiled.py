@@ -34,6 +34,15 @@ class Chosen(NamedTuple):
     mask: Tensor
     counts: Tensor | None = None
 
+    def check(self, batch: int, groups: int, kept: int) -> None:
+        """Raise AquaError when a kernel that reads this would read something else."""
+        if not 1 <= self.dims.shape[-1] <= kept:
+            raise AquaError(f"dims is {tuple(self.dims.shape)}: it must name 1 to {kept} dimensions")
+        expect("dims", self.dims, torch.int32, (batch, groups, self.dims.shape[-1]))
+        expect("mask", self.mask, torch.int8, (batch, groups, kept))
+        if self.counts is not None:
+            expect("counts", self.counts, torch.int32, (batch, groups))
+
     def selected(self, heads: int) -> Tensor:
         """The same as `select_dimensions` says it, boolean [batch, heads, 1, kept]."""
         return self.mask.bool().repeat_interleave(heads // self.mask.shape[1], 1)[:, :, None]
@@ -129,3 +138,9 @@ class TiledCache:
 def tiles_done(length: int) -> int:
     """How many tiles of a sequence of this length are read as tiles; the tokens behind them are in the tail."""
     return max((length - 1) // TILE - 1, 0)
+
+
+def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise AquaError when a tensor is not of this dtype and shape, and contiguous."""
+    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+        raise AquaError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be {dtype} {shape}, contiguous")

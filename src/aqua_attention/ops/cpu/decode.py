@@ -67,6 +67,10 @@ def decode(
             f"{cache.tiles.dtype}, heads of {kept} and {value_dim} dimensions, recent {recent}: the CPU kernel takes "
             f"float32 and bfloat16, at most {LARGEST_HEAD} dimensions and {TILE} recent tokens"
         )
+    if chosen is not None:
+        chosen.check(batch, groups, kept)
+    if parts is not None and parts < 1:
+        raise AquaError(f"parts is {parts}: it must be 1 or more, or None")
     if chosen is None:
         chosen = _everything(batch, groups, kept)
     if parts is None:

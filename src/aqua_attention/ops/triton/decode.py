@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
+from aqua_attention.ops.tiled import TILE, Chosen, TiledCache, expect
 from aqua_attention.ops.triton.blocks import LEAST_SIZE, on_device_of, padded, shared_memory, starts_early
 from aqua_attention.ops.triton.decode_kernel import decode_kernel, mass_kernel
 
@@ -159,16 +159,6 @@ def _check(
     if splits is not None and not 1 <= splits <= MOST_SPLITS:
         raise AquaError(f"splits is {splits}: it must be 1 to {MOST_SPLITS}, or None")
     if chosen is not None:
-        if not 1 <= chosen.dims.shape[-1] <= kept:
-            raise AquaError(f"dims is {tuple(chosen.dims.shape)}: it must name 1 to {kept} dimensions")
-        _expect("dims", chosen.dims, torch.int32, (batch, groups, chosen.dims.shape[-1]))
-        _expect("mask", chosen.mask, torch.int8, (batch, groups, kept))
-        if chosen.counts is not None:
-            _expect("counts", chosen.counts, torch.int32, (batch, groups))
+        chosen.check(batch, groups, kept)
     if mass is not None:
-        _expect("mass", mass, torch.float32, (batch, groups, count * TILE))
-
-
-def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise AquaError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}: it must be {dtype} {shape}, contiguous")
+        expect("mass", mass, torch.float32, (batch, groups, count * TILE))
