@@ -189,6 +189,16 @@ def test_selection_in_the_kernel_is_that_of_the_reference_with_ties():
     assert dims(logit_error=100.0) == list(range(16)), "and none may be dropped"
 
 
+def test_tiny_queries_of_their_own_heads_are_told_apart():
+    """Squares of these would both be zero."""
+    query, state = torch.zeros(1, 1, 16, device=DEVICE), torch.zeros(1, 1, 16, device=DEVICE)
+    query[0, 0, 3], query[0, 0, 7] = 1e-30, 1e-25
+    config = aqua.AquaConfig(k_ratio=1 / 16)
+    cache = TiledCache(1, 1, 16, 16, 8, torch.float32, DEVICE)
+    rotation, rms = torch.eye(16, device=DEVICE)[None], torch.ones(1, 16, device=DEVICE)
+    assert prepare(query, state, state, cache, rotation, rms, config)[1].dims.tolist() == [[[7]]]
+
+
 def test_a_full_cache_is_not_written_behind_its_end():
     _, _, _, cache = problem((2, 2), [125], 16, 16, torch.float32)
     held = cache.values.shape[2]

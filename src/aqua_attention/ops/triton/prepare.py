@@ -96,6 +96,7 @@ def prepare(
             VALUE_DIM_PADDED=triton.next_power_of_2(value.shape[2]),
             COUNT=count,
             SELECTION=config.selection,
+            SQUARED=config.share == "group",
             TILE=TILE,
             num_warps=WARPS,
             **starts_early(query),
@@ -163,6 +164,7 @@ def _prepare(
     VALUE_DIM_PADDED: tl.constexpr,
     COUNT: tl.constexpr,
     SELECTION: tl.constexpr,
+    SQUARED: tl.constexpr,
     TILE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -234,7 +236,7 @@ def _prepare(
                 size = tl.where(inside[:, None], turned, 0.0)
                 if SELECTION == "weighted":
                     size *= rms[None, :]
-                size = tl.sum(size * size, 0)
+                size = tl.sum(size * size if SQUARED else tl.abs(size), 0)
                 size = tl.where(size == size, size, float("inf"))
             size = tl.where(column, size, -1.0)
             ahead = (size[:, None] > size[None, :]) | (
