@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.ops.cpu.library import no_library_reason
+from aqua_attention.ops.cpu.build import no_kernel_reason
 from conftest import VOCABULARY, calibrated, make_gemma3, make_llama, make_mistral
 
 pytest.importorskip("triton")
@@ -26,8 +26,8 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 def kernel(request, monkeypatch, tmp_path_factory):
     """Which kernels run: triton's, in its interpreter where there is no GPU, or the one in C."""
     if request.param == "cpu":
-        if DEVICE == "cuda" or no_library_reason():
-            pytest.skip(no_library_reason() or "the model is on a GPU")
+        if DEVICE == "cuda" or no_kernel_reason():
+            pytest.skip(no_kernel_reason() or "the model is on a GPU")
         monkeypatch.delenv("TRITON_INTERPRET")
     return request.param
 

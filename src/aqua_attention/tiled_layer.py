@@ -17,7 +17,7 @@ from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import KERNEL_DTYPES, is_interpreted, no_kernels_reason
-from aqua_attention.ops.cpu.library import no_library_reason
+from aqua_attention.ops.cpu.build import no_kernel_reason
 from aqua_attention.ops.mask import HIDDEN
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 from aqua_attention.rotated_layer import check_active, tagged
@@ -30,7 +30,7 @@ def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype:
     groups, head_dim, _ = spec.matrix.shape
     device = spec.matrix.device
     on_cpu = device.type == "cpu" and not is_interpreted(device)
-    if reason := no_library_reason() if on_cpu else no_kernels_reason(device):
+    if reason := no_kernel_reason() if on_cpu else no_kernels_reason(device):
         return reason
     if on_cpu and dtype not in (torch.float32, torch.bfloat16):
         return f"the model is {dtype}, and the CPU kernel takes float32 and bfloat16"

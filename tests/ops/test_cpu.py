@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aqua_attention as aqua
-from aqua_attention.ops.cpu import library as build
+from aqua_attention.ops.cpu import build
 from aqua_attention.ops.cpu.decode import decode
 from aqua_attention.ops.cpu.prepare import prepare
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.ops.tiled import Chosen, TiledCache
 
-REASON = build.no_library_reason()
+REASON = build.no_kernel_reason()
 compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 
@@ -193,16 +193,16 @@ def test_requests_that_the_kernel_does_not_take_list_what_it_takes():
 def fresh(monkeypatch, tmp_path):
     """Nothing compiled so far, and an empty cache folder."""
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
-    build.library.cache_clear()
+    build.kernels.cache_clear()
     yield tmp_path
-    build.library.cache_clear()
+    build.kernels.cache_clear()
 
 
 def test_without_a_compiler_it_says_so(fresh, monkeypatch):
     monkeypatch.setenv("PATH", str(fresh))
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(aqua.AquaError, match="impl='cpu' is impossible here, because there is no C compiler"):
-        build.library()
+        build.kernels()
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch):
@@ -211,7 +211,7 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(fresh, monkeypatch):
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
     with pytest.raises(aqua.AquaError, match=r"cannot compile decode[.]c: out of ideas"):
-        build.library()
+        build.kernels()
     assert list((fresh / "kernels").iterdir()) == []
 
 
@@ -220,11 +220,11 @@ def test_it_is_compiled_once_and_again_when_the_file_is_damaged(fresh):
     target = fresh / "kernels" / f"decode-{build._fingerprint(build._compiler())}.so"
     target.parent.mkdir()
     target.write_bytes(b"no library")
-    build.library()
+    build.kernels()
     before = target.stat()
     assert before.st_size > 1000
-    build.library.cache_clear()
-    build.library()
+    build.kernels.cache_clear()
+    build.kernels()
     assert target.stat().st_mtime_ns == before.st_mtime_ns
     assert list(target.parent.iterdir()) == [target]
 
@@ -234,4 +234,4 @@ def test_a_folder_that_cannot_be_written_is_named(fresh, monkeypatch):
     (fresh / "file").write_text("")
     monkeypatch.setenv("AQUA_CACHE_DIR", str(fresh / "file"))
     with pytest.raises(aqua.AquaError, match=r"cannot be kept in or loaded from .*file"):
-        build.library()
+        build.kernels()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.cpu.library import library
+from aqua_attention.ops.cpu.build import kernels
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
@@ -105,7 +105,7 @@ def decode(
         parts=parts,
         scaling=kept**-0.5 if scaling is None else scaling,
     )
-    getattr(library(), FUNCTIONS[cache.tiles.dtype])(ctypes.byref(step))
+    getattr(kernels(), FUNCTIONS[cache.tiles.dtype])(ctypes.byref(step))
     return output
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from aqua_attention.config import SELECTIONS, AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.cpu.build import kernels
 from aqua_attention.ops.cpu.decode import FUNCTIONS, LARGEST_HEAD
-from aqua_attention.ops.cpu.library import library
 from aqua_attention.ops.tiled import Chosen, TiledCache
 
 
@@ -104,5 +104,5 @@ def prepare(
         scaling=head_dim**-0.5 if scaling is None else scaling,
         logit_error=config.logit_error or 0.0,
     )
-    getattr(library(), FUNCTIONS[dtype].replace("decode", "prepare"))(ctypes.byref(step))
+    getattr(kernels(), FUNCTIONS[dtype].replace("decode", "prepare"))(ctypes.byref(step))
     return turned, chosen

@@ -23,7 +23,7 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-m
 SECONDS = 120
 
 
-def no_library_reason() -> str | None:
+def no_kernel_reason() -> str | None:
     """Why there can be no kernel on this machine; None when there can be one, as far as is known before compiling."""
     if platform.system() != "Linux":
         return f"the kernel is for Linux, this is {platform.system()}"
@@ -33,13 +33,13 @@ def no_library_reason() -> str | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
+def kernels() -> ctypes.CDLL:
     """The compiled kernel.
 
     Raises:
         AquaError: there is no compiler, it fails, or the result cannot be kept or loaded.
     """
-    if reason := no_library_reason():
+    if reason := no_kernel_reason():
         raise AquaError(f"impl='cpu' is impossible here, because {reason}")
     compiler = _compiler()
     assert compiler is not None
