@@ -194,13 +194,7 @@ def test_any_sequence_of_operations_is_what_lists_do(operations, ratio, window, 
             mask = (columns <= rows[:, None])[None, None].repeat(batch, 1, 1, 1)
             mask[..., stored - value :] &= real[:, None, None]
             found = layer.attend(
-                query,
-                *layer.update(keys, values),
-                None,
-                mask=mask,
-                is_sliding=False,
-                sink=window[0],
-                recent=window[1],
+                query, *layer.update(keys, values), None, mask=mask, is_sliding=False, sink=window[0], recent=window[1]
             )
             shown = real[:, None, :, None].expand_as(found)
             assert torch.allclose(found[shown], expected[shown], rtol=0, atol=1e-4)

@@ -19,10 +19,10 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import KERNEL_DTYPES, is_interpreted, no_kernels_reason
 from aqua_attention.ops.cpu.build import no_kernel_reason
 from aqua_attention.ops.mask import HIDDEN
-from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
+from aqua_attention.ops.tiled import TILE, WIDEST, Chosen, TiledCache
 from aqua_attention.rotated_layer import check_active, tagged
 
-LARGEST_HEAD, LARGEST_FLOAT32_HEAD = 256, 128
+LARGEST_FLOAT32_HEAD = 128
 
 
 def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype: torch.dtype) -> str | None:
@@ -44,8 +44,8 @@ def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype:
         return f"the model is {dtype}, and it takes bfloat16, float16 and float32"
     if dtype == torch.float32 and head_dim > LARGEST_FLOAT32_HEAD and spec.matrix.is_cuda:
         return f"heads have {head_dim} dimensions, and in float32 it takes {LARGEST_FLOAT32_HEAD} at most"
-    if head_dim > LARGEST_HEAD:
-        return f"heads have {head_dim} dimensions, and it takes {LARGEST_HEAD} at most"
+    if head_dim > WIDEST:
+        return f"heads have {head_dim} dimensions, and it takes {WIDEST} at most"
     return None
 
 

@@ -86,6 +86,8 @@ class Attachment:
         """
         check_detached(self.model)
         self._layers = {layer.module: self._attached(layer) for layer in self._found}
+        self._can_tile = False
+        """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
         self._name, undo = install(self.model, self._attend, mask_builder(self.config.sink, self.config.recent))
         hook = self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._undo = [undo, hook.remove]
@@ -240,10 +242,15 @@ class Attachment:
             check_cache(cache, self._specs(), tokens.shape[0], tokens.shape[1])
         mask = given.get("attention_mask")
         tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
-        if tiled and (reason := self._untiled_reason(1, offloading=False)):
-            raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
-        for layer in tiled:
-            layer.mask_is_known = mask is None or (isinstance(mask, Tensor) and tiled[0].knows(mask))
+        if tiled and not self._can_tile:
+            if reason := self._untiled_reason(1, offloading=False):
+                raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
+            self._can_tile = True
+        if tiled:
+            # All hold the same tokens; asking one of them waits for the GPU once a step.
+            is_known = mask is None or (isinstance(mask, Tensor) and tiled[0].knows(mask))
+            for layer in tiled:
+                layer.mask_is_known = is_known
         if isinstance(mask, Tensor) and mask.ndim == 4:
             as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):

@@ -18,13 +18,14 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops import select
 from aqua_attention.ops.fused import attention_fused, unsupported_reason
 from aqua_attention.ops.reference import attention_chunked, attention_reference
+from aqua_attention.ops.tiled import WIDEST
 
 IMPLEMENTATIONS = ("auto", "triton", "fused", "chunked", "reference")
 """Of `attend`."""
 TORCH_IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
 """Of `attention`."""
-KERNEL_DTYPES, WIDEST = (torch.bfloat16, torch.float16, torch.float32), 256
-"""What our kernels take: dtypes, and dimensions of a head."""
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What our kernels for GPUs take."""
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 

@@ -14,11 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 
 Device = torch.device | str
 TILE = 128
 """Tokens in a tile; the tail holds up to two."""
+WIDEST = 256
+"""Dimensions of a head that the kernels take."""
 
 
 class Chosen(NamedTuple):
@@ -111,6 +114,28 @@ class TiledCache:
         for row, count in enumerate(lengths.tolist()):
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
             self.tail[row, :, tokens % (2 * TILE)] = keys[row, :, tokens]
+
+    def check_step(
+        self, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor, key_rms: Tensor, config: AquaConfig
+    ) -> None:
+        """Raise AquaError for a token of each sequence that does not fit what is held, or that no kernel could take."""
+        batch, groups, kept, value_dim, _ = self.shape
+        heads, head_dim, dtype = query.shape[1], query.shape[-1], self.tiles.dtype
+        for name, states, shape, kind in (
+            ("query", query, (batch, heads // groups * groups, head_dim), dtype),
+            ("key", key, (batch, groups, head_dim), dtype),
+            ("value", value, (batch, groups, value_dim), dtype),
+            ("rotation", rotation, (groups, head_dim, kept), torch.float32),
+            ("key_rms", key_rms, (groups, kept), torch.float32),
+        ):
+            if states.shape != shape or states.dtype != kind:
+                raise AquaError(f"{name} is {states.dtype} {tuple(states.shape)}: it must be {kind} {shape}")
+        if head_dim > WIDEST:
+            raise AquaError(f"heads have {head_dim} dimensions: the kernels take {WIDEST} at most")
+        if config.share != "group" and heads != groups:
+            raise AquaError(
+                f"share is {config.share!r}: the kernels read the same dimensions for a group, share='group'"
+            )
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values by token, [batch, num_key_value_heads, longest, ...]; behind the end of a row is rubbish."""

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.cpu.build import kernels
-from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
+from aqua_attention.ops.tiled import TILE, WIDEST, Chosen, TiledCache
 
 FUNCTIONS = {torch.float32: "decode_float32", torch.bfloat16: "decode_bfloat16"}
-LARGEST_HEAD = 256
 JOBS_A_THREAD, LEAST_TILES = 4, 4
 """Parts of sequences are made until each thread has so many, because other programs slow threads
 unevenly; a part has that many tiles, or more."""
@@ -62,10 +61,10 @@ def decode(
     heads, value_dim, rows = query.shape[1], cache.values.shape[3], batch * groups
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or heads % groups:
         raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")
-    if cache.tiles.dtype not in FUNCTIONS or max(kept, value_dim) > LARGEST_HEAD or not 0 <= recent <= TILE:
+    if cache.tiles.dtype not in FUNCTIONS or max(kept, value_dim) > WIDEST or not 0 <= recent <= TILE:
         raise AquaError(
             f"{cache.tiles.dtype}, heads of {kept} and {value_dim} dimensions, recent {recent}: the CPU kernel takes "
-            f"float32 and bfloat16, at most {LARGEST_HEAD} dimensions and {TILE} recent tokens"
+            f"float32 and bfloat16, at most {WIDEST} dimensions and {TILE} recent tokens"
         )
     if chosen is not None:
         chosen.check(batch, groups, kept)

@@ -11,8 +11,8 @@ from torch import Tensor
 from aqua_attention.config import SELECTIONS, AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.cpu.build import kernels
-from aqua_attention.ops.cpu.decode import FUNCTIONS, LARGEST_HEAD
-from aqua_attention.ops.tiled import Chosen, TiledCache
+from aqua_attention.ops.cpu.decode import FUNCTIONS
+from aqua_attention.ops.tiled import WIDEST, Chosen, TiledCache
 
 
 class _Preparation(ctypes.Structure):
@@ -54,21 +54,9 @@ def prepare(
     """
     batch, groups, kept, value_dim, _ = cache.shape
     heads, head_dim, dtype = query.shape[1], query.shape[2], cache.tiles.dtype
-    for name, states, shape, kind in (
-        ("query", query, (batch, heads // groups * groups, head_dim), dtype),
-        ("key", key, (batch, groups, head_dim), dtype),
-        ("value", value, (batch, groups, value_dim), dtype),
-        ("rotation", rotation, (groups, head_dim, kept), torch.float32),
-        ("key_rms", key_rms, (groups, kept), torch.float32),
-    ):
-        if states.shape != shape or states.dtype != kind:
-            raise AquaError(f"{name} is {states.dtype} {tuple(states.shape)}: it must be {kind} {shape}")
-    if dtype not in FUNCTIONS or max(head_dim, kept, value_dim) > LARGEST_HEAD:
-        raise AquaError(
-            f"{dtype}, {head_dim} dimensions: the CPU kernel takes float32, bfloat16 and {LARGEST_HEAD} at most"
-        )
-    if config.share != "group" and heads != groups:
-        raise AquaError(f"share is {config.share!r}: the kernel reads the same dimensions for a group, share='group'")
+    cache.check_step(query, key, value, rotation, key_rms, config)
+    if dtype not in FUNCTIONS or max(kept, value_dim) > WIDEST:
+        raise AquaError(f"{dtype}, {value_dim} dimensions: the CPU kernel takes float32, bfloat16 and {WIDEST} at most")
     adaptive = config.logit_error is not None
     count = kept if adaptive else min(config.selected_dims(head_dim), kept)
     turned = query.new_empty((batch, heads, kept))

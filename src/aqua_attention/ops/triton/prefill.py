@@ -14,7 +14,8 @@ from torch import Tensor
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.fused import attention_with_lse, dense_attention
-from aqua_attention.ops.triton.rotate import WIDEST, by_token, check_rotation, rotate_and_narrow, rotate_on_gpu
+from aqua_attention.ops.tiled import WIDEST
+from aqua_attention.ops.triton.rotate import by_token, check_rotation, rotate_and_narrow, rotate_on_gpu
 from aqua_attention.ops.triton.window import window_merge
 
 

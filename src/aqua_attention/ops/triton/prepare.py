@@ -10,14 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 from aqua_attention.ops.triton.blocks import on_device_of, padded, starts_early
 
 WARPS = 8
 FEW_PROGRAMS = 64
-WIDEST = 256
-"""Largest head_dim."""
 LARGEST_CHUNK = 1 << 14
 """Numbers of a rotation that are multiplied at once: 64 KB of shared memory."""
 
@@ -54,7 +51,7 @@ def prepare(
     Raises:
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
     """
-    _check(query, key, value, cache, rotation, key_rms, config)
+    cache.check_step(query, key, value, rotation, key_rms, config)
     batch, heads, head_dim = query.shape
     groups, kept = rotation.shape[0], rotation.shape[2]
     count, adaptive = config.selected_dims(head_dim), config.logit_error is not None
@@ -102,37 +99,6 @@ def prepare(
             **starts_early(query),
         )
     return rotated, chosen
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: TiledCache,
-    rotation: Tensor,
-    key_rms: Tensor,
-    config: AquaConfig,
-) -> None:
-    batch, groups, kept, value_dim, _ = cache.shape
-    head_dim, dtype = query.shape[-1], cache.tiles.dtype
-    for name, states, shape in (
-        ("query", query, (batch, query.shape[1] // groups * groups, head_dim)),
-        ("key", key, (batch, groups, head_dim)),
-        ("value", value, (batch, groups, value_dim)),
-    ):
-        if states.shape != shape or states.dtype != dtype:
-            raise AquaError(
-                f"{name} is {states.dtype} {tuple(states.shape)}: it must be {dtype} {shape}, as the cache is"
-            )
-    if rotation.shape != (groups, head_dim, kept) or rotation.dtype != torch.float32 or head_dim > WIDEST:
-        raise AquaError(
-            f"rotation is {rotation.dtype} {tuple(rotation.shape)}: it must be torch.float32 "
-            f"{(groups, head_dim, kept)}, of at most {WIDEST} dimensions"
-        )
-    if key_rms.shape != (groups, kept) or key_rms.dtype != torch.float32:
-        raise AquaError(f"key_rms is {key_rms.dtype} {tuple(key_rms.shape)}: it must be torch.float32 {(groups, kept)}")
-    if config.share != "group" and query.shape[1] != groups:
-        raise AquaError(f"share is {config.share!r}: the kernel reads the same dimensions for a group, share='group'")
 
 
 @triton.jit

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.tiled import WIDEST
 from aqua_attention.ops.triton.blocks import on_device_of, padded
 from aqua_attention.ops.triton.search import largest, needed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WIDEST = 256
-"""Largest head_dim, kept and value_dim."""
 TOKENS, WARPS = 64, 4
 """Tokens of one head that a program rotates at once: 16 a warp, so that a row stays within four threads."""
 RESIDENT = 128
