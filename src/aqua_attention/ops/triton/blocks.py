@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""What several kernels share: sizes of blocks, early starts, and one step of an online softmax."""
+"""What several kernels share: sizes of blocks, early starts, rotations, and one step of an online softmax."""
 
 from __future__ import annotations
 
@@ -37,6 +37,18 @@ def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
     """Options of a kernel that may be put on the GPU before the one ahead of it has ended, where GPUs can do that."""
     early = wanted and tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
+
+
+@triton.jit
+def load_rotation(rotation_ptr, start, like, HEAD_DIM, KEPT, CHUNK: tl.constexpr, KEPT_PADDED: tl.constexpr):
+    """Rows of a rotation as a sum of two matrices in the dtype of the states: rounded to 16 bits it is not orthogonal,
+    with what was rounded off beside it, it is.
+    """
+    wide, dims = start + tl.arange(0, CHUNK), tl.arange(0, KEPT_PADDED)
+    there = (wide[:, None] < HEAD_DIM) & (dims[None, :] < KEPT)
+    rotation = tl.load(rotation_ptr + wide[:, None] * KEPT + dims[None, :], there, 0.0)
+    high = rotation.to(like)
+    return high, (rotation - high.to(tl.float32)).to(like)
 
 
 @triton.jit

@@ -5,6 +5,9 @@
 The tokens of a sequence are split over programs; each writes the attention over its own tokens and its log-sum-exp, and
 the last one to arrive merges them. Three programs have the blocks in which tokens can need every dimension, one each:
 the first tile and the two halves of the tail. All others read `k` rows of each tile, without a branch in their loop.
+
+In the blocks with an exact window, what `prepare` of the same step does not write is read before it has ended: all but
+the new token.
 """
 
 from __future__ import annotations
@@ -58,9 +61,6 @@ def decode_kernel(
     splits, groups = tl.num_programs(0), tl.num_programs(1)
     # Past the cache of this processor, where an earlier step's may lie.
     length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
-    if EARLY:
-        # For `prepare`, which has written everything that is read from here on.
-        tl.extra.cuda.gdc_wait()
     done = tl.maximum((length - 1) // TILE - 1, 0)
     place = (row * groups + group).to(tl.int64)
     tiles_ptr += place * count * DIM * TILE
@@ -100,6 +100,8 @@ def decode_kernel(
             VALUE_DIM,
             VALUE_PADDED,
             TILE,
+            APPENDED,
+            EARLY,
         )
     else:
         each = tl.cdiv(tl.maximum(done - 1, 0), splits - SPECIAL)
@@ -129,6 +131,7 @@ def decode_kernel(
             CHOSEN,
             STEP,
             TILE,
+            EARLY,
         )
 
     tl.debug_barrier()  # the whole program has written before it says so
@@ -182,6 +185,8 @@ def _exact_block(
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    APPENDED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Attention to the first tile, or to a half of the tail.
 
@@ -193,24 +198,36 @@ def _exact_block(
     rows = tl.arange(0, ROWS)
     member, is_narrow = rows % (ROWS // COPIES), rows >= ROWS // COPIES
     inside = member < GROUP
-    query = tl.load(query_ptr + member[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
     position = tl.where(split == 0, 0, done + split - 1) * TILE + tokens
     seen = position < tl.where((split == 0) & (done == 0), 0, length)
-    there = (dim[:, None] < DIM) & seen[None, :]
+    # Without the new token, which is being written.
+    old = seen & (position < length - APPENDED)
+    there = (dim[:, None] < DIM) & old[None, :]
     if split == 0:
+        if EARLY:  # noqa: SIM102 (this is known when compiling, the other is not)
+            if length == 2 * TILE + 1:
+                # The first tile is being moved from the tail.
+                tl.extra.cuda.gdc_wait()
         keys = tl.load(tiles_ptr + dim[:, None] * TILE + tokens[None, :], there, 0.0)
     else:
         keys = tl.load(tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0)
-    values = tl.load(
-        values_ptr + position[:, None] * VALUE_DIM + columns[None, :], seen[:, None] & column[None, :], 0.0
-    )
+    values = tl.load(values_ptr + position[:, None] * VALUE_DIM + columns[None, :], old[:, None] & column[None, :], 0.0)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    query = tl.load(query_ptr + member[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
     visible = inside[:, None] & seen[None, :]
     if COPIES == 2:
         flags = tl.load(mask_ptr + dim, dim < DIM, 0)
         query = tl.where(is_narrow[:, None] & (flags == 0)[None, :], 0.0, query).to(query.dtype)
         exact = (position < sink) | (position >= length - recent)
         visible = visible & (exact[None, :] != is_narrow[:, None])
-    scores = tl.where(visible, tl.dot(query, keys, input_precision="ieee") * scaling, float("-inf"))
+    scores = tl.dot(query, keys, input_precision="ieee")
+    is_new = (position == length - APPENDED) & seen
+    if APPENDED:
+        key = tl.load(tail_ptr + (length - 1) % (2 * TILE) * DIM + dim, dim < DIM, 0.0)
+        score = tl.sum(query.to(tl.float32) * key[None, :].to(tl.float32), 1)
+        scores = tl.where(is_new[None, :], score[:, None], scores)
+    scores = tl.where(visible, scores * scaling, float("-inf"))
     if scores_ptr is not None:
         tl.store(scores_ptr + (first_head + member[:, None]) * count * TILE + position[None, :], scores, visible)
     largest, total, output = online_softmax(
@@ -221,6 +238,11 @@ def _exact_block(
         tl.zeros([ROWS, VALUE_PADDED], tl.float32),
         "ieee",
     )
+    if APPENDED:
+        value = tl.load(values_ptr + (length - 1).to(tl.int64) * VALUE_DIM + columns, column, 0.0).to(tl.float32)
+        weight = tl.sum(tl.where(is_new[None, :] & visible, tl.exp2(scores - largest[:, None]), 0.0), 1)
+        # Nothing, not NaN, where a token that is not seen has an infinite value.
+        output += tl.where(weight[:, None] != 0, weight[:, None] * value[None, :], 0.0)
     if COPIES == 2:
         # The two rows of a head lie in the same threads.
         largest = tl.reshape(largest, [2, ROWS // 2])
@@ -259,20 +281,23 @@ def _tiles(
     CHOSEN: tl.constexpr,
     STEP: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Attention to the tiles from `begin` to before `end`, with the chosen dimensions."""
     tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, DIM_PADDED)
     column = columns < VALUE_DIM
     heads = tl.arange(0, ROWS)
     inside = heads < GROUP
-    if dims_ptr is None:
-        query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     limit = CHOSEN
     if counts_ptr is not None:
         limit = tl.load(counts_ptr)
+    if dims_ptr is None:
+        query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
     for tile in range(begin, end):
         if dims_ptr is None:
             keys_ptr = tiles_ptr + (tile * DIM + dim[:, None]) * TILE + tokens[None, :]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
-from aqua_attention.ops.triton.blocks import on_device_of, padded, starts_early
+from aqua_attention.ops.triton.blocks import load_rotation, on_device_of, padded, starts_early
 
 WARPS = 8
 FEW_PROGRAMS = 64
@@ -39,7 +39,8 @@ def prepare(
     Args:
         query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
         rotation: float32 [num_key_value_heads, head_dim, kept].
-        key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`.
+        key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`. On a GPU both are read before
+            the kernel ahead of this one has ended: that one must not be what writes them.
         config: `k_ratio` or `logit_error`, and `selection`, as in `select_dimensions`; `share` must be "group", unless
             each key-value head has one query head.
         scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
@@ -96,7 +97,8 @@ def prepare(
             SQUARED=config.share == "group",
             TILE=TILE,
             num_warps=WARPS,
-            **starts_early(query),
+            # A copy made here would be what was started just before.
+            **starts_early(query, rotation.is_contiguous() and key_rms.is_contiguous()),
         )
     return rotated, chosen
 
@@ -134,27 +136,26 @@ def _prepare(
     TILE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        tl.extra.cuda.gdc_wait()  # for what computes the query
-        tl.extra.cuda.gdc_launch_dependents()
     group, row = tl.program_id(0), tl.program_id(1)
     place = (row * tl.num_programs(0) + group).to(tl.int64)
-    position = tl.load(lengths_ptr + row)
     does_query, does_key = tl.program_id(2) == 0, tl.program_id(2) == tl.num_programs(2) - 1
     # One matrix: the query heads of the group, and the key as the row behind them.
     heads, narrow = tl.arange(0, ROWS), tl.arange(0, KEPT_PADDED)
     inside, is_key, column = heads < GROUP, heads == GROUP, narrow < KEPT
     columns = tl.arange(0, VALUE_DIM_PADDED)
-    value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
     rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
+    rotation_ptr += group * HEAD_DIM * KEPT
+    dtype = rotated_ptr.dtype.element_ty
+    high, low = load_rotation(rotation_ptr, 0, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+    if EARLY:
+        # For what computes the query; a rotation is older.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    position = tl.load(lengths_ptr + row)
+    value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
     turned = tl.zeros([ROWS, KEPT_PADDED], tl.float32)
     for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
         wide = start + tl.arange(0, CHUNK)
-        rotation = tl.load(
-            rotation_ptr + (group * HEAD_DIM + wide[:, None]) * KEPT + narrow[None, :],
-            (wide[:, None] < HEAD_DIM) & column[None, :],
-            0.0,
-        )
         states = tl.load(
             query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
             inside[:, None] & (wide[None, :] < HEAD_DIM),
@@ -162,13 +163,12 @@ def _prepare(
         )
         key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
         states = tl.where(is_key[:, None], key[None, :], states)
-        if states.dtype == tl.float32:
-            turned = tl.dot(states, rotation, turned, input_precision="ieee")
+        if start > 0:
+            high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+        if dtype == tl.float32:
+            turned = tl.dot(states, high, turned, input_precision="ieee")
         else:
-            # A rotation rounded to 16 bits is not orthogonal; with what was rounded off beside it, it is.
-            high = rotation.to(states.dtype)
-            turned = tl.dot(states, high, turned)
-            turned = tl.dot(states, (rotation - high.to(tl.float32)).to(states.dtype), turned)
+            turned = tl.dot(states, low, tl.dot(states, high, turned))
     turned = turned.to(rotated_ptr.dtype.element_ty)
     if does_query:
         tl.store(

@@ -12,7 +12,7 @@ from torch import Tensor
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.tiled import WIDEST
-from aqua_attention.ops.triton.blocks import on_device_of, padded
+from aqua_attention.ops.triton.blocks import load_rotation, on_device_of, padded
 from aqua_attention.ops.triton.search import largest, needed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -190,16 +190,6 @@ def _launch(
 
 
 @triton.jit
-def _load_rotation(rotation_ptr, start, like, HEAD_DIM, KEPT, CHUNK: tl.constexpr, KEPT_PADDED: tl.constexpr):
-    """Rows of a rotation as a sum of two matrices in the dtype of the states, which keep 16 bits of it or more."""
-    wide, dims = start + tl.arange(0, CHUNK), tl.arange(0, KEPT_PADDED)
-    there = (wide[:, None] < HEAD_DIM) & (dims[None, :] < KEPT)
-    rotation = tl.load(rotation_ptr + wide[:, None] * KEPT + dims[None, :], there, 0.0)
-    high = rotation.to(like)
-    return high, (rotation - high.to(tl.float32)).to(like)
-
-
-@triton.jit
 def _times(states, high, low, turned, PRECISION: tl.constexpr):
     if states.dtype == tl.float32:
         return tl.dot(states, high, turned, input_precision=PRECISION)
@@ -235,7 +225,7 @@ def _turn(
         if CHUNK == HEAD_DIM_PADDED:
             turned = _times(states, high, low, turned, PRECISION)
         else:
-            one, two = _load_rotation(rotation_ptr, start, states.dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+            one, two = load_rotation(rotation_ptr, start, states.dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
             turned = _times(states, one, two, turned, PRECISION)
     return turned.to(states_ptr.dtype.element_ty)
 
@@ -276,7 +266,7 @@ def _rotate_and_narrow(
     rotation_ptr += group * HEAD_DIM * KEPT
     high, low = 0, 0
     if CHUNK == HEAD_DIM_PADDED:
-        high, low = _load_rotation(rotation_ptr, 0, states_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+        high, low = load_rotation(rotation_ptr, 0, states_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
     weight = tl.load(key_rms_ptr + group * KEPT + dims, dims < KEPT, 0.0)[None, :]
     before = (dims[:, None] < dims[None, :]).to(tl.float16)
 
