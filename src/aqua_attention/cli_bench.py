@@ -92,6 +92,10 @@ def decode(
     sink: Sink = 4,
     recent: Recent = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    int8: Annotated[bool, typer.Option(help="Keys and values in int8 too, beside dense kernels in fp8.")] = False,
+    page: Annotated[
+        list[int] | None, typer.Option(help="In pages of so many tokens too: 32, 64 or 128; repeat.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """One decoding attention step on a CUDA GPU, checked and timed: AQUA's kernel beside every dense one installed.
@@ -110,6 +114,7 @@ def decode(
 
     if dtype not in ("bfloat16", "float16"):
         raise AquaError(f"dtype is {dtype!r}: it must be bfloat16 or float16")
+    layouts = tuple((bits, tokens) for bits in ((None, 8) if int8 else (None,)) for tokens in (None, *(page or ())))
     results = []
     for batch, length in read_sizes(size):
         results.append(
@@ -123,6 +128,7 @@ def decode(
                 sink=sink,
                 recent=recent,
                 dtype=getattr(torch, dtype),
+                layouts=layouts,
             )
         )
         print_table(decode_table(results[-1]))

@@ -86,15 +86,19 @@ def decode_table(result: dict[str, Any]) -> Table:
         "whole step: us",
         "to the best dense",
     ]
+    low = any(row.get("low_ratio") for row in result["rows"])
+    if low:
+        titles.append("to the best in fp8")
     rows = []
     for row in result["rows"]:
         name = row["name"] if row["k_ratio"] is None else f"{row['name']}, k_ratio {row['k_ratio']:g}"
         if "absent" in row:
-            rows.append([name, f"absent: {row['absent']}", *[""] * 5])
+            rows.append([name, f"absent: {row['absent']}", *[""] * (len(titles) - 2)])
             continue
-        ratio, step_ratio = ("" if row[key] is None else f"{row[key]:.2f}" for key in ("ratio", "step_ratio"))
+        keys = ("ratio", "step_ratio", "low_step_ratio")[: 3 if low else 2]
+        ratio, *step_ratios = ("" if row[key] is None else f"{row[key]:.2f}" for key in keys)
         times = [f"{1e6 * row[key]:.1f}" for key in ("seconds", "step_seconds")]
-        rows.append([name, times[0], f"{row['share']:.1%}", ratio, f"{row['ceiling']:.2f}", times[1], step_ratio])
+        rows.append([name, times[0], f"{row['share']:.1%}", ratio, f"{row['ceiling']:.2f}", times[1], *step_ratios])
     return titles, rows
 
 

@@ -33,6 +33,7 @@ class Launch:
     def compile(self, *arguments, num_warps=4, num_stages=3, launch_pdl=False, enable_fp_fusion=True, **constants):
         names = self.kernel.arg_names
         given = dict(zip(names, arguments)) | constants
+        given |= {"ASSEMBLY": True} if "ASSEMBLY" in given else {}
         signature, values = {}, {}
         for name in names:
             value = given[name]
@@ -49,9 +50,8 @@ class Launch:
         print(self.kernel.__name__, built.metadata.shared)
 
 
-KINDS = {
-    "torch.float32": "fp32", "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.int32": "i32", "torch.int8": "i8"
-}
+KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
+KINDS = {"torch." + name: kind for name, kind in KINDS.items()}
 decode.decode_kernel, decode.mass_kernel = Launch(decode.decode_kernel), Launch(decode.mass_kernel)
 prepare._prepare = Launch(prepare._prepare)
 decode.starts_early = prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}

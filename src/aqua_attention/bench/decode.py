@@ -16,20 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqua_attention.bench.dense import BASELINES
+from aqua_attention.bench.dense import BASELINES, LOW_PRECISION
+from aqua_attention.bench.timing import read_bandwidth, seconds_of
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.tiled import Chosen, TiledCache
+from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
 from aqua_attention.ops.triton.decode import decode
 from aqua_attention.ops.triton.prepare import prepare
 
-RUNS = 25
-LEAST_SECONDS, MOST_REPEATS = 5e-4, 20
-"""What takes less than this is run so often in a row: a graph of one short kernel measures the start of the graph."""
 ROOM = 1024
 LOUD = 4.0
+LOW_TOLERANCE = 0.1
 TOLERANCE = 3.0
 """A result may be so many times as far from float64 as the reference in the low precision is."""
 
@@ -45,15 +44,20 @@ def measure_decode(
     sink: int = 4,
     recent: int = 64,
     dtype: torch.dtype = torch.bfloat16,
+    layouts: tuple[tuple[int | None, int | None], ...] = ((None, None),),
 ) -> dict[str, Any]:
     """Check and time one step of every kernel on random keys and values.
 
+    Args:
+        layouts: of our cache, bits (None or 8) and tokens of a page (None: no pages).
+
     Returns:
-        `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a kernel: `name`, `k_ratio` (None: dense), `seconds`
-        (median) of attention alone, `bytes` (keys and values that it needs), `share` (of the measured read bandwidth),
-        `ratio` (to the fastest dense one, above 1 is faster), `ceiling` (what that could be at most: its bytes over
-        ours), `step_seconds` and `step_ratio` (with what comes before: append, for ours rotate and select too); or
-        `absent` (why it did not run).
+        `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a kernel: `name`, `k_ratio` (None: dense), `bits` (of
+        keys and values, None: those of dtype), `page`, `seconds` (median) of attention alone, `bytes` (keys and values
+        that it needs), `share` (of the measured read bandwidth), `ratio` (to the fastest dense one in dtype, above 1 is
+        faster), `ceiling` (what that could be at most: its bytes over ours), `step_seconds` and `step_ratio` (with what
+        comes before: append, for ours rotate and select too), `low_ratio` and `low_step_ratio` (to the fastest dense one
+        in 8 bits, or None); or `absent` (why it did not run).
 
     Raises:
         AquaError: no CUDA GPU, or a kernel of ours is wrong.
@@ -80,61 +84,62 @@ def measure_decode(
         keys[:, :, place] *= LOUD
     new[0] *= LOUD
     wide = batch * groups * length * head_dim * keys.element_size()
-    for name, make in BASELINES.items():
+    baselines = [(name, make, None) for name, make in BASELINES.items()]
+    if any(bits == 8 for bits, _ in layouts):
+        baselines += [(name, make, 8) for name, make in LOW_PRECISION.items()]
+    for name, make, bits in baselines:
+        kind: dict[str, Any] = {"name": name, "k_ratio": None, "bits": bits, "page": None}
         try:
             run = make(query, keys, values)
-            _check(run(), query, keys, values, None, 0, 0)
-            row: dict[str, Any] = {"name": name, "k_ratio": None, "seconds": _seconds(run), "bytes": 2 * wide}
+            if bits is None:
+                _check(run(), query, keys, values, None, 0, 0)
+            else:
+                low = query, *(states[-1:].to(torch.float8_e4m3fn).to(dtype) for states in (keys, values))
+                _near(run()[-1:], low[0][-1:], *low[1:])
+            row = kind | {"seconds": seconds_of(run), "bytes": 2 * wide // (1 if bits is None else keys.element_size())}
 
             def dense_step(run: Callable[[], Tensor] = run) -> Tensor:
                 _append(new, keys, values)
                 return run()
 
-            rows.append(row | {"step_seconds": _seconds(dense_step)})
+            rows.append(row | {"step_seconds": seconds_of(dense_step)})
         except (RuntimeError, ImportError, AttributeError, OSError) as error:
             failed = "" if isinstance(error, (ImportError, AttributeError)) else "failed: "
-            rows.append({"name": name, "k_ratio": None, "absent": failed + str(error).splitlines()[0][:120]})
+            rows.append(kind | {"absent": failed + str(error).splitlines()[0][:120]})
+    rounding = Rounding(key_rms.square() + 0.5, random(groups, head_dim, dtype=torch.float32))
     # Room for every step that is timed: a full cache appends nothing.
-    cache = TiledCache(batch, groups, head_dim, head_dim, length + ROOM, dtype, "cuda")
-    lengths = torch.full((batch,), length)
-    for ratio in k_ratios:
-        config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent)
-
-        def step(config: AquaConfig = config) -> tuple[Tensor, ...]:
-            turned, chosen = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
-            return decode(turned, chosen, cache, sink=sink, recent=recent, appended=True), turned
-
-        cache.fill(keys, values, lengths)
-        found, turned = step()
-        _close(turned, rotate(query[:, :, None], rotation)[:, :, 0], "rotated query")
-        longer = [
-            torch.cat([old, one[:, :, None]], 2)
-            for old, one in ((keys, rotate(new[0][:, :, None], rotation)[:, :, 0]), (values, new[1]))
-        ]
-        selected = select_dimensions(turned[:, :, None], config, head_dim, key_rms)
-        _check(found, turned, longer[0], longer[1], selected, sink, recent)
-        del longer
-
-        turned, chosen = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
-        cache.fill(keys, values, lengths)
-
-        def run(turned: Tensor = turned, chosen: Chosen | None = chosen) -> Tensor:
-            return decode(turned, chosen, cache, sink=sink, recent=recent)
-
-        _check(run(), turned, keys, values, selected, sink, recent)
-        used = wide + wide * config.selected_dims(head_dim) // head_dim
-        row = {"name": "aqua", "k_ratio": ratio, "seconds": _seconds(run), "bytes": used}
-        rows.append(row | {"step_seconds": _seconds(step)})
-        if int(cache.lengths.max()) >= length + ROOM:
-            raise AquaError(f"the timed steps filled a cache of {length + ROOM} tokens: raise ROOM")
+    room = length + ROOM
+    for bits, page in layouts:
+        pages = None
+        if page is not None:
+            blocks = -(-room // page)
+            table = torch.randperm(batch * blocks, generator=generator, device="cuda").view(batch, blocks)
+            pages = Pages(table.to(torch.int32), page, batch * blocks)
+        cache = TiledCache(
+            batch, groups, head_dim, head_dim, room, dtype, "cuda", rounding=rounding if bits else None, pages=pages
+        )
+        for ratio in k_ratios:
+            config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent)
+            seconds = _measure_ours(cache, config, query, new, keys, values, rotation, key_rms)
+            used = wide + wide * config.selected_dims(head_dim) // head_dim
+            if bits:
+                used = used // keys.element_size() + batch * groups * length * 4
+            name = "".join(["aqua", ", int8" if bits else "", f", pages of {page}" if page else ""])
+            rows.append({"name": name, "k_ratio": ratio, "bits": bits, "page": page, "bytes": used} | seconds)
+        del cache
     bandwidth = read_bandwidth()
     for row in rows:
         if "seconds" in row:
             row["share"] = row["bytes"] / row["seconds"] / bandwidth
             row["ceiling"] = 2 * wide / row["bytes"]
             for time, ratio_name in (("seconds", "ratio"), ("step_seconds", "step_ratio")):
-                dense = [other[time] for other in rows if other["k_ratio"] is None and time in other]
-                row[ratio_name] = min(dense) / row[time] if dense else None
+                for prefix, bits in (("", None), ("low_", 8)):
+                    dense = [
+                        other[time]
+                        for other in rows
+                        if other["k_ratio"] is None and other["bits"] == bits and time in other
+                    ]
+                    row[prefix + ratio_name] = min(dense) / row[time] if dense else None
     return {
         "device": torch.cuda.get_device_name(),
         "batch": batch,
@@ -150,6 +155,43 @@ def measure_decode(
     }
 
 
+def _measure_ours(
+    cache: TiledCache,
+    config: AquaConfig,
+    query: Tensor,
+    new: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotation: Tensor,
+    key_rms: Tensor,
+) -> dict[str, float]:
+    """Seconds of attention alone and of a whole step, after both are found right."""
+    head_dim, (batch, _, length, _) = query.shape[2], keys.shape
+    lengths, window = torch.full((batch,), length), {"sink": config.sink, "recent": config.recent}
+
+    def step() -> tuple[Tensor, ...]:
+        turned, chosen = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
+        return decode(turned, chosen, cache, appended=True, **window), turned
+
+    cache.fill(keys, values, lengths)
+    found, turned = step()
+    _close(turned, rotate(query[:, :, None], rotation)[:, :, 0], "rotated query")
+    _close(cache.tail[:, :, length % (2 * TILE)], rotate(new[0][:, :, None], rotation)[:, :, 0], "appended key")
+    selected = select_dimensions(turned[:, :, None], config, head_dim, key_rms)
+    _check_cache(found, turned, cache, selected, config)
+    turned, chosen = prepare(query, new[0], new[1], cache, rotation, key_rms, config)
+    cache.fill(keys, values, lengths)
+
+    def run() -> Tensor:
+        return decode(turned, chosen, cache, **window)
+
+    _check_cache(run(), turned, cache, selected, config)
+    result = {"seconds": seconds_of(run), "step_seconds": seconds_of(step)}
+    if int(cache.lengths.max()) >= cache.max_length:
+        raise AquaError(f"the timed steps filled a cache of {cache.max_length} tokens: raise ROOM")
+    return result
+
+
 def read_sizes(sizes: list[str]) -> list[tuple[int, int]]:
     """Sequences and tokens of "8x32768" and the like.
 
@@ -163,47 +205,6 @@ def read_sizes(sizes: list[str]) -> list[tuple[int, int]]:
             raise AquaError(f"size is {size!r}: it must be sequences x tokens, such as 8x32768")
         found.append((int(batch), int(length)))
     return found
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that a kernel reads which does nothing else, the best of several."""
-    data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
-    sums = torch.empty(data.numel() // (1 << 15), device="cuda")
-    seconds = _seconds(lambda: _read[(sums.numel(),)](data, sums, BLOCK=4096, BLOCKS=8, num_warps=8))
-    return data.nbytes / seconds
-
-
-@triton.jit
-def _read(data_ptr, sums_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK * BLOCKS
-    total = tl.zeros([BLOCK], tl.float32)
-    for block in tl.static_range(0, BLOCKS):
-        total += tl.load(data_ptr + start + block * BLOCK + tl.arange(0, BLOCK))
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0))
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    """Median time of one run, of several in a row in a CUDA graph, so that no launch from the CPU is waited for."""
-    for _ in range(3):
-        run()
-    repeats = max(1, min(MOST_REPEATS, int(LEAST_SECONDS / _replay(run, 1, 3))))
-    return _replay(run, repeats, RUNS)
-
-
-def _replay(run: Callable[[], Any], repeats: int, runs: int) -> float:
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(repeats):
-            run()
-    graph.replay()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-    for start, stop in events:
-        start.record()
-        graph.replay()
-        stop.record()
-    torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in events)[runs // 2] / 1e3 / repeats
 
 
 def _append(new: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -225,6 +226,22 @@ def _close(found: Tensor, expected: Tensor, name: str) -> None:
         raise AquaError(f"a kernel is wrong: the {name} is {error:.2e} from the reference")
 
 
+def _near(found: Tensor, query: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Whether dense attention in 8 bits is within their rounding of the weights and the query."""
+    exact = attention_reference(*(states.double() for states in (query[:, :, None], keys, values)))[:, :, 0]
+    error = float((found.double() - exact).norm() / exact.norm())
+    if not error <= LOW_TOLERANCE:
+        raise AquaError(f"a kernel in 8 bits is {error:.2e} from the reference, {LOW_TOLERANCE} is allowed")
+
+
+def _check_cache(found: Tensor, query: Tensor, cache: TiledCache, selected: Tensor | None, config: AquaConfig) -> None:
+    """`_check` on what the cache gives back."""
+    rows = torch.tensor([0, len(found) - 1], device=found.device)
+    keys, values = cache.read(rows=rows.tolist(), dtype=torch.float32)
+    mask = None if selected is None else selected[rows]
+    _check(found[rows], query[rows], keys, values, mask, config.sink, config.recent)
+
+
 def _check(
     found: Tensor, query: Tensor, keys: Tensor, values: Tensor, selected: Tensor | None, sink: int, recent: int
 ) -> None:
@@ -235,7 +252,8 @@ def _check(
         mask = None if selected is None else selected[one]
         wide = [each.double() for each in given]
         exact = attention_reference(wide[0], wide[1], wide[2], mask, sink=sink, recent=recent)
-        plain = attention_reference(given[0], given[1], given[2], mask, sink=sink, recent=recent)
+        low = [each.to(query.dtype) for each in given]
+        plain = attention_reference(low[0], low[1], low[2], mask, sink=sink, recent=recent)
         limit = TOLERANCE * float((plain.double() - exact).norm())
         error = float((found[one, :, None].double() - exact).norm())
         if not error <= limit:

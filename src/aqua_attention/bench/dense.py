@@ -45,6 +45,7 @@ def _flash_attention_3(query: Tensor, keys: Tensor, values: Tensor) -> Callable[
     import _vllm_fa3_C  # type: ignore[import-not-found]  # noqa: F401
 
     batch, _, length, _ = keys.shape
+    query = query.to(keys.dtype)
     # This build takes sequences one behind the other.
     flat = [each.transpose(1, 2).flatten(0, 1).contiguous() for each in (keys, values)]
     starts = torch.arange(batch + 1, dtype=torch.int32, device=keys.device)
@@ -55,6 +56,15 @@ def _flash_attention_3(query: Tensor, keys: Tensor, values: Tensor) -> Callable[
         return torch.ops._vllm_fa3_C.fwd(*given)[0]
 
     return run
+
+
+def _in_fp8(make: Callable[..., Callable[[], Tensor]]) -> Callable[..., Callable[[], Tensor]]:
+    """The same with keys and values in float8_e4m3fn; the random ones need no scale."""
+
+    def make_low(query: Tensor, keys: Tensor, values: Tensor) -> Callable[[], Tensor]:
+        return make(query, *(states.to(torch.float8_e4m3fn) for states in (keys, values)))
+
+    return make_low
 
 
 def _flashinfer(tensor_cores: bool) -> Callable[..., Callable[[], Tensor]]:
@@ -88,4 +98,9 @@ BASELINES: dict[str, Callable[..., Callable[[], Tensor]]] = {
     "FlashAttention-3": _flash_attention_3,
     "FlashInfer": _flashinfer(False),
     "FlashInfer, tensor cores": _flashinfer(True),
+}
+LOW_PRECISION: dict[str, Callable[..., Callable[[], Tensor]]] = {
+    "FlashAttention-3, fp8": _in_fp8(_flash_attention_3),
+    "FlashInfer, fp8": _in_fp8(_flashinfer(False)),
+    "FlashInfer, tensor cores, fp8": _in_fp8(_flashinfer(True)),
 }

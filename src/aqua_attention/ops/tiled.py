@@ -5,6 +5,9 @@ A query multiplies few dimensions of many keys. Reading two bytes here and there
 tokens form a tile in which each dimension is one contiguous row: `tiles[batch, head, tile, dimension, token]`. The last
 128 to 256 tokens stay as they came, in a ring `tail[batch, head, token % 256, dimension]`: a token is appended without
 touching a tile, and the window that is scored with every dimension is read whole.
+
+Keys in tiles, and values, may be rounded to 8 bits, and may lie in pages of a pool that sequences share. Whatever the
+order, the keys or values of one key-value head in one block of tokens lie together: a cell.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aqua_attention.config import AquaConfig
@@ -22,6 +26,8 @@ TILE = 128
 """Tokens in a tile; the tail holds up to two."""
 WIDEST = 256
 """Dimensions of a head that the kernels take."""
+BLOCKS = (32, 64, TILE)
+"""Tokens of a page: a row of 32 rounded ones is 32 bytes, the least that memory moves."""
 
 
 class Chosen(NamedTuple):
@@ -57,29 +63,104 @@ class Chosen(NamedTuple):
         return Chosen(dims.to(torch.int32).contiguous(), mask.scatter_(-1, dims.long(), 1))
 
 
+class Pages(NamedTuple):
+    """Where blocks of tokens lie in a pool.
+
+    Attributes:
+        table: int32 [batch, blocks], the page of each block of a sequence; those of tokens that do not exist yet are
+            not looked at.
+        block: tokens of a page, one of BLOCKS.
+        total: pages in the pool.
+    """
+
+    table: Tensor
+    block: int
+    total: int
+
+
+class Rounding(NamedTuple):
+    """How keys are rounded to 8 bits: `(code - 128) * step * scale + mean`, a step for each token and head.
+
+    Attributes:
+        scale, mean: float32 [num_key_value_heads, kept], of rotated keys, see `LayerProjection`: some channels are a
+            hundred times as large as others, and far from zero.
+    """
+
+    scale: Tensor
+    mean: Tensor
+
+
 class TiledCache:
     """Rotated keys and values of a fixed largest length, for `ops.triton.decode`.
 
     Attributes:
-        tiles: [batch, num_key_value_heads, max_length / TILE, kept, TILE].
+        tiles: [batch, num_key_value_heads, max_length / TILE, kept, TILE]; with pages [total, num_key_value_heads,
+            kept, block]. Rounded: uint8, in which 128 is zero.
         tail: [batch, num_key_value_heads, 2 * TILE, kept]; token t is at t % (2 * TILE).
-        values: [batch, num_key_value_heads, max_length, value_dim].
+        values: [batch, num_key_value_heads, max_length, value_dim]; with pages [total, num_key_value_heads, block,
+            value_dim]. Rounded: uint8, those of the tail too.
+        key_steps, value_steps: bfloat16, as `values` without its last dimension; None where nothing is rounded.
         lengths: int32 [batch], tokens of each sequence.
         arrived: int32 [batch, num_key_value_heads + 1], zero; the decoding kernel counts its programs there.
+        count: tiles of a sequence at most.
+        block: tokens that lie together.
     """
 
     def __init__(
-        self, batch: int, groups: int, kept: int, value_dim: int, max_length: int, dtype: torch.dtype, device: Device
+        self,
+        batch: int,
+        groups: int,
+        kept: int,
+        value_dim: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: Device,
+        *,
+        rounding: Rounding | None = None,
+        pages: Pages | None = None,
     ) -> None:
+        """Empty sequences.
+
+        Args:
+            max_length: tokens of a sequence at most.
+            dtype: of queries and of what is not rounded.
+            rounding: keys and values are kept in 8 bits; values `(code - 128) * step`.
+            pages: where they lie; None: each sequence has its own place.
+
+        Raises:
+            AquaError: sizes that do not fit each other.
+        """
         if max_length < 1:
             raise AquaError(f"max_length is {max_length}: it must be 1 or more")
-        count = -(-max_length // TILE)
-        self.shape, self.max_length = (batch, groups, kept, value_dim, max_length), max_length
-        self.tiles = torch.zeros(batch, groups, count, kept, TILE, dtype=dtype, device=device)
+        self.shape, self.max_length, self.dtype = (batch, groups, kept, value_dim, max_length), max_length, dtype
+        self.count, self.rounding, self.pages = -(-max_length // TILE), rounding, pages
+        if rounding is not None:
+            for name, tensor in zip(rounding._fields, rounding, strict=True):
+                expect(f"rounding.{name}", tensor, torch.float32, (groups, kept))
+        cells: tuple[int, ...] = (batch, groups, self.count)
+        self.block = TILE
+        if pages is not None:
+            self.block, cells = pages.block, (pages.total, groups)
+            if pages.block not in BLOCKS:
+                raise AquaError(f"pages.block is {pages.block}: it must be one of {', '.join(map(str, BLOCKS))}")
+            expect("pages.table", pages.table, torch.int32, (batch, -(-max_length // pages.block)))
+        kind, steps = dtype if rounding is None else torch.uint8, (*cells[:2], cells[-1] * TILE)
+        if pages is not None:
+            steps = (*cells, self.block)
+        self.tiles = torch.zeros(*cells, kept, self.block, dtype=kind, device=device)
         self.tail = torch.zeros(batch, groups, 2 * TILE, kept, dtype=dtype, device=device)
-        self.values = torch.zeros(batch, groups, count * TILE, value_dim, dtype=dtype, device=device)
+        self.values = torch.zeros(*steps, value_dim, dtype=kind, device=device)
+        self.key_steps, self.value_steps = (
+            None if rounding is None else torch.zeros(steps, dtype=torch.bfloat16, device=device) for _ in range(2)
+        )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(batch, groups + 1, dtype=torch.int32, device=device)
+
+    @property
+    def cell_strides(self) -> tuple[int, int, int]:
+        """Cells from a sequence, a head and a tile (with pages: a page) to the next."""
+        groups = self.shape[1]
+        return (groups * self.count, self.count, 1) if self.pages is None else (0, 1, groups)
 
     def clear(self) -> None:
         """Forget all tokens; nothing is allocated anew."""
@@ -107,10 +188,19 @@ class TiledCache:
         if lengths.shape != shape[:1] or int(lengths.min()) < 0 or int(lengths.max()) > length:
             raise AquaError(f"lengths are {lengths.tolist()}: they must be {shape[0]} numbers from 0 to {length}")
         self.lengths.copy_(lengths)
-        self.values[:, :, :length] = values
-        whole = length // TILE
-        tiled = keys[:, :, : whole * TILE].unflatten(2, (whole, TILE)).transpose(-1, -2)
-        self.tiles[:, :, :whole] = tiled
+        for row, count in enumerate(lengths.tolist()):
+            cells, room = self._cells(row, count), -(-count // self.block) * self.block
+            wide, given = (F.pad(states[row, :, :count], (0, 0, 0, room - count)) for states in (keys, values))
+            if self.rounding is not None:
+                assert self.key_steps is not None and self.value_steps is not None
+                wide = (wide.float() - self.rounding.mean[:, None]) / self.rounding.scale[:, None]
+                wide, key_steps = rounded(wide)
+                given, value_steps = rounded(given)
+                self.key_steps.view(-1, self.block)[cells] = key_steps.unflatten(1, (-1, self.block))
+                self.value_steps.view(-1, self.block)[cells] = value_steps.unflatten(1, (-1, self.block))
+            blocks = wide.unflatten(1, (-1, self.block)).transpose(-1, -2)
+            self.tiles.view(-1, *self.tiles.shape[-2:])[cells] = blocks
+            self.values.view(-1, self.block, self.shape[3])[cells] = given.unflatten(1, (-1, self.block))
         for row, count in enumerate(lengths.tolist()):
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
             self.tail[row, :, tokens % (2 * TILE)] = keys[row, :, tokens]
@@ -120,7 +210,7 @@ class TiledCache:
     ) -> None:
         """Raise AquaError for a token of each sequence that does not fit what is held, or that no kernel could take."""
         batch, groups, kept, value_dim, _ = self.shape
-        heads, head_dim, dtype = query.shape[1], query.shape[-1], self.tiles.dtype
+        heads, head_dim, dtype = query.shape[1], query.shape[-1], self.dtype
         for name, states, shape, kind in (
             ("query", query, (batch, heads // groups * groups, head_dim), dtype),
             ("key", key, (batch, groups, head_dim), dtype),
@@ -137,32 +227,74 @@ class TiledCache:
                 f"share is {config.share!r}: the kernels read the same dimensions for a group, share='group'"
             )
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values by token, [batch, num_key_value_heads, longest, ...]; behind the end of a row is rubbish."""
+    def read(self, rows: list[int] | None = None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values by token, [batch, num_key_value_heads, longest, ...]; behind the end of a row is nothing.
+
+        Args:
+            rows: of these sequences only.
+            dtype: default that of the tail; rounded states lose less in float32.
+        """
+        _, groups, kept, value_dim, _ = self.shape
         lengths = self.lengths.tolist()
-        longest = max(lengths)
-        whole = -(-longest // TILE)
-        keys = self.tiles[:, :, :whole].transpose(-1, -2).flatten(2, 3)[:, :, :longest].contiguous()
-        for row, count in enumerate(lengths):
+        rows = list(range(len(lengths))) if rows is None else rows
+        longest = max(lengths[row] for row in rows)
+        keys, values = (
+            self.tail.new_zeros(len(rows), groups, longest, width, dtype=dtype or self.dtype)
+            for width in (kept, value_dim)
+        )
+        for place, row in enumerate(rows):
+            count, cells = lengths[row], self._cells(row, lengths[row])
+            wide = self.tiles.view(-1, *self.tiles.shape[-2:])[cells].transpose(-1, -2).flatten(1, 2)[:, :count]
+            given = self.values.view(-1, self.block, value_dim)[cells].flatten(1, 2)[:, :count]
+            if self.rounding is not None:
+                assert self.key_steps is not None and self.value_steps is not None
+                key_steps, value_steps = (
+                    steps.view(-1, self.block)[cells].flatten(1, 2)[:, :count, None].float()
+                    for steps in (self.key_steps, self.value_steps)
+                )
+                wide = (wide.float() - 128) * key_steps * self.rounding.scale[:, None] + self.rounding.mean[:, None]
+                given = (given.float() - 128) * value_steps
+            keys[place, :, :count], values[place, :, :count] = wide, given
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
-            keys[row, :, tokens] = self.tail[row, :, tokens % (2 * TILE)]
-        return keys, self.values[:, :, :longest]
+            keys[place, :, tokens] = self.tail[row, :, tokens % (2 * TILE)].to(keys.dtype)
+        return keys, values
+
+    def _cells(self, row: int, count: int) -> Tensor:
+        """Places of the cells that hold the first tokens of a sequence, [num_key_value_heads, blocks]."""
+        each_row, each_group, each_block = self.cell_strides
+        blocks = torch.arange(-(-count // self.block), device=self.tail.device)
+        if self.pages is not None:
+            blocks = self.pages.table[row].long()[blocks]
+        groups = torch.arange(self.shape[1], device=self.tail.device)[:, None]
+        return row * each_row + groups * each_group + blocks * each_block
 
     def take(self, rows: Tensor) -> None:
         """Hold the sequences of these indices, one for each there was.
 
         Raises:
-            AquaError: another number of them.
+            AquaError: another number of them, or they lie in pages.
         """
         if len(rows) != len(self.lengths):
             raise AquaError(f"{len(rows)} sequences cannot take the places of {len(self.lengths)}")
-        for states in (self.tiles, self.tail, self.values, self.lengths):
-            states.copy_(states.index_select(0, rows))
+        if self.pages is not None:
+            raise AquaError("sequences in pages change places in the table")
+        for states in (self.tiles, self.tail, self.values, self.lengths, self.key_steps, self.value_steps):
+            if states is not None:
+                states.copy_(states.index_select(0, rows))
 
 
 def tiles_done(length: int) -> int:
     """How many tiles of a sequence of this length are read as tiles; the tokens behind them are in the tail."""
     return max((length - 1) // TILE - 1, 0)
+
+
+def rounded(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of 8 bits of [..., tokens, width], 128 for zero, and a bfloat16 step for each token that all fit in."""
+    states = states.float()
+    step = (states.abs().amax(-1) / 127 * (1 + 2**-7)).to(torch.bfloat16)
+    # What is all zero has a step of zero. NaN and infinity make the step NaN or infinite, and so everything read back.
+    codes = (states / torch.where(step > 0, step, 1).float()[..., None]).round().clamp(-127, 127)
+    return (codes.nan_to_num() + 128).to(torch.uint8), step
 
 
 def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

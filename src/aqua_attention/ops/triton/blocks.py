@@ -52,13 +52,79 @@ def load_rotation(rotation_ptr, start, like, HEAD_DIM, KEPT, CHUNK: tl.constexpr
 
 
 @triton.jit
-def online_softmax(scores, values, largest, total, output, PRECISION: tl.constexpr):
-    """One more block of an online softmax; scores are to the base 2."""
+def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The cell of a tile, see `ops.tiled`; with pages, that of each of its tokens, [TILE]."""
+    if table_ptr is None:
+        cells = first + tile * stride
+    else:
+        cells = first + tl.zeros([TILE], tl.int64)
+        for part in tl.static_range(0, TILE // BLOCK):
+            # One number for a page, and a hint: else its tokens would be looked up, and read, one by one.
+            at = tile * (TILE // BLOCK) + part
+            cell = first + tl.load(table_ptr + at, at < blocks, 0).to(tl.int64) * stride
+            cells = tl.where(tl.arange(0, TILE) // BLOCK == part, cell, cells)
+        cells = tl.max_constancy(cells, BLOCK)
+    return cells
+
+
+@triton.jit
+def key_pointers(tiles_ptr, table_ptr, cells, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """Some dimensions of the tokens of a tile, [dims, TILE]."""
+    tokens = tl.arange(0, TILE)
+    if table_ptr is None:
+        pointers = tiles_ptr + cells * (DIM * BLOCK) + dims[:, None] * BLOCK + tokens[None, :]
+    else:
+        pointers = tiles_ptr + (cells * (DIM * BLOCK) + tokens % BLOCK)[None, :] + dims[:, None] * BLOCK
+    return pointers
+
+
+@triton.jit
+def token_pointers(pointer, table_ptr, cells, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """What belongs to the tokens of a tile, [TILE]: the first of WIDTH numbers of each."""
+    tokens = tl.arange(0, TILE)
+    if table_ptr is None:
+        pointers = pointer + cells * (BLOCK * WIDTH) + tokens * WIDTH
+    else:
+        pointers = pointer + (cells * BLOCK + tokens % BLOCK) * WIDTH
+    return pointers
+
+
+@triton.jit
+def decoded(codes, ASSEMBLY: tl.constexpr):
+    """Codes of 8 bits as float16, 128 as zero: exact."""
+    if ASSEMBLY:
+        # A byte as the low bits of 1024 makes a number without converting any. Said to be impure, or the compiler does
+        # this after it has rearranged the bytes one by one.
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 zero;
+            mov.b32 zero, 0x64806480;
+            prmt.b32 $0, $2, 0x64646464, 0x4140;
+            prmt.b32 $1, $2, 0x64646464, 0x4342;
+            sub.f16x2 $0, $0, zero;
+            sub.f16x2 $1, $1, zero;
+            }
+            """,
+            "=&r,=&r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=False,
+            pack=4,
+        )
+    return (codes.to(tl.float32) - 128).to(tl.float16)
+
+
+@triton.jit
+def online_softmax(scores, values, steps, largest, total, output, PRECISION: tl.constexpr):
+    """One more block of an online softmax; scores are to the base 2. `steps`, if any, multiply a token's values."""
     now = tl.maximum(largest, tl.max(scores, 1))
     # A block in which nothing is visible must not make NaN of minus infinity less itself.
     safe = tl.where(now == float("-inf"), 0.0, now)
     weights = tl.exp2(scores - safe[:, None])
     shrink = tl.exp2(largest - safe)
     total = total * shrink + tl.sum(weights, 1)
+    if steps is not None:
+        weights = weights * steps[None, :]
     output = tl.dot(weights.to(values.dtype), values, output * shrink[:, None], input_precision=PRECISION)
     return now, total, output

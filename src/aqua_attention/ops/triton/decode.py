@@ -53,7 +53,7 @@ def decode(
         scaling: factor of the scores; default 1/sqrt(kept).
         splits: programs for each sequence and key-value head; None: as many as fill the GPU.
         appended: a token that `prepare` has written is counted too, and the sequences are one longer afterwards.
-        mass: float32 [batch, num_key_value_heads, tokens of `cache.values`]; gets the attention that each token was
+        mass: float32 [batch, num_key_value_heads, cache.count * TILE]; gets the attention that each token was
             given, summed over the heads of its group, and zero behind a sequence's end.
 
     Returns:
@@ -62,8 +62,7 @@ def decode(
     Raises:
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
     """
-    batch, groups, count, kept, _ = cache.tiles.shape
-    heads, value_dim = query.shape[1], cache.values.shape[3]
+    (batch, groups, kept, value_dim, _), count, heads = cache.shape, cache.count, query.shape[1]
     _check(query, chosen, mass, cache, sink, recent, splits)
     dims, chosen_mask, counts = (None, None, None) if chosen is None else chosen
     most = kept if dims is None else dims.shape[2]
@@ -77,9 +76,11 @@ def decode(
     whole_lse = None if mass is None else query.new_empty((batch, heads), dtype=torch.float32)
     output = query.new_empty((batch, heads, value_dim))
     group_padded = triton.next_power_of_2(heads // groups)
-    tile_bytes = TILE * (padded(most) + padded(value_dim)) * query.element_size()
+    tile_bytes = TILE * (padded(most) + padded(value_dim)) * cache.tiles.element_size()
     most_stages = MOST_STAGES if query.element_size() == 2 else 2
-    stages = max(1, min(most_stages, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes))
+    other = OTHER_BYTES + (0 if cache.rounding is None else 2 * tile_bytes)
+    stages = max(1, min(most_stages, 1 + (shared_memory(query) - other) // tile_bytes))
+    step = padded(most) if cache.rounding is not None else DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE
     with on_device_of(query):
         decode_kernel[(splits, groups, batch)](
             query,
@@ -89,6 +90,10 @@ def decode(
             cache.tiles,
             cache.tail,
             cache.values,
+            cache.key_steps,
+            cache.value_steps,
+            *(cache.rounding or (None, None)),
+            None if cache.pages is None else cache.pages.table,
             cache.lengths,
             cache.arrived,
             partial,
@@ -100,6 +105,8 @@ def decode(
             sink,
             recent,
             count,
+            0 if cache.pages is None else cache.pages.table.shape[1],
+            *cache.cell_strides,
             APPENDED=appended,
             GROUP=heads // groups,
             ROWS=padded(heads // groups),
@@ -110,12 +117,14 @@ def decode(
             VALUE_DIM=value_dim,
             VALUE_PADDED=padded(value_dim),
             CHOSEN=most,
-            STEP=DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE,
+            STEP=step,
             GROUP_PADDED=group_padded,
             SPLITS_PADDED=triton.next_power_of_2(splits),
             MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
             TILE=TILE,
+            BLOCK=cache.block,
             SPECIAL=SPECIAL,
+            ASSEMBLY=query.is_cuda,
             num_warps=warps,
             **starts_early(query, appended),
             num_stages=stages,
@@ -145,12 +154,12 @@ def _check(
     recent: int,
     splits: int | None,
 ) -> None:
-    batch, groups, count, kept, _ = cache.tiles.shape
+    batch, groups, kept, value_dim, _ = cache.shape
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
         raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")
-    if query.dtype != cache.tiles.dtype or not query.is_contiguous():
-        raise AquaError(f"query is {query.dtype}: it must be contiguous, in the cache's {cache.tiles.dtype}")
-    if query.dtype == torch.float32 and query.is_cuda and max(kept, cache.values.shape[3]) > LARGEST_FLOAT32:
+    if query.dtype != cache.dtype or not query.is_contiguous():
+        raise AquaError(f"query is {query.dtype}: it must be contiguous, in the cache's {cache.dtype}")
+    if query.dtype == torch.float32 and query.is_cuda and max(kept, value_dim) > LARGEST_FLOAT32:
         raise AquaError(
             f"heads of {kept} dimensions in float32: the kernel takes {LARGEST_FLOAT32} at most, or 16 bits"
         )
@@ -161,4 +170,4 @@ def _check(
     if chosen is not None:
         chosen.check(batch, groups, kept)
     if mass is not None:
-        expect("mass", mass, torch.float32, (batch, groups, count * TILE))
+        expect("mass", mass, torch.float32, (batch, groups, cache.count * TILE))

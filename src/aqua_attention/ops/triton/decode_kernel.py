@@ -15,7 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aqua_attention.ops.triton.blocks import online_softmax
+from aqua_attention.ops.triton.blocks import decoded, key_pointers, online_softmax, token_cells, token_pointers
+
+VALUE_UNIT = tl.constexpr(256.0)
+"""Steps of values are multiplied by this, so that weights times steps seldom are too small for float16."""
 
 
 @triton.jit
@@ -27,6 +30,11 @@ def decode_kernel(
     tiles_ptr,
     tail_ptr,
     values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
     lengths_ptr,
     arrived_ptr,
     partial_ptr,
@@ -38,6 +46,10 @@ def decode_kernel(
     sink,
     recent,
     count,
+    blocks,
+    row_stride,
+    group_stride,
+    block_stride,
     APPENDED: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -53,7 +65,9 @@ def decode_kernel(
     SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
     SPECIAL: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """One part of the tokens of a sequence and key-value head; the last to end merges all."""
@@ -63,9 +77,13 @@ def decode_kernel(
     length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
     done = tl.maximum((length - 1) // TILE - 1, 0)
     place = (row * groups + group).to(tl.int64)
-    tiles_ptr += place * count * DIM * TILE
+    first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
     tail_ptr += place * 2 * TILE * DIM
-    values_ptr += place * count * TILE * VALUE_DIM
+    if table_ptr is not None:
+        table_ptr += row * blocks
+    if scale_ptr is not None:
+        scale_ptr += group * DIM
+        mean_ptr += group * DIM
     query_ptr += place * GROUP * DIM
     if dims_ptr is not None:
         dims_ptr += place * CHOSEN
@@ -80,6 +98,11 @@ def decode_kernel(
             tiles_ptr,
             tail_ptr,
             values_ptr,
+            key_steps_ptr,
+            value_steps_ptr,
+            scale_ptr,
+            mean_ptr,
+            table_ptr,
             partial_ptr,
             lse_ptr,
             scores_ptr,
@@ -87,6 +110,9 @@ def decode_kernel(
             sink,
             recent,
             count,
+            blocks,
+            first_cell,
+            block_stride,
             split,
             splits,
             length,
@@ -100,7 +126,9 @@ def decode_kernel(
             VALUE_DIM,
             VALUE_PADDED,
             TILE,
+            BLOCK,
             APPENDED,
+            ASSEMBLY,
             EARLY,
         )
     else:
@@ -109,14 +137,23 @@ def decode_kernel(
         _tiles(
             query_ptr,
             dims_ptr,
+            mask_ptr,
             counts_ptr,
             tiles_ptr,
             values_ptr,
+            key_steps_ptr,
+            value_steps_ptr,
+            scale_ptr,
+            mean_ptr,
+            table_ptr,
             partial_ptr,
             lse_ptr,
             scores_ptr,
             scaling,
             count,
+            blocks,
+            first_cell,
+            block_stride,
             split,
             splits,
             begin,
@@ -131,6 +168,8 @@ def decode_kernel(
             CHOSEN,
             STEP,
             TILE,
+            BLOCK,
+            ASSEMBLY,
             EARLY,
         )
 
@@ -165,6 +204,11 @@ def _exact_block(
     tiles_ptr,
     tail_ptr,
     values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
     partial_ptr,
     lse_ptr,
     scores_ptr,
@@ -172,6 +216,9 @@ def _exact_block(
     sink,
     recent,
     count,
+    blocks,
+    first_cell,
+    block_stride,
     split,
     splits,
     length,
@@ -185,7 +232,9 @@ def _exact_block(
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
     APPENDED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attention to the first tile, or to a half of the tail.
@@ -198,20 +247,34 @@ def _exact_block(
     rows = tl.arange(0, ROWS)
     member, is_narrow = rows % (ROWS // COPIES), rows >= ROWS // COPIES
     inside = member < GROUP
-    position = tl.where(split == 0, 0, done + split - 1) * TILE + tokens
+    tile = tl.where(split == 0, 0, done + split - 1)
+    position = tile * TILE + tokens
     seen = position < tl.where((split == 0) & (done == 0), 0, length)
     # Without the new token, which is being written.
     old = seen & (position < length - APPENDED)
     there = (dim[:, None] < DIM) & old[None, :]
+    cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
     if split == 0:
         if EARLY:  # noqa: SIM102 (this is known when compiling, the other is not)
             if length == 2 * TILE + 1:
                 # The first tile is being moved from the tail.
                 tl.extra.cuda.gdc_wait()
-        keys = tl.load(tiles_ptr + dim[:, None] * TILE + tokens[None, :], there, 0.0)
+        keys = tl.load(key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE), there, 0)
+        if key_steps_ptr is not None:
+            steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0)
+            scale, mean = tl.load(scale_ptr + dim, dim < DIM, 0.0), tl.load(mean_ptr + dim, dim < DIM, 0.0)
+            wide = decoded(keys, ASSEMBLY).to(tl.float32) * steps[None, :].to(tl.float32)
+            wide = wide * scale[:, None] + mean[:, None]
+            keys = tl.where(there, wide, 0.0).to(tail_ptr.dtype.element_ty)
     else:
         keys = tl.load(tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0)
-    values = tl.load(values_ptr + position[:, None] * VALUE_DIM + columns[None, :], old[:, None] & column[None, :], 0.0)
+    values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+    values = tl.load(values_at, old[:, None] & column[None, :], 0)
+    value_steps = None
+    if value_steps_ptr is not None:
+        values = decoded(values, ASSEMBLY)
+        steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0)
+        value_steps = steps.to(tl.float32) * VALUE_UNIT
     if EARLY:
         tl.extra.cuda.gdc_wait()
     query = tl.load(query_ptr + member[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
@@ -233,14 +296,23 @@ def _exact_block(
     largest, total, output = online_softmax(
         scores,
         values,
+        value_steps,
         tl.full([ROWS], float("-inf"), tl.float32),
         tl.zeros([ROWS], tl.float32),
         tl.zeros([ROWS, VALUE_PADDED], tl.float32),
         "ieee",
     )
     if APPENDED:
-        value = tl.load(values_ptr + (length - 1).to(tl.int64) * VALUE_DIM + columns, column, 0.0).to(tl.float32)
         weight = tl.sum(tl.where(is_new[None, :] & visible, tl.exp2(scores - largest[:, None]), 0.0), 1)
+        page = (length - 1) // BLOCK
+        if table_ptr is not None:
+            page = tl.load(table_ptr + page)
+        newest = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + (length - 1) % BLOCK
+        value = tl.load(values_ptr + newest * VALUE_DIM + columns, column, 0)
+        if value_steps_ptr is None:
+            value = value.to(tl.float32)
+        else:
+            value = (value.to(tl.float32) - 128) * tl.load(value_steps_ptr + newest).to(tl.float32) * VALUE_UNIT
         # Nothing, not NaN, where a token that is not seen has an infinite value.
         output += tl.where(weight[:, None] != 0, weight[:, None] * value[None, :], 0.0)
     if COPIES == 2:
@@ -251,6 +323,8 @@ def _exact_block(
         largest, total = both, tl.sum(tl.reshape(total, [2, ROWS // 2]) * share, 0)
         output = tl.sum(tl.reshape(output, [2, ROWS // 2, VALUE_PADDED]) * share[:, :, None], 0)
         member = tl.arange(0, ROWS // 2)
+    if value_steps_ptr is not None:
+        output *= 1 / VALUE_UNIT
     at = (first_head + member) * splits + split
     _store_part(partial_ptr, lse_ptr, at, largest, total, output, member < GROUP, columns, VALUE_DIM)
 
@@ -259,14 +333,23 @@ def _exact_block(
 def _tiles(
     query_ptr,
     dims_ptr,
+    mask_ptr,
     counts_ptr,
     tiles_ptr,
     values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
     partial_ptr,
     lse_ptr,
     scores_ptr,
     scaling,
     count,
+    blocks,
+    first_cell,
+    block_stride,
     split,
     splits,
     begin,
@@ -281,6 +364,8 @@ def _tiles(
     CHOSEN: tl.constexpr,
     STEP: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Attention to the tiles from `begin` to before `end`, with the chosen dimensions."""
@@ -288,52 +373,98 @@ def _tiles(
     column = columns < VALUE_DIM
     heads = tl.arange(0, ROWS)
     inside = heads < GROUP
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    query_at = query_ptr + heads[:, None] * DIM
+    if dims_ptr is None or scale_ptr is not None:
+        query = tl.load(query_at + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
+    if scale_ptr is not None:
+        # Scales and means of keys go into the query, which is made small enough for float16.
+        if mask_ptr is not None:
+            query = tl.where((tl.load(mask_ptr + dim, dim < DIM, 0) == 0)[None, :], 0.0, query)
+        mean = tl.sum(query.to(tl.float32) * tl.load(mean_ptr + dim, dim < DIM, 0.0)[None, :], 1)
+        query = query.to(tl.float32) * tl.load(scale_ptr + dim, dim < DIM, 0.0)[None, :]
+        peak = tl.max(tl.abs(query), 1)
+        peak = tl.where(peak > 0, peak, 1.0)
+        query = (query / peak[:, None]).to(tl.float16)
+        unit, mean = peak * scaling, mean * scaling
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
     limit = CHOSEN
     if counts_ptr is not None:
         limit = tl.load(counts_ptr)
-    if dims_ptr is None:
-        query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
+    if dims_ptr is not None and STEP >= CHOSEN:
+        # All at once: they stay in registers.
+        places = tl.arange(0, STEP)
+        chosen_dims = tl.load(dims_ptr + places, places < limit, 0)
+        taken = inside[:, None] & (places[None, :] < limit)
+        query = tl.load(query_at + chosen_dims[None, :], taken, 0.0)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + chosen_dims)
+            query = (query.to(tl.float32) * scale[None, :] / peak[:, None]).to(tl.float16)
+    if scale_ptr is not None:
+        # A step is too small to be loaded ahead by the compiler.
+        cells = token_cells(table_ptr, first_cell, block_stride, begin, blocks, BLOCK, TILE)
+        there = begin * TILE + tokens < end * TILE
+        next_key_steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), there, 0.0)
+        next_value_steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), there, 0.0)
     for tile in range(begin, end):
+        cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
         if dims_ptr is None:
-            keys_ptr = tiles_ptr + (tile * DIM + dim[:, None]) * TILE + tokens[None, :]
+            keys_at = key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE)
             if DIM == DIM_PADDED:
-                keys = tl.load(keys_ptr)
+                keys = tl.load(keys_at)
             else:
-                keys = tl.load(keys_ptr, (dim[:, None] < DIM) & (tokens[None, :] >= 0), 0.0)
+                keys = tl.load(keys_at, (dim[:, None] < DIM) & (tokens[None, :] >= 0), 0)
+            if scale_ptr is not None:
+                keys = decoded(keys, ASSEMBLY)
+            scores = tl.dot(query, keys, input_precision="ieee")
+        elif STEP >= CHOSEN:
+            keys_at = key_pointers(tiles_ptr, table_ptr, cells, chosen_dims, DIM, BLOCK, TILE)
+            if counts_ptr is None and STEP == CHOSEN:
+                keys = tl.load(keys_at)
+            else:
+                keys = tl.load(keys_at, (places[:, None] < limit) & (tokens[None, :] >= 0), 0)
+            if scale_ptr is not None:
+                keys = decoded(keys, ASSEMBLY)
             scores = tl.dot(query, keys, input_precision="ieee")
         else:
             scores = tl.zeros([ROWS, TILE], tl.float32)
             for start in tl.static_range(0, CHOSEN, STEP):
                 places = start + tl.arange(0, STEP)
                 some = tl.load(dims_ptr + places, places < limit, 0)
-                chosen = tl.load(
-                    query_ptr + heads[:, None] * DIM + some[None, :],
-                    inside[:, None] & (places[None, :] < limit),
-                    0.0,
-                )
-                keys_ptr = tiles_ptr + (tile * DIM + some[:, None]) * TILE + tokens[None, :]
+                chosen = tl.load(query_at + some[None, :], inside[:, None] & (places[None, :] < limit), 0.0)
+                keys_at = key_pointers(tiles_ptr, table_ptr, cells, some, DIM, BLOCK, TILE)
                 if counts_ptr is None:
                     # Where k is no multiple, the rest is dimension 0 again, times zero.
-                    keys = tl.load(keys_ptr)
+                    keys = tl.load(keys_at)
                 else:
-                    keys = tl.load(keys_ptr, (places[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
+                    keys = tl.load(keys_at, (places[:, None] < limit) & (tokens[None, :] >= 0), 0)
                 scores = tl.dot(chosen, keys, scores, input_precision="ieee")
-        scores = scores * scaling
-        position = tile * TILE + tokens
+        values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
         if VALUE_DIM == VALUE_PADDED:
-            values = tl.load(values_ptr + position[:, None] * VALUE_DIM + columns[None, :])
+            values = tl.load(values_at)
         else:
-            there = (position[:, None] >= 0) & column[None, :]
-            values = tl.load(values_ptr + position[:, None] * VALUE_DIM + columns[None, :], there, 0.0)
+            values = tl.load(values_at, (tokens[:, None] >= 0) & column[None, :], 0)
+        value_steps = None
+        if scale_ptr is not None:
+            key_steps, value_steps = next_key_steps.to(tl.float32), next_value_steps.to(tl.float32) * VALUE_UNIT
+            cells = token_cells(table_ptr, first_cell, block_stride, tile + 1, blocks, BLOCK, TILE)
+            there = (tile + 1) * TILE + tokens < end * TILE
+            next_key_steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), there, 0.0)
+            next_value_steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), there, 0.0)
+            scores = scores * (unit[:, None] * key_steps[None, :]) + mean[:, None]
+            values = decoded(values, ASSEMBLY)
+        else:
+            scores = scores * scaling
         if scores_ptr is not None:
             there = inside[:, None] & (tokens[None, :] >= 0)
-            tl.store(scores_ptr + (first_head + heads[:, None]) * count * TILE + position[None, :], scores, there)
-        largest, total, output = online_softmax(scores, values, largest, total, output, "ieee")
+            scores_at = scores_ptr + (first_head + heads[:, None]) * count * TILE + tile * TILE + tokens[None, :]
+            tl.store(scores_at, scores, there)
+        largest, total, output = online_softmax(scores, values, value_steps, largest, total, output, "ieee")
+    if scale_ptr is not None:
+        output *= 1 / VALUE_UNIT
     at = (first_head + heads) * splits + split
     _store_part(partial_ptr, lse_ptr, at, largest, total, output, inside, columns, VALUE_DIM)
 

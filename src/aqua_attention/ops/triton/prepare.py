@@ -11,7 +11,15 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
-from aqua_attention.ops.triton.blocks import load_rotation, on_device_of, padded, starts_early
+from aqua_attention.ops.triton.blocks import (
+    key_pointers,
+    load_rotation,
+    on_device_of,
+    padded,
+    starts_early,
+    token_cells,
+    token_pointers,
+)
 
 WARPS = 8
 FEW_PROGRAMS = 64
@@ -77,10 +85,16 @@ def prepare(
             cache.tiles,
             cache.tail,
             cache.values,
+            cache.key_steps,
+            cache.value_steps,
+            *(cache.rounding or (None, None)),
+            None if cache.pages is None else cache.pages.table,
             cache.lengths,
             rotated,
             *(chosen or (None, None, None)),
-            cache.tiles.shape[2],
+            cache.count,
+            0 if cache.pages is None else cache.pages.table.shape[1],
+            *cache.cell_strides,
             config.logit_error or 0.0,
             head_dim**-0.5 if scaling is None else scaling,
             GROUP=heads // groups,
@@ -96,6 +110,7 @@ def prepare(
             SELECTION=config.selection,
             SQUARED=config.share == "group",
             TILE=TILE,
+            BLOCK=cache.block,
             num_warps=WARPS,
             # A copy made here would be what was started just before.
             **starts_early(query, rotation.is_contiguous() and key_rms.is_contiguous()),
@@ -113,12 +128,21 @@ def _prepare(
     tiles_ptr,
     tail_ptr,
     values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
     lengths_ptr,
     rotated_ptr,
     dims_ptr,
     mask_ptr,
     counts_ptr,
     tiles,
+    blocks,
+    row_stride,
+    group_stride,
+    block_stride,
     logit_error,
     scaling,
     GROUP: tl.constexpr,
@@ -134,6 +158,7 @@ def _prepare(
     SELECTION: tl.constexpr,
     SQUARED: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     group, row = tl.program_id(0), tl.program_id(1)
@@ -180,18 +205,39 @@ def _prepare(
 
     if does_key & (position < tiles * TILE):
         new = tl.sum(tl.where(is_key[:, None], turned, 0.0), 0)
+        first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
+        if table_ptr is not None:
+            table_ptr += row * blocks
         # The new token replaces one of the tile before last, which must be in its place by then.
         tail_ptr += place * 2 * TILE * KEPT
         slot = position % (2 * TILE)
         if (position % TILE == 0) & (position >= 2 * TILE):
             tokens = tl.arange(0, TILE)
             there = column[:, None] & (tokens[None, :] >= 0)
-            old = tl.load(tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None], there)
-            first = (place * tiles + position // TILE - 2) * KEPT
-            tl.store(tiles_ptr + (first + narrow[:, None]) * TILE + tokens[None, :], old, there)
+            old = tl.load(tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None], there, 0.0)
+            cells = token_cells(table_ptr, first_cell, block_stride, position // TILE - 2, blocks, BLOCK, TILE)
+            if scale_ptr is not None:
+                scale, mean = (
+                    tl.load(scale_ptr + group * KEPT + narrow, column, 1.0),
+                    tl.load(mean_ptr + group * KEPT + narrow, column, 0.0),
+                )
+                codes, steps = _rounded((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
+                tl.store(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), steps)
+            else:
+                codes = old
+            tl.store(key_pointers(tiles_ptr, table_ptr, cells, narrow, KEPT, BLOCK, TILE), codes, there)
             tl.debug_barrier()
         tl.store(tail_ptr + slot * KEPT + narrow, new.to(tail_ptr.dtype.element_ty), column)
-        tl.store(values_ptr + (place * tiles * TILE + position) * VALUE_DIM + columns, value, columns < VALUE_DIM)
+        page = position // BLOCK
+        if table_ptr is not None:
+            page = tl.load(table_ptr + page)
+        at = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + position % BLOCK
+        if value_steps_ptr is not None:
+            value_codes, value_step = _rounded(value.to(tl.float32), 0)
+            tl.store(value_steps_ptr + at, value_step)
+            tl.store(values_ptr + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
+        else:
+            tl.store(values_ptr + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
 
     if dims_ptr is not None:  # noqa: SIM102 (this is known when compiling, the other is not)
         if does_query:
@@ -221,3 +267,16 @@ def _prepare(
                 tl.store(counts_ptr + place, tl.sum(chosen, 0))
             tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
             tl.store(dims_ptr + place * COUNT + rank, narrow, chosen > 0)
+
+
+@triton.jit
+def _rounded(states, AXIS: tl.constexpr):
+    """`ops.tiled.rounded` along an axis."""
+    step = (tl.max(tl.abs(states), AXIS) / 127 * 1.0078125).to(tl.bfloat16)
+    # The largest of numbers leaves NaN out.
+    step = tl.where(tl.sum(states * 0, AXIS) == 0, step.to(tl.float32), float("nan")).to(tl.bfloat16)
+    divisor = tl.where(step.to(tl.float32) > 0, step.to(tl.float32), 1.0)
+    places = states / tl.expand_dims(divisor, AXIS)
+    # To the nearest, of two equally near ones the even: 1.5 * 2**23 has no room for less than one.
+    codes = tl.minimum(tl.maximum((places + 12582912.0) - 12582912.0, -127.0), 127.0)
+    return (codes + 128).to(tl.uint8), step

@@ -172,7 +172,7 @@ def _window(
         after = tl.where(is_first, -1, tokens - recent)
         seen = given[None, :] & (positions[None, :] <= tokens[:, None]) & (positions[None, :] > after[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-        largest, total, output = online_softmax(scores, values, largest, total, output, PRECISION)
+        largest, total, output = online_softmax(scores, values, None, largest, total, output, PRECISION)
 
     window = sink + recent
     has_far = there & (tokens >= window)
