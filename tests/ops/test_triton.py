@@ -16,7 +16,7 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 
 pytest.importorskip("triton")
-from aqua_attention.ops.tiled import TILE, TiledCache, tiles_done
+from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache, rounded, tiles_done
 from aqua_attention.ops.triton.decode import LARGEST_FLOAT32, Chosen, decode
 from aqua_attention.ops.triton.prepare import prepare
 
@@ -25,7 +25,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 # Shrinking takes minutes in the interpreter.
 PHASES = [Phase.explicit, Phase.generate]
+CODES_EPS = torch.finfo(torch.float16).eps
+"""Over codes of 8 bits all products are in float16."""
 HEADS = [(4, 2), (2, 2), (6, 1), (8, 1)]
+LAYOUTS = ["plain", "int8", "pages of 32", "pages of 64", "int8 in pages of 32", "int8 in pages of 128"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,12 +43,27 @@ def random(*shape, seed, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
-def problem(heads, lengths, kept, value_dim, dtype, seed=0):
+def layout(name, batch, groups, kept, length, seed=0):
+    """Options of a cache: rounded or not, in pages (in any order, some of nobody) or not."""
+    rounding, pages = None, None
+    if "int8" in name:
+        scale = random(groups, kept, seed=seed).abs() + 0.1
+        rounding = Rounding(scale, 3 * random(groups, kept, seed=seed + 1))
+    if (page := name.split()[-1]).isdecimal():
+        blocks = -(-length // int(page))
+        order = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(seed))
+        table = order[: batch * blocks].view(batch, blocks).to(DEVICE, torch.int32)
+        pages = Pages(table, int(page), batch * blocks + 3)
+    return {"rounding": rounding, "pages": pages}
+
+
+def problem(heads, lengths, kept, value_dim, dtype, seed=0, name="plain"):
     """A cache of rows of these lengths, in tiles and as plain tensors, and a query for each row."""
     (count, groups), length, batch = heads, max(lengths), len(lengths)
     keys = random(batch, groups, length, kept, seed=seed, dtype=dtype)
     values = random(batch, groups, length, value_dim, seed=seed + 1, dtype=dtype)
-    cache = TiledCache(batch, groups, kept, value_dim, length + 3, dtype, DEVICE)
+    options = layout(name, batch, groups, kept, length + 3, seed)
+    cache = TiledCache(batch, groups, kept, value_dim, length + 3, dtype, DEVICE, **options)
     # Behind a row's end is what must not be read.
     hidden = torch.arange(length, device=DEVICE) >= torch.tensor(lengths, device=DEVICE)[:, None]
     cache.fill(
@@ -53,6 +71,8 @@ def problem(heads, lengths, kept, value_dim, dtype, seed=0):
         values.masked_fill(hidden[:, None, :, None], torch.nan),
         torch.tensor(lengths, device=DEVICE),
     )
+    if options["rounding"] is not None:
+        keys, values = cache.read(dtype=torch.float32)
     return random(batch, count, kept, seed=seed + 2, dtype=dtype), keys, values, cache
 
 
@@ -65,16 +85,19 @@ def chosen(query, groups, count):
     return Chosen.of(dims, kept), mask.repeat_interleave(heads // groups, 1)[:, :, None]
 
 
-def check(found, query, keys, values, selected, lengths, **options):
-    """As close to float64 as a few times the reference in the same dtype, in every row."""
+def check(found, query, keys, values, selected, lengths, eps=0.0, **options):
+    """As close to float64 as a few times the reference in the same dtype, in every row.
+
+    `eps`: of what the kernel multiplies, where that is coarser than the dtype.
+    """
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
         given = [query[one, :, None], keys[one, :, :length], values[one, :, :length]]
         mask = None if selected is None else selected[one]
         exact = attention_reference(*(each.double() for each in given), mask, **options)[0, :, 0]
-        plain = attention_reference(*given, mask, **options)[0, :, 0].double()
+        plain = attention_reference(*(each.to(query.dtype) for each in given), mask, **options)[0, :, 0].double()
         error, scale = (found[row].double() - exact).abs().max(), exact.abs().max()
-        assert error <= 4 * (plain - exact).abs().max() + 4 * torch.finfo(query.dtype).eps * scale
+        assert error <= 4 * (plain - exact).abs().max() + 4 * max(eps, torch.finfo(query.dtype).eps) * scale
 
 
 @settings(max_examples=30 if DEVICE == "cuda" else 12, deadline=None, phases=PHASES)
@@ -85,19 +108,21 @@ def check(found, query, keys, values, selected, lengths, **options):
     share=st.sampled_from([0.1, 0.25, 0.5, 0.7, 1.0]),
     window=st.sampled_from([(0, 0), (4, 64), (128, 128), (0, 1), (3, 0)]),
     splits=st.sampled_from([None, 1, 3]),
+    name=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-def test_decoding_equals_the_reference(heads, lengths, widths, share, window, splits, dtype, seed):
+def test_decoding_equals_the_reference(heads, lengths, widths, share, window, splits, name, dtype, seed):
     assume(DEVICE == "cpu" or dtype != torch.float32 or max(widths) <= LARGEST_FLOAT32)
-    query, keys, values, cache = problem(heads, lengths, *widths, dtype, seed)
+    query, keys, values, cache = problem(heads, lengths, *widths, dtype, seed, name)
     count = math.ceil(share * widths[0])
     dims, selected = (None, None) if share == 1 else chosen(query, heads[1], count)
     sink, recent = window
-    mass = torch.full((len(lengths), heads[1], cache.values.shape[2]), torch.nan, device=DEVICE)
+    eps = CODES_EPS if "int8" in name else 0.0
+    mass = torch.full((len(lengths), heads[1], cache.count * TILE), torch.nan, device=DEVICE)
     for wanted in (None, mass):
         found = decode(query, dims, cache, sink=sink, recent=recent, splits=splits, mass=wanted)
-        check(found, query, keys, values, selected, lengths, sink=sink, recent=recent)
+        check(found, query, keys, values, selected, lengths, eps, sink=sink, recent=recent)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
         counted = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
@@ -105,7 +130,7 @@ def test_decoding_equals_the_reference(heads, lengths, widths, share, window, sp
         expected = attention_mass(query[one, :, None], keys[one, :, :length], mask, counted, sink=sink, recent=recent)[
             0
         ]
-        assert torch.allclose(mass[row, :, :length], expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+        assert torch.allclose(mass[row, :, :length], expected, rtol=0, atol=8 * max(eps, torch.finfo(dtype).eps))
         assert (mass[row, :, length:] == 0).all()
 
 
@@ -116,10 +141,11 @@ def test_decoding_equals_the_reference(heads, lengths, widths, share, window, sp
     start=st.sampled_from([1, 248, 380]),
     choice=st.sampled_from([{"k_ratio": 0.5}, {"k_ratio": 1.0}, {"logit_error": 0.2}]),
     selection=st.sampled_from(["weighted", "magnitude", "static"]),
+    name=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
 )
-def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, choice, selection, dtype, seed):
+def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, choice, selection, name, dtype, seed):
     """Rows of two lengths, over the moments at which a tile is filled: token by token, checked now and then."""
     (count, groups), (head_dim, kept, value_dim), steps = heads, widths, 16
     lengths = torch.tensor([start, start + 5])
@@ -131,7 +157,8 @@ def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, 
     values = random(2, groups, total, value_dim, seed=seed + 3, dtype=dtype)
     queries = random(2, count, steps, head_dim, seed=seed + 4, dtype=dtype)
     rotated = rotate(keys, rotation)
-    cache = TiledCache(2, groups, kept, value_dim, total, dtype, DEVICE)
+    options = layout(name, 2, groups, kept, total, seed)
+    cache = TiledCache(2, groups, kept, value_dim, total, dtype, DEVICE, **options)
     cache.fill(rotated[:, :, : start + 5], values[:, :, : start + 5], lengths.to(DEVICE))
     rows = torch.arange(2, device=DEVICE)
     for step in range(steps):
@@ -147,9 +174,30 @@ def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, 
         if taken is not None:
             assert torch.equal(as_mask(taken, wide), selected)
         ends = (lengths + step + 1).tolist()
-        check(found, wide, rotated, values, selected, ends, sink=3, recent=20, scaling=head_dim**-0.5)
+        held = (rotated, values) if options["rounding"] is None else cache.read(dtype=torch.float32)
+        check(
+            found,
+            wide,
+            *held,
+            selected,
+            ends,
+            CODES_EPS if "int8" in name else 0.0,
+            sink=3,
+            recent=20,
+            scaling=head_dim**-0.5,
+        )
     assert cache.lengths.tolist() == [start + steps, start + 5 + steps]
     assert not cache.arrived.any()
+    # Written token by token or at once: the same, but for what lies between two codes.
+    whole = TiledCache(2, groups, kept, value_dim, total, dtype, DEVICE, **options)
+    whole.fill(rotated, values, cache.lengths)
+    limit = 4 * torch.finfo(dtype).eps * max(1, float(rotated.abs().max()))
+    if options["rounding"] is not None:
+        limit += float(
+            (whole.key_steps.float().max() * options["rounding"].scale.max()).maximum(whole.value_steps.max())
+        )
+    for found, expected in zip(cache.read(), whole.read(), strict=True):
+        assert torch.allclose(found.float(), expected.float(), rtol=0, atol=1.01 * limit)
 
 
 def as_mask(taken, query):
@@ -284,3 +332,65 @@ def test_the_tail_holds_one_to_two_tiles():
         rest = length - tiles_done(length) * TILE
         assert rest <= 2 * TILE
         assert rest > TILE or tiles_done(length) == 0
+
+
+def test_codes_are_within_half_a_step_and_use_the_whole_range():
+    states = random(3, 50, 32, seed=1) * torch.tensor([1e-6, 1.0, 1e4], device=DEVICE)[:, None, None]
+    states[1, 7] = 0
+    codes, steps = rounded(states)
+    found = (codes.float() - 128) * steps.float()[..., None]
+    assert ((found - states).abs() <= 0.5001 * steps.float()[..., None]).all()
+    largest = (codes.float() - 128).abs().amax(-1)
+    assert largest.max() <= 127 and largest[states.abs().amax(-1) > 0].min() >= 125
+    assert steps[1, 7] == 0 and (codes[1, 7] == 128).all()
+    states[0, 0, 3] = torch.nan
+    codes, steps = rounded(states)
+    assert steps[0, 0].isnan() and steps[0, 1:].isfinite().all()
+
+
+def test_a_nan_that_is_rounded_reaches_the_output():
+    cache = TiledCache(1, 1, 16, 16, 300, torch.float32, DEVICE, **layout("int8", 1, 1, 16, 300))
+    keys, values = random(1, 1, 290, 16, seed=1), random(1, 1, 290, 16, seed=2)
+    cache.fill(keys, values, torch.tensor([290]))
+    query = random(1, 2, 16, seed=3)
+    assert decode(query, None, cache).isfinite().all()
+    keys[0, 0, 40, 2] = torch.nan
+    cache.fill(keys, values, torch.tensor([290]))
+    assert decode(query, None, cache).isnan().all()
+
+
+def test_pages_that_nobody_has_stay_untouched_and_sequences_do_not_meet():
+    options = layout("pages of 32", 2, 1, 16, 300, seed=5)
+    cache = TiledCache(2, 1, 16, 16, 300, torch.float32, DEVICE, **options)
+    keys, values = random(2, 1, 290, 16, seed=1), random(2, 1, 290, 16, seed=2)
+    cache.fill(keys, values, torch.tensor([290, 70]))
+    rotation, rms = torch.eye(16, device=DEVICE)[None].contiguous(), torch.ones(1, 16, device=DEVICE)
+    config = aqua.AquaConfig(k_ratio=0.5, share="group")
+    for step in range(6):
+        new = random(3, 2, 1, 16, seed=step)
+        query, taken = prepare(new[0], new[1], new[2], cache, rotation, rms, config)
+        decode(query, taken, cache, appended=True)
+    table = options["pages"].table
+    used = {int(page) for row, count in ((0, 296), (1, 76)) for page in table[row, : -(-count // 32)]}
+    for page in range(options["pages"].total):
+        assert bool(cache.values[page].any()) == (page in used)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pages": (torch.int32, (1, 10), 16)}, "pages.block is 16: it must be one of 32, 64, 128"),
+        ({"pages": (torch.int64, (1, 10), 32)}, "pages.table is torch.int64"),
+        ({"pages": (torch.int32, (1, 9), 32)}, "pages.table is torch.int32 \\(1, 9\\)"),
+        ({"rounding": (1, 48)}, "rounding.scale is torch.float32 \\(1, 48\\): it must be torch.float32 \\(1, 16\\)"),
+    ],
+)
+def test_a_layout_that_does_not_fit_is_refused(options, words):
+    given = {}
+    if "pages" in options:
+        kind, shape, block = options["pages"]
+        given["pages"] = Pages(torch.zeros(shape, dtype=kind, device=DEVICE), block, 10)
+    if "rounding" in options:
+        given["rounding"] = Rounding(*torch.ones(2, *options["rounding"], device=DEVICE))
+    with pytest.raises(aqua.AquaError, match=words):
+        TiledCache(1, 1, 16, 16, 300, torch.float32, DEVICE, **given)

@@ -30,7 +30,8 @@ class Launch:
     def __getitem__(self, grid):
         return self.compile
 
-    def compile(self, *arguments, num_warps=4, num_stages=3, launch_pdl=False, enable_fp_fusion=True, **constants):
+    def compile(self, *arguments, launch_pdl=False, **constants):
+        options = {name: constants.pop(name) for name in OPTIONS if name in constants}
         names = self.kernel.arg_names
         given = dict(zip(names, arguments)) | constants
         given |= {"ASSEMBLY": True} if "ASSEMBLY" in given else {}
@@ -43,13 +44,13 @@ class Launch:
                 signature[name] = "*" + KINDS[str(value.dtype)]
             else:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
-        options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
         aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=values, attrs=aligned)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(self.kernel.__name__, built.metadata.shared)
 
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
 KINDS = {"torch." + name: kind for name, kind in KINDS.items()}
 decode.decode_kernel, decode.mass_kernel = Launch(decode.decode_kernel), Launch(decode.mass_kernel)
@@ -60,17 +61,19 @@ window._window = Launch(window._window)
 
 import torch
 import aqua_attention as aqua
-from aqua_attention.ops.tiled import TiledCache
+from aqua_attention.ops.tiled import Pages, Rounding, TiledCache
 
 
-def build(dtype, heads, groups, head_dim, kept, value_dim, **choice):
+def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=None, **choice):
     config = aqua.AquaConfig(share="group", s_ratio=1 - kept / head_dim, **choice)
-    cache = TiledCache(1, groups, kept, value_dim, 300, dtype, "cpu")
+    given = Rounding(torch.ones(groups, kept), torch.zeros(groups, kept)) if rounding else None
+    pages = Pages(torch.zeros(1, -(-300 // page), dtype=torch.int32), page, 10) if page else None
+    cache = TiledCache(1, groups, kept, value_dim, 300, dtype, "cpu", rounding=given, pages=pages)
     query, key = torch.zeros(1, heads, head_dim, dtype=dtype), torch.zeros(1, groups, head_dim, dtype=dtype)
     rotation, rms = torch.zeros(groups, head_dim, kept), torch.ones(groups, kept)
     value = torch.zeros(1, groups, value_dim, dtype=dtype)
     turned, chosen = prepare.prepare(query, key, value, cache, rotation, rms, config)
-    mass = torch.zeros(1, groups, cache.values.shape[2]) if head_dim == 128 else None
+    mass = torch.zeros(1, groups, 384) if head_dim == 128 else None
     decode.decode(turned, chosen, cache, sink=4, recent=64, appended=True, mass=mass)
     prompt = torch.zeros(1, heads, 300, head_dim, dtype=dtype)
     rotate.rotate_and_narrow(prompt, rotation, rms, config)
@@ -90,6 +93,9 @@ CASES = {
     "adaptive": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=64, value_dim=96, logit_error=0.1)",
     "dense": "dict(dtype=torch.float32, heads=2, groups=2, head_dim=64, kept=64, value_dim=64, k_ratio=1.0)",
     "wide": "dict(dtype=torch.bfloat16, heads=8, groups=1, head_dim=256, kept=256, value_dim=256, k_ratio=0.5)",
+    "int8": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.75, "
+    "rounding=True, page=32)",
+    "pages": "dict(dtype=torch.float16, heads=4, groups=2, head_dim=80, kept=80, value_dim=80, k_ratio=0.5, page=64)",
 }
 
 

@@ -52,12 +52,12 @@ def measure_decode(
         layouts: of our cache, bits (None or 8) and tokens of a page (None: no pages).
 
     Returns:
-        `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a kernel: `name`, `k_ratio` (None: dense), `bits` (of
-        keys and values, None: those of dtype), `page`, `seconds` (median) of attention alone, `bytes` (keys and values
-        that it needs), `share` (of the measured read bandwidth), `ratio` (to the fastest dense one in dtype, above 1 is
-        faster), `ceiling` (what that could be at most: its bytes over ours), `step_seconds` and `step_ratio` (with what
-        comes before: append, for ours rotate and select too), `low_ratio` and `low_step_ratio` (to the fastest dense one
-        in 8 bits, or None); or `absent` (why it did not run).
+        `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a kernel: `name`, `k_ratio` (None: dense), `bits`
+        (None: those of dtype), `page`, `seconds` (median) of attention alone, `bytes` (keys and values that it needs),
+        `share` (of the measured read bandwidth), `ratio` (to the fastest dense one in dtype, above 1 is faster),
+        `ceiling` (what that could be at most: its bytes over ours), `step_seconds` and `step_ratio` (with what comes
+        before: append, for ours rotate and select too), `low_ratio` and `low_step_ratio` (to the fastest dense one in
+        8 bits, or None); or `absent` (why it did not run).
 
     Raises:
         AquaError: no CUDA GPU, or a kernel of ours is wrong.
@@ -84,7 +84,9 @@ def measure_decode(
         keys[:, :, place] *= LOUD
     new[0] *= LOUD
     wide = batch * groups * length * head_dim * keys.element_size()
-    baselines = [(name, make, None) for name, make in BASELINES.items()]
+    baselines: list[tuple[str, Callable[..., Any], int | None]] = [
+        (name, make, None) for name, make in BASELINES.items()
+    ]
     if any(bits == 8 for bits, _ in layouts):
         baselines += [(name, make, 8) for name, make in LOW_PRECISION.items()]
     for name, make, bits in baselines:
@@ -167,7 +169,8 @@ def _measure_ours(
 ) -> dict[str, float]:
     """Seconds of attention alone and of a whole step, after both are found right."""
     head_dim, (batch, _, length, _) = query.shape[2], keys.shape
-    lengths, window = torch.full((batch,), length), {"sink": config.sink, "recent": config.recent}
+    lengths = torch.full((batch,), length)
+    window: dict[str, Any] = {"sink": config.sink, "recent": config.recent}
 
     def step() -> tuple[Tensor, ...]:
         turned, chosen = prepare(query, new[0], new[1], cache, rotation, key_rms, config)

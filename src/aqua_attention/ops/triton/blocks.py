@@ -68,7 +68,15 @@ def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TIL
 
 
 @triton.jit
-def key_pointers(tiles_ptr, table_ptr, cells, dims, DIM: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def key_pointers(
+    tiles_ptr,
+    table_ptr,
+    cells,
+    dims,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Some dimensions of the tokens of a tile, [dims, TILE]."""
     tokens = tl.arange(0, TILE)
     if table_ptr is None:
@@ -90,32 +98,6 @@ def token_pointers(pointer, table_ptr, cells, WIDTH: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def decoded(codes, ASSEMBLY: tl.constexpr):
-    """Codes of 8 bits as float16, 128 as zero: exact."""
-    if ASSEMBLY:
-        # A byte as the low bits of 1024 makes a number without converting any. Said to be impure, or the compiler does
-        # this after it has rearranged the bytes one by one.
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 zero;
-            mov.b32 zero, 0x64806480;
-            prmt.b32 $0, $2, 0x64646464, 0x4140;
-            prmt.b32 $1, $2, 0x64646464, 0x4342;
-            sub.f16x2 $0, $0, zero;
-            sub.f16x2 $1, $1, zero;
-            }
-            """,
-            "=&r,=&r,r",
-            [codes],
-            dtype=tl.float16,
-            is_pure=False,
-            pack=4,
-        )
-    return (codes.to(tl.float32) - 128).to(tl.float16)
-
-
-@triton.jit
 def online_softmax(scores, values, steps, largest, total, output, PRECISION: tl.constexpr):
     """One more block of an online softmax; scores are to the base 2. `steps`, if any, multiply a token's values."""
     now = tl.maximum(largest, tl.max(scores, 1))
@@ -128,3 +110,12 @@ def online_softmax(scores, values, steps, largest, total, output, PRECISION: tl.
         weights = weights * steps[None, :]
     output = tl.dot(weights.to(values.dtype), values, output * shrink[:, None], input_precision=PRECISION)
     return now, total, output
+
+
+@triton.jit
+def store_part(partial_ptr, lse_ptr, at, largest, total, output, inside, columns, VALUE_DIM: tl.constexpr):
+    """What one program found: the attention over its tokens, and their log-sum-exp."""
+    output = output / tl.where(total > 0, total, 1.0)[:, None]
+    there = inside[:, None] & (columns < VALUE_DIM)[None, :]
+    tl.store(partial_ptr + at[:, None] * VALUE_DIM + columns[None, :], output, there)
+    tl.store(lse_ptr + at, largest + tl.log2(total), inside)

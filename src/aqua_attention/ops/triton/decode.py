@@ -18,6 +18,8 @@ WARPS, FEW_WARPS = 8, 4
 OTHER_BYTES, MOST_STAGES = 32_000, 4
 """Shared memory that is not for tiles on their way, and how many those are at most: two in float32, whose products need
 more of it."""
+ROUNDED = {"num_stages": 2, "maxnreg": 168}
+"""Over codes of 8 bits: three programs of FEW_WARPS then share a processor. The best of a sweep on an H100."""
 LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32, for the same reason."""
 SPECIAL = 3
@@ -76,11 +78,14 @@ def decode(
     whole_lse = None if mass is None else query.new_empty((batch, heads), dtype=torch.float32)
     output = query.new_empty((batch, heads, value_dim))
     group_padded = triton.next_power_of_2(heads // groups)
-    tile_bytes = TILE * (padded(most) + padded(value_dim)) * cache.tiles.element_size()
-    most_stages = MOST_STAGES if query.element_size() == 2 else 2
-    other = OTHER_BYTES + (0 if cache.rounding is None else 2 * tile_bytes)
-    stages = max(1, min(most_stages, 1 + (shared_memory(query) - other) // tile_bytes))
-    step = padded(most) if cache.rounding is not None else DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE
+    step = DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE
+    options: dict[str, int] = {}
+    if cache.rounding is None:
+        tile_bytes = TILE * (padded(most) + padded(value_dim)) * query.element_size()
+        most_stages = MOST_STAGES if query.element_size() == 2 else 2
+        options["num_stages"] = max(1, min(most_stages, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes))
+    else:
+        step, warps, options = padded(most), FEW_WARPS, dict(ROUNDED)
     with on_device_of(query):
         decode_kernel[(splits, groups, batch)](
             query,
@@ -127,7 +132,7 @@ def decode(
             ASSEMBLY=query.is_cuda,
             num_warps=warps,
             **starts_early(query, appended),
-            num_stages=stages,
+            **options,
         )
         if mass is not None:
             mass_kernel[(-(-count * TILE // 1024), groups, batch)](
