@@ -10,12 +10,14 @@ import torch
 
 import aqua_attention as aqua
 from aqua_attention.ops.api import attend, rotate
-from aqua_attention.ops.tiled import TiledCache
+from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
 from aqua_attention.ops.triton.decode import decode
 from aqua_attention.ops.triton.prepare import prepare
 
 SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64), (2, 2, 256, 256, 256)]
 """Query heads, key-value heads, head_dim, kept and value_dim."""
+LAYOUTS = [(False, None), (True, None), (False, 32), (True, 64)]
+"""Of the cache: rounded, and tokens of a page."""
 STATIC = {"k_ratio": 0.25, "selection": "static"}
 CHOICES = [{"k_ratio": 1.0}, {"k_ratio": 0.5, "selection": "weighted"}, {"logit_error": 0.1}, STATIC]
 
@@ -35,20 +37,26 @@ def main() -> None:
                 return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
             lengths = torch.tensor([509, 380, 1])
-            cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda")
-            cache.fill(random(3, groups, 509, kept), random(3, groups, 509, value_dim), lengths)
-            mass = torch.empty(3, groups, cache.values.shape[2], device="cuda")
-            for step in range(8):
-                query, key, value = (
-                    random(3, n, width) for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
-                )
-                scaling = head_dim**-0.5
-                turned, chosen = prepare(query, key, value, cache, rotation, rms, config, scaling=scaling)
-                given = mass if step % 2 else None
-                output = decode(turned, chosen, cache, sink=3, recent=20, scaling=scaling, appended=True, mass=given)
-                assert output.isfinite().all()
-                runs += 1
-            assert cache.lengths.tolist() == [512, 388, 9]
+            for rounding, page in LAYOUTS:
+                given = Rounding(rms, rms) if rounding else None
+                table = torch.randperm(3 * 512 // page, device="cuda").view(3, -1).int() if page else None
+                pages = Pages(table, page, table.numel()) if page else None
+                cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda", rounding=given, pages=pages)
+                cache.fill(random(3, groups, 509, kept), random(3, groups, 509, value_dim), lengths)
+                mass = torch.empty(3, groups, cache.count * TILE, device="cuda")
+                for step in range(8):
+                    query, key, value = (
+                        random(3, n, width) for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
+                    )
+                    scaling = head_dim**-0.5
+                    turned, chosen = prepare(query, key, value, cache, rotation, rms, config, scaling=scaling)
+                    given = mass if step % 2 else None
+                    output = decode(
+                        turned, chosen, cache, sink=3, recent=20, scaling=scaling, appended=True, mass=given
+                    )
+                    assert output.isfinite().all()
+                    runs += 1
+                assert cache.lengths.tolist() == [512, 388, 9]
             for share in ("head", "group"):
                 for window in ({"sink": 0, "recent": 0}, {"sink": 3, "recent": 20}):
                     config = aqua.AquaConfig(share=share, s_ratio=s_ratio, **window, **choice)

@@ -66,6 +66,40 @@ def test_decoded_logits_and_choices_are_those_of_the_growing_cache(model, name, 
         assert (mine is None) == (theirs is None) and (mine is None or torch.equal(mine, theirs))
 
 
+@pytest.mark.parametrize("options", [{"k_ratio": 1.0}, {"k_ratio": 0.5, "selection": "weighted", "recent": 5}])
+def test_a_tiled_cache_in_int8_loses_little_more_than_a_growing_one(model, options):
+    """It rounds evenly around zero, and values at once: about twice the error on this small random model."""
+    model, projections = model
+    ids, logits = tokens(2, 390, seed=3), {}
+    for name, bits, fixed in (("exact", None, True), ("tiled", 8, True), ("growing", 8, False)):
+        config = aqua.AquaConfig(share="group", bits=bits, **options)
+        with aqua.apply(model, projections, config) as attachment, torch.no_grad():
+            cache = attachment.new_cache(**({"max_length": 400, "layout": "tiled"} if fixed else {}))
+            model(ids[:, :382], past_key_values=cache)
+            steps = [model(ids[:, place : place + 1], past_key_values=cache).logits for place in range(382, 390)]
+            logits[name] = torch.cat(steps, 1)
+            if fixed:
+                assert cache.layers[0].cache.tiles.dtype == (torch.float32 if bits is None else torch.uint8)
+    tiled, growing = ((logits[name] - logits["exact"]).norm() for name in ("tiled", "growing"))
+    assert 0 < tiled < 3 * growing
+
+
+def test_int8_in_a_cache_of_fixed_size_needs_the_tiled_layout(model, monkeypatch):
+    model, projections = model
+    with aqua.apply(model, projections, aqua.AquaConfig(bits=8, share="group")) as attachment:
+        with pytest.raises(aqua.AquaError, match="in the tiled layout bits=8 is possible"):
+            attachment.new_cache(max_length=100, layout="plain")
+        if DEVICE == "cpu":
+            monkeypatch.delenv("TRITON_INTERPRET")
+            with pytest.raises(aqua.AquaError, match="a static cache cannot store bits=8"):
+                attachment.new_cache(max_length=100, layout="tiled")
+    with (
+        aqua.apply(model, projections, aqua.AquaConfig(bits=4, share="group")) as attachment,
+        pytest.raises(aqua.AquaError, match="a static cache cannot store bits=4"),
+    ):
+        attachment.new_cache(max_length=100, layout="tiled")
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 def test_generation_with_padding_is_that_of_the_growing_cache(model, options, kernel):
     model, projections = model

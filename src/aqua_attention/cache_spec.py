@@ -13,6 +13,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.evict import Eviction
 from aqua_attention.fingerprint import WEIGHT_TOLERANCE, weight_difference
 from aqua_attention.ops.api import rotate
+from aqua_attention.ops.tiled import Rounding
 from aqua_attention.projections import LayerProjection
 from aqua_attention.rounded import Rounded
 from aqua_attention.store import Growing, Store
@@ -63,6 +64,11 @@ class CacheSpec:
     def is_plain(self) -> bool:
         """Whether the cache gives back the very keys and values that it was given, rotated."""
         return self.bits is None and self.eviction is None and not self.has_window_store
+
+    @property
+    def rounding(self) -> Rounding | None:
+        """How a tiled cache rounds keys to 8 bits; None where it does not."""
+        return Rounding(self._scale, self._mean) if self.bits == 8 else None
 
     def stores(self) -> tuple[Store, Store]:
         """An empty store for rotated keys, and one for values."""

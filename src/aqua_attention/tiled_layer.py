@@ -36,8 +36,10 @@ def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype:
         return f"the model is {dtype}, and the CPU kernel takes float32 and bfloat16"
     if config.share != "group" and query_heads != groups:
         return f"share is {config.share!r}, and the kernel reads the same dimensions for a group (share='group')"
-    if not spec.is_plain:
-        return "it stores neither bits, h2o_ratio nor s_ratio with an exact window"
+    if spec.bits == 4 or spec.eviction is not None or spec.has_window_store:
+        return "it stores neither bits=4, h2o_ratio nor s_ratio with an exact window"
+    if spec.bits is not None and on_cpu:
+        return "the CPU kernel reads no bits=8"
     if max(config.sink, config.recent) > TILE:
         return f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
     if dtype not in KERNEL_DTYPES:
@@ -74,9 +76,9 @@ class TiledLayer(StaticLayer):
         self.batch_size, self.num_heads = key_states.shape[:2]
         shape = (self.batch_size, self.num_heads, self.spec.kept, value_states.shape[3], self.max_cache_len)
         held = self.cache
-        if held is None or (held.shape, held.tiles.dtype, held.tiles.device) != (shape, self.dtype, self.device):
+        if held is None or (held.shape, held.dtype, held.tail.device) != (shape, self.dtype, self.device):
             self.cache = held = None  # the old one makes room first
-            self.cache = TiledCache(*shape, self.dtype, self.device)
+            self.cache = TiledCache(*shape, self.dtype, self.device, rounding=self.spec.rounding)
             self._padding = torch.zeros((), dtype=torch.long, device=self.device)
             """Padding tokens of the first sequence, which are given but not stored."""
         else:

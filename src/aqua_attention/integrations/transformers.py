@@ -132,18 +132,18 @@ class Attachment:
         if not self._rotates_on_write:
             raise AquaError(f"{type(self.model).__name__} does not take its keys straight from its cache")
         needs = _needs_own_cache(self.config)
-        if max_length is not None and (needs or self._specs()[self._found[0].index].has_window_store):
-            raise AquaError(
-                f"a static cache cannot store {needs or 's_ratio with an exact window (sink, recent)'}: leave out "
-                "max_length, or that"
-            )
         if max_length is not None and max_length < 1:
             raise AquaError(f"max_length is {max_length}: it must be 1 or more")
         reason = self._untiled_reason(max_length, offloading)
+        on_gpu = all(layer.device.type == "cuda" for layer in self._found)
+        tiled = not reason and (layout == "tiled" or (layout == "auto" and on_gpu))
+        if not tiled and max_length is not None and (needs or self._specs()[self._found[0].index].has_window_store):
+            raise AquaError(
+                f"a static cache cannot store {needs or 's_ratio with an exact window (sink, recent)'}: leave out "
+                "max_length, or that" + ("; in the tiled layout bits=8 is possible" if not reason else "")
+            )
         if layout == "tiled" and reason:
             raise AquaError(f"a cache in the tiled layout is impossible here, because {reason}: use auto or plain")
-        on_gpu = all(layer.device.type == "cuda" for layer in self._found)
-        tiled = layout == "tiled" or (layout == "auto" and not reason and on_gpu)
         cache = AquaCache(self._decoder.config, self._specs(), max_length, offloading, "tiled" if tiled else "plain")
         if not any(isinstance(layer, TiledLayer) for layer in cache.layers):
             if layout == "tiled":
@@ -311,7 +311,8 @@ class Attachment:
             if cached is None:
                 key, value = self._uncached(layer.spec, key, value, queries, bool(sliding_window))
             options: dict[str, Any] = {"mask": mask, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
-            if layer.spec.is_plain and self.on_selection is None:
+            # A tiled layer rounds, if at all, what it stores afterwards.
+            if (layer.spec.is_plain or isinstance(cached, TiledLayer)) and self.on_selection is None:
                 query, key = query.to(value.dtype), key.to(value.dtype)
                 output = attend(query, key, value, layer.spec.matrix, layer.key_rms, self.config, **options)
             else:
