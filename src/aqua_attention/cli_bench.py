@@ -28,6 +28,8 @@ S_RATIOS = [0.0, 0.25]
 H2O_RATIOS = [1.0, 0.5]
 SIZES = ["32x32768", "8x131072"]
 K_RATIOS = [1.0, 0.75, 0.5, 0.25]
+GENERATE_SIZES = ["1x4096", "1x32768", "8x32768"]
+GENERATE_K_RATIOS = [1.0, 0.5]
 
 benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
 
@@ -132,5 +134,50 @@ def decode(
             )
         )
         print_table(decode_table(results[-1]))
+    if json:
+        write_json(json, {"results": results})
+
+
+@benchmarks.command()
+def generate(
+    size: Annotated[
+        list[str], typer.Option(help="Sequences and tokens in each, such as 8x32768; repeat.")
+    ] = GENERATE_SIZES,
+    layers: Annotated[int, typer.Option(help="Layers of the model, which else has the shape of Llama-3.1-8B.")] = 32,
+    k_ratio: KRatios = GENERATE_K_RATIOS,
+    int8: Annotated[bool, typer.Option(help="The smallest k_ratio with keys and values in int8 too.")] = True,
+    sink: Sink = 4,
+    recent: Recent = 64,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    json: Json = None,
+) -> None:
+    """One whole decoding step of a Llama of random weights on a CUDA GPU, checked and timed: dense and with AQUA.
+
+    Example: `aqua bench generate --size 1x4096 --size 8x32768 --json generate.json`
+    """
+    check_writable(json)
+    import torch
+
+    try:
+        from aqua_attention.bench.decode import read_sizes
+        from aqua_attention.bench.generate import make_model, measure_generate
+    except ModuleNotFoundError as error:
+        raise AquaError("aqua bench generate needs triton, which CUDA builds of torch bring along") from error
+    from aqua_attention.config import AquaConfig
+    from aqua_attention.files import write_json
+    from aqua_attention.tables import generate_table
+
+    if dtype not in ("bfloat16", "float16"):
+        raise AquaError(f"dtype is {dtype!r}: it must be bfloat16 or float16")
+    sizes, kinds = read_sizes(size), [(ratio, None) for ratio in dict.fromkeys(k_ratio)]
+    settings = tuple(
+        AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent, bits=bits)
+        for ratio, bits in (*kinds, *([(min(k_ratio), 8)] if int8 else []))
+    )
+    model = make_model(layers=layers, dtype=getattr(torch, dtype))
+    results = []
+    for batch, length in sizes:
+        results.append(measure_generate(model, batch=batch, length=length, settings=settings))
+        print_table(generate_table(results[-1]))
     if json:
         write_json(json, {"results": results})

@@ -102,6 +102,29 @@ def decode_table(result: dict[str, Any]) -> Table:
     return titles, rows
 
 
+def generate_table(result: dict[str, Any]) -> Table:
+    """What `measure_generate` returned: a row a setting."""
+    titles = [
+        f"{result['device']}, {result['batch']} x {result['length']} tokens, {result['layers']} layers of "
+        f"{result['hidden']}, {result['dtype']}",
+        "tokens/s",
+        "ms a token",
+        "to the best dense",
+        "roofline: ms",
+        "of the roofline",
+    ]
+    rows = []
+    for row in result["rows"]:
+        name = row["name"] if row["k_ratio"] is None else f"{row['name']}, k_ratio {row['k_ratio']:g}"
+        if "absent" in row:
+            rows.append([name, f"absent: {row['absent']}", *[""] * (len(titles) - 2)])
+            continue
+        times = [f"{1e3 * row[key]:.2f}" for key in ("seconds", "roofline_seconds")]
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        rows.append([name, f"{row['tokens_per_second']:.1f}", times[0], ratio, times[1], f"{row['share']:.1%}"])
+    return titles, rows
+
+
 def retention_table(result: dict[str, Any]) -> Table:
     """What `evaluate_retention` returned: a row a ratio, the loss of each selection beside each other."""
     selections = list(dict.fromkeys(row["selection"] for row in result["rows"]))

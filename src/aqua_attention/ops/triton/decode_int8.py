@@ -119,14 +119,14 @@ def rounded_tiles(
     for tile in range(begin, end):
         cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
         keys_at = key_pointers(tiles_ptr, table_ptr, cells, dims, DIM, BLOCK, TILE)
-        if counts_ptr is None and STEP == CHOSEN:
+        if counts_ptr is None and STEP == CHOSEN:  # noqa: SIM108 (known when compiling)
             keys = tl.load(keys_at)
         else:
             keys = tl.load(keys_at, wanted, 0)
         key_steps, value_steps = next_key_steps.to(tl.float32), next_value_steps.to(tl.float32) * VALUE_UNIT
         scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * key_steps[None, :]) + mean[:, None]
         values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
-        if VALUE_DIM == VALUE_PADDED:
+        if VALUE_DIM == VALUE_PADDED:  # noqa: SIM108
             values = tl.load(values_at)
         else:
             values = tl.load(values_at, values_wanted, 0)

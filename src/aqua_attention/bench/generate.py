@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time of a whole decoding step of a model as `generate` takes it, dense and with AQUA: weights, attention, and all.
+
+The model has random weights and its caches hold random keys and values, which take the time that real ones do. Nothing
+is timed before it is right: dense and AQUA at k_ratio 1 must give the same logits, and a recorded step those of one
+that is not recorded.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Cache, LlamaConfig, PreTrainedModel, StaticCache
+
+from aqua_attention.bench.dense import BASELINES
+from aqua_attention.bench.timing import read_bandwidth, seconds_of
+from aqua_attention.capture import attention_layers
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.fingerprint import key_weight_digest, shape_of
+from aqua_attention.integrations.transformers import apply
+from aqua_attention.interface import install
+from aqua_attention.projections import LayerProjection, Projections
+from aqua_attention.tiled_layer import TiledLayer
+
+ROOM = 128
+"""Tokens that the timed steps may append. A static cache of transformers is read to its end, so that more would slow
+the dense step down."""
+KEY_SCALE = 2.0
+"""Standard deviation of the random keys: with less, attention averages over all tokens and no longer matters."""
+SHORT = 300
+"""Tokens of the check of every setting: full tiles and a tail."""
+TOLERANCE, NOISE, MOST = 0.02, 3.0, 0.2
+"""Relative difference of logits that is allowed, or so many times what another dense attention makes, if that is more,
+but never more than the last: in 16 bits, 32 layers of random weights make 0.04 of the order of a sum, and 0.5 of a
+token of `SHORT` that is missed."""
+DENSE_KERNELS = ("SDPA flash", "SDPA flash, packed", "SDPA cuDNN", "SDPA cuDNN, packed")
+"""Those of `BASELINES` that read the layout of transformers' static cache."""
+
+
+def make_model(
+    *,
+    layers: int = 32,
+    hidden: int = 4096,
+    intermediate: int = 14336,
+    heads: int = 32,
+    groups: int = 8,
+    head_dim: int = 128,
+    vocabulary: int = 128256,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+) -> PreTrainedModel:
+    """A Llama of random weights, by default in the shape of Llama-3.1-8B; the same one each time.
+
+    Args:
+        groups: key-value heads.
+
+    Raises:
+        AquaError: no such device, or sizes that do not fit each other.
+    """
+    if device == "cuda":
+        _need_gpu()
+    if layers < 1 or heads % groups:
+        raise AquaError(
+            f"{layers} layers with {heads} query heads for {groups} key-value heads: there must be a layer, and heads "
+            "must divide"
+        )
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        torch.manual_seed(0)
+        # Made where it is used: 8B random numbers take minutes on a CPU.
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()  # type: ignore[no-any-return,unused-ignore]
+
+
+def random_projections(model: PreTrainedModel) -> Projections:
+    """Random rotations for a model, with the statistics that the keys of `random_states` have under any of them."""
+    layers = attention_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    projections = {}
+    for layer in layers:
+        groups, dim = layer.num_key_value_heads, layer.head_dim
+        ones = torch.ones(groups, dim)
+        projections[layer.index] = LayerProjection(
+            rotation=torch.linalg.qr(torch.randn(groups, dim, dim, generator=generator)).Q.contiguous(),
+            key_rms=KEY_SCALE * ones,
+            key_mean=0 * ones,
+            key_std=KEY_SCALE * ones,
+            query_rms=ones,
+            energy=ones / dim,
+        )
+    identity = {"name": "random", "shape": shape_of(model, layers), "key_weights": key_weight_digest(layers)}
+    return Projections(projections, {}, identity)
+
+
+@torch.no_grad()
+def measure_generate(
+    model: PreTrainedModel, *, batch: int, length: int, settings: tuple[AquaConfig, ...]
+) -> dict[str, Any]:
+    """Check and time one greedy decoding step, recorded as a CUDA graph, of `batch` sequences of `length` tokens.
+
+    Args:
+        model: from `make_model`.
+        settings: of AQUA, each possible in the tiled layout.
+
+    Returns:
+        `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a setting: `name`, `k_ratio` (None: dense), `bits`
+        (None: those of the model), `seconds` (median of a step, a token of each sequence), `tokens_per_second` (of all
+        sequences), `ratio` (to the fastest dense one, above 1 is faster; None where none ran), `bytes` (weights, keys
+        and values that a step needs), `roofline_seconds` (what reading them takes at the measured bandwidth) and
+        `share` (these of `seconds`); or `absent` (why a dense one did not run).
+
+    Raises:
+        AquaError: no CUDA GPU, logits that are wrong, or steps so short that timing them filled the cache.
+    """
+    _need_gpu()
+    projections = random_projections(model)
+    limit = check_logits(model, projections, settings, batch)
+    rows: list[dict[str, Any]] = []
+    weights = weight_bytes(model)
+
+    def read(config: AquaConfig | None) -> int:
+        return weights + cache_bytes(model, batch, length, config)
+
+    steps = Steps(model, StaticCache(config=model.config, max_cache_len=length + ROOM), batch, length)
+    expected: Tensor | None = None
+    for name, kernel in (("transformers, sdpa", None), *((name, name) for name in DENSE_KERNELS)):
+        row: dict[str, Any] = {"name": name, "k_ratio": None, "bits": None}
+        try:
+            with _dense_kernel(model, kernel, length + 1):
+                steps.restart()
+                found = steps()
+                if expected is None:
+                    _check_finite(found, name)
+                    expected = found
+                check_near(found, expected, f"{name}, {length} tokens", limit)
+                rows.append(row | {"seconds": steps.seconds(), "bytes": read(None)})
+        except (RuntimeError, ImportError) as error:
+            rows.append(row | {"absent": f"failed: {str(error).splitlines()[0][:120]}"})
+    del steps
+    for config in settings:
+        # What the caches before held, graphs and all, makes room first.
+        gc.collect()
+        torch.cuda.empty_cache()
+        name = "aqua, int8" if config.bits else "aqua"
+        with apply(model, projections, config) as attachment:
+            cache = attachment.new_cache(max_length=length + ROOM, layout="tiled")
+            steps = Steps(model, cache, batch, length)
+            found = steps()
+            if expected is not None and is_exact(config):
+                check_near(found, expected, f"{name}, {length} tokens", limit)
+            _check_finite(found, name)
+            rows.append({"name": name, "k_ratio": config.k_ratio, "bits": config.bits, "seconds": steps.seconds()})
+            rows[-1]["bytes"] = read(config)
+        del steps, cache
+    gc.collect()
+    torch.cuda.empty_cache()
+    bandwidth = read_bandwidth()
+    compare(rows, batch, bandwidth)
+    shape = model.config
+    return {
+        "device": torch.cuda.get_device_name(),
+        "batch": batch,
+        "length": length,
+        "layers": shape.num_hidden_layers,
+        "hidden": shape.hidden_size,
+        "intermediate": shape.intermediate_size,
+        "heads": shape.num_attention_heads,
+        "groups": shape.num_key_value_heads,
+        "head_dim": shape.head_dim,
+        "vocabulary": shape.vocab_size,
+        "dtype": str(model.dtype),
+        "weight_bytes": weights,
+        "read_bandwidth": bandwidth,
+        "rows": rows,
+    }
+
+
+class Steps:
+    """Greedy decoding of random sequences: each call appends a token of each to the cache and chooses the next."""
+
+    def __init__(self, model: PreTrainedModel, cache: Cache, batch: int, length: int) -> None:
+        """Fill `cache`, which has room for more than `length` tokens, with `random_states`."""
+        self.model, self.cache, self.batch, self.length = model, cache, batch, length
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin anew with the first `length` tokens; nothing is allocated anew."""
+        self.cache.reset()
+        fill_cache(self.cache, random_states(self.model, self.batch, self.length))
+        self.token.copy_(torch.arange(self.batch)[:, None] + 1)
+
+    def __call__(self) -> Tensor:
+        """Logits of the next token, [batch, vocabulary]."""
+        logits: Tensor = self.model(self.token, past_key_values=self.cache).logits[:, -1]
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        return logits
+
+    def replayed(self, count: int) -> list[Tensor]:
+        """Logits of so many steps from a CUDA graph, after a first one that is not recorded."""
+        self()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self()
+        found = []
+        for _ in range(count):
+            graph.replay()
+            found.append(logits.clone())
+        return found
+
+    def seconds(self) -> float:
+        """Median time of a step.
+
+        Raises:
+            AquaError: there was no room for all that were timed.
+        """
+        seconds = seconds_of(self)
+        # A full cache appends nothing, which would take less time.
+        if int(self.cache.get_seq_length()) >= self.length + ROOM:
+            raise AquaError(f"the timed steps filled a cache with room for {ROOM} more tokens: take a larger model")
+        return seconds
+
+
+def random_states(model: PreTrainedModel, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys, as the model computes them, and values of each layer, [batch, num_key_value_heads, length, head_dim]."""
+    shape = batch, model.config.num_key_value_heads, length, model.config.head_dim
+    for index in range(model.config.num_hidden_layers):
+        generator = torch.Generator(model.device).manual_seed(index)
+        keys, values = (
+            torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2)
+        )
+        yield KEY_SCALE * keys, values
+
+
+def fill_cache(cache: Cache, states: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Put keys and values into the layers of an empty cache of fixed size, as a prompt would, without a prompt.
+
+    Args:
+        states: keys, as the model computes them, and values of each layer.
+    """
+    for layer, (keys, values) in zip(cache.layers, states, strict=True):
+        layer.update(keys, values)
+        if isinstance(layer, TiledLayer):
+            layer.store(None)
+
+
+def check_logits(
+    model: PreTrainedModel, projections: Projections, settings: tuple[AquaConfig, ...], batch: int
+) -> float:
+    """Raise AquaError when AQUA at k_ratio 1 is not dense, or a CUDA graph of some setting not what it records.
+
+    With few tokens, so that dense and AQUA fit beside each other.
+
+    Returns:
+        The relative difference of logits that is allowed.
+    """
+    steps = Steps(model, StaticCache(config=model.config, max_cache_len=SHORT + ROOM), batch, SHORT)
+    expected = steps()
+    _check_finite(expected, "dense")
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    steps.restart()
+    limit = min(max(TOLERANCE, NOISE * difference(steps(), expected)), MOST)
+    model.set_attn_implementation(before)
+    check_graph(steps, "dense", limit)
+    if not settings:
+        return limit
+    exact = AquaConfig(k_ratio=1, selection="weighted", share="group", sink=settings[0].sink, recent=settings[0].recent)
+    for config in dict.fromkeys((exact, *settings)):
+        name = f"aqua, k_ratio {config.k_ratio:g}" + (f", int{config.bits}" if config.bits else "")
+        with apply(model, projections, config) as attachment:
+            steps = Steps(model, attachment.new_cache(max_length=SHORT + ROOM, layout="tiled"), batch, SHORT)
+            found = steps()
+            _check_finite(found, name)
+            if is_exact(config):
+                check_near(found, expected, name, limit)
+            check_graph(steps, name, limit)
+    return limit
+
+
+def check_graph(steps: Steps, name: str, limit: float) -> None:
+    """Raise AquaError when replayed steps do not give what the same steps give that are not recorded."""
+    if steps.model.device.type != "cuda":
+        return
+    steps.restart()
+    expected = [steps().clone() for _ in range(3)][1:]
+    steps.restart()
+    for found, right in zip(steps.replayed(2), expected, strict=True):
+        check_near(found, right, f"{name}, as a CUDA graph", limit)
+
+
+def check_near(found: Tensor, expected: Tensor, name: str, limit: float) -> None:
+    """Raise AquaError when logits, [batch, vocabulary], are further from the expected ones than `limit`."""
+    error = difference(found, expected)
+    if not error <= limit:
+        raise AquaError(
+            f"a decoding step is wrong: the logits of {name} are off by {error:.2g}, {limit:.2g} is allowed"
+        )
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Relative difference of logits, [batch, vocabulary], of the worst sequence; infinite where they are no numbers."""
+    errors = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
+    return float(errors.nan_to_num(torch.inf).max())
+
+
+def is_exact(config: AquaConfig) -> bool:
+    """Whether it is dense attention up to rounding to the model's dtype."""
+    return config.k_ratio == 1 and config.s_ratio == 0 and config.logit_error is None and config.bits is None
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a step reads: all but the table of input embeddings, of which it reads a few rows."""
+    table = model.get_input_embeddings().weight
+    return sum(each.nbytes for each in model.parameters() if each is not table)
+
+
+def cache_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConfig | None) -> int:
+    """Bytes of keys and values that a step reads: of keys the chosen dimensions; None: dense.
+
+    The few tokens of the exact window, read whole, are counted as the others; with 8 bits, two steps of two bytes for
+    each token and head.
+    """
+    shape, size, steps = model.config, model.dtype.itemsize, 0
+    read = 2 * shape.head_dim if config is None else shape.head_dim + config.selected_dims(shape.head_dim)
+    if config is not None and config.bits == 8:
+        size, steps = 1, 4
+    return int(shape.num_hidden_layers * batch * shape.num_key_value_heads * length * (read * size + steps))
+
+
+def compare(rows: list[dict[str, Any]], batch: int, bandwidth: float) -> None:
+    """Add what follows from `seconds` and `bytes` to the rows that have them; see `measure_generate`.
+
+    Args:
+        bandwidth: bytes a second.
+    """
+    dense = [row["seconds"] for row in rows if row["k_ratio"] is None and "seconds" in row]
+    for row in rows:
+        if "seconds" in row:
+            row["tokens_per_second"] = batch / row["seconds"]
+            row["ratio"] = min(dense) / row["seconds"] if dense else None
+            row["roofline_seconds"] = row["bytes"] / bandwidth
+            row["share"] = row["roofline_seconds"] / row["seconds"]
+
+
+def _dense_kernel(model: PreTrainedModel, kernel: str | None, length: int) -> ExitStack:
+    """While open, attention is this one of `BASELINES` over the first `length` tokens of the cache; None: as it was.
+
+    Transformers' own copies keys and values for each query head and reads the empty end of the cache. These do not;
+    steps after the first leave out the few tokens appended by then, which takes as long but for those.
+    """
+    restore = ExitStack()
+    if kernel is None:
+        return restore
+
+    def attend(
+        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        run: Callable[[], Tensor] = BASELINES[kernel](query[:, :, 0], key[:, :, :length], value[:, :, :length])
+        return run()[:, None], None
+
+    restore.callback(install(model, attend, lambda *_, **__: None)[1])
+    return restore
+
+
+def _check_finite(logits: Tensor, name: str) -> None:
+    if not bool(torch.isfinite(logits).all()):
+        raise AquaError(f"a decoding step is wrong: the logits of {name} are not all finite")
+
+
+def _need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise AquaError("aqua bench generate measures decoding on a CUDA GPU: there is none")
