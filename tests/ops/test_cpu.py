@@ -16,7 +16,7 @@ from aqua_attention.ops.cpu.decode import decode
 from aqua_attention.ops.cpu.prepare import prepare
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.tiled import Chosen, TiledCache
+from aqua_attention.ops.tiled import Chosen, Pages, Rounding, TiledCache
 
 REASON = build.no_kernel_reason()
 compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -235,3 +235,18 @@ def test_a_folder_that_cannot_be_written_is_named(fresh, monkeypatch):
     monkeypatch.setenv("AQUA_CACHE_DIR", str(fresh / "file"))
     with pytest.raises(aqua.AquaError, match=r"cannot be kept in or loaded from .*file"):
         build.kernels()
+
+
+@pytest.mark.parametrize("layout", ["codes", "pages"])
+def test_caches_that_the_kernels_cannot_read_are_refused(layout):
+    ones = torch.ones(1, 16)
+    options = {"rounding": Rounding(ones, ones)}
+    if layout == "pages":
+        options = {"pages": Pages(torch.arange(4, dtype=torch.int32)[None], 32, 4)}
+    cache = TiledCache(1, 1, 16, 16, 128, torch.float32, "cpu", **options)
+    cache.fill(torch.ones(1, 1, 5, 16), torch.ones(1, 1, 5, 16), torch.tensor([5]))
+    with pytest.raises(aqua.AquaError, match="neither 8-bit codes nor pages"):
+        decode(torch.ones(1, 2, 16), None, cache)
+    states, rotation = torch.ones(1, 1, 16), torch.eye(16)[None].contiguous()
+    with pytest.raises(aqua.AquaError, match="neither 8-bit codes nor pages"):
+        prepare(states, states, states, cache, rotation, ones, aqua.AquaConfig(k_ratio=0.5))

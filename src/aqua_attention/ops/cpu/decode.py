@@ -57,8 +57,9 @@ def decode(
     Raises:
         AquaError: shapes, sizes or dtypes that the kernel does not take, or there is no compiler.
     """
-    batch, groups, count, kept, _ = cache.tiles.shape
-    heads, value_dim, rows = query.shape[1], cache.values.shape[3], batch * groups
+    check_layout(cache)
+    (batch, groups, kept, value_dim, _), count = cache.shape, cache.count
+    heads, rows = query.shape[1], batch * groups
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or heads % groups:
         raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")
     if cache.tiles.dtype not in FUNCTIONS or max(kept, value_dim) > WIDEST or not 0 <= recent <= TILE:
@@ -106,6 +107,12 @@ def decode(
     )
     getattr(kernels(), FUNCTIONS[cache.tiles.dtype])(ctypes.byref(step))
     return output
+
+
+def check_layout(cache: TiledCache) -> None:
+    """Raise AquaError where the kernels would read something else than the cache holds."""
+    if cache.rounding is not None or cache.pages is not None:
+        raise AquaError("the CPU kernels read neither 8-bit codes nor pages: make the cache without rounding and pages")
 
 
 @functools.lru_cache(maxsize=8)

@@ -11,7 +11,7 @@ from torch import Tensor
 from aqua_attention.config import SELECTIONS, AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.cpu.build import kernels
-from aqua_attention.ops.cpu.decode import FUNCTIONS
+from aqua_attention.ops.cpu.decode import FUNCTIONS, check_layout
 from aqua_attention.ops.tiled import WIDEST, Chosen, TiledCache
 
 
@@ -52,6 +52,7 @@ def prepare(
     Raises:
         AquaError: shapes or dtypes that do not fit the cache, or dimensions that are not shared by a group.
     """
+    check_layout(cache)
     batch, groups, kept, value_dim, _ = cache.shape
     heads, head_dim, dtype = query.shape[1], query.shape[2], cache.tiles.dtype
     cache.check_step(query, key, value, rotation, key_rms, config)
