@@ -40,6 +40,8 @@ def main() -> None:
             for rounding, page in LAYOUTS if choice == CHOICES[1] and kept < 256 else LAYOUTS[:1]:
                 given = Rounding(rms, rms) if rounding else None
                 table = torch.randperm(3 * 512 // page, device="cuda").view(3, -1).int() if page else None
+                if page:
+                    table[2, 1:] = 1 << 30  # of tokens that never exist: not to be looked at
                 pages = Pages(table, page, table.numel()) if page else None
                 cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda", rounding=given, pages=pages)
                 cache.fill(random(3, groups, 509, kept), random(3, groups, 509, value_dim), lengths)

@@ -19,7 +19,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import KERNEL_DTYPES, is_interpreted, no_kernels_reason
 from aqua_attention.ops.cpu.build import no_kernel_reason
 from aqua_attention.ops.mask import HIDDEN
-from aqua_attention.ops.tiled import TILE, WIDEST, Chosen, TiledCache
+from aqua_attention.ops.tiled import LARGEST_ROUNDED, TILE, WIDEST, Chosen, TiledCache
 from aqua_attention.rotated_layer import check_active, tagged
 
 LARGEST_FLOAT32_HEAD = 128
@@ -40,6 +40,8 @@ def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype:
         return "it stores neither bits=4, h2o_ratio nor s_ratio with an exact window"
     if spec.bits is not None and on_cpu:
         return "the CPU kernel reads no bits=8"
+    if spec.bits is not None and head_dim > LARGEST_ROUNDED:
+        return f"heads have {head_dim} dimensions, and with bits=8 it takes {LARGEST_ROUNDED} at most"
     if max(config.sink, config.recent) > TILE:
         return f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
     if dtype not in KERNEL_DTYPES:

@@ -67,7 +67,7 @@ from aqua_attention.ops.tiled import Pages, Rounding, TiledCache
 def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=None, **choice):
     config = aqua.AquaConfig(share="group", s_ratio=1 - kept / head_dim, **choice)
     given = Rounding(torch.ones(groups, kept), torch.zeros(groups, kept)) if rounding else None
-    pages = Pages(torch.zeros(1, -(-300 // page), dtype=torch.int32), page, 10) if page else None
+    pages = Pages(torch.zeros(1, 384 // page, dtype=torch.int32), page, 12) if page else None
     cache = TiledCache(1, groups, kept, value_dim, 300, dtype, "cpu", rounding=given, pages=pages)
     query, key = torch.zeros(1, heads, head_dim, dtype=dtype), torch.zeros(1, groups, head_dim, dtype=dtype)
     rotation, rms = torch.zeros(groups, head_dim, kept), torch.ones(groups, kept)

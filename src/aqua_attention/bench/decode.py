@@ -114,7 +114,7 @@ def measure_decode(
     for bits, page in layouts:
         pages = None
         if page is not None:
-            blocks = -(-room // page)
+            blocks = -(-room // TILE) * TILE // page
             table = torch.randperm(batch * blocks, generator=generator, device="cuda").view(batch, blocks)
             pages = Pages(table.to(torch.int32), page, batch * blocks)
         cache = TiledCache(

@@ -146,6 +146,8 @@ class Attachment:
             raise AquaError(f"a cache in the tiled layout is impossible here, because {reason}: use auto or plain")
         cache = AquaCache(self._decoder.config, self._specs(), max_length, offloading, "tiled" if tiled else "plain")
         if not any(isinstance(layer, TiledLayer) for layer in cache.layers):
+            if needs and max_length is not None:
+                raise AquaError(f"a static cache cannot store {needs}: leave out max_length, or that")
             if layout == "tiled":
                 raise AquaError(
                     "a cache in the tiled layout is impossible here, because all layers have sliding windows"

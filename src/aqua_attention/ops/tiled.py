@@ -26,6 +26,8 @@ TILE = 128
 """Tokens in a tile; the tail holds up to two."""
 WIDEST = 256
 """Dimensions of a head that the kernels take."""
+LARGEST_ROUNDED = 128
+"""Those of a head in 8 bits: the numbers they become must fit into the shared memory of common GPUs."""
 BLOCKS = (32, 64, TILE)
 """Tokens of a page: a row of 32 rounded ones is 32 bytes, the least that memory moves."""
 
@@ -67,8 +69,8 @@ class Pages(NamedTuple):
     """Where blocks of tokens lie in a pool.
 
     Attributes:
-        table: int32 [batch, blocks], the page of each block of a sequence; those of tokens that do not exist yet are
-            not looked at.
+        table: int32 [batch, blocks of a whole number of tiles], the page of each block of a sequence; those of tokens
+            that do not exist yet are not looked at.
         block: tokens of a page, one of BLOCKS.
         total: pages in the pool.
     """
@@ -84,6 +86,9 @@ class Rounding(NamedTuple):
     Attributes:
         scale, mean: float32 [num_key_value_heads, kept], of rotated keys, see `LayerProjection`: some channels are a
             hundred times as large as others, and far from zero.
+
+    Values are `(code - 128) * step`. The kernels multiply steps in float16: values above 3e4 become NaN, and those of
+    less than about 1e-5 lose accuracy.
     """
 
     scale: Tensor
@@ -97,7 +102,7 @@ class TiledCache:
         tiles: [batch, num_key_value_heads, max_length / TILE, kept, TILE]; with pages [total, num_key_value_heads,
             kept, block]. Rounded: uint8, in which 128 is zero.
         tail: [batch, num_key_value_heads, 2 * TILE, kept]; token t is at t % (2 * TILE).
-        values: [batch, num_key_value_heads, max_length, value_dim]; with pages [total, num_key_value_heads, block,
+        values: [batch, num_key_value_heads, count * TILE, value_dim]; with pages [total, num_key_value_heads, block,
             value_dim]. Rounded: uint8, those of the tail too.
         key_steps, value_steps: bfloat16, as `values` without its last dimension; None where nothing is rounded.
         lengths: int32 [batch], tokens of each sequence.
@@ -124,17 +129,21 @@ class TiledCache:
         Args:
             max_length: tokens of a sequence at most.
             dtype: of queries and of what is not rounded.
-            rounding: keys and values are kept in 8 bits; values `(code - 128) * step`.
+            rounding: keys and values are kept in 8 bits; of at most LARGEST_ROUNDED dimensions.
             pages: where they lie; None: each sequence has its own place.
 
         Raises:
             AquaError: sizes that do not fit each other.
         """
-        if max_length < 1:
-            raise AquaError(f"max_length is {max_length}: it must be 1 or more")
+        if min(batch, max_length) < 1:
+            raise AquaError(f"batch is {batch} and max_length {max_length}: they must be 1 or more")
         self.shape, self.max_length, self.dtype = (batch, groups, kept, value_dim, max_length), max_length, dtype
         self.count, self.rounding, self.pages = -(-max_length // TILE), rounding, pages
         if rounding is not None:
+            if max(kept, value_dim) > LARGEST_ROUNDED:
+                raise AquaError(
+                    f"heads of {kept} and {value_dim} dimensions: in 8 bits they have {LARGEST_ROUNDED} at most"
+                )
             for name, tensor in zip(rounding._fields, rounding, strict=True):
                 expect(f"rounding.{name}", tensor, torch.float32, (groups, kept))
         cells: tuple[int, ...] = (batch, groups, self.count)
@@ -143,7 +152,7 @@ class TiledCache:
             self.block, cells = pages.block, (pages.total, groups)
             if pages.block not in BLOCKS:
                 raise AquaError(f"pages.block is {pages.block}: it must be one of {', '.join(map(str, BLOCKS))}")
-            expect("pages.table", pages.table, torch.int32, (batch, -(-max_length // pages.block)))
+            expect("pages.table", pages.table, torch.int32, (batch, self.count * TILE // pages.block))
         kind, steps = dtype if rounding is None else torch.uint8, (*cells[:2], cells[-1] * TILE)
         if pages is not None:
             steps = (*cells, self.block)

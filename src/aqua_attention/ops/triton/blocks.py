@@ -61,7 +61,7 @@ def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TIL
         for part in tl.static_range(0, TILE // BLOCK):
             # One number for a page, and a hint: else its tokens would be looked up, and read, one by one.
             at = tile * (TILE // BLOCK) + part
-            cell = first + tl.load(table_ptr + at, at < blocks, 0).to(tl.int64) * stride
+            cell = first + tl.load(table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(tl.int64) * stride
             cells = tl.where(tl.arange(0, TILE) // BLOCK == part, cell, cells)
         cells = tl.max_constancy(cells, BLOCK)
     return cells

@@ -54,7 +54,8 @@ def decode(
         sink, recent: size of the exact window, at most TILE each.
         scaling: factor of the scores; default 1/sqrt(kept).
         splits: programs for each sequence and key-value head; None: as many as fill the GPU.
-        appended: a token that `prepare` has written is counted too, and the sequences are one longer afterwards.
+        appended: a token that `prepare` has written is counted too, and the sequences are one longer afterwards. On a
+            GPU that starts kernels early `prepare` must be the kernel just before this one.
         mass: float32 [batch, num_key_value_heads, cache.count * TILE]; gets the attention that each token was
             given, summed over the heads of its group, and zero behind a sequence's end.
 

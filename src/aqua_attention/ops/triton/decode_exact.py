@@ -2,7 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Decoding over a block in which tokens can need every dimension.
 
-What `prepare` of the same step does not write is read before it has ended: all but the new token.
+What `prepare` of the same step does not write is read before it has ended: all but the new token and a tile that is
+being moved. It is read past the cache of this processor, which may hold what lay there before an earlier step.
 """
 
 from __future__ import annotations
@@ -75,21 +76,27 @@ def exact_block(
             if length == 2 * TILE + 1:
                 # The first tile is being moved from the tail.
                 tl.extra.cuda.gdc_wait()
-        keys = tl.load(key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE), there, 0)
+        keys = tl.load(key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE), there, 0, cache_modifier=".cg")
         if key_steps_ptr is not None:
-            steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0)
+            steps = tl.load(
+                token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+            )
             scale, mean = tl.load(scale_ptr + dim, dim < DIM, 0.0), tl.load(mean_ptr + dim, dim < DIM, 0.0)
             wide = (keys.to(tl.float32) - 128) * steps[None, :].to(tl.float32)
             wide = wide * scale[:, None] + mean[:, None]
             keys = tl.where(there, wide, 0.0).to(tail_ptr.dtype.element_ty)
     else:
-        keys = tl.load(tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0)
+        keys = tl.load(
+            tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0, cache_modifier=".cg"
+        )
     values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
-    values = tl.load(values_at, old[:, None] & column[None, :], 0)
+    values = tl.load(values_at, old[:, None] & column[None, :], 0, cache_modifier=".cg")
     value_steps = None
     if value_steps_ptr is not None:
         values = (values.to(tl.float32) - 128).to(tl.float16)
-        steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0)
+        steps = tl.load(
+            token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+        )
         value_steps = steps.to(tl.float32) * VALUE_UNIT
     if EARLY:
         tl.extra.cuda.gdc_wait()

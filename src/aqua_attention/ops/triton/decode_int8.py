@@ -112,10 +112,11 @@ def rounded_tiles(
     wanted = taken[:, None] & (tokens[None, :] >= 0)
     columns = tl.arange(0, VALUE_PADDED)
     values_wanted = (tokens[:, None] >= 0) & (columns < VALUE_DIM)[None, :]
-    # Steps are too small for the compiler to load ahead. A program without a tile loads those of some other.
-    cells = token_cells(table_ptr, first_cell, block_stride, tl.minimum(begin, count - 1), blocks, BLOCK, TILE)
-    next_key_steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE))
-    next_value_steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE))
+    # Steps are too small for the compiler to load ahead.
+    cells = token_cells(table_ptr, first_cell, block_stride, begin, blocks, BLOCK, TILE)
+    is_tile = begin * TILE + tokens < end * TILE
+    next_key_steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
+    next_value_steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
     for tile in range(begin, end):
         cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
         keys_at = key_pointers(tiles_ptr, table_ptr, cells, dims, DIM, BLOCK, TILE)
