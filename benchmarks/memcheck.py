@@ -52,10 +52,8 @@ def main() -> None:
                     )
                     scaling = head_dim**-0.5
                     turned, chosen = prepare(query, key, value, cache, rotation, rms, config, scaling=scaling)
-                    given = mass if step % 2 else None
-                    output = decode(
-                        turned, chosen, cache, sink=3, recent=20, scaling=scaling, appended=True, mass=given
-                    )
+                    wanted = {"mass": mass if step % 2 else None}
+                    output = decode(turned, chosen, cache, sink=3, recent=20, scaling=scaling, appended=True, **wanted)
                     assert output.isfinite().all()
                     runs += 1
                 assert cache.lengths.tolist() == [512, 388, 9]

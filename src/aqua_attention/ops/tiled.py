@@ -210,7 +210,6 @@ class TiledCache:
             blocks = wide.unflatten(1, (-1, self.block)).transpose(-1, -2)
             self.tiles.view(-1, *self.tiles.shape[-2:])[cells] = blocks
             self.values.view(-1, self.block, self.shape[3])[cells] = given.unflatten(1, (-1, self.block))
-        for row, count in enumerate(lengths.tolist()):
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
             self.tail[row, :, tokens % (2 * TILE)] = keys[row, :, tokens]
 
