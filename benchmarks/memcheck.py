@@ -11,6 +11,7 @@ import torch
 import aqua_attention as aqua
 from aqua_attention.ops.api import attend, rotate
 from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
+from aqua_attention.ops.triton import decode as decode_module
 from aqua_attention.ops.triton.decode import decode
 from aqua_attention.ops.triton.prepare import prepare
 
@@ -46,7 +47,10 @@ def main() -> None:
                 cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda", rounding=given, pages=pages)
                 cache.fill(random(3, groups, 509, kept), random(3, groups, 509, value_dim), lengths)
                 mass = torch.empty(3, groups, cache.count * TILE, device="cuda")
+                decode_module.BY_HAND_TILES = 1 if rounding else 1 << 30
                 for step in range(8):
+                    if step == 4:
+                        decode_module.BY_HAND_TILES = 1 << 30
                     query, key, value = (
                         random(3, n, width) for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
                     )

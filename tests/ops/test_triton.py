@@ -204,6 +204,65 @@ def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, 
         assert torch.allclose(found.float(), expected.float(), rtol=0, atol=1.01 * limit)
 
 
+BY_HAND = {
+    "int8": ((8, 2), (128, 128, 128), {"k_ratio": 0.5}, torch.bfloat16),
+    "int8 in pages of 32": ((4, 4), (128, 96, 64), {"k_ratio": 0.3}, torch.float16),
+    "int8 in pages of 64": ((6, 1), (80, 80, 128), {"logit_error": 0.2}, torch.float16),
+    "int8 in pages of 128": ((8, 1), (64, 64, 64), {"k_ratio": 1.0}, torch.bfloat16),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BY_HAND)
+def test_the_kernel_placed_by_hand_equals_the_reference(name, monkeypatch):
+    """Ragged rows, whole steps over the moment at which a tile is filled, the last of them replayed from a graph."""
+    monkeypatch.setattr("aqua_attention.ops.triton.decode.BY_HAND_TILES", 1)
+    (count, groups), (head_dim, kept, value_dim), choice, dtype = BY_HAND[name]
+    lengths, scaling = torch.tensor([1020, 1, 300, 2049]), head_dim**-0.5
+    config = aqua.AquaConfig(**choice, selection="weighted", share="group", s_ratio=1 - kept / head_dim)
+    rotation = torch.linalg.qr(random(groups, head_dim, head_dim, seed=1))[0][..., :kept].contiguous()
+    rms = random(groups, kept, seed=2).abs() + 0.1
+    keys, values = (random(4, groups, 2100, n, seed=n, dtype=dtype) for n in (kept, value_dim))
+    cache = TiledCache(4, groups, kept, value_dim, 2100, dtype, DEVICE, **layout(name, 4, groups, kept, 2100))
+    cache.fill(keys[:, :, :2049], values[:, :, :2049], lengths.to(DEVICE))
+    query, key, value = (
+        random(4, n, w, seed=7, dtype=dtype) for n, w in ((count, head_dim), (groups, head_dim), (groups, value_dim))
+    )
+    mass = torch.full((4, groups, cache.count * TILE), torch.nan, device=DEVICE)
+
+    def step(mass=None, splits=None):
+        wide, taken = prepare(query, key, value, cache, rotation, rms, config)
+        given = {"sink": 3, "recent": 20, "appended": True, "scaling": scaling, "mass": mass, "splits": splits}
+        return decode(wide, taken, cache, **given), wide, taken
+
+    def expect(found, wide):
+        selected = select_dimensions(wide[:, :, None], config, head_dim, rms)
+        held = cache.read(dtype=torch.float32)
+        check(found, wide, *held, selected, cache.lengths.tolist(), CODES_EPS, sink=3, recent=20, scaling=scaling)
+        return selected
+
+    for turn in range(6):
+        found, wide, _ = step(mass if turn == 5 else None, splits=[None, 1, 5][turn % 3])
+        selected = expect(found, wide)
+    for row, length in enumerate(cache.lengths.tolist()):
+        held = cache.read(rows=[row], dtype=torch.float32)[0]
+        counted = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
+        mask = None if selected is None else selected[row : row + 1]
+        one = wide[row : row + 1, :, None].float()
+        expected = attention_mass(one, held, mask, counted, sink=3, recent=20, scaling=scaling)[0]
+        assert torch.allclose(mass[row, :, :length], expected, rtol=0, atol=8 * CODES_EPS * count / groups)
+        assert (mass[row, :, length:] == 0).all()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found, wide, _ = step()
+    for _ in range(3):
+        graph.replay()
+        expect(found, wide)
+    assert cache.lengths.tolist() == [1029, 10, 309, 2058]
+    assert not cache.arrived.any()
+
+
 def as_mask(taken, query):
     """What `prepare` chose, as `select_dimensions` says it."""
     dims, flags, counts = taken

@@ -18,7 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aqua_attention.ops.triton import decode, decode_kernel, prepare, rotate, window
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from aqua_attention.ops.triton import decode, decode_int8_mma, decode_kernel, prepare, rotate, window
 
 
 class Launch:
@@ -45,7 +46,8 @@ class Launch:
             else:
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
         aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=values, attrs=aligned)
+        kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        source = kind(fn=self.kernel, signature=signature, constexprs=values, attrs=aligned)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(self.kernel.__name__, built.metadata.shared)
 
@@ -53,8 +55,10 @@ class Launch:
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
 KINDS = {"torch." + name: kind for name, kind in KINDS.items()}
-decode.decode_kernel, decode.mass_kernel = Launch(decode.decode_kernel), Launch(decode.mass_kernel)
+for name in ("decode_kernel", "mass_kernel", "merge_kernel"):
+    setattr(decode, name, Launch(getattr(decode, name)))
 prepare._prepare = Launch(prepare._prepare)
+decode_int8_mma.decode_rounded_kernel = Launch(decode_int8_mma.decode_rounded_kernel)
 decode.starts_early = prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
 rotate._rotate_and_narrow = Launch(rotate._rotate_and_narrow)
 window._window = Launch(window._window)
@@ -64,7 +68,8 @@ import aqua_attention as aqua
 from aqua_attention.ops.tiled import Pages, Rounding, TiledCache
 
 
-def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=None, **choice):
+def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=None, by_hand=False, **choice):
+    decode.is_by_hand = lambda *_: by_hand
     config = aqua.AquaConfig(share="group", s_ratio=1 - kept / head_dim, **choice)
     given = Rounding(torch.ones(groups, kept), torch.zeros(groups, kept)) if rounding else None
     pages = Pages(torch.zeros(1, 384 // page, dtype=torch.int32), page, 12) if page else None
@@ -95,6 +100,10 @@ CASES = {
     "wide": "dict(dtype=torch.bfloat16, heads=8, groups=1, head_dim=256, kept=256, value_dim=256, k_ratio=0.5)",
     "int8": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.75, "
     "rounding=True, page=32)",
+    "by hand": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
+    "rounding=True, page=64, by_hand=True)",
+    "adaptive by hand": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=64, value_dim=64, "
+    "logit_error=0.1, rounding=True, by_hand=True)",
     "pages": "dict(dtype=torch.float16, heads=4, groups=2, head_dim=80, kept=80, value_dim=80, k_ratio=0.5, page=64)",
 }
 

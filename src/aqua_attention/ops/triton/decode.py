@@ -10,8 +10,9 @@ from torch import Tensor
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache, expect
 from aqua_attention.ops.triton.blocks import LEAST_SIZE, on_device_of, padded, shared_memory, starts_early
-from aqua_attention.ops.triton.decode_kernel import decode_kernel, mass_kernel
+from aqua_attention.ops.triton.decode_kernel import decode_kernel, mass_kernel, merge_kernel
 
+LOG2_E = 1.4426950408889634
 DIMS_AT_ONCE = 32
 WARPS, FEW_WARPS = 8, 4
 """Of a program when there are many programs, and when all of them run at once."""
@@ -20,11 +21,20 @@ OTHER_BYTES, MOST_STAGES = 32_000, 4
 more of it."""
 ROUNDED = {"num_stages": 2, "maxnreg": 168}
 """Over codes of 8 bits: three programs of FEW_WARPS then share a processor. The best of a sweep on an H100."""
+BY_HAND = {"num_warps": 1, "maxnreg": 208}
+"""Of the kernel whose registers are placed by hand: no more would do, and less go through memory. Nine share a
+processor."""
+BY_HAND_GROUP, BY_HAND_VALUES = 8, (64, 128)
+"""Query heads of a key-value head that it takes at most, and sizes of values."""
+BY_HAND_TILES = 1024
+"""Tiles of all sequences and heads from which on it is faster than one kernel that does everything."""
+BY_HAND_EACH = ((9000, 8), (3000, 6), (2000, 4), (0, 2))
+"""From how many tiles on how many are one of its programs: the best of a sweep on an H100."""
 LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32, for the same reason."""
 SPECIAL = 3
 """Programs of each sequence and head for the blocks with an exact window."""
-MOST_SPLITS = 64 - SPECIAL
+MOST_SPLITS, MOST_BY_HAND = 64 - SPECIAL, 128 - SPECIAL
 """The program that merges holds the log-sum-exp of all of them at once."""
 MERGED_ROWS = 64
 """Partial results of so many splits and heads are merged at once."""
@@ -70,7 +80,11 @@ def decode(
     dims, chosen_mask, counts = (None, None, None) if chosen is None else chosen
     most = kept if dims is None else dims.shape[2]
     fitting, warps = splits_and_warps(batch * groups, count, query)
+    by_hand = is_by_hand(query, cache)
+    if by_hand:
+        fitting = splits_by_hand(batch * groups, count)
     splits = fitting if splits is None else splits
+    others = splits if by_hand else 0
     splits += SPECIAL
     copies = 1 if chosen is None else 2
     partial = query.new_empty((batch, heads, splits, value_dim), dtype=torch.float32)
@@ -86,9 +100,28 @@ def decode(
         most_stages = MOST_STAGES if query.element_size() == 2 else 2
         options["num_stages"] = max(1, min(most_stages, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes))
     else:
-        step, warps, options = padded(most), FEW_WARPS, dict(ROUNDED)
+        step = padded(most)
+        if not by_hand:
+            warps, options = FEW_WARPS, dict(ROUNDED)
+    given = {
+        "GROUP": heads // groups,
+        "VALUE_DIM": value_dim,
+    }
+    merging = {
+        **given,
+        "APPENDED": appended,
+        "GROUP_PADDED": group_padded,
+        "VALUE_PADDED": padded(value_dim),
+        "SPLITS_PADDED": triton.next_power_of_2(splits),
+        "MERGED": min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
+    }
+    scaling = (kept**-0.5 if scaling is None else scaling) * LOG2_E
+    table, blocks = (None, 0) if cache.pages is None else (cache.pages.table, cache.pages.table.shape[1])
+    early = starts_early(query, appended)
+    if by_hand:
+        early["EARLY"] = starts_early(query)["EARLY"]
     with on_device_of(query):
-        decode_kernel[(splits, groups, batch)](
+        decode_kernel[(splits - others, groups, batch)](
             query,
             dims,
             chosen_mask,
@@ -99,7 +132,7 @@ def decode(
             cache.key_steps,
             cache.value_steps,
             *(cache.rounding or (None, None)),
-            None if cache.pages is None else cache.pages.table,
+            table,
             cache.lengths,
             cache.arrived,
             partial,
@@ -107,34 +140,64 @@ def decode(
             output,
             scores,
             whole_lse,
-            (kept**-0.5 if scaling is None else scaling) * 1.4426950408889634,
+            scaling,
             sink,
             recent,
             count,
-            0 if cache.pages is None else cache.pages.table.shape[1],
+            blocks,
             *cache.cell_strides,
-            APPENDED=appended,
-            GROUP=heads // groups,
+            others,
             ROWS=padded(heads // groups),
             COPIES=copies,
             SPECIAL_ROWS=copies * max(triton.next_power_of_2(heads // groups), LEAST_SIZE // copies),
             DIM=kept,
             DIM_PADDED=padded(kept),
-            VALUE_DIM=value_dim,
-            VALUE_PADDED=padded(value_dim),
             CHOSEN=most,
             STEP=step,
-            GROUP_PADDED=group_padded,
-            SPLITS_PADDED=triton.next_power_of_2(splits),
-            MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
             TILE=TILE,
             BLOCK=cache.block,
             SPECIAL=SPECIAL,
+            ALONE=not by_hand,
             ASSEMBLY=query.is_cuda,
             num_warps=warps,
-            **starts_early(query, appended),
+            **early,
+            **merging,
             **options,
         )
+        if by_hand:
+            # It needs triton's lower language, which the interpreter does not know.
+            from aqua_attention.ops.triton.decode_int8_mma import decode_rounded_kernel
+
+            decode_rounded_kernel[(others, groups, batch)](
+                query,
+                dims,
+                counts,
+                *(states.view(torch.int32) for states in (cache.tiles, cache.values)),
+                cache.key_steps,
+                cache.value_steps,
+                *(cache.rounding or ()),
+                table,
+                cache.lengths,
+                partial,
+                lse,
+                scores,
+                scaling,
+                count,
+                blocks,
+                *cache.cell_strides,
+                SPECIAL,
+                APPENDED=appended,
+                DIM=kept,
+                CHOSEN=most,
+                TILE=TILE,
+                BLOCK=cache.block,
+                **given,
+                **starts_early(query),
+                **BY_HAND,
+            )
+            merge_kernel[(groups, batch)](
+                partial, lse, output, whole_lse, cache.lengths, splits, count * TILE, **merging, **starts_early(query)
+            )
         if mass is not None:
             mass_kernel[(-(-count * TILE // 1024), groups, batch)](
                 scores, whole_lse, cache.lengths, mass, count * TILE, GROUP=heads // groups, BLOCK=1024
@@ -149,6 +212,19 @@ def splits_and_warps(rows: int, tiles: int, query: Tensor) -> tuple[int, int]:
     if at_once >= LEAST_SPLITS or at_once == tiles:
         return at_once, FEW_WARPS if query.element_size() == 2 else WARPS
     return max(1, min(-(-tiles // TILES_EACH), MOST_SPLITS)), WARPS
+
+
+def is_by_hand(query: Tensor, cache: TiledCache) -> bool:
+    """Whether tiles are those of the kernel with registers placed by hand: where they are worth three launches."""
+    heads, (batch, groups, _, value_dim, _) = query.shape[1], cache.shape
+    fits = heads // groups <= BY_HAND_GROUP and value_dim in BY_HAND_VALUES
+    return cache.rounding is not None and query.is_cuda and fits and batch * groups * cache.count >= BY_HAND_TILES
+
+
+def splits_by_hand(rows: int, tiles: int) -> int:
+    """Programs of one warp for the tiles of each of `rows` sequences and heads."""
+    each = next(each for least, each in BY_HAND_EACH if rows * tiles >= least)
+    return min(-(-tiles // each), MOST_BY_HAND)
 
 
 def _check(
@@ -171,8 +247,9 @@ def _check(
         )
     if not (0 <= sink <= TILE and 0 <= recent <= TILE):
         raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
-    if splits is not None and not 1 <= splits <= MOST_SPLITS:
-        raise AquaError(f"splits is {splits}: it must be 1 to {MOST_SPLITS}, or None")
+    most = MOST_BY_HAND if is_by_hand(query, cache) else MOST_SPLITS
+    if splits is not None and not 1 <= splits <= most:
+        raise AquaError(f"splits is {splits}: it must be 1 to {most}, or None")
     if chosen is not None:
         chosen.check(batch, groups, kept)
     if mass is not None:

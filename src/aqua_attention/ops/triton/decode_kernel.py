@@ -46,6 +46,7 @@ def decode_kernel(
     row_stride,
     group_stride,
     block_stride,
+    others,
     APPENDED: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -63,12 +64,22 @@ def decode_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPECIAL: tl.constexpr,
+    ALONE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One part of the tokens of a sequence and key-value head; the last to end merges all."""
+    """One part of the tokens of a sequence and key-value head; the last to end merges all.
+
+    Args:
+        others: parts that another kernel does, which starts as soon as these have, and others merge; 0 where this one
+            is ALONE.
+    """
+    if EARLY and not ALONE:
+        # The other kernel does not wait for what this one writes, but for what the one before has written.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    splits, groups = tl.num_programs(0), tl.num_programs(1)
+    splits, groups = tl.num_programs(0) + others, tl.num_programs(1)
     # Past the cache of this processor, where an earlier step's may lie.
     length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
     done = tl.maximum((length - 1) // TILE - 1, 0)
@@ -126,7 +137,7 @@ def decode_kernel(
             APPENDED,
             EARLY,
         )
-    else:
+    elif ALONE:
         each = tl.cdiv(tl.maximum(done - 1, 0), splits - SPECIAL)
         begin = 1 + (split - SPECIAL) * each
         end = tl.minimum(begin + each, done)
@@ -203,28 +214,70 @@ def decode_kernel(
                 ASSEMBLY,
             )
 
-    tl.debug_barrier()  # the whole program has written before it says so
-    if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
-        tl.store(arrived_ptr + row * (groups + 1) + group, 0)
-        _merge(
-            partial_ptr,
-            lse_ptr,
-            output_ptr,
-            whole_lse_ptr,
-            splits,
-            first_head,
-            GROUP,
-            GROUP_PADDED,
-            VALUE_DIM,
-            VALUE_PADDED,
-            SPLITS_PADDED,
-            MERGED,
-        )
-        if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
-            if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
-                # All programs of this sequence have read its length.
-                tl.store(arrived_ptr + row * (groups + 1) + groups, 0)
-                tl.store(lengths_ptr + row, length)
+    if ALONE:
+        tl.debug_barrier()  # the whole program has written before it says so
+        if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
+            tl.store(arrived_ptr + row * (groups + 1) + group, 0)
+            _merge(
+                partial_ptr,
+                lse_ptr,
+                output_ptr,
+                whole_lse_ptr,
+                splits,
+                first_head,
+                GROUP,
+                GROUP_PADDED,
+                VALUE_DIM,
+                VALUE_PADDED,
+                SPLITS_PADDED,
+                MERGED,
+            )
+            if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
+                if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
+                    # All programs of this sequence have read its length.
+                    tl.store(arrived_ptr + row * (groups + 1) + groups, 0)
+                    tl.store(lengths_ptr + row, length)
+
+
+@triton.jit
+def merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    output_ptr,
+    whole_lse_ptr,
+    lengths_ptr,
+    splits,
+    longest,
+    APPENDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    MERGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """What the last program of `decode_kernel` does, where parts come from two kernels."""
+    group, row = tl.program_id(0), tl.program_id(1)
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    _merge(
+        partial_ptr,
+        lse_ptr,
+        output_ptr,
+        whole_lse_ptr,
+        splits,
+        (row * tl.num_programs(0) + group).to(tl.int64) * GROUP,
+        GROUP,
+        GROUP_PADDED,
+        VALUE_DIM,
+        VALUE_PADDED,
+        SPLITS_PADDED,
+        MERGED,
+    )
+    if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
+        if group == 0:
+            tl.store(lengths_ptr + row, tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + 1, longest))
 
 
 @triton.jit

@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
+"""Decoding over tiles of 8-bit codes where every register is placed by hand, in Gluon, Triton's lower language.
+
+`decode_int8` leaves it to the compiler how a code gets to the tensor cores: through shared memory, twice. But codes can
+be read from memory as one warp's operands want them: of a block of 16 rows (dimensions of keys, tokens of values) a
+lane reads two pairs of rows and 16 codes of each, and a pair of words becomes operands by moving bytes. Which code is
+which row of the product does not matter as long as it is known: row m is code `width / 8 * (m % 8) + m // 8`.
+
+A program is one warp, so that nothing waits for anything but memory, and reads blocks of rows two ahead.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+HEADS = gl.constexpr(8)
+"""Heads of a group that one product holds."""
+AHEAD = gl.constexpr(2)
+"""Blocks of rows on their way."""
+VALUE_UNIT = gl.constexpr(256.0)
+"""As in `decode_int8`."""
+MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
+RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
+STEPS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [], [], [8, 16]
+    )
+)
+"""Of the steps of a tile's tokens, [8, 16]: the 16 in a row that a lane's scores are of."""
+
+
+@gluon.constexpr_function
+def words_layout(words):
+    """Of 16 rows of so many words (32 or 16) of four codes: lane 4g + t has rows 2t, 2t + 1, 2t + 8 and 2t + 9, and an
+    eighth of each, words in a row.
+    """
+    each = words // 8
+    in_row = [[0, 1 << bit] for bit in range(each.bit_length() - 1)]
+    lanes = [[2, 0], [4, 0], [0, each], [0, 2 * each], [0, 4 * each]]
+    return gl.DistributedLinearLayout([*in_row, [1, 0], [8, 0]], lanes, [], [], [16, words])
+
+
+@gluon.jit
+def left_operand(words, WORDS: gl.constexpr):
+    """Words [16, WORDS] of four codes as numbers in float16, 128 as zero, [4 * WORDS, 16]; rows as said above."""
+    even, odd = gl.split(gl.permute(gl.reshape(words, [8, 2, WORDS]), (0, 2, 1)))
+    # Bytes of two rows beside each other, then each as the low bits of 1024.
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 zero, low, high, first, second, third, fourth;
+        mov.b32 zero, 0x64806480;
+        prmt.b32 low, $8, $9, 0x5140;
+        prmt.b32 high, $8, $9, 0x7362;
+        prmt.b32 first, low, 0x64646464, 0x4140;
+        prmt.b32 second, low, 0x64646464, 0x4342;
+        prmt.b32 third, high, 0x64646464, 0x4140;
+        prmt.b32 fourth, high, 0x64646464, 0x4342;
+        sub.f16x2 first, first, zero;
+        sub.f16x2 second, second, zero;
+        sub.f16x2 third, third, zero;
+        sub.f16x2 fourth, fourth, zero;
+        mov.b32 {$0, $1}, first;
+        mov.b32 {$2, $3}, second;
+        mov.b32 {$4, $5}, third;
+        mov.b32 {$6, $7}, fourth;
+        }
+        """,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [even, odd],
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
+        is_pure=True,
+        pack=1,
+    )
+    codes = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    # [pair of rows, eighth, word of it, row of the pair, bit 0 of the code's place in its word, bit 1]
+    codes = gl.permute(gl.reshape(codes, [8, 8, WORDS // 8, 2, 2, 2]), (2, 5, 4, 1, 0, 3))
+    return gl.convert_layout(gl.reshape(codes, [4 * WORDS, 16]), LEFT)
+
+
+@gluon.jit
+def right_operands(weights):
+    """Weights [128, 8], a result's layout, as eight right operands [16, 8]: squares of 8 x 8 are transposed."""
+    turned = gl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [weights], dtype=gl.float16, is_pure=False, pack=2
+    )
+    squares = gl.permute(gl.reshape(turned, [16, 8, HEADS]), (0, 2, 1))
+    parts = gl.permute(gl.reshape(squares, [2, 2, 2, 16, HEADS]), (3, 4, 2, 1, 0))
+    low, high = gl.split(parts)
+    low, middle = gl.split(low)
+    third, high = gl.split(high)
+    a, b = gl.split(low)
+    c, d = gl.split(middle)
+    e, f = gl.split(third)
+    g, h = gl.split(high)
+    return a, b, c, d, e, f, g, h
+
+
+@gluon.jit
+def cells_of(table_ptr, first_cell, block_stride, tile, tokens, blocks, BLOCK: gl.constexpr, TILE: gl.constexpr):
+    """The cells of some tokens of a tile, see `ops.tiled`; without pages that of the tile."""
+    if table_ptr is None:
+        cells = first_cell + tile * block_stride
+    else:
+        at = tile * (TILE // BLOCK) + tokens // BLOCK
+        cells = first_cell + gl.load(table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(gl.int64) * block_stride
+    return cells
+
+
+@gluon.jit
+def dims_of(dims_ptr, at, limit):
+    """The dimensions at these places, 0 behind the last."""
+    dims = gl.where(at < limit, at, 0)
+    if dims_ptr is not None:
+        dims = gl.load(dims_ptr + at, at < limit, 0, cache_modifier=".cg")
+    return dims
+
+
+@gluon.jit
+def decode_rounded_kernel(
+    query_ptr,
+    dims_ptr,
+    counts_ptr,
+    tiles_ptr,
+    values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
+    lengths_ptr,
+    partial_ptr,
+    lse_ptr,
+    scores_ptr,
+    scaling,
+    count,
+    blocks,
+    row_stride,
+    group_stride,
+    block_stride,
+    before,
+    APPENDED: gl.constexpr,
+    GROUP: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    CHOSEN: gl.constexpr,
+    TILE: gl.constexpr,
+    BLOCK: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """Attention of a part of the tiles of a sequence and key-value head, all but the first, with the chosen dimensions:
+    what `rounded_tiles` does. Tiles and values come as words of four codes.
+
+    With EARLY it starts while the special blocks are being computed, which began when `prepare` had ended, and ends
+    when they have. Nothing is read through the cache of the processor, where what was before may lie.
+
+    Args:
+        before: parts of each head that are others' in `partial` and `lse`.
+    """
+    KEY_WORDS: gl.constexpr = TILE // 4
+    VALUE_WORDS: gl.constexpr = VALUE_DIM // 4
+    KEYS: gl.constexpr = words_layout(KEY_WORDS)
+    VALUES: gl.constexpr = words_layout(VALUE_WORDS)
+    CHUNKS: gl.constexpr = (CHOSEN + 15) // 16
+    VALUE_CHUNKS: gl.constexpr = TILE // 16
+    split, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    if EARLY:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
+    length = gl.minimum(gl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
+    done = gl.maximum((length - 1) // TILE - 1, 0)
+    each = gl.cdiv(gl.maximum(done - 1, 0), gl.num_programs(0))
+    begin = 1 + split * each
+    end = gl.minimum(begin + each, done)
+    place = (row * gl.num_programs(1) + group).to(gl.int64)
+    first_cell = row.to(gl.int64) * row_stride + group.to(gl.int64) * group_stride
+    query_ptr += place * GROUP * DIM
+    scale_ptr += group * DIM
+    mean_ptr += group * DIM
+    if table_ptr is not None:
+        table_ptr += row * blocks
+    limit = CHOSEN
+    if dims_ptr is not None:
+        dims_ptr += place * CHOSEN
+    if counts_ptr is not None:
+        limit = gl.load(counts_ptr + place, cache_modifier=".cg")
+
+    # Scales and means of keys go into the query, which is made small enough for float16.
+    at16 = gl.arange(0, 16, gl.SliceLayout(1, RIGHT))
+    head = gl.arange(0, HEADS, gl.SliceLayout(0, RIGHT))
+    peak = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
+    mean = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
+    wide = ()
+    for chunk in gl.static_range(CHUNKS):
+        at = chunk * 16 + at16
+        dims = dims_of(dims_ptr, at, limit)
+        there = (head < GROUP)[None, :] & (at < limit)[:, None]
+        query = gl.load(query_ptr + head[None, :] * DIM + dims[:, None], there, 0.0, cache_modifier=".cg").to(
+            gl.float32
+        )
+        mean += gl.sum(query * gl.load(mean_ptr + dims)[:, None], 0)
+        query *= gl.load(scale_ptr + dims)[:, None]
+        peak = gl.maximum(peak, gl.max(gl.abs(query), 0))
+        wide = wide + (query,)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
+    peak = gl.where(peak > 0, peak, 1.0)
+    queries = ()
+    for chunk in gl.static_range(CHUNKS):
+        queries = queries + ((wide[chunk] / peak[None, :]).to(gl.float16),)  # noqa: RUF005
+    unit = gl.convert_layout(peak * scaling, gl.SliceLayout(0, MMA))
+    mean = gl.convert_layout(mean * scaling, gl.SliceLayout(0, MMA))
+
+    key_row = gl.arange(0, 16, gl.SliceLayout(1, KEYS))
+    key_word = gl.arange(0, KEY_WORDS, gl.SliceLayout(0, KEYS))
+    value_row = gl.arange(0, 16, gl.SliceLayout(1, VALUES))
+    value_word = gl.arange(0, VALUE_WORDS, gl.SliceLayout(0, VALUES))
+    # Tokens of the rows of a block of values, less what is the same in all of them: those of the rows of the weights.
+    value_token = TILE // 8 * (value_row % 8) + value_row // 8
+    sixteen = gl.arange(0, 8, gl.SliceLayout(1, STEPS)) * 16
+    of_sixteen = gl.arange(0, 16, gl.SliceLayout(0, STEPS))
+    largest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
+    total = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, MMA))
+    output = gl.full([VALUE_DIM, HEADS], 0.0, gl.float32, MMA)
+    key_at = ()
+    wanted = ()
+    for chunk in gl.static_range(CHUNKS):
+        dims = dims_of(dims_ptr, chunk * 16 + key_row, limit)
+        key_at = key_at + (dims[:, None] * (BLOCK // 4) + (key_word % (BLOCK // 4))[None, :],)  # noqa: RUF005
+        wanted = wanted + ((chunk * 16 + key_row < limit)[:, None] & (key_word >= 0)[None, :],)  # noqa: RUF005
+    value_at = (value_token % BLOCK)[:, None] * VALUE_WORDS + value_word[None, :]
+    if begin < end:
+        key_cells = cells_of(table_ptr, first_cell, block_stride, begin, key_word * 4, blocks, BLOCK, TILE)
+        value_cells = cells_of(table_ptr, first_cell, block_stride, begin, value_token, blocks, BLOCK, TILE)
+        step_cells = cells_of(table_ptr, first_cell, block_stride, begin, sixteen, blocks, BLOCK, TILE)
+        keys_ptr = of_words(tiles_ptr, key_cells, table_ptr, DIM * BLOCK // 4)
+        next_values_ptr = of_tokens(values_ptr, value_cells, table_ptr, BLOCK * VALUE_WORDS)
+        waiting = ()
+        for chunk in gl.static_range(AHEAD):
+            if chunk < CHUNKS:
+                loaded = load_keys(keys_ptr, key_at[chunk], wanted[chunk], counts_ptr)
+            else:
+                loaded = load_values(next_values_ptr, value_at, chunk - CHUNKS, VALUE_WORDS)
+            waiting = waiting + (loaded,)  # noqa: RUF005
+        for tile in range(begin, end):
+            now_values_ptr = next_values_ptr
+            steps_at = (sixteen % BLOCK)[:, None] + of_sixteen[None, :]
+            key_steps = gl.load(of_tokens(key_steps_ptr, step_cells, table_ptr, BLOCK) + steps_at, cache_modifier=".cg")
+            value_steps = gl.load(
+                of_tokens(value_steps_ptr, step_cells, table_ptr, BLOCK) + steps_at, cache_modifier=".cg"
+            )
+            # Looked up early: the last blocks of a tile are waited for while the first of the next are asked for.
+            after = gl.minimum(tile + 1, end - 1)
+            key_cells = cells_of(table_ptr, first_cell, block_stride, after, key_word * 4, blocks, BLOCK, TILE)
+            value_cells = cells_of(table_ptr, first_cell, block_stride, after, value_token, blocks, BLOCK, TILE)
+            step_cells = cells_of(table_ptr, first_cell, block_stride, after, sixteen, blocks, BLOCK, TILE)
+            next_values_ptr = of_tokens(values_ptr, value_cells, table_ptr, BLOCK * VALUE_WORDS)
+            scores = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
+            for chunk in gl.static_range(CHUNKS):
+                words = waiting[0]
+                if chunk + AHEAD < CHUNKS:
+                    loaded = load_keys(keys_ptr, key_at[chunk + AHEAD], wanted[chunk + AHEAD], counts_ptr)
+                else:
+                    loaded = load_values(now_values_ptr, value_at, chunk + AHEAD - CHUNKS, VALUE_WORDS)
+                waiting = waiting[1:] + (loaded,)  # noqa: RUF005
+                scores = mma_v2(left_operand(words, KEY_WORDS), queries[chunk], scores)
+            scores = scores * (of_rows(key_steps)[:, None] * unit[None, :]) + mean[None, :]
+            if scores_ptr is not None:
+                rows = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
+                heads = gl.arange(0, HEADS, gl.SliceLayout(0, MMA))
+                scores_at = (place * GROUP + heads)[None, :] * (count * TILE) + (
+                    tile * TILE + TILE // 8 * (rows % 8) + rows // 8
+                )[:, None]
+                gl.store(scores_ptr + scores_at, scores, (heads < GROUP)[None, :] & (rows >= 0)[:, None])
+            now = gl.maximum(largest, gl.max(scores, 0))
+            weights = gl.exp2(scores - now[None, :])
+            shrink = gl.exp2(largest - now)
+            total = total * shrink + gl.sum(weights, 0)
+            largest = now
+            output = output * shrink[None, :]
+            parts = right_operands((weights * (of_rows(value_steps) * VALUE_UNIT)[:, None]).to(gl.float16))
+            keys_ptr = of_words(tiles_ptr, key_cells, table_ptr, DIM * BLOCK // 4)
+            for chunk in gl.static_range(VALUE_CHUNKS):
+                words = waiting[0]
+                if chunk + AHEAD < VALUE_CHUNKS:
+                    loaded = load_values(now_values_ptr, value_at, chunk + AHEAD, VALUE_WORDS)
+                elif chunk + AHEAD < VALUE_CHUNKS + CHUNKS:
+                    loaded = load_keys(
+                        keys_ptr,
+                        key_at[chunk + AHEAD - VALUE_CHUNKS],
+                        wanted[chunk + AHEAD - VALUE_CHUNKS],
+                        counts_ptr,
+                    )
+                else:
+                    loaded = load_values(next_values_ptr, value_at, chunk + AHEAD - VALUE_CHUNKS - CHUNKS, VALUE_WORDS)
+                waiting = waiting[1:] + (loaded,)  # noqa: RUF005
+                output = mma_v2(left_operand(words, VALUE_WORDS), gl.convert_layout(parts[chunk], RIGHT), output)
+
+    rows = gl.arange(0, VALUE_DIM, gl.SliceLayout(1, MMA))
+    column = VALUE_DIM // 8 * (rows % 8) + rows // 8
+    heads = gl.arange(0, HEADS, gl.SliceLayout(0, MMA))
+    at = (place * GROUP + heads) * (before + gl.num_programs(0)) + before + split
+    output = output / gl.where(total > 0, total * VALUE_UNIT, 1.0)[None, :]
+    there = (heads < GROUP)[None, :] & (column >= 0)[:, None]
+    gl.store(partial_ptr + at[None, :] * VALUE_DIM + column[:, None], output, there)
+    gl.store(lse_ptr + at, largest + gl.log2(total), heads < GROUP)
+    if EARLY:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def load_keys(keys_ptr, at, wanted, counts_ptr):
+    """Rows of 16 dimensions of a tile; of those that do not count, with `counts`, nothing is read."""
+    if counts_ptr is None:
+        words = gl.load(keys_ptr + at, cache_modifier=".cg")
+    else:
+        words = gl.load(keys_ptr + at, wanted, 0, cache_modifier=".cg")
+    return words
+
+
+@gluon.jit
+def load_values(values_ptr, at, chunk: gl.constexpr, WORDS: gl.constexpr):
+    """Rows of 16 tokens of a tile."""
+    return gl.load(values_ptr + (at + chunk * (2 * WORDS)), cache_modifier=".cg")
+
+
+@gluon.jit
+def of_words(pointer, cells, table_ptr, SIZE: gl.constexpr):
+    """Where the cell of each word of a row begins, or the cell of all."""
+    if table_ptr is None:  # noqa: SIM108 (known when compiling)
+        pointers = pointer + cells * SIZE
+    else:
+        # A hint: a lane's words lie together.
+        pointers = pointer + gl.max_constancy(cells * SIZE, 4)[None, :]
+    return pointers
+
+
+@gluon.jit
+def of_tokens(pointer, cells, table_ptr, SIZE: gl.constexpr):
+    """Where the cell of each row begins, or the cell of all."""
+    if table_ptr is None:  # noqa: SIM108 (known when compiling)
+        pointers = pointer + cells * SIZE
+    else:
+        pointers = pointer + (cells * SIZE)[:, None]
+    return pointers
+
+
+@gluon.jit
+def of_rows(steps):
+    """Steps of the tokens of a tile, [8, 16], for the rows of its scores, [128]."""
+    rows = gl.reshape(gl.permute(steps, (1, 0)), [128])
+    return gl.convert_layout(rows, gl.SliceLayout(1, MMA)).to(gl.float32)
