@@ -122,6 +122,7 @@ def test_to_dict_holds_every_field_and_survives_json():
         "bits": None,
         "h2o_ratio": 1.0,
         "h2o_queries": None,
+        "min_length": 0,
     }
     assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
