@@ -89,8 +89,8 @@ def check_detached(model: PreTrainedModel) -> None:
 def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., Tensor | None]:
     """A mask function for transformers: None where causal order says it all, else boolean, or codes.
 
-    The window, and which queries are short, are laid down here because only here are positions, padding and cache offsets
-    known together. Where a query sees all tokens of its sequence so far, what it sees says whether it is short.
+    The window, and which queries are short, are laid down here because only here are positions, padding and cache
+    offsets known together. Where a query sees all tokens of its sequence so far, their number says whether it is short.
     """
 
     def build(

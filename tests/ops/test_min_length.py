@@ -200,9 +200,7 @@ def test_decoding_kernels_switch_at_the_length(name, lengths, above, choice, win
     config = aqua.AquaConfig(share="group", sink=window[0], recent=window[1], min_length=min_length, **choice)
     (rotation, _), room = layer(groups, kept, kept, seed), max(lengths) + steps
     keys, values = (random(2, groups, room, kept, seed=seed + n, dtype=dtype) for n in (2, 3))
-    cache = TiledCache(
-        2, groups, kept, kept, room, dtype, DEVICE, **options_of(name, groups, kept, room, 2, seed)
-    )
+    cache = TiledCache(2, groups, kept, kept, room, dtype, DEVICE, **options_of(name, groups, kept, room, 2, seed))
     cache.fill(rotate(keys, rotation), values, torch.tensor(lengths))
     rows, rms = torch.arange(2, device=DEVICE), layer(groups, kept, kept, 7)[1]
     for step in range(steps):

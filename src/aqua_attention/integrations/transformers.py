@@ -21,6 +21,7 @@ from aqua_attention.capture import AttentionLayer, attention_layers, innermost_d
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, check_detached, install, mask_builder
+from aqua_attention.machine import Shape, resolved
 from aqua_attention.ops.api import attend, attention, rotate
 from aqua_attention.ops.mask import short_queries
 from aqua_attention.ops.select import select_dimensions
@@ -50,7 +51,7 @@ class Attachment:
     its keys are rotated at each step.
 
     Attributes:
-        model, projections, config: as given.
+        model, projections, config: as given, but a `min_length` of "auto" is a number.
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
     """
@@ -59,11 +60,13 @@ class Attachment:
         """Check that everything fits; the model is not changed before `attach`.
 
         Raises:
-            AquaError: the model cannot take AQUA, or the projections are not for it.
+            AquaError: the model cannot take AQUA, the projections are not for it, or `min_length` is "auto" and nothing
+                is known of this machine.
         """
-        self.model, self.projections, self.config = model, projections, config
+        self.model, self.projections = model, projections
         self.on_selection: SelectionObserver | None = None
         self._found = attention_layers(model)
+        self.config = config = resolved(config, [_shape(layer, model.dtype) for layer in self._found])
         self._key_weights = projections.check_model(model, self._found)
         for layer in self._found:
             config.kept_dims(layer.head_dim)
@@ -361,6 +364,10 @@ class Attachment:
         if needs and (key.shape[2] > queries or spec.eviction):
             raise AquaError(f"{needs} needs a cache that AQUA has filled from its first token: start with a new one")
         return (key, value) if is_sliding else spec.rounded(key, value)
+
+
+def _shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
+    return Shape(layer.device, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, dtype)
 
 
 def _is_captured() -> bool:

@@ -51,8 +51,8 @@ def attend(
         key: rotated, [batch, num_key_value_heads, keys, kept]; value: [batch, num_key_value_heads, keys, value_dim].
         rotation: float32 [num_key_value_heads, head_dim, kept].
         key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`.
-        config: the selection, the exact window, and from which length on there is a selection (`min_length`; uint8 masks
-            carry window and lengths already).
+        config: the selection, the exact window, and from which length on there is a selection (`min_length`); uint8
+            masks carry window and lengths already.
         mask: see `ops.mask`; None is causal with the queries at the end of the keys.
         scaling: factor of the scores; default 1/sqrt(head_dim).
         softcap, s_aux: see `ops.reference.attention_reference`.

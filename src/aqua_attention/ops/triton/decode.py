@@ -59,8 +59,8 @@ def decode(
             GPU that starts kernels early `prepare` must be the kernel just before this one.
         mass: float32 [batch, num_key_value_heads, cache.count * TILE]; gets the attention that each token was
             given, summed over the heads of its group, and zero behind a sequence's end.
-        min_length: sequences of fewer tokens, the new one included, multiply every dimension, whatever `chosen.dims` says;
-            `chosen.mask` must say so too, as that of `prepare` does. Where there are `counts`, these decide instead.
+        min_length: sequences of fewer tokens, the new one included, multiply every dimension, whatever `chosen.dims`
+            says; `chosen.mask` must say so too, as that of `prepare` does. Where there are `counts`, these decide.
 
     Returns:
         [batch, num_attention_heads, value_dim] in the dtype of the cache.

@@ -266,7 +266,7 @@ def _tiles(
 ):
     """Attention to the tiles from `begin` to before `end`, with the chosen dimensions.
 
-    Where there is a `min_length`, a loop for short sequences stands before that for others, and one of the two is empty.
+    Where there is a `min_length`, a loop for short sequences stands before that for others, and one of them is empty.
     """
     tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, DIM_PADDED)
     column = columns < VALUE_DIM

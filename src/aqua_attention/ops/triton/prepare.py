@@ -55,8 +55,8 @@ def prepare(
 
     Returns:
         Rotated queries [batch, num_attention_heads, kept], and what `decode` multiplies: None where every dimension
-        counts; `dims` are in the order of the selection. Where a sequence is shorter than `min_length`, `mask` says that
-        all are chosen, and so do `dims` where they have `counts`; where they have none, `decode` must be told.
+        counts; `dims` are in the order of the selection. Where a sequence is shorter than `min_length`, `mask` says
+        that all are chosen, and so do `dims` where they have `counts`; where they have none, `decode` must be told.
 
     Raises:
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
@@ -274,14 +274,16 @@ def _prepare(
                 behind = tl.sum(tl.where(ahead, 0.0, variance[:, None]), 0)
                 few = behind <= logit_error
                 chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
+            written = chosen > 0
             if min_length is not None:
                 # As many tokens as `decode` will count, the new one too.
                 is_short = tl.minimum(position + 1, tiles * TILE) < min_length
                 chosen = tl.where(is_short & column, 1, chosen)
+                written = (chosen > 0) & (rank < PLACES)
             if counts_ptr is not None:
                 tl.store(counts_ptr + place, tl.sum(chosen, 0))
             tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
-            tl.store(dims_ptr + place * PLACES + rank, narrow, (chosen > 0) & (rank < PLACES))
+            tl.store(dims_ptr + place * PLACES + rank, narrow, written)
 
 
 @triton.jit
