@@ -155,6 +155,45 @@ def test_bench_decode_needs_a_gpu_and_a_size(aqua):
         assert (code, words in err.replace("\n", " ")) == (2, True)
 
 
+def test_bench_breakeven_measures_a_processor_and_min_length_auto_reads_it(
+    aqua, projections_file, tiny_folder, text_file, tmp_path, monkeypatch
+):
+    from aqua_attention.bench import decode_cpu
+    from aqua_attention.ops.cpu.build import no_kernel_reason
+
+    if reason := no_kernel_reason():
+        pytest.skip(reason)
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(decode_cpu, "SECONDS", 0.01)
+    shape = ("--device", "cpu", "--heads", 4, "--groups", 2, "--head-dim", 16)
+    evaluate = ("eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64)
+    evaluate += ("--tokens", 64, "--k-ratio", 0.25, "--min-length", "auto", "--device", "cpu")
+    code, _, err = aqua(*evaluate)
+    assert (code, "aqua bench breakeven --device cpu --heads 4 --groups 2 --head-dim 16" in err.replace("\n", " ")) == (
+        2,
+        True,
+    )
+    code, out, err = aqua("bench", "breakeven", *shape, "--lengths", "64..256", "--json", tmp_path / "b.json")
+    assert code == 0, err
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert [row["length"] for row in result["rows"]] == [64, 128, 256]
+    assert [row["k_ratio"] for row in result["breakeven"]] == [0.75, 0.5]
+    assert "the paper's" in out and f"wrote {result['profile']}" in out.replace("\n", "")
+    code, out, err = aqua(*evaluate)
+    assert code == 0, err
+    code, out, err = aqua(*evaluate[:-3], 9, "--device", "cpu")
+    assert code == 0, err
+    assert "min_length 9" in out
+    for arguments, words in (
+        (["--device", "tpux"], "device is 'tpux': it must be cpu, cuda or cuda:NUMBER"),
+        (["--device", "cpu", "--dtype", "float16"], "dtype 'float16': it must be cpu with float32 or bfloat16"),
+        (["--lengths", "64"], "it must be FIRST..LAST"),
+        (["--k-ratio", "1"], "each must leave out some dimensions"),
+    ):
+        code, _, err = aqua("bench", "breakeven", "--device", "cpu", *arguments)
+        assert (code, words in err.replace("\n", " ")) == (2, True), err
+
+
 def test_eval_retention_prints_and_writes_every_selection(aqua, projections_file, tiny_folder, text_file, tmp_path):
     code, out, err = aqua(
         *("eval", "retention", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64),

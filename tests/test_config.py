@@ -19,6 +19,7 @@ BAD_VALUES = [
     *(("share", value, "one of head, group") for value in ("layer", "Head", None)),
     *(("sink", value, "a whole number of tokens, 0 or more") for value in (-1, 2.5, 4.0, True, "4", None)),
     *(("recent", value, "a whole number of tokens, 0 or more") for value in (-1, 2.5, False, math.inf)),
+    *(("min_length", value, 'a whole number of tokens, 0 or more, or "auto"') for value in (-1, 2.5, True, "no", None)),
 ]
 
 
@@ -41,6 +42,8 @@ def test_a_bad_value_is_refused_naming_field_value_and_range(field, value, allow
         ("share", "group"),
         ("sink", 0),
         ("recent", 100_000),
+        ("min_length", 100_000),
+        ("min_length", "auto"),
     ],
 )
 def test_the_ends_of_each_range_are_taken(field, value):
@@ -122,6 +125,7 @@ def test_to_dict_holds_every_field_and_survives_json():
         "bits": None,
         "h2o_ratio": 1.0,
         "h2o_queries": None,
+        "min_length": 0,
     }
     assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
@@ -130,3 +134,9 @@ def test_to_dict_holds_every_field_and_survives_json():
 def test_a_bad_logit_error_is_refused(value):
     with pytest.raises(AquaError, match=r"logit_error is .*: it must be a number, 0 or more, or None"):
         AquaConfig(logit_error=value)
+
+
+def test_a_threshold_is_a_number_and_auto_is_none_yet():
+    assert (AquaConfig().threshold, AquaConfig(min_length=7).threshold) == (0, 7)
+    with pytest.raises(AquaError, match='min_length is "auto": only `apply` looks it up'):
+        _ = AquaConfig(min_length="auto").threshold

@@ -19,6 +19,7 @@ ORDER = [
     "files",
     "storage",
     "config",
+    "machine",
     "ops",
     "interface",
     "capture",

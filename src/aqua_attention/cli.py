@@ -23,6 +23,7 @@ from aqua_attention.cli_options import (
     H2ORatio,
     Json,
     LogitError,
+    MinLength,
     Model,
     ProjectionsFile,
     Recent,
@@ -187,6 +188,7 @@ def generate(
     bits: Bits = None,
     h2o_ratio: H2ORatio = 1.0,
     h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -200,7 +202,9 @@ def generate(
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --compare`
     """
-    config = aqua_config(k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+    config = aqua_config(
+        k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
+    )
     check_writable(json)
     from aqua_attention.files import write_json
     from aqua_attention.generation import continue_prompt
@@ -215,10 +219,11 @@ def generate(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, attachment=attachment, chat=chat
         ).text
 
-    result: dict[str, Any] = {"prompt": prompt, "setting": config.to_dict()}
+    attachment = apply(loaded, learned, config)
+    result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
     if compare:
         result["dense"] = run(None)
-    result["aqua"] = run(apply(loaded, learned, config))
+    result["aqua"] = run(attachment)
     if json:
         write_json(json, result)
     if compare:

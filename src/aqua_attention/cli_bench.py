@@ -30,6 +30,7 @@ SIZES = ["32x32768", "8x131072"]
 K_RATIOS = [1.0, 0.75, 0.5, 0.25]
 GENERATE_SIZES = ["1x4096", "1x32768", "8x32768"]
 GENERATE_K_RATIOS = [1.0, 0.5]
+BREAKEVEN_K_RATIOS = [0.75, 0.5]
 
 benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
 
@@ -181,3 +182,57 @@ def generate(
         print_table(generate_table(results[-1]))
     if json:
         write_json(json, {"results": results})
+
+
+@benchmarks.command()
+def breakeven(
+    device: Device = None,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 32,
+    groups: Annotated[int, typer.Option(help="Key-value heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 128,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (default: the first)."),
+    ] = None,
+    k_ratio: KRatios = BREAKEVEN_K_RATIOS,
+    lengths: Annotated[str | None, typer.Option(help="FIRST..LAST tokens, doubled (default: 64..65536).")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Lengths up to 4096 only.")] = False,
+    sink: Sink = 4,
+    recent: Recent = 64,
+    json: Json = None,
+) -> None:
+    """From which length on choosing dimensions is faster than using all: checked, timed, kept for min_length="auto".
+
+    Example: `aqua bench breakeven --device cpu --heads 9 --groups 3 --head-dim 64 --k-ratio 0.75 --k-ratio 0.5 --quick`
+    """
+    check_writable(json)
+    import torch
+
+    from aqua_attention.bench.breakeven import DTYPES, LENGTHS, QUICK_LENGTHS, measure_breakeven, read_lengths
+    from aqua_attention.files import write_json
+    from aqua_attention.machine import Shape
+    from aqua_attention.tables import breakeven_tables
+
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise AquaError(f"device is {device!r}: it must be cpu, cuda or cuda:NUMBER") from error
+    names = DTYPES.get(where.type, ())
+    if not names or (dtype is not None and dtype not in names):
+        given = " and ".join(filter(None, (f"device is {where.type!r}", dtype and f"dtype {dtype!r}")))
+        raise AquaError(f"{given}: it must be cpu with float32 or bfloat16, or cuda with bfloat16 or float16")
+    shape = Shape(where, heads, groups, head_dim, getattr(torch, dtype or names[0]))
+    with progress_bars() as report:
+        result = measure_breakeven(
+            shape,
+            k_ratios=tuple(dict.fromkeys(k_ratio)),
+            lengths=read_lengths(lengths or (QUICK_LENGTHS if quick else LENGTHS)),
+            sink=sink,
+            recent=recent,
+            progress=lambda done, total: report("lengths", done, total),
+        )
+    if json:
+        write_json(json, result)
+    for table in breakeven_tables(result):
+        print_table(table)
+    typer.echo(f"wrote {result['profile']}")

@@ -22,6 +22,7 @@ from aqua_attention.cli_options import (
     Json,
     KRatios,
     LogitError,
+    MinLength,
     Model,
     ProjectionsFile,
     Recent,
@@ -66,6 +67,7 @@ def perplexity(
     bits: Bits = None,
     h2o_ratio: H2ORatio = 1.0,
     h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
     basis: Basis = "aqua",
     context: Context = 2048,
     tokens: Annotated[int, typer.Option(help="How many tokens to evaluate, from the start of the text.")] = 8192,
@@ -80,7 +82,9 @@ def perplexity(
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
     configs = [
-        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+        aqua_config(
+            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
+        )
         for ratio in k_ratio
     ]
     check_writable(json)
@@ -180,6 +184,7 @@ def lines(
     bits: Bits = None,
     h2o_ratio: H2ORatio = 1.0,
     h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
     basis: Basis = "aqua",
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -194,7 +199,9 @@ def lines(
     --selection weighted --sink 4 --recent 64 --json lines.json`
     """
     configs = [
-        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+        aqua_config(
+            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
+        )
         for ratio in k_ratio
     ]
     check_writable(json)
@@ -237,6 +244,7 @@ def needle(
     bits: Bits = None,
     h2o_ratio: H2ORatio = 1.0,
     h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
     basis: Basis = "aqua",
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -251,7 +259,9 @@ def needle(
     --selection weighted --sink 4 --recent 64 --json needle.json`
     """
     configs = [
-        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+        aqua_config(
+            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
+        )
         for ratio in k_ratio
     ]
     check_writable(json)

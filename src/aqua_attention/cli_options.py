@@ -40,6 +40,9 @@ H2ORatio = Annotated[float, typer.Option("--h2o-ratio", help="Share of the token
 H2OQueries = Annotated[
     int | None, typer.Option("--h2o-queries", help="Only the last so many queries say which (default: all, H2O).")
 ]
+MinLength = Annotated[
+    str, typer.Option(help="Queries that see fewer tokens multiply every dimension; auto: see `aqua bench breakeven`.")
+]
 Basis = Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")]
 Chat = Annotated[bool, typer.Option(help="Use the model's chat template.")]
 
@@ -55,11 +58,14 @@ def aqua_config(
     bits: int | None,
     h2o_ratio: float,
     h2o_queries: int | None,
+    min_length: str,
 ) -> AquaConfig:
     """The configuration that the options name."""
     from aqua_attention.config import AquaConfig
 
-    return AquaConfig(k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+    knobs = k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries
+    # What is no number is refused there, but for "auto".
+    return AquaConfig(*knobs, int(min_length) if min_length.isdecimal() else min_length)  # type: ignore[arg-type]
 
 
 def load_model(

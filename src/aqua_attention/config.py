@@ -6,13 +6,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from aqua_attention.errors import AquaError
 
 SELECTIONS = ("magnitude", "weighted", "static")
 SHARES = ("head", "group")
 BITS = (None, 8, 4)
+AUTO = "auto"
+"""A `min_length` that `apply` reads from the machine's profile."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class AquaConfig:
             always stay. 1 keeps all.
         h2o_queries: only the last so many queries say which tokens stay, as in SnapKV; None: all so far, as in H2O. In
             decoding the attention of earlier ones fades, by one part in so many for each new token.
+        min_length: a query that sees fewer tokens of its sequence, its own included and padding not, multiplies every
+            stored dimension: below it, choosing costs more than it saves. In a sliding-window layer all tokens so far
+            count. "auto": `apply` takes the number from what `aqua bench breakeven` measured on this machine for decoding.
 
     Sliding-window layers are never rounded and lose no tokens, whatever `bits` and `h2o_ratio` say.
 
@@ -64,6 +69,7 @@ class AquaConfig:
     bits: int | None = None
     h2o_ratio: float = 1.0
     h2o_queries: int | None = None
+    min_length: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         if not _is_number(self.k_ratio) or not 0 < self.k_ratio <= 1:
@@ -82,10 +88,13 @@ class AquaConfig:
             raise AquaError(f"h2o_ratio is {self.h2o_ratio!r}: it must be a number with 0 < h2o_ratio <= 1")
         if self.h2o_queries is not None and (type(self.h2o_queries) is not int or self.h2o_queries < 1):
             raise AquaError(f"h2o_queries is {self.h2o_queries!r}: it must be a whole number, 1 or more, or None")
-        for name in ("sink", "recent"):
-            value = getattr(self, name)
+        for name in ("sink", "recent", "min_length"):
+            value, is_length = getattr(self, name), name == "min_length"
+            if is_length and value == AUTO:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise AquaError(f"{name} is {value!r}: it must be a whole number of tokens, 0 or more")
+                other = ', or "auto"' if is_length else ""
+                raise AquaError(f"{name} is {value!r}: it must be a whole number of tokens, 0 or more{other}")
 
     def kept_dims(self, head_dim: int) -> int:
         """Number of leading rotated key dimensions that are stored, of `head_dim`."""
@@ -98,6 +107,17 @@ class AquaConfig:
         """Number k of dimensions multiplied for a query outside the exact window, by `k_ratio`."""
         # The small term keeps 0.28 * 25 = 7.000000000000001 from becoming 8.
         return max(1, math.ceil(self.k_ratio * self.kept_dims(head_dim) - 1e-9))
+
+    @property
+    def threshold(self) -> int:
+        """`min_length` as a number of tokens.
+
+        Raises:
+            AquaError: it is "auto", which only `apply` turns into a number.
+        """
+        if self.min_length == AUTO:
+            raise AquaError('min_length is "auto": only `apply` looks it up; give a number of tokens here')
+        return int(self.min_length)
 
     @property
     def effective_ratio(self) -> float | None:

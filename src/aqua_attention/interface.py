@@ -86,10 +86,11 @@ def check_detached(model: PreTrainedModel) -> None:
         raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
 
 
-def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
-    """A mask function for transformers: None where causal order says it all, else boolean, or window codes.
+def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., Tensor | None]:
+    """A mask function for transformers: None where causal order says it all, else boolean, or codes.
 
-    The window is laid down here because only here are positions, padding and cache offsets known together.
+    The window, and which queries are short, are laid down here because only here are positions, padding and cache
+    offsets known together. Where a query sees all tokens of its sequence so far, their number says whether it is short.
     """
 
     def build(
@@ -106,6 +107,10 @@ def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
         if q_length == 1 and isinstance(q_offset, Tensor):
             # A static cache, whose empty end must be hidden; transformers thinks of that only where it compiles.
             kwargs["allow_is_causal_skip"] = False
+        begins_late = isinstance(kv_offset, Tensor) or kv_offset > 0
+        needs_codes = min_length > 0 and (begins_late or kwargs.get("local_size") is not None)
+        if needs_codes and begins_late:
+            kwargs["allow_is_causal_skip"] = False
         visible: Tensor | None = sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
@@ -117,7 +122,7 @@ def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
             device=device,
             **kwargs,
         )
-        if visible is None or sink + recent == 0:
+        if visible is None or (sink + recent == 0 and not needs_codes):
             return visible
         query_positions = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
         key_positions = (torch.arange(kv_length, device=device) + kv_offset).expand(batch_size, -1)
@@ -127,7 +132,7 @@ def mask_builder(sink: int, recent: int) -> Callable[..., Tensor | None]:
             last = counted.shape[-1] - 1
             query_positions = counted.gather(-1, query_positions.clamp(max=last))
             key_positions = counted.gather(-1, key_positions.clamp(max=last))
-        return window_codes(visible, query_positions, key_positions, sink, recent)
+        return window_codes(visible, query_positions, key_positions, sink, recent, min_length)
 
     return build
 

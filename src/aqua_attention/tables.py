@@ -50,6 +50,8 @@ def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
         words.append("shared by group")
     if setting["sink"] or setting["recent"]:
         words.append(f"exact {setting['sink']} + {setting['recent']}")
+    if setting.get("min_length"):
+        words.append(f"min_length {setting['min_length']}")
     return ", ".join(words)
 
 
@@ -100,6 +102,41 @@ def decode_table(result: dict[str, Any]) -> Table:
         times = [f"{1e6 * row[key]:.1f}" for key in ("seconds", "step_seconds")]
         rows.append([name, times[0], f"{row['share']:.1%}", ratio, f"{row['ceiling']:.2f}", times[1], *step_ratios])
     return titles, rows
+
+
+def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:
+    """What `measure_breakeven` returned: a row a length, and a row a k_ratio."""
+    ratios = [row["k_ratio"] for row in result["breakeven"]]
+    titles = [
+        f"{result['device']}, {result['heads']} query and {result['groups']} key-value heads of {result['head_dim']}, "
+        f"{result['dtype']}: tokens",
+        "best dense: us",
+        "k = d: us",
+        *(f"k_ratio {ratio:g}: us (to k = d, to dense)" for ratio in ratios),
+    ]
+    rows = [
+        [
+            str(row["length"]),
+            f"{1e6 * row['dense']:.1f} ({row['dense_name']})",
+            f"{1e6 * row['whole']:.1f}",
+            *(f"{1e6 * ours:.1f} ({row['whole'] / ours:.2f}, {row['dense'] / ours:.2f})" for ours in row["aqua"]),
+        ]
+        for row in result["rows"]
+    ]
+    longest = result["rows"][-1]["length"]
+    low, high = result["lengths"][0], "64 to 1024"
+    crossings = []
+    for row in result["breakeven"]:
+        cells = []
+        for name in ("whole", "dense"):
+            never = f"not up to {longest}"
+            cells.append(never if row[name] is None else f"{'up to ' if row[name] <= low else ''}{row[name]:.0f}")
+        experiment = row["paper_experiment"]
+        cells += [f"{row['theory']:.0f}", f"{row['paper']:.0f}"]
+        cells.append("" if experiment is None else f"{experiment[0]:.2f} to {experiment[1]:.2f}")
+        crossings.append([f"{row['k_ratio']:g}", *cells])
+    heads = ["k_ratio", "faster than k = d from", "than dense from", "theory", "the paper's", f"speed, {high} tokens"]
+    return (titles, rows), (heads, crossings)
 
 
 def generate_table(result: dict[str, Any]) -> Table:

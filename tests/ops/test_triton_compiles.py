@@ -79,7 +79,7 @@ def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=
     value = torch.zeros(1, groups, value_dim, dtype=dtype)
     turned, chosen = prepare.prepare(query, key, value, cache, rotation, rms, config)
     mass = torch.zeros(1, groups, 384) if head_dim == 128 else None
-    decode.decode(turned, chosen, cache, sink=4, recent=64, appended=True, mass=mass)
+    decode.decode(turned, chosen, cache, sink=4, recent=64, appended=True, mass=mass, min_length=config.threshold)
     prompt = torch.zeros(1, heads, 300, head_dim, dtype=dtype)
     rotate.rotate_and_narrow(prompt, rotation, rms, config)
     far = torch.zeros(1, heads, 232, value_dim, dtype=dtype)
@@ -105,6 +105,16 @@ CASES = {
     "adaptive by hand": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=64, value_dim=64, "
     "logit_error=0.1, rounding=True, by_hand=True)",
     "pages": "dict(dtype=torch.float16, heads=4, groups=2, head_dim=80, kept=80, value_dim=80, k_ratio=0.5, page=64)",
+    "hybrid": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
+    "selection='weighted', min_length=200)",
+    "hybrid, float32": "dict(dtype=torch.float32, heads=2, groups=2, head_dim=128, kept=80, value_dim=128, "
+    "k_ratio=0.3, min_length=16)",
+    "hybrid, wide": "dict(dtype=torch.bfloat16, heads=8, groups=1, head_dim=256, kept=256, value_dim=256, k_ratio=0.5, "
+    "min_length=1)",
+    "hybrid, adaptive": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=64, value_dim=96, "
+    "logit_error=0.1, min_length=1000)",
+    "hybrid, int8": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, "
+    "k_ratio=0.75, rounding=True, page=32, min_length=1000)",
 }
 
 

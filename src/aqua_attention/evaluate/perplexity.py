@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import input_device
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.setting import Multiplied, Setting, attachments
+from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
 from aqua_attention.integrations.transformers import Attachment
 from aqua_attention.projections import Projections
 
@@ -67,6 +67,7 @@ def evaluate_perplexity(
         raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
     check_tokens(model, windows, context=windows.shape[1])
     runs = attachments(model, projections, settings)
+    settings = as_attached(settings, runs)
     half = windows.shape[1] // 2 if any(setting.config.h2o_ratio < 1 for setting in settings) else 0
     if half and windows.shape[1] < 4:
         raise AquaError(f"windows have {windows.shape[1]} tokens: h2o_ratio needs at least four, half of them to score")

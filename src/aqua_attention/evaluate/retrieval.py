@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration import check_tokens, position_limit
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.setting import Multiplied, Setting, attachments
+from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
 from aqua_attention.generation import continue_tokens, encode_prompt
 from aqua_attention.projections import Projections
 
@@ -82,6 +82,7 @@ def evaluate_retrieval(
             )
         check_tokens(model, prompt, context=needed)
     runs = attachments(model, projections, settings)
+    settings = as_attached(settings, runs)
     columns = [None, *(attachment for attachment, _ in runs)]
     answers: list[list[str]] = []
     same = [0] * len(runs)

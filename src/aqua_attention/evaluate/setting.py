@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,3 +67,8 @@ def attachments(
         attachment.on_selection = multiplied.count
         made.append((attachment, multiplied))
     return made
+
+
+def as_attached(settings: Sequence[Setting], runs: Sequence[tuple[Attachment, Multiplied]]) -> list[Setting]:
+    """The settings with what `apply` has made of them: a `min_length` of "auto" is a number."""
+    return [replace(setting, config=run.config) for setting, (run, _) in zip(settings, runs, strict=True)]

@@ -21,7 +21,9 @@ from aqua_attention.capture import AttentionLayer, attention_layers, innermost_d
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, check_detached, install, mask_builder
+from aqua_attention.machine import Shape, resolved
 from aqua_attention.ops.api import attend, attention, rotate
+from aqua_attention.ops.mask import short_queries
 from aqua_attention.ops.select import select_dimensions
 from aqua_attention.projections import Projections
 from aqua_attention.rotated_layer import RotatedLayer, layer_of
@@ -49,7 +51,7 @@ class Attachment:
     its keys are rotated at each step.
 
     Attributes:
-        model, projections, config: as given.
+        model, projections, config: as given, but a `min_length` of "auto" is a number.
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
     """
@@ -58,11 +60,13 @@ class Attachment:
         """Check that everything fits; the model is not changed before `attach`.
 
         Raises:
-            AquaError: the model cannot take AQUA, or the projections are not for it.
+            AquaError: the model cannot take AQUA, the projections are not for it, or `min_length` is "auto" and nothing
+                is known of this machine.
         """
-        self.model, self.projections, self.config = model, projections, config
+        self.model, self.projections = model, projections
         self.on_selection: SelectionObserver | None = None
         self._found = attention_layers(model)
+        self.config = config = resolved(config, [_shape(layer, model.dtype) for layer in self._found])
         self._key_weights = projections.check_model(model, self._found)
         for layer in self._found:
             config.kept_dims(layer.head_dim)
@@ -88,7 +92,8 @@ class Attachment:
         self._layers = {layer.module: self._attached(layer) for layer in self._found}
         self._can_tile = False
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
-        self._name, undo = install(self.model, self._attend, mask_builder(self.config.sink, self.config.recent))
+        builder = mask_builder(self.config.sink, self.config.recent, self.config.threshold)
+        self._name, undo = install(self.model, self._attend, builder)
         hook = self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._undo = [undo, hook.remove]
         return self
@@ -288,9 +293,12 @@ class Attachment:
         if dropout > 0:
             raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
         mask = as_aqua_mask(attention_mask)
-        window, sliding_window = self.config.sink + self.config.recent > 0, kwargs.get("sliding_window")
-        if window and mask is not None and mask.dtype == torch.bool and sliding_window:
-            raise AquaError("sink and recent in a sliding-window layer need a 2-D attention mask, not a 4-D one")
+        sliding_window = kwargs.get("sliding_window")
+        needs_codes = self.config.sink + self.config.recent + self.config.threshold > 0
+        if needs_codes and mask is not None and mask.dtype == torch.bool and sliding_window:
+            raise AquaError(
+                "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
+            )
         scaling = layer.head_dim**-0.5 if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
             cached = layer_of(key, layer.spec)
@@ -319,7 +327,7 @@ class Attachment:
                 output = attend(query, key, value, layer.spec.matrix, layer.key_rms, self.config, **options)
             else:
                 query = rotate(query, layer.spec.matrix).to(value.dtype)
-                selected = self._selected(layer, query, scaling)
+                selected = self._selected(layer, query, scaling, mask, key.shape[2])
                 options |= {"sink": self.config.sink, "recent": self.config.recent}
                 if isinstance(cached, RotatedLayer):
                     output = cached.attend(query, key, value, selected, is_sliding=bool(sliding_window), **options)
@@ -329,11 +337,14 @@ class Attachment:
                 cached.store(mask)
         return output.transpose(1, 2).contiguous(), None
 
-    def _selected(self, layer: _AttachedLayer, query: Tensor, scaling: float) -> Tensor | None:
+    def _selected(
+        self, layer: _AttachedLayer, query: Tensor, scaling: float, mask: Tensor | None, keys: int
+    ) -> Tensor | None:
         """The dimensions that each query multiplies outside the exact window; shape of `query`, or None for all."""
-        kept = layer.spec.kept
+        kept, min_length = layer.spec.kept, self.config.threshold
         leading = query[..., :kept]
-        selected = select_dimensions(leading, self.config, layer.head_dim, layer.key_rms, scaling)
+        short = short_queries(mask, min_length, queries=query.shape[2], keys=keys, device=query.device)
+        selected = select_dimensions(leading, self.config, layer.head_dim, layer.key_rms, scaling, short)
         if self.on_selection is not None:
             self.on_selection(layer.index, selected, leading.shape, layer.head_dim)
         if kept == query.shape[-1]:
@@ -353,6 +364,10 @@ class Attachment:
         if needs and (key.shape[2] > queries or spec.eviction):
             raise AquaError(f"{needs} needs a cache that AQUA has filled from its first token: start with a new one")
         return (key, value) if is_sliding else spec.rounded(key, value)
+
+
+def _shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
+    return Shape(layer.device, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, dtype)
 
 
 def _is_captured() -> bool:

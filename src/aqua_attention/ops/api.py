@@ -17,6 +17,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops import select
 from aqua_attention.ops.fused import attention_fused, unsupported_reason
+from aqua_attention.ops.mask import short_queries
 from aqua_attention.ops.reference import attention_chunked, attention_reference
 from aqua_attention.ops.tiled import WIDEST
 
@@ -50,7 +51,8 @@ def attend(
         key: rotated, [batch, num_key_value_heads, keys, kept]; value: [batch, num_key_value_heads, keys, value_dim].
         rotation: float32 [num_key_value_heads, head_dim, kept].
         key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`.
-        config: the selection, and the exact window.
+        config: the selection, the exact window, and from which length on there is a selection (`min_length`); uint8
+            masks carry window and lengths already.
         mask: see `ops.mask`; None is causal with the queries at the end of the keys.
         scaling: factor of the scores; default 1/sqrt(head_dim).
         softcap, s_aux: see `ops.reference.attention_reference`.
@@ -74,12 +76,17 @@ def attend(
         from aqua_attention.ops.triton.prefill import attention_prefill
 
         return attention_prefill(query, key, value, rotation, key_rms, config, head_dim=head_dim, scaling=scaling)
-    query = rotate(query, rotation)
+    query, selected = rotate(query, rotation), None
+    queries, keys = query.shape[2], key.shape[2]
+    # Choosing is what short sequences should not pay for.
+    if mask is not None or keys >= config.threshold:
+        short = short_queries(mask, config.threshold, queries=queries, keys=keys, device=query.device)
+        selected = select.select_dimensions(query, config, head_dim, key_rms, scaling, short)
     return attention(
         query,
         key,
         value,
-        select.select_dimensions(query, config, head_dim, key_rms, scaling),
+        selected,
         mask=mask,
         sink=config.sink,
         recent=config.recent,

@@ -2,7 +2,8 @@
 """The attention mask of AQUA: for every query and key, is it hidden, approximate or exact?
 
 A mask is None (causal: the queries are the last tokens of the keys), boolean (True: visible) or uint8 with the
-three codes below. The codes carry the exact window through a model in one tensor, built once for all layers.
+four codes below. The codes carry the exact window, and which queries are short (`min_length`), through a model in one
+tensor, built once for all layers.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HIDDEN, APPROXIMATE, EXACT = 0, 1, 2
+HIDDEN, APPROXIMATE, EXACT, WHOLE = 0, 1, 2, 3
+"""WHOLE: outside the exact window, but the query is short and multiplies every stored dimension."""
 
 
 def window_codes(
@@ -19,6 +21,7 @@ def window_codes(
     key_positions: Tensor,
     sink: int,
     recent: int,
+    min_length: int = 0,
 ) -> Tensor:
     """Codes of a mask from the positions of queries and keys.
 
@@ -26,6 +29,7 @@ def window_codes(
         visible: boolean [batch, heads or 1, queries, keys].
         query_positions: [batch, queries], key_positions: [batch, keys]; places among the row's real tokens, from 0.
         sink, recent: sizes of the exact window in tokens.
+        min_length: queries at an earlier place than the last of so many tokens are short.
 
     Returns:
         uint8, shape of `visible`.
@@ -33,7 +37,11 @@ def window_codes(
     is_recent = key_positions[:, None, :] > query_positions[:, :, None] - recent
     is_sink = key_positions < sink
     exact = (is_recent | is_sink[:, None, :])[:, None]
-    return visible.to(torch.uint8) + (visible & exact).to(torch.uint8)
+    codes = visible.to(torch.uint8) + (visible & exact).to(torch.uint8)
+    if min_length == 0:
+        return codes
+    is_short = (query_positions + 1 < min_length)[:, None, :, None]
+    return torch.where(is_short & (codes == APPROXIMATE), WHOLE, codes)
 
 
 def visible_and_exact(
@@ -65,3 +73,24 @@ def visible_and_exact(
     rank = mask.cumsum(-1, dtype=torch.int32)
     exact = (rank <= sink) | (rank > rank[..., -1:] - recent)
     return mask, mask & exact
+
+
+def short_queries(
+    mask: Tensor | None, min_length: int, *, queries: int, keys: int, device: torch.device
+) -> Tensor | None:
+    """Which queries see fewer than `min_length` tokens, so that they multiply every dimension.
+
+    Args:
+        mask: None, boolean (what a query sees is counted) or codes (they say so), [batch or 1, heads or 1, queries,
+            keys].
+
+    Returns:
+        Boolean [batch or 1, heads or 1, queries]; None when min_length is 0.
+    """
+    if min_length == 0:
+        return None
+    if mask is None:
+        return (torch.arange(keys - queries, keys, device=device) + 1 < min_length)[None, None]
+    if mask.dtype == torch.uint8:
+        return (mask == WHOLE).any(-1)
+    return mask.sum(-1) < min_length

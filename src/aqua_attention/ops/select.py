@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
 
 
 def rotate(states: Tensor, rotation: Tensor) -> Tensor:
@@ -31,7 +32,12 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
 
 
 def select_dimensions(
-    query: Tensor, config: AquaConfig, head_dim: int, key_rms: Tensor, scaling: float | None = None
+    query: Tensor,
+    config: AquaConfig,
+    head_dim: int,
+    key_rms: Tensor,
+    scaling: float | None = None,
+    short: Tensor | None = None,
 ) -> Tensor | None:
     """Which dimensions each query multiplies (paper, section 3: the k largest |q_i|; or as many as it needs).
 
@@ -40,16 +46,34 @@ def select_dimensions(
 
     Args:
         query: rotated queries, [batch, num_attention_heads, length, kept].
-        config: `k_ratio` or `logit_error`, `s_ratio`, `selection` and `share` are read.
+        config: `k_ratio` or `logit_error`, `s_ratio`, `selection`, `share` and `min_length` are read.
         head_dim: width of the model's heads before `s_ratio` cut the trailing dimensions.
         key_rms: root mean square of each rotated key dimension over the calibration text, not centred,
             [num_key_value_heads, kept]; read by selection="weighted" and by `logit_error`.
         scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
+        short: queries that multiply every dimension, boolean, broadcasts to [batch, num_attention_heads, length]; from
+            `ops.mask.short_queries`, and needed when `min_length` is not 0.
 
     Returns:
-        Boolean, same shape as `query`, with exactly k True in each row (`k_ratio`) or at least one (`logit_error`);
-        None when `k_ratio` keeps every dimension.
+        Boolean, same shape as `query`, with exactly k True in each row (`k_ratio`) or at least one (`logit_error`), in
+        rows of short queries all; None when `k_ratio` keeps every dimension.
+
+    Raises:
+        AquaError: `min_length` is not 0, and `short` is missing.
     """
+    if config.threshold > 0 and short is None:
+        raise AquaError(
+            f"min_length is {config.min_length}, but it is not said which queries are short: give `short`, from "
+            "ops.mask.short_queries"
+        )
+    selected = _selected(query, config, head_dim, key_rms, scaling)
+    return selected if selected is None or short is None else selected | short[..., None]
+
+
+def _selected(
+    query: Tensor, config: AquaConfig, head_dim: int, key_rms: Tensor, scaling: float | None
+) -> Tensor | None:
+    """`select_dimensions`, whatever the length."""
     batch, heads, length, kept = query.shape
     groups = key_rms.shape[0]
     k = config.selected_dims(head_dim)

@@ -36,13 +36,14 @@ typedef struct {
     int32_t *chosen, *counts;        // [rows, most] and [rows], or NULL
     uint8_t *mask;                   // [rows, dims]
     int64_t rows, rows_each, group, wide, dims, most, value_dims, tiles_each, selection, squared, adaptive;
+    int64_t count, min_length; // dimensions to choose, all of them in sequences of fewer tokens than min_length
     float scaling, logit_error;
 } Preparation;
 
-// Dimensions by falling size; of equal ones the first, and a NaN is largest. As many as `most`, or as few as the expected
-// error allows: dropping one costs its own and that of all behind it.
-static void choose(const Preparation *given, int64_t row, const float *sizes, const float *errors) {
-    int64_t dims = given->dims, count = given->most;
+// Dimensions by falling size; of equal ones the first, and a NaN is largest. As many as `count`, or as few as the expected
+// error allows: dropping one costs its own and that of all behind it. Of a sequence that is too short to choose, all.
+static void choose(const Preparation *given, int64_t row, int is_short, const float *sizes, const float *errors) {
+    int64_t dims = given->dims, count = is_short ? dims : given->count;
     int32_t keys[MOST_DIMS], ranks[MOST_DIMS], *chosen = given->chosen + row * given->most, order[MOST_DIMS];
     for (int64_t d = 0; d < dims; d++) {
         // Floats that are not negative have the order of their bits.
@@ -55,14 +56,14 @@ static void choose(const Preparation *given, int64_t row, const float *sizes, co
         for (int64_t d = 0; d < dims; d++) ranks[d] += keys[i] > keys[d] || (keys[i] == keys[d] && i < d);
     }
     for (int64_t d = 0; d < dims; d++) order[ranks[d]] = (int32_t)d;
-    if (given->adaptive) {
+    if (given->adaptive && !is_short) {
         float left = 0.0f;
         for (; count > 1; count--) {
             left += errors[order[count - 1]];
             if (!(left <= given->logit_error)) break;
         }
-        given->counts[row] = (int32_t)count;
     }
+    if (given->counts) given->counts[row] = (int32_t)count;
     memcpy(chosen, order, (size_t)count * sizeof(*chosen));
     for (int64_t d = 0; d < dims; d++) given->mask[row * dims + d] = ranks[d] < count;
 }

@@ -23,6 +23,7 @@ class _Preparation(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("lengths", "turned", "chosen", "counts", "mask")),
         *((name, ctypes.c_int64) for name in ("rows", "rows_each", "group", "wide", "dims", "most", "value_dims")),
         *((name, ctypes.c_int64) for name in ("tiles_each", "selection", "squared", "adaptive")),
+        *((name, ctypes.c_int64) for name in ("count", "min_length")),
         *((name, ctypes.c_float) for name in ("scaling", "logit_error")),
     ]
 
@@ -43,7 +44,7 @@ def prepare(
     Args:
         query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
         rotation: float32 [num_key_value_heads, head_dim, kept]; key_rms: float32 [num_key_value_heads, kept].
-        config: the selection; its dimensions are shared by a group.
+        config: the selection, and from which length on there is one; its dimensions are shared by a group.
         scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
 
     Returns:
@@ -60,13 +61,16 @@ def prepare(
         raise AquaError(f"{dtype}, {value_dim} dimensions: the CPU kernel takes float32, bfloat16 and {WIDEST} at most")
     adaptive = config.logit_error is not None
     count = kept if adaptive else min(config.selected_dims(head_dim), kept)
+    # Where the number of dimensions differs, there is room for all.
+    counted = adaptive or (count < kept and config.threshold > 0)
+    places = kept if counted else count
     turned = query.new_empty((batch, heads, kept))
     chosen = None
     if adaptive or count < kept:
         chosen = Chosen(
-            torch.empty((batch, groups, count), dtype=torch.int32),
+            torch.empty((batch, groups, places), dtype=torch.int32),
             torch.empty((batch, groups, kept), dtype=torch.int8),
-            torch.empty((batch, groups), dtype=torch.int32) if adaptive else None,
+            torch.empty((batch, groups), dtype=torch.int32) if counted else None,
         )
     # Held by name until the call has ended.
     given = [states.contiguous() for states in (query, key, value, rotation, key_rms)]
@@ -84,12 +88,14 @@ def prepare(
         group=heads // groups,
         wide=head_dim,
         dims=kept,
-        most=count,
+        most=places,
         value_dims=value_dim,
         tiles_each=cache.tiles.shape[2],
         selection=SELECTIONS.index(config.selection),
         squared=config.share == "group",
         adaptive=adaptive,
+        count=count,
+        min_length=config.threshold,
         scaling=head_dim**-0.5 if scaling is None else scaling,
         logit_error=config.logit_error or 0.0,
     )

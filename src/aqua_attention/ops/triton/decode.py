@@ -54,6 +54,7 @@ def decode(
     splits: int | None = None,
     appended: bool = False,
     mass: Tensor | None = None,
+    min_length: int = 0,
 ) -> Tensor:
     """One step of `attention_reference` for one query token a sequence, with dimensions shared by a group.
 
@@ -68,6 +69,8 @@ def decode(
             GPU that starts kernels early `prepare` must be the kernel just before this one.
         mass: float32 [batch, num_key_value_heads, cache.count * TILE]; gets the attention that each token was
             given, summed over the heads of its group, and zero behind a sequence's end.
+        min_length: sequences of fewer tokens, the new one included, multiply every dimension, whatever `chosen.dims`
+            says; `chosen.mask` must say so too, as that of `prepare` does. Where there are `counts`, these decide.
 
     Returns:
         [batch, num_attention_heads, value_dim] in the dtype of the cache.
@@ -76,7 +79,7 @@ def decode(
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
     """
     (batch, groups, kept, value_dim, _), count, heads = cache.shape, cache.count, query.shape[1]
-    _check(query, chosen, mass, cache, sink, recent, splits)
+    _check(query, chosen, mass, cache, sink, recent, splits, min_length)
     dims, chosen_mask, counts = (None, None, None) if chosen is None else chosen
     most = kept if dims is None else dims.shape[2]
     fitting, warps = splits_and_warps(batch * groups, count, query)
@@ -95,8 +98,11 @@ def decode(
     group_padded = triton.next_power_of_2(heads // groups)
     step = DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE
     options: dict[str, int] = {}
+    if counts is not None or chosen is None:
+        min_length = 0
+    widest = kept if min_length > 0 else most
     if cache.rounding is None:
-        tile_bytes = TILE * (padded(most) + padded(value_dim)) * query.element_size()
+        tile_bytes = TILE * (padded(widest) + padded(value_dim)) * query.element_size()
         most_stages = MOST_STAGES if query.element_size() == 2 else 2
         options["num_stages"] = max(1, min(most_stages, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes))
     else:
@@ -143,6 +149,7 @@ def decode(
             scaling,
             sink,
             recent,
+            min_length or None,
             count,
             blocks,
             *cache.cell_strides,
@@ -235,6 +242,7 @@ def _check(
     sink: int,
     recent: int,
     splits: int | None,
+    min_length: int,
 ) -> None:
     batch, groups, kept, value_dim, _ = cache.shape
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
@@ -252,5 +260,10 @@ def _check(
         raise AquaError(f"splits is {splits}: it must be 1 to {most}, or None")
     if chosen is not None:
         chosen.check(batch, groups, kept)
+        if min_length > 0 and chosen.counts is None and cache.rounding is not None:
+            raise AquaError(
+                f"min_length is {min_length}: over codes of 8 bits `chosen` must have counts, as that of `prepare` has "
+                "where its config has a min_length"
+            )
     if mass is not None:
         expect("mass", mass, torch.float32, (batch, groups, cache.count * TILE))

@@ -41,6 +41,7 @@ def decode_kernel(
     scaling,
     sink,
     recent,
+    min_length,
     count,
     blocks,
     row_stride,
@@ -163,6 +164,8 @@ def decode_kernel(
                 splits,
                 begin,
                 end,
+                length,
+                min_length,
                 first_head,
                 GROUP,
                 ROWS,
@@ -300,6 +303,8 @@ def _tiles(
     splits,
     begin,
     end,
+    length,
+    min_length,
     first_head,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -312,12 +317,15 @@ def _tiles(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Attention to the tiles from `begin` to before `end`, with the chosen dimensions."""
+    """Attention to the tiles from `begin` to before `end`, with the chosen dimensions.
+
+    Where there is a `min_length`, a loop for short sequences stands before that for others, and one of them is empty.
+    """
     tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, DIM_PADDED)
     column = columns < VALUE_DIM
     heads = tl.arange(0, ROWS)
     inside = heads < GROUP
-    if dims_ptr is None:
+    if dims_ptr is None or min_length is not None:
         query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -325,43 +333,48 @@ def _tiles(
     limit = CHOSEN
     if counts_ptr is not None:
         limit = tl.load(counts_ptr)
-    for tile in range(begin, end):
-        cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-        if dims_ptr is None:
-            keys_at = key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE)
-            if DIM == DIM_PADDED:
-                keys = tl.load(keys_at)
-            else:
-                keys = tl.load(keys_at, (dim[:, None] < DIM) & (tokens[None, :] >= 0), 0.0)
-            scores = tl.dot(query, keys, input_precision="ieee")
-        else:
-            scores = tl.zeros([ROWS, TILE], tl.float32)
-            for start in tl.static_range(0, CHOSEN, STEP):
-                places = start + tl.arange(0, STEP)
-                some = tl.load(dims_ptr + places, places < limit, 0)
-                chosen = tl.load(
-                    query_ptr + heads[:, None] * DIM + some[None, :],
-                    inside[:, None] & (places[None, :] < limit),
-                    0.0,
-                )
-                keys_at = key_pointers(tiles_ptr, table_ptr, cells, some, DIM, BLOCK, TILE)
-                if counts_ptr is None:
-                    # Where k is no multiple, the rest is dimension 0 again, times zero.
+    first: tl.constexpr = 1 if min_length is None else 0
+    change = begin
+    if min_length is not None:
+        change = tl.where(length < min_length, tl.maximum(begin, end), begin)
+    for loop in tl.static_range(first, 2):
+        for tile in range(begin if loop == 0 else change, change if loop == 0 else end):
+            cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+            if dims_ptr is None or loop == 0:
+                keys_at = key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE)
+                if DIM == DIM_PADDED:
                     keys = tl.load(keys_at)
                 else:
-                    keys = tl.load(keys_at, (places[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
-                scores = tl.dot(chosen, keys, scores, input_precision="ieee")
-        scores = scores * scaling
-        values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
-        if VALUE_DIM == VALUE_PADDED:
-            values = tl.load(values_at)
-        else:
-            values = tl.load(values_at, (tokens[:, None] >= 0) & column[None, :], 0.0)
-        if scores_ptr is not None:
-            there = inside[:, None] & (tokens[None, :] >= 0)
-            scores_at = scores_ptr + (first_head + heads[:, None]) * count * TILE + tile * TILE + tokens[None, :]
-            tl.store(scores_at, scores, there)
-        largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
+                    keys = tl.load(keys_at, (dim[:, None] < DIM) & (tokens[None, :] >= 0), 0.0)
+                scores = tl.dot(query, keys, input_precision="ieee")
+            else:
+                scores = tl.zeros([ROWS, TILE], tl.float32)
+                for start in tl.static_range(0, CHOSEN, STEP):
+                    places = start + tl.arange(0, STEP)
+                    some = tl.load(dims_ptr + places, places < limit, 0)
+                    chosen = tl.load(
+                        query_ptr + heads[:, None] * DIM + some[None, :],
+                        inside[:, None] & (places[None, :] < limit),
+                        0.0,
+                    )
+                    keys_at = key_pointers(tiles_ptr, table_ptr, cells, some, DIM, BLOCK, TILE)
+                    if counts_ptr is None:
+                        # Where k is no multiple, the rest is dimension 0 again, times zero.
+                        keys = tl.load(keys_at)
+                    else:
+                        keys = tl.load(keys_at, (places[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
+                    scores = tl.dot(chosen, keys, scores, input_precision="ieee")
+            scores = scores * scaling
+            values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+            if VALUE_DIM == VALUE_PADDED:
+                values = tl.load(values_at)
+            else:
+                values = tl.load(values_at, (tokens[:, None] >= 0) & column[None, :], 0.0)
+            if scores_ptr is not None:
+                there = inside[:, None] & (tokens[None, :] >= 0)
+                scores_at = scores_ptr + (first_head + heads[:, None]) * count * TILE + tile * TILE + tokens[None, :]
+                tl.store(scores_at, scores, there)
+            largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
     at = (first_head + heads) * splits + split
     store_part(partial_ptr, lse_ptr, at, largest, total, output, inside, columns, VALUE_DIM)
 

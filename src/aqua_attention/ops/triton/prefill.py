@@ -38,7 +38,7 @@ def attention_prefill(
         value: [batch, num_key_value_heads, length, value_dim].
         rotation: float32 [num_key_value_heads, head_dim, kept].
         key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`.
-        config: the selection, and the exact window.
+        config: the selection, from which length on there is one, and the exact window.
         head_dim: see `ops.select.select_dimensions`; default the query's.
         scaling: factor of the scores; default 1/sqrt(head_dim).
 
@@ -64,7 +64,7 @@ def attention_prefill(
         raise AquaError("prefill kernels have no gradient: call them under torch.no_grad()")
     head_dim = query.shape[3] if head_dim is None else head_dim
     scaling = head_dim**-0.5 if scaling is None else scaling
-    if window > 0 and length <= window:
+    if (window > 0 and length <= window) or length < config.threshold:
         rotated = narrow = rotate_on_gpu(query, rotation)
     else:
         rotated, narrow = rotate_and_narrow(

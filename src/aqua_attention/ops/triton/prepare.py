@@ -49,13 +49,14 @@ def prepare(
         rotation: float32 [num_key_value_heads, head_dim, kept].
         key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`. On a GPU both are read before
             the kernel ahead of this one has ended: that one must not be what writes them.
-        config: `k_ratio` or `logit_error`, and `selection`, as in `select_dimensions`; `share` must be "group", unless
-            each key-value head has one query head.
+        config: `k_ratio` or `logit_error`, `selection` and `min_length`, as in `select_dimensions`; `share` must be
+            "group", unless each key-value head has one query head.
         scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
 
     Returns:
         Rotated queries [batch, num_attention_heads, kept], and what `decode` multiplies: None where every dimension
-        counts; `dims` are in the order of the selection.
+        counts; `dims` are in the order of the selection. Where a sequence is shorter than `min_length`, `mask` says
+        that all are chosen, and so do `dims` where they have `counts`; where they have none, `decode` must be told.
 
     Raises:
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
@@ -65,13 +66,16 @@ def prepare(
     groups, kept = rotation.shape[0], rotation.shape[2]
     count, adaptive = config.selected_dims(head_dim), config.logit_error is not None
     count = kept if adaptive else min(count, kept)
+    # Codes of 8 bits are read by one loop, which must be told how many dimensions it reads.
+    counted = adaptive or (count < kept and config.threshold > 0 and cache.rounding is not None)
+    places = kept if counted else count
     rotated = query.new_empty((batch, heads, kept))
     chosen = None
     if adaptive or count < kept:
         chosen = Chosen(
-            torch.empty((batch, groups, count), dtype=torch.int32, device=query.device),
+            torch.empty((batch, groups, places), dtype=torch.int32, device=query.device),
             torch.empty((batch, groups, kept), dtype=torch.int8, device=query.device),
-            torch.empty((batch, groups), dtype=torch.int32, device=query.device) if adaptive else None,
+            torch.empty((batch, groups), dtype=torch.int32, device=query.device) if counted else None,
         )
     # A second program for the key and the value, where there are processors for it.
     halves = 2 if batch * groups <= FEW_PROGRAMS else 1
@@ -97,6 +101,7 @@ def prepare(
             *cache.cell_strides,
             config.logit_error or 0.0,
             head_dim**-0.5 if scaling is None else scaling,
+            config.threshold or None,
             GROUP=heads // groups,
             ROWS=padded(heads // groups + 1),
             HEAD_DIM=head_dim,
@@ -107,6 +112,8 @@ def prepare(
             VALUE_DIM=value.shape[2],
             VALUE_DIM_PADDED=triton.next_power_of_2(value.shape[2]),
             COUNT=count,
+            PLACES=places,
+            ADAPTIVE=adaptive,
             SELECTION=config.selection,
             SQUARED=config.share == "group",
             TILE=TILE,
@@ -145,6 +152,7 @@ def _prepare(
     block_stride,
     logit_error,
     scaling,
+    min_length,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -155,6 +163,8 @@ def _prepare(
     VALUE_DIM: tl.constexpr,
     VALUE_DIM_PADDED: tl.constexpr,
     COUNT: tl.constexpr,
+    PLACES: tl.constexpr,
+    ADAPTIVE: tl.constexpr,
     SELECTION: tl.constexpr,
     SQUARED: tl.constexpr,
     TILE: tl.constexpr,
@@ -255,7 +265,7 @@ def _prepare(
                 (size[:, None] == size[None, :]) & (narrow[:, None] < narrow[None, :])
             )
             rank = tl.sum(ahead.to(tl.int32), 0)
-            if counts_ptr is None:
+            if not ADAPTIVE:
                 chosen = (rank < COUNT).to(tl.int32)
             else:
                 # Dropping a dimension costs its variance and that of all behind it.
@@ -264,9 +274,16 @@ def _prepare(
                 behind = tl.sum(tl.where(ahead, 0.0, variance[:, None]), 0)
                 few = behind <= logit_error
                 chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
+            written = chosen > 0
+            if min_length is not None:
+                # As many tokens as `decode` will count, the new one too.
+                is_short = tl.minimum(position + 1, tiles * TILE) < min_length
+                chosen = tl.where(is_short & column, 1, chosen)
+                written = (chosen > 0) & (rank < PLACES)
+            if counts_ptr is not None:
                 tl.store(counts_ptr + place, tl.sum(chosen, 0))
             tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
-            tl.store(dims_ptr + place * COUNT + rank, narrow, chosen > 0)
+            tl.store(dims_ptr + place * PLACES + rank, narrow, written)
 
 
 @triton.jit

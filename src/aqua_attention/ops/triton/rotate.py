@@ -68,6 +68,8 @@ def rotate_and_narrow(
         config, head_dim, scaling: see `select_dimensions`; head_dim is the query's by default.
         both: False writes the narrow ones only, in the place of the rotated ones.
 
+    The queries are those of a whole prompt: the first `min_length` - 1 of them are short, and stay as they are.
+
     Returns:
         The rotated queries and the narrow ones, both [batch, num_attention_heads, length, kept], contiguous, in the
         query's dtype; one and the same tensor where every dimension is selected. Sums over the heads of a group and
@@ -165,6 +167,7 @@ def _launch(
             count,
             0.0 if config is None or config.logit_error is None else float(config.logit_error),
             scaling,
+            None if config is None or config.threshold == 0 else config.threshold,
             MODE=mode,
             SELECTION=selection,
             SQUARED=config is not None and config.share == "group",
@@ -244,6 +247,7 @@ def _rotate_and_narrow(
     count,
     limit,
     scaling,
+    min_length,
     MODE: tl.constexpr,
     SELECTION: tl.constexpr,
     SQUARED: tl.constexpr,
@@ -321,6 +325,9 @@ def _rotate_and_narrow(
                 wanted = largest(size, wanted, count, before, KEPT_PADDED <= 128, KEPT, LOW_BITS, OCTAVES, STEPS)
             else:
                 wanted = tl.where(needed(size, variance, limit, LOW_BITS, OCTAVES, STEPS), wanted, 0.0)
+            if min_length is not None:
+                every = turned.to(tl.float32) if TOGETHER == 1 else tl.full(size.shape, 1.0, tl.float32)
+                wanted = tl.where((tokens + 1 < min_length)[:, None], every, wanted)
             if TOGETHER == 1:
                 tl.store(narrow_ptr + start * KEPT + places, wanted.to(turned.dtype), written)
             else:

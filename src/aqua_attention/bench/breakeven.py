@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From which length on choosing dimensions pays: a decoding step of one layer, measured over lengths, beside theory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.machine import Shape, device_name, write_profile
+
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
+"""What the kernels of a device are measured in, the default first."""
+LENGTHS, QUICK_LENGTHS = "64..65536", "64..4096"
+PAPER_RATIO, PAPER_LENGTHS = 0.75, (64, 1024)
+"""The paper's first experiment."""
+
+
+def paper_breakeven(head_dim: int, k: int) -> float:
+    """The paper's length, 2 d^2 / (d - k): a query and a key are rotated for each head, d^2 multiply-adds each, and
+    each cached token then costs k instead of d.
+    """
+    return 2 * head_dim**2 / (head_dim - k)
+
+
+def grouped_breakeven(head_dim: int, k: int, group: int) -> float:
+    """The same where `group` query heads share a key-value head: d^2 (1 + 1/G) / (d - k) multiply-adds.
+
+    For one token and one key-value head, G queries and a single key are rotated: G d^2 + d^2. Each of the G queries
+    saves d - k products with each of L cached tokens: G (d - k) L. The two are equal at L = d^2 (G + 1) / (G (d - k)),
+    which is the paper's for G = 1 and tends to half of it. Sorting, and reading instead of multiplying, are left out.
+
+    It is about dense attention on keys that are not rotated. Where the cache is rotated anyway, both sides rotate, and
+    what has to pay is the choice alone.
+    """
+    return head_dim**2 * (1 + 1 / group) / (head_dim - k)
+
+
+def crossing(lengths: Sequence[int], ours: Sequence[float], other: Sequence[float]) -> float | None:
+    """The length from which on `ours` is faster than `other`, and stays so over all longer ones that were measured.
+
+    Between the two measured lengths around it, the difference is taken to be a straight line. The shortest length where
+    ours is faster everywhere, None where it is not at the longest.
+    """
+    gains = [theirs - mine for mine, theirs in zip(ours, other, strict=True)]
+    last = max((place for place, gain in enumerate(gains) if gain <= 0), default=-1)
+    if last == len(gains) - 1:
+        return None
+    if last < 0:
+        return float(lengths[0])
+    share = -gains[last] / (gains[last + 1] - gains[last])
+    return lengths[last] + share * (lengths[last + 1] - lengths[last])
+
+
+def read_lengths(text: str) -> list[int]:
+    """The lengths of "64..65536": the first, doubled until the last.
+
+    Raises:
+        AquaError: it is written in another way, or too short to measure.
+    """
+    first, _, last = text.partition("..")
+    if not (first.isdecimal() and last.isdecimal() and 16 <= int(first) < int(last)):
+        raise AquaError(f"lengths is {text!r}: it must be FIRST..LAST, such as {LENGTHS}, from 16 tokens on")
+    doublings = int(math.log2(int(last) / int(first)))
+    return [int(first) << power for power in range(doublings + 1)]
+
+
+def measure_breakeven(
+    shape: Shape,
+    *,
+    k_ratios: tuple[float, ...] = (0.75, 0.5),
+    lengths: Sequence[int],
+    sink: int = 4,
+    recent: int = 64,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Check and time a step (rotate, choose, append, attend) of one sequence: at each k, at k = d on the same cache,
+    and the fastest dense attention with its append; find where they cross, and write this machine's profile.
+
+    Args:
+        k_ratios: below 1.
+        lengths: rising, in tokens, the new one included.
+
+    Returns:
+        `{"device", ..., "rows", "breakeven", "profile"}`. A row a length: `length`, `dense` and `whole` (seconds; whole
+        is k = d), `dense_name`, `aqua` (seconds, in the order of k_ratios). A break-even for each k_ratio: `k`, `whole`
+        and `dense` (`crossing` with these, or None), `paper` and `theory` (lengths), `paper_experiment` (the range of
+        whole / aqua over the lengths of the paper's first experiment, at its k_ratio, else None).
+
+    Raises:
+        AquaError: a device, shape, dtype or k_ratio that cannot be measured, a kernel that is wrong, or no place for
+            the profile.
+    """
+    allowed = DTYPES.get(shape.device.type)
+    if allowed is None or str(shape.dtype).removeprefix("torch.") not in allowed:
+        raise AquaError(
+            f"device is {shape.device.type} and dtype {shape.dtype}: it must be "
+            + ", or ".join(f"{device} with {' or '.join(names)}" for device, names in DTYPES.items())
+        )
+    if shape.device.type == "cuda" and not torch.cuda.is_available():
+        raise AquaError("device is cuda: there is no CUDA GPU here; measure the processor with cpu")
+    if min(shape.heads, shape.groups) < 1 or shape.heads % shape.groups:
+        raise AquaError(f"{shape.heads} query heads do not divide into {shape.groups} key-value heads")
+    # Also refuses what is no ratio at all.
+    counts = [AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim) for ratio in k_ratios]
+    if not counts or max(counts) >= shape.head_dim:
+        raise AquaError(f"k_ratio is {', '.join(f'{r:g}' for r in k_ratios)}: each must leave out some dimensions")
+    rows = []
+    for done, length in enumerate(lengths):
+        progress(done, len(lengths))
+        rows.append(_row(shape, length, k_ratios, sink, recent))
+    progress(len(lengths), len(lengths))
+    found: list[dict[str, Any]] = []
+    for place, (ratio, k) in enumerate(zip(k_ratios, counts, strict=True)):
+        ours = [row["aqua"][place] for row in rows]
+        low, high = PAPER_LENGTHS
+        gains = [row["whole"] / row["aqua"][place] for row in rows if low <= row["length"] <= high]
+        found.append(
+            {
+                "k_ratio": ratio,
+                "k": k,
+                "whole": crossing(lengths, ours, [row["whole"] for row in rows]),
+                "dense": crossing(lengths, ours, [row["dense"] for row in rows]),
+                "paper": paper_breakeven(shape.head_dim, k),
+                "theory": grouped_breakeven(shape.head_dim, k, shape.heads // shape.groups),
+                "paper_experiment": [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None,
+            }
+        )
+    facts = {
+        "heads": shape.heads,
+        "groups": shape.groups,
+        "head_dim": shape.head_dim,
+        "dtype": str(shape.dtype),
+        "sink": sink,
+        "recent": recent,
+        "threads": torch.get_num_threads() if shape.device.type == "cpu" else None,
+        "torch": torch.__version__,
+        "lengths": list(lengths),
+    }
+    thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
+    path = write_profile(shape, thresholds, facts)
+    return {"device": device_name(shape.device)} | facts | {"rows": rows, "breakeven": found, "profile": str(path)}
+
+
+def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, recent: int) -> dict[str, Any]:
+    """One length, by the benchmark of the device."""
+    given: dict[str, Any] = {
+        "length": length,
+        "heads": shape.heads,
+        "groups": shape.groups,
+        "head_dim": shape.head_dim,
+        "dtype": shape.dtype,
+        "k_ratios": (1.0, *k_ratios),
+        "sink": sink,
+        "recent": recent,
+    }
+    if shape.device.type == "cpu":
+        from aqua_attention.bench.decode_cpu import measure_decode_cpu
+
+        measured = measure_decode_cpu(**given)
+    else:
+        try:
+            from aqua_attention.bench.decode import measure_decode
+        except ModuleNotFoundError as error:
+            raise AquaError("on a GPU this needs triton, which CUDA builds of torch bring along") from error
+        with torch.cuda.device(shape.device):
+            measured = [row for row in measure_decode(batch=1, **given)["rows"] if "absent" not in row]
+    dense = {row["name"]: row["step_seconds"] for row in measured if row["k_ratio"] is None}
+    if not dense:
+        raise AquaError(f"no dense attention ran at {length} tokens, so that there is nothing to compare with")
+    whole, *aqua = (row["step_seconds"] for row in measured if row["k_ratio"] is not None)
+    fastest = min(dense, key=dense.__getitem__)
+    return {"length": length, "dense": dense[fastest], "dense_name": fastest, "whole": whole, "aqua": aqua}

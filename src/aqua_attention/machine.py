@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was measured of a machine once: from which length on choosing dimensions pays.
+
+`aqua bench breakeven` writes a profile for one device, shape of attention and dtype; `AquaConfig(min_length="auto")` is
+turned into a number by it when AQUA is applied to a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from platformdirs import user_cache_dir
+
+from aqua_attention.config import AUTO, AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.files import write_json
+
+FORMAT = 1
+NEVER = 2**31 - 1
+"""The `min_length` where choosing dimensions was not faster at any measured length: no sequence is as long."""
+
+
+class Shape(NamedTuple):
+    """What a profile is for: one attention layer on one device."""
+
+    device: torch.device
+    heads: int
+    groups: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def command(self) -> str:
+        """What measures it."""
+        return (
+            f"aqua bench breakeven --device {self.device.type} --heads {self.heads} --groups {self.groups} "
+            f"--head-dim {self.head_dim} --dtype {str(self.dtype).removeprefix('torch.')}"
+        )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's own name."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def profile_path(shape: Shape) -> Path:
+    """Where the profile is kept: `profiles` in the user's cache folder, or in `AQUA_CACHE_DIR`."""
+    folder = Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")) / "profiles"
+    name = re.sub(r"[^a-z0-9]+", "-", device_name(shape.device).lower()).strip("-")
+    size = f"{shape.heads}q-{shape.groups}kv-{shape.head_dim}d-{str(shape.dtype).removeprefix('torch.')}"
+    return folder / f"breakeven-{name}-{size}.json"
+
+
+def write_profile(shape: Shape, thresholds: dict[float, int | None], facts: dict[str, Any]) -> Path:
+    """Keep what was measured, in place of an earlier profile of the same shape.
+
+    Args:
+        thresholds: for each k_ratio, the number of tokens from which on it is faster than all dimensions; None: never.
+        facts: how it was measured, kept for people who read the file.
+
+    Raises:
+        AquaError: the cache folder cannot be written.
+    """
+    path = profile_path(shape)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AquaError(f"cannot make {path.parent}: {error.strerror}; set AQUA_CACHE_DIR to another folder") from error
+    rows = [{"k_ratio": ratio, "min_length": length} for ratio, length in sorted(thresholds.items())]
+    write_json(path, {"format": FORMAT, "device": device_name(shape.device), "thresholds": rows} | facts)
+    return path
+
+
+def resolved(config: AquaConfig, shapes: Iterable[Shape]) -> AquaConfig:
+    """The configuration with a number for `min_length`: for "auto" the largest that the profiles of the layers say.
+
+    A profile knows some k_ratios; the next larger one of these counts, and under `logit_error`, which may choose many
+    dimensions, the largest: a query that could have chosen a little earlier loses less than one that does too early.
+
+    Raises:
+        AquaError: there is no profile of a layer, or none for such a k_ratio; the message names the command to run.
+    """
+    if config.min_length != AUTO:
+        return config
+    if config.k_ratio == 1 and config.logit_error is None:
+        return dataclasses.replace(config, min_length=0)
+    return dataclasses.replace(config, min_length=max(_look_up(config, shape) for shape in set(shapes)))
+
+
+def _look_up(config: AquaConfig, shape: Shape) -> int:
+    if shape.device.type not in ("cpu", "cuda"):
+        raise AquaError(f'min_length is "auto": there are profiles for cpu and cuda, not for {shape.device.type}')
+    path, ratio = profile_path(shape), "" if config.logit_error is not None else f" --k-ratio {config.k_ratio:g}"
+    remedy = f"run: {shape.command}{ratio}"
+    try:
+        profile = json.loads(path.read_text())
+        known = {float(row["k_ratio"]): row["min_length"] for row in profile["thresholds"]}
+        sound = profile["format"] == FORMAT and all(
+            length is None or (type(length) is int and length >= 0) for length in known.values()
+        )
+    except FileNotFoundError:
+        raise AquaError(
+            f'min_length is "auto", but this machine has no profile of such layers ({path}): {remedy}'
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError):
+        sound, known = False, {}
+    if not sound:
+        raise AquaError(f"the machine profile {path} is damaged or of another version: {remedy}")
+    measured = sorted(known)
+    if config.logit_error is None:
+        measured = [one for one in measured if one >= config.k_ratio - 1e-9]
+    if not measured:
+        raise AquaError(f"the machine profile {path} knows no k_ratio of {config.k_ratio:g} or more: {remedy}")
+    length = known[measured[-1 if config.logit_error is not None else 0]]
+    return NEVER if length is None else int(length)

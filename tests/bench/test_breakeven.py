@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where two curves cross, what theory says, and a small measurement from end to end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import aqua_attention as aqua
+from aqua_attention.bench import decode_cpu
+from aqua_attention.bench.breakeven import (
+    crossing,
+    grouped_breakeven,
+    measure_breakeven,
+    paper_breakeven,
+    read_lengths,
+)
+from aqua_attention.machine import Shape
+from aqua_attention.ops.cpu.build import no_kernel_reason
+
+compiled = pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "expected"),
+    [
+        ([4, 4, 4, 4], [1, 2, 6, 12], 300.0),  # 2 behind at 200, 2 ahead at 400: in the middle
+        ([4, 4, 4, 4], [1, 3, 7, 12], 250.0),
+        ([4, 4, 4, 4], [1, 4, 7, 12], 200.0),  # equal at 200 and faster behind
+        ([1, 2, 3, 4], [2, 3, 4, 5], 100.0),
+        ([1, 9, 3, 4], [2, 3, 9, 5], 300.0),  # faster, slower, and then faster for good
+        ([1, 2, 3, 4], [2, 3, 4, 4], None),  # not faster at the longest
+        ([9, 9, 9, 9], [1, 1, 1, 1], None),
+    ],
+)
+def test_the_crossing_lies_between_the_last_length_that_is_not_faster_and_the_next(ours, other, expected):
+    assert crossing([100, 200, 400, 800], ours, other) == expected
+
+
+def test_theory_by_hand():
+    assert paper_breakeven(128, 96) == 1024
+    assert grouped_breakeven(128, 96, 1) == 1024
+    assert grouped_breakeven(128, 96, 4) == 640
+    assert grouped_breakeven(64, 32, 3) == pytest.approx(170.67, abs=0.01)
+
+
+def test_theory_is_where_multiply_adds_are_equal():
+    """Counted, not derived: one token, G query heads, one key-value head."""
+    d, k, group = 64, 40, 3
+
+    def dense(length):
+        return group * d * length
+
+    def sparse(length):
+        return group * d * d + d * d + group * k * length
+
+    length = grouped_breakeven(d, k, group)
+    assert dense(length) == pytest.approx(sparse(length))
+    assert dense(0.9 * length) < sparse(0.9 * length)
+
+
+def test_lengths_are_doubled():
+    assert read_lengths("64..1024") == [64, 128, 256, 512, 1024]
+    assert read_lengths("100..399") == [100, 200]
+    for text in ("64", "64..", "8..64", "64..64", "a..b", "64...128"):
+        with pytest.raises(aqua.AquaError, match=r"lengths is .* it must be FIRST\.\.LAST, such as 64\.\.65536"):
+            read_lengths(text)
+
+
+@compiled
+def test_a_small_measurement_writes_what_auto_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(decode_cpu, "SECONDS", 0.01)
+    monkeypatch.setattr(decode_cpu, "LEAST_RUNS", 2)
+    seen = []
+    result = measure_breakeven(
+        Shape(CPU, 4, 2, 32, torch.float32),
+        k_ratios=(0.75, 0.25),
+        lengths=[64, 128, 300],
+        progress=lambda *given: seen.append(given),
+    )
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert [row["length"] for row in result["rows"]] == [64, 128, 300]
+    for row in result["rows"]:
+        assert row["dense_name"] in decode_cpu.DENSE
+        assert 0 < row["dense"] < 1 and 0 < row["whole"] < 1 and len(row["aqua"]) == 2
+    assert [(row["k"], row["paper"], row["theory"]) for row in result["breakeven"]] == [
+        (24, 256, 192),
+        (8, pytest.approx(85.33, abs=0.01), 64),
+    ]
+    low, high = result["breakeven"][0]["paper_experiment"]
+    assert 0 < low <= high
+    profile = json.loads((tmp_path / "profiles").iterdir().__next__().read_text())
+    for row, kept in zip(
+        sorted(result["breakeven"], key=lambda row: row["k_ratio"]), profile["thresholds"], strict=True
+    ):
+        assert kept["k_ratio"] == row["k_ratio"]
+        assert (kept["min_length"] is None) == (row["whole"] is None)
+        if row["whole"] is not None:
+            assert 0 <= kept["min_length"] - row["whole"] < 1
+
+
+@compiled
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    monkeypatch.setitem(decode_cpu.DENSE, "SDPA", lambda *given: 1.01 * decode_cpu.matmul(*given))
+    with pytest.raises(aqua.AquaError, match="a kernel is wrong: SDPA is"):
+        decode_cpu.measure_decode_cpu(length=64, heads=4, groups=2, head_dim=32)
+    monkeypatch.undo()
+    right = decode_cpu.decode
+    monkeypatch.setattr(
+        decode_cpu, "decode", lambda query, chosen, cache, **window: right(query, None, cache, **window)
+    )
+    with pytest.raises(aqua.AquaError, match=r"a kernel is wrong: k_ratio 0.75 is"):
+        decode_cpu.measure_decode_cpu(length=200, heads=4, groups=2, head_dim=32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "ratios", "words"),
+    [
+        (Shape(CPU, 4, 2, 32, torch.float16), (0.5,), "dtype torch.float16: it must be cpu with float32 or bfloat16"),
+        (Shape(torch.device("meta"), 4, 2, 32, torch.float32), (0.5,), "device is meta"),
+        (Shape(CPU, 4, 3, 32, torch.float32), (0.5,), "4 query heads do not divide into 3 key-value heads"),
+        (Shape(CPU, 4, 2, 32, torch.float32), (0.5, 1.0), "k_ratio is 0.5, 1: each must leave out some dimensions"),
+        (Shape(CPU, 4, 2, 32, torch.float32), (1.5,), "k_ratio is 1.5"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(shape, ratios, words):
+    with pytest.raises(aqua.AquaError, match=words):
+        measure_breakeven(shape, k_ratios=ratios, lengths=[64, 128])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what there is not")
+def test_a_gpu_that_is_not_there_is_refused():
+    with pytest.raises(aqua.AquaError, match="there is no CUDA GPU here"):
+        measure_breakeven(Shape(torch.device("cuda"), 4, 2, 32, torch.bfloat16), lengths=[64, 128])

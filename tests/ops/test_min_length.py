@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`min_length`: queries that see fewer tokens multiply every dimension, in every path, and the others as ever.
+
+Rows of attention do not depend on each other, so what is expected is put together from two runs without `min_length`:
+one with every dimension, and one with the choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import aqua_attention as aqua
+from aqua_attention.ops.api import attend
+from aqua_attention.ops.cpu import decode as cpu_decode
+from aqua_attention.ops.cpu import prepare as cpu_prepare
+from aqua_attention.ops.cpu.build import no_kernel_reason
+from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, WHOLE, short_queries, window_codes
+from aqua_attention.ops.reference import attention_reference
+from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PHASES = [Phase.explicit, Phase.generate]
+CHOICES = [{"k_ratio": 0.25}, {"k_ratio": 0.5, "selection": "weighted"}, {"logit_error": 0.2}]
+CHOICES += [{"k_ratio": 0.5, "selection": "static"}]
+WINDOWS = [(0, 0), (3, 9)]
+
+
+def random(*shape, seed, dtype=torch.float32, device=DEVICE):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def layer(groups, head_dim, kept, seed=0, device=DEVICE):
+    """A rotation and root mean squares of keys."""
+    rotation = torch.linalg.qr(random(groups, head_dim, head_dim, seed=seed, device=device))[0][..., :kept].contiguous()
+    return rotation, random(groups, kept, seed=seed + 1, device=device).abs() + 0.1
+
+
+def test_codes_say_which_queries_are_short():
+    places = torch.arange(4)[None]
+    visible = (places[:, None, :] <= places[:, :, None])[:, None]
+    codes = window_codes(visible, places, places, sink=1, recent=1, min_length=4)
+    h, a, e, w = HIDDEN, APPROXIMATE, EXACT, WHOLE
+    assert codes.tolist() == [[[[e, h, h, h], [e, e, h, h], [e, w, e, h], [e, a, a, e]]]]
+    without = window_codes(visible, places, places, sink=1, recent=1)
+    assert without.tolist() == [[[[e, h, h, h], [e, e, h, h], [e, a, e, h], [e, a, a, e]]]]
+
+
+def test_short_queries_are_counted_by_position_by_sight_or_by_code():
+    where = {"queries": 3, "keys": 5, "device": torch.device("cpu")}
+    assert short_queries(None, 0, **where) is None
+    assert short_queries(None, 5, **where).tolist() == [[[True, True, False]]]
+    assert short_queries(None, 4, **where).tolist() == [[[True, False, False]]]
+    # Five keys, of which the first two are padding.
+    seen = torch.tensor([[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]], dtype=torch.bool)[None, None]
+    assert short_queries(seen, 3, **where).tolist() == [[[True, True, False]]]
+    codes = torch.tensor([[1, 1, 2, 0, 0], [3, 3, 2, 2, 0], [1, 1, 1, 2, 2]], dtype=torch.uint8)[None, None]
+    assert short_queries(codes, 3, **where).tolist() == [[[False, True, False]]], "codes carry it already"
+
+
+def test_a_short_query_selects_every_dimension_and_who_is_short_must_be_said():
+    query, rms = random(1, 2, 3, 16, seed=0), torch.ones(1, 16, device=DEVICE)
+    config = aqua.AquaConfig(k_ratio=0.25, min_length=3)
+    short = torch.tensor([[[True, True, False]]], device=DEVICE)
+    selected = select_dimensions(query, config, 16, rms, short=short)
+    assert selected.sum(-1).tolist() == [[[16, 16, 4], [16, 16, 4]]]
+    plain = select_dimensions(query, aqua.AquaConfig(k_ratio=0.25), 16, rms)
+    assert torch.equal(selected[:, :, 2], plain[:, :, 2])
+    with pytest.raises(aqua.AquaError, match="it is not said which queries are short"):
+        select_dimensions(query, config, 16, rms)
+    with pytest.raises(aqua.AquaError, match="only `apply` looks it up"):
+        select_dimensions(query, aqua.AquaConfig(min_length="auto"), 16, rms)
+
+
+def expected_of(given, config, length, mask=None):
+    """Every dimension for the queries that see fewer than `length` tokens, the choice of `config` for the others."""
+    config = dataclasses.replace(config, min_length=0)
+    every = dataclasses.replace(config, k_ratio=1.0, logit_error=None)
+    dense, chosen = (attend(*given, one, mask=mask, impl="reference") for one in (every, config))
+    queries, keys = given[0].shape[2], given[1].shape[2]
+    seen = torch.arange(keys - queries, keys, device=dense.device) + 1
+    if mask is not None:
+        seen = (mask != HIDDEN).sum(-1)
+    return torch.where((seen < length)[..., None], dense, chosen), (dense - chosen).abs().max()
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "fused", "auto"])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_torch_paths_switch_at_the_length(impl, window, choice):
+    rotation, rms = layer(2, 24, 20)
+    for min_length in (1, 2, 30, 66, 67, 500):
+        config = aqua.AquaConfig(sink=window[0], recent=window[1], min_length=min_length, s_ratio=1 / 6, **choice)
+        for queries in (66, 1, 5):
+            if impl == "fused" and sum(window) and queries < 66:
+                continue  # refused, whatever the length
+            given = random(2, 4, queries, 24, seed=2) * 2, random(2, 2, 66, 20, seed=3), random(2, 2, 66, 24, seed=4)
+            expected, moved = expected_of((*given, rotation, rms), config, min_length)
+            assert moved > 0.05
+            found = attend(*given, rotation, rms, config, impl=impl)
+            assert torch.allclose(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "fused"])
+def test_padding_is_not_counted(impl):
+    rotation, rms = layer(2, 16, 16)
+    given = random(2, 4, 40, 16, seed=2) * 2, random(2, 2, 40, 16, seed=3), random(2, 2, 40, 16, seed=4), rotation, rms
+    places = torch.arange(40, device=DEVICE)
+    real = places >= torch.tensor([0, 13], device=DEVICE)[:, None]
+    mask = (places <= places[:, None]) & real[:, None, None, :]
+    config = aqua.AquaConfig(k_ratio=0.25, min_length=20)
+    expected, _ = expected_of(given, config, 20, mask)
+    found = attend(*given, config, mask=mask, impl=impl)
+    assert torch.allclose(found, expected, rtol=0, atol=2e-5)
+    # The 13 padding tokens of the second row would have made these queries long.
+    other, _ = expected_of(given, config, 20 - 13, mask)
+    assert (other - expected)[1, :, 19:32].abs().max() > 0.05
+    if impl != "fused":
+        positions = real.long().cumsum(-1) - 1
+        codes = window_codes(mask, positions, positions, sink=0, recent=0, min_length=20)
+        assert torch.equal(attend(*given, config, mask=codes, impl=impl), attend(*given, config, mask=mask, impl=impl))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_prompt_kernels_switch_at_the_length(choice, share, window):
+    pytest.importorskip("triton")
+    from aqua_attention.ops.triton.prefill import attention_prefill
+
+    rotation, rms = layer(2, 32, 32)
+    given = random(2, 6, 130, 32, seed=2) * 2, random(2, 2, 130, 32, seed=3), random(2, 2, 130, 32, seed=4)
+    for min_length in (1, 70, 131):
+        config = aqua.AquaConfig(share=share, sink=window[0], recent=window[1], min_length=min_length, **choice)
+        expected, _ = expected_of((*given, rotation, rms), config, min_length)
+        found = attention_prefill(*given, rotation, rms, config)
+        close = torch.isclose(found, expected, rtol=0, atol=1e-4).all(-1)
+        # Sums over a group in another order may choose another dimension, but never for a short query.
+        assert close[:, :, : min_length - 1].all()
+        assert close.float().mean() > 0.98
+
+
+LAYOUTS = ["plain", "int8", "pages of 32", "int8 in pages of 64"]
+
+
+def options_of(name, groups, kept, room, batch, seed):
+    """Rounding and pages of a cache."""
+    rounding = pages = None
+    if "int8" in name:
+        rounding = Rounding(random(groups, kept, seed=seed).abs() + 0.1, random(groups, kept, seed=seed + 1))
+    if (page := name.split()[-1]).isdecimal():
+        blocks = -(-room // TILE) * TILE // int(page)
+        order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(seed))
+        pages = Pages(order.view(batch, blocks).to(DEVICE, torch.int32), int(page), batch * blocks)
+    return {"rounding": rounding, "pages": pages}
+
+
+def check_step(found, wide, taken, cache, rms, config, lengths, eps):
+    """A decoded token of each row: every dimension or the choice, by its own length."""
+    groups, kept, heads = cache.shape[1], cache.shape[2], wide.shape[1]
+    plain = dataclasses.replace(config, min_length=0)
+    selected = select_dimensions(wide[:, :, None], plain, kept, rms, scaling=kept**-0.5)
+    short = torch.tensor([length < config.threshold for length in lengths], device=wide.device)
+    selected = selected | short[:, None, None, None]
+    assert torch.equal(taken.selected(heads), selected)
+    if taken.counts is not None:
+        counted = selected.view(len(lengths), groups, -1, kept)[:, :, 0].sum(-1)
+        assert torch.equal(taken.counts, counted.to(torch.int32))
+    keys, values = cache.read(dtype=torch.float32)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        given = wide[one, :, None].double(), keys[one, :, :length].double(), values[one, :, :length].double()
+        exact = attention_reference(*given, selected[one], sink=config.sink, recent=config.recent)[0, :, 0]
+        assert (found[row].double() - exact).abs().max() <= eps * exact.abs().max()
+
+
+@settings(max_examples=30 if DEVICE == "cuda" else 8, deadline=None, phases=PHASES)
+@given(
+    name=st.sampled_from(LAYOUTS),
+    lengths=st.sampled_from([[1, 130], [300, 511], [380, 380], [640, 255]]),
+    above=st.sampled_from([-1, 0, 1, 2, 300]),
+    choice=st.sampled_from(CHOICES),
+    window=st.sampled_from(WINDOWS),
+    heads=st.sampled_from([(4, 2), (3, 1)]),
+    seed=st.integers(0, 100),
+)
+def test_decoding_kernels_switch_at_the_length(name, lengths, above, choice, window, heads, seed):
+    """Rows of different lengths, decoded over the threshold of one of them."""
+    pytest.importorskip("triton")
+    from aqua_attention.ops.triton.decode import decode
+    from aqua_attention.ops.triton.prepare import prepare
+
+    (count, groups), kept, dtype, steps = heads, 48, torch.float16 if "int8" in name else torch.float32, 4
+    min_length = max(0, lengths[seed % 2] + 2 + above)
+    config = aqua.AquaConfig(share="group", sink=window[0], recent=window[1], min_length=min_length, **choice)
+    (rotation, _), room = layer(groups, kept, kept, seed), max(lengths) + steps
+    keys, values = (random(2, groups, room, kept, seed=seed + n, dtype=dtype) for n in (2, 3))
+    cache = TiledCache(2, groups, kept, kept, room, dtype, DEVICE, **options_of(name, groups, kept, room, 2, seed))
+    cache.fill(rotate(keys, rotation), values, torch.tensor(lengths))
+    rows, rms = torch.arange(2, device=DEVICE), layer(groups, kept, kept, 7)[1]
+    for step in range(steps):
+        place = torch.tensor(lengths, device=DEVICE) + step
+        query = random(2, count, kept, seed=seed + 10 + step, dtype=dtype) * 2
+        wide, taken = prepare(query, keys[rows, :, place], values[rows, :, place], cache, rotation, rms, config)
+        window_options = {"sink": window[0], "recent": window[1]}
+        found = decode(wide, taken, cache, appended=True, min_length=min_length, **window_options)
+        eps = 2e-2 if dtype == torch.float16 else 2e-5
+        check_step(found, wide, taken, cache, rms, config, [length + step + 1 for length in lengths], eps)
+
+
+@pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_kernel_in_c_switches_at_the_length(choice, window):
+    rotation, rms = layer(2, 48, 48, device="cpu")
+    for min_length in (1, 299, 302, 512, 9000):
+        config = aqua.AquaConfig(share="group", sink=window[0], recent=window[1], min_length=min_length, **choice)
+        keys, values = (random(2, 2, 510, 48, seed=seed, device="cpu") for seed in (2, 3))
+        cache = TiledCache(2, 2, 48, 48, 512, torch.float32, "cpu")
+        cache.fill(rotate(keys, rotation), values, torch.tensor([299, 505]))
+        lengths = [299, 505]
+        for step in range(10):
+            query, new = (random(2, n, 48, seed=9 + step, device="cpu") * 2 for n in (6, 2))
+            wide, taken = cpu_prepare.prepare(query, new, new, cache, rotation, rms, config)
+            lengths = [min(length + 1, 512) for length in lengths]
+            found = cpu_decode.decode(wide, taken, cache, sink=window[0], recent=window[1])
+            check_step(found, wide, taken, cache, rms, config, lengths, 2e-5)
+
+
+def test_codes_of_8_bits_need_counts():
+    pytest.importorskip("triton")
+    from aqua_attention.ops.tiled import Chosen
+    from aqua_attention.ops.triton.decode import decode
+
+    cache = TiledCache(1, 1, 32, 32, 300, torch.float16, DEVICE, **options_of("int8", 1, 32, 300, 1, 0))
+    chosen = Chosen.of(torch.arange(16, device=DEVICE)[None, None], 32)
+    with pytest.raises(aqua.AquaError, match="min_length is 9: over codes of 8 bits `chosen` must have counts"):
+        decode(torch.zeros(1, 2, 32, dtype=torch.float16, device=DEVICE), chosen, cache, min_length=9)
