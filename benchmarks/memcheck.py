@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel once on awkward shapes, to be run under a memory checker.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck.py [--int8]
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck.py [--int8] [PART/PARTS]
 
-With --int8 only decoding over rounded caches. Most of the time is spent on compiling: a run without the checker before
-leaves the kernels in Triton's cache.
+With --int8 only decoding over rounded caches; with 0/4, a quarter. Most of the time is spent on compiling: several
+parts at once take less, and a run without the checker before leaves the kernels in Triton's cache.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ STATIC = {"k_ratio": 0.25, "selection": "static"}
 CHOICES = [{"k_ratio": 1.0}, {"k_ratio": 0.5, "selection": "weighted"}, {"logit_error": 0.1}, STATIC]
 
 
-def main(only_int8: bool) -> None:
+def main(only_int8: bool, part: int, parts: int) -> None:
     """Decode over the end of a tile and of the cache, and prefill odd lengths; results must be finite."""
     torch.manual_seed(0)
-    runs = 0
+    runs = places = 0
     for heads, groups, head_dim, kept, value_dim in SHAPES:
         rotation = torch.linalg.qr(torch.randn(groups, head_dim, head_dim)).Q[..., :kept].contiguous().cuda()
         rms = torch.rand(groups, kept, device="cuda") + 0.1
@@ -45,6 +45,9 @@ def main(only_int8: bool) -> None:
             lengths = torch.tensor([509, 380, 1])
             layouts = LAYOUTS if choice in CHOICES[1:3] and kept < 256 else LAYOUTS[:1]
             for rounding, page in [each for each in layouts if each[0] or not only_int8]:
+                places += 1
+                if places % parts != part:
+                    continue
                 given = Rounding(rms, rms) if rounding else None
                 table = torch.randperm(3 * 512 // page, device="cuda").view(3, -1).int() if page else None
                 if page:
@@ -65,7 +68,7 @@ def main(only_int8: bool) -> None:
                     assert output.isfinite().all()
                     runs += 1
                 assert cache.lengths.tolist() == [512, 388, 9]
-            for share in () if only_int8 else ("head", "group"):
+            for share in () if only_int8 or part > 0 else ("head", "group"):
                 for window in ({"sink": 0, "recent": 0}, {"sink": 3, "recent": 20}):
                     config = aqua.AquaConfig(share=share, s_ratio=s_ratio, **window, **choice)
                     query, key = random(2, heads, 131, head_dim), random(2, groups, 131, head_dim)
@@ -78,4 +81,6 @@ def main(only_int8: bool) -> None:
 
 
 if __name__ == "__main__":
-    main("--int8" in sys.argv[1:])
+    words = [word for word in sys.argv[1:] if word != "--int8"]
+    part, parts = (int(number) for number in (words[0] if words else "0/1").split("/"))
+    main("--int8" in sys.argv[1:], part, parts)

@@ -124,9 +124,41 @@ def decode(
     scaling = (kept**-0.5 if scaling is None else scaling) * LOG2_E
     table, blocks = (None, 0) if cache.pages is None else (cache.pages.table, cache.pages.table.shape[1])
     early = starts_early(query, appended)
-    if by_hand:
-        early["EARLY"] = starts_early(query)["EARLY"]
     with on_device_of(query):
+        if by_hand:
+            # It needs triton's lower language, which the interpreter does not know.
+            from aqua_attention.ops.triton.decode_int8_mma import decode_rounded_kernel
+
+            early["EARLY"] = starts_early(query)["EARLY"]
+            decode_rounded_kernel[(others, groups, batch)](
+                query,
+                dims,
+                counts,
+                *(states.view(torch.int32) for states in (cache.tiles, cache.values)),
+                cache.key_steps,
+                cache.value_steps,
+                *(cache.rounding or ()),
+                table,
+                cache.lengths,
+                partial,
+                lse,
+                scores,
+                scaling,
+                count,
+                blocks,
+                *cache.cell_strides,
+                SPECIAL,
+                APPENDED=appended,
+                DIM=kept,
+                CHOSEN=most,
+                TILE=TILE,
+                BLOCK=cache.block,
+                **given,
+                **early,
+                **BY_HAND,
+            )
+            # The special blocks fill what it leaves, and read only what the kernel before it has written.
+            early = starts_early(query)
         decode_kernel[(splits - others, groups, batch)](
             query,
             dims,
@@ -172,38 +204,8 @@ def decode(
             **options,
         )
         if by_hand:
-            # It needs triton's lower language, which the interpreter does not know.
-            from aqua_attention.ops.triton.decode_int8_mma import decode_rounded_kernel
-
-            decode_rounded_kernel[(others, groups, batch)](
-                query,
-                dims,
-                counts,
-                *(states.view(torch.int32) for states in (cache.tiles, cache.values)),
-                cache.key_steps,
-                cache.value_steps,
-                *(cache.rounding or ()),
-                table,
-                cache.lengths,
-                partial,
-                lse,
-                scores,
-                scaling,
-                count,
-                blocks,
-                *cache.cell_strides,
-                SPECIAL,
-                APPENDED=appended,
-                DIM=kept,
-                CHOSEN=most,
-                TILE=TILE,
-                BLOCK=cache.block,
-                **given,
-                **starts_early(query),
-                **BY_HAND,
-            )
             merge_kernel[(groups, batch)](
-                partial, lse, output, whole_lse, cache.lengths, splits, count * TILE, **merging, **starts_early(query)
+                partial, lse, output, whole_lse, cache.lengths, splits, count * TILE, **merging, **early
             )
         if mass is not None:
             mass_kernel[(-(-count * TILE // 1024), groups, batch)](

@@ -100,17 +100,22 @@ def exact_block(
         value_steps = steps.to(tl.float32) * VALUE_UNIT
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    query = tl.load(query_ptr + member[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
+    query = tl.load(
+        query_ptr + member[:, None] * DIM + dim[None, :],
+        inside[:, None] & (dim[None, :] < DIM),
+        0.0,
+        cache_modifier=".cg",
+    )
     visible = inside[:, None] & seen[None, :]
     if COPIES == 2:
-        flags = tl.load(mask_ptr + dim, dim < DIM, 0)
+        flags = tl.load(mask_ptr + dim, dim < DIM, 0, cache_modifier=".cg")
         query = tl.where(is_narrow[:, None] & (flags == 0)[None, :], 0.0, query).to(query.dtype)
         exact = (position < sink) | (position >= length - recent)
         visible = visible & (exact[None, :] != is_narrow[:, None])
     scores = tl.dot(query, keys, input_precision="ieee")
     is_new = (position == length - APPENDED) & seen
     if APPENDED:
-        key = tl.load(tail_ptr + (length - 1) % (2 * TILE) * DIM + dim, dim < DIM, 0.0)
+        key = tl.load(tail_ptr + (length - 1) % (2 * TILE) * DIM + dim, dim < DIM, 0.0, cache_modifier=".cg")
         score = tl.sum(query.to(tl.float32) * key[None, :].to(tl.float32), 1)
         scores = tl.where(is_new[None, :], score[:, None], scores)
     scores = tl.where(visible, scores * scaling, float("-inf"))
@@ -131,11 +136,15 @@ def exact_block(
         if table_ptr is not None:
             page = tl.load(table_ptr + page)
         newest = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + (length - 1) % BLOCK
-        value = tl.load(values_ptr + newest * VALUE_DIM + columns, column, 0)
+        value = tl.load(values_ptr + newest * VALUE_DIM + columns, column, 0, cache_modifier=".cg")
         if value_steps_ptr is None:
             value = value.to(tl.float32)
         else:
-            value = (value.to(tl.float32) - 128) * tl.load(value_steps_ptr + newest).to(tl.float32) * VALUE_UNIT
+            value = (
+                (value.to(tl.float32) - 128)
+                * tl.load(value_steps_ptr + newest, cache_modifier=".cg").to(tl.float32)
+                * VALUE_UNIT
+            )
         # Nothing, not NaN, where a token that is not seen has an infinite value.
         output += tl.where(weight[:, None] != 0, weight[:, None] * value[None, :], 0.0)
     if COPIES == 2:

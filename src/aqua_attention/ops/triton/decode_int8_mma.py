@@ -155,8 +155,8 @@ def decode_rounded_kernel(
     """Attention of a part of the tiles of a sequence and key-value head, all but the first, with the chosen dimensions:
     what `rounded_tiles` does. Tiles and values come as words of four codes.
 
-    With EARLY it starts while the special blocks are being computed, which began when `prepare` had ended, and ends
-    when they have. Nothing is read through the cache of the processor, where what was before may lie.
+    With EARLY the kernel after this one may start when all programs of this one have, which is after `prepare` has
+    ended. Nothing is read through the cache of the processor, where what was before may lie.
 
     Args:
         before: parts of each head that are others' in `partial` and `lse`.
@@ -168,10 +168,6 @@ def decode_rounded_kernel(
     CHUNKS: gl.constexpr = (CHOSEN + 15) // 16
     VALUE_CHUNKS: gl.constexpr = TILE // 16
     split, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    if EARLY:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
     length = gl.minimum(gl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
     done = gl.maximum((length - 1) // TILE - 1, 0)
     each = gl.cdiv(gl.maximum(done - 1, 0), gl.num_programs(0))
@@ -184,6 +180,11 @@ def decode_rounded_kernel(
     mean_ptr += group * DIM
     if table_ptr is not None:
         table_ptr += row * blocks
+    if EARLY:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
     limit = CHOSEN
     if dims_ptr is not None:
         dims_ptr += place * CHOSEN
@@ -307,8 +308,6 @@ def decode_rounded_kernel(
     there = (heads < GROUP)[None, :] & (column >= 0)[:, None]
     gl.store(partial_ptr + at[None, :] * VALUE_DIM + column[:, None], output, there)
     gl.store(lse_ptr + at, largest + gl.log2(total), heads < GROUP)
-    if EARLY:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

@@ -72,12 +72,10 @@ def decode_kernel(
     """One part of the tokens of a sequence and key-value head; the last to end merges all.
 
     Args:
-        others: parts that another kernel does, which starts as soon as these have, and others merge; 0 where this one
-            is ALONE.
+        others: parts that another kernel does, and a third merges; 0 where this one is ALONE. With EARLY this one
+            starts when all programs of the other have, and ends when they have.
     """
     if EARLY and not ALONE:
-        # The other kernel does not wait for what this one writes, but for what the one before has written.
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, groups = tl.num_programs(0) + others, tl.num_programs(1)
@@ -136,7 +134,7 @@ def decode_kernel(
             TILE,
             BLOCK,
             APPENDED,
-            EARLY,
+            EARLY and ALONE,
         )
     elif ALONE:
         each = tl.cdiv(tl.maximum(done - 1, 0), splits - SPECIAL)
@@ -240,6 +238,8 @@ def decode_kernel(
                     # All programs of this sequence have read its length.
                     tl.store(arrived_ptr + row * (groups + 1) + groups, 0)
                     tl.store(lengths_ptr + row, length)
+    elif EARLY:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
