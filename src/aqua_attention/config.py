@@ -51,7 +51,7 @@ class AquaConfig:
             decoding the attention of earlier ones fades, by one part in so many for each new token.
         min_length: a query that sees fewer tokens of its sequence, its own included and padding not, multiplies every
             stored dimension: below it, choosing costs more than it saves. In a sliding-window layer all tokens so far
-            count. "auto": `apply` takes the number from what `aqua bench breakeven` measured here for decoding.
+            count. "auto": `apply` takes the number from what `aqua bench breakeven` measured here, for decoding.
 
     Sliding-window layers are never rounded and lose no tokens, whatever `bits` and `h2o_ratio` say.
 

@@ -161,7 +161,7 @@ def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, rece
     if shape.device.type == "cpu":
         from aqua_attention.bench.decode_cpu import measure_decode_cpu
 
-        measured = measure_decode_cpu(**given)
+        measured = measure_decode_cpu(**given, steps_only=True)
     else:
         try:
             from aqua_attention.bench.decode import measure_decode
