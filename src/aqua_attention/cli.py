@@ -34,6 +34,7 @@ from aqua_attention.cli_options import (
     aqua_config,
     load_model,
 )
+from aqua_attention.cli_tasks import tasks
 from aqua_attention.errors import AquaError
 from aqua_attention.terminal import check_writable, print_table, progress_bars
 from aqua_attention.version import __version__
@@ -46,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+evaluations.command()(tasks)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
 
