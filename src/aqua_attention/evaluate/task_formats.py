@@ -126,7 +126,8 @@ def _arc(row: Row) -> ChoiceItem:
         return _choice(row, context, _texts(row, "choices"), _index(row, "gold"))
     question, choices = row.fields.get("question"), row.fields.get("choices")
     if isinstance(question, dict):  # as AI2 publishes it; the hub has the same in columns
-        question, choices = question.get("stem"), question.get("choices")
+        choices = question.get("choices")
+        question = question.get("stem")
     if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
     if not (isinstance(question, str) and isinstance(choices, dict)):

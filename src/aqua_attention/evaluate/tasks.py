@@ -78,12 +78,12 @@ def evaluate_tasks(
             done += first * len(columns)
             for start in range(first, len(task.items), batch):
                 part = task.items[start : start + batch]
-                given = []
-                for column in answer_items(model, tokenizer, part, columns):
-                    given.append(column)
-                    done += len(part)
+                given, answered = [], answer_items(model, tokenizer, part, columns)
+                for _ in columns:
                     if progress:
                         progress(done, total)
+                    given.append(next(answered))
+                    done += len(part)
                 answers.add(task.name, [list(row) for row in zip(*given, strict=True)])
     finally:
         answers.save()
