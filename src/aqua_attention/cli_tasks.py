@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -127,3 +128,33 @@ def tasks(
     if json:
         write_json(json, result)
     print_table(tasks_table(result))
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with the model type `aqua`; all arguments are its own (`aqua lm-eval run --help`).
+
+    Its --model_args are those of `--model hf`, and projections, basis, k_ratio, selection, sink, recent, ...; its
+    --output_path writes the figures, and with --use_cache a stopped run goes on.
+
+    Example: `aqua lm-eval run --model aqua --model_args
+    pretrained=smollm2,projections=smollm2.safetensors,k_ratio=0.5,selection=weighted,sink=4,recent=64
+    --tasks arc_easy --limit 100`
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import aqua_attention.integrations.lm_eval  # noqa: F401 (makes the model type known)
+    except ImportError as error:
+        raise AquaError(
+            f"lm-evaluation-harness cannot be loaded ({error}): pip install 'aqua-attention[lm-eval]'"
+        ) from error
+    sys.argv = ["lm-eval", *context.args]
+    try:
+        cli_evaluate()
+    except KeyboardInterrupt:
+        typer.echo("stopped: with --use_cache, the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    except AquaError:
+        raise
+    except ValueError as error:  # what it raises for a task that it does not know
+        raise AquaError(f"lm-eval refuses this ({error}): see `aqua lm-eval run --help`") from error
