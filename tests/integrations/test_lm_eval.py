@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from aqua_attention.evaluate.task_answers import answer_items  # noqa: E402
 from aqua_attention.evaluate.task_formats import ChoiceItem  # noqa: E402
+from aqua_attention.evaluate.task_prompts import load_task  # noqa: E402
+from aqua_attention.evaluate.tasks import evaluate_tasks  # noqa: E402
 from aqua_attention.integrations.lm_eval import AquaLM  # noqa: E402
 
 CHOICE = """
@@ -126,6 +129,96 @@ def test_our_own_log_likelihoods_are_those_of_the_harness(evaluated, llama, word
     runs = [None, aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25))]
     for name, found in zip(("dense", 0.25), answer_items(model, word_tokenizer, items, runs), strict=True):
         assert torch.allclose(torch.tensor(found), log_likelihoods(evaluated[name][1]), atol=1e-3)
+
+
+HARNESS = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "winogrande": "winogrande/default.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "truthfulqa": "truthfulqa/truthfulqa_mc1.yaml",
+    "mmlu": "mmlu/default/mmlu_abstract_algebra.yaml",
+    "gsm8k": "gsm8k/gsm8k.yaml",
+}
+"""Our name of a task, and the harness's definition of it."""
+
+
+def rows_of_the_hub(name):
+    """A few questions in a data set's own format, of words that the tiny model knows."""
+    for n in range(6):
+        choices = [words(n + 13 * place, 2 + (n + place) % 3) for place in range(4)]
+        yield {
+            "hellaswag": {
+                "activity_label": words(n, 2),
+                "ctx_a": words(n + 5, 9) + " [title] w3",
+                "ctx_b": "",
+                "endings": choices,
+                "label": str(n % 4),
+            },
+            "winogrande": {
+                "sentence": f"{words(n, 6)} _ {words(n + 9, 4)}.",
+                "option1": "w8",
+                "option2": "w9 w1",
+                "answer": str(1 + n % 2),
+            },
+            "arc_easy": {
+                "question": words(n, 7),
+                "choices": {"text": choices, "label": list("ABCD")},
+                "answerKey": "ABCD"[n % 4],
+            },
+            "truthfulqa": {"question": words(n, 5)}
+            | {f"mc{kind}_targets": {"choices": choices, "labels": [1, 0, 0, 0]} for kind in (1, 2)},
+            "mmlu": {"question": words(n, 7), "choices": choices, "answer": n % 4, "subject": "abstract_algebra"},
+            "gsm8k": {"question": words(n, 7), "answer": f"w3 #### {n}"},
+        }[name]
+
+
+@pytest.fixture(scope="module")
+def by_the_harness(folder):
+    """Figures and samples of the harness's own tasks, dense, and their files of questions."""
+    tasks, definitions = folder / "harness", Path(lm_eval.__file__).parent / "tasks"
+    tasks.mkdir()
+    for name, definition in HARNESS.items():
+        file = tasks / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows_of_the_hub(name)))
+        files = {split: str(file) for split in ("train", "dev", "validation", "test")}
+        source = {"data_files": files, "cache_dir": str(folder / "cache")}
+        (tasks / f"{name}.yaml").write_text(
+            f"include: {definitions / definition}\ntask: our_{name}\ndataset_path: json\ndataset_name: null\n"
+            f"dataset_kwargs: {json.dumps(source)}\n"
+            + ("generation_kwargs:\n  until: ['Question:']\n  max_gen_toks: 4\n" if name == "gsm8k" else "")
+        )
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder / "model"), "dtype": "float32"},
+        tasks=[f"our_{name}" for name in HARNESS],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        num_fewshot=0,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    return tasks, found
+
+
+@pytest.mark.parametrize("name", sorted(HARNESS))
+def test_prompts_and_figures_are_those_of_the_harness(by_the_harness, name, llama, word_tokenizer):
+    tasks, found = by_the_harness
+    ours = load_task(name, tasks / f"{name}.jsonl", few_shot=0)
+    # GSM8K's are there once for each way to find the number in an answer.
+    samples = {sample["doc_id"]: sample for sample in found["samples"][f"our_{name}"]}
+    assert len(samples) == len(ours.items) == 6
+    for place, item in enumerate(ours.items):
+        prompts = [tuple(arguments) for arguments in samples[place]["arguments"]]
+        if name == "gsm8k":
+            assert prompts[0][0] == item.prompt
+        elif name == "truthfulqa":  # theirs has six questions before it
+            assert all(prompt.endswith(f"\n\n{item.contexts[0]}") for prompt, _ in prompts)
+            assert tuple(answer for _, answer in prompts) == item.continuations
+        else:
+            assert prompts == list(zip(item.contexts, item.continuations, strict=True))
+    if name not in ("gsm8k", "truthfulqa"):
+        dense = evaluate_tasks(llama[0], word_tokenizer, llama[1], [], [ours])["dense"]
+        for figure in dense:
+            assert figure["value"] == pytest.approx(found["results"][f"our_{name}"][f"{figure['metric']},none"])
 
 
 def test_the_settings_arrive_and_aqua_stays_attached(folder):
