@@ -53,7 +53,8 @@ def tasks(
         int | None, typer.Option(help="Only the first so many questions of a task (MMLU: of a subject).")
     ] = None,
     few_shot: Annotated[
-        int | None, typer.Option(help="Examples before each question (default: gsm8k 5, others 0).")
+        int | None,
+        typer.Option(help="Examples before each question (default: gsm8k 5, others 0; truthfulqa always 0)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the examples.")] = 0,
     quick: Annotated[
@@ -104,8 +105,9 @@ def tasks(
         name, equals, path = named.partition("=")
         if not equals:
             raise AquaError(f"--task {named} names no file: write NAME=PATH, such as hellaswag=hellaswag_val.jsonl")
+        examples = None if name == "truthfulqa" else few_shot
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
-        asked.append(load_task(name, path, limit=most, few_shot=few_shot, seed=seed))
+        asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
     learned = Projections.load(projections)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
     try:

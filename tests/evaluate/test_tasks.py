@@ -319,8 +319,7 @@ def test_a_state_of_another_run_is_refused(run, tmp_path, llama, word_tokenizer)
     for changes, what in (
         ({"config": aqua.AquaConfig(k_ratio=0.5)}, "settings"),
         ({"batch": 4}, "batch"),
-        ({"tasks": [task(CHOICES, "acc", name="a")]}, r"tasks \(c\)"),
-        ({"tasks": [task(CHOICES[1:], "acc", name="a"), task(WRITTEN, "exact_match", name="c")]}, r"tasks \(a\)"),
+        ({"tasks": [task(CHOICES[1:], "acc", name="a")]}, "the questions of a"),
     ):
         with pytest.raises(aqua.AquaError, match=f"is of another run, which differs in {what}: repeat"):
             run(state, **changes)
@@ -335,6 +334,19 @@ def test_a_state_of_another_run_is_refused(run, tmp_path, llama, word_tokenizer)
             batch=2,
             state=state,
         )
+
+
+def test_tasks_may_join_and_be_left_out(run, tmp_path):
+    state = tmp_path / "answers.json"
+    whole, _ = run(None)
+    first, second = task(CHOICES, "acc", name="a"), task(WRITTEN, "exact_match", name="c")
+    run(state, tasks=[second])
+    result, calls = run(state, tasks=[first])
+    assert calls[0] == 0
+    assert [row["task"] for row in result["rows"]] == ["a"]
+    result, calls = run(state)
+    assert result == whole
+    assert calls[0] == 26, "both were answered before"
 
 
 def test_a_damaged_state_is_refused(run, tmp_path):
@@ -355,11 +367,12 @@ def test_a_damaged_state_is_refused(run, tmp_path):
 
 def test_answers_are_kept_while_the_run_goes_on(tmp_path):
     path = tmp_path / "answers.json"
-    answers = Answers({"x": 1}, path, seconds=0)
+    what = {"x": 1, "tasks": {"a": "1"}}
+    answers = Answers(what, path, seconds=0)
     answers.add("a", [[[0.1 + 0.2], "text"]])
-    assert Answers({"x": 1}, path).of_task == {"a": [[[0.1 + 0.2], "text"]]}
-    seldom = Answers({"x": 1}, path, seconds=60)
+    assert Answers(what, path).of_task == {"a": [[[0.1 + 0.2], "text"]]}
+    seldom = Answers(what, path, seconds=60)
     seldom.add("a", [[[1.0], ""]])
-    assert len(Answers({"x": 1}, path).of_task["a"]) == 1
+    assert len(Answers(what, path).of_task["a"]) == 1
     seldom.save()
-    assert len(Answers({"x": 1}, path).of_task["a"]) == 2
+    assert len(Answers(what, path).of_task["a"]) == 2

@@ -25,7 +25,7 @@ NEW_TOKENS = 256
 """Tokens that a written answer may have."""
 STOPS = ("Question:", "</s>", "<|im_end|>")
 """What ends a written answer, besides the model's own end token; as lm-evaluation-harness ends GSM8K's."""
-TOKENS_AT_ONCE = 2048
+TOKENS_AT_ONCE, TOKENS_AT_ONCE_GPU = 2048, 16384
 """Tokens of one forward pass, padding included, unless one sequence alone has more; bounds the memory."""
 Answer = list[float] | str
 """Log-likelihoods of all given answers, or what was written."""
@@ -97,7 +97,8 @@ def _log_likelihoods(model: PreTrainedModel, pairs: list[_Pair], attachment: Att
             scores = {pair: _score_with_cache(model, pair) for pair in pairs}
         else:
             scores = {}
-            for batch in _batches(pairs):
+            on_cpu = input_device(model).type == "cpu"
+            for batch in _batches(pairs, TOKENS_AT_ONCE if on_cpu else TOKENS_AT_ONCE_GPU):
                 scores |= _score_batch(model, batch)
     if not all(math.isfinite(score) for score in scores.values()):
         raise AquaError(
@@ -107,8 +108,8 @@ def _log_likelihoods(model: PreTrainedModel, pairs: list[_Pair], attachment: Att
     return scores
 
 
-def _batches(pairs: list[_Pair]) -> Iterator[dict[tuple[int, ...], list[_Pair]]]:
-    """Pairs by what the model reads, in batches of similar length.
+def _batches(pairs: list[_Pair], tokens: int) -> Iterator[dict[tuple[int, ...], list[_Pair]]]:
+    """Pairs by what the model reads, in batches of similar length and of at most so many tokens.
 
     Answers that differ in their last token only, such as letters, are read once.
     """
@@ -118,7 +119,7 @@ def _batches(pairs: list[_Pair]) -> Iterator[dict[tuple[int, ...], list[_Pair]]]
     batch: dict[tuple[int, ...], list[_Pair]] = {}
     for ids in sorted(by_input, key=len, reverse=True):
         longest = len(next(iter(batch), ids))
-        if batch and (len(batch) + 1) * longest > TOKENS_AT_ONCE:
+        if batch and (len(batch) + 1) * longest > tokens:
             yield batch
             batch = {}
         batch[ids] = by_input[ids]

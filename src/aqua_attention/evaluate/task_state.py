@@ -28,7 +28,8 @@ class Answers:
         """Go on with what `path` holds, if it is there.
 
         Args:
-            run: JSON values that tell this run from others, a dict of dicts for what has parts.
+            run: JSON values that tell this run from others; `tasks` among them, a dict of which each entry tells a task
+                from others of its name. Tasks of earlier runs stay in the file, and new ones may join.
 
         Raises:
             AquaError: the file is damaged, or of another run; the message says in what they differ.
@@ -38,7 +39,8 @@ class Answers:
         self.of_task: dict[str, list[list[Answer]]] = {}
         self._saved = time.monotonic()
         if self.path is not None and self.path.exists():
-            self.of_task = self._read(self.path)
+            self.of_task, earlier = self._read(self.path)
+            self.run["tasks"] = earlier | self.run["tasks"]
 
     def add(self, task: str, answers: list[list[Answer]]) -> None:
         """Add the answers to a task's next questions."""
@@ -56,7 +58,7 @@ class Answers:
             remove_leftovers(self.path)
             self._saved = time.monotonic()
 
-    def _read(self, path: Path) -> dict[str, list[list[Answer]]]:
+    def _read(self, path: Path) -> tuple[dict[str, list[list[Answer]]], dict[str, Any]]:
         try:
             content = json.loads(path.read_bytes())
             version, run, answers, claimed = content[KIND], content["run"], content["answers"], content.pop("sha256")
@@ -73,7 +75,7 @@ class Answers:
                 f"{path} is of another run, which differs in {', '.join(different)}: repeat the options of that run, "
                 "or give another --state"
             )
-        return answers
+        return answers, run["tasks"]
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -81,17 +83,9 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name) and name != "tasks"]
     one, two = ours.get("key_weights"), theirs.get("key_weights")
     if "key_weights" in names and one and two and weight_difference(one, two) < 1e-5:
         names.remove("key_weights")  # the last digit of a digest depends on the number of threads
-    found = []
-    for name in names:
-        parts = ours.get(name), theirs.get(name)
-        if isinstance(parts[0], dict) and isinstance(parts[1], dict):
-            found += [
-                f"{name} ({part})" for part in {**parts[0], **parts[1]} if parts[0].get(part) != parts[1].get(part)
-            ]
-        else:
-            found.append(name)
-    return found
+    both = ours["tasks"].keys() & theirs["tasks"].keys()
+    return names + [f"the questions of {task}" for task in sorted(both) if ours["tasks"][task] != theirs["tasks"][task]]

@@ -46,7 +46,8 @@ def evaluate_tasks(
 
     Args:
         batch: questions at once. Written answers are padded to the longest prompt of a batch.
-        state: file that keeps the answers so far; where it exists, the run goes on from it.
+        state: file that keeps the answers so far; where it exists, the run goes on from it. It is of one model and
+            its settings, and other tasks may join.
         progress: called as progress(answers done, answers in all).
 
     Returns:
