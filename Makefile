@@ -17,11 +17,16 @@ help:  ## list the targets
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Large, and needed by some tests only: a demo does without.
+.venv/.lm-eval: .venv/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[lm-eval]'
+	@touch $@
+
 demo: .venv/.installed  ## calibrate and compare on the default model, into demo-out/
 	$(BIN)/aqua demo --out demo-out
 
 # One thread per worker: workers that each start a thread per core slow each other down.
-test: .venv/.installed  ## run the tests; make test ARGS="-k text" WORKERS=0
+test: .venv/.installed .venv/.lm-eval  ## run the tests; make test ARGS="-k text" WORKERS=0
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: .venv/.installed  ## ruff check, ruff format --check, mypy

@@ -49,6 +49,7 @@ ORDER = [
     "cli_options",
     "cli_evaluate",
     "cli_bench",
+    "cli_tasks",
     "cli",
 ]
 """The data's way through the library; a module imports only from itself and from what stands before it."""

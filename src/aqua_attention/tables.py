@@ -194,6 +194,21 @@ def retrieval_table(result: dict[str, Any]) -> Table:
     return titles, rows
 
 
+def tasks_table(result: dict[str, Any]) -> Table:
+    """What `evaluate_tasks` returned: a row a task, metric and setting, dense first."""
+    titles = ["task", "metric", "questions", "setting", "value", "to dense", "lost", "gained", "p (paired)"]
+    rows = []
+    for dense in result["dense"]:
+        name = [dense["task"], dense["metric"], str(dense["count"])]
+        rows.append([*name, "dense", f"{dense['value']:.1%} ± {dense['stderr']:.1%}", "", "", "", ""])
+        for row in result["rows"]:
+            if (row["task"], row["metric"]) == (dense["task"], dense["metric"]):
+                figures = [f"{row['value']:.1%} ± {row['stderr']:.1%}", f"{100 * (row['value'] - row['dense']):+.1f}"]
+                figures += [str(row["lost"]), str(row["gained"]), f"{row['p_value']:.2g}"]
+                rows.append(["", "", "", describe_setting(row["setting"], row["basis"]), *figures])
+    return titles, rows
+
+
 def retrieval_grid(result: dict[str, Any]) -> Table:
     """Right answers of all, for each combination of the questions' labels, dense and under each setting."""
     figures = ("tokens", "expected", "answers", "correct")

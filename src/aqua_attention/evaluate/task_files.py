@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of questions: rows of JSON lines or CSV, in a file of their own or in a folder of splits."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqua_attention.errors import AquaError
+
+SUFFIXES = (".jsonl", ".json", ".csv")
+SPLITS = ("train", "dev", "val", "valid", "validation", "test")
+"""Words in the name of a file, or of its folder, that say which split it holds."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question as its file has it.
+
+    Attributes:
+        where: file and line, for messages.
+        stem: the file's name without endings and split, such as "abstract_algebra" of "abstract_algebra_test.csv".
+    """
+
+    fields: dict[str, Any]
+    where: str
+    stem: str
+
+
+def read_rows(path: Path | str, splits: Sequence[str], columns: Sequence[str] | None = None) -> list[Row]:
+    """Read a file, or those files of a folder that hold a split.
+
+    Args:
+        path: .jsonl or .json (a list of objects), .csv, each also .gz; or a folder of such files.
+        splits: in a folder, the first of these that there is; a folder of a single file without a split's name holds
+            the split too.
+        columns: of a .csv whose first line is a question already; None takes their names from the first line.
+
+    Raises:
+        AquaError: no such file or split, an empty or damaged one; the message names file, line and remedy.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = _of_split(path, splits)
+    elif path.is_file():
+        if _suffix(path) not in SUFFIXES:
+            raise AquaError(f"{path} is no file of questions: it must end in {', '.join(SUFFIXES)} (or these and .gz)")
+        files = [path]
+    else:
+        raise AquaError(f"{path}: no such file or folder of questions: check the path")
+    rows = [row for file in files for row in _read(file, columns)]
+    if not rows:
+        raise AquaError(f"{path} holds no questions: it is empty")
+    return rows
+
+
+def has_split(path: Path | str, splits: Sequence[str]) -> bool:
+    """Whether `path` is a folder with a file of one of these splits."""
+    path = Path(path).expanduser()
+    return path.is_dir() and any(_words(file, path) & set(splits) for file in _question_files(path))
+
+
+def _question_files(folder: Path) -> list[Path]:
+    """Files of questions in a folder; of files that differ in their ending only, the first by SUFFIXES."""
+    found = sorted(
+        (file for file in folder.rglob("*") if _suffix(file) in SUFFIXES and file.is_file()),
+        key=lambda file: (str(file.parent), _stem(file), SUFFIXES.index(_suffix(file))),
+    )
+    return list({(file.parent, _stem(file)): file for file in reversed(found)}.values())[::-1]
+
+
+def _of_split(folder: Path, splits: Sequence[str]) -> list[Path]:
+    files = _question_files(folder)
+    for split in splits:
+        if of_split := [file for file in files if split in _words(file, folder)]:
+            return of_split
+    if len(files) == 1 and not _words(files[0], folder) & set(SPLITS):
+        return files
+    seen = ", ".join(str(file.relative_to(folder)) for file in files[:8]) or f"no file ending in {', '.join(SUFFIXES)}"
+    raise AquaError(
+        f"the folder {folder} has no {' or '.join(splits)} split (it holds {seen}): name a file after its split, or "
+        "give the file itself"
+    )
+
+
+def _words(file: Path, folder: Path) -> set[str]:
+    return set(re.split("[^a-z]+", str(file.relative_to(folder)).lower()))
+
+
+def _suffix(path: Path) -> str:
+    name = path.stem if path.suffix.lower() == ".gz" else path.name
+    return Path(name).suffix.lower()
+
+
+def _stem(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
+
+
+def _read(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
+    stem = re.sub(rf"[_-]({'|'.join(SPLITS)})$", "", _stem(path))
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        # newline="": a quoted CSV field may have lines of its own. utf-8-sig: a byte order mark is no part of the text.
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+            for fields, where in _fields(path, file, columns):
+                if not isinstance(fields, dict):
+                    raise AquaError(f"{where} is no JSON object: mend or drop it")
+                yield Row(fields, where, stem)
+    except UnicodeDecodeError as error:
+        raise AquaError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise AquaError(f"{path} cannot be read ({error}): fetch it again") from error
+
+
+def _fields(path: Path, file: Iterable[str], columns: Sequence[str] | None) -> Iterator[tuple[Any, str]]:
+    """Rows of an open file, and where each is."""
+    if _suffix(path) == ".csv":
+        reader = csv.DictReader(file, fieldnames=columns, strict=True)
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise AquaError(f"{where} has not the {len(reader.fieldnames or ())} columns of the others: mend it")
+            yield row, where
+    elif _suffix(path) == ".json":
+        rows = _parsed("".join(file), str(path))
+        if not isinstance(rows, list):
+            raise AquaError(f"{path} is no JSON list of questions: give a list, or a .jsonl of one question a line")
+        yield from ((row, f"{path}, entry {number}") for number, row in enumerate(rows, 1))
+    else:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield _parsed(line, where), where
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AquaError(f"{where} is not JSON ({getattr(error, 'msg', None) or error}): mend or drop it") from error
