@@ -43,10 +43,12 @@ ORDER = [
     "evaluate",
     "bench",
     "tables",
+    "record_tables",
     "terminal",
     "demo",
     "cli_options",
     "cli_evaluate",
+    "cli_grid",
     "cli_bench",
     "cli",
 ]

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+import aqua_attention.cli_grid  # noqa: F401 (adds its commands to `evaluations`)
 from aqua_attention.cli_bench import benchmarks
 from aqua_attention.cli_evaluate import evaluations
 from aqua_attention.cli_options import (

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aqua_attention.calibration import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.setting import Multiplied, Setting, attachments
-from aqua_attention.generation import continue_tokens, encode_prompt
+from aqua_attention.generation import Continuation, continue_tokens, encode_prompt
 from aqua_attention.projections import Projections
 
 SPARE_TOKENS = 4
@@ -49,12 +49,15 @@ def evaluate_retrieval(
     questions: Sequence[Question],
     *,
     chat: bool = True,
+    dense_answers: dict[int, Continuation] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Answer every question dense and under every setting (greedy), and test the pairs.
 
     Args:
         chat: put the questions into the tokenizer's chat template, if it has one.
+        dense_answers: by place in `questions`, filled with the dense answers; they are not asked for again when it is
+            given to a further call with the same questions.
         progress: called as progress(answers done, answers in all).
 
     Returns:
@@ -82,17 +85,21 @@ def evaluate_retrieval(
             )
         check_tokens(model, prompt, context=needed)
     runs = attachments(model, projections, settings)
-    columns = [None, *(attachment for attachment, _ in runs)]
+    known = {} if dense_answers is None else dense_answers
     answers: list[list[str]] = []
     same = [0] * len(runs)
-    done, total = 0, len(questions) * len(columns)
-    for prompt, budget in zip(prompts, budgets, strict=True):
+    done, total = 0, len(questions) * (1 + len(runs))
+    for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
         written = []
-        for attachment in columns:
+        for attachment in (None, *(attachment for attachment, _ in runs)):
             if progress:
                 progress(done, total)
-            written.append(continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment))
+            if attachment is None and index in known:
+                written.append(known[index])
+            else:
+                written.append(continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment))
             done += 1
+        known[index] = written[0]
         answers.append([answer.text for answer in written])
         same = [
             count + (other.token_ids == written[0].token_ids) for count, other in zip(same, written[1:], strict=True)
