@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from aqua_attention.capture import attention_layers
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.grid import Job, Progress
@@ -106,10 +107,12 @@ def grid_jobs(subject: Subject, suites: Sequence[str], settings: Sequence[Settin
     """The jobs of all suites, one suite after the other, its dense reference first.
 
     Raises:
-        AquaError: an unknown suite, a text too short for it.
+        AquaError: an unknown suite, a text too short for it, projections that are not for this model.
     """
     if unknown := [name for name in suites if name not in SUITES]:
         raise AquaError(f"suite is {unknown[0]!r}: it must be one of {', '.join(SUITES)}")
+    # Otherwise every setting would be refused, one after the other.
+    subject.projections.check_model(subject.model, attention_layers(subject.model))
     return [job for name in dict.fromkeys(suites) for job in SUITES[name](subject, settings, sizes)]
 
 

@@ -163,7 +163,8 @@ def subspace_distance(first: Projections, second: Projections, dims: dict[int, i
         if k == dim:
             distances.append(torch.zeros(len(layer.rotation), dtype=torch.float64))
             continue
-        ours, theirs = (p.layers[index].rotation[..., :k].double() for p in (first, second))
-        common = (ours.transpose(-1, -2) @ theirs).square().sum((-1, -2))
-        distances.append(((k - common).clamp_min(0) / min(k, dim - k)).sqrt())
+        ours, theirs = layer.rotation[..., :k].double(), second.layers[index].rotation[..., k:].double()
+        # What of ours lies in their other dimensions, k - |U^T V|_F^2, without the difference of two large numbers.
+        beyond = (theirs.transpose(-1, -2) @ ours).square().sum((-1, -2))
+        distances.append((beyond / min(k, dim - k)).sqrt())
     return float(torch.cat(distances).mean())
