@@ -30,7 +30,7 @@ def transfer_tables(records: Sequence[Record]) -> list[Table]:
         loss, distance = f"{setting}; calibrated on", "distance of the leading dimensions"
         pairs = [(record["options"]["calibrated"]["name"], record["options"]["tested"]["name"]) for record in group]
         tables.append(_matrix(loss, "tested on", pairs, group, _loss))
-        tables.append(_matrix(distance, "and", pairs, group, _distance))
+        tables.append(_matrix(distance, "from", pairs, group, _distance))
     return tables
 
 

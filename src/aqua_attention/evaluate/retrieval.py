@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration import check_tokens, position_limit
@@ -70,26 +71,13 @@ def evaluate_retrieval(
     Raises:
         AquaError: no questions, one longer than the model's positions, NaN.
     """
-    if not questions:
-        raise AquaError("there are no questions to ask: give at least one")
-    prompts = [encode_prompt(tokenizer, q.prompt, chat=chat, answer_start=q.answer_start) for q in questions]
-    budgets = [_answer_tokens(tokenizer, question) for question in questions]
-    limit = position_limit(model)
-    for question, prompt, budget in zip(questions, prompts, budgets, strict=True):
-        needed = prompt.shape[1] + budget
-        if limit is not None and needed > limit:
-            where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
-            raise AquaError(
-                f"a question ({where}) takes {needed} tokens with its answer, the model knows {limit} positions: ask "
-                "shorter ones"
-            )
-        check_tokens(model, prompt, context=needed)
+    encoded = encode_questions(model, tokenizer, questions, chat=chat)
     runs = attachments(model, projections, settings)
     known = {} if dense_answers is None else dense_answers
     answers: list[list[str]] = []
     same = [0] * len(runs)
     done, total = 0, len(questions) * (1 + len(runs))
-    for index, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
+    for index, (prompt, budget) in enumerate(encoded):
         written = []
         for attachment in (None, *(attachment for attachment, _ in runs)):
             if progress:
@@ -119,9 +107,34 @@ def evaluate_retrieval(
         "questions": [
             question.labels
             | {"tokens": prompt.shape[1], "expected": list(question.expected), "answers": texts, "correct": marks}
-            for question, prompt, texts, marks in zip(questions, prompts, answers, correct, strict=True)
+            for question, (prompt, _), texts, marks in zip(questions, encoded, answers, correct, strict=True)
         ],
     }
+
+
+def encode_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, chat: bool
+) -> list[tuple[Tensor, int]]:
+    """Token ids [1, length] of each question, and how many tokens its answer may have.
+
+    Raises:
+        AquaError: no questions, or one longer than the model's positions.
+    """
+    if not questions:
+        raise AquaError("there are no questions to ask: give at least one")
+    prompts = [encode_prompt(tokenizer, q.prompt, chat=chat, answer_start=q.answer_start) for q in questions]
+    budgets = [_answer_tokens(tokenizer, question) for question in questions]
+    limit = position_limit(model)
+    for question, prompt, budget in zip(questions, prompts, budgets, strict=True):
+        needed = prompt.shape[1] + budget
+        if limit is not None and needed > limit:
+            where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
+            raise AquaError(
+                f"a question ({where}) takes {needed} tokens with its answer, the model knows {limit} positions: ask "
+                "shorter ones"
+            )
+        check_tokens(model, prompt, context=needed)
+    return list(zip(prompts, budgets, strict=True))
 
 
 def is_correct(answer: str, expected: Sequence[str]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import attention_layers
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -20,7 +21,7 @@ from aqua_attention.evaluate.needle import needle_questions
 from aqua_attention.evaluate.perplexity import DenseLogits, evaluate_perplexity
 from aqua_attention.evaluate.records import dtype_of, record_key
 from aqua_attention.evaluate.retention import evaluate_retention
-from aqua_attention.evaluate.retrieval import Question, evaluate_retrieval
+from aqua_attention.evaluate.retrieval import Question, encode_questions, evaluate_retrieval
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.generation import Continuation
 from aqua_attention.projections import Projections
@@ -86,7 +87,9 @@ class Subject:
     def windows(self, tokens: int, context: int) -> Tensor:
         """Windows from the text's start, [count, context]."""
         ids, prefix = tokenize(self.tokenizer, self.text)
-        return token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+        windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+        check_tokens(self.model, windows, context=windows.shape[1])
+        return windows
 
     def key(self, suite: str, setting: Setting | None, options: dict[str, Any], **other: Any) -> dict[str, Any]:
         """The key of a record; without a setting, of the dense model."""
@@ -226,6 +229,7 @@ def _retrieval_jobs(
     options: dict[str, Any],
     digest: str | None,
 ) -> list[Job]:
+    encode_questions(subject.model, subject.tokenizer, questions, chat=subject.chat)
     answers: dict[int, Continuation] = {}
 
     def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:

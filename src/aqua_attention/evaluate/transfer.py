@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqua_attention.calibration import check_tokens
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.calibrated import Calibration, Calibrator, check_enough
@@ -118,6 +119,7 @@ def transfer_jobs(
     for tested in domains:
         ids, prefix = tokenize(calibrator.tokenizer, tested.test)
         windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+        check_tokens(model, windows, context=windows.shape[1])
         for calibrated in domains:
             options = {
                 "calibrated": asdict(sources[calibrated.name]) | {"data": calibrated.data},
