@@ -84,6 +84,7 @@ def test_a_grid_is_every_combination_once_and_its_second_run_measures_nothing(aq
     assert {path: path.read_bytes() for path in records_in(tmp_path / "results")} == written
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_and_a_damaged_record_is_redone(aqua, grid, tmp_path):
     command = [sys.executable, "-m", "aqua_attention.cli", *map(str, grid)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -93,7 +94,7 @@ def test_a_killed_grid_goes_on_and_a_damaged_record_is_redone(aqua, grid, tmp_pa
     process.send_signal(signal.SIGKILL)
     process.wait()
     found = records_in(tmp_path / "results")
-    assert len(found) >= 2
+    assert 2 <= len(found) < 9
     kept = {path: path.read_bytes() for path in found[1:]}
     found[0].write_text('{"schema": 1')
     code, _, err = aqua(*grid)
