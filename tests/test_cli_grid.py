@@ -165,6 +165,24 @@ def test_needle_and_lines_with_and_without_eviction(aqua, tiny_folder, projectio
     assert "k_ratio 1, h2o_ratio 0.5" in out
 
 
+def test_given_lines_and_several_needles(aqua, tiny_folder, projections_file, texts, tmp_path):
+    given = tmp_path / "given.jsonl"
+    row = {"prompt": "line a-b: REGISTER_CONTENT is <5>", "random_idx": ["a-b", 0], "expected_number": 5}
+    given.write_text(f"{json.dumps(row)}\n" * 3)
+    arguments = ("eval", "grid", tmp_path / "results", tiny_folder, "-p", projections_file, "--data", texts / "one.txt")
+    arguments += ("--suite", "lines", "--suite", "needle", "--k-ratio", 0.5, "--lines-file", given)
+    arguments += ("--length", 180, "--depth", 0, "--needles", 2, "--count", 2, "--json", tmp_path / "all.json")
+    code, _, err = aqua(*arguments)
+    assert code == 0, err
+    lines, needle = [json.loads((tmp_path / "all.json").read_text())["records"][place] for place in (1, 3)]
+    assert lines["options"] == {"data": str(given), "count": 2, "chat": True}
+    assert lines["result"]["cells"][0]["asked"] == 2
+    assert lines["text_sha256"] is not None
+    assert needle["options"]["needles"] == 2
+    code, _, err = aqua(*arguments, "--lines", 3)
+    assert (code, "give one of the two" in err) == (2, True)
+
+
 def test_transfer_prints_a_matrix_and_keeps_projections(aqua, tiny_folder, texts, tmp_path):
     arguments = ("eval", "transfer", tmp_path / "results", tiny_folder)
     arguments += ("--domain", f"one={texts / 'one.txt'}", "--domain", f"two={texts / 'two.txt'}")

@@ -95,9 +95,13 @@ def grid(
     depth: Annotated[
         list[float] | None, typer.Option(help="Needle: where it is; repeat (0 0.25 0.5 0.75 1; quick 0 0.5 1).")
     ] = None,
+    needles: Annotated[int | None, typer.Option(help="Needle: how many are hidden, and asked for (1).")] = None,
     repeats: Annotated[int | None, typer.Option(help="Needle: haystacks for each length and depth (1).")] = None,
     lines: Annotated[list[int] | None, typer.Option(help="Lines in a question; repeat (100 200; quick 10 20).")] = None,
-    count: Annotated[int | None, typer.Option(help="Questions for each number of lines (50; quick 5).")] = None,
+    lines_file: Annotated[
+        Path | None, typer.Option(help="LongEval's .jsonl of line questions; generated when left out.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Questions for each number of lines (50; quick 4).")] = None,
     seed: Annotated[int, typer.Option(help="Chooses needles, haystacks and lines.")] = 0,
     chat: Chat = True,
     gguf_file: GgufFile = None,
@@ -112,6 +116,8 @@ def grid(
     --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5 --selection weighted --sink 4 --recent 64`
     """
     check_writable(json)
+    if lines_file is not None and lines:
+        raise AquaError(f"--lines generates questions, --lines-file {lines_file} reads them: give one of the two")
     from aqua_attention.evaluate.grid import grid_settings
     from aqua_attention.evaluate.records import file_digest
     from aqua_attention.evaluate.suites import Subject, grid_jobs, sizes_of
@@ -139,7 +145,9 @@ def grid(
         retention_tokens=tokens,
         lengths=_some(length),
         depths=_some(depth),
+        needles=needles,
         repeats=repeats,
+        lines_file=lines_file,
         lines=_some(lines),
         count=count,
     )

@@ -106,7 +106,7 @@ def test_an_installed_copy_has_no_commit(monkeypatch, tmp_path):
     package = tmp_path / "lib" / "site" / "aqua_attention"
     package.mkdir(parents=True)
     (tmp_path / "lib" / ".git").mkdir()
-    monkeypatch.setattr(records.aqua_attention, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(records, "__file__", str(package / "evaluate" / "records.py"))
     assert records.commit() is None
 
 

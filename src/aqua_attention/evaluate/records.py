@@ -18,7 +18,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import aqua_attention
 from aqua_attention.capture import input_device
 from aqua_attention.errors import AquaError
 from aqua_attention.files import remove_leftovers, write_json
@@ -158,7 +157,7 @@ def facts_of(model: PreTrainedModel, command: str) -> dict[str, Any]:
 
 def commit() -> str | None:
     """Git commit of this library, with "-dirty" when files were changed since; None when it is no checkout."""
-    package = Path(aqua_attention.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     root = package.parents[1]
     # Not the repository of whoever has installed the library somewhere inside it.
     if package != root / "src" / "aqua_attention" or not (root / ".git").exists():

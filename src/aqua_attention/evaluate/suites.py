@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,10 +17,10 @@ from aqua_attention.capture import attention_layers
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.grid import Job, Progress
-from aqua_attention.evaluate.lines import lines_questions
+from aqua_attention.evaluate.lines import lines_questions, read_lines_questions
 from aqua_attention.evaluate.needle import needle_questions
 from aqua_attention.evaluate.perplexity import DenseLogits, evaluate_perplexity
-from aqua_attention.evaluate.records import dtype_of, record_key
+from aqua_attention.evaluate.records import dtype_of, file_digest, record_key
 from aqua_attention.evaluate.retention import evaluate_retention
 from aqua_attention.evaluate.retrieval import Question, encode_questions, evaluate_retrieval
 from aqua_attention.evaluate.setting import Setting
@@ -35,8 +36,9 @@ class Sizes:
     Attributes:
         context: tokens in a window (perplexity, retention).
         tokens: tokens of all windows of perplexity; retention_tokens: the same of retention.
-        lengths, depths, repeats: of the needle, see `needle_questions`.
+        lengths, depths, needles, repeats: of the needle, see `needle_questions`.
         lines: lines in a question; count: questions for each number of lines.
+        lines_file: LongEval's questions, of which the first `count` are asked instead of generated ones.
     """
 
     context: int = 2048
@@ -44,9 +46,11 @@ class Sizes:
     retention_tokens: int = 4096
     lengths: tuple[int, ...] = (1024, 2048, 4096)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    needles: int = 1
     repeats: int = 1
     lines: tuple[int, ...] = (100, 200)
     count: int = 50
+    lines_file: Path | None = None
 
 
 FULL = Sizes()
@@ -57,7 +61,7 @@ QUICK = Sizes(
     lengths=(512, 1024),
     depths=(0.0, 0.5, 1.0),
     lines=(10, 20),
-    count=5,
+    count=4,
 )
 """Small enough for the default model on two CPU cores: a suite over eight settings takes less than five minutes."""
 
@@ -205,20 +209,25 @@ def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) 
 
 def needle_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
     """A needle at each depth of texts of each length, see `needle_questions`."""
-    shape: dict[str, Any] = {"lengths": sizes.lengths, "depths": sizes.depths, "repeats": sizes.repeats}
+    shape: dict[str, Any] = {name: getattr(sizes, name) for name in ("lengths", "depths", "needles", "repeats")}
     questions = needle_questions(*(subject.tokenizer, subject.text), **shape, seed=subject.seed, chat=subject.chat)
     digest = text_digest(subject.text)
     return _retrieval_jobs("needle", subject, settings, questions, shape | {"data": subject.data}, digest)
 
 
 def lines_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
-    """One of many numbered lines, generated, see `lines_questions`."""
+    """One of many numbered lines, generated or from a file, see `lines_questions` and `read_lines_questions`."""
+    if sizes.lines_file is not None:
+        questions = read_lines_questions(sizes.lines_file, count=sizes.count)
+        options = {"data": str(sizes.lines_file), "count": len(questions)}
+        return _retrieval_jobs("lines", subject, settings, questions, options, file_digest(sizes.lines_file))
     questions = [
         question
         for lines in dict.fromkeys(sizes.lines)
         for question in lines_questions(lines, count=sizes.count, seed=subject.seed)
     ]
-    return _retrieval_jobs("lines", subject, settings, questions, {"lines": sizes.lines, "count": sizes.count}, None)
+    options = {"data": "generated", "lines": sizes.lines, "count": sizes.count}
+    return _retrieval_jobs("lines", subject, settings, questions, options, None)
 
 
 def _retrieval_jobs(
