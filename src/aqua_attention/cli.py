@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-import aqua_attention.cli_grid  # noqa: F401 (adds its commands to `evaluations`)
 from aqua_attention.cli_bench import benchmarks
 from aqua_attention.cli_evaluate import evaluations
+from aqua_attention.cli_grid import context as across_contexts
+from aqua_attention.cli_grid import grid, transfer
 from aqua_attention.cli_options import (
     Bits,
     Chat,
@@ -47,6 +48,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+for command in (grid, transfer, across_contexts):
+    evaluations.command()(command)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
 

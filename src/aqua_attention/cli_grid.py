@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli_evaluate import PAPER_K_RATIO, evaluations
+from aqua_attention.cli_evaluate import PAPER_K_RATIO
 from aqua_attention.cli_options import (
     Basis,
     Bits,
@@ -34,7 +34,6 @@ from aqua_attention.cli_options import (
     Share,
     Sink,
     SRatio,
-    aqua_config,
     load_model,
 )
 from aqua_attention.errors import AquaError
@@ -62,7 +61,6 @@ Seed = Annotated[int, typer.Option(help="Chooses the windows calibrated on.")]
 TestTokens = Annotated[int, typer.Option("--tokens", help="Tokens that each is tested on.")]
 
 
-@evaluations.command()
 def grid(
     folder: Folder,
     model: Model,
@@ -164,7 +162,6 @@ def grid(
     _run(folder, jobs, loaded, lambda records: [record_table(records)], json)
 
 
-@evaluations.command()
 def transfer(
     folder: Folder,
     model: Model,
@@ -197,17 +194,26 @@ def transfer(
 
     Example: `aqua eval transfer results smollm2 --domain prose=novel.txt --domain code=src.txt --k-ratio 0.5`
     """
-    configs = [
-        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
-        for ratio in k_ratio
-    ]
     check_writable(json)
     from aqua_attention.evaluate.calibrated import Calibrator
-    from aqua_attention.evaluate.setting import Setting
+    from aqua_attention.evaluate.grid import grid_settings
     from aqua_attention.evaluate.transfer import split_domain, transfer_jobs
     from aqua_attention.record_tables import transfer_tables
     from aqua_attention.text import load_text
 
+    settings = grid_settings(
+        k_ratio=[] if logit_error is not None else k_ratio,
+        logit_error=[] if logit_error is None else [logit_error],
+        s_ratio=[s_ratio],
+        h2o_ratio=[h2o_ratio],
+        h2o_queries=h2o_queries,
+        bits=[bits],
+        selection=[selection],
+        share=[share],
+        sink=[sink],
+        recent=[recent],
+        basis=[basis],
+    )
     domains = []
     for given in domain:
         name, separator, data = given.partition("=")
@@ -218,7 +224,7 @@ def transfer(
     jobs = transfer_jobs(
         Calibrator(folder, _named(model, gguf_file), loaded, tokenizer, _notice),
         domains,
-        [Setting(config, basis) for config in dict.fromkeys(configs)],
+        settings,
         calibration_tokens=calibration_tokens,
         tokens=tokens,
         context=context,
@@ -227,7 +233,6 @@ def transfer(
     _run(folder, jobs, loaded, transfer_tables, json)
 
 
-@evaluations.command()
 def context(
     folder: Folder,
     model: Model,
@@ -264,17 +269,26 @@ def context(
     `aqua eval context results smollm2 --calibrated-length 1024 --tested-length 1024 --calibration-tokens 1024
     --calibration-tokens 4096 --calibration-tokens 16384`
     """
-    configs = [
-        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
-        for ratio in k_ratio
-    ]
     check_writable(json)
     from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.context import context_jobs
-    from aqua_attention.evaluate.setting import Setting
+    from aqua_attention.evaluate.grid import grid_settings
     from aqua_attention.record_tables import context_tables
     from aqua_attention.text import load_text
 
+    settings = grid_settings(
+        k_ratio=[] if logit_error is not None else k_ratio,
+        logit_error=[] if logit_error is None else [logit_error],
+        s_ratio=[s_ratio],
+        h2o_ratio=[h2o_ratio],
+        h2o_queries=h2o_queries,
+        bits=[bits],
+        selection=[selection],
+        share=[share],
+        sink=[sink],
+        recent=[recent],
+        basis=[basis],
+    )
     calibration, test = (calibration_data, load_text(calibration_data)), (data, load_text(data))
     if calibration[1] == test[1]:
         raise AquaError(f"{data} is calibrated on and tested on: give two different texts")
@@ -283,7 +297,7 @@ def context(
         Calibrator(folder, _named(model, gguf_file), loaded, tokenizer, _notice),
         calibration,
         test,
-        [Setting(config, basis) for config in dict.fromkeys(configs)],
+        settings,
         calibrated_lengths=calibrated_length,
         tested_lengths=tested_length,
         calibration_tokens=calibration_tokens,
