@@ -165,6 +165,14 @@ def test_what_is_done_stays_when_a_run_ends_and_a_defect_is_not_recorded(tmp_pat
         assert [path.name for path in (tmp_path / "records").iterdir()] == [record_path(tmp_path, key_of(1)).name]
 
 
+def test_a_folder_that_cannot_be_is_an_error_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    calls = []
+    with pytest.raises(aqua.AquaError, match="cannot make the folder"):
+        run_jobs(tmp_path / "file", [Job(key_of(1), lambda progress: calls.append(1) or {})], FACTS)
+    assert calls == []
+
+
 def test_kinds_of_failure():
     assert failure_kind(torch.OutOfMemoryError("x")) == "out_of_memory"
     assert failure_kind(MemoryError()) == "out_of_memory"

@@ -15,7 +15,7 @@ from aqua_attention.calibration import calibrate
 from aqua_attention.checkpoint import discard
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.grid import Progress
-from aqua_attention.evaluate.records import dtype_of, file_digest
+from aqua_attention.evaluate.records import dtype_of, file_digest, make_folder
 from aqua_attention.files import remove_leftovers
 from aqua_attention.projections import Projections
 from aqua_attention.text import text_digest, token_windows, tokenize
@@ -99,10 +99,7 @@ class Calibrator:
         if text_digest(text) != calibration.text_sha256:
             raise AquaError(f"the text {calibration.name!r} is not the one of this calibration: read it again")
         check_enough(self.tokenizer, calibration, text)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AquaError(f"cannot make the folder {path.parent} ({error.strerror}): choose another") from error
+        make_folder(path.parent)
         partial = path.with_name(f"{path.name}.partial")
         projections = calibrate(
             self.model,

@@ -16,7 +16,7 @@ import torch
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.records import SCHEMA, Key, find_record, write_record
+from aqua_attention.evaluate.records import SCHEMA, Key, find_record, make_folder, record_path, write_record
 from aqua_attention.evaluate.setting import Setting
 
 Progress = Callable[[int, int], None]
@@ -57,6 +57,9 @@ def run_jobs(
 
     Returns:
         A record for each job, in their order.
+
+    Raises:
+        AquaError: `folder` cannot be written into.
     """
     notice = notice or (lambda message: None)
     records: dict[int, dict[str, Any]] = {}
@@ -71,6 +74,9 @@ def run_jobs(
     if records:
         notice(f"{len(records)} of {len(jobs)} measurements are in {folder} already")
     pending = [place for place in range(len(jobs)) if place not in records]
+    if pending:
+        # Now, not after minutes of work.
+        make_folder(record_path(folder, jobs[pending[0]].key).parent)
     for done, place in enumerate(pending):
 
         def tell(step: int, steps: int, done: int = done) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -117,13 +118,24 @@ def find_record(folder: Path, key: Key) -> dict[str, Any] | None:
     return record
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        AquaError: it cannot be made, or not be written into.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AquaError(f"cannot make the folder {folder} ({error.strerror or error}): choose another") from error
+    if not os.access(folder, os.W_OK):
+        raise AquaError(f"cannot write into {folder}: give a folder that is writable")
+
+
 def write_record(folder: Path, record: dict[str, Any], key: Key) -> None:
     """Write a record to its place, whole or not at all."""
     path = record_path(folder, key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AquaError(f"cannot make the folder {path.parent} ({error.strerror or error}): choose another") from error
+    make_folder(path.parent)
     remove_leftovers(path)
     write_json(path, record)
 
