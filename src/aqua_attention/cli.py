@@ -12,6 +12,8 @@ import typer
 
 from aqua_attention.cli_bench import benchmarks
 from aqua_attention.cli_evaluate import evaluations
+from aqua_attention.cli_grid import context as across_contexts
+from aqua_attention.cli_grid import grid, transfer
 from aqua_attention.cli_options import (
     Bits,
     Chat,
@@ -48,7 +50,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-evaluations.command()(tasks)
+for command in (tasks, grid, transfer, across_contexts):
+    evaluations.command()(command)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
 # Everything after the first word is lm-eval's, its --help too.

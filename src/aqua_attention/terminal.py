@@ -27,16 +27,17 @@ def check_writable(*paths: Path | None) -> None:
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
     """A bar a step on the terminal's error stream, with the time left."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     tasks: dict[str, Any] = {}
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    # A step may take minutes; from the last half minute alone there would be no estimate then.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bars:
 
-        def report(name: str, done: int, total: int) -> None:
+        def report(name: str, done: float, total: int) -> None:
             if name not in tasks:
                 tasks[name] = bars.add_task(name, total=total)
             bars.update(tasks[name], completed=done, total=total)

@@ -24,6 +24,8 @@ CHUNK = 128
 """Tokens that are scored at once after a prefill."""
 ROWS_AT_ONCE = 256
 """Positions whose next-token distributions are compared at once; bounds the float32 copies of the logits."""
+KEPT_BYTES = 4 << 30
+"""Dense logits that `DenseLogits` keeps."""
 
 
 @dataclass
@@ -34,12 +36,38 @@ class _Sums:
     tokens: int = 0
 
 
+class DenseLogits:
+    """The dense model's logits, for several calls of `evaluate_perplexity` over the same windows.
+
+    They are kept in ordinary memory, in the model's dtype, up to `most_bytes`; those of windows beyond that are
+    computed again in each call. Asked for another model or other windows, it forgets.
+    """
+
+    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
+        self.most_bytes = most_bytes
+        self._owner: tuple[PreTrainedModel, Tensor] | None = None
+        self._kept: dict[int, Tensor] = {}
+
+    def of(self, model: PreTrainedModel, windows: Tensor, index: int) -> Tensor:
+        """Next-token logits of one window, [context - 1, vocabulary]."""
+        if self._owner is None or self._owner[0] is not model or self._owner[1] is not windows:
+            self._owner, self._kept = (model, windows), {}
+        if index in self._kept:
+            return self._kept[index].to(input_device(model))
+        logits = _logits(model, windows[index][None].to(input_device(model)))
+        if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= self.most_bytes:
+            self._kept[index] = logits.cpu()
+        return logits
+
+
 def evaluate_perplexity(
     model: PreTrainedModel,
     projections: Projections,
     settings: Sequence[Setting],
     windows: Tensor,
     *,
+    continued: bool = False,
+    dense_logits: DenseLogits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run every window dense, then under every setting, each from its first token on.
@@ -50,6 +78,9 @@ def evaluate_perplexity(
 
     Args:
         windows: token ids, [count, context]; each window predicts context - 1 tokens.
+        continued: read windows as conversations whatever the settings, so that the figures can be compared with those
+            of settings that evict.
+        dense_logits: keeps the dense model's part for further calls over the same windows.
         progress: called as progress(forward passes done, forward passes in all).
 
     Returns:
@@ -68,25 +99,27 @@ def evaluate_perplexity(
     check_tokens(model, windows, context=windows.shape[1])
     runs = attachments(model, projections, settings)
     settings = as_attached(settings, runs)
-    half = windows.shape[1] // 2 if any(setting.config.h2o_ratio < 1 for setting in settings) else 0
+    continued = continued or any(setting.config.h2o_ratio < 1 for setting in settings)
+    half = windows.shape[1] // 2 if continued else 0
     if half and windows.shape[1] < 4:
         raise AquaError(f"windows have {windows.shape[1]} tokens: h2o_ratio needs at least four, half of them to score")
+    reference = dense_logits or DenseLogits(most_bytes=0)
     dense, sums = _Sums(), [_Sums() for _ in settings]
     done, total = 0, len(windows) * (1 + len(runs))
     device = input_device(model)
     with torch.no_grad():  # not inference_mode: offloaded quantised weights may fail under it
-        for window in windows:
+        for index, window in enumerate(windows):
             tokens = window[None].to(device)
             if progress:
                 progress(done, total)
-            dense_logits, targets = _logits(model, tokens)[half:], tokens[0, half + 1 :]
-            _score(dense, dense_logits, dense_logits, targets)
+            expected, targets = reference.of(model, windows, index)[half:], tokens[0, half + 1 :]
+            _score(dense, expected, expected, targets)
             done += 1
             for (attachment, _), row in zip(runs, sums, strict=True):
                 if progress:
                     progress(done, total)
                 found = _continued(model, tokens, half, attachment) if half else _logits(model, tokens, attachment)
-                _score(row, found, dense_logits, targets)
+                _score(row, found, expected, targets)
                 done += 1
     if progress:
         progress(total, total)

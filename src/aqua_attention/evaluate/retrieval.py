@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
-from aqua_attention.generation import continue_tokens, encode_prompt
+from aqua_attention.generation import Continuation, continue_tokens, encode_prompt
 from aqua_attention.projections import Projections
 
 SPARE_TOKENS = 4
@@ -49,12 +50,15 @@ def evaluate_retrieval(
     questions: Sequence[Question],
     *,
     chat: bool = True,
+    dense_answers: dict[int, Continuation] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Answer every question dense and under every setting (greedy), and test the pairs.
 
     Args:
         chat: put the questions into the tokenizer's chat template, if it has one.
+        dense_answers: by place in `questions`, filled with the dense answers; they are not asked for again when it is
+            given to a further call with the same questions.
         progress: called as progress(answers done, answers in all).
 
     Returns:
@@ -67,33 +71,24 @@ def evaluate_retrieval(
     Raises:
         AquaError: no questions, one longer than the model's positions, NaN.
     """
-    if not questions:
-        raise AquaError("there are no questions to ask: give at least one")
-    prompts = [encode_prompt(tokenizer, q.prompt, chat=chat, answer_start=q.answer_start) for q in questions]
-    budgets = [_answer_tokens(tokenizer, question) for question in questions]
-    limit = position_limit(model)
-    for question, prompt, budget in zip(questions, prompts, budgets, strict=True):
-        needed = prompt.shape[1] + budget
-        if limit is not None and needed > limit:
-            where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
-            raise AquaError(
-                f"a question ({where}) takes {needed} tokens with its answer, the model knows {limit} positions: ask "
-                "shorter ones"
-            )
-        check_tokens(model, prompt, context=needed)
+    encoded = encode_questions(model, tokenizer, questions, chat=chat)
     runs = attachments(model, projections, settings)
     settings = as_attached(settings, runs)
-    columns = [None, *(attachment for attachment, _ in runs)]
+    known = {} if dense_answers is None else dense_answers
     answers: list[list[str]] = []
     same = [0] * len(runs)
-    done, total = 0, len(questions) * len(columns)
-    for prompt, budget in zip(prompts, budgets, strict=True):
+    done, total = 0, len(questions) * (1 + len(runs))
+    for index, (prompt, budget) in enumerate(encoded):
         written = []
-        for attachment in columns:
+        for attachment in (None, *(attachment for attachment, _ in runs)):
             if progress:
                 progress(done, total)
-            written.append(continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment))
+            if attachment is None and index in known:
+                written.append(known[index])
+            else:
+                written.append(continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment))
             done += 1
+        known[index] = written[0]
         answers.append([answer.text for answer in written])
         same = [
             count + (other.token_ids == written[0].token_ids) for count, other in zip(same, written[1:], strict=True)
@@ -113,9 +108,34 @@ def evaluate_retrieval(
         "questions": [
             question.labels
             | {"tokens": prompt.shape[1], "expected": list(question.expected), "answers": texts, "correct": marks}
-            for question, prompt, texts, marks in zip(questions, prompts, answers, correct, strict=True)
+            for question, (prompt, _), texts, marks in zip(questions, encoded, answers, correct, strict=True)
         ],
     }
+
+
+def encode_questions(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, chat: bool
+) -> list[tuple[Tensor, int]]:
+    """Token ids [1, length] of each question, and how many tokens its answer may have.
+
+    Raises:
+        AquaError: no questions, or one longer than the model's positions.
+    """
+    if not questions:
+        raise AquaError("there are no questions to ask: give at least one")
+    prompts = [encode_prompt(tokenizer, q.prompt, chat=chat, answer_start=q.answer_start) for q in questions]
+    budgets = [_answer_tokens(tokenizer, question) for question in questions]
+    limit = position_limit(model)
+    for question, prompt, budget in zip(questions, prompts, budgets, strict=True):
+        needed = prompt.shape[1] + budget
+        if limit is not None and needed > limit:
+            where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
+            raise AquaError(
+                f"a question ({where}) takes {needed} tokens with its answer, the model knows {limit} positions: ask "
+                "shorter ones"
+            )
+        check_tokens(model, prompt, context=needed)
+    return list(zip(prompts, budgets, strict=True))
 
 
 def is_correct(answer: str, expected: Sequence[str]) -> bool:
