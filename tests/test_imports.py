@@ -43,11 +43,13 @@ ORDER = [
     "evaluate",
     "bench",
     "tables",
+    "report",
     "terminal",
     "demo",
     "cli_options",
     "cli_evaluate",
     "cli_bench",
+    "cli_report",
     "cli",
 ]
 """The data's way through the library; a module imports only from itself and from what stands before it."""

@@ -34,6 +34,7 @@ from aqua_attention.cli_options import (
     aqua_config,
     load_model,
 )
+from aqua_attention.cli_report import report
 from aqua_attention.errors import AquaError
 from aqua_attention.terminal import check_writable, print_table, progress_bars
 from aqua_attention.version import __version__
@@ -48,6 +49,7 @@ app = typer.Typer(
 )
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
+app.command()(report)
 
 
 @app.callback(invoke_without_command=True)
