@@ -60,7 +60,20 @@ def collect(folder: Path) -> Collected:
         if (key := json.dumps(value, sort_keys=True)) not in seen:
             seen.add(key)
             kept.append(record)
+    kept.sort(key=_order)
     return Collected([r for r in kept if r.error is None], [r for r in kept if r.error is not None], unused)
+
+
+def _order(record: Record) -> str:
+    """Dense first, then settings of a kind together, from the most dimensions to the fewest."""
+    if record.setting is None:
+        return ""
+    setting = record.setting
+    amount = setting["logit_error"] if setting["logit_error"] is not None else 1 - setting["k_ratio"]
+    kinds = [setting[name] for name in ("h2o_ratio", "bits", "s_ratio")]
+    stored = [record.basis != "aqua", kinds != [1.0, None, 0.0], *(str(kind) for kind in kinds)]
+    words = [*stored, setting["logit_error"] is not None, setting["selection"], setting["share"]]
+    return json.dumps([*map(str, words), f"{setting['sink']:9}", f"{setting['recent']:9}", f"{amount:12.6f}"])
 
 
 def cleaned(value: Any) -> Any:

@@ -39,8 +39,8 @@ class Axis:
     """Title with unit, and scale.
 
     Attributes:
-        scale: "percent" (0 to 100%), "change" (per cent, linear near 0 and logarithmic beyond 1%), "log", "log2" or
-            "linear".
+        scale: "percent", "share" (the same, all of 0 to 100%), "change" (per cent, linear near 0 and logarithmic beyond
+            1%), "log", "log2", "count" (whole numbers) or "linear".
     """
 
     title: str
@@ -50,19 +50,21 @@ class Axis:
 def curves(name: str, alt: str, x: Axis, ys: Sequence[Axis], lines: Sequence[Curve]) -> Panel:
     """Curves over a common x, an axis for each of `ys` above each other.
 
-    Of more curves than there are colours, those with the fewest points are drawn in one grey.
+    Where there are more curves than colours, the longest are coloured, and all others are one grey.
     """
-    coloured = sorted(range(len(lines)), key=lambda place: -len(lines[place].points))[: len(svg.SERIES)]
+    coloured = list(range(len(lines)))
+    if len(lines) > len(svg.SERIES):
+        coloured.sort(key=lambda place: -len(lines[place].points))
+        coloured = [place for place in coloured[: len(svg.SERIES)] if len(lines[place].points) > 1]
     named = [line for place, line in enumerate(lines) if place in coloured]
     others = [line for place, line in enumerate(lines) if place not in coloured]
-    legend = len(named) + bool(others)
-    with svg.styled(50 + 200 * len(ys) + 17 * legend) as figure:
+    with svg.styled(50 + 200 * len(ys) + 17 * (len(named) + bool(others))) as figure:
         axes: Any = figure.subplots(len(ys), 1, sharex=True, squeeze=False)[:, 0]
         for row, (axis, y) in enumerate(zip(axes, ys, strict=True)):
-            for line in others:
-                _plot(axis, line, row, y, svg.REST, ".", label="others: see the numbers" if line is others[0] else None)
             for place, line in enumerate(named):
                 _plot(axis, line, row, y, svg.SERIES[place], MARKERS[place], label=_shortened(line.label))
+            for line in others:
+                _plot(axis, line, row, y, svg.REST, "o", label="others: see the numbers" if line is others[0] else None)
             _scale(axis.xaxis, x)
             _scale(axis.yaxis, y)
             axis.set_ylabel(y.title)
@@ -153,10 +155,11 @@ def bars(
         shown = [value if math.isfinite(value) else 0.0 for value in values]
         axis.barh([place - 0.18 for place in places], shown, height=0.42, color=svg.SERIES[0])
         largest = max([*shown, *(marks[1] if marks else ())], default=1.0) or 1.0
-        for place, label, value, width in zip(places, labels, values, shown, strict=True):
+        ends = [max(pair) for pair in zip(shown, marks[1], strict=True)] if marks else shown
+        for place, label, value, end in zip(places, labels, values, ends, strict=True):
             # Names stand above their bars: beside them they would take half of a phone.
             axis.text(0, place + 0.24, _shortened(label, 52), ha="left", va="center", fontsize=10)
-            axis.text(width + largest * 0.015, place - 0.18, text(value), ha="left", va="center", fontsize=10)
+            axis.text(end + largest * 0.015, place - 0.18, text(value), ha="left", va="center", fontsize=10)
         if marks:
             axis.scatter(
                 marks[1], [place - 0.18 for place in places], marker="|", s=160, color=svg.SERIES[1], label=marks[0]
@@ -191,8 +194,10 @@ def _scale(axis: Any, kind: Axis) -> None:
     """Set scale and ticks of an x or y axis of matplotlib."""
     which, owner = axis.axis_name, axis.axes
     set_scale = owner.set_xscale if which == "x" else owner.set_yscale
-    if kind.scale == "percent":
+    if kind.scale in ("percent", "share"):
         axis.set_major_formatter(lambda value, _: percent(value, 0))
+        if kind.scale == "share":
+            (owner.set_xlim if which == "x" else owner.set_ylim)(-0.03, 1.03)
     elif kind.scale == "change":
         set_scale("symlog", linthresh=0.01)
         low, high = owner.get_ylim() if which == "y" else owner.get_xlim()
@@ -203,6 +208,10 @@ def _scale(axis: Any, kind: Axis) -> None:
     elif kind.scale == "log":
         set_scale("log")
         axis.set_major_formatter(lambda value, _: f"{value:g}")
+    elif kind.scale == "count":
+        from matplotlib.ticker import MaxNLocator
+
+        axis.set_major_locator(MaxNLocator(integer=True))
     elif kind.scale == "log2":
         set_scale("log", base=2)
         axis.set_major_formatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")

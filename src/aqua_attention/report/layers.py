@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from aqua_attention.report.document import Block, Panel, Section, commands_of, data_of, percent, plain
+from aqua_attention.report.document import Block, Section, commands_of, data_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.losses import mean_k_rows
 from aqua_attention.report.record import Record, number, numbers
@@ -43,27 +43,29 @@ def _retention(records: Sequence[Record]) -> list[Block]:
         axes = [Axis("score loss", "percent"), Axis("softmax loss", "percent")]
         drawn = [Curve(selection, points) for selection, points in lines.items()]
         alt = "Loss of scores and of softmax by k_ratio and selection"
-        panels = [curves(f"retention{place}", alt, Axis("k_ratio"), axes, drawn), *_retention_heats(place, group)]
+        panel = curves(f"retention{place}", alt, Axis("k_ratio"), axes, drawn)
         table = (["selection", "k_ratio", "score loss", "softmax loss"], rows)
-        blocks.append(Block(f"Retention: {title}", note, table, commands_of(group), panels))
+        blocks.append(Block(f"Retention: {title}", note, table, commands_of(group), [panel]))
+        blocks += _retention_heats(place, title, group)
     return blocks
 
 
-def _retention_heats(place: int, group: Sequence[Record]) -> list[Panel]:
+def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Block]:
     """Softmax loss of each layer and head, all selections in the same colours."""
     ratios = {number(record.result["k_ratio"]) for record in group if record.result}
-    finite = [ratio for ratio in ratios if math.isfinite(ratio)]
+    finite = sorted(ratio for ratio in ratios if math.isfinite(ratio))
     if not finite:
         return []
     ratio = min(finite, key=lambda each: abs(each - HEAT_RATIO))
+    used = [record for record in group if record.result and number(record.result["k_ratio"]) == ratio]
     grids: dict[str, tuple[list[str], list[list[float]]]] = {}
-    for record in group:
-        if record.result and number(record.result["k_ratio"]) == ratio:
-            layers = record.result["per_layer"]
-            losses = [numbers(layer["softmax_loss"]) for layer in layers]
-            grids[record.result["selection"]] = [plain(number(layer["layer"])) for layer in layers], _padded(losses)
+    for record in used:
+        assert record.result is not None
+        layers = record.result["per_layer"]
+        losses = _padded([numbers(layer["softmax_loss"]) for layer in layers])
+        grids[record.result["selection"]] = [plain(number(layer["layer"])) for layer in layers], losses
     values = [value for _, grid in grids.values() for row in grid for value in row if math.isfinite(value)]
-    return [
+    panels = [
         heat(
             f"retention{place}-{index}",
             f"Softmax loss by layer and head at k_ratio {ratio:g}, {selection}",
@@ -76,6 +78,15 @@ def _retention_heats(place: int, group: Sequence[Record]) -> list[Panel]:
         )
         for index, (selection, (names, grid)) in enumerate(grids.items())
     ]
+    heads = max(len(grid[0]) for _, grid in grids.values())
+    rows = [
+        [selection, name, *(percent(value) for value in row), *[""] * (heads - len(row))]
+        for selection, (names, grid) in grids.items()
+        for name, row in zip(names, grid, strict=True)
+    ]
+    table = (["selection", "layer", *(f"head {head}" for head in range(heads))], rows)
+    name = f"Softmax loss by layer and head, k_ratio {ratio:g}: {title}"
+    return [Block(name, "", table, commands_of(used), panels)]
 
 
 def _adaptive(records: Sequence[Record]) -> list[Block]:
@@ -89,7 +100,9 @@ def _adaptive(records: Sequence[Record]) -> list[Block]:
         count = max(len(shares) for _, shares in named)
         drawn = [Curve(name, [(float(x), [y]) for x, y in enumerate(shares)]) for name, shares in named]
         alt = f"Share of dimensions by layer, {len(named)} settings"
-        panel = curves(f"adaptive{place}", alt, Axis("layer"), [Axis("dimensions multiplied", "percent")], drawn)
+        panel = curves(
+            f"adaptive{place}", alt, Axis("layer", "count"), [Axis("dimensions multiplied", "percent")], drawn
+        )
         rows = [[name, *(percent(share, 0) for share in shares)] for name, shares in named]
         rows = [row + [""] * (count + 1 - len(row)) for row in rows]
         table = (["setting", *(f"layer {index}" for index in range(count))], rows)
@@ -117,7 +130,9 @@ def _spectra(records: Sequence[Record]) -> list[Block]:
             rows.append(words)
         alt = "Share of dimensions that hold 90% and 99% of the energy, by layer"
         drawn = [Curve(name, points) for name, points in spans.items()]
-        panel = curves(f"spectrum{place}", alt, Axis("layer"), [Axis("of the head's dimensions", "percent")], drawn)
+        panel = curves(
+            f"spectrum{place}", alt, Axis("layer", "count"), [Axis("of the head's dimensions", "percent")], drawn
+        )
         table = (["layer", "head_dim", "dims for 90%", "dims for 99%"], rows)
         blocks.append(Block(f"Spectrum: {record.model or record.source}", note, table, commands_of([record]), [panel]))
     return blocks

@@ -20,7 +20,10 @@ NOTE = (
 )
 KEY_BITS = {None: 16, 8: 8, 4: 5}
 """Bits of a key dimension, by `bits`: of int4, the first quarter of the dimensions has 8."""
-BYTES_NOTE = "the lower left end is where one wants to be; dense attention is at 100%, 0 and 0."
+CURVES_NOTE = (
+    "Perplexity change and KL divergence against what a setting computes and stores. Lower and further left is better; "
+    "dense attention is at 100% and 0. Points above each other store the same and differ in what they multiply."
+)
 
 
 def work_share(record: Record) -> float:
@@ -47,7 +50,7 @@ def loss_sections(records: Sequence[Record]) -> list[Section]:
     drawn = [block for place, (title, group) in enumerate(groups.items()) if (block := _trade_off(place, title, group))]
     sections = [Section("What you gain and lose", NOTE, tables)] if tables else []
     if drawn:
-        sections.append(Section("Trade-offs", f"Perplexity change and KL divergence: {BYTES_NOTE}", drawn))
+        sections.append(Section("Trade-offs", CURVES_NOTE, drawn))
     return sections
 
 

@@ -5,11 +5,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from aqua_attention.report.document import Block, Panel, Section, commands_of, data_of, name_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.record import Record, number
 
+NOTES = {
+    "transfer": "Calibrated on one text, tested on another. Change and KL divergence: against dense on the tested one. "
+    "Distance: of the projections of the two texts, 0 the same subspaces, 1 as far apart as can be.",
+    "context": "Calibrated on windows of one length, tested on windows of another. Change and KL divergence: against "
+    "dense on windows of the tested length.",
+}
+MOST_DRAWN = 24
+"""Settings of one model and text that a heat map each is drawn of; the numbers hold all."""
 MOST_WRITTEN = 10
 """So many columns of a heat map have room for a figure in each cell."""
 
@@ -21,8 +30,10 @@ def retrieval_sections(records: Sequence[Record]) -> list[Section]:
     )
     blocks = []
     for place, (title, group) in enumerate(_grouped(records, "needle", data_of).items()):
-        panels = [_needle(f"needle{place}-{index}", record) for index, record in enumerate(group)]
-        blocks.append(Block(f"Needle in a haystack: {title}", "", _retrieval_table(group), commands_of(group), panels))
+        panels = [_needle(f"needle{place}-{index}", record) for index, record in enumerate(group[:MOST_DRAWN])]
+        more = f"The first {MOST_DRAWN} of {len(group)} settings are drawn." if len(group) > MOST_DRAWN else ""
+        table = _retrieval_table(group)
+        blocks.append(Block(f"Needle in a haystack: {title}", more, table, commands_of(group), panels))
     for place, (title, group) in enumerate(_grouped(records, "lines", data_of).items()):
         blocks.append(
             Block(f"Lines: {title}", "", _retrieval_table(group), commands_of(group), [_lines(f"lines{place}", group)])
@@ -37,8 +48,8 @@ def transfer_sections(records: Sequence[Record]) -> list[Section]:
         "transfer": ("Transfer", "calibrated on", "tested on", "calibrated", "tested"),
         "context": (
             "Context length",
-            "calibrated on windows of (tokens)",
-            "tested on windows of (tokens)",
+            "calibrated (tokens)",
+            "tested (tokens)",
             "calibrated_length",
             "tested_length",
         ),
@@ -55,7 +66,7 @@ def transfer_sections(records: Sequence[Record]) -> list[Section]:
                 ("distance", "distance"),
             ):
                 cells = {
-                    (str(r.result[row_key]), str(r.result[column_key])): number(r.result.get(key))
+                    (_label(r.result[row_key]), _label(r.result[column_key])): number(r.result.get(key))
                     for r in group
                     if r.result and key in r.result
                 }
@@ -84,9 +95,7 @@ def transfer_sections(records: Sequence[Record]) -> list[Section]:
         if suite == "context":
             blocks += _calibration_size(records)
         if blocks:
-            sections.append(
-                Section(title, "Change and KL divergence are against the dense model on the tested text.", blocks)
-            )
+            sections.append(Section(title, NOTES[suite], blocks))
     return sections
 
 
@@ -105,6 +114,10 @@ def _calibration_tokens(record: Record) -> float:
     return number(record.result.get("calibration_tokens") if given is None else given)
 
 
+def _lengths(record: Record) -> list[float]:
+    return [number((record.result or {}).get(key)) for key in ("calibrated_length", "tested_length")]
+
+
 def _calibration_size(records: Sequence[Record]) -> list[Block]:
     """How many tokens are enough, where several numbers were tried."""
     blocks = []
@@ -114,9 +127,9 @@ def _calibration_size(records: Sequence[Record]) -> list[Block]:
             continue
         lines: dict[str, list[tuple[float, list[float]]]] = {}
         rows = []
-        for record in group:
+        for record in sorted(group, key=_lengths):
             result, tokens = record.result or {}, _calibration_tokens(record)
-            name = f"windows of {result['calibrated_length']}, tested at {result['tested_length']}"
+            name = f"windows of {_label(result['calibrated_length'])}, tested at {_label(result['tested_length'])}"
             losses = [number(result["perplexity_change"]), number(result["kl"])]
             lines.setdefault(name, []).append((tokens, losses))
             rows.append([name, plain(tokens, ".0f"), percent(losses[0], 2, sign=True), plain(losses[1], ".4f")])
@@ -138,9 +151,15 @@ def _grouped(records: Sequence[Record], suite: str, key: Callable[[Record], str]
 
 
 def _distinct(group: Sequence[Record], key: str) -> list[str]:
-    """Values in ascending order where they are numbers, else in that of the files."""
-    values = list(dict.fromkeys(record.result[key] for record in group if record.result))
-    return [str(value) for value in (values if any(isinstance(v, str) for v in values) else sorted(values))]
+    """Values in ascending order, or in that of the alphabet."""
+    values = {record.result[key] for record in group if record.result}
+    if any(isinstance(value, str) for value in values):
+        return sorted(_label(value) for value in values)
+    return [_label(value) for value in sorted(values, key=number)]
+
+
+def _label(value: Any) -> str:
+    return value if isinstance(value, str) else plain(number(value), ".0f")
 
 
 def _texts(
@@ -197,7 +216,7 @@ def _lines(identity: str, group: Sequence[Record]) -> Panel:
         points = [(lines, [right / asked if asked else math.nan]) for lines, right, asked in cells]
         drawn.append(Curve(name_of(record), points))
     alt = f"Lines found by number of lines, {len(group)} settings"
-    return curves(identity, alt, Axis("lines in the text"), [Axis("right", "percent")], drawn)
+    return curves(identity, alt, Axis("lines in the text"), [Axis("right", "share")], drawn)
 
 
 def _retrieval_table(group: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -238,5 +257,5 @@ def _transfer_table(
         ]
         figures.append(plain(number(result["kl"]), ".4f"))
         figures += [plain(number(result.get("distance")), ".3f")] if distances else []
-        rows.append([str(result[row_key]), str(result[column_key]), *figures])
+        rows.append([_label(result[row_key]), _label(result[column_key]), *figures])
     return titles, rows

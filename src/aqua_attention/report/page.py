@@ -19,7 +19,7 @@ from aqua_attention.report.matrices import retrieval_sections, transfer_sections
 from aqua_attention.report.record import Record
 from aqua_attention.report.scores import task_sections
 from aqua_attention.report.speed import speed_sections
-from aqua_attention.tables import markdown
+from aqua_attention.tables import Table, markdown
 from aqua_attention.version import __version__
 
 TITLE = "AQUA attention: what was measured"
@@ -49,10 +49,15 @@ def sections_of(collected: Collected, progress: Callable[[int, int], None] | Non
         progress(len(PARTS), len(PARTS))
     if collected.failed:
         rows = [
-            [r.suite, name_of(r), data_of(r), _kind(r), (r.error or {}).get("message", ""), r.command or r.source]
+            [
+                r.suite,
+                f"{name_of(r)}; on {data_of(r)}",
+                f"{_kind(r)}: {(r.error or {})['message']}",
+                r.command or r.source,
+            ]
             for r in collected.failed
         ]
-        table = (["suite", "setting", "on", "why", "message", "command"], rows)
+        table = (["suite", "setting", "reason", "command"], rows)
         sections.append(Section("Failed settings", "", [Block("", "", table, [], words=True)]))
     if collected.unused:
         note = "These files were in the folder, but nothing above rests on them."
@@ -85,9 +90,12 @@ def html(sections: Sequence[Section], facts: Sequence[str]) -> str:
     """
     try:
         from jinja2 import Environment
+        from markupsafe import Markup
     except ModuleNotFoundError as error:
         raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    words = Markup(' class="word"')
+    environment.filters["kinds"] = lambda table: [words if _is_words(column) else "" for column in _columns(table)]
     template = environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
     colours = {"light": svg.variables(svg.LIGHT), "dark": svg.variables(svg.DARK)}
     return template.render(title=TITLE, sections=sections, facts=facts, **colours)
@@ -161,6 +169,16 @@ def _software(record: Record) -> str:
     versions = details.get("versions")
     words += [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else []
     return ", ".join(words)
+
+
+def _columns(table: Table) -> list[list[str]]:
+    titles, rows = table
+    return [[row[place] for row in rows] for place in range(len(titles))]
+
+
+def _is_words(column: Sequence[str]) -> bool:
+    """Whether a column holds words, and is aligned as they are, not as figures."""
+    return any(cell and not (cell[0] in "+-.0123456789" or cell in ("NaN", "infinite")) for cell in column)
 
 
 def _words(text: str) -> str:
