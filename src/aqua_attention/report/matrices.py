@@ -10,6 +10,7 @@ from typing import Any
 from aqua_attention.report.document import Block, Panel, Section, commands_of, data_of, name_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.record import Record, number
+from aqua_attention.tables import Table
 
 NOTES = {
     "transfer": "Calibrated on one text, tested on another. Change and KL divergence: against dense on the tested one. "
@@ -19,7 +20,7 @@ NOTES = {
 }
 MOST_DRAWN = 24
 """Settings of one model and text that a heat map each is drawn of; the numbers hold all."""
-MOST_WRITTEN = 10
+MOST_WRITTEN = 6
 """So many columns of a heat map have room for a figure in each cell."""
 
 
@@ -219,20 +220,28 @@ def _lines(identity: str, group: Sequence[Record]) -> Panel:
     return curves(identity, alt, Axis("lines in the text"), [Axis("right", "share")], drawn)
 
 
-def _retrieval_table(group: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+def _retrieval_table(group: Sequence[Record]) -> Table:
+    """A row for each setting and depth, a column for each length or number of lines."""
     key = "lines" if group[0].suite == "lines" else "length"
-    titles = ["setting", key, *([] if key == "lines" else ["depth"]), "right", "lost", "gained", "p (paired)"]
+    cells = [cell for record in group if record.result for cell in record.result["cells"]]
+    columns = list(dict.fromkeys(sorted(plain(number(cell.get(key)), ".0f") for cell in cells)))
+    columns.sort(key=lambda column: (len(column), column))
+    titles = ["setting", *([] if key == "lines" else ["depth"]), *(f"{key} {column}" for column in columns)]
     rows = []
     for record in group:
-        result = record.result
-        assert result is not None
-        whole = [plain(number(result.get(name)), form) if name in result else "" for name, form in _PAIRED]
-        empty = [""] * (len(titles) - 6)
-        rows.append([name_of(record), "all", *empty, _of(result), *whole])
-        for cell in result["cells"]:
-            depth = [] if key == "lines" else [plain(number(cell.get("depth")))]
-            rows.append([name_of(record), plain(number(cell.get(key)), ".0f"), *depth, _of(cell), "", "", ""])
-    return titles, rows
+        assert record.result is not None
+        found: dict[str, dict[str, str]] = {}
+        for cell in record.result["cells"]:
+            depth = plain(number(cell.get("depth")))
+            found.setdefault(depth, {})[plain(number(cell.get(key)), ".0f")] = _of(cell)
+        whole = [
+            plain(number(record.result.get(name)), form) if name in record.result else "" for name, form in _PAIRED
+        ]
+        for place, (depth, by_column) in enumerate(found.items()):
+            row = [name_of(record), *([] if key == "lines" else [depth])]
+            row += [by_column.get(column, "") for column in columns]
+            rows.append([*row, *([_of(record.result), *whole] if place == 0 else [""] * 4)])
+    return [*titles, "all", "lost", "gained", "p (paired)"], rows
 
 
 _PAIRED = (("lost", ".0f"), ("gained", ".0f"), ("p_value", ".2g"))
@@ -242,9 +251,7 @@ def _of(counts: dict[str, object]) -> str:
     return "/".join(plain(number(counts.get(name)), ".0f") for name in ("right", "asked"))
 
 
-def _transfer_table(
-    group: Sequence[Record], row_key: str, column_key: str, down: str, across: str
-) -> tuple[list[str], list[list[str]]]:
+def _transfer_table(group: Sequence[Record], row_key: str, column_key: str, down: str, across: str) -> Table:
     distances = any(record.result and "distance" in record.result for record in group)
     titles = [down, across, "perplexity", "change", "KL to dense", *(["distance"] if distances else [])]
     rows = []

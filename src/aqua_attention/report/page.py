@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from aqua_attention.errors import AquaError
 from aqua_attention.files import write_atomically
@@ -24,6 +25,8 @@ from aqua_attention.version import __version__
 
 TITLE = "AQUA attention: what was measured"
 IMAGES = "report_images"
+MOST_ROWS = 300
+"""Of a table in HTML, which stays small enough to be sent about; the Markdown has all."""
 PARTS: tuple[Callable[[Sequence[Record]], list[Section]], ...] = (
     loss_sections,
     retrieval_sections,
@@ -94,11 +97,11 @@ def html(sections: Sequence[Section], facts: Sequence[str]) -> str:
     except ModuleNotFoundError as error:
         raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    words = Markup(' class="word"')
+    words = Markup(" class=w")
     environment.filters["kinds"] = lambda table: [words if _is_words(column) else "" for column in _columns(table)]
     template = environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
-    colours = {"light": svg.variables(svg.LIGHT), "dark": svg.variables(svg.DARK)}
-    return template.render(title=TITLE, sections=sections, facts=facts, **colours)
+    given: dict[str, Any] = {"most": MOST_ROWS, "light": svg.variables(svg.LIGHT), "dark": svg.variables(svg.DARK)}
+    return template.render(title=TITLE, sections=sections, facts=facts, **given)
 
 
 def report_markdown(sections: Sequence[Section], facts: Sequence[str]) -> tuple[str, dict[str, str]]:
