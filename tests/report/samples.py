@@ -154,7 +154,21 @@ def benchmarks():
     layers = [
         {"layer": layer, "head_dim": 64, "dims_90": [20 + layer, 24], "dims_99": [40, 50 - layer]} for layer in range(4)
     ]
+    small = {"device": "CPU", "heads": 32, "groups": 8, "head_dim": 128, "dtype": "torch.float32"}
+    times = [
+        {"length": length, "dense": 2e-8 * length + 1e-5, "dense_name": "matmul", "whole": 2e-8 * length + 3e-5}
+        | {"aqua": [1.8e-8 * length + 4e-5, 1.5e-8 * length + 4e-5]}
+        for length in (64, 256, 1024, 4096, 16384)
+    ]
+    lengths = [
+        {"k_ratio": 0.75, "k": 96, "whole": 5000.0, "dense": None, "paper": 1024.0, "theory": 640.0},
+        {"k_ratio": 0.5, "k": 64, "whole": 2000.0, "dense": 6000.0, "paper": 512.0, "theory": 320.0},
+    ]
+    items = {"task": "arc_easy", "metric": "acc", "value": 0.43, "stderr": 0.02, "count": 400}
+    paired = {"setting": AquaConfig().to_dict(), "basis": "aqua", "dense": 0.43, "lost": 1, "gained": 0, "p_value": 1.0}
     return {
+        "breakeven.json": small | {"rows": times, "breakeven": lengths, "profile": "profile.json"},
+        "tasks.json": {"model": "other", "dense": [items], "rows": [items | paired]},
         "decode.json": {"results": [shape | {"rows": dense + aqua}]},
         "generate.json": {"results": [shape | model | {"rows": tokens}]},
         "memory.json": {"length": 8192, "batch": 1, "dtype": "torch.bfloat16", "model": MODEL, "rows": rows},

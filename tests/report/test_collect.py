@@ -21,7 +21,7 @@ def test_every_suite_is_read(tmp_path):
     assert not found.unused
     suites = {record.suite for record in found.records}
     grid = {"perplexity", "retention", "needle", "lines", "tasks", "transfer", "context"}
-    assert suites == grid | {"decode", "generate", "memory", "spectrum"}
+    assert suites == grid | {"decode", "generate", "memory", "spectrum", "breakeven"}
     assert sorted(record.error["kind"] for record in found.failed) == ["error", "out_of_memory"]
     # Dense first, then fewer and fewer dimensions.
     perplexity = [record.setting for record in found.records if record.suite == "perplexity"]
@@ -49,6 +49,7 @@ def test_an_empty_folder_and_a_missing_one_are_errors_with_a_remedy(tmp_path):
         (b'{"results": [3]}', "one of its results is no object"),
         (b'{"records": [3]}', "its records are not all objects"),
         (b'{"questions": 3, "rows": [{}]}', "its questions are damaged"),
+        (b'{"breakeven": [{"k_ratio": 1}], "rows": [{"length": 1, "aqua": 3}]}', "has aqua 3, not a list of numbers"),
         (b'{"layers": [{"layer": 0, "head_dim": 64, "dims_90": "x"}]}', "has dims_90 'x', not a list of numbers"),
     ],
 )

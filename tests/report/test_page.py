@@ -114,6 +114,20 @@ def test_bytes_follow_from_the_setting(fields, keys, both):
     assert cache_share(setting) == pytest.approx(both)
 
 
+def test_break_even_lengths_are_beside_the_theory(whole):
+    (table,) = [table for table in Page(whole[0]).tables if table[0][1] == "against k = d"]
+    assert table[1] == ["0.75", "5000", "none", "1024", "640"]
+    assert table[2] == ["0.5", "2000", "6000", "512", "320"]
+
+
+def test_scores_are_beside_the_dense_ones(whole):
+    rows = [row for table in Page(whole[0]).tables if table[0][0] == "task" for row in table[1:]]
+    assert ["arc_easy", "acc", "dense", "400", "43.0% ± 2.0%", "", "", "", "", ""] in rows
+    assert ["arc_easy", "acc", "k_ratio 0.75", "400", "43.0% ± 2.0%", "43.0%", "+0.0%", "1", "0", "1"] in rows
+    ours = "k_ratio 0.5, weighted, exact 4 + 64"
+    assert ["hellaswag", "acc_norm", ours, "400", "41.0% ± 1.2%", "43.0%", "-2.0%", "12", "4", "0.077"] in rows
+
+
 def test_failed_settings_are_listed_with_their_reason(whole):
     rows = Page(whole[0]).tables[-1]
     assert [row[0] for row in rows] == ["suite", "perplexity", "needle"]
@@ -217,7 +231,7 @@ def test_nan_is_shown_as_such(tmp_path):
 
 
 def test_a_report_is_the_same_each_time_and_leaves_no_older_images(tmp_path):
-    samples.write(tmp_path)
+    samples.write(tmp_path, values=samples.records()[:6], files={})
     write_report(tmp_path, collect(tmp_path))
     first = (tmp_path / "report.html").read_bytes()
     (tmp_path / "report_images" / "figure-999.svg").write_text("old")

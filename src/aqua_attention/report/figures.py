@@ -207,6 +207,11 @@ def _scale(axis: Any, kind: Axis) -> None:
         axis.set_major_formatter(lambda value, _: "0" if value == 0 else f"{100 * value:+g}%")
     elif kind.scale == "log":
         set_scale("log")
+        low, high = axis.get_view_interval()
+        if 0 < low < high < 100 * low:
+            from matplotlib.ticker import LogLocator
+
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     elif kind.scale == "count":
         from matplotlib.ticker import MaxNLocator

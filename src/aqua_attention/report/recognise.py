@@ -46,7 +46,9 @@ def records_of(value: Any, source: str) -> list[Record]:
     if "score_loss" in rows[0]:
         return [_record("retention", source, value, row) for row in rows]
     if "task" in rows[0] and "metric" in rows[0]:
-        return [_setting_row("tasks", source, value, row) for row in rows]
+        dense = value.get("dense")
+        dense = [row for row in dense if isinstance(row, dict)] if isinstance(dense, list) else []
+        return [_setting_row("tasks", source, value, row) for row in (*dense, *rows)]
     if "perplexity" in rows[0]:
         return _perplexity(value, source)
     if "setting" in rows[0] and "length" in value:
@@ -180,7 +182,7 @@ def _memory(value: dict[str, Any], source: str) -> Record:
 def _benchmark(value: Any, source: str) -> Record:
     if not isinstance(value, dict):
         raise Unusable("one of its results is no object")
-    for suite, key in (("generate", "weight_bytes"), ("decode", "read_bandwidth"), ("breakeven", "head_dim")):
+    for suite, key in (("generate", "weight_bytes"), ("decode", "read_bandwidth"), ("breakeven", "breakeven")):
         if key in value:
             return _record(suite, source, value, value)
     raise Unusable("it is no result of this library: its keys are those of no benchmark")

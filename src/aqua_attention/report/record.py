@@ -26,17 +26,20 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 """The numbers that a result of each suite must have."""
 NAMES = {"retention": ("selection",), "tasks": ("task", "metric"), "transfer": ("calibrated", "tested")}
 """The words that it must have."""
-LISTS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    "retention": ("per_layer", ("layer",), ("score_loss", "softmax_loss")),
-    "needle": ("cells", ("length", "depth", "right", "asked"), ()),
-    "lines": ("cells", ("lines", "right", "asked"), ()),
-    "spectrum": ("layers", ("layer", "head_dim"), ("dims_90", "dims_99")),
-    "memory": ("rows", ("bytes", "ratio", "peak_bytes", "peak_ratio"), ()),
-    "decode": ("rows", ("k_ratio", "seconds", "step_seconds", "ratio", "step_ratio", "ceiling", "share"), ()),
-    "generate": ("rows", ("k_ratio", "seconds", "tokens_per_second", "ratio", "roofline_seconds", "share"), ()),
-    "breakeven": ("rows", (), ()),
+LISTS: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
+    "retention": (("per_layer", ("layer",), ("score_loss", "softmax_loss")),),
+    "needle": (("cells", ("length", "depth", "right", "asked"), ()),),
+    "lines": (("cells", ("lines", "right", "asked"), ()),),
+    "spectrum": (("layers", ("layer", "head_dim"), ("dims_90", "dims_99")),),
+    "memory": (("rows", ("bytes", "ratio", "peak_bytes", "peak_ratio"), ()),),
+    "decode": (("rows", ("k_ratio", "seconds", "step_seconds", "ratio", "step_ratio", "ceiling", "share"), ()),),
+    "generate": (("rows", ("k_ratio", "seconds", "tokens_per_second", "ratio", "roofline_seconds", "share"), ()),),
+    "breakeven": (
+        ("rows", ("length", "dense", "whole"), ("aqua",)),
+        ("breakeven", ("k_ratio", "k", "dense", "whole", "paper", "theory"), ()),
+    ),
 }
-"""The list of objects that it must have, and which of their fields are numbers, and lists of a number a head."""
+"""The lists of objects that it must have, and which of their fields are numbers, and lists of numbers."""
 MEASURED_ONCE = ("memory", "decode", "generate")
 """Suites whose rows may be `absent`, with a reason in place of the numbers."""
 
@@ -95,8 +98,8 @@ def checked(record: Record) -> Record:
     for name in NAMES.get(record.suite, ()):
         if not isinstance(result.get(name), str):
             raise Unusable(f"its {name} is {short(result.get(name))}, not a text")
-    if record.suite in LISTS:
-        _check_list(record.suite, result)
+    for name, figures, lists in LISTS.get(record.suite, ()):
+        _check_list(record.suite, name, result.get(name), figures, lists)
     return record
 
 
@@ -116,9 +119,7 @@ def short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def _check_list(suite: str, result: dict[str, Any]) -> None:
-    name, figures, lists = LISTS[suite]
-    rows = result.get(name)
+def _check_list(suite: str, name: str, rows: Any, figures: tuple[str, ...], lists: tuple[str, ...]) -> None:
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
         raise Unusable(f"its {name} is {short(rows)}, not a list of objects")
     for row in rows:
