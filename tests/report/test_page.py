@@ -98,6 +98,20 @@ def test_the_first_table_says_what_one_gains_and_loses(whole):
     assert (evicted["key bytes"], evicted["cache bytes"]) == ("25%", "25%")
 
 
+def test_a_setting_that_was_only_asked_questions_has_a_row_too(tmp_path):
+    needle = samples.retrieval("length", (64,), (0.5,), lambda *_: 0.7)
+    asked = [samples.record("needle", config, needle) for config in (None, AquaConfig(s_ratio=0.5))]
+    page, _, _ = made(samples.write(tmp_path / "alone", values=asked, files={}))
+    rows = Page(page).tables[0]
+    assert rows[1:] == [
+        ["dense", "100%", "100%", "100%", "", "", "", "", "7/10"],
+        ["k_ratio 0.75, s_ratio 0.5", "", "50%", "75%", "", "", "", "", "7/10"],
+    ]
+    both = [samples.record("perplexity", AquaConfig(), samples.losses(0.75)), *asked]
+    page, _, _ = made(samples.write(tmp_path / "both", values=both, files={}))
+    assert [row[0] for row in Page(page).tables[0]] == ["setting", "dense", "k_ratio 0.75", "k_ratio 0.75, s_ratio 0.5"]
+
+
 @pytest.mark.parametrize(
     ("fields", "keys", "both"),
     [

@@ -22,7 +22,7 @@ KEY_BITS = {None: 16, 8: 8, 4: 5}
 """Bits of a key dimension, by `bits`: of int4, the first quarter of the dimensions has 8."""
 CURVES_NOTE = (
     "Perplexity change and KL divergence against what a setting computes and stores. Lower and further left is better; "
-    "dense attention is at 100% and 0. A divergence of less than 1e-6 is drawn there. Points above each other store the "
+    "dense attention is at 100% and 0. A divergence below 1e-6 is drawn there. Points above each other store the "
     "same and differ in what they multiply."
 )
 
@@ -46,9 +46,16 @@ def cache_share(setting: dict[str, Any]) -> float:
 def loss_sections(records: Sequence[Record]) -> list[Section]:
     """What you gain and lose, and the trade-offs, for each model and text."""
     groups = _groups([record for record in records if record.suite == "perplexity"])
-    asked = [record for record in records if record.suite in ("needle", "lines")]
-    tables = [_gain_and_loss(title, group, asked) for title, group in groups.items()]
     drawn = [block for place, (title, group) in enumerate(groups.items()) if (block := _trade_off(place, title, group))]
+    asked = [record for record in records if record.suite in ("needle", "lines")]
+    tables, seen = [], set()
+    for title, group in groups.items():
+        model = group[0].model
+        # Settings without perplexity stand in the first table of their model only.
+        tables.append(_gain_and_loss(title, group, [r for r in asked if r.model == model], others=model not in seen))
+        seen.add(model)
+    for model in dict.fromkeys(record.model for record in asked if record.model not in seen):
+        tables.append(_gain_and_loss(model, [], [r for r in asked if r.model == model], others=True))
     sections = [Section("What you gain and lose", NOTE, tables)] if tables else []
     if drawn:
         sections.append(Section("Trade-offs", CURVES_NOTE, drawn))
@@ -62,34 +69,33 @@ def _groups(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record]) -> Block:
-    suites = {
-        suite: [r for r in asked if r.suite == suite and r.model == group[0].model] for suite in ("needle", "lines")
-    }
-    suites = {suite: found for suite, found in suites.items() if found}
+def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record], *, others: bool) -> Block:
+    """A row a setting: of `group` (perplexity), and with `others` those of `asked` (retrieval) that it lacks."""
+    settings = [record for record in group if record.setting is not None]
+    known = {name_of(record) for record in settings}
+    if others:
+        settings += {name_of(r): r for r in asked if r.setting is not None and name_of(r) not in known}.values()
+    names = {name_of(record) for record in settings}
+    suites = [suite for suite in ("needle", "lines") if any(r.suite == suite and name_of(r) in names for r in asked)]
     titles = ["setting", "dot-product work", "key bytes", "cache bytes"]
     titles += ["perplexity", "change", "KL to dense", "same top token", *(f"{suite}: right" for suite in suites)]
     rows = []
-    settings = [record for record in group if record.setting is not None]
-    dense = sorted(set(filter(math.isfinite, map(_dense_perplexity, group))))
-    for perplexity in dense:
-        shares = ["100%", "100%", "100%", plain(perplexity, ".3f"), "", "", ""]
-        rows.append(["dense", *shares, *(_right(found, None, "aqua") for found in suites.values())])
+    for perplexity in sorted(set(filter(math.isfinite, map(_dense_perplexity, group)))) or [math.nan]:
+        shares = ["100%", "100%", "100%", plain(perplexity, ".3f") if group else "", "", "", ""]
+        rows.append(["dense", *shares, *(_right(asked, suite, "dense") for suite in suites)])
     for record in settings:
         assert record.result is not None and record.setting is not None
-        rows.append(
-            [
-                name_of(record),
-                percent(work_share(record), 0),
-                percent(key_share(record.setting), 0),
-                percent(cache_share(record.setting), 0),
-                *_loss_cells(record.result),
-                percent(number(record.result.get("top1"))),
-                *(_right(found, record.setting, record.basis) for found in suites.values()),
-            ]
-        )
-    used = [*group, *(record for found in suites.values() for record in found)]
+        measured = record.suite == "perplexity"
+        losses = [*_loss_cells(record.result), percent(number(record.result.get("top1")))] if measured else [""] * 4
+        shares = ["" if math.isnan(share) else percent(share, 0) for share in _shares(record)]
+        rows.append([name_of(record), *shares, *losses, *(_right(asked, s, name_of(record)) for s in suites)])
+    used = [*group, *(record for record in asked if record.suite in suites)]
     return Block(title, "", (titles, rows), commands_of(used))
+
+
+def _shares(record: Record) -> tuple[float, float, float]:
+    assert record.setting is not None
+    return work_share(record), key_share(record.setting), cache_share(record.setting)
 
 
 def _loss_cells(result: dict[str, Any]) -> list[str]:
@@ -103,11 +109,11 @@ def _dense_perplexity(record: Record) -> float:
     return number(given.get("perplexity") if isinstance(given, dict) else given)
 
 
-def _right(records: Sequence[Record], setting: dict[str, Any] | None, basis: str) -> str:
+def _right(asked: Sequence[Record], suite: str, name: str) -> str:
     """Right answers of all questions asked under a setting, over all files; nothing where none was asked."""
-    found = [r.result for r in records if r.setting == setting and r.basis == basis and r.result]
-    right, asked = (sum(number(result[name]) for result in found) for name in ("right", "asked"))
-    return f"{plain(right, '.0f')}/{plain(asked, '.0f')}" if found else ""
+    found = [record.result for record in asked if record.suite == suite and name_of(record) == name and record.result]
+    right, count = (sum(number(result[key]) for result in found) for key in ("right", "asked"))
+    return f"{plain(right, '.0f')}/{plain(count, '.0f')}" if found else ""
 
 
 def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:
@@ -168,9 +174,8 @@ def _numbers(records: Sequence[Record]) -> Table:
     titles = ["setting", "dot-product work", "key bytes", "cache bytes", "perplexity", "change", "KL to dense"]
     rows = []
     for record in records:
-        assert record.result is not None and record.setting is not None
-        shares = work_share(record), key_share(record.setting), cache_share(record.setting)
-        rows.append([name_of(record), *(percent(share) for share in shares), *_loss_cells(record.result)])
+        assert record.result is not None
+        rows.append([name_of(record), *(percent(share) for share in _shares(record)), *_loss_cells(record.result)])
     return titles, rows
 
 
