@@ -181,7 +181,7 @@ def write(folder, *, values=None, files=None):
     (folder / "records").mkdir(parents=True, exist_ok=True)
     for value in records() if values is None else values:
         digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-        (folder / "records" / f"{value['suite']}-{digest}.json").write_text(json.dumps(value))
+        (folder / "records" / f"{digest}.json").write_text(json.dumps(value))
     for name, value in (benchmarks() if files is None else files).items():
         (folder / name).write_text(json.dumps(value))
     return folder

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
 import sys
 from html.parser import HTMLParser
@@ -228,9 +230,9 @@ def test_more_curves_than_colours_are_grey_and_a_long_table_is_cut(tmp_path):
 
 
 def test_nan_is_shown_as_such(tmp_path):
-    result = samples.losses(0.5) | {"perplexity": float("nan"), "perplexity_change": None, "kl": float("inf")}
+    result = samples.losses(0.5) | {"perplexity": math.nan, "perplexity_change": None, "kl": math.inf}
     needle = samples.retrieval("length", (64, 128), (0.0, 1.0), lambda *_: 0.5)
-    needle["cells"][0] |= {"right": float("nan"), "asked": 0}
+    needle["cells"][0] |= {"right": math.nan, "asked": 0}
     far = {"calibrated_length": None, "tested_length": 64, "calibration_tokens": None}
     values = [
         samples.record("perplexity", AquaConfig(k_ratio=0.5), result),
@@ -255,6 +257,42 @@ def test_a_report_is_the_same_each_time_and_leaves_no_older_images(tmp_path):
     names = {path.name for path in (tmp_path / "report_images").iterdir()}
     assert "figure-999.svg" not in names
     assert {"mine.svg", "figure-1.svg"} <= names
+
+
+ODD = [None, "x", "", [], {}, math.nan, math.inf, -1, 0, 1e300, 10**30, True, [[1]], [None], "<b>$", -0.5]
+
+
+def changed(value, rng):
+    """The same JSON value with something odd, or nothing, in one place."""
+    value = json.loads(json.dumps(value))
+    at = value
+    while True:
+        key = rng.choice(list(at) if isinstance(at, dict) else range(len(at)))
+        if not (isinstance(at[key], (dict, list)) and at[key]) or rng.random() < 0.1:
+            break
+        at = at[key]
+    if rng.random() < 0.2:
+        del at[key]
+    else:
+        at[key] = rng.choice(ODD)
+    return value
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_is_in_a_file_there_is_a_page(tmp_path, seed):
+    rng = random.Random(seed)
+    values, files = [], {}
+    for suite in ("perplexity", "needle", "lines", "retention", "tasks", "transfer", "context"):
+        first, *others = rng.sample([value for value in samples.records() if value["suite"] == suite], 3)
+        values += [changed(first, rng), *others]
+    for name, value in samples.benchmarks().items():
+        files[name] = changed(value, rng)
+    page, text, images = made(samples.write(tmp_path, values=values, files=files))
+    Page(page)
+    assert text.startswith("# AQUA attention")
+    for image in images.values():
+        ElementTree.fromstring(image)
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^vPX*"
 LONGEST = 44
-SMALLEST = 1e-6
-"""What a logarithmic axis shows of anything smaller."""
+SMALLEST, LARGEST = 1e-6, 1e9
+"""What a logarithmic axis shows of anything smaller, and any axis of anything larger."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def heat(
         for i, row in enumerate(texts or ()):
             for j, text in enumerate(row):
                 known = math.isfinite(values[i][j])
-                pale = known and (values[i][j] - low) / (high - low) < 0.55
+                pale = known and (values[i][j] - low) / (high - low) < 0.45
                 axis.text(j, i, text, ha="center", va="center", color="white" if pale else "black", fontsize=9.5)
         bar = figure.colorbar(image, ax=axis, orientation="horizontal", pad=0.02, shrink=0.9, aspect=40)
         bar.outline.set_visible(False)  # type: ignore[operator,unused-ignore]
@@ -154,9 +154,13 @@ def bars(
         places = [-float(place) for place in range(len(values))]
         shown = [value if math.isfinite(value) else 0.0 for value in values]
         axis.barh([place - 0.18 for place in places], shown, height=0.42, color=svg.SERIES[0])
-        largest = max([*shown, *(marks[1] if marks else ())], default=1.0) or 1.0
-        ends = [max(pair) for pair in zip(shown, marks[1], strict=True)] if marks else shown
-        for place, label, value, end in zip(places, labels, values, ends, strict=True):
+        limits = marks[1] if marks else [0.0] * len(shown)
+        largest = max([*shown, *filter(math.isfinite, limits)], default=1.0) or 1.0
+        # Behind a mark, where the bar's value would run into it.
+        near = [
+            mark if width <= mark < width + 0.2 * largest else width for width, mark in zip(shown, limits, strict=True)
+        ]
+        for place, label, value, end in zip(places, labels, values, near, strict=True):
             # Names stand above their bars: beside them they would take half of a phone.
             axis.text(0, place + 0.24, _shortened(label, 52), ha="left", va="center", fontsize=10)
             axis.text(end + largest * 0.015, place - 0.18, text(value), ha="left", va="center", fontsize=10)
@@ -175,11 +179,11 @@ def bars(
 
 
 def _plot(axis: Axes, line: Curve, row: int, y: Axis, colour: str, marker: str, label: str | None) -> None:
-    points = sorted((x, ys[row]) for x, ys in line.points if math.isfinite(x))
+    points = sorted((x, ys[row]) for x, ys in line.points if abs(x) < LARGEST)
     heights = [max(value, SMALLEST) if y.scale.startswith("log") else value for _, value in points]
     axis.plot(
         [x for x, _ in points],
-        [value if math.isfinite(value) else math.nan for value in heights],
+        [min(max(value, -LARGEST), LARGEST) if math.isfinite(value) else math.nan for value in heights],
         color=colour,
         marker=marker,
         markersize=5.5,

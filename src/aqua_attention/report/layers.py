@@ -36,7 +36,7 @@ def _retention(records: Sequence[Record]) -> list[Block]:
         rows = []
         for record in group:
             assert record.result is not None
-            selection, ratio = record.result["selection"], number(record.result["k_ratio"])
+            selection, ratio = _selection(record), number(record.result["k_ratio"])
             losses = [number(record.result[key]) for key in ("score_loss", "softmax_loss")]
             lines.setdefault(selection, []).append((ratio, losses))
             rows.append([selection, plain(ratio), *(percent(loss, 2) for loss in losses)])
@@ -48,6 +48,12 @@ def _retention(records: Sequence[Record]) -> list[Block]:
         blocks.append(Block(f"Retention: {title}", note, table, commands_of(group), [panel]))
         blocks += _retention_heats(place, title, group)
     return blocks
+
+
+def _selection(record: Record) -> str:
+    assert record.result is not None
+    basis = {"aqua": "", "none": ", not rotated"}.get(record.basis, f", basis {record.basis}")
+    return f"{record.result['selection']}{basis}"
 
 
 def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Block]:
@@ -63,7 +69,7 @@ def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Bl
         assert record.result is not None
         layers = record.result["per_layer"]
         losses = _padded([numbers(layer["softmax_loss"]) for layer in layers])
-        grids[record.result["selection"]] = [plain(number(layer["layer"])) for layer in layers], losses
+        grids[_selection(record)] = [plain(number(layer["layer"])) for layer in layers], losses
     values = [value for _, grid in grids.values() for row in grid for value in row if math.isfinite(value)]
     panels = [
         heat(

@@ -104,6 +104,8 @@ def _calibration(record: Record) -> str:
     """What one matrix has in common: model, setting, and tokens that were calibrated on."""
     tokens = _calibration_tokens(record)
     words = [f"calibrated on {plain(tokens, '.0f')} tokens"] if math.isfinite(tokens) else []
+    if record.suite == "transfer" and record.options.get("context"):
+        words.append(f"windows of {record.options['context']}")
     return ", ".join(filter(None, [record.model, name_of(record), *words]))
 
 

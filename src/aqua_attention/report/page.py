@@ -91,17 +91,8 @@ def html(sections: Sequence[Section], facts: Sequence[str]) -> str:
     Raises:
         AquaError: jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment
-        from markupsafe import Markup
-    except ModuleNotFoundError as error:
-        raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    words = Markup(" class=w")
-    environment.filters["kinds"] = lambda table: [words if _is_words(column) else "" for column in _columns(table)]
-    template = environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
     given: dict[str, Any] = {"most": MOST_ROWS, "light": svg.variables(svg.LIGHT), "dark": svg.variables(svg.DARK)}
-    return template.render(title=TITLE, sections=sections, facts=facts, **given)
+    return _template().render(title=TITLE, sections=sections, facts=facts, **given)
 
 
 def report_markdown(sections: Sequence[Section], facts: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -140,6 +131,7 @@ def write_report(folder: Path, collected: Collected, progress: Callable[[int, in
     Raises:
         AquaError: matplotlib or jinja2 is not installed, or the folder cannot be written.
     """
+    _template()  # what is not installed is said before the drawing begins
     sections, facts = sections_of(collected, progress), facts_of(collected)
     page = html(sections, facts)
     text, images = report_markdown(sections, facts)
@@ -158,6 +150,18 @@ def write_report(folder: Path, collected: Collected, progress: Callable[[int, in
     for path, content in zip(paths, (page, text), strict=True):
         write_atomically(path, content.encode())
     return paths
+
+
+def _template() -> Any:
+    try:
+        from jinja2 import Environment
+        from markupsafe import Markup
+    except ModuleNotFoundError as error:
+        raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    words = Markup(" class=w")
+    environment.filters["kinds"] = lambda table: [words if _is_words(column) else "" for column in _columns(table)]
+    return environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
 
 
 def _kind(record: Record) -> str:
@@ -180,8 +184,10 @@ def _columns(table: Table) -> list[list[str]]:
 
 
 def _is_words(column: Sequence[str]) -> bool:
-    """Whether a column holds words, and is aligned as they are, not as figures."""
-    return any(cell and not (cell[0] in "+-.0123456789" or cell in ("NaN", "infinite")) for cell in column)
+    """Whether a column holds words, and is aligned as they are; a word among figures is aligned as these."""
+    filled = [cell for cell in column if cell]
+    words = [cell for cell in filled if cell[0] not in "+-.0123456789" and cell not in ("NaN", "infinite", "none")]
+    return 2 * len(words) > len(filled)
 
 
 def _words(text: str) -> str:

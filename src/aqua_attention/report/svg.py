@@ -76,8 +76,8 @@ def styled(height: float) -> Iterator[Figure]:
         # Whatever the user's matplotlibrc says.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        # Letters that matplotlib has no width for are drawn by the browser, which has them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        # Letters that it has no width for are drawn by the browser, and what it finds no room for is in the numbers.
+        warnings.simplefilter("ignore")
         yield Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
 
 
