@@ -45,6 +45,7 @@ ORDER = [
     "bench",
     "tables",
     "record_tables",
+    "report",
     "terminal",
     "demo",
     "cli_options",
@@ -52,6 +53,7 @@ ORDER = [
     "cli_grid",
     "cli_bench",
     "cli_tasks",
+    "cli_report",
     "cli",
 ]
 """The data's way through the library; a module imports only from itself and from what stands before it."""

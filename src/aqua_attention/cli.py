@@ -37,6 +37,7 @@ from aqua_attention.cli_options import (
     aqua_config,
     load_model,
 )
+from aqua_attention.cli_report import report
 from aqua_attention.cli_tasks import lm_eval, tasks
 from aqua_attention.errors import AquaError
 from aqua_attention.terminal import check_writable, print_table, progress_bars
@@ -57,6 +58,7 @@ app.add_typer(benchmarks, name="bench")
 # Everything after the first word is lm-eval's, its --help too.
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 app.command("lm-eval", context_settings=_PASSED_ON)(lm_eval)
+app.command()(report)
 
 
 @app.callback(invoke_without_command=True)

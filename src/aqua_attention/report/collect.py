@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The JSON files of a results directory, each checked: a record, or the reason why it is not used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aqua_attention.errors import AquaError
+from aqua_attention.report.recognise import records_of
+from aqua_attention.report.record import Record, Unusable
+
+LONGEST_TEXT = 2000
+LARGEST_FILE = 64 << 20
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a results directory holds.
+
+    Attributes:
+        records: those that are measured.
+        failed: those that are not, with their reason in `error`.
+        unused: name and reason of each file that is no record, damaged, or of another version.
+    """
+
+    records: list[Record]
+    failed: list[Record]
+    unused: list[tuple[str, str]]
+
+
+def collect(folder: Path) -> Collected:
+    """Read `folder`/*.json and `folder`/records/*.json.
+
+    Raises:
+        AquaError: no such folder, or no JSON file in it.
+    """
+    if not folder.is_dir():
+        raise AquaError(f"{folder} is no folder: give the one that `aqua eval grid` or --json wrote into")
+    paths = [*sorted(folder.glob("*.json")), *sorted((folder / "records").glob("*.json"))]
+    if not paths:
+        raise AquaError(
+            f"{folder} holds no results: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
+            f"with --json {folder / 'NAME.json'}, then the report"
+        )
+    found, unused = [], []
+    for path in paths:
+        name = cleaned(str(path.relative_to(folder)))
+        try:
+            found += records_of(_load(path), name)
+        except Unusable as reason:
+            unused.append((name, str(reason)))
+    # The grid's --json holds the same records as its folder.
+    kept: list[Record] = []
+    seen: set[str] = set()
+    for record in found:
+        value = record.suite, record.model, record.setting, record.basis, record.options, record.result, record.error
+        if (key := json.dumps(value, sort_keys=True)) not in seen:
+            seen.add(key)
+            kept.append(record)
+    kept.sort(key=_order)
+    return Collected([r for r in kept if r.error is None], [r for r in kept if r.error is not None], unused)
+
+
+def _order(record: Record) -> str:
+    """Dense first, then settings of a kind together, from the most dimensions to the fewest."""
+    if record.setting is None:
+        return ""
+    setting = record.setting
+    amount = setting["logit_error"] if setting["logit_error"] is not None else 1 - setting["k_ratio"]
+    kinds = [setting[name] for name in ("h2o_ratio", "bits", "s_ratio")]
+    stored = [record.basis != "aqua", kinds != [1.0, None, 0.0], *(str(kind) for kind in kinds)]
+    words = [*stored, setting["logit_error"] is not None, setting["selection"], setting["share"]]
+    return json.dumps([*map(str, words), f"{setting['sink']:9}", f"{setting['recent']:9}", f"{amount:12.6f}"])
+
+
+def cleaned(value: Any) -> Any:
+    """The same JSON value without what no page can hold: control characters, half surrogate pairs, endless text."""
+    if isinstance(value, str):
+        text = value.encode("utf-8", "replace").decode()
+        text = "".join(sign if sign.isprintable() else " " for sign in text)
+        return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} ..."
+    if isinstance(value, list):
+        return [cleaned(each) for each in value]
+    if isinstance(value, dict):
+        return {cleaned(name): cleaned(each) for name, each in value.items()}
+    return value
+
+
+def _load(path: Path) -> Any:
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise Unusable(f"it has more than {LARGEST_FILE >> 20} MB, no result has")
+        return cleaned(json.loads(path.read_text(encoding="utf-8-sig")))
+    except OSError as error:
+        raise Unusable(f"it cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise Unusable("it is no text in UTF-8") from error
+    except RecursionError as error:
+        raise Unusable("it is nested too deep") from error
+    except ValueError as error:
+        raise Unusable(f"it is no JSON ({error}): damaged, or cut off") from error

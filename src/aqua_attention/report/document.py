@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says, whatever it is written in: sections of tables and figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from aqua_attention.report.record import Record
+from aqua_attention.tables import Table, describe_setting
+
+COMMANDS = {
+    "spectrum": "aqua inspect",
+    **{suite: f"aqua eval {suite}" for suite in ("perplexity", "retention", "needle", "lines", "tasks")},
+    **{suite: f"aqua bench {suite}" for suite in ("memory", "decode", "generate", "breakeven")},
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing.
+
+    Attributes:
+        svg: an `<svg>` element, see `svg.drawing`.
+        alt: the same in a few words, for those who do not see it.
+    """
+
+    svg: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A table, and the drawings of it if there are any.
+
+    Attributes:
+        title: plain text, as everything here.
+        note: what the figures mean, in which units.
+        panels: drawn side by side where there is room. Without any, the table itself is shown.
+        commands: what made the figures.
+        words: the table holds sentences, not figures.
+    """
+
+    title: str
+    note: str
+    table: Table
+    commands: Sequence[str]
+    panels: Sequence[Panel] = ()
+    words: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under one heading."""
+
+    title: str
+    note: str = ""
+    blocks: list[Block] = field(default_factory=list)
+
+
+def percent(value: float, digits: int = 1, *, sign: bool = False) -> str:
+    """A share in per cent; NaN as such."""
+    if not math.isfinite(value):
+        return plain(value)
+    return f"{value:+.{digits}%}" if sign else f"{value:.{digits}%}"
+
+
+def plain(value: float, form: str = ".3g") -> str:
+    """A number; NaN and infinity as such."""
+    return "NaN" if math.isnan(value) else f"{value:{form}}".replace("inf", "infinite")
+
+
+def name_of(record: Record) -> str:
+    """The setting in words."""
+    return "dense" if record.setting is None else describe_setting(record.setting, record.basis)
+
+
+def data_of(record: Record) -> str:
+    """On what a record was measured, such as "builtin:evaluation, windows of 2048, float32"."""
+    options, words = record.options, [record.model] if record.model else []
+    if options.get("data"):
+        words.append(str(options["data"]))
+    if options.get("context"):
+        words.append(f"windows of {options['context']}")
+    if options.get("scored") == "second half":
+        words.append("second halves scored")
+    if dtype := record.details.get("dtype"):
+        words.append(str(dtype).removeprefix("torch."))
+    return ", ".join(words)
+
+
+def commands_of(records: Sequence[Record]) -> list[str]:
+    """The command lines that made these, each once; where a file does not say, which command it was and which file."""
+    lines = [
+        record.command or f"{COMMANDS.get(record.suite, 'aqua')} ... --json {record.source}  # the rest is not recorded"
+        for record in records
+    ]
+    return list(dict.fromkeys(lines))

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a results directory, put together and written as HTML and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from aqua_attention.errors import AquaError
+from aqua_attention.files import write_atomically
+from aqua_attention.report import svg
+from aqua_attention.report.collect import Collected
+from aqua_attention.report.document import Block, Section, data_of, name_of
+from aqua_attention.report.layers import layer_sections
+from aqua_attention.report.losses import loss_sections
+from aqua_attention.report.matrices import retrieval_sections, transfer_sections
+from aqua_attention.report.record import Record
+from aqua_attention.report.scores import task_sections
+from aqua_attention.report.speed import speed_sections
+from aqua_attention.tables import Table, markdown
+from aqua_attention.version import __version__
+
+TITLE = "AQUA attention: what was measured"
+IMAGES = "report_images"
+MOST_ROWS = 300
+"""Of a table in HTML, which stays small enough to be sent about; the Markdown has all."""
+PARTS: tuple[Callable[[Sequence[Record]], list[Section]], ...] = (
+    loss_sections,
+    retrieval_sections,
+    task_sections,
+    transfer_sections,
+    layer_sections,
+    speed_sections,
+)
+
+
+def sections_of(collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Section]:
+    """All sections that there are records for; failed settings and files that are not used come last.
+
+    Args:
+        progress: called as progress(parts done, parts in all).
+    """
+    sections = []
+    for done, part in enumerate(PARTS):
+        if progress:
+            progress(done, len(PARTS))
+        sections += part(collected.records)
+    if progress:
+        progress(len(PARTS), len(PARTS))
+    if collected.failed:
+        rows = [
+            [
+                r.suite,
+                f"{name_of(r)}; on {data_of(r)}",
+                f"{_kind(r)}: {(r.error or {})['message']}",
+                r.command or r.source,
+            ]
+            for r in collected.failed
+        ]
+        table = (["suite", "setting", "reason", "command"], rows)
+        sections.append(Section("Failed settings", "", [Block("", "", table, [], words=True)]))
+    if collected.unused:
+        note = "These files were in the folder, but nothing above rests on them."
+        table = (["file", "reason"], [list(pair) for pair in collected.unused])
+        sections.append(Section("Files not used", note, [Block("", "", table, [], words=True)]))
+    return sections
+
+
+def facts_of(collected: Collected) -> list[str]:
+    """What the figures rest on, a line each: how many settings, when, by which versions, on what."""
+    records = [*collected.records, *collected.failed]
+    lines = [f"{len(collected.records)} settings measured, {len(collected.failed)} failed"]
+    if dates := sorted(str(record.details["started"])[:10] for record in records if "started" in record.details):
+        lines[0] += f"; from {dates[0]} to {dates[-1]}" if dates[0] != dates[-1] else f"; on {dates[0]}"
+    for title, values in (
+        ("Models", [record.model for record in records]),
+        ("Devices", [str(record.details.get("device", "")) for record in records]),
+        ("Measured by", [_software(record) for record in records]),
+    ):
+        if known := list(dict.fromkeys(value for value in values if value)):
+            lines.append(f"{title}: {'; '.join(known)}")
+    return [*lines, f"Report by aqua-attention {__version__}"]
+
+
+def html(sections: Sequence[Section], facts: Sequence[str]) -> str:
+    """One page that needs nothing else: no script, no network.
+
+    Raises:
+        AquaError: jinja2 is not installed.
+    """
+    given: dict[str, Any] = {"most": MOST_ROWS, "light": svg.variables(svg.LIGHT), "dark": svg.variables(svg.DARK)}
+    return _template().render(title=TITLE, sections=sections, facts=facts, **given)
+
+
+def report_markdown(sections: Sequence[Section], facts: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The same in Markdown, and the SVG of each image by its file name."""
+    parts = [f"# {TITLE}\n", *(f"{_words(fact)}\n" for fact in facts)]
+    images: dict[str, str] = {}
+    for section in sections:
+        parts.append(f"## {section.title}\n")
+        if section.note:
+            parts.append(f"{_words(section.note)}\n")
+        for block in section.blocks:
+            if block.title:
+                parts.append(f"### {_words(block.title)}\n")
+            if block.note:
+                parts.append(f"{_words(block.note)}\n")
+            for panel in block.panels:
+                name = f"figure-{len(images) + 1}.svg"
+                images[name] = svg.alone(panel.svg)
+                parts.append(f"![{_words(panel.alt).replace('[', '(').replace(']', ')')}]({IMAGES}/{name})\n")
+            titles, rows = block.table
+            table = markdown([_words(title) for title in titles], [[_words(cell) for cell in row] for row in rows])
+            commands = "".join(f"    {command}\n" for command in block.commands)
+            table += f"\nMade by:\n\n{commands}" if commands else ""
+            if block.panels:
+                table = f"<details><summary>Numbers and command</summary>\n\n{table}\n</details>\n"
+            parts.append(table)
+    return "\n".join(parts), images
+
+
+def write_report(folder: Path, collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Path]:
+    """Write `report.html`, `report.md` and the images of the latter into `folder`.
+
+    Returns:
+        The two pages, HTML first.
+
+    Raises:
+        AquaError: matplotlib or jinja2 is not installed, or the folder cannot be written.
+    """
+    _template()  # what is not installed is said before the drawing begins
+    sections, facts = sections_of(collected, progress), facts_of(collected)
+    page = html(sections, facts)
+    text, images = report_markdown(sections, facts)
+    target = folder / IMAGES
+    try:
+        target.mkdir(exist_ok=True)
+    except OSError as error:
+        raise AquaError(f"cannot make the folder {target}: {error.strerror}") from error
+    for name, image in images.items():
+        write_atomically(target / name, image.encode())
+    # Of an earlier report that had more figures.
+    for old in target.glob("figure-*.svg"):
+        if old.name not in images:
+            old.unlink(missing_ok=True)
+    paths = [folder / "report.html", folder / "report.md"]
+    for path, content in zip(paths, (page, text), strict=True):
+        write_atomically(path, content.encode())
+    return paths
+
+
+def _template() -> Any:
+    try:
+        from jinja2 import Environment
+        from markupsafe import Markup
+    except ModuleNotFoundError as error:
+        raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    words = Markup(" class=w")
+    environment.filters["kinds"] = lambda table: [words if _is_words(column) else "" for column in _columns(table)]
+    return environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
+
+
+def _kind(record: Record) -> str:
+    kind = (record.error or {}).get("kind", "error")
+    return {"out_of_memory": "out of memory", "error": "refused"}.get(kind, kind)
+
+
+def _software(record: Record) -> str:
+    details = record.details
+    words = [f"aqua-attention {details['version']}"] if "version" in details else []
+    words += [f"commit {str(details['commit'])[:12]}"] if "commit" in details else []
+    versions = details.get("versions")
+    words += [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else []
+    return ", ".join(words)
+
+
+def _columns(table: Table) -> list[list[str]]:
+    titles, rows = table
+    return [[row[place] for row in rows] for place in range(len(titles))]
+
+
+def _is_words(column: Sequence[str]) -> bool:
+    """Whether a column holds words, and is aligned as they are; a word among figures is aligned as these."""
+    filled = [cell for cell in column if cell]
+    words = [cell for cell in filled if cell[0] not in "+-.0123456789" and cell not in ("NaN", "infinite", "none")]
+    return 2 * len(words) > len(filled)
+
+
+def _words(text: str) -> str:
+    """Text that no Markdown takes for HTML or emphasis."""
+    text = escape(text, quote=False)
+    for sign in "\\`*_":
+        text = text.replace(sign, f"\\{sign}")
+    return text
