@@ -21,6 +21,7 @@ from aqua_attention.cli_options import (
     Json,
     KRatios,
     LogitError,
+    MinLength,
     Model,
     ProjectionsFile,
     Recent,
@@ -74,6 +75,7 @@ def tasks(
     bits: Bits = None,
     h2o_ratio: H2ORatio = 1.0,
     h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
     basis: Basis = "aqua",
     gguf_file: GgufFile = None,
     dtype: Dtype = "auto",
@@ -87,7 +89,9 @@ def tasks(
     --limit 100 --k-ratio 0.5 --selection weighted --sink 4 --recent 64 --state tasks.state --json tasks.json`
     """
     configs = [
-        aqua_config(ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries)
+        aqua_config(
+            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
+        )
         for ratio in k_ratio
     ]
     check_writable(state, json)

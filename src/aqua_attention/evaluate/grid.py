@@ -144,7 +144,7 @@ def grid_settings(
     Raises:
         AquaError: a value that no setting can have.
     """
-    amounts = [{"k_ratio": float(value)} for value in k_ratio]
+    amounts: list[dict[str, Any]] = [{"k_ratio": float(value)} for value in k_ratio]
     amounts += [{"logit_error": float(value)} for value in logit_error]
     combinations = product(basis, selection, share, sink, recent, bits, h2o_ratio, s_ratio, amounts)
     settings = [
