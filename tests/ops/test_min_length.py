@@ -171,6 +171,10 @@ def check_step(found, wide, taken, cache, rms, config, lengths, eps):
     if taken.counts is not None:
         counted = selected.view(len(lengths), groups, -1, kept)[:, :, 0].sum(-1)
         assert torch.equal(taken.counts, counted.to(torch.int32))
+        for row in range(len(lengths)):
+            for group in range(groups):
+                dims = taken.dims[row, group, : taken.counts[row, group]].tolist()
+                assert sorted(dims) == taken.mask[row, group].nonzero()[:, 0].tolist()
     keys, values = cache.read(dtype=torch.float32)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
