@@ -73,8 +73,7 @@ def test_lengths_are_doubled():
 @compiled
 def test_a_small_measurement_writes_what_auto_reads(tmp_path, monkeypatch):
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(decode_cpu, "SECONDS", 0.01)
-    monkeypatch.setattr(decode_cpu, "LEAST_RUNS", 2)
+    monkeypatch.setattr(decode_cpu, "MOST_SECONDS", 0.01)
     seen = []
     result = measure_breakeven(
         Shape(CPU, 4, 2, 32, torch.float32),

@@ -6,6 +6,7 @@ Nothing is timed before it is right: each run is compared with the reference in 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -23,8 +24,10 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 
-SECONDS, LEAST_RUNS, MOST_RUNS = 2.0, 30, 1000
-"""What the runs of one size take together, about, and how often each is run."""
+SECONDS, MOST_SECONDS, MOST_ROUNDS = 2.0, 30.0, 1000
+"""What the runs of one size take together: the first where nothing else runs, at most the second."""
+SETTLED = 15
+"""Rounds without anything being faster than before, after which nothing will."""
 LOUD = 4.0
 """Keys of the first and the last token are so many times as large: among many, one that is missed would not be seen."""
 TOLERANCE, LEAST_ERROR = 4.0, 1e-5
@@ -142,24 +145,23 @@ def _fastest_seconds(runs: list[tuple[Callable[[], Any], int]], cache: TiledCach
     All run in turn, so that a slow time of the machine slows all, and in another order each time, because one that
     reads what the one before has read is faster.
     """
-    times: list[list[float]] = [[] for _ in runs]
     shuffle, order = random.Random(0), list(range(len(runs)))
-
-    def all_once() -> None:
+    fastest, settled, began = [math.inf] * len(runs), 0, time.perf_counter()
+    for _ in range(MOST_ROUNDS):
         shuffle.shuffle(order)
+        settled += 1
         for place in order:
             run, held = runs[place]
             cache.lengths.fill_(held)
             start = time.perf_counter()
             run()
-            times[place].append(time.perf_counter() - start)
-
-    for _ in range(3):
-        all_once()
-    rounds = int(SECONDS / sum(found[-1] for found in times))
-    for _ in range(max(LEAST_RUNS, min(MOST_RUNS, rounds))):
-        all_once()
-    return [min(found[3:]) for found in times]
+            seconds = time.perf_counter() - start
+            settled = 0 if seconds < 0.99 * fastest[place] else settled
+            fastest[place] = min(fastest[place], seconds)
+        spent = time.perf_counter() - began
+        if spent > MOST_SECONDS or (spent > SECONDS and settled >= SETTLED):
+            break
+    return fastest
 
 
 def _check(
