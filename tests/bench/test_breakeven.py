@@ -73,8 +73,7 @@ def test_lengths_are_doubled():
 @compiled
 def test_a_small_measurement_writes_what_auto_reads(tmp_path, monkeypatch):
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(decode_cpu, "SECONDS", 0.01)
-    monkeypatch.setattr(decode_cpu, "LEAST_RUNS", 2)
+    monkeypatch.setattr(decode_cpu, "MOST_SECONDS", 0.01)
     seen = []
     result = measure_breakeven(
         Shape(CPU, 4, 2, 32, torch.float32),
@@ -136,3 +135,21 @@ def test_what_cannot_be_measured_is_refused(shape, ratios, words):
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(aqua.AquaError, match="there is no CUDA GPU here"):
         measure_breakeven(Shape(torch.device("cuda"), 4, 2, 32, torch.bfloat16), lengths=[64, 128])
+
+
+def test_on_a_gpu_the_steps_of_bench_decode_are_compared(monkeypatch):
+    pytest.importorskip("triton")
+    from contextlib import nullcontext
+
+    from aqua_attention.bench import breakeven, decode
+
+    def measured(**given):
+        assert (given["batch"], given["k_ratios"], given["dtype"]) == (1, (1.0, 0.5), torch.bfloat16)
+        rows = [("flash", None, 5.0), ("cuDNN", None, 3.0), ("aqua", 1.0, 4.0), ("aqua", 0.5, 2.0)]
+        rows = [{"name": name, "k_ratio": ratio, "step_seconds": seconds} for name, ratio, seconds in rows]
+        return {"rows": [{"name": "FlashInfer", "k_ratio": None, "absent": "no module"}, *rows]}
+
+    monkeypatch.setattr(decode, "measure_decode", measured)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    row = breakeven._row(Shape(torch.device("cuda"), 8, 2, 64, torch.bfloat16), 128, (0.5,), 4, 64)
+    assert row == {"length": 128, "dense": 3.0, "dense_name": "cuDNN", "whole": 4.0, "aqua": [2.0]}

@@ -171,6 +171,10 @@ def check_step(found, wide, taken, cache, rms, config, lengths, eps):
     if taken.counts is not None:
         counted = selected.view(len(lengths), groups, -1, kept)[:, :, 0].sum(-1)
         assert torch.equal(taken.counts, counted.to(torch.int32))
+        for row in range(len(lengths)):
+            for group in range(groups):
+                dims = taken.dims[row, group, : taken.counts[row, group]].tolist()
+                assert sorted(dims) == taken.mask[row, group].nonzero()[:, 0].tolist()
     keys, values = cache.read(dtype=torch.float32)
     for row, length in enumerate(lengths):
         one = slice(row, row + 1)
@@ -241,3 +245,33 @@ def test_codes_of_8_bits_need_counts():
     chosen = Chosen.of(torch.arange(16, device=DEVICE)[None, None], 32)
     with pytest.raises(aqua.AquaError, match="min_length is 9: over codes of 8 bits `chosen` must have counts"):
         decode(torch.zeros(1, 2, 32, dtype=torch.float16, device=DEVICE), chosen, cache, min_length=9)
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_goes_over_the_length():
+    """Nothing on the CPU knows the length: the same CUDA graph is dense first and chooses afterwards."""
+    from aqua_attention.ops.triton.decode import decode
+    from aqua_attention.ops.triton.prepare import prepare
+
+    config = aqua.AquaConfig(k_ratio=0.25, share="group", sink=3, recent=9, min_length=643)
+    (rotation, rms), dtype = layer(2, 64, 64), torch.float16
+    states = [random(1, 2, 640, 64, seed=seed, dtype=dtype) for seed in (2, 3)]
+    query, new = random(1, 4, 64, seed=4, dtype=dtype) * 2, random(1, 2, 64, seed=5, dtype=dtype)
+    cache = TiledCache(1, 2, 64, 64, 700, dtype, DEVICE)
+
+    def step():
+        wide, taken = prepare(query, new, new, cache, rotation, rms, config)
+        return decode(wide, taken, cache, sink=3, recent=9, appended=True, min_length=643), wide, taken
+
+    cache.fill(*states, torch.tensor([640]))
+    step()
+    cache.fill(*states, torch.tensor([640]))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found, wide, taken = step()
+    for length in range(641, 647):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert cache.lengths.tolist() == [length]
+        check_step(found, wide, taken, cache, rms, config, [length], 2e-2)

@@ -43,8 +43,13 @@ typedef struct {
 // Dimensions by falling size; of equal ones the first, and a NaN is largest. As many as `count`, or as few as the expected
 // error allows: dropping one costs its own and that of all behind it. Of a sequence that is too short to choose, all.
 static void choose(const Preparation *given, int64_t row, int is_short, const float *sizes, const float *errors) {
-    int64_t dims = given->dims, count = is_short ? dims : given->count;
+    int64_t dims = given->dims, count = given->count;
     int32_t keys[MOST_DIMS], ranks[MOST_DIMS], *chosen = given->chosen + row * given->most, order[MOST_DIMS];
+    if (is_short) {
+        for (int64_t d = 0; d < dims; d++) chosen[d] = (int32_t)d, given->mask[row * dims + d] = 1;
+        given->counts[row] = (int32_t)dims;
+        return;
+    }
     for (int64_t d = 0; d < dims; d++) {
         // Floats that are not negative have the order of their bits.
         memcpy(&keys[d], &sizes[d], sizeof(keys[d]));
@@ -56,7 +61,7 @@ static void choose(const Preparation *given, int64_t row, int is_short, const fl
         for (int64_t d = 0; d < dims; d++) ranks[d] += keys[i] > keys[d] || (keys[i] == keys[d] && i < d);
     }
     for (int64_t d = 0; d < dims; d++) order[ranks[d]] = (int32_t)d;
-    if (given->adaptive && !is_short) {
+    if (given->adaptive) {
         float left = 0.0f;
         for (; count > 1; count--) {
             left += errors[order[count - 1]];

@@ -249,7 +249,16 @@ def _prepare(
         else:
             tl.store(values_ptr + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
 
-    if dims_ptr is not None:  # noqa: SIM102 (this is known when compiling, the other is not)
+    if dims_ptr is not None:
+        if min_length is not None:
+            # As many tokens as `decode` will count, the new one too.
+            is_short = tl.minimum(position + 1, tiles * TILE) < min_length
+            if does_query & is_short:
+                tl.store(mask_ptr + place * KEPT + narrow, tl.full([KEPT_PADDED], 1, tl.int8), column)
+                tl.store(dims_ptr + place * PLACES + narrow, narrow, narrow < PLACES)
+                if counts_ptr is not None:
+                    tl.store(counts_ptr + place, KEPT)
+            does_query = does_query & (is_short == 0)
         if does_query:
             # The dimensions of largest summed square; among equals the lower one, and a NaN is largest.
             if SELECTION == "static":
@@ -267,6 +276,8 @@ def _prepare(
             rank = tl.sum(ahead.to(tl.int32), 0)
             if not ADAPTIVE:
                 chosen = (rank < COUNT).to(tl.int32)
+                if counts_ptr is not None:
+                    tl.store(counts_ptr + place, COUNT)
             else:
                 # Dropping a dimension costs its variance and that of all behind it.
                 error = tl.where(inside[:, None], turned, 0.0) * rms[None, :] * scaling
@@ -274,16 +285,9 @@ def _prepare(
                 behind = tl.sum(tl.where(ahead, 0.0, variance[:, None]), 0)
                 few = behind <= logit_error
                 chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
-            written = chosen > 0
-            if min_length is not None:
-                # As many tokens as `decode` will count, the new one too.
-                is_short = tl.minimum(position + 1, tiles * TILE) < min_length
-                chosen = tl.where(is_short & column, 1, chosen)
-                written = (chosen > 0) & (rank < PLACES)
-            if counts_ptr is not None:
                 tl.store(counts_ptr + place, tl.sum(chosen, 0))
             tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
-            tl.store(dims_ptr + place * PLACES + rank, narrow, written)
+            tl.store(dims_ptr + place * PLACES + rank, narrow, chosen > 0)
 
 
 @triton.jit
