@@ -196,16 +196,18 @@ def retrieval_table(result: dict[str, Any]) -> Table:
 
 def tasks_table(result: dict[str, Any]) -> Table:
     """What `evaluate_tasks` returned: a row a task, metric and setting, dense first."""
-    titles = ["task", "metric", "questions", "setting", "value", "to dense", "lost", "gained", "p (paired)"]
+    titles = ["task", "metric", "questions", "setting", "outside the window", "value"]
+    titles += ["to dense", "lost", "gained", "p (paired)"]
     rows = []
     for dense in result["dense"]:
         name = [dense["task"], dense["metric"], str(dense["count"])]
-        rows.append([*name, "dense", f"{dense['value']:.1%} ± {dense['stderr']:.1%}", "", "", "", ""])
+        rows.append([*name, "dense", "", f"{dense['value']:.1%} ± {dense['stderr']:.1%}", "", "", "", ""])
         for row in result["rows"]:
             if (row["task"], row["metric"]) == (dense["task"], dense["metric"]):
                 figures = [f"{row['value']:.1%} ± {row['stderr']:.1%}", f"{100 * (row['value'] - row['dense']):+.1f}"]
                 figures += [str(row["lost"]), str(row["gained"]), f"{row['p_value']:.2g}"]
-                rows.append(["", "", "", describe_setting(row["setting"], row["basis"]), *figures])
+                setting = [describe_setting(row["setting"], row["basis"]), f"{row['outside_window']:.0%}"]
+                rows.append(["", "", "", *setting, *figures])
     return titles, rows
 
 

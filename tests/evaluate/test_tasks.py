@@ -208,19 +208,21 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
         "lost": 2,
         "gained": 1,
         "p_value": 1.0,
+        "outside_window": 1.0,
     }
     assert result["tasks"]["made"] == {
         "path": "made.jsonl",
         "questions": 4,
         "few_shot": 0,
+        "mean_tokens": 14.5,
         "sha256": made.digest(),
     }
     assert ticks[0] == (0, 8)
     assert ticks[-1] == (8, 8)
     assert ticks == sorted(ticks)
     assert tasks_table(result)[1] == [
-        ["made", "acc", "4", "dense", "75.0% ± 25.0%", "", "", "", ""],
-        ["", "", "", "k_ratio 0.5", "50.0% ± 28.9%", "-25.0", "2", "1", "1"],
+        ["made", "acc", "4", "dense", "", "75.0% ± 25.0%", "", "", "", ""],
+        ["", "", "", "k_ratio 0.5", "100%", "50.0% ± 28.9%", "-25.0", "2", "1", "1"],
     ]
 
 
@@ -254,6 +256,15 @@ def test_at_k_ratio_1_every_figure_is_the_dense_one(tiny, word_tokenizer, short_
     mass = rows[8]
     assert mass["metric"] == "mc2"
     assert mass["lost"] + mass["gained"] > 5, "a quarter of the dimensions must move these probabilities"
+
+
+def test_what_lies_outside_the_window_is_said(llama, word_tokenizer, monkeypatch):
+    """Prompts of 13 and 14 tokens, of which 12 are exact: 1 and 3 of 91 and 105 pairs are not."""
+    scripted(monkeypatch, (1, 1), (1, 1), (1, 1))
+    settings = [Setting(aqua.AquaConfig(sink=2, recent=recent)) for recent in (10, 12)]
+    made = task([choice(seed, lengths=(1, 1)) for seed in range(2)], "acc")
+    rows = evaluate_tasks(llama[0], word_tokenizer, llama[1], settings, [made])["rows"]
+    assert [row["outside_window"] for row in rows] == [pytest.approx(4 / 196), 0]
 
 
 def test_wrong_requests(llama, word_tokenizer):

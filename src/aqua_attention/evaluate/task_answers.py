@@ -69,6 +69,15 @@ def answer_items(
         yield [[scores[pair] for pair in next(rows)] if isinstance(item, ChoiceItem) else next(texts) for item in items]
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, item: Item) -> int:
+    """Tokens that the model reads of an item: of its longest answer with the context, or of the prompt."""
+    if isinstance(item, WrittenItem):
+        texts = [item.prompt]
+    else:
+        texts = [context + answer for context, answer in zip(item.contexts, item.continuations, strict=True)]
+    return max(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts)
+
+
 def _encoded(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> _Pair:
     """Both are tokenised in one, so that a space belongs to the word after it."""
     bare = context.rstrip()

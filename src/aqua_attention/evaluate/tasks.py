@@ -16,7 +16,7 @@ from aqua_attention.capture import attention_layers
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.retrieval import paired_p_value
 from aqua_attention.evaluate.setting import Setting, attachments
-from aqua_attention.evaluate.task_answers import Answer, answer_items
+from aqua_attention.evaluate.task_answers import Answer, answer_items, prompt_tokens
 from aqua_attention.evaluate.task_formats import ChoiceItem, Item, WrittenItem, final_number
 from aqua_attention.evaluate.task_prompts import Task
 from aqua_attention.evaluate.task_state import Answers
@@ -54,9 +54,10 @@ def evaluate_tasks(
         `{"dense": [...], "rows": [...], "tasks": {...}}`. A row for each setting, task and metric: `setting`, `basis`,
         `task`, `metric`, `value` (mean over the questions), `stderr` (its standard error), `count`, `dense` (the value
         without AQUA), `lost` and `gained` (questions on which only dense, only AQUA is right; for mc2, on which AQUA
-        gives less, more probability to the true answers, by 1e-4 or more), and `p_value`: the exact McNemar test of
-        these two numbers, which for mc2 is a sign test. An entry of `dense` has the same without the comparison. The
-        p-values are not corrected for asking several times.
+        gives less, more probability to the true answers, by 1e-4 or more), `p_value` (the exact McNemar test of these
+        two numbers, which for mc2 is a sign test; not corrected for asking several times), and `outside_window`: the
+        share of the prompts' query-key pairs outside the exact window; where it is 0, AQUA leaves nothing out. An entry
+        of `dense` has the same without the comparison.
 
     Raises:
         AquaError: no tasks, one given twice, a prompt too long, NaN, a state of another run.
@@ -98,11 +99,13 @@ def evaluate_tasks(
         for task in tasks
         for metric in task.metrics
     }
+    lengths = {task.name: [prompt_tokens(tokenizer, item) for item in task.items] for task in tasks}
     return {
         "dense": [_mean(task, metric, [row[0] for row in rows]) for (task, metric), rows in figures.items()],
         "rows": [
             {"setting": setting.config.to_dict(), "basis": setting.basis}
             | _compared(task, metric, [(row[0], row[place]) for row in rows])
+            | {"outside_window": _outside(setting, lengths[task])}
             for place, setting in enumerate(settings, 1)
             for (task, metric), rows in figures.items()
         ],
@@ -111,6 +114,7 @@ def evaluate_tasks(
                 "path": task.path,
                 "questions": len(task.items),
                 "few_shot": task.few_shot,
+                "mean_tokens": statistics.fmean(lengths[task.name]),
                 "sha256": task.digest(),
             }
             for task in tasks
@@ -184,6 +188,12 @@ def _compared(task: str, metric: str, pairs: list[tuple[float, float]]) -> dict[
         "gained": gained,
         "p_value": paired_p_value(lost, gained),
     }
+
+
+def _outside(setting: Setting, lengths: list[int]) -> float:
+    window = setting.config.sink + setting.config.recent
+    beyond = [max(0, length - window) for length in lengths]
+    return sum(n * (n + 1) for n in beyond) / sum(n * (n + 1) for n in lengths)
 
 
 def _run(
