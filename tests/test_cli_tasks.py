@@ -123,7 +123,8 @@ def test_mistakes_are_one_line(aqua, given, tmp_path):
 
 
 def test_lm_eval_that_is_not_installed_names_its_extra(aqua, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for name in ("lm_eval", "lm_eval.__main__"):  # another test may have loaded it
+        monkeypatch.setitem(sys.modules, name, None)
     code, _, err = aqua("lm-eval", "run", "--model", "aqua", "--tasks", "arc_easy")
     assert code == 2
     assert "pip install 'aqua-attention[lm-eval]'" in err

@@ -240,7 +240,9 @@ def test_nan_is_shown_as_such(tmp_path):
         samples.record("needle", AquaConfig(), needle | {"p_value": None}),
         samples.record("context", AquaConfig(), result | far),
     ]
+    values.append(samples.record("perplexity", AquaConfig(k_ratio=1), samples.losses(1) | {"kl": -1e-9}))
     page = Page(made(samples.write(tmp_path, values=values, files={}))[0])
+    assert next(row for row in page.tables[0] if row[0] == "k_ratio 1")[5:7] == ["+0.00%", "0.0000"]
     row = next(row for row in page.tables[0] if row[0] == "k_ratio 0.5")
     assert row[4:7] == ["NaN", "NaN", "infinite"]
     assert any("NaN/0" in cell for table in page.tables for line in table for cell in line)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from aqua_attention.report.record import Record
@@ -59,16 +59,25 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
 
+def grouped(records: Sequence[Record], suite: str, key: Callable[[Record], str]) -> dict[str, list[Record]]:
+    """The records of a suite by what `key` says of them, in their order."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.suite == suite:
+            groups.setdefault(key(record), []).append(record)
+    return groups
+
+
 def percent(value: float, digits: int = 1, *, sign: bool = False) -> str:
     """A share in per cent; NaN as such."""
     if not math.isfinite(value):
         return plain(value)
-    return f"{value:+.{digits}%}" if sign else f"{value:.{digits}%}"
+    return f"{value:+z.{digits}%}" if sign else f"{value:z.{digits}%}"
 
 
 def plain(value: float, form: str = ".3g") -> str:
-    """A number; NaN and infinity as such."""
-    return "NaN" if math.isnan(value) else f"{value:{form}}".replace("inf", "infinite")
+    """A number; NaN and infinity as such, and no minus before what is rounded to zero."""
+    return "NaN" if math.isnan(value) else f"{value:z{form}}".replace("inf", "infinite")
 
 
 def name_of(record: Record) -> str:

@@ -14,8 +14,10 @@ from aqua_attention.report.document import Panel, percent, plain
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARKERS = "osD^vPX*"
-LONGEST = 44
+MOST_WRITTEN = 6
+"""So many columns of a heat map have room for a figure in each cell."""
+MARKERS = "osD^vPXh"
+LONGEST = 54
 SMALLEST, LARGEST = 1e-6, 1e9
 """What a logarithmic axis shows of anything smaller, and any axis of anything larger."""
 
@@ -95,7 +97,7 @@ def heat(
         values: [rows, columns]; NaN is grey.
         unit: title of the colour bar; one that ends in "(%)" shows shares in per cent.
         limits: of the colours; the smallest and largest value when left out.
-        texts: what is written into the cells.
+        texts: what is written into the cells, where there is room.
     """
     finite = [value for row in values for value in row if math.isfinite(value)]
     low, high = limits or (min(finite, default=0.0), max(finite, default=1.0))
@@ -120,7 +122,7 @@ def heat(
         axis.set_title(_wrapped(title), loc="left")
         for side in axis.spines.values():
             side.set_visible(False)
-        for i, row in enumerate(texts or ()):
+        for i, row in enumerate(texts if texts and columns <= MOST_WRITTEN else ()):
             for j, text in enumerate(row):
                 known = math.isfinite(values[i][j])
                 pale = known and (values[i][j] - low) / (high - low) < 0.45
@@ -204,7 +206,8 @@ def _scale(axis: Any, kind: Axis) -> None:
             (owner.set_xlim if which == "x" else owner.set_ylim)(-0.03, 1.03)
     elif kind.scale == "change":
         set_scale("symlog", linthresh=0.01)
-        low, high = owner.get_ylim() if which == "y" else owner.get_xlim()
+        # Room for the markers: the margins of matplotlib are none on this scale.
+        low, high = (1.3 * limit for limit in (owner.get_ylim() if which == "y" else owner.get_xlim()))
         steps = [value for value in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0) if value >= 0.01 or max(-low, high) < 0.02]
         axis.set_ticks([*(-step for step in reversed(steps)), 0.0, *steps])
         (owner.set_ylim if which == "y" else owner.set_xlim)(low, high)
@@ -234,4 +237,5 @@ def _shortened(text: str, most: int = LONGEST) -> str:
 def _wrapped(text: str) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(text, LONGEST + 6, max_lines=3, placeholder="…"))
+    kept = text.replace(" + ", "\u00a0+\u00a0")
+    return "\n".join(textwrap.wrap(kept, 50, max_lines=3, placeholder="…"))

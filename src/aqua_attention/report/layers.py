@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from aqua_attention.report.document import Block, Section, commands_of, data_of, percent, plain
+from aqua_attention.report.document import Block, Section, commands_of, data_of, grouped, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.losses import mean_k_rows
 from aqua_attention.report.record import Record, number, numbers
@@ -22,16 +22,12 @@ def layer_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def _retention(records: Sequence[Record]) -> list[Block]:
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record.suite == "retention":
-            groups.setdefault(data_of(record), []).append(record)
     note = (
         "Score loss: squared length of what a query's scores miss over that of the scores, both without their mean. "
         "Softmax loss: half the summed absolute difference of the probabilities, 0 equal, 1 disjoint."
     )
     blocks = []
-    for place, (title, group) in enumerate(groups.items()):
+    for place, (title, group) in enumerate(grouped(records, "retention", data_of).items()):
         lines: dict[str, list[tuple[float, list[float]]]] = {}
         rows = []
         for record in group:
@@ -97,11 +93,8 @@ def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Bl
 
 def _adaptive(records: Sequence[Record]) -> list[Block]:
     blocks = []
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if mean_k_rows([record]):
-            groups.setdefault(data_of(record), []).append(record)
-    for place, (title, group) in enumerate(groups.items()):
+    uneven = [record for record in records if mean_k_rows([record])]
+    for place, (title, group) in enumerate(grouped(uneven, "perplexity", data_of).items()):
         named = mean_k_rows(group)
         count = max(len(shares) for _, shares in named)
         drawn = [Curve(name, [(float(x), [y]) for x, y in enumerate(shares)]) for name, shares in named]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aqua_attention.report.document import Block, Panel, Section, commands_of, data_of, name_of, percent, plain
+from aqua_attention.report.document import Block, Panel, Section, commands_of, data_of, grouped, name_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves
 from aqua_attention.report.record import Record, number, numbers
 from aqua_attention.tables import Table, describe_setting
@@ -45,7 +45,7 @@ def cache_share(setting: dict[str, Any]) -> float:
 
 def loss_sections(records: Sequence[Record]) -> list[Section]:
     """What you gain and lose, and the trade-offs, for each model and text."""
-    groups = _groups([record for record in records if record.suite == "perplexity"])
+    groups = grouped(records, "perplexity", data_of)
     drawn = [block for place, (title, group) in enumerate(groups.items()) if (block := _trade_off(place, title, group))]
     asked = [record for record in records if record.suite in ("needle", "lines")]
     tables, seen = [], set()
@@ -60,13 +60,6 @@ def loss_sections(records: Sequence[Record]) -> list[Section]:
     if drawn:
         sections.append(Section("Trade-offs", CURVES_NOTE, drawn))
     return sections
-
-
-def _groups(records: Sequence[Record]) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(data_of(record), []).append(record)
-    return groups
 
 
 def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record], *, others: bool) -> Block:

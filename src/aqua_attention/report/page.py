@@ -16,10 +16,11 @@ from aqua_attention.report.collect import Collected
 from aqua_attention.report.document import Block, Section, data_of, name_of
 from aqua_attention.report.layers import layer_sections
 from aqua_attention.report.losses import loss_sections
-from aqua_attention.report.matrices import retrieval_sections, transfer_sections
 from aqua_attention.report.record import Record
+from aqua_attention.report.retrieval import retrieval_sections
 from aqua_attention.report.scores import task_sections
 from aqua_attention.report.speed import speed_sections
+from aqua_attention.report.transfer import transfer_sections
 from aqua_attention.tables import Table, markdown
 from aqua_attention.version import __version__
 
@@ -172,7 +173,9 @@ def _kind(record: Record) -> str:
 def _software(record: Record) -> str:
     details = record.details
     words = [f"aqua-attention {details['version']}"] if "version" in details else []
-    words += [f"commit {str(details['commit'])[:12]}"] if "commit" in details else []
+    if "commit" in details:
+        digest, *changed = str(details["commit"]).split("-")
+        words.append("-".join([f"commit {digest[:12]}", *changed]))
     versions = details.get("versions")
     words += [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else []
     return ", ".join(words)

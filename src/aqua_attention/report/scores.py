@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aqua_attention.report.document import Block, Section, commands_of, data_of, name_of, percent, plain
+from aqua_attention.report.document import Block, Section, commands_of, data_of, grouped, name_of, percent, plain
 from aqua_attention.report.record import Record, number
 
 NOTE = (
@@ -17,13 +17,9 @@ NOTE = (
 
 def task_sections(records: Sequence[Record]) -> list[Section]:
     """A table for each model."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record.suite == "tasks":
-            groups.setdefault(data_of(record), []).append(record)
     titles = ["task", "metric", "setting", "items", "score", "dense", "difference", "lost", "gained", "p (paired)"]
     blocks = []
-    for title, group in groups.items():
+    for title, group in grouped(records, "tasks", data_of).items():
         rows = [_row(record) for record in sorted(group, key=lambda r: str((r.result or {}).get("task")))]
         blocks.append(Block(title or "Tasks", "", (titles, rows), commands_of(group)))
     return [Section("Tasks", NOTE, blocks)] if blocks else []
