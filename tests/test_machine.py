@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.machine import NEVER, Shape, device_name, profile_path, resolved, write_profile
+from aqua_attention.machine import Shape, device_name, profile_path, resolved, write_profile
 
 SHAPE = Shape(torch.device("cpu"), 4, 2, 16, torch.float32)
 COMMAND = "run: aqua bench breakeven --device cpu --heads 4 --groups 2 --head-dim 16 --dtype float32"
@@ -26,7 +26,7 @@ def min_length(shapes=(SHAPE,), **changes):
 
 
 def test_the_next_larger_measured_ratio_counts():
-    write_profile(SHAPE, {0.75: 700, 0.5: 300}, {})
+    write_profile(SHAPE, {0.75: 700, 0.5: 300}, [64, 4096], {})
     assert min_length(k_ratio=0.75) == 700
     assert min_length(k_ratio=0.6) == 700
     assert min_length(k_ratio=0.5) == min_length(k_ratio=0.1) == 300
@@ -39,40 +39,48 @@ def test_the_next_larger_measured_ratio_counts():
     assert f"{COMMAND} --k-ratio 0.8" in str(refusal.value)
 
 
-def test_the_slowest_layer_counts_and_never_is_longer_than_any_sequence():
+def test_the_slowest_layer_counts_and_never_is_said():
     other = SHAPE._replace(head_dim=32)
-    write_profile(SHAPE, {0.5: 300}, {})
-    write_profile(other, {0.5: 900}, {})
+    write_profile(SHAPE, {0.5: 300}, [64, 4096], {})
+    write_profile(other, {0.5: 900}, [64, 4096], {})
     assert min_length([SHAPE, other, SHAPE], k_ratio=0.5) == 900
-    write_profile(other, {0.5: None}, {})
-    assert min_length([SHAPE, other], k_ratio=0.5) == NEVER == torch.iinfo(torch.int32).max
+    write_profile(other, {0.5: None}, [64, 4096], {})
+    with pytest.raises(aqua.AquaError, match=r"was not faster up to 4096 tokens.* give a number of tokens, or measure"):
+        min_length([SHAPE, other], k_ratio=0.5)
 
 
 def test_a_profile_is_of_one_device_shape_and_dtype():
-    write_profile(SHAPE, {0.5: 300}, {"torch": "2"})
+    write_profile(SHAPE, {0.5: 300}, [64, 4096], {"torch": "2"})
     kept = json.loads(profile_path(SHAPE).read_text())
     assert kept == {
         "format": 1,
         "device": device_name(torch.device("cpu")),
         "thresholds": [{"k_ratio": 0.5, "min_length": 300}],
+        "lengths": [64, 4096],
         "torch": "2",
     }
     for changes in ({"heads": 8}, {"groups": 1}, {"head_dim": 32}, {"dtype": torch.bfloat16}):
         with pytest.raises(aqua.AquaError, match="has no profile of such layers"):
             min_length([SHAPE._replace(**changes)], k_ratio=0.5)
+    with pytest.raises(aqua.AquaError, match=r"no profiles for torch\.float16 on cpu"):
+        min_length([SHAPE._replace(dtype=torch.float16)], k_ratio=0.5)
+    assert min_length([SHAPE._replace(head_dim=2)], k_ratio=0.9) == 0, "no dimension is left out"
+    with pytest.raises(aqua.AquaError, match=r"--k-ratio 0\.3333333333333333"):
+        min_length([SHAPE._replace(heads=8)], k_ratio=1 / 3)
     with pytest.raises(aqua.AquaError, match="for cpu and cuda, not for meta"):
         min_length([SHAPE._replace(device=torch.device("meta"))], k_ratio=0.5)
 
 
 DAMAGED = ["", "{", "[]", "{}", '{"format": 2, "thresholds": []}', '{"format": 1, "thresholds": [{"k_ratio": 0.5}]}']
 DAMAGED += [
-    f'{{"format": 1, "thresholds": [{{"k_ratio": 0.5, "min_length": {bad}}}]}}' for bad in ("-1", '"9"', "1.5", "true")
+    f'{{"format": 1, "thresholds": [{{"k_ratio": 0.5, "min_length": {bad}}}], "lengths": [9]}}'
+    for bad in ("-1", '"9"', "1.5", "true")
 ]
 
 
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_profile_is_refused(content):
-    write_profile(SHAPE, {0.5: 300}, {})
+    write_profile(SHAPE, {0.5: 300}, [64, 4096], {})
     profile_path(SHAPE).write_text(content)
     with pytest.raises(aqua.AquaError, match="is damaged or of another version: run: aqua bench breakeven"):
         min_length(k_ratio=0.5)
@@ -84,7 +92,7 @@ def test_apply_resolves_auto(llama):
     with pytest.raises(aqua.AquaError) as refusal:
         aqua.apply(model, projections, config)
     assert f"{COMMAND} --k-ratio 0.25" in str(refusal.value)
-    write_profile(SHAPE, {0.5: 20}, {})
+    write_profile(SHAPE, {0.5: 20}, [64, 4096], {})
     ids = torch.arange(2, 32)[None]
     with aqua.apply(model, projections, config) as attachment, torch.no_grad():
         assert attachment.config.min_length == 20
@@ -98,4 +106,4 @@ def test_apply_resolves_auto(llama):
 def test_a_profile_that_cannot_be_kept_is_refused(cache_folder):
     (cache_folder / "profiles").write_text("in the way")
     with pytest.raises(aqua.AquaError, match="set AQUA_CACHE_DIR to another folder"):
-        write_profile(SHAPE, {0.5: 300}, {})
+        write_profile(SHAPE, {0.5: 300}, [64, 4096], {})

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,10 @@ from aqua_attention.errors import AquaError
 from aqua_attention.files import write_json
 
 FORMAT = 1
-NEVER = 2**31 - 1
-"""The `min_length` where choosing dimensions was not faster at any measured length: no sequence is as long."""
+
+
+MEASURED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
+"""Dtypes that there are profiles for."""
 
 
 class Shape(NamedTuple):
@@ -41,7 +43,7 @@ class Shape(NamedTuple):
     def command(self) -> str:
         """What measures it."""
         return (
-            f"aqua bench breakeven --device {self.device.type} --heads {self.heads} --groups {self.groups} "
+            f"aqua bench breakeven --device {self.device} --heads {self.heads} --groups {self.groups} "
             f"--head-dim {self.head_dim} --dtype {str(self.dtype).removeprefix('torch.')}"
         )
 
@@ -65,11 +67,15 @@ def profile_path(shape: Shape) -> Path:
     return folder / f"breakeven-{name}-{size}.json"
 
 
-def write_profile(shape: Shape, thresholds: dict[float, int | None], facts: dict[str, Any]) -> Path:
+def write_profile(
+    shape: Shape, thresholds: dict[float, int | None], lengths: Sequence[int], facts: dict[str, Any]
+) -> Path:
     """Keep what was measured, in place of an earlier profile of the same shape.
 
     Args:
-        thresholds: for each k_ratio, the number of tokens from which on it is faster than all dimensions; None: never.
+        thresholds: for each k_ratio, the number of tokens from which on it is faster than all dimensions; None: not at
+            the lengths that were measured.
+        lengths: those that were measured.
         facts: how it was measured, kept for people who read the file.
 
     Raises:
@@ -81,7 +87,10 @@ def write_profile(shape: Shape, thresholds: dict[float, int | None], facts: dict
     except OSError as error:
         raise AquaError(f"cannot make {path.parent}: {error.strerror}; set AQUA_CACHE_DIR to another folder") from error
     rows = [{"k_ratio": ratio, "min_length": length} for ratio, length in sorted(thresholds.items())]
-    write_json(path, {"format": FORMAT, "device": device_name(shape.device), "thresholds": rows} | facts)
+    write_json(
+        path,
+        {"format": FORMAT, "device": device_name(shape.device), "thresholds": rows, "lengths": list(lengths)} | facts,
+    )
     return path
 
 
@@ -92,25 +101,33 @@ def resolved(config: AquaConfig, shapes: Iterable[Shape]) -> AquaConfig:
     dimensions, the largest: a query that could have chosen a little earlier loses less than one that does too early.
 
     Raises:
-        AquaError: there is no profile of a layer, or none for such a k_ratio; the message names the command to run.
+        AquaError: there is no profile of a layer, or none for such a k_ratio, or choosing was not faster at any length
+            that was measured; the message says what to do.
     """
     if config.min_length != AUTO:
         return config
-    if config.k_ratio == 1 and config.logit_error is None:
-        return dataclasses.replace(config, min_length=0)
-    return dataclasses.replace(config, min_length=max(_look_up(config, shape) for shape in set(shapes)))
+    choosing = [
+        shape
+        for shape in set(shapes)
+        if config.logit_error is not None or config.selected_dims(shape.head_dim) < config.kept_dims(shape.head_dim)
+    ]
+    return dataclasses.replace(config, min_length=max((_look_up(config, shape) for shape in choosing), default=0))
 
 
 def _look_up(config: AquaConfig, shape: Shape) -> int:
     if shape.device.type not in ("cpu", "cuda"):
         raise AquaError(f'min_length is "auto": there are profiles for cpu and cuda, not for {shape.device.type}')
-    path, ratio = profile_path(shape), "" if config.logit_error is not None else f" --k-ratio {config.k_ratio:g}"
+    if shape.dtype not in MEASURED[shape.device.type]:
+        raise AquaError(
+            f'min_length is "auto": there are no profiles for {shape.dtype} on {shape.device.type}, give a number'
+        )
+    path, ratio = profile_path(shape), "" if config.logit_error is not None else f" --k-ratio {config.k_ratio!r}"
     remedy = f"run: {shape.command}{ratio}"
     try:
         profile = json.loads(path.read_text())
         known = {float(row["k_ratio"]): row["min_length"] for row in profile["thresholds"]}
         sound = profile["format"] == FORMAT and all(
-            length is None or (type(length) is int and length >= 0) for length in known.values()
+            length is None or (type(length) is int and length >= 0) for length in [*known.values(), *profile["lengths"]]
         )
     except FileNotFoundError:
         raise AquaError(
@@ -126,4 +143,9 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
     if not measured:
         raise AquaError(f"the machine profile {path} knows no k_ratio of {config.k_ratio:g} or more: {remedy}")
     length = known[measured[-1 if config.logit_error is not None else 0]]
-    return NEVER if length is None else int(length)
+    if length is None:
+        raise AquaError(
+            f'min_length is "auto", but choosing dimensions was not faster up to {max(profile["lengths"])} tokens, the '
+            f"longest in {path}: give a number of tokens, or measure longer ones ({remedy} --lengths FIRST..LAST)"
+        )
+    return int(length)

@@ -146,9 +146,7 @@ class TiledLayer(StaticLayer):
             from aqua_attention.ops.triton import prepare as gpu_prepare
 
             rotated, chosen = gpu_prepare.prepare(*given, scaling=scaling)
-            output = gpu_decode.decode(
-                rotated, chosen, self.cache, appended=True, min_length=config.threshold, **window
-            )
+            output = gpu_decode.decode(rotated, chosen, self.cache, appended=True, **window)
         return output[:, :, None], rotated[:, :, None], chosen
 
     @torch.compiler.disable

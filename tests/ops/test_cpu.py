@@ -110,7 +110,7 @@ def test_selection_is_that_of_the_reference_with_ties_and_nan():
     def dims(**choice):
         cache = TiledCache(1, 1, 16, 16, 8, torch.float32, "cpu")
         config = aqua.AquaConfig(**{"selection": "weighted", "share": "group"} | choice)
-        _, (dims, mask, counts) = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
+        _, (dims, mask, counts, _) = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
         expected = select_dimensions(query[:, :, None], config, 16, rms, 1.0)[:, 0, 0]
         assert torch.equal(mask[0].bool(), expected)
         return sorted(dims[0, 0, : dims.shape[2] if counts is None else counts[0, 0]].tolist())

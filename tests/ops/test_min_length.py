@@ -212,7 +212,7 @@ def test_decoding_kernels_switch_at_the_length(name, lengths, above, choice, win
         query = random(2, count, kept, seed=seed + 10 + step, dtype=dtype) * 2
         wide, taken = prepare(query, keys[rows, :, place], values[rows, :, place], cache, rotation, rms, config)
         window_options = {"sink": window[0], "recent": window[1]}
-        found = decode(wide, taken, cache, appended=True, min_length=min_length, **window_options)
+        found = decode(wide, taken, cache, appended=True, **window_options)
         eps = 2e-2 if dtype == torch.float16 else 2e-5
         check_step(found, wide, taken, cache, rms, config, [length + step + 1 for length in lengths], eps)
 
@@ -242,9 +242,9 @@ def test_codes_of_8_bits_need_counts():
     from aqua_attention.ops.triton.decode import decode
 
     cache = TiledCache(1, 1, 32, 32, 300, torch.float16, DEVICE, **options_of("int8", 1, 32, 300, 1, 0))
-    chosen = Chosen.of(torch.arange(16, device=DEVICE)[None, None], 32)
-    with pytest.raises(aqua.AquaError, match="min_length is 9: over codes of 8 bits `chosen` must have counts"):
-        decode(torch.zeros(1, 2, 32, dtype=torch.float16, device=DEVICE), chosen, cache, min_length=9)
+    chosen = Chosen.of(torch.arange(16, device=DEVICE)[None, None], 32)._replace(min_length=9)
+    with pytest.raises(aqua.AquaError, match="min_length is 9: over codes of 8 bits there must be counts"):
+        decode(torch.zeros(1, 2, 32, dtype=torch.float16, device=DEVICE), chosen, cache)
 
 
 @pytest.mark.gpu
@@ -261,7 +261,7 @@ def test_a_recorded_step_goes_over_the_length():
 
     def step():
         wide, taken = prepare(query, new, new, cache, rotation, rms, config)
-        return decode(wide, taken, cache, sink=3, recent=9, appended=True, min_length=643), wide, taken
+        return decode(wide, taken, cache, sink=3, recent=9, appended=True), wide, taken
 
     cache.fill(*states, torch.tensor([640]))
     step()

@@ -265,7 +265,7 @@ def test_the_kernel_placed_by_hand_equals_the_reference(name, monkeypatch):
 
 def as_mask(taken, query):
     """What `prepare` chose, as `select_dimensions` says it."""
-    dims, flags, counts = taken
+    dims, flags, counts, _ = taken
     (batch, groups, count), (heads, kept) = dims.shape, query.shape[1:]
     mask = torch.zeros(batch, groups, kept, dtype=torch.bool, device=DEVICE)
     for row in range(batch):
@@ -284,7 +284,7 @@ def test_selection_in_the_kernel_is_that_of_the_reference_with_ties():
 
     def dims(**choice):
         config = aqua.AquaConfig(selection="weighted", share="group", **choice)
-        _, (dims, _, counts) = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
+        _, (dims, _, counts, _) = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
         return sorted(dims[0, 0, : dims.shape[2] if counts is None else counts[0, 0]].tolist())
 
     assert dims(k_ratio=0.25) == [0, 1, 2, 4]

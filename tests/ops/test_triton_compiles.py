@@ -79,7 +79,7 @@ def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=
     value = torch.zeros(1, groups, value_dim, dtype=dtype)
     turned, chosen = prepare.prepare(query, key, value, cache, rotation, rms, config)
     mass = torch.zeros(1, groups, 384) if head_dim == 128 else None
-    decode.decode(turned, chosen, cache, sink=4, recent=64, appended=True, mass=mass, min_length=config.threshold)
+    decode.decode(turned, chosen, cache, sink=4, recent=64, appended=True, mass=mass)
     prompt = torch.zeros(1, heads, 300, head_dim, dtype=dtype)
     rotate.rotate_and_narrow(prompt, rotation, rms, config)
     far = torch.zeros(1, heads, 232, value_dim, dtype=dtype)

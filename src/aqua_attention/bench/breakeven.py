@@ -11,9 +11,9 @@ import torch
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.machine import Shape, device_name, write_profile
+from aqua_attention.machine import MEASURED, Shape, device_name, write_profile
 
-DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
+DTYPES = {device: tuple(str(kind).removeprefix("torch.") for kind in kinds) for device, kinds in MEASURED.items()}
 """What the kernels of a device are measured in, the default first."""
 LENGTHS, QUICK_LENGTHS = "64..65536", "64..4096"
 PAPER_RATIO, PAPER_LENGTHS = 0.75, (64, 1024)
@@ -139,11 +139,14 @@ def measure_breakeven(
         "recent": recent,
         "threads": torch.get_num_threads() if shape.device.type == "cpu" else None,
         "torch": torch.__version__,
-        "lengths": list(lengths),
     }
     thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
-    path = write_profile(shape, thresholds, facts)
-    return {"device": device_name(shape.device)} | facts | {"rows": rows, "breakeven": found, "profile": str(path)}
+    path = write_profile(shape, thresholds, lengths, facts)
+    return (
+        {"device": device_name(shape.device), "lengths": list(lengths)}
+        | facts
+        | {"rows": rows, "breakeven": found, "profile": str(path)}
+    )
 
 
 def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, recent: int) -> dict[str, Any]:

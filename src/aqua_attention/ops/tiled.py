@@ -39,11 +39,14 @@ class Chosen(NamedTuple):
         dims: int32 [batch, num_key_value_heads, k], each once.
         mask: int8 [batch, num_key_value_heads, kept], 1 for these.
         counts: int32 [batch, num_key_value_heads], how many of `dims` count, the first ones; None: all.
+        min_length: sequences of fewer tokens, the new one included, multiply every dimension, whatever `dims` say;
+            `mask` says so too. 0 where there are `counts`, which say it themselves.
     """
 
     dims: Tensor
     mask: Tensor
     counts: Tensor | None = None
+    min_length: int = 0
 
     def check(self, batch: int, groups: int, kept: int) -> None:
         """Raise AquaError when a kernel that reads this would read something else."""

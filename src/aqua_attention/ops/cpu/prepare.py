@@ -74,7 +74,7 @@ def prepare(
         )
     # Held by name until the call has ended.
     given = [states.contiguous() for states in (query, key, value, rotation, key_rms)]
-    dims, mask, counts = chosen or (None, None, None)
+    dims, mask, counts = (None, None, None) if chosen is None else chosen[:3]
     step = _Preparation(
         *(states.data_ptr() for states in given),
         cache.tiles.data_ptr(),

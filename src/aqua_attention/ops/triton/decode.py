@@ -54,7 +54,6 @@ def decode(
     splits: int | None = None,
     appended: bool = False,
     mass: Tensor | None = None,
-    min_length: int = 0,
 ) -> Tensor:
     """One step of `attention_reference` for one query token a sequence, with dimensions shared by a group.
 
@@ -69,8 +68,6 @@ def decode(
             GPU that starts kernels early `prepare` must be the kernel just before this one.
         mass: float32 [batch, num_key_value_heads, cache.count * TILE]; gets the attention that each token was
             given, summed over the heads of its group, and zero behind a sequence's end.
-        min_length: sequences of fewer tokens, the new one included, multiply every dimension, whatever `chosen.dims`
-            says; `chosen.mask` must say so too, as that of `prepare` does. Where there are `counts`, these decide.
 
     Returns:
         [batch, num_attention_heads, value_dim] in the dtype of the cache.
@@ -79,8 +76,8 @@ def decode(
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
     """
     (batch, groups, kept, value_dim, _), count, heads = cache.shape, cache.count, query.shape[1]
-    _check(query, chosen, mass, cache, sink, recent, splits, min_length)
-    dims, chosen_mask, counts = (None, None, None) if chosen is None else chosen
+    _check(query, chosen, mass, cache, sink, recent, splits)
+    dims, chosen_mask, counts, min_length = (None, None, None, 0) if chosen is None else chosen
     most = kept if dims is None else dims.shape[2]
     fitting, warps = splits_and_warps(batch * groups, count, query)
     by_hand = is_by_hand(query, cache)
@@ -98,8 +95,6 @@ def decode(
     group_padded = triton.next_power_of_2(heads // groups)
     step = DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE
     options: dict[str, int] = {}
-    if counts is not None or chosen is None:
-        min_length = 0
     widest = kept if min_length > 0 else most
     if cache.rounding is None:
         tile_bytes = TILE * (padded(widest) + padded(value_dim)) * query.element_size()
@@ -225,9 +220,13 @@ def splits_and_warps(rows: int, tiles: int, query: Tensor) -> tuple[int, int]:
 
 def is_by_hand(query: Tensor, cache: TiledCache) -> bool:
     """Whether tiles are those of the kernel with registers placed by hand: where they are worth three launches."""
-    heads, (batch, groups, _, value_dim, _) = query.shape[1], cache.shape
-    fits = heads // groups <= BY_HAND_GROUP and value_dim in BY_HAND_VALUES
-    return cache.rounding is not None and query.is_cuda and fits and batch * groups * cache.count >= BY_HAND_TILES
+    if cache.rounding is None or not query.is_cuda:
+        return False
+    rows, (_, groups, _, value_dim, _), tiles = len(cache.lengths) * cache.shape[1], cache.shape, cache.count - SPECIAL
+    if query.shape[1] // groups > BY_HAND_GROUP or value_dim not in BY_HAND_VALUES or tiles < 1:
+        return False
+    # With few sequences and heads, programs of one warp are too few.
+    return rows * tiles >= BY_HAND_TILES and rows * splits_by_hand(rows, tiles) >= BY_HAND_TILES // 4
 
 
 def splits_by_hand(rows: int, tiles: int) -> int:
@@ -244,7 +243,6 @@ def _check(
     sink: int,
     recent: int,
     splits: int | None,
-    min_length: int,
 ) -> None:
     batch, groups, kept, value_dim, _ = cache.shape
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
@@ -262,10 +260,10 @@ def _check(
         raise AquaError(f"splits is {splits}: it must be 1 to {most}, or None")
     if chosen is not None:
         chosen.check(batch, groups, kept)
-        if min_length > 0 and chosen.counts is None and cache.rounding is not None:
+        if chosen.min_length > 0 and cache.rounding is not None:
             raise AquaError(
-                f"min_length is {min_length}: over codes of 8 bits `chosen` must have counts, as that of `prepare` has "
-                "where its config has a min_length"
+                f"chosen.min_length is {chosen.min_length}: over codes of 8 bits there must be counts instead, as "
+                "`prepare` gives"
             )
     if mass is not None:
         expect("mass", mass, torch.float32, (batch, groups, cache.count * TILE))

@@ -55,8 +55,7 @@ def prepare(
 
     Returns:
         Rotated queries [batch, num_attention_heads, kept], and what `decode` multiplies: None where every dimension
-        counts; `dims` are in the order of the selection. Where a sequence is shorter than `min_length`, `mask` says
-        that all are chosen, and so do `dims` where they have `counts`; where they have none, `decode` must be told.
+        counts; `dims` are in the order of the selection, of sequences shorter than `min_length` in any.
 
     Raises:
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
@@ -76,6 +75,7 @@ def prepare(
             torch.empty((batch, groups, places), dtype=torch.int32, device=query.device),
             torch.empty((batch, groups, kept), dtype=torch.int8, device=query.device),
             torch.empty((batch, groups), dtype=torch.int32, device=query.device) if counted else None,
+            min_length=0 if counted else config.threshold,
         )
     # A second program for the key and the value, where there are processors for it.
     halves = 2 if batch * groups <= FEW_PROGRAMS else 1
@@ -95,7 +95,7 @@ def prepare(
             None if cache.pages is None else cache.pages.table,
             cache.lengths,
             rotated,
-            *(chosen or (None, None, None)),
+            *((None, None, None) if chosen is None else chosen[:3]),
             cache.count,
             0 if cache.pages is None else cache.pages.table.shape[1],
             *cache.cell_strides,
