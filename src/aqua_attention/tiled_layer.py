@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A cache layer of fixed size in the layout of the decoding kernel (`ops.triton`), for models on a GPU.
 
-A decoded token is rotated, appended and attended to by two kernels, which look at no mask and no length on the CPU, so
+A decoded token is rotated, appended and attended to by few kernels, which look at no mask and no length on the CPU, so
 that a step can be recorded as a CUDA graph. Padding is not stored: each sequence has its own length.
 """
 

@@ -475,3 +475,51 @@ def test_a_layout_that_does_not_fit_is_refused(options, words):
         given["rounding"] = Rounding(*torch.ones(2, *options["rounding"], device=DEVICE))
     with pytest.raises(aqua.AquaError, match=words):
         TiledCache(1, 1, 16, 16, 300, torch.float32, DEVICE, **given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["plain", "int8"])
+def test_recorded_steps_of_several_layers_do_not_meet(name, monkeypatch):
+    """Kernels that start early, one step after the other on other caches, with nothing between: what one reads too
+    early, or from the cache of a processor, is another step's. The second step moves a tile.
+    """
+    monkeypatch.setattr("aqua_attention.ops.triton.decode.BY_HAND_TILES", 1)
+    torch.use_deterministic_algorithms(False)  # which fills new memory by a kernel, and so keeps the others apart
+    heads, groups, dim, dtype, starts = 8, 2, 128, torch.bfloat16, [1500, 1536, 2047, 700]
+    config = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=3, recent=20)
+    layers = []
+    for seed, start in enumerate(starts):
+        rotation = torch.linalg.qr(random(groups, dim, dim, seed=seed))[0].contiguous()
+        rms = random(groups, dim, seed=seed + 10).abs() + 0.1
+        cache = TiledCache(2, groups, dim, dim, 2200, dtype, DEVICE, **layout(name, 2, groups, dim, 2200, seed))
+        keys, values = (random(2, groups, start, dim, seed=seed + n, dtype=dtype) for n in (20, 30))
+        cache.fill(keys, values, torch.tensor([start, start - 300], device=DEVICE))
+        new = [3 * random(2, count, dim, seed=seed + 40, dtype=dtype) for count in (heads, groups, groups)]
+        layers.append((new, cache, rotation, rms))
+
+    def steps():
+        found = []
+        for new, cache, rotation, rms in layers:
+            wide, taken = prepare(*new, cache, rotation, rms, config)
+            found.append((decode(wide, taken, cache, sink=3, recent=20, appended=True), wide, taken))
+        return found
+
+    steps()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = steps()
+    for _ in range(3):
+        for new, *_ in layers:
+            for states in new:
+                states.mul_(-1.01)
+        graph.replay()
+        torch.cuda.synchronize()
+        for (output, wide, taken), (new, cache, rotation, rms) in zip(found, layers, strict=True):
+            expected = rotate(new[0][:, :, None], rotation)[:, :, 0]
+            assert torch.allclose(wide.float(), expected.float(), rtol=0.01, atol=0.1)
+            selected = select_dimensions(wide[:, :, None], config, dim, rms)
+            assert torch.equal(as_mask(taken, wide), selected)
+            held = cache.read(dtype=torch.float32)
+            eps = CODES_EPS if name == "int8" else 0.0
+            check(output, wide, *held, selected, cache.lengths.tolist(), eps, sink=3, recent=20)
