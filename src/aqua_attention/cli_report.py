@@ -21,7 +21,7 @@ def report(
 ) -> None:
     """Turn a folder of results into one page: DIR/report.html, and the same as DIR/report.md. Needs no network.
 
-    Reads DIR/*.json and DIR/records/*.json: those of `aqua eval grid`, and what `aqua eval`, `aqua bench` and
+    Reads `DIR/*.json` and `DIR/records/*.json`: those of `aqua eval grid`, and what `aqua eval`, `aqua bench` and
     `aqua inspect` write with --json. Files that are none of these are named in the report.
 
     Example: `aqua report results`

@@ -280,6 +280,20 @@ def changed(value, rng):
     return value
 
 
+def test_a_row_that_lacks_a_figure_is_shown_without_it(tmp_path):
+    files = samples.benchmarks()
+    for name, rows, key in (
+        ("spectrum.json", files["spectrum.json"]["layers"], "head_dim"),
+        ("breakeven.json", files["breakeven.json"]["rows"], "dense"),
+        ("breakeven.json", files["breakeven.json"]["breakeven"], "whole"),
+    ):
+        assert rows[0].pop(key) is not None, name
+    page, _, _ = made(samples.write(tmp_path, values=[], files=files))
+    tables = Page(page).tables
+    assert ["0", "NaN", "20-24", "40-50"] in [row for table in tables for row in table]
+    assert ["0.75", "none", "none", "1024", "640"] in [row for table in tables for row in table]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_whatever_is_in_a_file_there_is_a_page(tmp_path, seed):

@@ -65,7 +65,7 @@ def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Bl
         assert record.result is not None
         layers = record.result["per_layer"]
         losses = _padded([numbers(layer["softmax_loss"]) for layer in layers])
-        grids[_selection(record)] = [plain(number(layer["layer"])) for layer in layers], losses
+        grids[_selection(record)] = [plain(number(layer.get("layer"))) for layer in layers], losses
     values = [value for _, grid in grids.values() for row in grid for value in row if math.isfinite(value)]
     panels = [
         heat(
@@ -117,7 +117,7 @@ def _spectra(records: Sequence[Record]) -> list[Block]:
         spans: dict[str, list[tuple[float, list[float]]]] = {}
         rows = []
         for layer in record.result["layers"]:
-            index, dims = number(layer["layer"]), number(layer["head_dim"])
+            index, dims = number(layer.get("layer")), number(layer.get("head_dim"))
             words = [plain(index), plain(dims)]
             for key, energy in (("dims_90", "90%"), ("dims_99", "99%")):
                 counts = numbers(layer[key])

@@ -86,12 +86,13 @@ def _breakeven(place: int, record: Record) -> list[Block]:
     names = [
         "fastest dense",
         "k = d, same cache",
-        *(f"k_ratio {plain(number(e['k_ratio']))}" for e in result["breakeven"]),
+        *(f"k_ratio {plain(number(e.get('k_ratio')))}" for e in result["breakeven"]),
     ]
     points: list[list[tuple[float, list[float]]]] = [[] for _ in names]
     rows = []
     for row in result["rows"]:
-        length, times = number(row["length"]), [number(row["dense"]), number(row["whole"]), *numbers(row["aqua"])]
+        length, times = number(row.get("length")), [*map(number, (row.get("dense"), row.get("whole")))]
+        times += numbers(row["aqua"])
         rows.append([plain(length, ".0f"), *(_micro(seconds) for seconds in times[: len(names)])])
         rows[-1] += [""] * (len(names) + 1 - len(rows[-1])) + [str(row.get("dense_name", ""))]
         for line, seconds in zip(points, times, strict=False):
@@ -102,7 +103,7 @@ def _breakeven(place: int, record: Record) -> list[Block]:
     note = "Rotate, choose, append and attend, of one sequence; lower is faster."
     table = (["length", *(f"{name}: us" for name in names), "the dense one"], rows)
     lengths = [
-        [plain(number(each["k_ratio"])), *(_crossing(each[key]) for key in ("whole", "dense")), *_theory(each)]
+        [plain(number(each.get("k_ratio"))), *(_crossing(each.get(key)) for key in ("whole", "dense")), *_theory(each)]
         for each in result["breakeven"]
     ]
     titles = ["k_ratio", "against k = d", "against the fastest dense", "theory (paper)", "theory (shared keys)"]
