@@ -138,8 +138,8 @@ def tasks(
         write_json(json, result)
     print_table(tasks_table(result))
     for name, entry in result["tasks"].items():
-        examples = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""
-        typer.echo(f"{name}: {entry['questions']} questions of {_some_of(entry['files'])}{examples}")
+        beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""
+        typer.echo(f"{name}: {entry['questions']} questions of {_some_of(entry['files'])}{beside}")
 
 
 def _some_of(files: list[Any]) -> str:
