@@ -257,7 +257,7 @@ def test_mistakes_are_known_before_the_model_is_loaded(
         ((*grid, "--suite", "speed"), "suite is 'speed'"),
         ((*grid, "--suite", "retention", "--logit-error", 0.1), "suite retention measures k_ratios only"),
         ((*grid, "--tokens", 1), "tokens is 1: it must be at least 2 tokens"),
-        ((*grid, "--json", folder), "give a file in a folder"),
+        ((*grid, "--json", folder), "it is the results folder; give a file, such as"),
         (("grid", blocked, *grid[2:]), "cannot make the folder"),
         (("transfer", blocked, tiny_folder, *two), "cannot make the folder"),
         ((*transfer, *two[:2]), "give at least two"),

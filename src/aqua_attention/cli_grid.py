@@ -370,6 +370,8 @@ def _run(
 def _check_places(folder: Path, json: Path | None) -> None:
     """Before anything is loaded. Nothing is made yet, so that a mistake leaves no empty folder."""
     check_folder(folder)
+    if json is not None and json.resolve() == folder.resolve():
+        raise AquaError(f"cannot write {json}: it is the results folder; give a file, such as {json / 'all.json'}")
     if json is None or json.absolute().parent.exists() or not json.resolve().is_relative_to(folder.resolve()):
         check_writable(json)
 
