@@ -14,6 +14,7 @@ import torch
 
 from aqua_attention import cli
 from aqua_attention.projections import Projections
+from aqua_attention.report.recognise import records_of
 from conftest import make_llama
 
 
@@ -96,6 +97,7 @@ def test_eval_perplexity_prints_and_writes_a_row_a_setting(aqua, projections_fil
     first, second = result["rows"]
     expected = {"setting", "perplexity", "perplexity_change", "kl", "top1", "mean_k", "tokens"}
     assert expected <= set(first)
+    assert result["dtype"] == "float32"
     assert first["setting"]["k_ratio"] == 1
     assert abs(first["perplexity_change"]) < 1e-4
     assert second["kl"] > 0.01
@@ -206,12 +208,25 @@ def test_eval_retention_prints_and_writes_every_selection(aqua, projections_file
     assert f"{rows[0]['score_loss']:.2%}" in out
 
 
+def test_eval_retention_says_its_basis_and_dtype(aqua, projections_file, tiny_folder, text_file, tmp_path):
+    """So that the report does not take two bases for one."""
+    given = ("eval", "retention", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64)
+    for basis in ("aqua", "none"):
+        written = tmp_path / f"{basis}.json"
+        code, _, err = aqua(*given, "--tokens", 64, "--k-ratio", 0.5, "--basis", basis, "--json", written)
+        assert code == 0, err
+        result = json.loads(written.read_text())
+        assert (result["basis"], result["dtype"]) == (basis, "float32")
+        assert {record.basis for record in records_of(result, written.name)} == {basis}
+
+
 def test_eval_lines_asks_generated_and_given_questions(aqua, projections_file, tiny_folder, tmp_path):
     arguments = ("eval", "lines", tiny_folder, "-p", projections_file, "--k-ratio", 1, "--json", tmp_path / "out.json")
     code, out, err = aqua(*arguments, "--lines", 3, "--lines", 5, "--count", 2)
     assert code == 0, err
     result = json.loads((tmp_path / "out.json").read_text())
     assert [q["lines"] for q in result["questions"]] == [3, 3, 5, 5]
+    assert result["dtype"] == "float32"
     assert result["rows"][0]["same_answer"] == 1
     assert "p (paired)" in out
     given = tmp_path / "given.jsonl"

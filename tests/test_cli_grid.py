@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from aqua_attention import cli
+from aqua_attention import cli, cli_grid
 from aqua_attention.evaluate import suites
 from conftest import make_llama
 
@@ -222,6 +222,8 @@ def test_context_crosses_lengths_and_numbers_of_tokens(aqua, tiny_folder, texts,
 
 
 MISTAKES = {
+    "min_length": (["--min-length", "few"], "min_length is 'few': it must be a whole number of tokens"),
+    "short": (["--tokens", "1"], "tokens is 1: it must be at least 2"),
     "suite": (["--suite", "speed"], "suite is 'speed': it must be one of perplexity, retention, needle, lines"),
     "bits": (["--bits", "3"], "bits is '3': it must be one of none, 8, 4"),
     "k_ratio": (["--k-ratio", "2"], "k_ratio is 2.0: it must be a number"),
@@ -241,6 +243,82 @@ def test_a_mistake_is_one_line_before_anything_is_measured(case, aqua, grid, tmp
     assert not (tmp_path / "results").exists()
 
 
+def test_mistakes_are_known_before_the_model_is_loaded(
+    aqua, tiny_folder, projections_file, texts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cli_grid, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    folder, one, blocked = tmp_path / "results", texts / "one.txt", tmp_path / "file"
+    blocked.write_text("")
+    grid = ("grid", folder, tiny_folder, "-p", projections_file, "--data", one)
+    two = ("--domain", f"a={one}", "--domain", f"b={texts / 'two.txt'}")
+    transfer = ("transfer", folder, tiny_folder)
+    context = ("context", folder, tiny_folder, "--data", one, "--calibration-data", texts / "two.txt")
+    for arguments, message in [
+        ((*grid, "--suite", "speed"), "suite is 'speed'"),
+        ((*grid, "--suite", "retention", "--logit-error", 0.1), "suite retention measures k_ratios only"),
+        ((*grid, "--tokens", 1), "tokens is 1: it must be at least 2 tokens"),
+        ((*grid, "--json", folder), "it is the results folder; give a file, such as"),
+        (("grid", blocked, *grid[2:]), "cannot make the folder"),
+        (("transfer", blocked, tiny_folder, *two), "cannot make the folder"),
+        ((*transfer, *two[:2]), "give at least two"),
+        ((*transfer, *two[:2], "--domain", f"a={texts / 'two.txt'}"), "each with a name of its own"),
+        ((*transfer, *two, "--domain", f"c={one}"), "are the same text"),
+        ((*transfer, *two, "--context", 1), "context is 1"),
+        ((*transfer, *two, "--basis", "pca"), "basis is 'pca'"),
+        ((*transfer, *two, "--json", tmp_path / "none" / "all.json"), "cannot write"),
+        ((*context, "--tested-length", 1), "tested length is 1"),
+        ((*context, "--calibration-tokens", 0), "calibration tokens is 0"),
+        ((*context, "--min-length", "few"), "min_length is 'few'"),
+    ]:
+        code, _, err = aqua("eval", *arguments)
+        assert (code, message in err.replace("\n", " "), "Traceback" in err) == (2, True, False), (arguments, err)
+        assert not folder.exists()
+
+
+def test_json_may_lie_in_a_folder_that_the_run_makes(aqua, grid, tmp_path):
+    for written in (tmp_path / "results" / "all.json", tmp_path / "results" / "deep" / "all.json"):
+        code, _, err = aqua(*grid, "--json", written)
+        assert code == 0, err
+        assert len(json.loads(written.read_text())["records"]) == 9
+
+
+def test_min_length_of_grid_transfer_and_context(aqua, tiny_folder, projections_file, texts, tmp_path):
+    written, one, two = tmp_path / "all.json", texts / "one.txt", texts / "two.txt"
+    sizes = ("--k-ratio", 0.25, "--tokens", 128, "--json", written)
+    grid = ("grid", tmp_path / "g", tiny_folder, "-p", projections_file, "--data", one, "--context", 64, *sizes)
+    code, _, err = aqua("eval", *grid, "--min-length", 0, "--min-length", 48)
+    assert code == 0, err
+    records = json.loads(written.read_text())["records"][1:]
+    assert [record["config"]["min_length"] for record in records] == [0, 48]
+    assert records[1]["result"]["kl"] < records[0]["result"]["kl"]
+    domains = ("--domain", f"a={one}", "--domain", f"b={two}", "--context", 64, "--calibration-tokens", 256)
+    lengths = ("--calibrated-length", 64, "--tested-length", 64, "--calibration-tokens", 256)
+    for command in (
+        ("transfer", tmp_path / "t", tiny_folder, *domains, *sizes),
+        ("context", tmp_path / "c", tiny_folder, "--data", one, "--calibration-data", two, *lengths, *sizes),
+    ):
+        found = {}
+        for length in (0, 48):
+            code, _, err = aqua("eval", *command, "--min-length", length)
+            assert code == 0, err
+            found[length] = json.loads(written.read_text())["records"]
+        assert {record["config"]["min_length"] for record in found[48]} == {48}
+        for short, whole in zip(found[48], found[0], strict=True):
+            assert short["result"]["kl"] < whole["result"]["kl"]
+
+
+def test_reasons_are_printed_once_and_nothing_measured_is_exit_code_1(aqua, tiny_folder, texts, tmp_path):
+    arguments = ("eval", "context", tmp_path / "results", tiny_folder, "--data", texts / "one.txt", "--tokens", 128)
+    arguments += ("--calibration-data", texts / "two.txt", "--calibrated-length", 64, "--tested-length", 64)
+    code, out, err = aqua(*arguments, "--calibration-tokens", 32, "--k-ratio", 0.5, "--k-ratio", 0.25)
+    assert code == 1, err
+    assert out.count("fewer than one window of 64") == 1
+    assert "(2 records)" in out
+    assert "2 records, 2 of them without figures" in out
+    code, out, _ = aqua(*arguments, "--calibration-tokens", 32, "--calibration-tokens", 128, "--k-ratio", 0.5)
+    assert (code, out.count("fewer than one window of 64")) == (0, 1)
+
+
 def test_mistakes_of_transfer_and_context(aqua, tiny_folder, texts, tmp_path):
     folder, text = tmp_path / "results", texts / "one.txt"
     blocked = tmp_path / "file"
@@ -251,7 +329,7 @@ def test_mistakes_of_transfer_and_context(aqua, tiny_folder, texts, tmp_path):
         (["transfer", folder, tiny_folder, "--domain", f"a={text}", "--domain", "b=none.txt"], "no file or folder"),
         (["context", folder, tiny_folder, "--data", text, "--calibration-data", text], "two different texts"),
         (
-            ["grid", blocked, tiny_folder, "-p", tmp_path / "none.safetensors", "--data", text],
+            ["grid", folder, tiny_folder, "-p", tmp_path / "none.safetensors", "--data", text],
             "no such projections file",
         ),
         (

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from aqua_attention import cli
+from aqua_attention import cli, cli_tasks
 from aqua_attention.evaluate import task_answers, tasks
 from conftest import calibrated, make_llama
 
@@ -72,6 +72,11 @@ def test_eval_tasks_prints_and_writes_a_row_a_setting_and_metric(aqua, given, tm
         assert (row["value"], row["lost"], row["gained"], row["p_value"]) == (row["dense"], 0, 0, 1)
     assert result["tasks"]["gsm8k"]["few_shot"] == 2
     assert result["tasks"]["hellaswag"]["questions"] == 12
+    assert result["tasks"]["gsm8k"]["files"] == [str(tmp_path / "gsm8k" / "test.jsonl")]
+    assert result["dtype"] == "float32"
+    assert f"12 questions of {tmp_path / 'hellaswag.jsonl'}, examples of {tmp_path / 'hellaswag.jsonl'}" in out
+    train = tmp_path / "gsm8k" / "train.jsonl"
+    assert f"3 questions of {tmp_path / 'gsm8k' / 'test.jsonl'}, examples of {train}" in out
 
 
 def test_limit_and_quick_ask_few(aqua, given, tmp_path):
@@ -120,6 +125,18 @@ def test_mistakes_are_one_line(aqua, given, tmp_path):
         code, _, err = aqua(*given, "--few-shot", 0, *options)
         assert (code, message in err) == (2, True), (options, err)
         assert "Traceback" not in err
+
+
+def test_mistakes_are_known_before_the_model_is_loaded(aqua, given, monkeypatch):
+    monkeypatch.setattr(cli_tasks, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    for options, message in (
+        (("--batch", 0), "batch is 0"),
+        (("--batch", -1), "batch is -1"),
+        (("--basis", "pca"), "basis is 'pca'"),
+        (("--task", "gsm8k=x"), "give at least one, and each once"),
+    ):
+        code, _, err = aqua(*given, *options)
+        assert (code, message in err) == (2, True), (options, err)
 
 
 def test_lm_eval_that_is_not_installed_names_its_extra(aqua, monkeypatch):

@@ -11,7 +11,7 @@ from typing import Any
 
 from aqua_attention.errors import AquaError
 from aqua_attention.files import remove_leftovers
-from aqua_attention.fingerprint import weight_difference
+from aqua_attention.fingerprint import same_digest
 from aqua_attention.stats import Statistics, named_tensors, take_layer
 from aqua_attention.storage import Stored, write_tensors
 
@@ -49,16 +49,7 @@ class Checkpoint:
         """
         if not self.path.exists():
             return {}, 0
-        stored = Stored(
-            self.path,
-            KIND,
-            what="an unfinished calibration",
-            remedy="delete it, and calibrate without --resume",
-        )
-        try:
-            run, done = dict(stored.header["run"]), int(stored.header["windows_done"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise stored.error(f"its metadata is incomplete ({error!r})") from error
+        stored, run, done = _opened(self.path)
         if different := self._differences(run):
             raise AquaError(
                 f"{self.path} is of another run, which differs in {', '.join(different)}: repeat the options of that "
@@ -86,8 +77,30 @@ class Checkpoint:
         if names or weights[0] == weights[1]:
             options = [name for name in names if name in ("model", "tokens", "context", "seed", "dtype")]
             return [f"{name} ({theirs.get(name)}, now {ours.get(name)})" for name in options] or names
-        # The same weights may differ in the last digit of their digest, when the number of threads does.
-        return [] if all(weights) and weight_difference(*weights) < 1e-5 else ["key_weights"]
+        return [] if all(weights) and same_digest(*weights) else ["key_weights"]
+
+
+def calibrated_weights(path: Path) -> list[list[float]] | None:
+    """Digest of the key weights that an unfinished calibration is of; None when it is not known.
+
+    Raises:
+        AquaError: the file is damaged.
+    """
+    weights: list[list[float]] | None = _opened(path)[1].get("key_weights")
+    return weights
+
+
+def _opened(path: Path) -> tuple[Stored, dict[str, Any], int]:
+    stored = Stored(
+        path,
+        KIND,
+        what="an unfinished calibration",
+        remedy="delete it, and calibrate without --resume",
+    )
+    try:
+        return stored, dict(stored.header["run"]), int(stored.header["windows_done"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise stored.error(f"its metadata is incomplete ({error!r})") from error
 
 
 def check_seconds(seconds: float) -> None:

@@ -89,6 +89,7 @@ def perplexity(
     ]
     check_writable(json)
     from aqua_attention.evaluate.perplexity import evaluate_perplexity
+    from aqua_attention.evaluate.records import dtype_of
     from aqua_attention.evaluate.setting import Setting
     from aqua_attention.files import write_json
     from aqua_attention.projections import Projections
@@ -108,7 +109,8 @@ def perplexity(
             windows,
             progress=lambda done, total: report("evaluate", done, total),
         )
-    result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
+    source = {"model": model, "dtype": dtype_of(loaded), "data": data, "text_sha256": text_digest(text)}
+    result |= source | {"context": windows.shape[1]}
     if json:
         write_json(json, result)
     print_table(perplexity_table(result))
@@ -140,6 +142,7 @@ def retention(
     Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
     """
     check_writable(json)
+    from aqua_attention.evaluate.records import dtype_of
     from aqua_attention.evaluate.retention import K_RATIOS, evaluate_retention
     from aqua_attention.files import write_json
     from aqua_attention.projections import Projections
@@ -158,7 +161,8 @@ def retention(
             k_ratios=k_ratio or K_RATIOS,
             progress=lambda done, total: report("retention", done, total),
         )
-    result |= {"model": model, "data": data, "text_sha256": text_digest(text), "context": windows.shape[1]}
+    source = {"model": model, "dtype": dtype_of(loaded), "data": data, "text_sha256": text_digest(text)}
+    result |= source | {"basis": basis, "context": windows.shape[1]}
     if json:
         write_json(json, result)
     print_table(retention_table(result))
@@ -297,6 +301,7 @@ def _retrieve(
     json: Path | None,
 ) -> None:
     """Ask, write and print: the same for every kind of question."""
+    from aqua_attention.evaluate.records import dtype_of
     from aqua_attention.evaluate.retrieval import evaluate_retrieval
     from aqua_attention.evaluate.setting import Setting
     from aqua_attention.files import write_json
@@ -312,7 +317,7 @@ def _retrieve(
             chat=chat,
             progress=lambda done, total: report("answers", done, total),
         )
-    result |= source | {"chat": chat}
+    result |= source | {"dtype": dtype_of(loaded), "chat": chat}
     if json:
         write_json(json, result)
     print_table(retrieval_table(result))

@@ -26,6 +26,7 @@ from aqua_attention.cli_options import (
     Json,
     KRatios,
     LogitError,
+    MinLength,
     Model,
     ProjectionsFile,
     Recent,
@@ -35,9 +36,10 @@ from aqua_attention.cli_options import (
     Sink,
     SRatio,
     load_model,
+    min_length_of,
 )
 from aqua_attention.errors import AquaError
-from aqua_attention.terminal import check_writable, print_table, progress_bars
+from aqua_attention.terminal import check_folder, check_writable, print_table, progress_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +54,7 @@ SELECTIONS = ["magnitude"]
 SHARES = ["head"]
 BASES = ["aqua"]
 NOTHING, EVERYTHING, NO_TOKENS = [0.0], [1.0], [0]
+MIN_LENGTHS = ["0"]
 WINDOWS = [512, 2048]
 CALIBRATION = [16384]
 
@@ -81,6 +84,9 @@ def grid(
     share: Annotated[list[str], typer.Option(help="head, group; repeat.")] = SHARES,
     sink: Annotated[list[int], typer.Option(help="First tokens scored with every dimension; repeat.")] = NO_TOKENS,
     recent: Annotated[list[int], typer.Option(help="Last tokens scored with every dimension; repeat.")] = NO_TOKENS,
+    min_length: Annotated[
+        list[str], typer.Option(help="Queries that see fewer tokens multiply every dimension, or auto; repeat.")
+    ] = MIN_LENGTHS,
     basis: Annotated[list[str], typer.Option(help="aqua, none, key-pca; repeat.")] = BASES,
     data: EvaluationData = "builtin:evaluation",
     context: Annotated[int | None, typer.Option(help="Tokens in a window (2048; quick 1024).")] = None,
@@ -113,12 +119,12 @@ def grid(
     Example: `aqua eval grid results smollm2 -p smollm2.safetensors --quick --suite perplexity --suite needle
     --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5 --selection weighted --sink 4 --recent 64`
     """
-    check_writable(json)
+    _check_places(folder, json)
     if lines_file is not None and lines:
         raise AquaError(f"--lines generates questions, --lines-file {lines_file} reads them: give one of the two")
-    from aqua_attention.evaluate.grid import grid_settings
+    from aqua_attention.evaluate.grid import check_sizes, grid_settings
     from aqua_attention.evaluate.records import file_digest
-    from aqua_attention.evaluate.suites import Subject, grid_jobs, sizes_of
+    from aqua_attention.evaluate.suites import Subject, check_suites, grid_jobs, sizes_of
     from aqua_attention.projections import Projections
     from aqua_attention.record_tables import record_table
     from aqua_attention.text import load_text
@@ -134,6 +140,7 @@ def grid(
         share=share,
         sink=sink,
         recent=recent,
+        min_length=[min_length_of(value) for value in min_length],
         basis=basis,
     )
     sizes = sizes_of(
@@ -149,6 +156,8 @@ def grid(
         lines=_some(lines),
         count=count,
     )
+    check_suites(suite, settings)
+    check_sizes(context=context, tokens=tokens)
     learned, text = Projections.load(projections), load_text(data)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
     subject = Subject(
@@ -159,7 +168,7 @@ def grid(
         chat=chat,
     )
     jobs = grid_jobs(subject, suite, settings, sizes)
-    _run(folder, jobs, loaded, lambda records: [record_table(records)], json)
+    _run(folder, jobs, loaded, lambda records: [record_table(records)], json, explained=True)
 
 
 def transfer(
@@ -176,6 +185,7 @@ def transfer(
     bits: Bits = None,
     h2o_ratio: H2ORatio = 1.0,
     h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
     basis: Basis = "aqua",
     calibration_tokens: CalibrationTokens = 16384,
     tokens: TestTokens = 8192,
@@ -194,10 +204,10 @@ def transfer(
 
     Example: `aqua eval transfer results smollm2 --domain prose=novel.txt --domain code=src.txt --k-ratio 0.5`
     """
-    check_writable(json)
+    _check_places(folder, json)
     from aqua_attention.evaluate.calibrated import Calibrator
-    from aqua_attention.evaluate.grid import grid_settings
-    from aqua_attention.evaluate.transfer import split_domain, transfer_jobs
+    from aqua_attention.evaluate.grid import check_sizes, grid_settings
+    from aqua_attention.evaluate.transfer import check_domains, split_domain, transfer_jobs
     from aqua_attention.record_tables import transfer_tables
     from aqua_attention.text import load_text
 
@@ -212,6 +222,7 @@ def transfer(
         share=[share],
         sink=[sink],
         recent=[recent],
+        min_length=[min_length_of(min_length)],
         basis=[basis],
     )
     domains = []
@@ -220,6 +231,8 @@ def transfer(
         if not (separator and name and data):
             raise AquaError(f"domain is {given!r}: write NAME=TEXT, such as prose=novel.txt")
         domains.append(split_domain(name, data, load_text(data)))
+    check_domains(domains)
+    check_sizes(calibration_tokens=calibration_tokens, tokens=tokens, context=context)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
     jobs = transfer_jobs(
         Calibrator(folder, _named(model, gguf_file), loaded, tokenizer, _notice),
@@ -253,6 +266,7 @@ def context(
     bits: Bits = None,
     h2o_ratio: H2ORatio = 1.0,
     h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
     basis: Basis = "aqua",
     tokens: TestTokens = 8192,
     seed: Seed = 0,
@@ -269,10 +283,10 @@ def context(
     `aqua eval context results smollm2 --calibrated-length 1024 --tested-length 1024 --calibration-tokens 1024
     --calibration-tokens 4096 --calibration-tokens 16384`
     """
-    check_writable(json)
+    _check_places(folder, json)
     from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.context import context_jobs
-    from aqua_attention.evaluate.grid import grid_settings
+    from aqua_attention.evaluate.grid import check_sizes, grid_settings
     from aqua_attention.record_tables import context_tables
     from aqua_attention.text import load_text
 
@@ -287,11 +301,18 @@ def context(
         share=[share],
         sink=[sink],
         recent=[recent],
+        min_length=[min_length_of(min_length)],
         basis=[basis],
     )
     calibration, test = (calibration_data, load_text(calibration_data)), (data, load_text(data))
     if calibration[1] == test[1]:
         raise AquaError(f"{data} is calibrated on and tested on: give two different texts")
+    check_sizes(
+        calibrated_length=calibrated_length,
+        tested_length=tested_length,
+        calibration_tokens=calibration_tokens,
+        tokens=tokens,
+    )
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
     jobs = context_jobs(
         Calibrator(folder, _named(model, gguf_file), loaded, tokenizer, _notice),
@@ -313,12 +334,17 @@ def _run(
     loaded: PreTrainedModel,
     tables: Callable[[list[dict[str, Any]]], list[Table]],
     json: Path | None,
+    explained: bool = False,
 ) -> None:
-    """Measure, write and print: the same for every kind of job."""
+    """Measure, write and print: the same for every kind of job. `explained`: the tables say why figures are missing."""
     from aqua_attention.evaluate.grid import run_jobs
-    from aqua_attention.evaluate.records import facts_of
+    from aqua_attention.evaluate.records import facts_of, make_folder
     from aqua_attention.files import write_json
+    from aqua_attention.record_tables import reasons
 
+    make_folder(folder)
+    if json:
+        make_folder(json.absolute().parent)
     facts = facts_of(loaded, shlex.join(["aqua", *sys.argv[1:]]))
     try:
         with progress_bars() as report:
@@ -332,9 +358,22 @@ def _run(
         write_json(json, {"records": records})
     for table in tables(records):
         print_table(table)
+    for line in [] if explained else reasons(records):
+        typer.echo(line)
     failed = sum("error" in record for record in records)
     missing = f", {failed} of them without figures" if failed else ""
     typer.echo(f"{len(records)} records{missing} in {folder / 'records'}")
+    if failed == len(records):
+        raise typer.Exit(1)
+
+
+def _check_places(folder: Path, json: Path | None) -> None:
+    """Before anything is loaded. Nothing is made yet, so that a mistake leaves no empty folder."""
+    check_folder(folder)
+    if json is not None and json.resolve() == folder.resolve():
+        raise AquaError(f"cannot write {json}: it is the results folder; give a file, such as {json / 'all.json'}")
+    if json is None or json.absolute().parent.exists() or not json.resolve().is_relative_to(folder.resolve()):
+        check_writable(json)
 
 
 def _notice(message: str) -> None:

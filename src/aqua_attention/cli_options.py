@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -64,8 +64,12 @@ def aqua_config(
     from aqua_attention.config import AquaConfig
 
     knobs = k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries
-    # What is no number is refused there, but for "auto".
-    return AquaConfig(*knobs, int(min_length) if min_length.isdecimal() else min_length)  # type: ignore[arg-type]
+    return AquaConfig(*knobs, min_length_of(min_length))
+
+
+def min_length_of(given: str) -> int | Literal["auto"]:
+    """A `min_length` as it is typed; AquaConfig refuses what is neither a number nor "auto"."""
+    return int(given) if given.isdecimal() else given  # type: ignore[return-value]
 
 
 def load_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -95,20 +95,23 @@ def tasks(
         for ratio in k_ratio
     ]
     check_writable(state, json)
+    from aqua_attention.evaluate.records import dtype_of
     from aqua_attention.evaluate.setting import Setting
     from aqua_attention.evaluate.task_prompts import load_task
-    from aqua_attention.evaluate.tasks import evaluate_tasks
+    from aqua_attention.evaluate.tasks import check_request, evaluate_tasks
     from aqua_attention.files import write_json
     from aqua_attention.projections import Projections
     from aqua_attention.tables import tasks_table
 
     if quick and limit is not None:
         raise AquaError(f"--quick asks few questions, --limit {limit} says how many: give one of the two")
+    settings = [Setting(config, basis) for config in configs]
+    if unnamed := [given for given in task if "=" not in given]:
+        raise AquaError(f"--task {unnamed[0]} names no file: write NAME=PATH, such as hellaswag=hellaswag_val.jsonl")
+    paths = [given.split("=", 1) for given in task]
+    check_request([name for name, _ in paths], batch)
     asked = []
-    for named in task:
-        name, equals, path = named.partition("=")
-        if not equals:
-            raise AquaError(f"--task {named} names no file: write NAME=PATH, such as hellaswag=hellaswag_val.jsonl")
+    for name, path in paths:
         examples = None if name == "truthfulqa" else few_shot
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
@@ -120,7 +123,7 @@ def tasks(
                 loaded,
                 tokenizer,
                 learned,
-                [Setting(config, basis) for config in configs],
+                settings,
                 asked,
                 batch=batch,
                 state=state,
@@ -130,10 +133,18 @@ def tasks(
         kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
         typer.echo(f"stopped: {kept}", err=True)
         raise typer.Exit(130) from None
-    result |= {"model": model, "seed": seed, "limit": limit, "quick": quick}
+    result |= {"model": model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
     if json:
         write_json(json, result)
     print_table(tasks_table(result))
+    for name, entry in result["tasks"].items():
+        beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""
+        typer.echo(f"{name}: {entry['questions']} questions of {_some_of(entry['files'])}{beside}")
+
+
+def _some_of(files: list[Any]) -> str:
+    """Names of files in a line; of many, only the first and the last."""
+    return ", ".join(files) if len(files) < 3 else f"{len(files)} files, {files[0]} to {files[-1]}"
 
 
 def lm_eval(context: typer.Context) -> None:

@@ -47,6 +47,16 @@ def context_tables(records: Sequence[Record]) -> list[Table]:
     return tables
 
 
+def reasons(records: Sequence[Record]) -> list[str]:
+    """Why records have no figures: a line for each reason, with how many have it."""
+    counts: dict[str, int] = {}
+    for record in records:
+        if "error" in record:
+            line = f"{_failure(record)}: {record['error']['message']}"
+            counts[line] = counts.get(line, 0) + 1
+    return [line if count == 1 else f"{line} ({count} records)" for line, count in counts.items()]
+
+
 def _by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in records:

@@ -26,6 +26,15 @@ def check_writable(*paths: Path | None) -> None:
             raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
 
 
+def check_folder(folder: Path) -> None:
+    """Say now that a folder of results cannot be made, or not be written into. It is not made yet."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise AquaError(f"cannot make the folder {folder}: {nearest} is no folder that is writable; choose another")
+
+
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
     """A bar a step on the terminal's error stream, with the time left."""

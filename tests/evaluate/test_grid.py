@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import aqua_attention as aqua
+from aqua_attention.capture import attention_layers
 from aqua_attention.evaluate import perplexity, records, retrieval, suites
 from aqua_attention.evaluate.grid import Job, failure_kind, grid_settings, run_jobs
 from aqua_attention.evaluate.lines import lines_questions
@@ -18,6 +19,8 @@ from aqua_attention.evaluate.records import facts_of, find_record, read_record, 
 from aqua_attention.evaluate.retention import evaluate_retention
 from aqua_attention.evaluate.retrieval import evaluate_retrieval
 from aqua_attention.evaluate.suites import Subject, grid_jobs, sizes_of
+from aqua_attention.integrations.transformers import layer_shape
+from aqua_attention.machine import write_profile
 from aqua_attention.record_tables import record_table
 
 ESSAY = " ".join(f"w{i % 7} w{i % 11} w{i % 13} w{i % 5}." for i in range(300))
@@ -28,6 +31,11 @@ FACTS = {name: "" for name in records.FACTS if name not in ("started", "seconds"
 
 def key_of(number, suite="perplexity"):
     return record_key(suite, model="m", dtype="float32", config=None, options={"number": number})
+
+
+def figures(number):
+    """A result of the suite "perplexity"."""
+    return dict.fromkeys(records.FIGURES["perplexity"], number)
 
 
 @pytest.fixture
@@ -66,7 +74,7 @@ def test_a_record_is_found_by_its_key_and_refused_when_damaged(tmp_path):
     assert path != record_path(tmp_path, key_of(2))
     assert path == record_path(tmp_path, dict(reversed(key.items()))), "the order of fields is no part of a key"
     assert find_record(tmp_path, key) is None
-    whole = {"schema": 1} | key | dict.fromkeys(records.FACTS, "") | {"result": {"perplexity": 2.0}}
+    whole = {"schema": 1} | key | dict.fromkeys(records.FACTS, "") | {"result": figures(2)}
     write_record(tmp_path, whole, key)
     assert find_record(tmp_path, key) == whole
     for damage, words in (
@@ -75,6 +83,10 @@ def test_a_record_is_found_by_its_key_and_refused_when_damaged(tmp_path):
         (json.dumps(whole | {"schema": 7}), "has schema 7, not 1"),
         (json.dumps({name: value for name, value in whole.items() if name != "device"}), "it has no device"),
         (json.dumps(whole | {"error": {}}), "neither result nor error"),
+        (json.dumps(whole | {"result": {"kl": 0.1}}), "no figure perplexity, perplexity_change, top1, mean_k, tokens"),
+        (json.dumps(whole | {"result": figures(2) | {"top1": "x"}}), "no figure top1"),
+        (json.dumps({name: whole[name] for name in whole if name != "result"} | {"error": {}}), "says no reason"),
+        (json.dumps(whole | {"key_weights": [["x"]]}), "its key_weights are no numbers"),
         (json.dumps(whole | {"options": {"number": 5}}), "holds another measurement than its name says"),
     ):
         path.write_text(damage)
@@ -95,6 +107,7 @@ def test_projections_are_part_of_the_key_unless_the_suite_makes_them():
 
 def test_facts_name_library_and_machine(llama):
     facts = facts_of(llama[0], "aqua eval grid x")
+    assert facts["key_weights"] == llama[1].model["key_weights"]
     assert facts["command"] == "aqua eval grid x"
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["device"] == "cpu" or torch.cuda.is_available()
@@ -122,7 +135,7 @@ def test_only_what_is_missing_failed_or_damaged_is_measured(tmp_path):
             progress(1, 2)
             if failure:
                 raise failure
-            return {"number": number}
+            return figures(number)
 
         return Job(key_of(number), measure)
 
@@ -135,7 +148,7 @@ def test_only_what_is_missing_failed_or_damaged_is_measured(tmp_path):
     assert calls == [1, 2, 3, 4], "a failure does not end the grid"
     assert ticks[:4] == [(0, 4), (0.5, 4), (1, 4), (1, 4)]
     assert ticks[-1] == (4, 4)
-    assert first[0]["result"] == {"number": 1}
+    assert first[0]["result"] == figures(1)
     assert first[1]["error"] == {"kind": "out_of_memory", "message": "CUDA out of memory. Tried to allocate 2 GiB"}
     assert first[2]["error"] == {"kind": "error", "message": "impossible here"}
     assert all("result" not in record for record in first[1:3])
@@ -145,10 +158,34 @@ def test_only_what_is_missing_failed_or_damaged_is_measured(tmp_path):
     assert calls == [2, 3, 4]
     assert "is no whole record" in notices[0] and "measured again" in notices[0]
     assert f"1 of 4 measurements are in {tmp_path} already" in notices[1]
-    assert [record["result"]["number"] for record in second] == [1, 2, 3, 4]
+    assert [record["result"]["perplexity"] for record in second] == [1, 2, 3, 4]
     assert second[0] == first[0]
     run([job(n) for n in (1, 2, 3, 4)])
     assert (calls, ticks) == ([], [])
+
+
+def test_a_record_without_its_figures_or_of_other_weights_is_measured_again(tmp_path):
+    notices, weights = [], [[0.25, -0.5], [0.125, 1.0]]
+
+    def run(number, key_weights):
+        jobs = [Job(key_of(place), lambda progress: figures(number)) for place in (1, 2)]
+        notices.clear()
+        return run_jobs(tmp_path, jobs, FACTS | {"key_weights": key_weights}, notice=notices.append)
+
+    first = run(1, weights)
+    assert first[0]["key_weights"] == weights
+    rounded = [[number + 1e-6 for number in row] for row in weights]
+    assert run(2, rounded) == first, "the last digit depends on the number of threads"
+    assert run(2, None) == first, "where weights cannot be read, nothing is known"
+    other = [[0.25, -0.5], [0.125, 0.9]]
+    again = run(3, other)
+    assert [record["result"]["kl"] for record in again] == [3, 3]
+    assert notices == [f"2 of 2 measurements in {tmp_path} are of other weights; they are made again now"]
+    assert run(4, other[:1])[0]["result"]["kl"] == 4, "another number of layers"
+    path = record_path(tmp_path, key_of(1))
+    path.write_text(path.read_text().replace('"kl"', '"lk"'))
+    assert [record["result"]["kl"] for record in run(5, other[:1])] == [5, 4]
+    assert "no figure kl" in notices[0] and "measured again" in notices[0]
 
 
 def test_what_is_done_stays_when_a_run_ends_and_a_defect_is_not_recorded(tmp_path):
@@ -158,7 +195,7 @@ def test_what_is_done_stays_when_a_run_ends_and_a_defect_is_not_recorded(tmp_pat
     def defect(progress):
         raise RuntimeError("a defect")
 
-    good = Job(key_of(1), lambda progress: {"number": 1})
+    good = Job(key_of(1), lambda progress: figures(1))
     for end, error in ((stop, KeyboardInterrupt), (defect, RuntimeError)):
         with pytest.raises(error):
             run_jobs(tmp_path, [good, Job(key_of(2), end)], FACTS)
@@ -230,6 +267,23 @@ def test_dense_logits_are_kept_within_their_bytes_and_of_the_windows_asked_for(l
     other = kept.of(model, windows.flip(0), 0)
     assert not torch.equal(other, first)
     assert torch.equal(other, kept.of(model, windows, 1))
+
+
+def test_min_length_is_a_knob_and_auto_a_number_in_the_key(tmp_path, subject, monkeypatch):
+    layer = attention_layers(subject.model)[0]
+    shape = layer_shape(layer, subject.model.dtype)
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+    write_profile(shape, {0.25: 40}, [32, 64], {})
+    settings = settings_of(k_ratio=[0.25], min_length=[0, 40, "auto"])
+    _, whole, short = run_suite(tmp_path, subject, "perplexity", settings)
+    assert [record["config"]["min_length"] for record in (whole, short)] == [0, 40], "auto is 40, and each once"
+    assert short["result"]["kl"] < whole["result"]["kl"]
+    write_profile(shape, {0.25: 64}, [32, 64], {})
+    found = run_suite(tmp_path, subject, "perplexity", settings_of(k_ratio=[0.25], min_length=["auto"]))
+    assert found[1]["config"]["min_length"] == 64
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path / "none"))
+    with pytest.raises(aqua.AquaError, match='min_length is "auto", but this machine has no profile'):
+        grid_jobs(subject, ["perplexity"], settings_of(min_length=["auto"]), sizes_of(False, **SMALL))
 
 
 def test_where_one_setting_evicts_all_are_scored_alike(tmp_path, subject):
@@ -323,6 +377,9 @@ def test_an_impossible_setting_is_recorded_and_the_table_says_so(tmp_path, subje
 def test_a_suite_that_cannot_be_is_an_error_at_once(subject, llama):
     with pytest.raises(aqua.AquaError, match="suite is 'speed': it must be one of perplexity, retention, needle"):
         grid_jobs(subject, ["speed"], settings_of(), sizes_of(False))
+    for suites_given in (["retention"], ["perplexity", "retention"]):
+        with pytest.raises(aqua.AquaError, match="retention measures k_ratios only, and every setting has a logit_e"):
+            grid_jobs(subject, suites_given, grid_settings(logit_error=[0.1]), sizes_of(False, **SMALL))
     with pytest.raises(aqua.AquaError, match="fewer than one window of 2048"):
         grid_jobs(subject, ["perplexity"], settings_of(), sizes_of(False))
     other = aqua.Projections(

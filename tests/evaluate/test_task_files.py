@@ -9,7 +9,7 @@ import json
 import pytest
 
 import aqua_attention as aqua
-from aqua_attention.evaluate.task_files import read_rows
+from aqua_attention.evaluate import task_files
 from aqua_attention.evaluate.task_formats import FORMATS, final_number
 from aqua_attention.evaluate.task_prompts import load_task
 
@@ -46,6 +46,10 @@ ROWS = {
     "mmlu": MMLU,
     "gsm8k": GSM8K,
 }
+
+
+def read_rows(path, splits):
+    return task_files.read_rows(task_files.question_files(path, splits))
 
 
 def write(path, *rows):
@@ -196,6 +200,40 @@ def test_the_same_questions_in_two_formats_are_read_once(tmp_path):
     (tmp_path / "ARC-Easy-Test.csv").write_text("questionID,question\n1,2\n")
     (tmp_path / "README.txt").write_text("test")
     assert [row.fields for row in read_rows(tmp_path, ("test",))] == [ARC]
+
+
+def test_several_files_of_a_split_are_refused_and_named(tmp_path):
+    """Joined, they would mix data sets, or ask the same questions twice."""
+    write(tmp_path / "gsm8k" / "test.jsonl", GSM8K)
+    write(tmp_path / "gsm8k" / "test_socratic.jsonl", GSM8K)
+    for part in ("ARC-Easy", "ARC-Challenge"):
+        write(tmp_path / "arc" / part / f"{part}-Test.jsonl", ARC)
+    with pytest.raises(
+        aqua.AquaError, match=r"2 files of one split \(test.jsonl, test_socratic.jsonl\).*: name one of"
+    ):
+        load_task("gsm8k", tmp_path / "gsm8k", few_shot=0)
+    with pytest.raises(aqua.AquaError, match=r"ARC-Challenge/ARC-Challenge-Test.jsonl, ARC-Easy/ARC-Easy-Test.jsonl"):
+        load_task("arc_easy", tmp_path / "arc")
+    named = load_task("gsm8k", tmp_path / "gsm8k" / "test.jsonl", few_shot=0)
+    assert (len(named.items), named.files) == (1, (str(tmp_path / "gsm8k" / "test.jsonl"),))
+    assert len(load_task("arc_easy", tmp_path / "arc" / "ARC-Easy").items) == 1
+    (tmp_path / "gsm8k" / "test_socratic.jsonl").unlink()
+    write(tmp_path / "gsm8k" / "train.jsonl", *[GSM8K] * 6)
+    write(tmp_path / "gsm8k" / "train_socratic.jsonl", *[GSM8K] * 6)
+    with pytest.raises(aqua.AquaError, match=r"2 files of one split \(train.jsonl, train_socratic.jsonl\)"):
+        load_task("gsm8k", tmp_path / "gsm8k")
+    assert len(load_task("gsm8k", tmp_path / "gsm8k", few_shot=0).items) == 1, "no examples are needed"
+
+
+def test_a_task_says_which_files_were_read(tmp_path):
+    write(tmp_path / "test.jsonl", GSM8K)
+    write(tmp_path / "train.jsonl", *[GSM8K] * 6)
+    task = load_task("gsm8k", tmp_path)
+    assert (task.files, task.example_files) == ((str(tmp_path / "test.jsonl"),), (str(tmp_path / "train.jsonl"),))
+    assert task.items[0].where == f"{tmp_path / 'test.jsonl'}, line 1"
+    assert load_task("gsm8k", tmp_path, few_shot=0).example_files == ()
+    moved = write(tmp_path / "elsewhere" / "rows.jsonl", GSM8K)
+    assert load_task("gsm8k", moved, few_shot=0).digest() == load_task("gsm8k", tmp_path, few_shot=0).digest()
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))

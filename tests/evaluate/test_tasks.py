@@ -6,18 +6,21 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import aqua_attention as aqua
+from aqua_attention.capture import attention_layers
 from aqua_attention.evaluate import task_answers, tasks
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.evaluate.task_answers import answer_items
+from aqua_attention.evaluate.task_answers import answer_items, check_items
 from aqua_attention.evaluate.task_formats import ChoiceItem, WrittenItem
 from aqua_attention.evaluate.task_prompts import Task
 from aqua_attention.evaluate.task_state import Answers
 from aqua_attention.evaluate.tasks import METRICS, evaluate_tasks
+from aqua_attention.machine import Shape, write_profile
 from aqua_attention.tables import tasks_table
 
 
@@ -136,17 +139,28 @@ def test_a_stop_ends_the_answer(word_tokenizer, monkeypatch):
 
 def test_impossible_questions_are_refused(llama, word_tokenizer):
     model, _ = llama
-    with pytest.raises(aqua.AquaError, match="takes 302 tokens with its answer, the model knows 256 positions"):
-        list(answer_items(model, word_tokenizer, [choice(0, context=301, lengths=(1, 1))], [None]))
+    long = choice(0, context=301, lengths=(1, 1), where="a.jsonl, line 3")
+    with pytest.raises(aqua.AquaError, match=r"made, a.jsonl, line 3: .* 302 tokens .* 256 positions: drop it, or ask"):
+        check_items(model, word_tokenizer, task([*CHOICES, long]))
     with pytest.raises(aqua.AquaError, match="model knows 256 positions: ask with fewer"):
-        list(answer_items(model, word_tokenizer, [WRITTEN[0]], [None]))
+        check_items(model, word_tokenizer, replace(task([WRITTEN[0]]), few_shot=5))
     with pytest.raises(aqua.AquaError, match="leaves nothing of the answer ' '"):
-        list(answer_items(model, word_tokenizer, [ChoiceItem(("w1",), (" ",), 0, "")], [None]))
+        check_items(model, word_tokenizer, task([ChoiceItem(("w1",), (" ",), 0, "")]))
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.model.embed_tokens.weight[50] = float("nan")
     with pytest.raises(aqua.AquaError, match="gives NaN"):
         list(answer_items(broken, word_tokenizer, [ChoiceItem(("w1 w48 w2",), (" w3",), 0, "")], [None]))
+
+
+def test_a_question_that_is_too_long_is_known_before_the_first_answer(llama, word_tokenizer, monkeypatch):
+    model, projections = llama
+    asked = []
+    monkeypatch.setattr(tasks, "answer_items", lambda *given: asked.append(given))
+    both = [task(CHOICES, "acc", name="a"), task([choice(0, context=301)], "acc", name="b")]
+    with pytest.raises(aqua.AquaError, match=r"^b, a question: the question takes"):
+        evaluate_tasks(model, word_tokenizer, projections, [Setting(aqua.AquaConfig())], both)
+    assert asked == []
 
 
 # What an answer is worth
@@ -212,6 +226,8 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
     }
     assert result["tasks"]["made"] == {
         "path": "made.jsonl",
+        "files": [],
+        "example_files": [],
         "questions": 4,
         "few_shot": 0,
         "mean_tokens": 14.5,
@@ -265,6 +281,33 @@ def test_what_lies_outside_the_window_is_said(llama, word_tokenizer, monkeypatch
     made = task([choice(seed, lengths=(1, 1)) for seed in range(2)], "acc")
     rows = evaluate_tasks(llama[0], word_tokenizer, llama[1], settings, [made])["rows"]
     assert [row["outside_window"] for row in rows] == [pytest.approx(4 / 196), 0]
+
+
+def test_short_queries_lie_inside_the_window(llama, word_tokenizer, monkeypatch):
+    """Of prompts of 13 and 14 tokens: only the 14th token sees 14, of which 12 are exact; none sees 15."""
+    scripted(monkeypatch, *[(1, 1)] * 5)
+    configs = [aqua.AquaConfig(sink=2, recent=10, min_length=length) for length in (0, 12, 14, 15)]
+    made = task([choice(seed, lengths=(1, 1)) for seed in range(2)], "acc")
+    rows = evaluate_tasks(llama[0], word_tokenizer, llama[1], [Setting(config) for config in configs], [made])["rows"]
+    assert [row["outside_window"] * 196 for row in rows] == pytest.approx([4, 4, 2, 0])
+
+
+def test_min_length_auto_is_a_number_in_rows_and_state(llama, word_tokenizer, monkeypatch, tmp_path):
+    """A profile measured again must not let a run go on with answers of the old one."""
+    model, projections = llama
+    layer = attention_layers(model)[0]
+    shape = Shape(
+        torch.device("cpu"), layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, model.dtype
+    )
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+    write_profile(shape, {0.25: 6}, [4, 8], {})
+    given = model, word_tokenizer, projections, [Setting(aqua.AquaConfig(k_ratio=0.25, min_length="auto"))]
+    result = evaluate_tasks(*given, [task(CHOICES, "acc")], state=tmp_path / "state")
+    assert result["rows"][0]["setting"]["min_length"] == 6
+    assert 0 < result["rows"][0]["outside_window"] < 1
+    write_profile(shape, {0.25: 8}, [4, 8], {})
+    with pytest.raises(aqua.AquaError, match="differs in settings"):
+        evaluate_tasks(*given, [task(CHOICES, "acc")], state=tmp_path / "state")
 
 
 def test_wrong_requests(llama, word_tokenizer):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -16,10 +17,10 @@ from aqua_attention.evaluate.context import context_jobs
 from aqua_attention.evaluate.grid import run_jobs
 from aqua_attention.evaluate.perplexity import evaluate_perplexity
 from aqua_attention.evaluate.records import FACTS as FACT_NAMES
-from aqua_attention.evaluate.records import file_digest
+from aqua_attention.evaluate.records import facts_of, file_digest
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.transfer import leading_dims, split_domain, subspace_distance, transfer_jobs
-from aqua_attention.record_tables import context_tables, transfer_tables
+from aqua_attention.record_tables import context_tables, reasons, transfer_tables
 from aqua_attention.text import text_digest, token_windows, tokenize
 
 FACTS = {name: "" for name in FACT_NAMES if name not in ("started", "seconds")}
@@ -197,7 +198,66 @@ def test_a_stopped_calibration_goes_on(calibrator, domains, monkeypatch):
     assert all(path.suffix == ".safetensors" for path in (folder / "projections").iterdir())
 
 
+@pytest.fixture
+def other_weights(llama):
+    """The same model with key weights of its own, as after further training."""
+    other = copy.deepcopy(llama[0])
+    with torch.no_grad():
+        for layer in other.model.layers:
+            layer.self_attn.k_proj.weight *= torch.linspace(0.9, 1.1, 64)
+    return other
+
+
+def test_projections_of_other_weights_are_made_again(calibrator, domains, other_weights, recwarn):
+    folder, notices = calibrator.folder.parent, []
+    run_jobs(folder, transfer_jobs(calibrator, domains, [HALF], **SIZES), facts_of(calibrator.model, ""))
+    old = {path: path.read_bytes() for path in (folder / "projections").iterdir()}
+    changed = Calibrator(folder, "tiny", other_weights, calibrator.tokenizer, notices.append)
+    jobs = transfer_jobs(changed, domains, [HALF], **SIZES)
+    records = run_jobs(folder, jobs, facts_of(other_weights, ""), notice=notices.append)
+    assert "4 of 4 measurements" in notices[0]
+    assert all("is of other weights of tiny; it is made again now" in notice for notice in notices[1:3])
+    assert set((folder / "projections").iterdir()) == set(old)
+    assert all(path.read_bytes() != content for path, content in old.items())
+    learned = aqua.Projections.load(next(path for path in old if path.name.startswith("low")))
+    assert records[0]["projections_sha256"] == file_digest(next(path for path in old if path.name.startswith("low")))
+    assert learned.model["key_weights"] == records[0]["key_weights"]
+    assert not recwarn.list, "no projections of other weights were used"
+
+
+def test_a_stopped_calibration_of_other_weights_is_begun_anew(calibrator, domains, other_weights, monkeypatch):
+    from aqua_attention.stats import LayerStatistics
+
+    folder, calls, notices, original = calibrator.folder.parent, [], [], LayerStatistics.of
+
+    def interrupted(query, key):
+        calls.append(0)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return original(query, key)
+
+    monkeypatch.setattr(LayerStatistics, "of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(folder, transfer_jobs(calibrator, domains, [HALF], **SIZES), FACTS)
+    changed = Calibrator(folder, "tiny", other_weights, calibrator.tokenizer, notices.append)
+    records = run_jobs(folder, transfer_jobs(changed, domains, [HALF], **SIZES), FACTS)
+    assert all("result" in record for record in records)
+    assert len(notices) == 1 and "it is begun anew now" in notices[0]
+
+
+def test_sizes_from_which_nothing_follows_are_refused_at_once(calibrator, domains):
+    for name in ("tokens", "context", "calibration_tokens"):
+        with pytest.raises(aqua.AquaError, match=f"^{name.replace('_', ' ')} is 1: it must be at least 2 tokens"):
+            transfer_jobs(calibrator, domains, [HALF], **SIZES | {name: 1})
+    for changes in ({"tested_lengths": [64, 1]}, {"calibrated_lengths": [0]}, {"calibration_tokens": [-5]}):
+        with pytest.raises(aqua.AquaError, match="it must be at least 2 tokens"):
+            contexts(calibrator, **changes)
+
+
 def test_impossible_domains_are_refused_at_once(calibrator, domains):
+    again = replace(domains[0], name="again", data="copy.txt")
+    with pytest.raises(aqua.AquaError, match=r"domains low \(low.txt\) and again \(copy.txt\) are the same text"):
+        transfer_jobs(calibrator, [domains[0], again], [HALF], **SIZES)
     with pytest.raises(aqua.AquaError, match="domains are low: give at least two"):
         transfer_jobs(calibrator, domains[:1], [HALF], **SIZES)
     with pytest.raises(aqua.AquaError, match="each with a name of its own"):
@@ -248,6 +308,8 @@ def test_more_calibration_tokens_than_there_are_is_one_refused_row(calibrator):
     assert ["error" in record for record in records] == [True, False, False, True]
     assert [records[place]["result"]["calibration_tokens"] for place in (1, 2)] == [64, 512]
     assert "fewer than one window of 64" in records[0]["error"]["message"]
+    messages = [f"refused: {records[place]['error']['message']}" for place in (0, 3)]
+    assert reasons([*records, records[0]]) == [f"{messages[0]} (2 records)", messages[1]]
     assert "'one.txt' has 600 tokens to calibrate on, 1024 are asked for" in records[3]["error"]["message"]
     assert [row[1] for row in context_tables(records)[0][1]][::3] == ["refused", "refused"]
 

@@ -7,16 +7,19 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration import calibrate
-from aqua_attention.checkpoint import discard
+from aqua_attention.capture import attention_layers
+from aqua_attention.checkpoint import calibrated_weights, discard
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.grid import Progress
 from aqua_attention.evaluate.records import dtype_of, file_digest, make_folder
 from aqua_attention.files import remove_leftovers
+from aqua_attention.fingerprint import key_weight_digest, same_digest
 from aqua_attention.projections import Projections
 from aqua_attention.text import text_digest, token_windows, tokenize
 
@@ -56,11 +59,16 @@ class Calibrator:
 
         Args:
             name: the model, as the user named it.
-            notice: told about a damaged file, which is made again.
+            notice: told about a damaged file, or one of other weights, which is made again.
         """
         self.folder, self.name, self.model, self.tokenizer = folder / "projections", name, model, tokenizer
         self._notice = notice or (lambda message: None)
         self._kept: dict[Calibration, tuple[Projections, str]] = {}
+
+    @cached_property
+    def _weights(self) -> list[list[float]] | None:
+        """Tells the model from another one of its name."""
+        return key_weight_digest(attention_layers(self.model))
 
     def projections(
         self, calibration: Calibration, text: str, progress: Progress | None = None
@@ -90,10 +98,14 @@ class Calibrator:
         if not path.exists():
             return None
         try:
-            return Projections.load(path)
+            found = Projections.load(path)
         except AquaError as error:
             self._notice(f"{error}; it is made again now")
             return None
+        if same_digest(found.model.get("key_weights"), self._weights):
+            return found
+        self._notice(f"{path} is of other weights of {self.name}; it is made again now")
+        return None
 
     def _calibrate(self, calibration: Calibration, text: str, path: Path, progress: Progress | None) -> Projections:
         if text_digest(text) != calibration.text_sha256:
@@ -101,6 +113,9 @@ class Calibrator:
         check_enough(self.tokenizer, calibration, text)
         make_folder(path.parent)
         partial = path.with_name(f"{path.name}.partial")
+        if partial.exists() and not same_digest(calibrated_weights(partial), self._weights):
+            self._notice(f"{partial} is of other weights of {self.name}; it is begun anew now")
+            discard(partial)
         projections = calibrate(
             self.model,
             self.tokenizer,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from aqua_attention.calibration import check_tokens
 from aqua_attention.evaluate.calibrated import Calibration, Calibrator
-from aqua_attention.evaluate.grid import Job, Progress, halves
+from aqua_attention.evaluate.grid import Job, Progress, check_sizes, halves
 from aqua_attention.evaluate.perplexity import DenseLogits
 from aqua_attention.evaluate.records import dtype_of, record_key
-from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.setting import Setting, resolved_settings
 from aqua_attention.evaluate.suites import perplexity_figures
 from aqua_attention.text import text_digest, token_windows, tokenize
 
@@ -45,8 +45,16 @@ def context_jobs(
         tokens: how many tokens are tested, the same for all lengths.
 
     Raises:
-        AquaError: the test text is shorter than a window, or a window longer than the model's positions.
+        AquaError: the test text is shorter than a window, a window longer than the model's positions, sizes below 2, a
+            `min_length` of "auto" where nothing is known of this machine.
     """
+    check_sizes(
+        calibrated_length=calibrated_lengths,
+        tested_length=tested_lengths,
+        calibration_tokens=calibration_tokens,
+        tokens=tokens,
+    )
+    settings = resolved_settings(calibrator.model, settings)
     dense_logits, model = DenseLogits(), calibrator.model
     (source, source_text), (data, text) = calibration, test
     digests = text_digest(source_text), text_digest(text)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.records import SCHEMA, Key, find_record, make_folder, record_path, write_record
 from aqua_attention.evaluate.setting import Setting
+from aqua_attention.fingerprint import same_digest
 
 Progress = Callable[[int, int], None]
 
@@ -47,13 +48,13 @@ def run_jobs(
     """Measure what `folder` has no record of yet, and write a record for each as soon as it is measured.
 
     A measurement that runs out of memory or is refused is recorded with the reason, and the others go on; when run
-    again, such a one is tried again. A damaged record is measured again.
+    again, such a one is tried again. A damaged record is measured again, and so is one of other weights of the model.
 
     Args:
         facts: see `records.facts_of`.
         progress: called as progress(measurements done, measurements in all), of those that are not there yet; the
             first number grows in fractions.
-        notice: told about records found, and damaged ones.
+        notice: told about records found, damaged ones, and those of other weights.
 
     Returns:
         A record for each job, in their order.
@@ -63,14 +64,21 @@ def run_jobs(
     """
     notice = notice or (lambda message: None)
     records: dict[int, dict[str, Any]] = {}
+    stale = 0
     for place, job in enumerate(jobs):
         try:
             found = find_record(folder, job.key)
         except AquaError as error:
             notice(f"{error}; it is measured again now")
             found = None
-        if found is not None and "error" not in found:
+        if found is None or "error" in found:
+            continue
+        if same_digest(found.get("key_weights"), facts.get("key_weights")):
             records[place] = found
+        else:
+            stale += 1
+    if stale:
+        notice(f"{stale} of {len(jobs)} measurements in {folder} are of other weights; they are made again now")
     if records:
         notice(f"{len(records)} of {len(jobs)} measurements are in {folder} already")
     pending = [place for place in range(len(jobs)) if place not in records]
@@ -115,6 +123,14 @@ def halves(progress: Progress) -> tuple[Progress, Progress]:
     return lambda done, total: progress(done, 2 * total), lambda done, total: progress(total + done, 2 * total)
 
 
+def check_sizes(**sizes: int | Sequence[int] | None) -> None:
+    """Raise AquaError for a number of tokens from which nothing can be predicted; None is none given."""
+    for name, given in sizes.items():
+        for value in [given] if isinstance(given, int) else given or ():
+            if value < 2:
+                raise AquaError(f"{name.replace('_', ' ')} is {value}: it must be at least 2 tokens")
+
+
 def failure_kind(error: Exception) -> str | None:
     """ "out_of_memory", "error" (refused), or None for what is neither, and so a defect of ours."""
     if isinstance(error, AquaError):
@@ -137,6 +153,7 @@ def grid_settings(
     share: Iterable[str] = ("head",),
     sink: Iterable[int] = (0,),
     recent: Iterable[int] = (0,),
+    min_length: Iterable[int | Literal["auto"]] = (0,),
     basis: Iterable[str] = ("aqua",),
 ) -> list[Setting]:
     """Every combination, each once. `k_ratio` and `logit_error` are one list: a setting has either.
@@ -146,7 +163,7 @@ def grid_settings(
     """
     amounts: list[dict[str, Any]] = [{"k_ratio": float(value)} for value in k_ratio]
     amounts += [{"logit_error": float(value)} for value in logit_error]
-    combinations = product(basis, selection, share, sink, recent, bits, h2o_ratio, s_ratio, amounts)
+    combinations = product(basis, selection, share, sink, recent, min_length, bits, h2o_ratio, s_ratio, amounts)
     settings = [
         Setting(
             AquaConfig(
@@ -156,13 +173,14 @@ def grid_settings(
                 share=shared,
                 sink=first,
                 recent=last,
+                min_length=short,
                 bits=stored,
                 h2o_ratio=float(kept),
                 h2o_queries=h2o_queries if kept < 1 else None,
             ),
             base,
         )
-        for base, which, shared, first, last, stored, kept, narrow, amount in combinations
+        for base, which, shared, first, last, short, stored, kept, narrow, amount in combinations
     ]
     if not settings:
         raise AquaError("there is no setting to measure: give at least one k_ratio or logit_error")

@@ -19,9 +19,10 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from aqua_attention.capture import input_device
+from aqua_attention.capture import attention_layers, input_device
 from aqua_attention.errors import AquaError
 from aqua_attention.files import remove_leftovers, write_json
+from aqua_attention.fingerprint import key_weight_digest
 from aqua_attention.version import __version__
 
 SCHEMA = 1
@@ -31,6 +32,17 @@ CALIBRATING = ("transfer", "context")
 """
 FACTS = ("command", "commit", "version", "versions", "device", "started", "seconds")
 FAILURES = ("out_of_memory", "error")
+LOSSES = ("perplexity", "perplexity_change", "kl", "top1", "mean_k", "tokens")
+RETRIEVAL = ("right", "asked", "lost", "gained", "p_value")
+FIGURES = {
+    "perplexity": LOSSES,
+    "retention": ("score_loss", "softmax_loss"),
+    "needle": RETRIEVAL,
+    "lines": RETRIEVAL,
+    "transfer": (*LOSSES, "distance"),
+    "context": LOSSES,
+}
+"""Numbers that a suite's result must have: without them, a record is none."""
 
 Key = dict[str, Any]
 
@@ -97,7 +109,19 @@ def read_record(path: Path) -> dict[str, Any]:
     figures = [record.get(name) for name in ("result", "error") if name in record]
     if len(figures) != 1 or not isinstance(figures[0], dict):
         raise AquaError(f"{path} is no whole record (it has neither result nor error): delete it or measure again")
+    weights = record.get("key_weights")
+    if weights is not None and not (isinstance(weights, list) and all(map(_is_numbers, weights))):
+        raise AquaError(f"{path} is no whole record (its key_weights are no numbers): delete it or measure again")
+    needed = FIGURES.get(str(record["suite"]), ()) if "result" in record else ()
+    if lacking := [name for name in needed if type(figures[0].get(name)) not in (int, float)]:
+        raise AquaError(f"{path} is no whole record (no figure {', '.join(lacking)}): delete it or measure again")
+    if "error" in record and not {"kind", "message"} <= figures[0].keys():
+        raise AquaError(f"{path} is no whole record (its error says no reason): delete it or measure again")
     return record
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) in (int, float) for number in value)
 
 
 def find_record(folder: Path, key: Key) -> dict[str, Any] | None:
@@ -152,7 +176,10 @@ def dtype_of(model: PreTrainedModel) -> str:
 
 
 def facts_of(model: PreTrainedModel, command: str) -> dict[str, Any]:
-    """What a record says of program and machine: `command`, `commit`, `version`, `versions`, `device`."""
+    """What a record says of program and machine: `command`, `commit`, `version`, `versions`, `device`, `key_weights`.
+
+    The last is the digest of the model's key weights, by which other weights of the same name are known.
+    """
     device = input_device(model)
     return {
         "command": command,
@@ -164,6 +191,7 @@ def facts_of(model: PreTrainedModel, command: str) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "key_weights": key_weight_digest(attention_layers(model)),
     }
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.config import AquaConfig
-from aqua_attention.integrations.transformers import Attachment, apply
+from aqua_attention.capture import attention_layers
+from aqua_attention.config import AUTO, AquaConfig
+from aqua_attention.integrations.transformers import Attachment, apply, layer_shape
+from aqua_attention.machine import resolved
 from aqua_attention.projections import Projections, check_basis
 
 
@@ -72,3 +74,15 @@ def attachments(
 def as_attached(settings: Sequence[Setting], runs: Sequence[tuple[Attachment, Multiplied]]) -> list[Setting]:
     """The settings with what `apply` has made of them: a `min_length` of "auto" is a number."""
     return [replace(setting, config=run.config) for setting, (run, _) in zip(settings, runs, strict=True)]
+
+
+def resolved_settings(model: PreTrainedModel, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings with a number for a `min_length` of "auto", as `apply` reads it, each once.
+
+    Raises:
+        AquaError: nothing is known of this machine, see `machine.resolved`.
+    """
+    if all(setting.config.min_length != AUTO for setting in settings):
+        return list(settings)
+    shapes = [layer_shape(layer, model.dtype) for layer in attention_layers(model)]
+    return list(dict.fromkeys(replace(setting, config=resolved(setting.config, shapes)) for setting in settings))

@@ -23,7 +23,7 @@ from aqua_attention.evaluate.perplexity import DenseLogits, evaluate_perplexity
 from aqua_attention.evaluate.records import dtype_of, file_digest, record_key
 from aqua_attention.evaluate.retention import evaluate_retention
 from aqua_attention.evaluate.retrieval import Question, encode_questions, evaluate_retrieval
-from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.setting import Setting, resolved_settings
 from aqua_attention.generation import Continuation
 from aqua_attention.projections import Projections
 from aqua_attention.text import text_digest, token_windows, tokenize
@@ -63,7 +63,7 @@ QUICK = Sizes(
     lines=(10, 20),
     count=4,
 )
-"""Small enough for the default model on two CPU cores: a suite over eight settings takes less than five minutes."""
+"""Small enough for the default model on two CPU cores: minutes for a suite over eight settings."""
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,22 @@ def grid_jobs(subject: Subject, suites: Sequence[str], settings: Sequence[Settin
     """The jobs of all suites, one suite after the other, its dense reference first.
 
     Raises:
-        AquaError: an unknown suite, a text too short for it, projections that are not for this model.
+        AquaError: an unknown suite, one without anything to measure, a text too short for it, projections that are not
+            for this model, a `min_length` of "auto" where nothing is known of this machine.
     """
-    if unknown := [name for name in suites if name not in SUITES]:
-        raise AquaError(f"suite is {unknown[0]!r}: it must be one of {', '.join(SUITES)}")
+    check_suites(suites, settings)
+    settings = resolved_settings(subject.model, settings)
     # Otherwise every setting would be refused, one after the other.
     subject.projections.check_model(subject.model, attention_layers(subject.model))
     return [job for name in dict.fromkeys(suites) for job in SUITES[name](subject, settings, sizes)]
+
+
+def check_suites(suites: Sequence[str], settings: Sequence[Setting]) -> None:
+    """Raise AquaError for an unknown suite, and for one that has nothing to measure of these settings."""
+    if unknown := [name for name in suites if name not in SUITES]:
+        raise AquaError(f"suite is {unknown[0]!r}: it must be one of {', '.join(SUITES)}")
+    if "retention" in suites and all(setting.config.logit_error is not None for setting in settings):
+        raise AquaError("suite retention measures k_ratios only, and every setting has a logit_error: give a k_ratio")
 
 
 def perplexity_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:

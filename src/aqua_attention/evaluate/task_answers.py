@@ -18,6 +18,7 @@ from aqua_attention.calibration import check_tokens, position_limit
 from aqua_attention.capture import input_device
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.task_formats import ChoiceItem, Item, WrittenItem
+from aqua_attention.evaluate.task_prompts import Task
 from aqua_attention.generation import GREEDY
 from aqua_attention.integrations.transformers import Attachment
 
@@ -51,17 +52,16 @@ def answer_items(
     Where only a cache shows what is lost (`bits`, `h2o_ratio`), the context fills one first, as it does when a model
     writes. Other answers are written greedily, up to one of STOPS or NEW_TOKENS tokens.
 
+    Args:
+        items: checked by `check_items`.
+
     Raises:
-        AquaError: a prompt longer than the model's positions, tokens that it does not know, NaN.
+        AquaError: NaN or infinite logits.
     """
     choices = [item for item in items if isinstance(item, ChoiceItem)]
     written = [item for item in items if isinstance(item, WrittenItem)]
     pairs = [[_encoded(tokenizer, *pair) for pair in zip(c.contexts, c.continuations, strict=True)] for c in choices]
     prompts = [tokenizer(item.prompt, verbose=False)["input_ids"] for item in written]
-    for pair in {pair for row in pairs for pair in row}:
-        _check(model, pair.ids, len(pair.ids))
-    for prompt in prompts:
-        _check(model, prompt, len(prompt) + NEW_TOKENS)
     for attachment in attachments:
         scores = _log_likelihoods(model, list(dict.fromkeys(pair for row in pairs for pair in row)), attachment)
         texts = iter(_written(model, tokenizer, prompts, attachment) if prompts else [])
@@ -69,13 +69,21 @@ def answer_items(
         yield [[scores[pair] for pair in next(rows)] if isinstance(item, ChoiceItem) else next(texts) for item in items]
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, item: Item) -> int:
-    """Tokens that the model reads of an item: of its longest answer with the context, or of the prompt."""
-    if isinstance(item, WrittenItem):
-        texts = [item.prompt]
-    else:
-        texts = [context + answer for context, answer in zip(item.contexts, item.continuations, strict=True)]
-    return max(len(tokenizer(text, verbose=False)["input_ids"]) for text in texts)
+def check_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
+    """Tokens that the model reads of each item of a task: of its longest answer with the context, or of the prompt.
+
+    Raises:
+        AquaError: a question longer than the model's positions, tokens that it does not know, an answer without any;
+            the message names the task and the question's place.
+    """
+    remedy = "ask with fewer examples (few_shot)" if task.few_shot else "drop it, or ask a model that knows more"
+    lengths = []
+    for item in task.items:
+        try:
+            lengths.append(_checked_length(model, tokenizer, item, remedy))
+        except AquaError as error:
+            raise AquaError(f"{task.name}, {item.where or 'a question'}: {error}") from error
+    return lengths
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str) -> _Pair:
@@ -90,14 +98,19 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
     return _Pair(tuple(ids), start)
 
 
-def _check(model: PreTrainedModel, ids: Sequence[int], needed: int) -> None:
-    limit = position_limit(model)
-    if limit is not None and needed > limit:
+def _checked_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, item: Item, remedy: str) -> int:
+    if isinstance(item, WrittenItem):
+        read, more = [tokenizer(item.prompt, verbose=False)["input_ids"]], NEW_TOKENS
+    else:
+        pairs = zip(item.contexts, item.continuations, strict=True)
+        read, more = [_encoded(tokenizer, *pair).ids for pair in pairs], 0
+    longest, limit = max(map(len, read)), position_limit(model)
+    if limit is not None and longest + more > limit:
         raise AquaError(
-            f"a question takes {needed} tokens with its answer, the model knows {limit} positions: ask with fewer "
-            "examples (few_shot)"
+            f"the question takes {longest + more} tokens with its answer, the model knows {limit} positions: {remedy}"
         )
-    check_tokens(model, torch.tensor(ids), context=needed)
+    check_tokens(model, torch.tensor([token for ids in read for token in ids]), context=longest + more)
+    return longest
 
 
 def _log_likelihoods(model: PreTrainedModel, pairs: list[_Pair], attachment: Attachment | None) -> dict[_Pair, float]:

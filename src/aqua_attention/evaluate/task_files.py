@@ -34,40 +34,59 @@ class Row:
     stem: str
 
 
-def read_rows(path: Path | str, splits: Sequence[str], columns: Sequence[str] | None = None) -> list[Row]:
-    """Read a file, or those files of a folder that hold a split.
+def question_files(path: Path | str, splits: Sequence[str], *, by_subject: bool = False) -> list[Path]:
+    """A file, or those files of a folder that hold a split.
 
     Args:
         path: .jsonl or .json (a list of objects), .csv, each also .gz; or a folder of such files.
         splits: in a folder, the first of these that there is; a folder of a single file without a split's name holds
             the split too.
-        columns: of a .csv whose first line is a question already; None takes their names from the first line.
+        by_subject: a split may have several files. Otherwise they are of several data sets, or versions of one.
 
     Raises:
-        AquaError: no such file or split, an empty or damaged one; the message names file, line and remedy.
+        AquaError: no such file or split, or more than one file of it; the message names them and the remedy.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         files = _of_split(path, splits)
+        if len(files) > 1 and not by_subject:
+            seen = ", ".join(str(file.relative_to(path)) for file in files[:8])
+            more = f" and {len(files) - 8} more" if len(files) > 8 else ""
+            raise AquaError(
+                f"the folder {path} has {len(files)} files of one split ({seen}{more}), which may be different data "
+                "sets, or one twice: name one of them, or a folder that holds only one"
+            )
     elif path.is_file():
         if _suffix(path) not in SUFFIXES:
             raise AquaError(f"{path} is no file of questions: it must end in {', '.join(SUFFIXES)} (or these and .gz)")
         files = [path]
     else:
         raise AquaError(f"{path}: no such file or folder of questions: check the path")
+    return files
+
+
+def read_rows(files: Sequence[Path], columns: Sequence[str] | None = None) -> list[Row]:
+    """Read files of questions.
+
+    Args:
+        columns: of a .csv whose first line is a question already; None takes their names from the first line.
+
+    Raises:
+        AquaError: they are damaged, or all of them empty; the message names file, line and remedy.
+    """
     rows = [row for file in files for row in _read(file, columns)]
     if not rows:
-        raise AquaError(f"{path} holds no questions: it is empty")
+        raise AquaError(f"{', '.join(map(str, files))} holds no questions: it is empty")
     return rows
 
 
 def has_split(path: Path | str, splits: Sequence[str]) -> bool:
     """Whether `path` is a folder with a file of one of these splits."""
     path = Path(path).expanduser()
-    return path.is_dir() and any(_words(file, path) & set(splits) for file in _question_files(path))
+    return path.is_dir() and any(_words(file, path) & set(splits) for file in _candidates(path))
 
 
-def _question_files(folder: Path) -> list[Path]:
+def _candidates(folder: Path) -> list[Path]:
     """Files of questions in a folder; of files that differ in their ending only, the first by SUFFIXES."""
     found = sorted(
         (file for file in folder.rglob("*") if _suffix(file) in SUFFIXES and file.is_file()),
@@ -77,7 +96,7 @@ def _question_files(folder: Path) -> list[Path]:
 
 
 def _of_split(folder: Path, splits: Sequence[str]) -> list[Path]:
-    files = _question_files(folder)
+    files = _candidates(folder)
     for split in splits:
         if of_split := [file for file in files if split in _words(file, folder)]:
             return of_split

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.task_files import Row
@@ -30,6 +30,7 @@ class ChoiceItem:
         example: the question with its right answer, as an example to others.
         preface: what stands before all examples.
         group: a `limit` counts within it, such as a subject.
+        where: file and line, for messages.
     """
 
     contexts: tuple[str, ...]
@@ -40,6 +41,7 @@ class ChoiceItem:
     true: tuple[bool | None, ...] = ()
     preface: str = ""
     group: str = ""
+    where: str = field(default="", repr=False, compare=False)  # the same question in another place is the same
 
     def after(self, prefix: str) -> ChoiceItem:
         """The same with `prefix` before each context."""
@@ -52,6 +54,7 @@ class WrittenItem:
 
     Attributes:
         number: the right one, see `final_number`.
+        where: file and line, for messages.
     """
 
     prompt: str
@@ -59,6 +62,7 @@ class WrittenItem:
     example: str
     preface: str = ""
     group: str = ""
+    where: str = field(default="", repr=False, compare=False)
 
     def after(self, prefix: str) -> WrittenItem:
         """The same with `prefix` before the prompt."""
@@ -79,6 +83,7 @@ class Format:
         few_shot: examples before a question, unless told otherwise.
         columns: of .csv files without a line of names.
         draws_examples: whether they are drawn at random for each question; otherwise the first ones of its group.
+        by_subject: whether a split may have several files, one a subject.
     """
 
     parse: Callable[[Row], Item]
@@ -88,6 +93,7 @@ class Format:
     few_shot: int = 0
     columns: tuple[str, ...] | None = None
     draws_examples: bool = True
+    by_subject: bool = False
 
 
 def final_number(answer: str) -> str | None:
@@ -193,7 +199,10 @@ FORMATS = {
     "arc_challenge": Format(_arc, ("acc", "acc_norm"), TEST),
     "truthfulqa": Format(_truthfulqa, ("mc1", "mc2"), LABELLED),
     "mmlu": Format(
-        *(_mmlu, ("acc",), TEST[:-1], ("dev",)), columns=("question", *"ABCD", "answer"), draws_examples=False
+        *(_mmlu, ("acc",), TEST[:-1], ("dev",)),
+        columns=("question", *"ABCD", "answer"),
+        draws_examples=False,
+        by_subject=True,
     ),
     "gsm8k": Format(_gsm8k, ("exact_match",), TEST, few_shot=5),
 }

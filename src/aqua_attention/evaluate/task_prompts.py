@@ -6,11 +6,11 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.task_files import has_split, read_rows
+from aqua_attention.evaluate.task_files import has_split, question_files, read_rows
 from aqua_attention.evaluate.task_formats import FORMATS, Format, Item
 
 
@@ -20,6 +20,7 @@ class Task:
 
     Attributes:
         few_shot: how many examples stand before each question.
+        files, example_files: where the questions and the examples were read; without examples, none for them.
     """
 
     name: str
@@ -27,6 +28,8 @@ class Task:
     items: tuple[Item, ...]
     metrics: tuple[str, ...]
     few_shot: int
+    files: tuple[str, ...] = ()
+    example_files: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """SHA-256 of all prompts and answers."""
@@ -43,7 +46,7 @@ def load_task(
 
     Args:
         name: one of FORMATS.
-        path: a file, or a folder of splits; see `read_rows`.
+        path: a file, or a folder of splits; see `question_files`.
         limit: only the first so many questions; for MMLU, of each subject.
         few_shot: how many examples; None takes what is usual (GSM8K 5, all others 0).
         seed: draws the examples. A question's examples depend neither on `limit` nor on the other questions.
@@ -61,8 +64,10 @@ def load_task(
         raise AquaError(f"few_shot is {shots}: it must be 0 or more")
     if shots and name == "truthfulqa":
         raise AquaError(f"few_shot is {shots}: truthfulqa has no examples, ask it with 0")
-    items = _read(form, path, form.questions)
-    pool = _read(form, path, form.examples) if shots and has_split(path, form.examples) else items
+    files, items = _read(form, path, form.questions)
+    pool_files, pool = (files if shots else ()), items
+    if shots and has_split(path, form.examples):
+        pool_files, pool = _read(form, path, form.examples)
     examples: dict[str, list[Item]] = {}
     for item in pool:
         examples.setdefault(item.group, []).append(item)
@@ -76,11 +81,13 @@ def load_task(
             if len(chosen) < shots:
                 raise AquaError(f"{path} has {len(chosen)} examples for a question of {name}: ask for fewer (few_shot)")
             prompts.append(item.after(item.preface + "".join(f"{example}\n\n" for example in chosen)))
-    return Task(name, str(path), tuple(prompts), form.metrics, shots)
+    return Task(name, str(path), tuple(prompts), form.metrics, shots, files, pool_files)
 
 
-def _read(form: Format, path: Path | str, splits: Sequence[str]) -> list[Item]:
-    return [form.parse(row) for row in read_rows(path, splits, form.columns)]
+def _read(form: Format, path: Path | str, splits: Sequence[str]) -> tuple[tuple[str, ...], list[Item]]:
+    files = question_files(path, splits, by_subject=form.by_subject)
+    items = [replace(form.parse(row), where=row.where) for row in read_rows(files, form.columns)]
+    return tuple(map(str, files)), items
 
 
 def _examples(pool: list[Item], item: Item, count: int, rng: random.Random | None) -> list[str]:

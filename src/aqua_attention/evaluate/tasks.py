@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aqua_attention.capture import attention_layers
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.retrieval import paired_p_value
-from aqua_attention.evaluate.setting import Setting, attachments
-from aqua_attention.evaluate.task_answers import Answer, answer_items, prompt_tokens
+from aqua_attention.evaluate.setting import Setting, as_attached, attachments
+from aqua_attention.evaluate.task_answers import Answer, answer_items, check_items
 from aqua_attention.evaluate.task_formats import ChoiceItem, Item, WrittenItem, final_number
 from aqua_attention.evaluate.task_prompts import Task
 from aqua_attention.evaluate.task_state import Answers
@@ -40,9 +40,10 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Ask every question of every task dense and under every setting, and test the pairs.
 
-    Metrics, as lm-evaluation-harness defines them: `acc`, the likeliest answer is right; `acc_norm`, the likeliest per
-    UTF-8 byte; `mc1`, `acc` among one true and several false answers; `mc2`, the probability of all true answers among
-    all; `exact_match`, the number after "####" is right (commas, and a full stop at its end, do not count).
+    Metrics, as lm-evaluation-harness defines them but for `acc_norm`: `acc`, the likeliest answer is right; `acc_norm`,
+    the likeliest per UTF-8 byte (the harness's `acc_norm` counts characters, its `acc_bytes` bytes); `mc1`,
+    `acc` among one true and several false answers; `mc2`, the probability of all true answers among all; `exact_match`,
+    the number after "####" is right (commas, and a full stop at its end, do not count).
 
     Args:
         batch: questions at once. Written answers are padded to the longest prompt of a batch.
@@ -56,22 +57,22 @@ def evaluate_tasks(
         without AQUA), `lost` and `gained` (questions on which only dense, only AQUA is right; for mc2, on which AQUA
         gives less, more probability to the true answers, by 1e-4 or more), `p_value` (the exact McNemar test of these
         two numbers, which for mc2 is a sign test; not corrected for asking several times), and `outside_window`: the
-        share of the prompts' query-key pairs outside the exact window; where it is 0, AQUA leaves nothing out. An entry
-        of `dense` has the same without the comparison.
+        share of the prompts' query-key pairs outside the exact window, without those of queries that see fewer than
+        `min_length` tokens; where it is 0, AQUA leaves nothing out. An entry of `dense` has the same without the
+        comparison. An entry of `tasks` says which files were read.
 
     Raises:
         AquaError: no tasks, one given twice, a prompt too long, NaN, a state of another run.
         KeyboardInterrupt: after `state` was written.
     """
-    names = [task.name for task in tasks]
-    if not tasks or len(set(names)) < len(names):
-        raise AquaError(f"the tasks are {', '.join(names) or 'none'}: give at least one, and each once")
-    if batch < 1:
-        raise AquaError(f"batch is {batch}: it must be at least 1")
-    runs = [attachment for attachment, _ in attachments(model, projections, settings)]
-    for attachment in runs:
+    check_request([task.name for task in tasks], batch)
+    made = attachments(model, projections, settings)
+    settings = as_attached(settings, made)
+    for attachment, _ in made:
         attachment.on_selection = None  # what is multiplied is not asked here, and counting costs
-    columns = [None, *runs]
+    columns = [None, *(attachment for attachment, _ in made)]
+    # All of them before the first answer: what cannot be asked is known now, not after hours.
+    lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
     answers = Answers(_run(model, projections, settings, tasks, batch), state)
     done, total = 0, sum(len(task.items) for task in tasks) * len(columns)
     try:
@@ -99,7 +100,6 @@ def evaluate_tasks(
         for task in tasks
         for metric in task.metrics
     }
-    lengths = {task.name: [prompt_tokens(tokenizer, item) for item in task.items] for task in tasks}
     return {
         "dense": [_mean(task, metric, [row[0] for row in rows]) for (task, metric), rows in figures.items()],
         "rows": [
@@ -112,6 +112,8 @@ def evaluate_tasks(
         "tasks": {
             task.name: {
                 "path": task.path,
+                "files": list(task.files),
+                "example_files": list(task.example_files),
                 "questions": len(task.items),
                 "few_shot": task.few_shot,
                 "mean_tokens": statistics.fmean(lengths[task.name]),
@@ -120,6 +122,14 @@ def evaluate_tasks(
             for task in tasks
         },
     }
+
+
+def check_request(names: Sequence[str], batch: int) -> None:
+    """Raise AquaError for no tasks, one given twice, or no questions at once."""
+    if not names or len(set(names)) < len(names):
+        raise AquaError(f"the tasks are {', '.join(names) or 'none'}: give at least one, and each once")
+    if batch < 1:
+        raise AquaError(f"batch is {batch}: it must be at least 1")
 
 
 def _accuracy(item: Item, answer: Answer) -> float:
@@ -191,9 +201,14 @@ def _compared(task: str, metric: str, pairs: list[tuple[float, float]]) -> dict[
 
 
 def _outside(setting: Setting, lengths: list[int]) -> float:
-    window = setting.config.sink + setting.config.recent
-    beyond = [max(0, length - window) for length in lengths]
-    return sum(n * (n + 1) for n in beyond) / sum(n * (n + 1) for n in lengths)
+    window, short = setting.config.sink + setting.config.recent, max(0, setting.config.threshold - 1)
+    beyond = sum(_pairs(length - window) - _pairs(min(length, short) - window) for length in lengths)
+    return beyond / sum(map(_pairs, lengths))
+
+
+def _pairs(tokens: int) -> int:
+    """How many pairs of a query and a key it sees so many tokens have."""
+    return max(0, tokens) * max(0, tokens + 1) // 2
 
 
 def _run(

@@ -15,10 +15,10 @@ from aqua_attention.calibration import check_tokens
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.calibrated import Calibration, Calibrator, check_enough
-from aqua_attention.evaluate.grid import Job, Progress, halves
+from aqua_attention.evaluate.grid import Job, Progress, check_sizes, halves
 from aqua_attention.evaluate.perplexity import DenseLogits
 from aqua_attention.evaluate.records import dtype_of, record_key
-from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.setting import Setting, resolved_settings
 from aqua_attention.evaluate.suites import perplexity_figures
 from aqua_attention.projections import Projections
 from aqua_attention.text import text_digest, token_windows, tokenize
@@ -57,6 +57,21 @@ def split_domain(name: str, data: str, text: str) -> Domain:
     return Domain(name, data, first, rest)
 
 
+def check_domains(domains: Sequence[Domain]) -> None:
+    """Raise AquaError for fewer than two domains, and for two of one name or of one text."""
+    names = [domain.name for domain in domains]
+    if len(set(names)) < max(2, len(names)):
+        raise AquaError(f"domains are {', '.join(names) or 'none'}: give at least two, each with a name of its own")
+    seen: dict[tuple[str, str], Domain] = {}
+    for domain in domains:
+        first = seen.setdefault((domain.calibration, domain.test), domain)
+        if first is not domain:
+            raise AquaError(
+                f"domains {first.name} ({first.data}) and {domain.name} ({domain.data}) are the same text: give each "
+                "a text of its own"
+            )
+
+
 def transfer_jobs(
     calibrator: Calibrator,
     domains: Sequence[Domain],
@@ -77,11 +92,12 @@ def transfer_jobs(
         context: tokens in a window, of both.
 
     Raises:
-        AquaError: fewer than two domains, two of one name, a text with too few tokens for its part.
+        AquaError: fewer than two domains, two of one name or text, a text with too few tokens for its part, sizes below
+            2, a `min_length` of "auto" where nothing is known of this machine.
     """
-    names = [domain.name for domain in domains]
-    if len(set(names)) < max(2, len(names)):
-        raise AquaError(f"domains are {', '.join(names) or 'none'}: give at least two, each with a name of its own")
+    check_domains(domains)
+    check_sizes(calibration_tokens=calibration_tokens, tokens=tokens, context=context)
+    settings = resolved_settings(calibrator.model, settings)
     dense_logits, model = DenseLogits(), calibrator.model
     sources = {
         domain.name: Calibration(

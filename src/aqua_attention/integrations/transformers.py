@@ -66,7 +66,7 @@ class Attachment:
         self.model, self.projections = model, projections
         self.on_selection: SelectionObserver | None = None
         self._found = attention_layers(model)
-        self.config = config = resolved(config, [_shape(layer, model.dtype) for layer in self._found])
+        self.config = config = resolved(config, [layer_shape(layer, model.dtype) for layer in self._found])
         self._key_weights = projections.check_model(model, self._found)
         for layer in self._found:
             config.kept_dims(layer.head_dim)
@@ -366,7 +366,8 @@ class Attachment:
         return (key, value) if is_sliding else spec.rounded(key, value)
 
 
-def _shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
+def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
+    """What the profile of a layer is looked up by, see `machine.resolved`."""
     return Shape(layer.device, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, dtype)
 
 

@@ -44,7 +44,8 @@ def records_of(value: Any, source: str) -> list[Record]:
     if "questions" in value:
         return _retrieval(value, source)
     if "score_loss" in rows[0]:
-        return [_record("retention", source, value, row) for row in rows]
+        basis = str(value.get("basis") or "aqua")
+        return [replace(_record("retention", source, value, row), basis=basis) for row in rows]
     if "task" in rows[0] and "metric" in rows[0]:
         dense = value.get("dense")
         dense = [row for row in dense if isinstance(row, dict)] if isinstance(dense, list) else []
