@@ -223,7 +223,10 @@ def _calibration_size(records: Sequence[Record], kind: _Kind) -> list[Block]:
             continue
         lines: dict[str, list[tuple[float, list[float]]]] = {}
         rows = []
-        for calibrated, tested, record in matrix.cells:
+        places = {cell[:2]: place for place, cell in enumerate(matrix.cells)}
+        for calibrated, tested, record in sorted(
+            matrix.cells, key=lambda cell: (places[cell[:2]], _calibration_tokens(cell[2]))
+        ):
             result, tokens = record.result or {}, _calibration_tokens(record)
             name = f"windows of {calibrated}, tested at {tested}"
             losses = [number(result["perplexity_change"]), number(result["kl"])]
