@@ -84,6 +84,33 @@ def retrieval(key, columns, depths, share):
     return {"cells": cells, "right": right, "asked": asked, "lost": 3, "gained": 1, "p_value": 0.625}
 
 
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def transfer(calibrated, tested, config, factor, *, distance=0.5, text="", seed=0):
+    """One cell; another `text` makes other texts of the same names."""
+    first, second = f"{calibrated}{text}", f"{tested}{text}"
+    source = {"name": calibrated, "text_sha256": digest(first), "tokens": 8192, "context": 2048, "seed": seed}
+    options = {
+        "calibrated": source | {"data": f"{first}.txt"},
+        "tested": {"name": tested, "data": f"{second}.txt"},
+        "context": 2048,
+        "tokens": 4096,
+    }
+    names = {"calibrated": calibrated, "tested": tested, "distance": distance, "calibration_tokens": 8192}
+    result = losses(config.k_ratio, factor) | names
+    return record("transfer", config, result, options=options, text_sha256=digest(f"test of {second}"), seed=seed)
+
+
+def context(calibrated, tested, tokens, config, factor, *, seed=0, tested_tokens=8192):
+    """One cell, calibrated on so many tokens."""
+    source = {"name": "wiki", "text_sha256": digest("wiki"), "tokens": tokens, "context": calibrated, "seed": seed}
+    options = {"data": "test.txt", "calibrated": source, "context": tested, "tokens": tested_tokens}
+    lengths = {"calibrated_length": calibrated, "tested_length": tested, "calibration_tokens": tokens}
+    return record("context", config, losses(config.k_ratio, factor) | lengths, options=options, seed=seed)
+
+
 def records():
     """Of every suite some."""
     made = [record("perplexity", None, losses(1.0) | DENSE)]
@@ -110,17 +137,17 @@ def records():
             made.append(record("retention", AquaConfig(k_ratio=ratio, selection=selection), result))
     for task, metric in (("hellaswag", "acc_norm"), ("arc_easy", "acc"), ("truthfulqa", "mc2")):
         result = {"task": task, "metric": metric, "value": 0.41, "stderr": 0.012, "count": 400, "dense": 0.43}
-        made.append(record("tasks", ours, result | {"lost": 12, "gained": 4, "p_value": 0.0768}, options={}))
+        made.append(
+            record("tasks", ours, result | {"lost": 12, "gained": 4, "p_value": 0.0768}, options={"file": task})
+        )
     for i, calibrated in enumerate(("english", "हिन्दी", "code")):
         for j, tested in enumerate(("english", "हिन्दी", "code")):
-            names = {"calibrated": calibrated, "tested": tested, "distance": 0.1 * abs(i - j)}
-            made.append(record("transfer", half, losses(0.5, 1 + abs(i - j)) | names))
+            made.append(transfer(calibrated, tested, half, 1 + abs(i - j), distance=0.1 * abs(i - j)))
     for calibrated in (512, 2048):
         for tested in (512, 2048, 8192):
             for tokens in (4096, 16384):
                 far = abs(math.log2(tested / calibrated)) + 4096 / tokens
-                lengths = {"calibrated_length": calibrated, "tested_length": tested, "calibration_tokens": tokens}
-                made.append(record("context", half, losses(0.5, far) | lengths))
+                made.append(context(calibrated, tested, tokens, half, far))
     refused = {"kind": "error", "message": "length is 9000: the model knows 8192 positions"}
     made.append(record("needle", half, error=refused, options={"lengths": [9000]}))
     memory = {"kind": "out_of_memory", "message": "tried to allocate 12 GiB"}
@@ -180,8 +207,8 @@ def write(folder, *, values=None, files=None):
     """The folder with records and benchmarks in their places."""
     (folder / "records").mkdir(parents=True, exist_ok=True)
     for value in records() if values is None else values:
-        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-        (folder / "records" / f"{digest}.json").write_text(json.dumps(value))
+        name = digest(json.dumps(value, sort_keys=True))[:12]
+        (folder / "records" / f"{name}.json").write_text(json.dumps(value))
     for name, value in (benchmarks() if files is None else files).items():
         (folder / name).write_text(json.dumps(value))
     return folder

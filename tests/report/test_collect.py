@@ -49,6 +49,11 @@ def test_an_empty_folder_and_a_missing_one_are_errors_with_a_remedy(tmp_path):
         (b'{"results": [3]}', "one of its results is no object"),
         (b'{"records": [3]}', "its records are not all objects"),
         (b'{"questions": 3, "rows": [{}]}', "its questions are damaged"),
+        (
+            b'{"questions": [{"length": [1], "correct": [true]}], "rows": [{}]}',
+            "length, depth or lines [1], not a number",
+        ),
+        (b'{"rows": [{"perplexity": 2.0, "perplexity_change": 0.1, "kl": 0.1, "setting": {}}]}', "its dense is None"),
         (b'{"breakeven": [{"k_ratio": 1}], "rows": [{"length": 1, "aqua": 3}]}', "has aqua 3, not a list of numbers"),
         (b'{"layers": [{"layer": 0, "head_dim": 64, "dims_90": "x"}]}', "has dims_90 'x', not a list of numbers"),
     ],
@@ -102,6 +107,24 @@ def test_a_record_with_a_wrong_field_is_named_with_its_reason(tmp_path, changes,
 def test_records_in_one_file_and_in_their_own_count_once(tmp_path):
     samples.write(tmp_path, values=[GOOD], files={"all.json": {"records": [GOOD, GOOD | {"model": "other"}]}})
     assert [record.model for record in collect(tmp_path).records] == ["tiny", "other"]
+
+
+def test_a_newer_success_replaces_the_failure_that_another_file_still_has(tmp_path):
+    failure = {"kind": "error", "message": "too long"}
+    old = samples.record("perplexity", HALF, error=failure, started="2025-01-02T03:04:05+00:00", commit="0" * 40)
+    samples.write(tmp_path, values=[GOOD], files={"all.json": {"records": [old]}})
+    found = collect(tmp_path)
+    assert not found.failed
+    assert [record.source.split("/")[0] for record in found.records] == ["records"]
+    (tmp_path / "all.json").write_text(json.dumps({"records": [old | {"started": "2027-01-02T03:04:05+00:00"}]}))
+    found = collect(tmp_path)
+    assert (len(found.records), len(found.failed)) == (0, 1)
+
+
+def test_figures_of_different_seeds_and_texts_both_count(tmp_path):
+    values = [GOOD, GOOD | {"seed": 1}, GOOD | {"text_sha256": "3" * 64}, GOOD | {"projections_sha256": "4" * 64}]
+    samples.write(tmp_path, values=values, files={})
+    assert len(collect(tmp_path).records) == 4
 
 
 def test_text_that_no_page_can_hold_is_cleaned(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aqua_attention.errors import AquaError
-from aqua_attention.report.recognise import records_of
+from aqua_attention.report.recognise import is_own_summary, records_of
 from aqua_attention.report.record import Record, Unusable
 
 LONGEST_TEXT = 2000
@@ -45,23 +45,45 @@ def collect(folder: Path) -> Collected:
             f"{folder} holds no results: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
             f"with --json {folder / 'NAME.json'}, then the report"
         )
-    found, unused = [], []
+    found: list[Record] = []
+    unused = []
     for path in paths:
         name = cleaned(str(path.relative_to(folder)))
         try:
-            found += records_of(_load(path), name)
+            value = _load(path)
+            found += [] if is_own_summary(value) else records_of(value, name)
         except Unusable as reason:
             unused.append((name, str(reason)))
     # The grid's --json holds the same records as its folder.
     kept: list[Record] = []
     seen: set[str] = set()
-    for record in found:
-        value = record.suite, record.model, record.setting, record.basis, record.options, record.result, record.error
+    for record in _newest(found):
+        made = record.options, record.key, *(record.details.get(name) for name in ("dtype", "text_sha256"))
+        value = record.suite, record.model, record.setting, record.basis, made, record.result, record.error
         if (key := json.dumps(value, sort_keys=True)) not in seen:
             seen.add(key)
             kept.append(record)
     kept.sort(key=_order)
     return Collected([r for r in kept if r.error is None], [r for r in kept if r.error is not None], unused)
+
+
+def _newest(found: list[Record]) -> list[Record]:
+    """Without older records of the same measurement: a grid's --json keeps failures that its folder has outgrown."""
+
+    def age(record: Record) -> tuple[str, bool]:
+        return str(record.details.get("started", "")), record.error is None
+
+    newest: dict[str, Record] = {}
+    for record in found:
+        if record.key is not None and (record.key not in newest or age(record) > age(newest[record.key])):
+            newest[record.key] = record
+
+    def stays(record: Record) -> bool:
+        # Of one measurement there can be several records, all from one file: a row for each task.
+        best = record if record.key is None else newest[record.key]
+        return (age(record), record.source) == (age(best), best.source)
+
+    return [record for record in found if stays(record)]
 
 
 def _order(record: Record) -> str:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from aqua_attention.report.document import Block, Section, commands_of, data_of, grouped, percent, plain
+from aqua_attention.report.document import Block, Section, commands_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.losses import mean_k_rows
 from aqua_attention.report.record import Record, number, numbers
+from aqua_attention.report.runs import runs_of
 
 HEAT_RATIO = 0.5
 """Heat maps of retention are drawn at the k_ratio nearest to this."""
@@ -27,7 +28,7 @@ def _retention(records: Sequence[Record]) -> list[Block]:
         "Softmax loss: half the summed absolute difference of the probabilities, 0 equal, 1 disjoint."
     )
     blocks = []
-    for place, (title, group) in enumerate(grouped(records, "retention", data_of).items()):
+    for place, (title, group) in enumerate(runs_of(records, "retention").items()):
         lines: dict[str, list[tuple[float, list[float]]]] = {}
         rows = []
         for record in group:
@@ -60,13 +61,13 @@ def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Bl
         return []
     ratio = min(finite, key=lambda each: abs(each - HEAT_RATIO))
     used = [record for record in group if record.result and number(record.result["k_ratio"]) == ratio]
-    grids: dict[str, tuple[list[str], list[list[float]]]] = {}
+    grids: list[tuple[str, tuple[list[str], list[list[float]]]]] = []
     for record in used:
         assert record.result is not None
         layers = record.result["per_layer"]
         losses = _padded([numbers(layer["softmax_loss"]) for layer in layers])
-        grids[_selection(record)] = [plain(number(layer.get("layer"))) for layer in layers], losses
-    values = [value for _, grid in grids.values() for row in grid for value in row if math.isfinite(value)]
+        grids.append((_selection(record), ([plain(number(layer.get("layer"))) for layer in layers], losses)))
+    values = [value for _, (_, grid) in grids for row in grid for value in row if math.isfinite(value)]
     panels = [
         heat(
             f"retention{place}-{index}",
@@ -78,12 +79,12 @@ def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Bl
             unit="softmax loss (%)",
             limits=(0.0, max(values, default=1.0)),
         )
-        for index, (selection, (names, grid)) in enumerate(grids.items())
+        for index, (selection, (names, grid)) in enumerate(grids)
     ]
-    heads = max(len(grid[0]) for _, grid in grids.values())
+    heads = max(len(grid[0]) for _, (_, grid) in grids)
     rows = [
         [selection, name, *(percent(value) for value in row), *[""] * (heads - len(row))]
-        for selection, (names, grid) in grids.items()
+        for selection, (names, grid) in grids
         for name, row in zip(names, grid, strict=True)
     ]
     table = (["selection", "layer", *(f"head {head}" for head in range(heads))], rows)
@@ -94,7 +95,7 @@ def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Bl
 def _adaptive(records: Sequence[Record]) -> list[Block]:
     blocks = []
     uneven = [record for record in records if mean_k_rows([record])]
-    for place, (title, group) in enumerate(grouped(uneven, "perplexity", data_of).items()):
+    for place, (title, group) in enumerate(runs_of(uneven, "perplexity").items()):
         named = mean_k_rows(group)
         count = max(len(shares) for _, shares in named)
         drawn = [Curve(name, [(float(x), [y]) for x, y in enumerate(shares)]) for name, shares in named]

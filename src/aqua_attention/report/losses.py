@@ -7,16 +7,18 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aqua_attention.report.document import Block, Panel, Section, commands_of, data_of, grouped, name_of, percent, plain
+from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves
 from aqua_attention.report.record import Record, number, numbers
+from aqua_attention.report.runs import facts_of_run, runs_of, same_model, told_apart
 from aqua_attention.tables import Table, describe_setting
 
 NOTE = (
-    "Dot-product work: query-key multiplications outside the exact window, measured, times the share of tokens that "
-    "stays. Key and cache bytes: what the setting stores of keys, and of keys and values, to 16-bit ones, without the "
-    "exact window and the scales of rounded ones. Change and KL divergence (nats): against the dense model of the same "
-    "run. k_ratio alone stores no less, and less work is not less time: see the benchmarks."
+    "Dot-product work: query-key multiplications outside the exact window, measured, times the nominal share of tokens "
+    "that stays (h2o_ratio). Key and cache bytes: what the setting stores of keys, and of keys and values, to 16-bit "
+    "ones, without the exact window and the scales of rounded ones. With h2o_ratio all three are nominal: windows too "
+    "short to evict keep and multiply more. Change and KL divergence (nats): against the dense model of the same run. "
+    "k_ratio alone stores no less, and less work is not less time: see the benchmarks."
 )
 KEY_BITS = {None: 16, 8: 8, 4: 5}
 """Bits of a key dimension, by `bits`: of int4, the first quarter of the dimensions has 8."""
@@ -45,44 +47,62 @@ def cache_share(setting: dict[str, Any]) -> float:
 
 def loss_sections(records: Sequence[Record]) -> list[Section]:
     """What you gain and lose, and the trade-offs, for each model and text."""
-    groups = grouped(records, "perplexity", data_of)
+    groups = runs_of(records, "perplexity")
     drawn = [block for place, (title, group) in enumerate(groups.items()) if (block := _trade_off(place, title, group))]
     asked = [record for record in records if record.suite in ("needle", "lines")]
-    tables, seen = [], set()
+    tables = []
+    left = list(asked)
     for title, group in groups.items():
-        model = group[0].model
         # Settings without perplexity stand in the first table of their model only.
-        tables.append(_gain_and_loss(title, group, [r for r in asked if r.model == model], others=model not in seen))
-        seen.add(model)
-    for model in dict.fromkeys(record.model for record in asked if record.model not in seen):
-        tables.append(_gain_and_loss(model, [], [r for r in asked if r.model == model], others=True))
+        tables.append(_gain_and_loss(title, group, _fitting(group, asked), _fitting(group, left)))
+        placed = {id(record) for record in _fitting(group, left)}
+        left = [record for record in left if id(record) not in placed]
+    alone: list[list[Record]] = []
+    while left:
+        leader = next((record for record in left if record.setting is not None), left[0])
+        alone.append([leader, *(record for record in _fitting([leader], asked) if record is not leader)])
+        left = [record for record in left if not any(record is each for each in alone[-1])]
+    titles = told_apart([group[0].model for group in alone], [facts_of_run(group[0]) for group in alone])
+    for title, group in zip(titles, alone, strict=True):
+        fitting = [record for record in asked if any(record is each for each in group)]
+        tables.append(_gain_and_loss(title, [], fitting, fitting))
     sections = [Section("What you gain and lose", NOTE, tables)] if tables else []
     if drawn:
         sections.append(Section("Trade-offs", CURVES_NOTE, drawn))
     return sections
 
 
-def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record], *, others: bool) -> Block:
-    """A row a setting: of `group` (perplexity), and with `others` those of `asked` (retrieval) that it lacks."""
+def _fitting(group: Sequence[Record], asked: Sequence[Record]) -> list[Record]:
+    """Those asked of the same model, dtype and projections, as far as the files say."""
+    return [record for record in asked if all(same_model(record, each) for each in group)]
+
+
+def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record], others: Sequence[Record]) -> Block:
+    """A row a setting: of `group` (perplexity), and those of `others` (retrieval) that it lacks.
+
+    Args:
+        asked: retrieval; a column for each run of it.
+    """
     settings = [record for record in group if record.setting is not None]
     known = {name_of(record) for record in settings}
-    if others:
-        settings += {name_of(r): r for r in asked if r.setting is not None and name_of(r) not in known}.values()
+    settings += {name_of(r): r for r in others if r.setting is not None and name_of(r) not in known}.values()
     names = {name_of(record) for record in settings}
-    suites = [suite for suite in ("needle", "lines") if any(r.suite == suite and name_of(r) in names for r in asked)]
+    runs = [run for suite in ("needle", "lines") for run in runs_of(asked, suite).values()]
+    runs = [run for run in runs if not names or any(name_of(record) in names for record in run)]
+    columns = told_apart([f"{run[0].suite}: right" for run in runs], [facts_of_run(run[0]) for run in runs])
     titles = ["setting", "dot-product work", "key bytes", "cache bytes"]
-    titles += ["perplexity", "change", "KL to dense", "same top token", *(f"{suite}: right" for suite in suites)]
+    titles += ["perplexity", "change", "KL to dense", "same top token", *columns]
     rows = []
     for perplexity in sorted(set(filter(math.isfinite, map(_dense_perplexity, group)))) or [math.nan]:
         shares = ["100%", "100%", "100%", plain(perplexity, ".3f") if group else "", "", "", ""]
-        rows.append(["dense", *shares, *(_right(asked, suite, "dense") for suite in suites)])
+        rows.append(["dense", *shares, *(_right(run, "dense") for run in runs)])
     for record in settings:
         assert record.result is not None and record.setting is not None
         measured = record.suite == "perplexity"
         losses = [*_loss_cells(record.result), percent(number(record.result.get("top1")))] if measured else [""] * 4
         shares = ["" if math.isnan(share) else percent(share, 0) for share in _shares(record)]
-        rows.append([name_of(record), *shares, *losses, *(_right(asked, s, name_of(record)) for s in suites)])
-    used = [*group, *(record for record in asked if record.suite in suites)]
+        rows.append([name_of(record), *shares, *losses, *(_right(run, name_of(record)) for run in runs)])
+    used = [*group, *(record for run in runs for record in run)]
     return Block(title, "", (titles, rows), commands_of(used))
 
 
@@ -102,11 +122,11 @@ def _dense_perplexity(record: Record) -> float:
     return number(given.get("perplexity") if isinstance(given, dict) else given)
 
 
-def _right(asked: Sequence[Record], suite: str, name: str) -> str:
-    """Right answers of all questions asked under a setting, over all files; nothing where none was asked."""
-    found = [record.result for record in asked if record.suite == suite and name_of(record) == name and record.result]
-    right, count = (sum(number(result[key]) for result in found) for key in ("right", "asked"))
-    return f"{plain(right, '.0f')}/{plain(count, '.0f')}" if found else ""
+def _right(run: Sequence[Record], name: str) -> str:
+    """Right answers of all under a setting; each where it was asked twice, nothing where it was not asked."""
+    found = [record.result for record in run if name_of(record) == name and record.result]
+    counts = [[plain(number(result[key]), ".0f") for key in ("right", "asked")] for result in found]
+    return " | ".join(dict.fromkeys("/".join(pair) for pair in counts))
 
 
 def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:

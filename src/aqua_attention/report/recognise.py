@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.records import CALIBRATING, KEY_FIELDS
 from aqua_attention.report.record import Record, Unusable, checked, short
 from aqua_attention.tables import describe_setting
 
 SCHEMA = 1
 DETAILS = "version commit versions device dtype seed started seconds projections_sha256 text_sha256".split()
-SOURCE_KEYS = ("data", "context", "seed", "needles", "chat", "scored", "length", "batch")
+SOURCE_KEYS = "data context tokens seed needles chat scored length batch limit quick".split()
+OWN_KEYS = {"settings", "failed", "unused", "written"}
+"""Of what `aqua report --json` writes."""
 
 
 def records_of(value: Any, source: str) -> list[Record]:
@@ -44,12 +48,15 @@ def records_of(value: Any, source: str) -> list[Record]:
     if "questions" in value:
         return _retrieval(value, source)
     if "score_loss" in rows[0]:
-        basis = str(value.get("basis") or "aqua")
-        return [replace(_record("retention", source, value, row), basis=basis) for row in rows]
+        given = _record("retention", source, value, None)
+        return [
+            checked(replace(given, result=row, basis=str(row.get("basis") or value.get("basis") or "aqua")))
+            for row in rows
+        ]
     if "task" in rows[0] and "metric" in rows[0]:
         dense = value.get("dense")
         dense = [row for row in dense if isinstance(row, dict)] if isinstance(dense, list) else []
-        return [_setting_row("tasks", source, value, row) for row in (*dense, *rows)]
+        return [_of_task(_setting_row("tasks", source, value, row), value.get("tasks")) for row in (*dense, *rows)]
     if "perplexity" in rows[0]:
         return _perplexity(value, source)
     if "setting" in rows[0] and "length" in value:
@@ -86,7 +93,8 @@ def read_record(value: dict[str, Any], source: str) -> list[Record]:
         result=result,
         error=error,
         command=command if isinstance(command, str) else None,
-        details={name: value[name] for name in DETAILS if value.get(name) is not None},
+        details=_details(value),
+        key=_key(value),
     )
     if record.suite in ("retention", "tasks") and isinstance(result, dict) and isinstance(result.get("rows"), list):
         return [checked(replace(record, result=row)) for row in result["rows"]]
@@ -114,9 +122,26 @@ def read_setting(value: Any) -> dict[str, Any] | None:
         raise Unusable(f"its config has fields that this version does not know: {unknown}") from None
 
 
+def is_own_summary(value: Any) -> bool:
+    """Whether a file's value is what `aqua report --json` wrote."""
+    return isinstance(value, dict) and set(value) == OWN_KEYS
+
+
+def _key(value: dict[str, Any]) -> str:
+    """What makes two records the same measurement, whatever came out: see `evaluate.records`."""
+    names = [name for name in KEY_FIELDS if not (name == "projections_sha256" and value["suite"] in CALIBRATING)]
+    return json.dumps({name: value.get(name) for name in names}, sort_keys=True)
+
+
+def _details(given: dict[str, Any]) -> dict[str, Any]:
+    """`DETAILS`, and whatever else has a digest."""
+    known = {name: given[name] for name in DETAILS if given.get(name) is not None}
+    return known | {name: value for name, value in given.items() if name.endswith("_sha256") and isinstance(value, str)}
+
+
 def _record(suite: str, source: str, given: dict[str, Any], result: Any) -> Record:
     options = {name: given[name] for name in SOURCE_KEYS if given.get(name) is not None}
-    details = {name: given[name] for name in ("dtype", "device") if isinstance(given.get(name), str)}
+    details = {name: each for name, each in _details(given).items() if isinstance(each, str)}
     model = given.get("model")
     model = model if isinstance(model, str) else ""
     return checked(Record(suite, source, model, None, options=options, result=result, details=details))
@@ -134,8 +159,21 @@ def _setting_row(suite: str, source: str, given: dict[str, Any], row: dict[str, 
 
 def _perplexity(value: dict[str, Any], source: str) -> list[Record]:
     dense = value.get("dense")
+    if not isinstance(dense, dict):
+        raise Unusable(f"its dense is {short(dense)}, not an object: it has nothing to compare with")
     rows = [_setting_row("perplexity", source, value, row | {"dense": dense}) for row in value["rows"]]
     return [_record("perplexity", source, value, dense), *rows]
+
+
+def _of_task(record: Record, tasks: Any) -> Record:
+    """With the task's own options: file, digest of its questions and examples given."""
+    result = record.result
+    task = tasks.get(result["task"]) if isinstance(tasks, dict) and result else None
+    if not isinstance(task, dict):
+        return record
+    names = {"few_shot": "few_shot", "path": "file", "sha256": "file_sha256"}
+    own = {words: task[name] for name, words in names.items() if task.get(name) is not None}
+    return replace(record, options=record.options | own)
 
 
 def _retrieval(value: dict[str, Any], source: str) -> list[Record]:
@@ -145,6 +183,8 @@ def _retrieval(value: dict[str, Any], source: str) -> list[Record]:
         suite = "lines" if "lines" in questions[0] else "needle"
         labels = [(q[("lines" if suite == "lines" else "length")], q.get("depth")) for q in questions]
         marks = [q["correct"] for q in questions]
+        if odd := [each for pair in labels for each in pair if each is not None and not isinstance(each, (int, float))]:
+            raise Unusable(f"a question has length, depth or lines {short(odd[0])}, not a number")
         if any(len(row) != len(rows) + 1 for row in marks):
             raise Unusable("its questions have not an answer for each setting")
     except (TypeError, KeyError, IndexError, AttributeError):

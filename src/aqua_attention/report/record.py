@@ -26,6 +26,10 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 """The numbers that a result of each suite must have."""
 NAMES = {"retention": ("selection",), "tasks": ("task", "metric"), "transfer": ("calibrated", "tested")}
 """The words that it must have."""
+COMPARED = ("perplexity", "needle", "lines", "tasks")
+"""Suites of which dense attention has a record too, the one without a setting."""
+RETRIEVAL_CELLS = {"needle": "length", "lines": "lines"}
+"""By suite of retrieval, what the columns of its cells are."""
 LISTS: dict[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
     "retention": (("per_layer", ("layer",), ("score_loss", "softmax_loss")),),
     "needle": (("cells", ("length", "depth", "right", "asked"), ()),),
@@ -59,6 +63,7 @@ class Record:
         error: `{"kind", "message"}` where it failed.
         command: the command line that made it, None where the file does not say.
         details: those of `DETAILS` that are known.
+        key: the same for all records of one measurement; None where the file does not say what that is.
     """
 
     suite: str
@@ -71,6 +76,7 @@ class Record:
     error: dict[str, str] | None = None
     command: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    key: str | None = None
 
 
 def checked(record: Record) -> Record:
@@ -87,7 +93,7 @@ def checked(record: Record) -> Record:
     if not isinstance(result, dict):
         raise Unusable(f"its result is {short(result)}, not an object")
     required = REQUIRED[record.suite]
-    if record.setting is None and record.suite in ("perplexity", "needle", "lines", "tasks"):
+    if record.setting is None and record.suite in COMPARED:
         # Dense attention: there is nothing to compare with.
         required = tuple(name for name in required if name in ("perplexity", "right", "asked", "value"))
     for name in required:

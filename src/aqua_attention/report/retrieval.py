@@ -6,9 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from aqua_attention.report.document import Block, Panel, Section, commands_of, data_of, grouped, name_of, plain
+from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.record import Record, number
+from aqua_attention.report.runs import runs_of
 from aqua_attention.tables import Table
 
 MOST_DRAWN = 24
@@ -22,12 +23,12 @@ def retrieval_sections(records: Sequence[Record]) -> list[Section]:
         "Exact answers (greedy). Lost, gained: questions that only dense, only AQUA got right; p: exact McNemar test."
     )
     blocks = []
-    for place, (title, group) in enumerate(grouped(records, "needle", data_of).items()):
+    for place, (title, group) in enumerate(runs_of(records, "needle").items()):
         panels = [_needle(f"needle{place}-{index}", record) for index, record in enumerate(group[:MOST_DRAWN])]
         more = f"The first {MOST_DRAWN} of {len(group)} settings are drawn." if len(group) > MOST_DRAWN else ""
         table = _retrieval_table(group)
         blocks.append(Block(f"Needle in a haystack: {title}", more, table, commands_of(group), panels))
-    for place, (title, group) in enumerate(grouped(records, "lines", data_of).items()):
+    for place, (title, group) in enumerate(runs_of(records, "lines").items()):
         blocks.append(
             Block(f"Lines: {title}", "", _retrieval_table(group), commands_of(group), [_lines(f"lines{place}", group)])
         )
