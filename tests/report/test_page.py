@@ -217,6 +217,16 @@ def test_labels_of_a_drawing_stay_as_they_are():
     assert root.get("aria-label") == 'in "words"'
 
 
+def test_changes_close_to_each_other_are_inside_their_axis():
+    lines = [Curve("a", [(4096.0, [0.058]), (16384.0, [0.066])])]
+    image = curves("a", "close", Axis("x", "log2"), [Axis("change", "change")], lines).svg
+    texts = [element.text for element in ElementTree.fromstring(image).iter("{http://www.w3.org/2000/svg}text")]
+    assert "0" in texts
+    (line,) = re.findall(r'<path d="M ([\d.]+) ([\d.]+)\s*L ([\d.]+) ([\d.]+)\s*" clip-path[^>]*--s0', image)
+    (box,) = re.findall(r'<rect x="[\d.]+" y="([\d.]+)" width="[\d.]+" height="([\d.]+)"', image)
+    assert all(float(box[0]) < float(line[place]) < float(box[0]) + float(box[1]) for place in (1, 3))
+
+
 def test_more_curves_than_colours_are_grey_and_a_long_table_is_cut(tmp_path):
     values = [
         samples.record("perplexity", AquaConfig(k_ratio=0.5, sink=sink), samples.losses(0.5)) for sink in range(400)
@@ -339,6 +349,14 @@ def test_the_command_writes_both_pages_and_says_what_it_left_out(aqua, tmp_path)
     assert [failure["suite"] for failure in summary["failed"]] == ["perplexity", "needle"]
     assert summary["unused"][0]["file"] == "notes.json"
     assert (results / "report.md").read_text().startswith("# AQUA attention: what was measured")
+
+
+def test_its_own_figures_are_no_file_that_is_left_out(aqua, tmp_path):
+    results = samples.write(tmp_path / "results", values=samples.records()[:3])
+    for _ in range(2):
+        code, _, err = aqua("report", results, "--json", results / "report.json")
+        assert (code, "not used" in err) == (0, False)
+    assert json.loads((results / "report.json").read_text())["unused"] == []
 
 
 def test_what_the_commands_write_is_understood(aqua, tmp_path, tiny_folder, llama, words):

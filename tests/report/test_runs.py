@@ -72,13 +72,13 @@ def test_columns_tested_on_other_tokens_are_labelled(tmp_path):
 
 
 def test_a_cell_that_is_filled_twice_shows_both(tmp_path):
-    values = [samples.context(512, 512, 4096, HALF, factor) | {"weights": factor} for factor in (1, 2)]
+    values = [samples.context(512, 512, 4096, HALF, factor) for factor in (1, 2)]
     for place, value in enumerate(values):
-        value["options"]["calibrated"]["context"] = 512
         value["basis"] = ("aqua", None)[place]
+    values.append(samples.context(512, 1024, 4096, HALF, 3))
     (block,) = blocks(tmp_path, "Context length", values=values)
     assert block.note.startswith("1 cells were measured more than once")
-    assert len(block.table[1]) == 2
+    assert len(block.table[1]) == 3
     changes = [f"{samples.losses(0.5, factor)['perplexity_change']:+.2%}" for factor in (1, 2)]
     assert any(f"{first} | {second}" in block.panels[0].svg for first, second in (changes, changes[::-1]))
 

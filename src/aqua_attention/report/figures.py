@@ -206,8 +206,10 @@ def _scale(axis: Any, kind: Axis) -> None:
             (owner.set_xlim if which == "x" else owner.set_ylim)(-0.03, 1.03)
     elif kind.scale == "change":
         set_scale("symlog", linthresh=0.01)
-        # Room for the markers: the margins of matplotlib are none on this scale.
+        # Room for the markers: the margins of matplotlib are none on this scale. With 0, as no change is what one
+        # compares with; otherwise values close to each other have no tick beside them.
         low, high = (1.3 * limit for limit in (owner.get_ylim() if which == "y" else owner.get_xlim()))
+        low, high = min(low, 0.0), max(high, 0.0)
         steps = [value for value in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0) if value >= 0.01 or max(-low, high) < 0.02]
         axis.set_ticks([*(-step for step in reversed(steps)), 0.0, *steps])
         (owner.set_ylim if which == "y" else owner.set_xlim)(low, high)

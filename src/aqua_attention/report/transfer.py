@@ -93,7 +93,9 @@ def transfer_sections(records: Sequence[Record]) -> list[Section]:
             note = (
                 f"{twice} cells were measured more than once: all figures are given, coloured is none." if twice else ""
             )
-            table, panels = _transfer_table(matrix, kind), _panels(f"{suite}{place}", matrix, kind)
+            table = _transfer_table(matrix, kind)
+            # A single cell is no picture.
+            panels = _panels(f"{suite}{place}", matrix, kind) if len(matrix.rows) * len(matrix.columns) > 1 else []
             blocks.append(Block(matrix.title, note, table, commands_of(group), panels))
         if suite == "context":
             blocks += _calibration_size(of_suite, kind)
