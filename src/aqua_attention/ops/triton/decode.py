@@ -10,7 +10,8 @@ from torch import Tensor
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache, expect
 from aqua_attention.ops.triton.blocks import LEAST_SIZE, on_device_of, padded, shared_memory, starts_early
-from aqua_attention.ops.triton.decode_kernel import decode_kernel, mass_kernel, merge_kernel
+from aqua_attention.ops.triton.decode_kernel import decode_kernel
+from aqua_attention.ops.triton.decode_merge import mass_kernel, merge_kernel
 
 LOG2_E = 1.4426950408889634
 DIMS_AT_ONCE = 32

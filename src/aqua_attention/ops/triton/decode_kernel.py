@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""The kernels of `decode`.
+"""The kernel of `decode`.
 
 The tokens of a sequence are split over programs; each writes the attention over its own tokens and its log-sum-exp, and
 the last one to arrive merges them. Three programs have the blocks in which tokens can need every dimension, one each:
@@ -15,6 +15,7 @@ import triton.language as tl
 from aqua_attention.ops.triton.blocks import key_pointers, online_softmax, store_part, token_cells, token_pointers
 from aqua_attention.ops.triton.decode_exact import exact_block
 from aqua_attention.ops.triton.decode_int8 import rounded_tiles
+from aqua_attention.ops.triton.decode_merge import merge
 
 
 @triton.jit
@@ -219,7 +220,7 @@ def decode_kernel(
         tl.debug_barrier()  # the whole program has written before it says so
         if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
             tl.store(arrived_ptr + row * (groups + 1) + group, 0)
-            _merge(
+            merge(
                 partial_ptr,
                 lse_ptr,
                 output_ptr,
@@ -240,47 +241,6 @@ def decode_kernel(
                     tl.store(lengths_ptr + row, length)
     elif EARLY:
         tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
-def merge_kernel(
-    partial_ptr,
-    lse_ptr,
-    output_ptr,
-    whole_lse_ptr,
-    lengths_ptr,
-    splits,
-    longest,
-    APPENDED: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    MERGED: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """What the last program of `decode_kernel` does, where parts come from two kernels."""
-    group, row = tl.program_id(0), tl.program_id(1)
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-    _merge(
-        partial_ptr,
-        lse_ptr,
-        output_ptr,
-        whole_lse_ptr,
-        splits,
-        (row * tl.num_programs(0) + group).to(tl.int64) * GROUP,
-        GROUP,
-        GROUP_PADDED,
-        VALUE_DIM,
-        VALUE_PADDED,
-        SPLITS_PADDED,
-        MERGED,
-    )
-    if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
-        if group == 0:
-            tl.store(lengths_ptr + row, tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + 1, longest))
 
 
 @triton.jit
@@ -377,72 +337,3 @@ def _tiles(
             largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
     at = (first_head + heads) * splits + split
     store_part(partial_ptr, lse_ptr, at, largest, total, output, inside, columns, VALUE_DIM)
-
-
-@triton.jit
-def _merge(
-    partial_ptr,
-    lse_ptr,
-    output_ptr,
-    whole_lse_ptr,
-    splits,
-    first_head,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    MERGED: tl.constexpr,
-):
-    """The attention over all splits of the sequence, from that over each and its log-sum-exp."""
-    columns = tl.arange(0, VALUE_PADDED)
-    column = columns < VALUE_DIM
-    every, member = tl.arange(0, SPLITS_PADDED), tl.arange(0, GROUP_PADDED)
-    first = (first_head + member) * splits
-    # Past the cache of this processor, which may hold what was there before.
-    lse = tl.load(
-        lse_ptr + first[:, None] + every[None, :],
-        (member[:, None] < GROUP) & (every[None, :] < splits),
-        float("-inf"),
-        cache_modifier=".cg",
-    )
-    top = tl.max(lse, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    whole_lse = top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), 1))
-    # Heads that are not there, and sequences without a token: zeros, and no minus infinity less itself.
-    whole_lse = tl.where(whole_lse == float("-inf"), 0.0, whole_lse)
-    result = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
-    for start in range(0, splits, MERGED):
-        part = start + tl.arange(0, MERGED)
-        is_part = (member[:, None] < GROUP) & (part[None, :] < splits)
-        at = first[:, None] + part[None, :]
-        part_lse = tl.load(lse_ptr + at, is_part, float("-inf"), cache_modifier=".cg")
-        some = tl.load(
-            partial_ptr + at[:, :, None] * VALUE_DIM + columns[None, None, :],
-            is_part[:, :, None] & column[None, None, :],
-            0.0,
-            cache_modifier=".cg",
-        )
-        result += tl.sum(some * tl.exp2(part_lse - whole_lse[:, None])[:, :, None], 1)
-    tl.store(
-        output_ptr + (first_head + member)[:, None] * VALUE_DIM + columns[None, :],
-        result.to(output_ptr.dtype.element_ty),
-        (member[:, None] < GROUP) & column[None, :],
-    )
-    if whole_lse_ptr is not None:
-        tl.store(whole_lse_ptr + first_head + member, whole_lse, member < GROUP)
-
-
-@triton.jit
-def mass_kernel(scores_ptr, lse_ptr, lengths_ptr, mass_ptr, tokens, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """Attention that each token was given by the heads of a group, from their scores and log-sum-exp."""
-    row = tl.program_id(2)
-    place = (row * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seen = position < tl.load(lengths_ptr + row)
-    mass = tl.zeros([BLOCK], tl.float32)
-    for member in range(GROUP):
-        head = place * GROUP + member
-        scores = tl.load(scores_ptr + head * tokens + position, seen, float("-inf"))
-        mass += tl.exp2(scores - tl.load(lse_ptr + head))
-    tl.store(mass_ptr + place * tokens + position, tl.where(seen, mass, 0.0), position < tokens)
