@@ -105,10 +105,7 @@ def decode(
         step = padded(most)
         if not by_hand:
             warps, options = FEW_WARPS, dict(ROUNDED)
-    given = {
-        "GROUP": heads // groups,
-        "VALUE_DIM": value_dim,
-    }
+    given = {"GROUP": heads // groups, "VALUE_DIM": value_dim}
     merging = {
         **given,
         "APPENDED": appended,
@@ -122,7 +119,9 @@ def decode(
     early = starts_early(query, appended)
     with on_device_of(query):
         if by_hand:
-            # It needs triton's lower language, which the interpreter does not know.
+            # Three launches: tiles wait for `prepare`; special blocks start when all programs of these have, so after
+            # it too, and end when these have; the merge waits for them, and so for both.
+            # Imported here: it needs triton's lower language, which the interpreter does not know.
             from aqua_attention.ops.triton.decode_int8_mma import decode_rounded_kernel
 
             early["EARLY"] = starts_early(query)["EARLY"]

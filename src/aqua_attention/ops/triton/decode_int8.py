@@ -3,8 +3,8 @@
 """Decoding over tiles of 8-bit codes.
 
 Scales and means of keys go into the few queries, steps of tokens into scores and weights, so that a code only has to
-become a number. Products of tensor cores take no bytes by row: the numbers go through shared memory once more. On an
-H100 that left about 72% of the bandwidth when the kernel was tuned.
+become a number. Products of tensor cores take no bytes by row: the numbers go through shared memory once more, which
+`decode_int8_mma` avoids where it can be used.
 """
 
 from __future__ import annotations
