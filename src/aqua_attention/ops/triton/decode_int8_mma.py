@@ -155,8 +155,8 @@ def decode_rounded_kernel(
     """Attention of a part of the tiles of a sequence and key-value head, all but the first, with the chosen dimensions:
     what `rounded_tiles` does. Tiles and values come as words of four codes.
 
-    With EARLY the kernel after this one may start when all programs of this one have, which is after `prepare` has
-    ended. Nothing is read through the cache of the processor, where what was before may lie.
+    With EARLY the kernel after this one may start when all programs of this one have. Nothing is read through the cache
+    of the processor, where what was before may lie.
 
     Args:
         before: parts of each head that are others' in `partial` and `lse`.
@@ -181,7 +181,6 @@ def decode_rounded_kernel(
     if table_ptr is not None:
         table_ptr += row * blocks
     if EARLY:
-        gl.inline_asm_elementwise("griddepcontrol.wait; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
