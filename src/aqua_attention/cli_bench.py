@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import product
 from typing import Annotated
 
@@ -147,6 +148,9 @@ def generate(
     layers: Annotated[int, typer.Option(help="Layers of the model, which else has the shape of Llama-3.1-8B.")] = 32,
     k_ratio: KRatios = GENERATE_K_RATIOS,
     int8: Annotated[bool, typer.Option(help="The smallest k_ratio with keys and values in int8 too.")] = True,
+    compile: Annotated[
+        bool, typer.Option(help="Norms, rotary embeddings and activations by torch.compile, in every row.")
+    ] = True,
     sink: Sink = 4,
     recent: Recent = 64,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
@@ -161,7 +165,7 @@ def generate(
 
     try:
         from aqua_attention.bench.decode import read_sizes
-        from aqua_attention.bench.generate import make_model, measure_generate
+        from aqua_attention.bench.generate import compiled, make_model, measure_generate
     except ModuleNotFoundError as error:
         raise AquaError("aqua bench generate needs triton, which CUDA builds of torch bring along") from error
     from aqua_attention.config import AquaConfig
@@ -177,9 +181,11 @@ def generate(
     )
     model = make_model(layers=layers, dtype=getattr(torch, dtype))
     results = []
-    for batch, length in sizes:
-        results.append(measure_generate(model, batch=batch, length=length, settings=settings))
-        print_table(generate_table(results[-1]))
+    with compiled(model) if compile else nullcontext():
+        for batch, length in sizes:
+            measured = measure_generate(model, batch=batch, length=length, settings=settings)
+            results.append(measured | {"compiled": compile})
+            print_table(generate_table(results[-1]))
     if json:
         write_json(json, {"results": results})
 

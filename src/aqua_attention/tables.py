@@ -143,7 +143,7 @@ def generate_table(result: dict[str, Any]) -> Table:
     """What `measure_generate` returned: a row a setting."""
     titles = [
         f"{result['device']}, {result['batch']} x {result['length']} tokens, {result['layers']} layers of "
-        f"{result['hidden']}, {result['dtype']}",
+        f"{result['hidden']}, {result['dtype']}{', compiled' if result.get('compiled') else ''}",
         "tokens/s",
         "ms a token",
         "to the best dense",

@@ -161,6 +161,26 @@ def test_a_dense_kernel_takes_the_place_of_transformers_own_and_leaves_it(model,
     assert model.config._attn_implementation == "sdpa"
 
 
+@torch.no_grad()
+def test_a_compiled_model_is_the_same_and_as_before_afterwards(model):
+    ids = torch.arange(1, 20, device=DEVICE)[None]
+    expected, runs = model(ids).logits, []
+
+    def backend(graph, inputs):
+        def run(*given):
+            runs.append(graph)
+            return graph(*given)
+
+        return run
+
+    with bench.compiled(model, backend=backend):
+        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+        # A norm before attention and one before the rest, rotary embeddings and the rest, in two layers; a last norm.
+        assert len(runs) == 9
+    assert torch.equal(model(ids).logits, expected)
+    assert len(runs) == 9
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the next one measures")
 def test_all_but_the_times_is_measured_without_a_gpu_too(model, monkeypatch):
     for name, result in (("_need_gpu", None), ("seconds_of", 0.5), ("read_bandwidth", 1e6)):

@@ -22,15 +22,16 @@ OTHER_BYTES, MOST_STAGES = 32_000, 4
 more of it."""
 ROUNDED = {"num_stages": 2, "maxnreg": 168}
 """Over codes of 8 bits: three programs of FEW_WARPS then share a processor. The best of a sweep on an H100."""
-BY_HAND = {"num_warps": 1, "maxnreg": 208}
-"""Of the kernel whose registers are placed by hand: no more would do, and less go through memory. Nine share a
-processor."""
+BY_HAND, BY_HAND_AT_ONCE = {"num_warps": 1, "maxnreg": 240}, 8
+"""Of the kernel whose registers are placed by hand: less go through memory. Eight programs share a processor, two each
+of its quarters."""
 BY_HAND_GROUP, BY_HAND_VALUES = 8, (64, 128)
 """Query heads of a key-value head that it takes at most, and sizes of values."""
 BY_HAND_TILES = 1024
 """Tiles of all sequences and heads from which on it is faster than one kernel that does everything."""
-BY_HAND_EACH = ((9000, 8), (3000, 6), (2000, 4), (0, 2))
-"""From how many tiles on how many are one of its programs: the best of a sweep on an H100."""
+BY_HAND_EACH, BY_HAND_FULL, BY_HAND_LONG = 4, 0.9, 24
+"""Tiles of one of its programs at least; how much of the GPU the programs must fill; and with how many tiles each there
+are two rounds of programs, in which sequences of different lengths share out better."""
 LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32, for the same reason."""
 SPECIAL = 3
@@ -83,7 +84,7 @@ def decode(
     fitting, warps = splits_and_warps(batch * groups, count, query)
     by_hand = is_by_hand(query, cache)
     if by_hand:
-        fitting = splits_by_hand(batch * groups, count)
+        fitting, warps = splits_by_hand(batch * groups, count, query), FEW_WARPS
     splits = fitting if splits is None else splits
     others = splits if by_hand else 0
     splits += SPECIAL
@@ -212,8 +213,7 @@ def decode(
 
 def splits_and_warps(rows: int, tiles: int, query: Tensor) -> tuple[int, int]:
     """Programs for the tiles of each of `rows` sequences and heads, and the warps of one."""
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 64
-    at_once = min(processors // rows - SPECIAL, tiles, MOST_SPLITS)
+    at_once = min(processors(query) // rows - SPECIAL, tiles, MOST_SPLITS)
     if at_once >= LEAST_SPLITS or at_once == tiles:
         return at_once, FEW_WARPS if query.element_size() == 2 else WARPS
     return max(1, min(-(-tiles // TILES_EACH), MOST_SPLITS)), WARPS
@@ -227,13 +227,27 @@ def is_by_hand(query: Tensor, cache: TiledCache) -> bool:
     if query.shape[1] // groups > BY_HAND_GROUP or value_dim not in BY_HAND_VALUES or tiles < 1:
         return False
     # With few sequences and heads, programs of one warp are too few.
-    return rows * tiles >= BY_HAND_TILES and rows * splits_by_hand(rows, tiles) >= BY_HAND_TILES // 4
+    return rows * tiles >= BY_HAND_TILES and rows * splits_by_hand(rows, tiles, query) >= BY_HAND_TILES // 4
 
 
-def splits_by_hand(rows: int, tiles: int) -> int:
-    """Programs of one warp for the tiles of each of `rows` sequences and heads."""
-    each = next(each for least, each in BY_HAND_EACH if rows * tiles >= least)
-    return min(-(-tiles // each), MOST_BY_HAND)
+def splits_by_hand(rows: int, tiles: int, query: Tensor) -> int:
+    """Programs of one warp for the tiles of each of `rows` sequences and heads: rounds of as many as run at once."""
+    at_once = processors(query) * BY_HAND_AT_ONCE
+    most = min(-(-tiles // BY_HAND_EACH), MOST_BY_HAND)
+    found, fullest = most, 0.0
+    for rounds in (2, 3, 4) if rows * tiles >= at_once * 2 * BY_HAND_LONG else (1, 2, 3, 4):
+        splits = max(1, rounds * at_once // rows)
+        full = rows * splits / at_once / -(-rows * splits // at_once)
+        if splits > most or fullest >= BY_HAND_FULL:
+            break
+        if full > fullest:
+            found, fullest = splits, full
+    return found
+
+
+def processors(query: Tensor) -> int:
+    """Streaming multiprocessors of the GPU; a number to go on with where there is none."""
+    return torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 64
 
 
 def _check(

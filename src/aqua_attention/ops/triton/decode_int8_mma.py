@@ -7,7 +7,7 @@ be read from memory as one warp's operands want them: of a block of 16 rows (dim
 lane reads two pairs of rows and 16 codes of each, and a pair of words becomes operands by moving bytes. Which code is
 which row of the product does not matter as long as it is known: row m is code `width / 8 * (m % 8) + m // 8`.
 
-A program is one warp, so that nothing waits for anything but memory, and reads blocks of rows two ahead.
+A program is one warp, so that nothing waits for anything but memory, and reads blocks of rows four ahead.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 HEADS = gl.constexpr(8)
 """Heads of a group that one product holds."""
-AHEAD = gl.constexpr(2)
+AHEAD = gl.constexpr(4)
 """Blocks of rows on their way."""
 VALUE_UNIT = gl.constexpr(256.0)
 """As in `decode_int8`."""
