@@ -186,8 +186,9 @@ def generate(
             measured = measure_generate(model, batch=batch, length=length, settings=settings)
             results.append(measured | {"compiled": compile})
             print_table(generate_table(results[-1]))
-    if json:
-        write_json(json, {"results": results})
+            # What is measured stays when a later size fails.
+            if json:
+                write_json(json, {"results": results})
 
 
 @benchmarks.command()
