@@ -42,14 +42,14 @@ def main():
             raise SystemExit(f"this GPU does not let its fetches be set to {size} bytes")
         result = measure_decode(batch=given.batch, length=given.length, k_ratios=(given.k_ratio,), layouts=LAYOUTS)
         results.append(result | {"fetched": found.value})
+        if given.json:
+            write_json(given.json, {"results": results})
         ours = {(row["bits"], row["page"]): row["seconds"] for row in result["rows"] if row["k_ratio"] is not None}
         for (bits, page), seconds in ours.items():
             over = seconds / ours[bits, None] - 1
             cells = [f"{bits or 16} bits", str(page or "none"), f"{1e6 * seconds:.0f}", f"{over:+.1%}"]
             rows.append([str(found.value), *cells])
     print(markdown(["bytes fetched at once", "keys and values", "page", "us", "to no pages"], rows))
-    if given.json:
-        write_json(given.json, {"results": results})
 
 
 if __name__ == "__main__":
