@@ -32,6 +32,11 @@ def test_every_suite_is_read(tmp_path):
 def test_an_empty_folder_and_a_missing_one_are_errors_with_a_remedy(tmp_path):
     with pytest.raises(AquaError, match="holds no results: run `aqua eval grid"):
         collect(tmp_path)
+    # What the report wrote itself is no result.
+    own = {"settings": {}, "failed": [], "unused": [], "written": []}
+    (tmp_path / "report.json").write_text(json.dumps(own))
+    with pytest.raises(AquaError, match="holds no results: run `aqua eval grid"):
+        collect(tmp_path)
     with pytest.raises(AquaError, match="is no folder"):
         collect(tmp_path / "missing")
 

@@ -77,7 +77,7 @@ def test_a_cell_that_is_filled_twice_shows_both(tmp_path):
         value["basis"] = ("aqua", None)[place]
     values.append(samples.context(512, 1024, 4096, HALF, 3))
     (block,) = blocks(tmp_path, "Context length", values=values)
-    assert block.note.startswith("1 cells were measured more than once")
+    assert block.note.startswith("1 cell was measured more than once")
     assert len(block.table[1]) == 3
     changes = [f"{samples.losses(0.5, factor)['perplexity_change']:+.2%}" for factor in (1, 2)]
     assert any(f"{first} | {second}" in block.panels[0].svg for first, second in (changes, changes[::-1]))

@@ -40,20 +40,24 @@ def collect(folder: Path) -> Collected:
     if not folder.is_dir():
         raise AquaError(f"{folder} is no folder: give the one that `aqua eval grid` or --json wrote into")
     paths = [*sorted(folder.glob("*.json")), *sorted((folder / "records").glob("*.json"))]
-    if not paths:
-        raise AquaError(
-            f"{folder} holds no results: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
-            f"with --json {folder / 'NAME.json'}, then the report"
-        )
     found: list[Record] = []
     unused = []
+    own = 0
     for path in paths:
         name = cleaned(str(path.relative_to(folder)))
         try:
             value = _load(path)
-            found += [] if is_own_summary(value) else records_of(value, name)
+            if is_own_summary(value):
+                own += 1
+            else:
+                found += records_of(value, name)
         except Unusable as reason:
             unused.append((name, str(reason)))
+    if own == len(paths):
+        raise AquaError(
+            f"{folder} holds no results: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
+            f"with --json {folder / 'NAME.json'}, then the report"
+        )
     # The grid's --json holds the same records as its folder.
     kept: list[Record] = []
     seen: set[str] = set()

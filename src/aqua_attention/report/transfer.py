@@ -90,9 +90,8 @@ def transfer_sections(records: Sequence[Record]) -> list[Section]:
             group = [record for _, _, record in matrix.cells]
             filled = [(row, column) for row, column, _ in matrix.cells]
             twice = len({cell for cell in filled if filled.count(cell) > 1})
-            note = (
-                f"{twice} cells were measured more than once: all figures are given, coloured is none." if twice else ""
-            )
+            cells = "1 cell was" if twice == 1 else f"{twice} cells were"
+            note = f"{cells} measured more than once: all figures are given, coloured is none." if twice else ""
             table = _transfer_table(matrix, kind)
             # A single cell is no picture.
             panels = _panels(f"{suite}{place}", matrix, kind) if len(matrix.rows) * len(matrix.columns) > 1 else []
