@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from aqua_attention import cli, cli_grid
+from aqua_attention import AquaError, cli, cli_grid, cli_transfer
 from aqua_attention.evaluate import suites
 from conftest import make_llama
 
@@ -221,6 +221,31 @@ def test_context_crosses_lengths_and_numbers_of_tokens(aqua, tiny_folder, texts,
     assert all(f"{result['perplexity_change']:+.2%}" in out for result in results)
 
 
+def test_quick_is_short_but_for_what_is_given(aqua, tiny_folder, texts, tmp_path, monkeypatch):
+    two = [f"--domain={name}={texts / name}.txt" for name in ("one", "two")]
+    data = ("--data", texts / "one.txt", "--calibration-data", texts / "two.txt")
+    taken = {}
+
+    def jobs(kind):
+        def note(*_, **sizes):
+            taken[kind] = sizes
+            raise AquaError("enough")
+
+        return note
+
+    monkeypatch.setattr("aqua_attention.evaluate.transfer.transfer_jobs", jobs("transfer"))
+    monkeypatch.setattr("aqua_attention.evaluate.context.context_jobs", jobs("context"))
+    for given, calibration, context in ((["--quick"], 2048, 512), ([], 16384, 2048)):
+        aqua("eval", "transfer", tmp_path / "results", tiny_folder, *two, *given, "--tokens", 77)
+        sizes = {"calibration_tokens": calibration, "tokens": 77, "context": context, "seed": 0}
+        assert taken.pop("transfer") == sizes
+        aqua("eval", "context", tmp_path / "results", tiny_folder, *data, *given, "--tested-length", 99)
+        sizes = taken.pop("context")
+        assert sizes["calibrated_lengths"] == ([256, 512] if given else [512, 2048])
+        assert (sizes["tested_lengths"], sizes["calibration_tokens"]) == ([99], [calibration])
+        assert sizes["tokens"] == (1024 if given else 8192)
+
+
 MISTAKES = {
     "min_length": (["--min-length", "few"], "min_length is 'few': it must be a whole number of tokens"),
     "short": (["--tokens", "1"], "tokens is 1: it must be at least 2"),
@@ -246,7 +271,8 @@ def test_a_mistake_is_one_line_before_anything_is_measured(case, aqua, grid, tmp
 def test_mistakes_are_known_before_the_model_is_loaded(
     aqua, tiny_folder, projections_file, texts, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cli_grid, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    for module in (cli_grid, cli_transfer):
+        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("the model was loaded"))
     folder, one, blocked = tmp_path / "results", texts / "one.txt", tmp_path / "file"
     blocked.write_text("")
     grid = ("grid", folder, tiny_folder, "-p", projections_file, "--data", one)

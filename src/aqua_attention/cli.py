@@ -12,8 +12,7 @@ import typer
 
 from aqua_attention.cli_bench import benchmarks
 from aqua_attention.cli_evaluate import evaluations
-from aqua_attention.cli_grid import context as across_contexts
-from aqua_attention.cli_grid import grid, transfer
+from aqua_attention.cli_grid import grid
 from aqua_attention.cli_options import (
     Bits,
     Chat,
@@ -39,6 +38,8 @@ from aqua_attention.cli_options import (
 )
 from aqua_attention.cli_report import report
 from aqua_attention.cli_tasks import lm_eval, tasks
+from aqua_attention.cli_transfer import context as across_contexts
+from aqua_attention.cli_transfer import transfer
 from aqua_attention.errors import AquaError
 from aqua_attention.terminal import check_writable, print_table, progress_bars
 from aqua_attention.version import __version__

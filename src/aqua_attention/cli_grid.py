@@ -1,51 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `aqua eval grid`, `transfer` and `context`: many measurements into a folder of records."""
+"""The command `aqua eval grid`: many measurements into a folder of records."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from aqua_attention.cli_evaluate import PAPER_K_RATIO
 from aqua_attention.cli_options import (
-    Basis,
-    Bits,
     Chat,
-    Context,
     Device,
     Dtype,
     EvaluationData,
     GgufFile,
     H2OQueries,
-    H2ORatio,
     Json,
-    KRatios,
-    LogitError,
-    MinLength,
     Model,
     ProjectionsFile,
-    Recent,
     RemoteCode,
-    Selection,
-    Share,
-    Sink,
-    SRatio,
     load_model,
     min_length_of,
 )
+from aqua_attention.cli_records import Folder, check_places, model_name, run_and_print
 from aqua_attention.errors import AquaError
-from aqua_attention.terminal import check_folder, check_writable, print_table, progress_bars
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from aqua_attention.evaluate.grid import Job
-    from aqua_attention.tables import Table
 
 # Lists, as typer wants the defaults of options that repeat.
 SUITES = ["perplexity"]
@@ -55,13 +34,6 @@ SHARES = ["head"]
 BASES = ["aqua"]
 NOTHING, EVERYTHING, NO_TOKENS = [0.0], [1.0], [0]
 MIN_LENGTHS = ["0"]
-WINDOWS = [512, 2048]
-CALIBRATION = [16384]
-
-Folder = Annotated[Path, typer.Argument(help="Results folder; made if missing, gone on with if not.")]
-CalibrationTokens = Annotated[int, typer.Option(help="Tokens that each projection is calibrated on.")]
-Seed = Annotated[int, typer.Option(help="Chooses the windows calibrated on.")]
-TestTokens = Annotated[int, typer.Option("--tokens", help="Tokens that each is tested on.")]
 
 
 def grid(
@@ -119,7 +91,7 @@ def grid(
     Example: `aqua eval grid results smollm2 -p smollm2.safetensors --quick --suite perplexity --suite needle
     --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5 --selection weighted --sink 4 --recent 64`
     """
-    _check_places(folder, json)
+    check_places(folder, json)
     if lines_file is not None and lines:
         raise AquaError(f"--lines generates questions, --lines-file {lines_file} reads them: give one of the two")
     from aqua_attention.evaluate.grid import check_sizes, grid_settings
@@ -161,228 +133,14 @@ def grid(
     learned, text = Projections.load(projections), load_text(data)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
     subject = Subject(
-        *(_named(model, gguf_file), loaded, tokenizer, learned, file_digest(projections)),
+        *(model_name(model, gguf_file), loaded, tokenizer, learned, file_digest(projections)),
         data=data,
         text=text,
         seed=seed,
         chat=chat,
     )
     jobs = grid_jobs(subject, suite, settings, sizes)
-    _run(folder, jobs, loaded, lambda records: [record_table(records)], json, explained=True)
-
-
-def transfer(
-    folder: Folder,
-    model: Model,
-    domain: Annotated[list[str], typer.Option(help="NAME=TEXT, a text as --data takes; repeat, at least two.")],
-    k_ratio: KRatios = PAPER_K_RATIO,
-    s_ratio: SRatio = 0.0,
-    selection: Selection = "magnitude",
-    share: Share = "head",
-    sink: Sink = 0,
-    recent: Recent = 0,
-    logit_error: LogitError = None,
-    bits: Bits = None,
-    h2o_ratio: H2ORatio = 1.0,
-    h2o_queries: H2OQueries = None,
-    min_length: MinLength = "0",
-    basis: Basis = "aqua",
-    calibration_tokens: CalibrationTokens = 16384,
-    tokens: TestTokens = 8192,
-    context: Context = 2048,
-    seed: Seed = 0,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
-    json: Json = None,
-) -> None:
-    """Projections calibrated on each kind of text, tested on each: loss, and how far the rotations are apart.
-
-    The first 80% of a text calibrate, the rest tests. Distance: chordal, of the leading dimensions; 0 the same, 1 as
-    far as possible.
-
-    Example: `aqua eval transfer results smollm2 --domain prose=novel.txt --domain code=src.txt --k-ratio 0.5`
-    """
-    _check_places(folder, json)
-    from aqua_attention.evaluate.calibrated import Calibrator
-    from aqua_attention.evaluate.grid import check_sizes, grid_settings
-    from aqua_attention.evaluate.transfer import check_domains, split_domain, transfer_jobs
-    from aqua_attention.record_tables import transfer_tables
-    from aqua_attention.text import load_text
-
-    settings = grid_settings(
-        k_ratio=[] if logit_error is not None else k_ratio,
-        logit_error=[] if logit_error is None else [logit_error],
-        s_ratio=[s_ratio],
-        h2o_ratio=[h2o_ratio],
-        h2o_queries=h2o_queries,
-        bits=[bits],
-        selection=[selection],
-        share=[share],
-        sink=[sink],
-        recent=[recent],
-        min_length=[min_length_of(min_length)],
-        basis=[basis],
-    )
-    domains = []
-    for given in domain:
-        name, separator, data = given.partition("=")
-        if not (separator and name and data):
-            raise AquaError(f"domain is {given!r}: write NAME=TEXT, such as prose=novel.txt")
-        domains.append(split_domain(name, data, load_text(data)))
-    check_domains(domains)
-    check_sizes(calibration_tokens=calibration_tokens, tokens=tokens, context=context)
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    jobs = transfer_jobs(
-        Calibrator(folder, _named(model, gguf_file), loaded, tokenizer, _notice),
-        domains,
-        settings,
-        calibration_tokens=calibration_tokens,
-        tokens=tokens,
-        context=context,
-        seed=seed,
-    )
-    _run(folder, jobs, loaded, transfer_tables, json)
-
-
-def context(
-    folder: Folder,
-    model: Model,
-    calibrated_length: Annotated[list[int], typer.Option(help="Tokens in a window of calibration; repeat.")] = WINDOWS,
-    tested_length: Annotated[list[int], typer.Option(help="Tokens in a window of the test; repeat.")] = WINDOWS,
-    calibration_tokens: Annotated[
-        list[int], typer.Option(help="Tokens to calibrate on; repeat, to see how many are enough.")
-    ] = CALIBRATION,
-    calibration_data: Annotated[str, typer.Option(help="Text to calibrate on.")] = "builtin:calibration",
-    data: EvaluationData = "builtin:evaluation",
-    k_ratio: KRatios = PAPER_K_RATIO,
-    s_ratio: SRatio = 0.0,
-    selection: Selection = "magnitude",
-    share: Share = "head",
-    sink: Sink = 0,
-    recent: Recent = 0,
-    logit_error: LogitError = None,
-    bits: Bits = None,
-    h2o_ratio: H2ORatio = 1.0,
-    h2o_queries: H2OQueries = None,
-    min_length: MinLength = "0",
-    basis: Basis = "aqua",
-    tokens: TestTokens = 8192,
-    seed: Seed = 0,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
-    json: Json = None,
-) -> None:
-    """Calibrated on windows of one length and tested at another; calibrated on few tokens and on many.
-
-    Examples: `aqua eval context results smollm2 --calibrated-length 512 --calibrated-length 2048 --k-ratio 0.5`
-
-    `aqua eval context results smollm2 --calibrated-length 1024 --tested-length 1024 --calibration-tokens 1024
-    --calibration-tokens 4096 --calibration-tokens 16384`
-    """
-    _check_places(folder, json)
-    from aqua_attention.evaluate.calibrated import Calibrator
-    from aqua_attention.evaluate.context import context_jobs
-    from aqua_attention.evaluate.grid import check_sizes, grid_settings
-    from aqua_attention.record_tables import context_tables
-    from aqua_attention.text import load_text
-
-    settings = grid_settings(
-        k_ratio=[] if logit_error is not None else k_ratio,
-        logit_error=[] if logit_error is None else [logit_error],
-        s_ratio=[s_ratio],
-        h2o_ratio=[h2o_ratio],
-        h2o_queries=h2o_queries,
-        bits=[bits],
-        selection=[selection],
-        share=[share],
-        sink=[sink],
-        recent=[recent],
-        min_length=[min_length_of(min_length)],
-        basis=[basis],
-    )
-    calibration, test = (calibration_data, load_text(calibration_data)), (data, load_text(data))
-    if calibration[1] == test[1]:
-        raise AquaError(f"{data} is calibrated on and tested on: give two different texts")
-    check_sizes(
-        calibrated_length=calibrated_length,
-        tested_length=tested_length,
-        calibration_tokens=calibration_tokens,
-        tokens=tokens,
-    )
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    jobs = context_jobs(
-        Calibrator(folder, _named(model, gguf_file), loaded, tokenizer, _notice),
-        calibration,
-        test,
-        settings,
-        calibrated_lengths=calibrated_length,
-        tested_lengths=tested_length,
-        calibration_tokens=calibration_tokens,
-        tokens=tokens,
-        seed=seed,
-    )
-    _run(folder, jobs, loaded, context_tables, json)
-
-
-def _run(
-    folder: Path,
-    jobs: Sequence[Job],
-    loaded: PreTrainedModel,
-    tables: Callable[[list[dict[str, Any]]], list[Table]],
-    json: Path | None,
-    explained: bool = False,
-) -> None:
-    """Measure, write and print: the same for every kind of job. `explained`: the tables say why figures are missing."""
-    from aqua_attention.evaluate.grid import run_jobs
-    from aqua_attention.evaluate.records import facts_of, make_folder
-    from aqua_attention.files import write_json
-    from aqua_attention.record_tables import reasons
-
-    make_folder(folder)
-    if json:
-        make_folder(json.absolute().parent)
-    facts = facts_of(loaded, shlex.join(["aqua", *sys.argv[1:]]))
-    try:
-        with progress_bars() as report:
-            records = run_jobs(
-                folder, jobs, facts, progress=lambda done, total: report("settings", done, total), notice=_notice
-            )
-    except KeyboardInterrupt:
-        typer.echo(f"stopped: {folder} keeps what is done, the same command goes on", err=True)
-        raise typer.Exit(130) from None
-    if json:
-        write_json(json, {"records": records})
-    for table in tables(records):
-        print_table(table)
-    for line in [] if explained else reasons(records):
-        typer.echo(line)
-    failed = sum("error" in record for record in records)
-    missing = f", {failed} of them without figures" if failed else ""
-    typer.echo(f"{len(records)} records{missing} in {folder / 'records'}")
-    if failed == len(records):
-        raise typer.Exit(1)
-
-
-def _check_places(folder: Path, json: Path | None) -> None:
-    """Before anything is loaded. Nothing is made yet, so that a mistake leaves no empty folder."""
-    check_folder(folder)
-    if json is not None and json.resolve() == folder.resolve():
-        raise AquaError(f"cannot write {json}: it is the results folder; give a file, such as {json / 'all.json'}")
-    if json is None or json.absolute().parent.exists() or not json.resolve().is_relative_to(folder.resolve()):
-        check_writable(json)
-
-
-def _notice(message: str) -> None:
-    typer.echo(message, err=True)
-
-
-def _named(model: str, gguf_file: str | None) -> str:
-    """The model in a record: a folder may hold several GGUF files."""
-    return f"{model}:{gguf_file}" if gguf_file else model
+    run_and_print(folder, jobs, loaded, lambda records: [record_table(records)], json, explained=True)
 
 
 def _some(values: list[Any] | None) -> tuple[Any, ...] | None:
