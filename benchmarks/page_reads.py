@@ -34,8 +34,10 @@ def main():
     torch.cuda.init()
     runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
     results, rows = [], []
+    found = ctypes.c_size_t()
+    runtime.cudaDeviceGetLimit(ctypes.byref(found), FETCH_GRANULARITY)
+    print(f"by default {found.value} bytes are fetched at once")
     for size in (32, 64, 128):
-        found = ctypes.c_size_t()
         if runtime.cudaDeviceSetLimit(FETCH_GRANULARITY, ctypes.c_size_t(size)) or runtime.cudaDeviceGetLimit(
             ctypes.byref(found), FETCH_GRANULARITY
         ):

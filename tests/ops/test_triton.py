@@ -17,6 +17,7 @@ from aqua_attention.ops.select import rotate, select_dimensions
 
 pytest.importorskip("triton")
 from aqua_attention.ops.tiled import LARGEST_ROUNDED, TILE, Pages, Rounding, TiledCache, rounded, tiles_done
+from aqua_attention.ops.triton import decode as gpu_decode
 from aqua_attention.ops.triton.decode import LARGEST_FLOAT32, Chosen, decode
 from aqua_attention.ops.triton.prepare import prepare
 
@@ -209,7 +210,28 @@ BY_HAND = {
     "int8 in pages of 32": ((4, 4), (128, 96, 64), {"k_ratio": 0.3}, torch.float16),
     "int8 in pages of 64": ((6, 1), (80, 80, 128), {"logit_error": 0.2}, torch.float16),
     "int8 in pages of 128": ((8, 1), (64, 64, 64), {"k_ratio": 1.0}, torch.bfloat16),
+    # Fewer blocks of dimensions than are read ahead.
+    "int8, 13 dimensions": ((8, 2), (128, 128, 128), {"k_ratio": 0.1}, torch.bfloat16),
+    "int8, 48 dimensions in pages of 64": ((8, 2), (96, 96, 64), {"k_ratio": 0.5}, torch.float16),
 }
+
+
+def test_programs_by_hand_fill_the_gpu_in_rounds(monkeypatch):
+    monkeypatch.setattr(gpu_decode, "processors", lambda _: 132)
+    query = torch.empty(0)
+    # Of 1056 at once: one round where sequences are short, two where long, more where these do not fit.
+    for rows, tiles, expected in (
+        (64, 256, 16),
+        (256, 256, 8),
+        (64, 1024, 33),
+        (300, 64, 7),
+        (8, 256, 64),
+        (32, 72, 18),
+    ):
+        assert gpu_decode.splits_by_hand(rows, tiles, query) == expected, (rows, tiles)
+    for rows in (1, 7, 1056, 1057, 5000):
+        for tiles in (1, 5, 4096):
+            assert 1 <= gpu_decode.splits_by_hand(rows, tiles, query) <= gpu_decode.MOST_BY_HAND
 
 
 @pytest.mark.gpu

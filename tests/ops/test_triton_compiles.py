@@ -102,6 +102,8 @@ CASES = {
     "rounding=True, page=32)",
     "by hand": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
     "rounding=True, page=64, by_hand=True)",
+    "few by hand": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=64, k_ratio=0.3, "
+    "rounding=True, by_hand=True)",
     "adaptive by hand": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=64, value_dim=64, "
     "logit_error=0.1, rounding=True, by_hand=True)",
     "pages": "dict(dtype=torch.float16, heads=4, groups=2, head_dim=80, kept=80, value_dim=80, k_ratio=0.5, page=64)",

@@ -135,3 +135,11 @@ def test_tasks_asked_in_two_ways_are_told_apart(tmp_path):
     assert [row[0] for row in found[0].table[1]] == ["arc_easy, few shot 0", "arc_easy, few shot 5"]
     assert found[0].table[0][-1] == "outside the window"
     assert found[0].table[1][0][-1] == "25.0%"
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_whole_step_says_whether_the_rest_was_compiled(tmp_path, compiled):
+    results = samples.benchmarks()["generate.json"]["results"]
+    value = {"results": [results[0] | {"compiled": compiled}]}
+    titles = [block.title for block in blocks(tmp_path, "Time and memory", files={"generate.json": value})]
+    assert [title.startswith("A whole step, compiled: ") for title in titles] == [compiled]

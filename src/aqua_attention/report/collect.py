@@ -35,7 +35,7 @@ def collect(folder: Path) -> Collected:
     """Read `folder`/*.json and `folder`/records/*.json.
 
     Raises:
-        AquaError: no such folder, or no JSON file in it.
+        AquaError: no such folder, or no JSON file in it but the report's own.
     """
     if not folder.is_dir():
         raise AquaError(f"{folder} is no folder: give the one that `aqua eval grid` or --json wrote into")

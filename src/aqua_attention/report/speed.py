@@ -61,7 +61,8 @@ def _generate(place: int, record: Record) -> list[Block]:
     rows, table = _table("setting", result["rows"], columns)
     panel = _bars(f"speed{place}", "tokens a second (higher is faster)", rows, "tokens_per_second")
     note = "A whole decoding step of a model; roofline: what reading its bytes takes at the measured bandwidth."
-    return [Block(f"A whole step: {_size(result)}", note, table, commands_of([record]), panel)]
+    title = f"A whole step{', compiled' if result.get('compiled') else ''}: {_size(result)}"
+    return [Block(title, note, table, commands_of([record]), panel)]
 
 
 def _memory(place: int, record: Record) -> list[Block]:

@@ -121,10 +121,10 @@ def decode(
     with on_device_of(query):
         if by_hand:
             # Three launches. Tiles start when `prepare` has ended, although they could be put on the GPU before: beside
-            # a program that needs shared memory, a processor keeps less of its cache for what is on its way, and goes
-            # on so while the tiles of one program follow those of another (30 us in 620, in pages of 32 tokens 150 in
-            # 770). Special blocks start when all programs of the tiles have, and end when these have; the merge waits
-            # for them, and so for both.
+            # a program that needs shared memory, it seems, a processor keeps less of its cache for what is on its way,
+            # and goes on so while programs follow each other (26 us of 652, in pages of 32 tokens 152 of 924). Special
+            # blocks start when all programs of the tiles have, and end when these have; the merge waits for them, and
+            # so for both.
             # Imported here: it needs triton's lower language, which the interpreter does not know.
             from aqua_attention.ops.triton.decode_int8_mma import decode_rounded_kernel
 
