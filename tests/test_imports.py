@@ -22,6 +22,7 @@ ORDER = [
     "machine",
     "ops",
     "interface",
+    "sides",
     "capture",
     "stats",
     "fingerprint",
