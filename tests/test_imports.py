@@ -30,6 +30,8 @@ ORDER = [
     "projections",
     "models",
     "text",
+    "pictures",
+    "images",
     "calibration",
     "store",
     "rounded",
@@ -54,6 +56,7 @@ ORDER = [
     "cli_grid",
     "cli_bench",
     "cli_tasks",
+    "cli_images",
     "cli_report",
     "cli",
 ]

@@ -109,7 +109,7 @@ class Projections:
             )
         parts = [self.calibration, other.calibration]
         calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value}
-        calibration |= {"tokens": sum(part.get("tokens", 0) for part in parts), "merged": parts}
+        calibration |= _summed(parts) | {"merged": parts}
         return Projections.from_statistics(
             merge(self.statistics, other.statistics), self.model, calibration, self.basis
         )
@@ -126,10 +126,8 @@ class Projections:
         rows, names, weights = (list(column) for column in zip(*sorted(pairs, key=lambda row: row[0][0]), strict=True))
         shape = {"model_type": self.model["shape"]["model_type"], "layers": rows, "names": names}
         model = self.model | {"shape": shape, "key_weights": None if None in weights else weights}
-        calibration = {
-            "tokens": sum(part.calibration.get("tokens", 0) for part in (self, other)),
-            "merged": [self.calibration, other.calibration],
-        }
+        parts = [self.calibration, other.calibration]
+        calibration = _summed(parts) | {"merged": parts}
         layers, statistics = self.layers | other.layers, self.statistics | other.statistics
         return Projections(
             {index: layers[index] for index in sorted(layers)},
@@ -208,6 +206,14 @@ class Projections:
             layers[index] = _layer_projection(statistics[index], rotation)
         stored.finish()
         return cls(layers, statistics, model, calibration, basis)
+
+
+def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """How much several calibrations have read."""
+    counts = [
+        name for name in ("tokens", "inputs", "images") if name == "tokens" or any(name in part for part in parts)
+    ]
+    return {name: sum(part.get(name, 0) for part in parts) for name in counts}
 
 
 def _are_parts(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,3 +98,13 @@ def placed(inputs: Inputs, model: PreTrainedModel) -> dict[str, Tensor]:
         name: value.to(device=device, dtype=model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
+
+
+def inputs_digest(inputs: Sequence[Inputs]) -> str:
+    """SHA-256 of what a model reads, in hexadecimal."""
+    digest = hashlib.sha256()
+    for each in inputs:
+        for key in sorted(each):
+            digest.update(f"{key} {tuple(each[key].shape)}".encode())
+            digest.update(each[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -143,9 +143,9 @@ def test_a_second_attachment_is_refused_whichever_part_the_first_has(family):
     model, _, projections = family
     for side in (0, 1):
         pattern = parts(attention_layers(model))[side][0].split(".")[0] + ".*"
-        with aqua.apply(model, projections, layers=pattern):
-            with pytest.raises(aqua.AquaError, match="attached to this model already"):
-                aqua.apply(model, projections)
+        refused = pytest.raises(aqua.AquaError, match="attached to this model already")
+        with aqua.apply(model, projections, layers=pattern), refused:
+            aqua.apply(model, projections)
 
 
 def test_settings_of_a_cache_are_for_the_language_part(family):
