@@ -270,7 +270,7 @@ def test_missing_weights_are_not_made_up(saved: Path, tmp_path: Path) -> None:
 
 
 def test_model_that_is_not_a_language_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(AquaError, match=r"choose a causal language model") as caught:
         load_model(str(tmp_path), device="cpu")
     assert len(str(caught.value)) < 500

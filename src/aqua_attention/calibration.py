@@ -214,6 +214,15 @@ def collect(
     return state[0]
 
 
+def check_generates(model: PreTrainedModel) -> None:
+    """Raise AquaError for a model that predicts no next token."""
+    if not model.can_generate():
+        raise AquaError(
+            f"{type(model).__name__} predicts no next token: an encoder is measured by `aqua eval retention` and "
+            "`aqua eval images`"
+        )
+
+
 def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> None:
     """Raise AquaError for tokens that the model does not know, and for a context longer than its positions."""
     limit = position_limit(model)

@@ -14,7 +14,7 @@ from aqua_attention.cli_bench import benchmarks
 from aqua_attention.cli_evaluate import evaluations
 from aqua_attention.cli_grid import context as across_contexts
 from aqua_attention.cli_grid import grid, transfer
-from aqua_attention.cli_images import Images, Layers, calibrate_on_images, images, wants_images
+from aqua_attention.cli_images import Images, Layers, calibrate_on_images, images, text_for, wants_images
 from aqua_attention.cli_options import (
     Bits,
     Chat,
@@ -103,7 +103,6 @@ def calibrate(
     from aqua_attention.checkpoint import check_finished, check_seconds, discard
     from aqua_attention.files import remove_leftovers, write_json
     from aqua_attention.tables import provenance_table, spectrum
-    from aqua_attention.text import load_text
 
     check_seconds(checkpoint_seconds)
     if not resume:
@@ -123,8 +122,8 @@ def calibrate(
                     model, data, images, dtype, device, trust_remote_code, report, **kept_in
                 )
         else:
-            text = load_text(data or "builtin:calibration")
-            loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
+            text = text_for(model, data or "builtin:calibration")
+            loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, generates=False)
             with progress_bars() as report:
                 projections = run(
                     loaded,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aqua_attention.cli_options import Basis, Device, Dtype, Json, ProjectionsFile, RemoteCode, Share, Sink
+from aqua_attention.errors import AquaError
 from aqua_attention.terminal import check_writable, print_table, progress_bars
 
 if TYPE_CHECKING:
@@ -84,7 +85,11 @@ def images(
     print_table(images_table(result))
     if any((row["selection"], row["basis"]) == ("magnitude", "aqua") for row in result["retention"]):
         print_table(layers_table(result))
-    typer.echo(f"{result['images']} images")
+    dense = result["dense"]
+    typer.echo(
+        f"{result['images']} images; dense, two of them have a cosine of {dense['others']:.4f}, nearest ones of "
+        f"{dense['nearest']:.4f}"
+    )
 
 
 def model_and_images(
@@ -113,6 +118,19 @@ def wants_images(model: str, data: str | None, gguf_file: str | None, trust_remo
 
     takes_images, takes_text = reads_images(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
     return takes_images and (not takes_text or (data is not None and is_images(data)))
+
+
+def text_for(model: str, data: str) -> str:
+    """The text that `data` names, for a model that reads no images."""
+    from aqua_attention.images import is_images
+    from aqua_attention.text import load_text
+
+    try:
+        return load_text(data)
+    except AquaError as error:
+        if is_images(data):
+            raise AquaError(f"model {model!r} reads text, and {data!r} names images: give --data a text") from error
+        raise
 
 
 def calibrate_on_images(

@@ -161,7 +161,9 @@ def load_model(
         with _quiet():
             found = None if gguf_file else _encoder_class(source, options)
             if found is not None and TEXT not in sides(found):
-                raise AquaError(f"model {name!r} reads images, not text: give --data a folder of images")
+                raise AquaError(
+                    f"model {name!r} reads images, not text: calibrate it on images, or use `aqua eval images`"
+                )
             model = _loaded(name, found or AutoModelForCausalLM, source, dtype, options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = model.to(place).eval()

@@ -40,11 +40,12 @@ def evaluate_images(
         progress: called as progress(images embedded, images to embed under all settings).
 
     Returns:
-        `{"images": count, "rows": [...], "retention": [...]}`. A row a setting: `setting` (the AquaConfig's fields),
-        `basis`, `mean_cosine` and `lowest_cosine` of the embeddings to the dense ones, `same_neighbour` (the share of
-        images whose nearest other image is the same), `mean_k` and `mean_k_per_layer` (share of head_dim that was
-        multiplied, measured, outside the exact window). `retention`: the rows of `evaluate_retention` on some of the
-        images, each with its `basis`; of the settings' ratios, without an exact window.
+        `{"images": count, "dense": {...}, "rows": [...], "retention": [...]}`. `dense`, as a yardstick: `others` and
+        `nearest`, the mean cosine of two different images, and of an image and the nearest other one. A row a setting:
+        `setting` (the AquaConfig's fields), `basis`, `mean_cosine` and `lowest_cosine` of the embeddings to the dense
+        ones, `same_neighbour` (the share of images whose nearest other image is the same), `mean_k` and
+        `mean_k_per_layer` (share of head_dim that was multiplied, measured, outside the exact window). `retention`: the
+        rows of `evaluate_retention` on some of the images, each with its `basis`, without an exact window.
 
     Raises:
         AquaError: fewer than two images, a model that does not read images, projections without its image layers, NaN.
@@ -93,7 +94,12 @@ def evaluate_images(
         )
     if progress:
         progress(total, total)
-    return {"images": len(inputs), "rows": rows, "retention": _retention(model, projections, settings, inputs)}
+    return {
+        "images": len(inputs),
+        "dense": _yardstick(dense),
+        "rows": rows,
+        "retention": _retention(model, projections, settings, inputs),
+    }
 
 
 def _batches(inputs: Sequence[Inputs]) -> list[tuple[int, Inputs]]:
@@ -125,6 +131,15 @@ def _embedding(model: PreTrainedModel, batch: Inputs, count: int) -> Tensor:
 def _neighbours(embeddings: Tensor) -> Tensor:
     """For each image the index of the nearest other one."""
     return (embeddings @ embeddings.T).fill_diagonal_(-torch.inf).argmax(-1)
+
+
+def _yardstick(embeddings: Tensor) -> dict[str, float]:
+    """Mean cosine of two different images, and of an image and the nearest other one."""
+    cosines = embeddings @ embeddings.T
+    count = len(embeddings)
+    others = (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
+    nearest = cosines.fill_diagonal_(-torch.inf).amax(-1).mean()
+    return {"others": float(others), "nearest": float(nearest)}
 
 
 def _retention(
