@@ -55,7 +55,7 @@ def evaluate_images(
         raise AquaError(f"{name} reads text, not images")
     if len(inputs) < 2:
         raise AquaError(f"there is {len(inputs)} image: nearest neighbours need two or more")
-    runs = attachments(model, projections, settings)
+    runs = attachments(model, projections, settings, IMAGES)
     batches = _batches(inputs)
     done, total = 0, len(inputs) * (1 + len(runs))
 
@@ -78,8 +78,6 @@ def evaluate_images(
     rows = []
     for setting, (attachment, multiplied) in zip(settings, runs, strict=True):
         found = embed(attachment)
-        if not multiplied.selectable:
-            raise AquaError(f"the projections have no layers that read images: calibrate {name} on images")
         cosines = (found * dense).sum(-1)
         rows.append(
             {

@@ -54,6 +54,7 @@ class Attachment:
 
     Attributes:
         model, projections, config: as given, but a `min_length` of "auto" is a number.
+        sides: "text", "images" or both: what the layers under AQUA read.
         dense: names of the attention layers that stay dense, because the projections or the pattern leave them out.
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
@@ -79,6 +80,7 @@ class Attachment:
         self._key_weights = {layer.module: weights[place] if weights else None for place, layer in enumerate(covered)}
         self._found = chosen_layers(covered, layers)
         self._left = {layer.module: layer.causal for layer in every if layer not in self._found}
+        self.sides = {layer.side for layer in self._found}
         self.dense = [layer.name for layer in every if layer.module in self._left]
         self._causal = [layer for layer in self._found if layer.causal]
         if not self._causal:
