@@ -79,8 +79,8 @@ def attachments(
         made.append((attachment, multiplied))
         if side not in attachment.sides:
             raise AquaError(
-                f"the projections have no layers that read {side}: calibrate {type(model).__name__} on {side}, and join "
-                "the two files by `aqua merge`"
+                f"the projections have no layers that read {side}: calibrate {type(model).__name__} on {side}, and "
+                "join the two files by `aqua merge`"
             )
     return made
 

@@ -20,7 +20,8 @@ from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.capture import AttentionLayer, attention_layers, chosen_layers, innermost_decoder
 from aqua_attention.config import AquaConfig, check_bidirectional, encoder_config
 from aqua_attention.errors import AquaError
-from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, check_detached, install, mask_builder
+from aqua_attention.integrations.stacks import install_stack
+from aqua_attention.interface import as_aqua_mask, check_call, check_detached, mask_builder
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.ops.api import attend, attention, rotate
 from aqua_attention.ops.mask import HIDDEN, bidirectional, short_queries
@@ -113,37 +114,14 @@ class Attachment:
         stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
         try:
             for stack in stacks:
-                self._install(stack, alone=len(stacks) == 1 and not self._left)
+                config = self._layers[stack[0].module].config
+                builder = mask_builder(config.sink, config.recent, config.threshold)
+                alone = len(stacks) == 1 and not self._left
+                self._undo += install_stack(self.model, stack, alone, self._attend, builder, self._before_forward)
         except BaseException:
             self.detach()
             raise
         return self
-
-    def _install(self, stack: list[AttentionLayer], alone: bool) -> None:
-        """Send the calls of layers that are all causal or all not through AQUA.
-
-        Args:
-            alone: whether there are no other layers in the model.
-        """
-        config = self._layers[stack[0].module].config
-        configs = None if alone else list({id(layer.module.config): layer.module.config for layer in stack}.values())
-        builder = mask_builder(config.sink, config.recent, config.threshold)
-        name, undo = install(self.model, self._attend, builder, configs)
-        holder = innermost_decoder(self.model, stack)
-        watched: Any = holder.config if configs is None else configs[0]
-
-        def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            implementation = watched._attn_implementation
-            if implementation != name:
-                if str(implementation).startswith(NAME_PREFIX):
-                    return args, kwargs  # being observed: dense for a moment, see capture.py
-                raise AquaError(
-                    f"the model's attention was set to {implementation!r} while AQUA is attached: detach AQUA first"
-                )
-            return self._before_forward(args, kwargs) if holder is self._decoder else (args, kwargs)
-
-        hook = holder.register_forward_pre_hook(before_forward, with_kwargs=True)
-        self._undo += [undo, hook.remove]
 
     def detach(self) -> None:
         """Leave the model as it was found. Caches that AQUA filled cannot be used by the model afterwards."""
@@ -257,9 +235,11 @@ class Attachment:
             config=config,
         )
 
-    def _before_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _before_forward(
+        self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
-        if not self._rotates_on_write:
+        if not self._rotates_on_write or holder is not self._decoder:
             return args, kwargs
         given = dict(zip(self._forward_parameters, args, strict=False)) | kwargs
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
