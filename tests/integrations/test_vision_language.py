@@ -40,7 +40,7 @@ def test_k_ratio_1_is_dense_and_a_quarter_is_not(family, window):
     expected, answer = logits(model, prompt), model.generate(**prompt, **GREEDY)
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **window)) as attachment:
         assert attachment.dense == []
-        assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=2e-4)
+        assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=1e-4)
         assert torch.equal(model.generate(**prompt, **GREEDY), answer)
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25, **window)):
         assert (logits(model, prompt) - expected).abs().max() > 0.1
@@ -100,7 +100,7 @@ def test_one_layer_alone_is_chosen_by_its_name(family):
         for config in (aqua.AquaConfig(k_ratio=1), aqua.AquaConfig(k_ratio=1, **FIRST)):
             with aqua.apply(model, projections, config, layers=chosen) as attachment:
                 assert chosen not in attachment.dense and len(attachment.dense) == 3
-                assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=2e-4)
+                assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=1e-4)
     answer = model.generate(**prompt, **GREEDY)
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **WINDOW), layers=names[0][1]):
         assert torch.equal(model.generate(**prompt, **GREEDY), answer)
