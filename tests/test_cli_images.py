@@ -125,6 +125,22 @@ def test_eval_images_has_a_row_for_each_method_and_ratio(aqua, clip_folder, clip
     assert "softmax lost in layer" in out and "12 images; dense, two of them have a cosine of" in out
 
 
+def test_a_report_has_the_figures_and_the_layers(aqua, clip_folder, clip_projections, pictures, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    (tmp_path / "results").mkdir()
+    arguments = ["-p", clip_projections, "--data", pictures, "--json", tmp_path / "results" / "images.json"]
+    code, _, err = aqua("eval", "images", clip_folder, *arguments)
+    assert code == 0, err
+    code, _, err = aqua("report", tmp_path / "results", "--json", tmp_path / "summary.json")
+    assert code == 0, err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["unused"] == [] and summary["settings"] == {"images": 16, "retention": 16}
+    page = (tmp_path / "results" / "report.md").read_text()
+    rows = json.loads((tmp_path / "results" / "images.json").read_text())["rows"]
+    assert f"| k\\_ratio 0.9 | 94% | {rows[0]['mean_cosine']:.4f} |" in page
+    assert "## Images" in page and "## Layers and heads" in page
+
+
 def test_eval_images_takes_one_method_and_an_exact_first_token(aqua, clip_folder, clip_projections, pictures):
     options = ["--k-ratio", "1", "--selection", "weighted", "--sink", "1", "--images", "5"]
     code, out, err = aqua("eval", "images", clip_folder, "-p", clip_projections, "--data", pictures, *options)

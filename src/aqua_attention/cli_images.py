@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,6 +81,7 @@ def images(
             loaded, learned, settings, inputs, progress=lambda done, total: report("embed", done, total)
         )
     result |= {"model": model, "dtype": dtype_of(loaded), "data": data, "inputs_sha256": inputs_digest(inputs)}
+    result["projections_sha256"] = hashlib.sha256(projections.read_bytes()).hexdigest()
     if json:
         write_json(json, result)
     print_table(images_table(result))
