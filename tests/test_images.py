@@ -166,7 +166,7 @@ def test_a_model_that_reads_text_reads_no_images(llama):
         image_reader(llama[0], None)
 
 
-@pytest.mark.parametrize("name", ["noise", "renderings"])
+@pytest.mark.parametrize("name", ["noise", "renderings", "evaluation-renderings"])
 def test_built_in_sets_are_the_same_in_every_run(name):
     made = [[(label, picture.tobytes()) for label, picture in islice(pictures.SETS[name](), 5)] for _ in range(2)]
     assert made[0] == made[1]
@@ -175,7 +175,7 @@ def test_built_in_sets_are_the_same_in_every_run(name):
 
 
 def test_renderings_are_black_text_on_white():
-    picture = next(iter(pictures.renderings(1)))[1].convert("L")
+    picture = next(iter(pictures.renderings(1, "builtin:calibration")))[1].convert("L")
     shades = picture.histogram()
     assert shades[255] > picture.width * picture.height / 2
     assert shades[0] > 100

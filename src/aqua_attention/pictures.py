@@ -56,11 +56,15 @@ def noise(count: int) -> Iterator[Named]:
         yield f"noise#{number}", Image.frombytes("RGB", (SIZE, SIZE), rng.randbytes(3 * SIZE * SIZE))
 
 
-def renderings(count: int) -> Iterator[Named]:
-    """Pages of text (Python's own help) in black on white, in letters of random size."""
+def renderings(count: int, source: str) -> Iterator[Named]:
+    """Pages of a text in black on white, in letters of random size.
+
+    Args:
+        source: see `text.load_text`.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    text, rng = load_text("builtin:calibration"), random.Random("renderings")
+    text, rng = load_text(source), random.Random(f"renderings of {source}")
     for number in range(count):
         start, page = rng.randrange(len(text) - 4000), Image.new("RGB", (SIZE, SIZE), "white")
         font = ImageFont.load_default(rng.uniform(8, 28))
@@ -73,7 +77,8 @@ SETS: dict[str, Callable[[], Iterator[Named]]] = {
     "photographs": lambda: photographs(CALIBRATION),
     "evaluation-photographs": lambda: photographs(EVALUATION),
     "noise": lambda: noise(_COUNT),
-    "renderings": lambda: renderings(_COUNT),
+    "renderings": lambda: renderings(_COUNT, "builtin:calibration"),
+    "evaluation-renderings": lambda: renderings(_COUNT, "builtin:evaluation"),
 }
 """By the name that follows `builtin:`."""
 
