@@ -101,9 +101,15 @@ def test_one_layer_alone_is_chosen_by_its_name(family):
             with aqua.apply(model, projections, config, layers=chosen) as attachment:
                 assert chosen not in attachment.dense and len(attachment.dense) == 3
                 assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=1e-4)
-    answer = model.generate(**prompt, **GREEDY)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **WINDOW), layers=names[0][1]):
-        assert torch.equal(model.generate(**prompt, **GREEDY), answer)
+    for way in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        answer = model.generate(**prompt, **GREEDY, **way)
+        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **WINDOW), layers=names[0][1]) as attachment:
+            assert torch.equal(model.generate(**prompt, **GREEDY, **way), answer), way
+            if not way:
+                made = attachment.new_cache(), attachment.new_cache(max_length=64)
+                assert all(torch.equal(model.generate(**prompt, **GREEDY, past_key_values=c), answer) for c in made)
+    with pytest.raises(aqua.AquaError, match="bits=8 is for all layers of a language model"):
+        aqua.apply(model, projections, aqua.AquaConfig(bits=8), layers=names[0][1])
     with pytest.raises(aqua.AquaError, match=r"no attention layer has a name like 'decoder\.\*': the names go from"):
         aqua.apply(model, projections, layers="decoder.*")
 

@@ -33,7 +33,7 @@ def install_stack(
         mask: see `interface.install`.
         before_forward: maps the inputs of each forward pass of the smallest model that holds the stack.
     """
-    configs = None if alone else list({id(layer.module.config): layer.module.config for layer in stack}.values())
+    configs = None if alone else _configs(model, stack)
     name, undo = install(model, attention, mask, configs)
     holder = innermost_decoder(model, stack)
     watched: Any = holder.config if configs is None else configs[0]
@@ -49,3 +49,13 @@ def install_stack(
         )
 
     return [undo, holder.register_forward_pre_hook(hook, with_kwargs=True).remove]
+
+
+def _configs(model: PreTrainedModel, stack: list[AttentionLayer]) -> list[Any]:
+    """The configs of the layers, each once."""
+    found = [getattr(layer.module, "config", None) for layer in stack]
+    if None in found:
+        raise AquaError(
+            f"the attention layers of {type(model).__name__} have no config: AQUA can only take all of them"
+        )
+    return list({id(config): config for config in found}.values())

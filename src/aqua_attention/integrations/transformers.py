@@ -97,6 +97,8 @@ class Attachment:
                 f"{type(model).__name__} does not take its keys straight from its cache, so that {needs} would save "
                 "nothing: leave it out"
             )
+        if needs and any(self._left.values()):
+            raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
         self._layers: dict[nn.Module, _AttachedLayer] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -165,9 +167,9 @@ class Attachment:
         if max_length is not None and max_length < 1:
             raise AquaError(f"max_length is {max_length}: it must be 1 or more")
         reason = self._untiled_reason(max_length, offloading)
-        on_gpu = all(layer.device.type == "cuda" for layer in self._found)
+        on_gpu = all(layer.device.type == "cuda" for layer in self._causal)
         tiled = not reason and (layout == "tiled" or (layout == "auto" and on_gpu))
-        if not tiled and max_length is not None and (needs or self._specs()[self._found[0].index].has_window_store):
+        if not tiled and max_length is not None and (needs or self._specs()[self._causal[0].index].has_window_store):
             raise AquaError(
                 f"a static cache cannot store {needs or 's_ratio with an exact window (sink, recent)'}: leave out "
                 "max_length, or that" + ("; in the tiled layout bits=8 is possible" if not reason else "")
@@ -190,12 +192,12 @@ class Attachment:
         if max_length is None or offloading:
             return "it has a fixed size and stays on the GPU (give max_length, no offloading)"
         if getattr(self._decoder.config, "attn_logit_softcapping", None) or any(
-            getattr(layer.module, "sinks", None) is not None for layer in self._found
+            getattr(layer.module, "sinks", None) is not None for layer in self._causal
         ):
             return "the kernel knows neither softcap nor extra softmax logits"
         reasons = (
             untiled_reason(self.config, self._layers[f.module].spec, f.num_attention_heads, self.model.dtype)
-            for f in self._found
+            for f in self._causal
         )
         return next(filter(None, reasons), None)
 
@@ -323,8 +325,14 @@ class Attachment:
             mask = bidirectional(query.shape[2], key.shape[2], sink=sink, device=query.device)
         options: dict[str, Any] = {"softcap": softcap, "s_aux": s_aux}
         if layer is None:
-            mask = mask if mask is None else mask != HIDDEN
-            output = attention(query, key, value, None, mask=mask, scaling=scaling, **options)
+            if mask is None and query.shape[2] > 1:
+                # Keys behind the queries are the empty end of a static cache, as below.
+                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            elif mask is not None:
+                mask = mask != HIDDEN
+            with torch.autocast(query.device.type, enabled=False):
+                query, key = query.to(value.dtype), key.to(value.dtype)
+                output = attention(query, key, value, None, mask=mask, scaling=scaling, **options)
             return output.transpose(1, 2).contiguous(), None
         config = layer.config
         sliding_window = kwargs.get("sliding_window")
