@@ -104,9 +104,10 @@ def model_and_images(
     report: Callable[[str, float, int], None],
 ) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
     """A model that reads images, and the images as it reads them."""
-    from aqua_attention.images import image_reader, read_images
+    from aqua_attention.images import check_pillow, image_reader, read_images
     from aqua_attention.models import load_image_model
 
+    check_pillow()
     loaded, processor = load_image_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     reader = image_reader(loaded, processor)
     inputs, _ = read_images(data, reader, most=most, progress=lambda done, total: report("read images", done, total))

@@ -60,10 +60,7 @@ def read_images(
     """
     if most < 1:
         raise AquaError(f"images is {most}: it must be 1 or more")
-    try:
-        import PIL.Image  # noqa: F401
-    except ImportError as error:
-        raise AquaError(f"reading images takes Pillow: {VISION_EXTRA}") from error
+    check_pillow()
     pictures = _pictures(spec, most)
     inputs: list[dict[str, Tensor]] = []
     names: list[str] = []
@@ -86,6 +83,14 @@ def read_images(
             f"{len(unread)} of {len(pictures)} images cannot be read and are left out: {listed}", stacklevel=2
         )
     return inputs, names
+
+
+def check_pillow() -> None:
+    """Raise AquaError when images cannot be read, because Pillow is not installed."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise AquaError(f"reading images takes Pillow: {VISION_EXTRA}") from error
 
 
 class _Unreadable(Exception):

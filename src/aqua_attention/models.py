@@ -202,7 +202,9 @@ def load_image_model(
             model = _loaded(name, found, source, dtype, options).to(place).eval()
             try:
                 processor = AutoImageProcessor.from_pretrained(source, **options)
-            except OSError:  # no such file
+            except OSError:
+                if any(Path(source, file).exists() for file in ("preprocessor_config.json", "processor_config.json")):
+                    raise
                 processor = None
     except AquaError:
         raise

@@ -93,8 +93,8 @@ def evaluate_retention(
             selected = select_dimensions(q, config, layer.head_dim, projection.key_rms.to(key.device))
             scores = dense if selected is None else _scores(torch.where(selected, q, 0), k, scaling)
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
-            score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean(-1)[0]
-            softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean(-1)[0] / 2
+            score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
+            softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean((0, -1)) / 2
             sums = losses[setting].setdefault(layer.index, _Loss())
             sums.scores, sums.softmax = (
                 sums.scores + score_loss.double().cpu(),
