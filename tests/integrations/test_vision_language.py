@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from encoders import VISION_LANGUAGE
+import transformers as tf
+from encoders import TEXT, VISION, VISION_LANGUAGE, make, pixels
 
 import aqua_attention as aqua
 from aqua_attention.capture import attention_layers
@@ -170,3 +171,18 @@ def test_padded_prompts_are_no_calibration(family):
     mask[0, -1] = 0
     with pytest.raises(aqua.AquaError, match="input 0 is padded"):
         aqua.calibrate_inputs(model, [prompt | {"attention_mask": mask}])
+
+
+def test_a_model_of_pairs_has_both_its_towers_under_aqua():
+    """CLIP: a causal tower for text, and a bidirectional one for images."""
+    model = make(tf.CLIPModel, tf.CLIPConfig(text_config=TEXT, vision_config=VISION))
+    pair = {"input_ids": torch.arange(6, 18)[None], "pixel_values": pixels(1)}
+    projections = aqua.calibrate_inputs(model, [pair])
+    assert [layer.causal for layer in attention_layers(model)] == [True, True, False, False]
+    with torch.no_grad():
+        expected = model(**pair)
+        for ratio in (1, 0.25):
+            with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=ratio, **FIRST)):
+                found = model(**pair)
+            for name in ("text_embeds", "image_embeds"):
+                assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-4) == (ratio == 1), name
