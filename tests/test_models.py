@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from aqua_attention import models
 from aqua_attention.errors import AquaError
-from aqua_attention.models import default_model_path, load_model
+from aqua_attention.models import default_model_path, load_image_model, load_model, reads_images
 
 CONTENT = b"GGUF" + bytes(range(256)) * 9000
 
@@ -270,7 +271,7 @@ def test_missing_weights_are_not_made_up(saved: Path, tmp_path: Path) -> None:
 
 
 def test_model_that_is_not_a_language_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
     with pytest.raises(AquaError, match=r"choose a causal language model") as caught:
         load_model(str(tmp_path), device="cpu")
     assert len(str(caught.value)) < 500
@@ -296,3 +297,29 @@ def test_default_model_speaks(capfd: pytest.CaptureFixture[str]) -> None:
     with torch.no_grad():
         best = model(ids).logits[0, -1].argmax()
     assert tokenizer.decode(best).strip() == "Paris"
+
+
+def test_a_model_that_reads_images_is_told_from_one_that_reads_text(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
+    assert reads_images(str(tmp_path)) == (True, False)
+    with pytest.raises(AquaError, match=r"reads images, not text: calibrate it on images"):
+        load_model(str(tmp_path), device="cpu")
+    for kind, expected in (
+        ("llava", (True, True)),
+        ("bert", (False, True)),
+        ("llama", (False, True)),
+        ("?", (False, True)),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        assert reads_images(str(tmp_path)) == expected
+    with pytest.raises(AquaError, match=r"reads text, not images: give --data a text"):
+        load_image_model("smollm2")
+
+
+def test_a_damaged_image_processor_is_an_error(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.ViTModel(transformers.ViTConfig(**small, image_size=32)).save_pretrained(tmp_path)
+    assert load_image_model(str(tmp_path), device="cpu")[1] is None
+    (tmp_path / "preprocessor_config.json").write_text("{")
+    with pytest.raises(AquaError, match=r"cannot be loaded .*preprocessor_config\.json"):
+        load_image_model(str(tmp_path), device="cpu")

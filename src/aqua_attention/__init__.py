@@ -4,6 +4,7 @@
 In the order of use:
 
     calibrate        learn the projections of a model from a text, once
+    calibrate_inputs the same from images, or from whatever else a model reads
     Projections      the learned rotations; save, load, check
     AquaConfig       the knobs: what is multiplied (k_ratio, ...) and what is stored (s_ratio, bits, h2o_ratio)
     apply            AQUA in a transformers model, as a context manager
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from aqua_attention.cache import AquaCache as AquaCache
     from aqua_attention.calibration import calibrate as calibrate
+    from aqua_attention.calibration import calibrate_inputs as calibrate_inputs
     from aqua_attention.config import AquaConfig as AquaConfig
     from aqua_attention.errors import AquaError as AquaError
     from aqua_attention.integrations.transformers import Attachment as Attachment
@@ -39,6 +41,7 @@ _HOME = {
     "__version__": "version",
     "apply": "integrations.transformers",
     "calibrate": "calibration",
+    "calibrate_inputs": "calibration",
     "load_model": "models",
     "load_text": "text",
 }

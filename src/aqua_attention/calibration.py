@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration: one pass of a text through a model, from which the projections follow."""
+"""Calibration: one pass of a text, or of images, through a model, from which the projections follow."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.capture import attention_layers, observe_windows
+from aqua_attention.capture import AttentionLayer, attention_layers, chosen_layers, observe_windows
 from aqua_attention.checkpoint import Checkpoint, check_finished
 from aqua_attention.errors import AquaError
 from aqua_attention.fingerprint import key_weight_digest, shape_of
 from aqua_attention.projections import Projections
+from aqua_attention.sides import IMAGES, TEXT, Inputs, inputs_digest
 from aqua_attention.stats import LayerStatistics, Statistics, merge
 from aqua_attention.text import text_digest, token_windows, tokenize
 from aqua_attention.version import __version__
@@ -29,6 +31,7 @@ def calibrate(
     context: int = 2048,
     seed: int | None = 0,
     name: str = "",
+    layers: str | None = None,
     checkpoint: Path | str | None = None,
     checkpoint_seconds: float = 10.0,
     resume: bool = False,
@@ -37,13 +40,14 @@ def calibrate(
     """Learn the projections of `model` from windows of `text`.
 
     Args:
-        model: a decoder language model; its weights and its attention are left as they are.
+        model: a decoder or encoder that reads text; its weights and its attention are left as they are.
         text: plain text.
         tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says).
         context: tokens in a window. Calibrate at the length you will use: projections from short windows are
             slightly worse on long ones.
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
         name: recorded as the model's name; the one in its config unless given.
+        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
         checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
             Ctrl-C. `checkpoint.discard` it once the projections are saved.
         resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
@@ -53,52 +57,138 @@ def calibrate(
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
             checkpoint of another run, or one that exists though `resume` was not asked for.
     """
-    if resume and checkpoint is None:
-        raise AquaError("resume takes a checkpoint: name the file to go on from")
-    if checkpoint is not None and not resume:
-        check_finished(Path(checkpoint))
-    layers = attention_layers(model)
+    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
-    shape, key_weights, digest = shape_of(model, layers), key_weight_digest(layers), text_digest(text)
-    calibration = {
-        "text_sha256": digest,
+    facts = {
+        "text_sha256": text_digest(text),
         "tokens": windows.numel(),
         "context": windows.shape[1],
         "seed": seed,
         "library_version": __version__,
     }
-    identity = {"name": name or model.config._name_or_path, "shape": shape, "key_weights": key_weights}
-    keeper = None
-    if checkpoint is not None:
-        # What the model is and what it reads; the windows' digest stands for the tokenizer.
-        read = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(), "dtype": str(model.dtype)}
-        # The name tells models apart whose key weights cannot be read (quantised, offloaded).
-        run = {"model": identity["name"], "shape": shape, "key_weights": key_weights} | calibration | read
-        keeper = Checkpoint(checkpoint, run, seconds=checkpoint_seconds)
-    statistics = collect(model, windows, checkpoint=keeper, progress=progress)
-    return Projections.from_statistics(statistics, model=identity, calibration=calibration)
+    # The windows' digest stands for the tokenizer.
+    read = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+    return run.learn(windows, {TEXT}, facts, read, progress)
+
+
+def calibrate_inputs(
+    model: PreTrainedModel,
+    inputs: Sequence[Inputs],
+    *,
+    facts: dict[str, Any] | None = None,
+    name: str = "",
+    layers: str | None = None,
+    checkpoint: Path | str | None = None,
+    checkpoint_seconds: float = 10.0,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Projections:
+    """Learn the projections of `model` from whatever it reads: images, or prompts with images in them.
+
+    Args:
+        model: an encoder or decoder; its weights and its attention are left as they are.
+        inputs: what the model is called with, a forward pass each and without padding: `pixel_values` (and what an
+            image processor gives with them), `input_ids`, or both. Only the layers that read them are calibrated; two
+            calibrations of a vision-language model, on images and on text, become one by `Projections.merged`.
+        facts: recorded in `calibration`, such as how many images these are.
+        name, checkpoint, checkpoint_seconds, resume, progress: as for `calibrate`.
+        layers: only those whose name matches this pattern, such as "vision_tower.*".
+
+    Raises:
+        AquaError: as `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
+    """
+    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume)
+    if not inputs:
+        raise AquaError("there is nothing to calibrate on: give at least one input")
+    given: set[str] = set()
+    for number, each in enumerate(inputs):
+        given |= {side for side, key in ((TEXT, "input_ids"), (IMAGES, "pixel_values")) if key in each}
+        mask = each.get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            raise AquaError(f"input {number} is padded: give sequences without padding, one by one")
+    known = {"inputs": len(inputs), "inputs_sha256": inputs_digest(inputs), "library_version": __version__}
+    return run.learn(inputs, given, known | (facts or {}), {}, progress)
+
+
+class Run:
+    """One calibration: of which layers, and where its state is kept."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        pattern: str | None,
+        checkpoint: Path | str | None,
+        checkpoint_seconds: float,
+        resume: bool,
+    ) -> None:
+        """Find the layers; nothing is read yet. See `calibrate` for arguments and errors."""
+        if resume and checkpoint is None:
+            raise AquaError("resume takes a checkpoint: name the file to go on from")
+        if checkpoint is not None and not resume:
+            check_finished(Path(checkpoint))
+        self.model, self.pattern = model, pattern
+        self.name = name or model.config._name_or_path
+        self.layers = attention_layers(model)
+        self._checkpoint, self._seconds = checkpoint, checkpoint_seconds
+
+    def learn(
+        self,
+        windows: Tensor | Sequence[Inputs],
+        given: Collection[str],
+        facts: dict[str, Any],
+        read: dict[str, Any],
+        progress: Callable[[int, int], None] | None,
+    ) -> Projections:
+        """The projections.
+
+        Args:
+            windows: see `capture.observe_windows`.
+            given: the sides of the model that they are for, see `sides`.
+            facts: the provenance to record.
+            read: JSON values that tell what is read from other data, beyond `facts`.
+        """
+        reached = [layer for layer in self.layers if layer.side in given]
+        if not reached:
+            raise AquaError(f"{type(self.model).__name__} does not read {' and '.join(sorted(given)) or 'that'}")
+        chosen = chosen_layers(reached, self.pattern)
+        shape = shape_of(self.model, chosen, named=len(chosen) < len(self.layers))
+        key_weights = key_weight_digest(chosen)
+        identity = {"name": self.name, "shape": shape, "key_weights": key_weights}
+        keeper = None
+        if self._checkpoint is not None:
+            # The name tells models apart whose key weights cannot be read (quantised, offloaded).
+            run = {"model": self.name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
+            keeper = Checkpoint(self._checkpoint, run | facts | read, seconds=self._seconds)
+        statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=progress)
+        tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
+        return Projections.from_statistics(statistics, model=identity, calibration=tokens | facts)
 
 
 def collect(
     model: PreTrainedModel,
-    windows: Tensor,
+    windows: Tensor | Sequence[Inputs],
     *,
+    layers: list[AttentionLayer] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
-    """Statistics of every attention layer over token windows [count, context], one forward pass a window.
+    """Statistics of attention layers over token windows [count, context] or other inputs, a forward pass each.
 
     Args:
+        layers: those of interest; all of them unless given.
         checkpoint: where to begin, and where to keep the sums while they grow.
     """
-    layers = attention_layers(model)
-    index_of = {layer.module: layer.index for layer in layers}
+    every = attention_layers(model)
+    index_of = {layer.module: layer.index for layer in layers or every}
     state = checkpoint.load() if checkpoint else ({}, 0)
     first, window = state[1], Statistics()
 
     def accumulate(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+        if module not in index_of:
+            return
         index, seen = index_of[module], LayerStatistics.of(query, key)
         window[index] = window[index] + seen if index in window else seen
 
@@ -116,7 +206,7 @@ def collect(
             progress(first + count, len(windows))
 
     try:
-        observe_windows(model, layers, windows[first:], accumulate, between_windows)
+        observe_windows(model, every, windows[first:], accumulate, between_windows)
     except KeyboardInterrupt:
         if checkpoint:
             checkpoint.save(*state)
@@ -124,12 +214,24 @@ def collect(
     return state[0]
 
 
+def check_generates(model: PreTrainedModel) -> None:
+    """Raise AquaError for a model that predicts no next token."""
+    if not model.can_generate():
+        raise AquaError(
+            f"{type(model).__name__} predicts no next token: an encoder is measured by `aqua eval retention` and "
+            "`aqua eval images`"
+        )
+
+
 def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> None:
     """Raise AquaError for tokens that the model does not know, and for a context longer than its positions."""
     limit = position_limit(model)
     if limit is not None and context > limit:
         raise AquaError(f"context is {context}: the model knows {limit} positions, choose at most that")
-    known = model.get_input_embeddings().weight.shape[0]
+    try:
+        known = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # a model of pairs, as CLIP
+        known = model.config.get_text_config().vocab_size
     if token_ids.numel() and int(token_ids.max()) >= known:
         raise AquaError(
             f"the text has token {int(token_ids.max())}, the model knows {known} tokens: the tokenizer is another "

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 from aqua_attention.errors import AquaError
 from aqua_attention.interface import as_aqua_mask, check_call, check_detached, install, mask_builder
 from aqua_attention.ops.api import attention
+from aqua_attention.ops.mask import bidirectional
+from aqua_attention.sides import IMAGES, TEXT, Inputs, accepted, device_of, first_tensor, placed, probes, runner, sides
 
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -25,7 +29,8 @@ class AttentionLayer:
     """One attention layer of a model: where it is and the shape of its heads."""
 
     index: int
-    """`layer_idx` of the module, which is also its place in a cache."""
+    """No two layers of a model share it. Of a language model's layers it is `layer_idx`, the place in a cache; of
+    others the place in the order in which they run; in a vision-language model those of images follow those of text."""
     module: nn.Module
     num_attention_heads: int
     num_key_value_heads: int
@@ -33,15 +38,23 @@ class AttentionLayer:
     device: torch.device
     reads_own_cache: bool
     """Whether its keys come straight from this layer of a `DynamicCache`, so that they can be rotated when written."""
+    name: str = ""
+    """Where the module is in the base model, such as "vision_tower.encoder.layers.0.self_attn"."""
+    causal: bool = True
+    """Whether a token sees those before it only; False in encoders."""
+    side: str = TEXT
+    """What it runs on, "text" or "images", see `sides`."""
 
 
 @contextmanager
-def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
+def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Module, bool]]:
     """While open, `observer(module, query, key, scaling)` sees every attention call; the model's results stay dense.
 
     query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length, head_dim], as
-    they enter the scores: after rotary embedding and after any query-key norm.
+    they enter the scores: after rotary embedding and after any query-key norm. The dictionary says of each module that
+    has called whether its attention is causal.
     """
+    directions: dict[nn.Module, bool] = {}
 
     def dense(
         module: nn.Module,
@@ -57,16 +70,20 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        check_call(type(model).__name__, causal, kwargs)
+        check_call(type(model).__name__, kwargs)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        directions[module] = causal
         observer(module, query, key, scaling)
+        mask = as_aqua_mask(attention_mask)
+        if mask is None and not causal:
+            mask = bidirectional(query.shape[2], key.shape[2], sink=0, device=query.device)
         with torch.autocast(query.device.type, enabled=False):
             output = attention(
                 query.to(value.dtype),
                 key.to(value.dtype),
                 value,
                 None,
-                mask=as_aqua_mask(attention_mask),
+                mask=mask,
                 scaling=scaling,
                 softcap=softcap,
                 s_aux=s_aux,
@@ -75,63 +92,113 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[None]:
 
     _, undo = install(model, dense, mask_builder(0, 0))
     try:
-        yield
+        yield directions
     finally:
         undo()
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
-    """The attention layers of a decoder in order, found by running it on four tokens and watching.
+    """The attention layers of a model in order, found by running each of its sides on a small input and watching.
 
     The run is compared with the model's own attention. Watching instead of reading class names means that a layer on
     this list really sends its attention through the interface, and one that does not is never taken for rotated.
 
     Raises:
-        AquaError: the model is no decoder that sends its attention through transformers' interface.
+        AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
+            text or images.
     """
     if not isinstance(model, PreTrainedModel):
         raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
-        raise AquaError(f"{name} is an encoder-decoder: only decoder language models are supported")
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    tokens = torch.arange(4, device=input_device(model))[None]
+        raise AquaError(f"{name} is an encoder-decoder: only decoders and encoders alone are supported")
     check_detached(model)
-    try:
-        with torch.no_grad(), evaluation_mode(model):
-            with observed(model, lambda module, query, key, scaling: seen.update({module: (query, key)})):
-                output = model(input_ids=tokens, use_cache=True)
-            expected = model(input_ids=tokens)
-    except AquaError:
-        raise
-    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise AquaError(f"{name} does not run on token ids alone, so it is not supported ({reason})") from error
-    if not seen:
+    layers: list[AttentionLayer] = []
+    for side in sides(model):
+        try:
+            layers += _side_layers(model, side, first=len(layers))
+        except _DoesNotRun:
+            # Images in a form that we do not know: those layers are not on the list, and refused when they are called.
+            if not layers:
+                raise
+    if not layers:
         raise AquaError(f"{name} made no attention call: AQUA needs a model with attention layers")
-    _check_finite(name, seen, expected[0])
+    if len({layer.index for layer in layers}) < len(layers):
+        raise AquaError(f"{name} has attention layers that share a layer index: this architecture is not supported")
+    return layers
+
+
+class _DoesNotRun(AquaError):
+    """None of the inputs that we know of runs one side of a model."""
+
+
+def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[AttentionLayer]:
+    """The layers that run on one side; `first` is how many the other has."""
+    name, run = type(model).__name__, runner(model, side)
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}
+    failed: Exception | None = None
+    for probe in probes(model, side):
+        inputs = {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else placed(probe, model)
+        seen.clear()
+        try:
+            with torch.no_grad(), evaluation_mode(model):
+                with observed(model, lambda module, query, key, scaling: seen.update({module: (query, key)})) as causal:
+                    output = run(**inputs, **cached)
+                expected = first_tensor(run(**inputs))
+            break
+        except AquaError as error:
+            raise error if name in str(error) else AquaError(f"{name}: {error}") from error
+        except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            failed = failed or error
+    else:
+        reason = f"{type(failed).__name__}: {failed}".splitlines()[0][:200]
+        alone = "token ids" if side == TEXT else "images"
+        raise _DoesNotRun(f"{name} does not run on {alone} alone, so it is not supported ({reason})") from failed
+    found = first_tensor(output)
+    _check_finite(name, seen, expected)
     # A quantised model may round activations too: then the last bit of an attention output moves logits by percents.
-    exact = output[0].dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
-    _check_same(name, output[0], expected[0], tolerance=1e-2 if exact else 0.2)
+    exact = found.dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
+    _check_same(name, found, expected, tolerance=1e-2 if exact else 0.2)
     cache = getattr(output, "past_key_values", None)
+    names = {module: path.removeprefix(f"{model.base_model_prefix}.") for path, module in model.named_modules()}
     layers: list[AttentionLayer] = []
     for module, (query, key) in seen.items():
-        index = getattr(module, "layer_idx", None)
+        index = getattr(module, "layer_idx", None) if side == TEXT else None
         layers.append(
             AttentionLayer(
-                index=len(layers) if index is None else index,
+                index=first + len(layers) if index is None else index,
                 module=module,
                 num_attention_heads=query.shape[1],
                 num_key_value_heads=key.shape[1],
                 head_dim=query.shape[-1],
                 device=key.device,
                 reads_own_cache=index is not None and _is_cached(cache, index, key),
+                name=names[module],
+                causal=causal[module],
+                side=side,
             )
         )
-    layers.sort(key=lambda layer: layer.index)
-    if len({layer.index for layer in layers}) < len(layers):
-        raise AquaError(f"{name} has attention layers that share a layer index: this architecture is not supported")
-    return layers
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def _knows_cache(model: PreTrainedModel) -> bool:
+    """Whether `model` can be told to use a cache; some encoders cannot."""
+    parameters = inspect.signature(model.forward).parameters
+    return "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def chosen_layers(layers: list[AttentionLayer], pattern: str | None) -> list[AttentionLayer]:
+    """Those of `layers` whose name matches a pattern as of file names, such as "vision_tower.*"; None: all.
+
+    Raises:
+        AquaError: there is none.
+    """
+    chosen = [layer for layer in layers if pattern is None or fnmatchcase(layer.name, pattern)]
+    if layers and not chosen:
+        first, last = layers[0].name, layers[-1].name
+        raise AquaError(f"no attention layer has a name like {pattern!r}: the names go from {first} to {last}")
+    return chosen
 
 
 @contextmanager
@@ -149,25 +216,44 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 def observe_windows(
     model: PreTrainedModel,
     layers: list[AttentionLayer],
-    windows: Tensor,
+    windows: Tensor | Sequence[Inputs],
     observer: Observer,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """One dense forward pass for each window of token ids [count, context], watched by `observer`."""
-    # The language-model head says nothing about queries and keys, and costs more than observing does.
-    decoder, device = innermost_decoder(model, layers), input_device(model)
+    """One dense forward pass for each window, watched by `observer`.
+
+    Args:
+        windows: token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
+    """
     with observed(model, observer), torch.no_grad(), evaluation_mode(model):
         for done, window in enumerate(windows):
             if progress:
                 progress(done, len(windows))
-            decoder(input_ids=window[None].to(device), use_cache=False)
+            run_encoder_or_decoder(model, layers, {"input_ids": window[None]} if isinstance(window, Tensor) else window)
     if progress:
         progress(len(windows), len(windows))
 
 
+def run_encoder_or_decoder(model: PreTrainedModel, layers: list[AttentionLayer], inputs: Inputs) -> Any:
+    """Run the part of `model` that reads `inputs`: all of it only on text and images together."""
+    if "input_ids" not in inputs:
+        forward = runner(model, IMAGES)
+        return forward(**accepted(forward, placed(inputs, model)))
+    if "pixel_values" in inputs:
+        return model(**placed(inputs, model))
+    # The language-model head says nothing about queries and keys, and costs more than observing does.
+    text = innermost_decoder(model, [layer for layer in layers if layer.side == TEXT])
+    options = {"use_cache": False} if _knows_cache(text) else {}
+    device = input_device(model)
+    return text(**{name: value.to(device) for name, value in inputs.items()}, **options)
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the token ids of `model` belong; the CPU when its embeddings are offloaded."""
-    embeddings = model.get_input_embeddings()
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # a model of pairs, as CLIP
+        return device_of(model)
     weight = getattr(embeddings, "weight", None)
     if not isinstance(weight, Tensor):
         raise AquaError(f"{type(model).__name__} has no token embeddings: a decoder language model is needed")

@@ -13,6 +13,7 @@ import typer
 from aqua_attention.cli_bench import benchmarks
 from aqua_attention.cli_evaluate import evaluations
 from aqua_attention.cli_grid import grid
+from aqua_attention.cli_images import Images, Layers, calibrate_on_images, images, text_for, wants_images
 from aqua_attention.cli_options import (
     Bits,
     Chat,
@@ -52,7 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (tasks, grid, transfer, across_contexts):
+for command in (tasks, grid, transfer, across_contexts, images):
     evaluations.command()(command)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
@@ -75,12 +76,15 @@ def _root(
 def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the projections here (.safetensors).")],
-    data: Annotated[str, typer.Option(help="Text: builtin:calibration, a file or folder, hub:name.")] = (
-        "builtin:calibration"
-    ),
+    data: Annotated[
+        str | None,
+        typer.Option(help="A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to read.")] = 32768,
     context: Context = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    images: Images = 256,
+    layers: Layers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     checkpoint_seconds: Annotated[float, typer.Option(help="How often the state is kept, in OUTPUT.partial.")] = 10.0,
     gguf_file: GgufFile = None,
@@ -89,7 +93,7 @@ def calibrate(
     trust_remote_code: RemoteCode = False,
     json: Json = None,
 ) -> None:
-    """Learn a model's projections from a text, once. Stopped or killed, it goes on with --resume.
+    """Learn a model's projections from a text, or from images, once. Stopped or killed, it goes on with --resume.
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
@@ -100,30 +104,39 @@ def calibrate(
     from aqua_attention.checkpoint import check_finished, check_seconds, discard
     from aqua_attention.files import remove_leftovers, write_json
     from aqua_attention.tables import provenance_table, spectrum
-    from aqua_attention.text import load_text
 
     check_seconds(checkpoint_seconds)
     if not resume:
         check_finished(partial)
     elif not partial.exists():
         typer.echo(f"there is no {partial}: beginning at the first window", err=True)
+    kept_in: dict[str, Any] = {
+        "layers": layers,
+        "checkpoint": partial,
+        "checkpoint_seconds": checkpoint_seconds,
+        "resume": resume,
+    }
     try:
-        text = load_text(data)
-        loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-        with progress_bars() as report:
-            projections = run(
-                loaded,
-                tokenizer,
-                text,
-                tokens=tokens,
-                context=context,
-                seed=seed,
-                name=model,
-                checkpoint=partial,
-                checkpoint_seconds=checkpoint_seconds,
-                resume=resume,
-                progress=lambda done, total: report("calibrate", done, total),
-            )
+        if wants_images(model, data, gguf_file, trust_remote_code):
+            with progress_bars() as report:
+                projections = calibrate_on_images(
+                    model, data, images, dtype, device, trust_remote_code, report, **kept_in
+                )
+        else:
+            text = text_for(model, data or "builtin:calibration")
+            loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, generates=False)
+            with progress_bars() as report:
+                projections = run(
+                    loaded,
+                    tokenizer,
+                    text,
+                    tokens=tokens,
+                    context=context,
+                    seed=seed,
+                    name=model,
+                    progress=lambda done, total: report("calibrate", done, total),
+                    **kept_in,
+                )
         projections.save(output)
     except KeyboardInterrupt:
         kept = f"{partial} keeps what is done, the same command with --resume goes on"

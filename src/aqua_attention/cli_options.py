@@ -73,11 +73,24 @@ def min_length_of(given: str) -> int | Literal["auto"]:
 
 
 def load_model(
-    model: str, gguf_file: str | None, dtype: str, device: str | None, trust_remote_code: bool
+    model: str,
+    gguf_file: str | None,
+    dtype: str,
+    device: str | None,
+    trust_remote_code: bool,
+    generates: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that the options name."""
-    from aqua_attention import models
+    """The model and tokenizer that the options name.
 
-    return models.load_model(
+    Args:
+        generates: whether it has to predict next tokens, which an encoder does not.
+    """
+    from aqua_attention import models
+    from aqua_attention.calibration import check_generates
+
+    loaded, tokenizer = models.load_model(
         model, gguf_file=gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
+    if generates:
+        check_generates(loaded)
+    return loaded, tokenizer

@@ -129,5 +129,23 @@ class AquaConfig:
         return dataclasses.asdict(self)
 
 
+def check_bidirectional(model_name: str, config: AquaConfig) -> None:
+    """Raise AquaError for a setting that means nothing where every token sees every other one and there is no cache."""
+    for name, meaning in (
+        ("recent", "no token is the most recent one"),
+        ("min_length", "all queries of a sequence see as many tokens"),
+        ("bits", "it has no cache"),
+        ("h2o_ratio", "it has no cache"),
+    ):
+        value = getattr(config, name)
+        if value != getattr(AquaConfig, name):
+            raise AquaError(f"{name} is {value!r}, but {model_name} is bidirectional ({meaning}): leave it out")
+
+
+def encoder_config(config: AquaConfig) -> AquaConfig:
+    """What of a configuration is for the bidirectional layers of a model that has causal ones too."""
+    return dataclasses.replace(config, recent=0, min_length=0, bits=None, h2o_ratio=1.0, h2o_queries=None)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf

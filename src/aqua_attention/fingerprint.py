@@ -13,20 +13,25 @@ from transformers import PreTrainedModel
 from aqua_attention.capture import AttentionLayer, is_plain
 from aqua_attention.errors import AquaError
 
-KEY_WEIGHT_NAMES = ("k_proj", "key", "qkv_proj", "query_key_value", "c_attn")
+KEY_WEIGHT_NAMES = ("k_proj", "key", "k_lin", "qkv_proj", "qkv", "Wqkv", "query_key_value", "c_attn")
 SKETCHES, SAMPLES = 4, 1 << 16
 WEIGHT_TOLERANCE = 0.005
 """Relative difference of key weights that rounding to bfloat16 (about 0.001) never reaches."""
 
 
-def shape_of(model: PreTrainedModel, layers: list[AttentionLayer]) -> dict[str, Any]:
-    """What must be equal for projections to fit: the architecture and the shape of every attention layer."""
-    return {
+def shape_of(model: PreTrainedModel, layers: list[AttentionLayer], *, named: bool = False) -> dict[str, Any]:
+    """What must be equal for projections to fit: the architecture and the shape of every attention layer.
+
+    Args:
+        layers: all of them, or with `named` those that projections are for; their names are part of the shape then.
+    """
+    shape = {
         "model_type": model.config.model_type,
         "layers": [
             [layer.index, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim] for layer in layers
         ],
     }
+    return shape | {"names": [layer.name for layer in layers]} if named else shape
 
 
 def describe_shape(shape: dict[str, Any]) -> str:

@@ -8,12 +8,12 @@ the mask that it needs. We register a fresh name in both, point the model at it,
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from aqua_attention.errors import AquaError
@@ -24,7 +24,10 @@ _numbers = itertools.count(1)
 
 
 def install(
-    model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Tensor | None]
+    model: PreTrainedModel,
+    attention: Callable[..., Any],
+    mask: Callable[..., Tensor | None],
+    configs: Sequence[PreTrainedConfig] | None = None,
 ) -> tuple[str, Callable[[], None]]:
     """Send every attention call of `model` to `attention`; returns the name it runs under, and how to undo it.
 
@@ -32,6 +35,7 @@ def install(
         attention: called as transformers calls its attention functions: `(module, query, key, value,
             attention_mask, dropout=, scaling=, **kwargs) -> (output [batch, queries, heads, dim], None)`.
         mask: builds `attention_mask`, see `mask_builder`.
+        configs: only the calls of modules that have one of these configs; the others stay as they are.
 
     Raises:
         AquaError: the model does not use transformers' attention interface; nothing is changed then.
@@ -42,20 +46,27 @@ def install(
     if refused:
         raise AquaError(
             f"{refused[0]} does not use transformers' attention interface, so its attention cannot be replaced: "
-            "use a model class that does (Llama, Mistral, Qwen, Gemma, OPT, Phi-3, GPT-NeoX, ...)"
+            "use a model class that does (Llama, Mistral, Qwen, Gemma, OPT, GPT-NeoX, BERT, CLIP, SigLIP, ViT, ...)"
         )
-    before = [(part.config, part.config._attn_implementation) for part in parts]
+    chosen = [part.config for part in parts] if configs is None else configs
+    before = [(config, config._attn_implementation) for config in chosen]
 
     def undo() -> None:
         for config, implementation in before:
-            config._attn_implementation = implementation
+            if configs is None:
+                config._attn_implementation = implementation
+            else:  # not those of the config's own parts, as the setter would
+                config._attn_implementation_internal = implementation
         AttentionInterface._global_mapping.pop(name, None)
         AttentionMaskInterface._global_mapping.pop(name, None)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
     try:
-        model.set_attn_implementation(name)
+        if configs is None:
+            model.set_attn_implementation(name)
+        for config in configs or ():
+            config._attn_implementation_internal = name
     except BaseException:
         undo()
         raise
@@ -66,15 +77,12 @@ SCORE_ARGUMENTS = ("position_bias", "alibi", "head_mask", "sinks", "indices", "b
 """Arguments with which a model changes scores or visibility in ways that AQUA does not know."""
 
 
-def check_call(model_name: str, is_causal: bool, extra: dict[str, Any]) -> None:
+def check_call(model_name: str, extra: dict[str, Any]) -> None:
     """Raise AquaError for an attention call that AQUA would compute wrongly.
 
     Args:
-        is_causal: as the call or its module says.
-        extra: the call's further keyword arguments.
+        extra: the call's keyword arguments that it has no place for.
     """
-    if not is_causal:
-        raise AquaError(f"{model_name} is not causal: only decoder language models are supported")
     for name in SCORE_ARGUMENTS:
         if extra.get(name) is not None:
             raise AquaError(f"{model_name} passes {name} to its attention, which AQUA does not support")
@@ -82,7 +90,8 @@ def check_call(model_name: str, is_causal: bool, extra: dict[str, Any]) -> None:
 
 def check_detached(model: PreTrainedModel) -> None:
     """Raise AquaError when AQUA is attached to `model`: its attention is not the model's own then."""
-    if str(model.config._attn_implementation).startswith(NAME_PREFIX):
+    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+    if any(str(part.config._attn_implementation).startswith(NAME_PREFIX) for part in parts):
         raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
 
 

@@ -129,7 +129,9 @@ def load_model(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model, in eval mode on `device`, and its tokenizer.
+    """Load a model that reads text, in eval mode on `device`, and its tokenizer.
+
+    Causal language models, and encoders and vision-language models by the class that their config names.
 
     Args:
         name: "smollm2" (the default model), a local folder, a .gguf file, or a hub id.
@@ -142,9 +144,7 @@ def load_model(
     Raises:
         AquaError: an argument is wrong, or the model cannot be loaded whole.
     """
-    if dtype not in DTYPES:
-        raise AquaError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    place = _device(device)
+    place = _checked(dtype, device)
     if name == DEFAULT_MODEL:
         name = str(default_model_path())
         if dtype == "auto":
@@ -156,20 +156,118 @@ def load_model(
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        from aqua_attention.sides import TEXT, sides
+
         with _quiet():
-            load = AutoModelForCausalLM.from_pretrained
-            model, report = load(source, dtype=dtype, output_loading_info=True, **options)
+            found = None if gguf_file else _encoder_class(source, options)
+            if found is not None and TEXT not in sides(found):
+                raise AquaError(
+                    f"model {name!r} reads images, not text: calibrate it on images, or use `aqua eval images`"
+                )
+            model = _loaded(name, found or AutoModelForCausalLM, source, dtype, options)
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model = model.to(place).eval()
+    except AquaError:
+        raise
     except Exception as error:  # the loaders pass on whatever their parsers raise
         raise AquaError(_explain(name, gguf_file, error)) from error
+    return model, tokenizer
+
+
+def load_image_model(
+    name: str, *, dtype: str = "auto", device: str | torch.device | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model that reads images, in eval mode on `device`, and its image processor (None where it has none).
+
+    Args:
+        name: a local folder or a hub id. The other arguments are those of `load_model`.
+
+    Raises:
+        AquaError: as `load_model`; a model that does not read images.
+    """
+    place = _checked(dtype, device)
+    if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
+        raise AquaError(f"model {name!r} reads text, not images: give --data a text")
+    source, _ = _source(name, None)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        from transformers import AutoImageProcessor
+
+        from aqua_attention.sides import IMAGES, sides
+
+        with _quiet():
+            found = _encoder_class(source, options)
+            if found is None or IMAGES not in sides(found):
+                raise AquaError(f"model {name!r} reads text, not images: give --data a text")
+            model = _loaded(name, found, source, dtype, options).to(place).eval()
+            try:
+                processor = AutoImageProcessor.from_pretrained(source, **options)
+            except OSError:
+                if any(Path(source, file).exists() for file in ("preprocessor_config.json", "processor_config.json")):
+                    raise
+                processor = None
+    except AquaError:
+        raise
+    except Exception as error:  # as above
+        raise AquaError(_explain(name, None, error)) from error
+    return model, processor
+
+
+def reads_images(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> tuple[bool, bool]:
+    """Whether a model reads images, and whether it reads text, from its config alone; (False, True) where that is
+    unknown.
+    """
+    if name == DEFAULT_MODEL or gguf_file or name.lower().endswith(".gguf"):
+        return False, True
+    from aqua_attention.sides import IMAGES, TEXT, sides
+
+    source, gguf_file = _source(name, gguf_file)
+    try:
+        with _quiet():
+            found = None if gguf_file else _encoder_class(source, {"trust_remote_code": trust_remote_code})
+    except Exception:  # loading the model will say what is wrong
+        return False, True
+    return (False, True) if found is None else (IMAGES in sides(found), TEXT in sides(found))
+
+
+def _encoder_class(source: str, options: dict[str, Any]) -> Any:
+    """The class of an encoder or of a vision-language model; None for all others, causal language models among them."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, named, None) or transformers.MODEL_MAPPING.get(type(config), None)
+    if found is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    if isinstance(found, tuple):
+        found = found[0]
+    if found.main_input_name == "pixel_values" or hasattr(found, "get_image_features"):
+        return found
+    is_decoder = getattr(config, "is_decoder", False) or named.endswith(("ForCausalLM", "LMHeadModel"))
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (is_decoder or type(config) not in MODEL_FOR_MASKED_LM_MAPPING):
+        return None
+    return found if found.main_input_name == "input_ids" else None
+
+
+def _loaded(name: str, loader: Any, source: str, dtype: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A whole model, by a class that loads it."""
+    model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         # transformers would fill these with random numbers and only warn.
+        kind = "a causal language model" if loader.__name__ == "AutoModelForCausalLM" else loader.__name__
         raise AquaError(
             f"model {name!r} lacks {len(missing)} of its weights ({missing[0]}, ...): "
-            "give a complete checkpoint of a causal language model"
+            f"give a complete checkpoint of {kind}"
         )
-    return model, tokenizer
+    return model
+
+
+def _checked(dtype: str, device: str | torch.device | None) -> torch.device:
+    """The device, after a look at both."""
+    if dtype not in DTYPES:
+        raise AquaError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return _device(device)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

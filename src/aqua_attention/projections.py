@@ -88,10 +88,14 @@ class Projections:
     def merged(self, other: Projections) -> Projections:
         """As if one calibration had read both texts: the sums are added and decomposed again.
 
+        Of different layers of one model, such as those of text and those of images, all in one.
+
         Raises:
             AquaError: the two are not of the same model, or not in the same basis.
         """
         if self.model["shape"] != other.model["shape"]:
+            if _are_parts(self.model["shape"], other.model["shape"]):
+                return self._joined(other)
             raise AquaError(
                 f"projections of different models cannot be merged: {describe_shape(self.model['shape'])} and "
                 f"{describe_shape(other.model['shape'])}"
@@ -105,18 +109,47 @@ class Projections:
             )
         parts = [self.calibration, other.calibration]
         calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value}
-        calibration |= {"tokens": sum(part.get("tokens", 0) for part in parts), "merged": parts}
+        calibration |= _summed(parts) | {"merged": parts}
         return Projections.from_statistics(
             merge(self.statistics, other.statistics), self.model, calibration, self.basis
         )
+
+    def _joined(self, other: Projections) -> Projections:
+        """The layers of both, which are parts of one model."""
+        if self.basis != other.basis:
+            raise AquaError(f"projections in different bases cannot be joined: {self.basis} and {other.basis}")
+        pairs = []
+        for part in (self, other):
+            shape = part.model["shape"]
+            weights = part.model.get("key_weights") or [None] * len(shape["layers"])
+            pairs += list(zip(shape["layers"], shape["names"], weights, strict=True))
+        rows, names, weights = (list(column) for column in zip(*sorted(pairs, key=lambda row: row[0][0]), strict=True))
+        shape = {"model_type": self.model["shape"]["model_type"], "layers": rows, "names": names}
+        model = self.model | {"shape": shape, "key_weights": None if None in weights else weights}
+        parts = [self.calibration, other.calibration]
+        calibration = _summed(parts) | {"merged": parts}
+        layers, statistics = self.layers | other.layers, self.statistics | other.statistics
+        return Projections(
+            {index: layers[index] for index in sorted(layers)},
+            {index: statistics[index] for index in sorted(statistics)},
+            model,
+            calibration,
+            self.basis,
+        )
+
+    def covered(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:
+        """Those of a model's layers that the projections are for: all, or those that the file names."""
+        names = self.model["shape"].get("names")
+        return layers if names is None else [layer for layer in layers if layer.name in names]
 
     def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> list[list[float]] | None:
         """Raise AquaError when the projections do not fit; warn when the model's key weights differ.
 
         Returns:
-            The digest of the model's key weights, see `fingerprint.key_weight_digest`.
+            The digest of the key weights of the `covered` layers, see `fingerprint.key_weight_digest`.
         """
-        shape = shape_of(model, layers)
+        layers = self.covered(layers)
+        shape = shape_of(model, layers, named="names" in self.model["shape"])
         if shape != self.model["shape"]:
             raise AquaError(
                 f"these projections are for {describe_shape(self.model['shape'])}, the model is "
@@ -173,6 +206,22 @@ class Projections:
             layers[index] = _layer_projection(statistics[index], rotation)
         stored.finish()
         return cls(layers, statistics, model, calibration, basis)
+
+
+def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """How much several calibrations have read."""
+    counts = [
+        name for name in ("tokens", "inputs", "images") if name == "tokens" or any(name in part for part in parts)
+    ]
+    return {name: sum(part.get(name, 0) for part in parts) for name in counts}
+
+
+def _are_parts(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two shapes are of different layers of one model."""
+    if first["model_type"] != second["model_type"] or "names" not in first or "names" not in second:
+        return False
+    indices = [{row[0] for row in shape["layers"]} for shape in (first, second)]
+    return not indices[0] & indices[1] and not set(first["names"]) & set(second["names"])
 
 
 def check_basis(basis: str) -> None:

@@ -174,6 +174,34 @@ def retention_table(result: dict[str, Any]) -> Table:
     return titles, rows
 
 
+def images_table(result: dict[str, Any]) -> Table:
+    """What `evaluate_images` returned: a row a setting."""
+    titles = ["setting", "products outside the window", "mean cosine", "lowest cosine", "same nearest neighbour"]
+    rows = [
+        [
+            describe_setting(row["setting"], row["basis"]),
+            f"{row['mean_k']:.0%}",
+            f"{row['mean_cosine']:.4f}",
+            f"{row['lowest_cosine']:.4f}",
+            f"{row['same_neighbour']:.1%}",
+        ]
+        for row in result["rows"]
+    ]
+    return titles, rows
+
+
+def layers_table(result: dict[str, Any]) -> Table:
+    """The same's retention: softmax lost in each layer, mean over heads, under the paper's selection at each ratio."""
+    rows = [row for row in result["retention"] if (row["selection"], row["basis"]) == ("magnitude", "aqua")]
+    cells: dict[int, list[str]] = {}
+    for row in rows:
+        for layer in row["per_layer"]:
+            lost = layer["softmax_loss"]
+            cells.setdefault(layer["layer"], []).append(f"{sum(lost) / len(lost):.1%}")
+    titles = ["softmax lost in layer", *(f"k_ratio {row['k_ratio']:g}" for row in rows)]
+    return titles, [[str(index), *figures] for index, figures in cells.items()]
+
+
 def retrieval_table(result: dict[str, Any]) -> Table:
     """What `evaluate_retrieval` returned: exact answers dense and under each setting, and the paired test."""
     titles = ["setting", "products outside the window", "right"]
@@ -229,12 +257,26 @@ def retrieval_grid(result: dict[str, Any]) -> Table:
 def provenance_table(projections: Projections) -> Table:
     """Where projections come from and what they fit."""
     calibration = projections.calibration
-    rows = [
-        ["model", projections.model.get("name") or "not recorded"],
-        ["fits", describe_shape(projections.model["shape"])],
+    read = [
         ["calibrated on", f"{calibration.get('tokens', '?')} tokens in windows of {calibration.get('context', '?')}"],
         ["text SHA-256", str(calibration.get("text_sha256", "?"))],
         ["window seed", str(calibration.get("seed", "?"))],
+    ]
+    if "inputs" in calibration:
+        count, what = (
+            calibration.get("images", calibration["inputs"]),
+            "images" if "images" in calibration else "inputs",
+        )
+        read = [
+            ["calibrated on", f"{count} {what}, {calibration.get('tokens', '?')} tokens"],
+            [f"{what} SHA-256", str(calibration.get("inputs_sha256", "?"))],
+        ]
+    if names := projections.model["shape"].get("names"):
+        read.append(["only the layers", f"{names[0]} to {names[-1]}"])
+    rows = [
+        ["model", projections.model.get("name") or "not recorded"],
+        ["fits", describe_shape(projections.model["shape"])],
+        *read,
         ["basis", projections.basis],
         ["library version", str(calibration.get("library_version", "?"))],
     ]

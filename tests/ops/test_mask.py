@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, visible_and_exact, window_codes
+from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, bidirectional, visible_and_exact, window_codes
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
@@ -139,3 +139,19 @@ def test_a_query_that_sees_nothing_has_nothing_exact():
         visible, exact = split(mask, sink=2, recent=2)
         assert not visible.any()
         assert not exact.any()
+
+
+def test_later_tokens_that_a_mask_shows_are_not_recent_ones():
+    """As in an encoder, or in one image: exact are the first token, a query's own and the one before it."""
+    positions, visible = torch.arange(5)[None], torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    codes = window_codes(visible, positions, positions, sink=1, recent=2)[0, 0]
+    exact = [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
+    assert [torch.nonzero(row == EXACT).flatten().tolist() for row in codes] == exact
+    assert (codes != HIDDEN).all()
+
+
+def test_the_mask_of_an_encoder_hides_nothing_and_marks_the_first_tokens():
+    assert bidirectional(3, 4, sink=0, device=torch.device("cpu")).all()
+    codes = bidirectional(3, 4, sink=2, device=torch.device("cpu"))
+    assert codes.shape == (1, 1, 3, 4)
+    assert codes[0, 0].tolist() == [[EXACT, EXACT, APPROXIMATE, APPROXIMATE]] * 3

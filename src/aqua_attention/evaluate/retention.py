@@ -22,6 +22,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
+from aqua_attention.sides import Inputs
 
 K_RATIOS = (0.9, 0.75, 0.5, 0.25)
 
@@ -38,7 +39,7 @@ class _Loss:
 def evaluate_retention(
     model: PreTrainedModel,
     projections: Projections,
-    windows: Tensor,
+    windows: Tensor | Sequence[Inputs],
     *,
     k_ratios: Sequence[float] = K_RATIOS,
     selections: Sequence[str] = ("static", "magnitude", "weighted"),
@@ -47,11 +48,13 @@ def evaluate_retention(
 ) -> dict[str, Any]:
     """Loss of scores and of softmax for every layer, head, selection and ratio, on the model's own dense states.
 
-    Every earlier token counts as visible, also in sliding-window layers; softcap is left out.
+    Every earlier token counts as visible, also in sliding-window layers, and in bidirectional layers every token;
+    softcap is left out.
 
     Args:
-        windows: token ids, [count, context].
-        queries: how many queries of each window are measured, spread over its second half.
+        windows: token ids, [count, context], or what the model is called with, such as the `pixel_values` of an image.
+        queries: how many queries of each window are measured, spread over its second half, in bidirectional layers over
+            all of it.
         progress: called as progress(windows done, windows in all).
 
     Returns:
@@ -62,31 +65,36 @@ def evaluate_retention(
     """
     found = attention_layers(model)
     projections.check_model(model, found)
-    layers = {layer.module: layer for layer in found}
+    layers = {layer.module: layer for layer in projections.covered(found)}
     settings = {
         (selection, ratio): AquaConfig(k_ratio=ratio, selection=selection)
         for selection in selections
         for ratio in k_ratios
     }
-    check_tokens(model, windows, context=windows.shape[1])
+    if isinstance(windows, Tensor):
+        check_tokens(model, windows, context=windows.shape[1])
     losses: dict[tuple[str, float], dict[int, _Loss]] = {setting: {} for setting in settings}
 
     def measure(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
-        layer = layers[module]
+        layer = layers.get(module)
+        if layer is None:
+            return
         projection = projections.layers[layer.index]
         length = key.shape[2]
-        places = torch.linspace(length // 2, length - 1, min(queries, length), device=key.device).long()
+        first = length // 2 if layer.causal else 0
+        places = torch.linspace(first, length - 1, min(queries, length), device=key.device).long()
         rotation = projection.rotation.to(key.device)
         q, k = rotate(query[:, :, places].float(), rotation), rotate(key.float(), rotation)
-        visible = torch.arange(length, device=key.device) <= places[:, None]
+        last = places if layer.causal else torch.full_like(places, length - 1)
+        visible = torch.arange(length, device=key.device) <= last[:, None]
         dense = _scores(q, k, scaling)
         dense_centred, dense_softmax = _centred(dense, visible), _softmax(dense, visible)
         for setting, config in settings.items():
             selected = select_dimensions(q, config, layer.head_dim, projection.key_rms.to(key.device))
             scores = dense if selected is None else _scores(torch.where(selected, q, 0), k, scaling)
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
-            score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean(-1)[0]
-            softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean(-1)[0] / 2
+            score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
+            softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean((0, -1)) / 2
             sums = losses[setting].setdefault(layer.index, _Loss())
             sums.scores, sums.softmax = (
                 sums.scores + score_loss.double().cpu(),

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from aqua_attention.capture import attention_layers
 from aqua_attention.config import AUTO, AquaConfig
+from aqua_attention.errors import AquaError
 from aqua_attention.integrations.transformers import Attachment, apply, layer_shape
 from aqua_attention.machine import resolved
 from aqua_attention.projections import Projections, check_basis
+from aqua_attention.sides import TEXT
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,16 @@ class Multiplied:
 
 
 def attachments(
-    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting]
+    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting], side: str = TEXT
 ) -> list[tuple[Attachment, Multiplied]]:
-    """An attachment for each setting, not attached yet, and the counter that it reports to."""
+    """An attachment for each setting, not attached yet, and the counter that it reports to.
+
+    Args:
+        side: what is read under them, see `sides`.
+
+    Raises:
+        AquaError: as `apply`; projections of a vision-language model without the layers of that side.
+    """
     others = {setting.basis for setting in settings} - {projections.basis}
     by_basis = {projections.basis: projections} | {basis: projections.with_basis(basis) for basis in others}
     made = []
@@ -68,6 +77,11 @@ def attachments(
         attachment, multiplied = apply(model, by_basis[setting.basis], setting.config), Multiplied()
         attachment.on_selection = multiplied.count
         made.append((attachment, multiplied))
+        if side not in attachment.sides:
+            raise AquaError(
+                f"the projections have no layers that read {side}: calibrate {type(model).__name__} on {side}, and "
+                "join the two files by `aqua merge`"
+            )
     return made
 
 

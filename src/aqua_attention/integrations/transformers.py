@@ -17,13 +17,14 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from aqua_attention.cache import AquaCache, check_cache, rotate_on_write
 from aqua_attention.cache_file import load_cache, save_cache
 from aqua_attention.cache_spec import CacheSpec
-from aqua_attention.capture import AttentionLayer, attention_layers, innermost_decoder
-from aqua_attention.config import AquaConfig
+from aqua_attention.capture import AttentionLayer, attention_layers, chosen_layers, innermost_decoder
+from aqua_attention.config import AquaConfig, check_bidirectional, encoder_config
 from aqua_attention.errors import AquaError
-from aqua_attention.interface import NAME_PREFIX, as_aqua_mask, check_call, check_detached, install, mask_builder
+from aqua_attention.integrations.stacks import install_stack
+from aqua_attention.interface import as_aqua_mask, check_call, check_detached, mask_builder
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.ops.api import attend, attention, rotate
-from aqua_attention.ops.mask import short_queries
+from aqua_attention.ops.mask import HIDDEN, bidirectional, short_queries
 from aqua_attention.ops.select import select_dimensions
 from aqua_attention.projections import Projections
 from aqua_attention.rotated_layer import RotatedLayer, layer_of
@@ -41,6 +42,8 @@ class _AttachedLayer:
     head_dim: int
     spec: CacheSpec
     key_rms: Tensor
+    causal: bool
+    config: AquaConfig
 
 
 class Attachment:
@@ -52,12 +55,19 @@ class Attachment:
 
     Attributes:
         model, projections, config: as given, but a `min_length` of "auto" is a number.
+        sides: "text", "images" or both: what the layers under AQUA read.
+        dense: names of the attention layers that stay dense, because the projections or the pattern leave them out.
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
     """
 
-    def __init__(self, model: PreTrainedModel, projections: Projections, config: AquaConfig) -> None:
+    def __init__(
+        self, model: PreTrainedModel, projections: Projections, config: AquaConfig, layers: str | None = None
+    ) -> None:
         """Check that everything fits; the model is not changed before `attach`.
+
+        Args:
+            layers: see `apply`.
 
         Raises:
             AquaError: the model cannot take AQUA, the projections are not for it, or `min_length` is "auto" and nothing
@@ -65,21 +75,31 @@ class Attachment:
         """
         self.model, self.projections = model, projections
         self.on_selection: SelectionObserver | None = None
-        self._found = attention_layers(model)
-        self.config = config = resolved(config, [layer_shape(layer, model.dtype) for layer in self._found])
-        self._key_weights = projections.check_model(model, self._found)
+        every = attention_layers(model)
+        covered = projections.covered(every)
+        weights = projections.check_model(model, covered)
+        self._key_weights = {layer.module: weights[place] if weights else None for place, layer in enumerate(covered)}
+        self._found = chosen_layers(covered, layers)
+        self._left = {layer.module: layer.causal for layer in every if layer not in self._found}
+        self.sides = {layer.side for layer in self._found}
+        self.dense = [layer.name for layer in every if layer.module in self._left]
+        self._causal = [layer for layer in self._found if layer.causal]
+        if not self._causal:
+            check_bidirectional(type(model).__name__, config)
+        self.config = config = resolved(config, [layer_shape(layer, model.dtype) for layer in self._causal])
         for layer in self._found:
             config.kept_dims(layer.head_dim)
-        self._decoder = innermost_decoder(model, self._found)
+        self._decoder = innermost_decoder(model, self._causal or self._found)
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
-        self._rotates_on_write = all(layer.reads_own_cache for layer in self._found)
+        self._rotates_on_write = bool(self._causal) and all(layer.reads_own_cache for layer in self._causal)
         if (needs := _needs_own_cache(config)) and not self._rotates_on_write:
             raise AquaError(
                 f"{type(model).__name__} does not take its keys straight from its cache, so that {needs} would save "
                 "nothing: leave it out"
             )
+        if needs and any(self._left.values()):
+            raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
         self._layers: dict[nn.Module, _AttachedLayer] = {}
-        self._name = ""
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> Attachment:
@@ -92,10 +112,17 @@ class Attachment:
         self._layers = {layer.module: self._attached(layer) for layer in self._found}
         self._can_tile = False
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
-        builder = mask_builder(self.config.sink, self.config.recent, self.config.threshold)
-        self._name, undo = install(self.model, self._attend, builder)
-        hook = self._decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        self._undo = [undo, hook.remove]
+        self._undo = []
+        stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
+        try:
+            for stack in stacks:
+                config = self._layers[stack[0].module].config
+                builder = mask_builder(config.sink, config.recent, config.threshold)
+                alone = len(stacks) == 1 and not self._left
+                self._undo += install_stack(self.model, stack, alone, self._attend, builder, self._before_forward)
+        except BaseException:
+            self.detach()
+            raise
         return self
 
     def detach(self) -> None:
@@ -140,9 +167,9 @@ class Attachment:
         if max_length is not None and max_length < 1:
             raise AquaError(f"max_length is {max_length}: it must be 1 or more")
         reason = self._untiled_reason(max_length, offloading)
-        on_gpu = all(layer.device.type == "cuda" for layer in self._found)
+        on_gpu = all(layer.device.type == "cuda" for layer in self._causal)
         tiled = not reason and (layout == "tiled" or (layout == "auto" and on_gpu))
-        if not tiled and max_length is not None and (needs or self._specs()[self._found[0].index].has_window_store):
+        if not tiled and max_length is not None and (needs or self._specs()[self._causal[0].index].has_window_store):
             raise AquaError(
                 f"a static cache cannot store {needs or 's_ratio with an exact window (sink, recent)'}: leave out "
                 "max_length, or that" + ("; in the tiled layout bits=8 is possible" if not reason else "")
@@ -165,12 +192,12 @@ class Attachment:
         if max_length is None or offloading:
             return "it has a fixed size and stays on the GPU (give max_length, no offloading)"
         if getattr(self._decoder.config, "attn_logit_softcapping", None) or any(
-            getattr(layer.module, "sinks", None) is not None for layer in self._found
+            getattr(layer.module, "sinks", None) is not None for layer in self._causal
         ):
             return "the kernel knows neither softcap nor extra softmax logits"
         reasons = (
             untiled_reason(self.config, self._layers[f.module].spec, f.num_attention_heads, self.model.dtype)
-            for f in self._found
+            for f in self._causal
         )
         return next(filter(None, reasons), None)
 
@@ -196,30 +223,25 @@ class Attachment:
         return {"shape": self.projections.model["shape"], "dtype": str(self.model.dtype)}
 
     def _specs(self) -> dict[int, CacheSpec]:
-        return {layer.index: layer.spec for layer in self._layers.values()}
+        return {layer.index: layer.spec for layer in self._layers.values() if layer.causal}
 
     def _attached(self, layer: AttentionLayer) -> _AttachedLayer:
         projection, kept = self.projections.layers[layer.index], self.config.kept_dims(layer.head_dim)
-        weights = None if self._key_weights is None else self._key_weights[self._found.index(layer)]
+        config = self.config if layer.causal else encoder_config(self.config)
         return _AttachedLayer(
             index=layer.index,
             head_dim=layer.head_dim,
-            spec=CacheSpec(projection, self.config, layer.device, weights),
+            spec=CacheSpec(projection, config, layer.device, self._key_weights[layer.module]),
             key_rms=projection.key_rms[..., :kept].contiguous().to(layer.device),
+            causal=layer.causal,
+            config=config,
         )
 
     def _before_forward(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
-        implementation = self._decoder.config._attn_implementation
-        if implementation != self._name:
-            if str(implementation).startswith(NAME_PREFIX):
-                return args, kwargs  # being observed: dense for a moment, see capture.py
-            raise AquaError(
-                f"the model's attention was set to {implementation!r} while AQUA is attached: detach AQUA first"
-            )
-        if not self._rotates_on_write:
+        if not self._rotates_on_write or holder is not self._decoder:
             return args, kwargs
         given = dict(zip(self._forward_parameters, args, strict=False)) | kwargs
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
@@ -283,18 +305,38 @@ class Attachment:
     ) -> tuple[Tensor, None]:
         """The attention function that transformers calls; query and key arrive after rotary embedding."""
         layer = self._layers.get(module)
-        if layer is None:
+        if layer is None and module not in self._left:
             raise AquaError(
                 f"{type(module).__name__} called AQUA attention, but AQUA was not attached to it: either another model "
                 "shares this one's config, or it was added later; load the other model anew, or attach again"
             )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        check_call(type(self.model).__name__, causal, kwargs)
+        check_call(type(self.model).__name__, kwargs)
+        if causal != (self._left[module] if layer is None else layer.causal):
+            raise AquaError(
+                f"{type(self.model).__name__} is {'' if causal else 'not '}causal in this call, other than when AQUA "
+                "looked at it"
+            )
         if dropout > 0:
             raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
         mask = as_aqua_mask(attention_mask)
+        if mask is None and not causal:
+            sink = 0 if layer is None else layer.config.sink
+            mask = bidirectional(query.shape[2], key.shape[2], sink=sink, device=query.device)
+        options: dict[str, Any] = {"softcap": softcap, "s_aux": s_aux}
+        if layer is None:
+            if mask is None and query.shape[2] > 1:
+                # Keys behind the queries are the empty end of a static cache, as below.
+                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+            elif mask is not None:
+                mask = mask != HIDDEN
+            with torch.autocast(query.device.type, enabled=False):
+                query, key = query.to(value.dtype), key.to(value.dtype)
+                output = attention(query, key, value, None, mask=mask, scaling=scaling, **options)
+            return output.transpose(1, 2).contiguous(), None
+        config = layer.config
         sliding_window = kwargs.get("sliding_window")
-        needs_codes = self.config.sink + self.config.recent + self.config.threshold > 0
+        needs_codes = config.sink + config.recent + config.threshold > 0
         if needs_codes and mask is not None and mask.dtype == torch.bool and sliding_window:
             raise AquaError(
                 "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
@@ -320,15 +362,15 @@ class Attachment:
                 key, value = key[:, :, :queries], value[:, :, :queries]
             if cached is None:
                 key, value = self._uncached(layer.spec, key, value, queries, bool(sliding_window))
-            options: dict[str, Any] = {"mask": mask, "scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+            options |= {"mask": mask, "scaling": scaling}
             # A tiled layer rounds, if at all, what it stores afterwards.
             if (layer.spec.is_plain or isinstance(cached, TiledLayer)) and self.on_selection is None:
                 query, key = query.to(value.dtype), key.to(value.dtype)
-                output = attend(query, key, value, layer.spec.matrix, layer.key_rms, self.config, **options)
+                output = attend(query, key, value, layer.spec.matrix, layer.key_rms, config, **options)
             else:
                 query = rotate(query, layer.spec.matrix).to(value.dtype)
                 selected = self._selected(layer, query, scaling, mask, key.shape[2])
-                options |= {"sink": self.config.sink, "recent": self.config.recent}
+                options |= {"sink": config.sink, "recent": config.recent}
                 if isinstance(cached, RotatedLayer):
                     output = cached.attend(query, key, value, selected, is_sliding=bool(sliding_window), **options)
                 else:
@@ -341,10 +383,10 @@ class Attachment:
         self, layer: _AttachedLayer, query: Tensor, scaling: float, mask: Tensor | None, keys: int
     ) -> Tensor | None:
         """The dimensions that each query multiplies outside the exact window; shape of `query`, or None for all."""
-        kept, min_length = layer.spec.kept, self.config.threshold
+        kept, min_length = layer.spec.kept, layer.config.threshold
         leading = query[..., :kept]
         short = short_queries(mask, min_length, queries=query.shape[2], keys=keys, device=query.device)
-        selected = select_dimensions(leading, self.config, layer.head_dim, layer.key_rms, scaling, short)
+        selected = select_dimensions(leading, layer.config, layer.head_dim, layer.key_rms, scaling, short)
         if self.on_selection is not None:
             self.on_selection(layer.index, selected, leading.shape, layer.head_dim)
         if kept == query.shape[-1]:
@@ -383,7 +425,9 @@ def _needs_own_cache(config: AquaConfig) -> str:
     return "" if config.bits is None else f"bits={config.bits}"
 
 
-def apply(model: PreTrainedModel, projections: Projections, config: AquaConfig | None = None) -> Attachment:
+def apply(
+    model: PreTrainedModel, projections: Projections, config: AquaConfig | None = None, *, layers: str | None = None
+) -> Attachment:
     """AQUA attention for `model`, to be used as a context manager that restores everything, also after an error.
 
     Example:
@@ -392,7 +436,12 @@ def apply(model: PreTrainedModel, projections: Projections, config: AquaConfig |
 
     For a lasting change: `attachment = aqua.apply(model, projections, config).attach()`, and `attachment.detach()`.
 
+    Args:
+        layers: only the layers whose name matches, such as "vision_tower.*" in a vision-language model; the others stay
+            dense, as do those that the projections do not cover. `Attachment.dense` names them.
+
     Raises:
-        AquaError: the model does not use transformers' attention interface, or the projections are not for it.
+        AquaError: the model does not use transformers' attention interface, the projections are not for it, or a
+            setting means nothing to it: an encoder has no cache, and no token is its most recent one.
     """
-    return Attachment(model, projections, config or AquaConfig())
+    return Attachment(model, projections, config or AquaConfig(), layers)

@@ -34,7 +34,8 @@ def window_codes(
     Returns:
         uint8, shape of `visible`.
     """
-    is_recent = key_positions[:, None, :] > query_positions[:, :, None] - recent
+    behind = query_positions[:, :, None] - key_positions[:, None, :]
+    is_recent = (behind >= 0) & (behind < recent)  # later tokens, where they are visible, are not recent ones
     is_sink = key_positions < sink
     exact = (is_recent | is_sink[:, None, :])[:, None]
     codes = visible.to(torch.uint8) + (visible & exact).to(torch.uint8)
@@ -73,6 +74,20 @@ def visible_and_exact(
     rank = mask.cumsum(-1, dtype=torch.int32)
     exact = (rank <= sink) | (rank > rank[..., -1:] - recent)
     return mask, mask & exact
+
+
+def bidirectional(queries: int, keys: int, *, sink: int, device: torch.device) -> Tensor:
+    """The mask of queries that see every key: boolean, or with `sink` codes, whose first keys are exact.
+
+    Returns:
+        [1, 1, queries, keys], of one row in memory.
+    """
+    if sink == 0:
+        row = torch.ones(keys, dtype=torch.bool, device=device)
+    else:
+        row = torch.full((keys,), APPROXIMATE, dtype=torch.uint8, device=device)
+        row[:sink] = EXACT
+    return row.expand(1, 1, queries, keys)
 
 
 def short_queries(

@@ -12,7 +12,7 @@ from aqua_attention.tables import Table, describe_setting
 
 COMMANDS = {
     "spectrum": "aqua inspect",
-    **{suite: f"aqua eval {suite}" for suite in ("perplexity", "retention", "needle", "lines", "tasks")},
+    **{suite: f"aqua eval {suite}" for suite in ("perplexity", "retention", "needle", "lines", "tasks", "images")},
     **{suite: f"aqua bench {suite}" for suite in ("memory", "decode", "generate", "breakeven")},
 }
 

@@ -14,6 +14,7 @@ from aqua_attention.files import write_atomically
 from aqua_attention.report import svg
 from aqua_attention.report.collect import Collected
 from aqua_attention.report.document import Block, Section, data_of, name_of
+from aqua_attention.report.embeddings import embedding_sections
 from aqua_attention.report.layers import layer_sections
 from aqua_attention.report.losses import loss_sections
 from aqua_attention.report.record import Record
@@ -33,6 +34,7 @@ PARTS: tuple[Callable[[Sequence[Record]], list[Section]], ...] = (
     retrieval_sections,
     task_sections,
     transfer_sections,
+    embedding_sections,
     layer_sections,
     speed_sections,
 )

@@ -14,8 +14,10 @@ from aqua_attention.report.record import Record, Unusable, checked, short
 from aqua_attention.tables import describe_setting
 
 SCHEMA = 1
-DETAILS = "version commit versions device dtype seed started seconds projections_sha256 text_sha256".split()
-SOURCE_KEYS = "data context tokens seed needles chat scored length batch limit quick".split()
+DETAILS = (
+    "version commit versions device dtype seed started seconds projections_sha256 text_sha256 inputs_sha256".split()
+)
+SOURCE_KEYS = "data context tokens seed needles chat scored length batch limit quick images".split()
 OWN_KEYS = {"settings", "failed", "unused", "written"}
 """Of what `aqua report --json` writes."""
 
@@ -59,6 +61,8 @@ def records_of(value: Any, source: str) -> list[Record]:
         return [_of_task(_setting_row("tasks", source, value, row), value.get("tasks")) for row in (*dense, *rows)]
     if "perplexity" in rows[0]:
         return _perplexity(value, source)
+    if "same_neighbour" in rows[0]:
+        return _images(value, source)
     if "setting" in rows[0] and "length" in value:
         return [_memory(value, source)]
     return [_benchmark(value, source)]
@@ -163,6 +167,15 @@ def _perplexity(value: dict[str, Any], source: str) -> list[Record]:
         raise Unusable(f"its dense is {short(dense)}, not an object: it has nothing to compare with")
     rows = [_setting_row("perplexity", source, value, row | {"dense": dense}) for row in value["rows"]]
     return [_record("perplexity", source, value, dense), *rows]
+
+
+def _images(value: dict[str, Any], source: str) -> list[Record]:
+    given, layers = _record("retention", source, value, None), value.get("retention")
+    layers = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
+    return [
+        *(_setting_row("images", source, value, row) for row in value["rows"]),
+        *(checked(replace(given, result=row, basis=str(row.get("basis") or "aqua"))) for row in layers),
+    ]
 
 
 def _of_task(record: Record, tasks: Any) -> Record:

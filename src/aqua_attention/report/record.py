@@ -17,6 +17,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "tasks": ("value", "stderr", "count", "dense", "lost", "gained", "p_value"),
     "transfer": LOSSES,
     "context": ("calibrated_length", "tested_length", *LOSSES),
+    "images": ("mean_cosine", "lowest_cosine", "same_neighbour", "mean_k"),
     "spectrum": (),
     "memory": (),
     "decode": (),
