@@ -29,7 +29,7 @@ S_RATIOS = [0.0, 0.25]
 H2O_RATIOS = [1.0, 0.5]
 SIZES = ["32x32768", "8x131072"]
 K_RATIOS = [1.0, 0.75, 0.5, 0.25]
-GENERATE_SIZES = ["1x4096", "1x32768", "8x32768"]
+GENERATE_SIZES = [f"{batch}x{length}" for batch in (1, 8) for length in (4096, 16384, 32768)]
 GENERATE_K_RATIOS = [1.0, 0.5]
 BREAKEVEN_K_RATIOS = [0.75, 0.5]
 
