@@ -143,3 +143,14 @@ def test_a_whole_step_says_whether_the_rest_was_compiled(tmp_path, compiled):
     value = {"results": [results[0] | {"compiled": compiled}]}
     titles = [block.title for block in blocks(tmp_path, "Time and memory", files={"generate.json": value})]
     assert [title.startswith("A whole step, compiled: ") for title in titles] == [compiled]
+
+
+def test_few_tokens_stand_before_many_within_a_setting(tmp_path):
+    whole = AquaConfig(k_ratio=1)
+    values = [
+        samples.context(512, 512, tokens, config, 1) for tokens in (65536, 4096, 16384) for config in (whole, HALF)
+    ]
+    titles = [block.title for block in blocks(tmp_path, "Context length", values=values)]
+    found = [title.split("calibrated on ")[1] for title in titles if "calibrated on" in title]
+    assert found == 2 * ["4096 tokens", "16384 tokens", "65536 tokens"]
+    assert ["k_ratio 0.5" in title for title in titles if "calibrated on" in title] == 3 * [False] + 3 * [True]

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aqua_attention.report import svg
-from aqua_attention.report.document import Panel, percent, plain
+from aqua_attention.report.document import Panel, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_WRITTEN = 6
 """So many columns of a heat map have room for a figure in each cell."""
+LEAST_SPAN = 4.0
+"""Largest to smallest value of a logarithmic axis, at least."""
 MARKERS = "osD^vPXh"
 LONGEST = 54
 SMALLEST, LARGEST = 1e-6, 1e9
@@ -201,7 +203,7 @@ def _scale(axis: Any, kind: Axis) -> None:
     which, owner = axis.axis_name, axis.axes
     set_scale = owner.set_xscale if which == "x" else owner.set_yscale
     if kind.scale in ("percent", "share"):
-        axis.set_major_formatter(lambda value, _: percent(value, 0))
+        axis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
         if kind.scale == "share":
             (owner.set_xlim if which == "x" else owner.set_ylim)(-0.03, 1.03)
     elif kind.scale == "change":
@@ -217,6 +219,11 @@ def _scale(axis: Any, kind: Axis) -> None:
     elif kind.scale == "log":
         set_scale("log")
         low, high = axis.get_view_interval()
+        if 0 < low < high < LEAST_SPAN * low:
+            # Values nearly equal look so, and not like the whole height of the picture.
+            middle = math.sqrt(low * high)
+            low, high = middle / math.sqrt(LEAST_SPAN), middle * math.sqrt(LEAST_SPAN)
+            (owner.set_ylim if which == "y" else owner.set_xlim)(low, high)
         if 0 < low < high < 100 * low:
             from matplotlib.ticker import LogLocator
 

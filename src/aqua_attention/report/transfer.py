@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,10 @@ def transfer_sections(records: Sequence[Record]) -> list[Section]:
     for suite, kind in KINDS.items():
         blocks = []
         of_suite = [record for record in records if record.suite == suite]
+        if suite == "context":
+            # Few tokens before many; settings stay in their order.
+            order = {setting: place for place, setting in enumerate(dict.fromkeys(map(_setting, of_suite)))}
+            of_suite.sort(key=lambda record: (order[_setting(record)], _tokens_or_none(record)))
         for place, matrix in enumerate(_matrices(of_suite, kind)):
             group = [record for _, _, record in matrix.cells]
             filled = [(row, column) for row, column, _ in matrix.cells]
@@ -240,6 +245,15 @@ def _calibration_size(records: Sequence[Record], kind: _Kind) -> list[Block]:
         table = (["calibration", "tokens", "change", "KL to dense"], rows)
         blocks.append(Block(f"Calibration size: {matrix.title}", "", table, commands_of(group), [panel]))
     return blocks
+
+
+def _setting(record: Record) -> str:
+    return json.dumps([record.setting, record.basis], sort_keys=True)
+
+
+def _tokens_or_none(record: Record) -> float:
+    tokens = _calibration_tokens(record)
+    return tokens if math.isfinite(tokens) else -1.0
 
 
 def _label(value: Any) -> str:
