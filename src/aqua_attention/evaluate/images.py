@@ -121,9 +121,21 @@ def _embedding(model: PreTrainedModel, batch: Inputs, count: int) -> Tensor:
     run = runner(model, IMAGES)
     output = run(**accepted(run, placed(batch, model)))
     named = (getattr(output, key, None) for key in ("image_embeds", "pooler_output"))
-    found = first_tensor(next((each for each in named if each is not None), output))
-    width = found.shape[-1]
-    return found.reshape(count, -1, width).mean(1)
+    found = next((each for each in named if each is not None), None)
+    # Some models, as LLaVA, give a list with a tensor for each image.
+    parts = list(found if isinstance(found, (list, tuple)) else first_tensor(output if found is None else found))
+    if count == 1:
+        parts = [torch.cat([_tokens(part) for part in parts])]
+    elif len(parts) != count:
+        # The tokens of all images in one row: which are whose is not known.
+        rows = ({name: value[row : row + 1] for name, value in batch.items()} for row in range(count))
+        return torch.cat([_embedding(model, each, 1) for each in rows])
+    return torch.stack([_tokens(part).mean(0) for part in parts])
+
+
+def _tokens(states: Tensor) -> Tensor:
+    """[tokens, width]"""
+    return states.reshape(-1, states.shape[-1])
 
 
 def _neighbours(embeddings: Tensor) -> Tensor:
