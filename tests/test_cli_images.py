@@ -297,5 +297,8 @@ def test_a_vision_language_model_has_a_calibration_for_text_and_one_for_images(
     for file in (files[0], files[2]):
         code, out, err = aqua("eval", "perplexity", llava_folder, "-p", file, *sizes)
         assert code == 0, err
-    code, _, err = aqua("eval", "perplexity", llava_folder, "-p", files[1], *sizes)
-    assert code == 2 and "have no layers that read text" in err
+    for command in ("perplexity", "retention"):
+        code, _, err = aqua("eval", command, llava_folder, "-p", files[1], *sizes)
+        assert code == 2 and "have no layers that read text" in err
+    code, out, err = aqua("eval", "retention", llava_folder, "-p", files[2], *sizes)
+    assert code == 0, err
