@@ -71,6 +71,18 @@ def test_damaged_images_are_named_counted_and_left_out(folder):
     assert len(inputs) == len(names) == 5
 
 
+def test_images_that_a_processor_refuses_are_named_counted_and_left_out(folder):
+    """Qwen2-VL takes no image that is 200 times as wide as high."""
+    save(folder / "narrow.png", size=(1000, 3))
+    processor = tf.Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2)
+    read = lambda picture: dict(processor(images=[picture], return_tensors="pt"))  # noqa: E731
+    with pytest.warns(UserWarning, match=r"1 of 6 images .* left out: \S*narrow\.png \(.*aspect ratio"):
+        _, names = read_images(str(folder), read, most=99)
+    assert len(names) == 5 and not any("narrow" in name for name in names)
+    with pytest.raises(AquaError, match=r"none of the 1 images .*narrow\.png \(.*aspect ratio"):
+        read_images(str(folder / "narrow.png"), read, most=99)
+
+
 def test_no_image_left_is_an_error_that_names_them(tmp_path):
     for number in range(7):
         (tmp_path / f"{number}.png").write_bytes(b"not an image")

@@ -56,7 +56,8 @@ def read_images(
         progress: called as progress(images done, images in all).
 
     Raises:
-        AquaError: there are no images, or none that can be read. Those that cannot are left out with a warning.
+        AquaError: there are no images, or none that can be read. Those that cannot are left out with a warning, and so
+            are those that `reader` refuses.
     """
     if most < 1:
         raise AquaError(f"images is {most}: it must be 1 or more")
@@ -69,7 +70,7 @@ def read_images(
         if progress:
             progress(done, len(pictures))
         try:
-            inputs.append(reader(picture()))
+            inputs.append(_read(reader, picture()))
             names.append(name)
         except _Unreadable as error:
             unread.append(f"{name} ({error})")
@@ -94,7 +95,15 @@ def check_pillow() -> None:
 
 
 class _Unreadable(Exception):
-    """This image cannot be decoded."""
+    """This image cannot be decoded, or the model's image processor does not take it."""
+
+
+def _read(reader: Reader, picture: Image) -> dict[str, Tensor]:
+    try:
+        return reader(picture)
+    except Exception as error:  # processors refuse pictures, as too narrow ones, in their own ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise _Unreadable(reason) from error
 
 
 def _pictures(spec: str, most: int) -> Sequence[tuple[str, Callable[[], Image]]]:
