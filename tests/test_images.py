@@ -83,6 +83,22 @@ def test_images_that_a_processor_refuses_are_named_counted_and_left_out(folder):
         read_images(str(folder / "narrow.png"), read, most=99)
 
 
+def test_images_that_a_processor_pads_are_named_counted_and_left_out(folder):
+    """Padding would be calibrated on like an image."""
+    save(folder / "wide.png", size=(64, 32))
+
+    def padded(picture):
+        mask = torch.ones(1, 1, 64, 64, dtype=torch.long)
+        mask[..., 32:, :] = int(picture.size != (64, 32))
+        return {"pixel_values": torch.zeros(1, 1, 3, 64, 64), "pixel_attention_mask": mask}
+
+    with pytest.warns(UserWarning, match=r"1 of 6 images .*wide\.png \(its processor pads it: pixel_attention_mask"):
+        _, names = read_images(str(folder), padded, most=99)
+    assert len(names) == 5
+    with pytest.raises(AquaError, match=r"none of the 1 images .*wide\.png \(its processor pads it"):
+        read_images(str(folder / "wide.png"), padded, most=99)
+
+
 def test_no_image_left_is_an_error_that_names_them(tmp_path):
     for number in range(7):
         (tmp_path / f"{number}.png").write_bytes(b"not an image")

@@ -15,7 +15,7 @@ from aqua_attention.capture import AttentionLayer, attention_layers, chosen_laye
 from aqua_attention.checkpoint import Checkpoint, check_finished
 from aqua_attention.errors import AquaError
 from aqua_attention.fingerprint import key_weight_digest, shape_of
-from aqua_attention.inputs import given_sides
+from aqua_attention.inputs import check_unpadded, given_sides
 from aqua_attention.projections import Projections
 from aqua_attention.sides import TEXT, Inputs, inputs_digest
 from aqua_attention.stats import LayerStatistics, Statistics, merge
@@ -103,10 +103,7 @@ def calibrate_inputs(
     run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume)
     if not inputs:
         raise AquaError("there is nothing to calibrate on: give at least one input")
-    for number, each in enumerate(inputs):
-        mask = each.get("attention_mask")
-        if mask is not None and not bool(mask.all()):
-            raise AquaError(f"input {number} is padded: give sequences without padding, one by one")
+    check_unpadded(inputs)
     known = {"inputs": len(inputs), "inputs_sha256": inputs_digest(inputs), "library_version": __version__}
     return run.learn(inputs, given_sides(inputs), known | (facts or {}), {}, progress)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.errors import AquaError
+from aqua_attention.inputs import padding
 from aqua_attention.pictures import SETS, VISION_EXTRA
 from aqua_attention.sides import IMAGES, runner, sides
 
@@ -57,7 +58,7 @@ def read_images(
 
     Raises:
         AquaError: there are no images, or none that can be read. Those that cannot are left out with a warning, and so
-            are those that `reader` refuses.
+            are those that `reader` refuses or pads.
     """
     if most < 1:
         raise AquaError(f"images is {most}: it must be 1 or more")
@@ -95,15 +96,18 @@ def check_pillow() -> None:
 
 
 class _Unreadable(Exception):
-    """This image cannot be decoded, or the model's image processor does not take it."""
+    """This image cannot be decoded, or the model's image processor does not take it whole and alone."""
 
 
 def _read(reader: Reader, picture: Image) -> dict[str, Tensor]:
     try:
-        return reader(picture)
+        inputs = reader(picture)
     except Exception as error:  # processors refuse pictures, as too narrow ones, in their own ways
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise _Unreadable(reason) from error
+    if mask := padding(inputs):
+        raise _Unreadable(f"its processor pads it: {mask} is not all ones")
+    return inputs
 
 
 def _pictures(spec: str, most: int) -> Sequence[tuple[str, Callable[[], Image]]]:

@@ -10,6 +10,7 @@ from encoders import IMAGE_ENCODERS, TEXT, VISION, VISION_LANGUAGE, make, pixels
 
 import aqua_attention as aqua
 from aqua_attention.evaluate.images import evaluate_images
+from aqua_attention.evaluate.retention import evaluate_retention
 from aqua_attention.evaluate.setting import Setting
 
 COUNT = 10
@@ -78,3 +79,23 @@ def test_images_that_a_model_puts_together_are_embedded_one_by_one(monkeypatch):
     found = evaluate_images(model, projections, settings, inputs)
     assert found["rows"][0]["mean_cosine"] == pytest.approx(expected["rows"][0]["mean_cosine"], abs=1e-4)
     assert found["dense"] == pytest.approx(expected["dense"], abs=1e-4)
+
+
+def test_padded_images_are_neither_calibrated_on_nor_measured():
+    """What fills an image up to its size would count like the image: in rotations, and as a visible key."""
+    model = FAMILIES["smolvlm"]()
+    whole = [as_one_image("smolvlm", image) for image in pixels(2)]
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.bool)
+    allowed = [each | {"pixel_attention_mask": mask} for each in whole]
+    cut = mask.clone()
+    cut[..., 16:] = False
+    padded = [allowed[0], whole[1] | {"pixel_attention_mask": cut}]
+    projections, settings = aqua.calibrate_inputs(model, allowed), [Setting(aqua.AquaConfig(k_ratio=0.5))]
+    evaluate_retention(model, projections, allowed)
+    refused = r"input 1 is padded \(pixel_attention_mask is not all ones\)"
+    with pytest.raises(aqua.AquaError, match=refused):
+        aqua.calibrate_inputs(model, padded)
+    with pytest.raises(aqua.AquaError, match=refused):
+        evaluate_retention(model, projections, padded)
+    with pytest.raises(aqua.AquaError, match=refused):
+        evaluate_images(model, projections, settings, padded)

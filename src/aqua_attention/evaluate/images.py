@@ -15,6 +15,7 @@ from aqua_attention.capture import evaluation_mode
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.retention import evaluate_retention
 from aqua_attention.evaluate.setting import Setting, attachments
+from aqua_attention.inputs import check_unpadded
 from aqua_attention.integrations.transformers import Attachment
 from aqua_attention.projections import Projections
 from aqua_attention.sides import IMAGES, Inputs, accepted, first_tensor, placed, runner, sides
@@ -48,13 +49,15 @@ def evaluate_images(
         rows of `evaluate_retention` on some of the images, each with its `basis`, without an exact window.
 
     Raises:
-        AquaError: fewer than two images, a model that does not read images, projections without its image layers, NaN.
+        AquaError: fewer than two images, a model that does not read images, padding, projections without its image
+            layers, NaN.
     """
     name = type(model).__name__
     if IMAGES not in sides(model):
         raise AquaError(f"{name} reads text, not images")
     if len(inputs) < 2:
         raise AquaError(f"there is {len(inputs)} image: nearest neighbours need two or more")
+    check_unpadded(inputs)
     runs = attachments(model, projections, settings, IMAGES)
     batches = _batches(inputs)
     done, total = 0, len(inputs) * (1 + len(runs))

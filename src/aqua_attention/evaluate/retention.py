@@ -21,7 +21,7 @@ from aqua_attention.capture import attention_layers, observe_windows
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.setting import check_covered
-from aqua_attention.inputs import given_sides
+from aqua_attention.inputs import check_unpadded, given_sides
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
 from aqua_attention.sides import TEXT, Inputs
@@ -78,7 +78,10 @@ def evaluate_retention(
     }
     if isinstance(windows, Tensor):
         check_tokens(model, windows, context=windows.shape[1])
-    given = {TEXT} if isinstance(windows, Tensor) else given_sides(windows)
+        given = {TEXT}
+    else:
+        check_unpadded(windows)
+        given = given_sides(windows)
     check_covered(model, {layer.side for layer in layers.values()}, given)
     losses: dict[tuple[str, float], dict[int, _Loss]] = {setting: {} for setting in settings}
 
