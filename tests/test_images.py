@@ -132,7 +132,9 @@ def test_reading_needs_pillow(monkeypatch, folder):
 def test_images_are_told_from_text(folder, tmp_path):
     (tmp_path / "inner" / "only.txt").write_text("text")
     assert is_images(str(folder)) and is_images("picture.JPG") and is_images("builtin:noise")
-    assert not any(map(is_images, ("builtin:calibration", "notes.txt", "hub:wikitext", "nowhere")))
+    assert not any(
+        map(is_images, ("builtin:calibration", "notes.txt", "hub:wikitext", "nowhere", "a" * 5000, "~nobody/x"))
+    )
 
 
 def test_a_dataset_of_the_hub(monkeypatch):

@@ -39,8 +39,11 @@ def is_images(spec: str) -> bool:
     kind, _, rest = spec.partition(":")
     if kind == "builtin":
         return rest in SETS
-    path = Path(spec).expanduser()
-    return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(_files(path)))
+    try:
+        path = Path(spec).expanduser()
+        return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(_files(path)))
+    except (OSError, ValueError, RuntimeError):  # no usable path: reading it will say so
+        return False
 
 
 def read_images(
