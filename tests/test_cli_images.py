@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 import warnings
 
 import pytest
@@ -208,6 +209,9 @@ def bad(tmp_path, clip_folder, tiny_folder, bert_folder, llava_folder, clip_proj
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "a.png").write_bytes(b"broken")
+    (tmp_path / "mixed").mkdir()
+    for file in (text_file, next(pictures.iterdir())):
+        (tmp_path / "mixed" / file.name).write_bytes(file.read_bytes())
     truncated = tmp_path / "truncated.safetensors"
     truncated.write_bytes(clip_projections.read_bytes()[:-100])
     return {
@@ -220,6 +224,7 @@ def bad(tmp_path, clip_folder, tiny_folder, bert_folder, llava_folder, clip_proj
         "pictures": pictures,
         "text": text_file,
         "empty": tmp_path / "empty",
+        "mixed": tmp_path / "mixed",
         "damaged": tmp_path / "damaged",
         "out": tmp_path / "out.safetensors",
     }
@@ -237,6 +242,13 @@ def bad(tmp_path, clip_folder, tiny_folder, bert_folder, llava_folder, clip_proj
         ("calibrate {llama} --data {pictures} -o {out}", "reads text, and"),
         ("calibrate {llama} --data builtin:noise -o {out}", "reads text, and 'builtin:noise' names images"),
         ("calibrate {llava} --data {empty} -o {out}", "holds no file ending in"),
+        ("calibrate {llava} --data {mixed} -o {out}", "reads both: say --side images or text"),
+        ("calibrate {llava} --data {pictures} --side sound -o {out}", "side is 'sound': it must be text or images"),
+        ("calibrate {llava} --data {pictures} --side text -o {out}", "names images: give --data a text"),
+        ("calibrate {llava} --data {text} --side images -o {out}", "is no image: images are one of"),
+        ("calibrate {llama} --data {pictures} --side images -o {out}", "reads text, not images"),
+        ("calibrate {llama} --gguf-file x.gguf --side images -o {out}", "x.gguf is a GGUF file"),
+        ("calibrate {clip} --side text -o {out}", "reads images, not text"),
         ("eval images {llama} -p {p} --data {pictures}", "reads text, not images"),
         ("eval images smollm2 -p {p} --data {pictures}", "reads text, not images"),
         ("eval images {clip} -p {p} --data {pictures} --k-ratio 0", "k_ratio is 0.0"),
@@ -297,5 +309,29 @@ def test_a_vision_language_model_has_a_calibration_for_text_and_one_for_images(
     for file in (files[0], files[2]):
         code, out, err = aqua("eval", "perplexity", llava_folder, "-p", file, *sizes)
         assert code == 0, err
-    code, _, err = aqua("eval", "perplexity", llava_folder, "-p", files[1], *sizes)
-    assert code == 2 and "have no layers that read text" in err
+    for command in ("perplexity", "retention"):
+        code, _, err = aqua("eval", command, llava_folder, "-p", files[1], *sizes)
+        assert code == 2 and "have no layers that read text" in err
+    code, out, err = aqua("eval", "retention", llava_folder, "-p", files[2], *sizes)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(("side", "layers"), [("text", "language_model.layers"), ("images", "vision_tower.encoder")])
+def test_the_side_of_a_vision_language_model_can_be_said(
+    aqua, llava_folder, text_file, pictures, tmp_path, monkeypatch, side, layers
+):
+    """A folder of both, and a dataset of the hub, do not say which side they are for."""
+    folder, output = tmp_path / "both", tmp_path / "out.safetensors"
+    folder.mkdir()
+    for file in (text_file, next(pictures.iterdir())):
+        (folder / file.name).write_bytes(file.read_bytes())
+    rows = [{"text": text_file.read_text(), "image": Image.open(next(pictures.iterdir()))}]
+    datasets = types.SimpleNamespace(load_dataset=lambda *args, **options: rows)
+    monkeypatch.setitem(sys.modules, "datasets", datasets)
+    for data in (folder, "hub:both"):
+        sizes = ["--context", 64, "--tokens", 128]
+        code, out, err = aqua("calibrate", llava_folder, "--data", data, "--side", side, *sizes, "-o", output)
+        assert code == 0, err
+        names = Projections.load(output).model["shape"]["names"]
+        assert names and all(name.startswith(layers) for name in names)
+        assert ("1 images" in out) == (side == "images")

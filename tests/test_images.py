@@ -71,6 +71,34 @@ def test_damaged_images_are_named_counted_and_left_out(folder):
     assert len(inputs) == len(names) == 5
 
 
+def test_images_that_a_processor_refuses_are_named_counted_and_left_out(folder):
+    """Qwen2-VL takes no image that is 200 times as wide as high."""
+    save(folder / "narrow.png", size=(1000, 3))
+    processor = tf.Qwen2VLImageProcessorPil(patch_size=8, temporal_patch_size=2, merge_size=2)
+    read = lambda picture: dict(processor(images=[picture], return_tensors="pt"))  # noqa: E731
+    with pytest.warns(UserWarning, match=r"1 of 6 images .* left out: \S*narrow\.png \(.*aspect ratio"):
+        _, names = read_images(str(folder), read, most=99)
+    assert len(names) == 5 and not any("narrow" in name for name in names)
+    with pytest.raises(AquaError, match=r"none of the 1 images .*narrow\.png \(.*aspect ratio"):
+        read_images(str(folder / "narrow.png"), read, most=99)
+
+
+def test_images_that_a_processor_pads_are_named_counted_and_left_out(folder):
+    """Padding would be calibrated on like an image."""
+    save(folder / "wide.png", size=(64, 32))
+
+    def padded(picture):
+        mask = torch.ones(1, 1, 64, 64, dtype=torch.long)
+        mask[..., 32:, :] = int(picture.size != (64, 32))
+        return {"pixel_values": torch.zeros(1, 1, 3, 64, 64), "pixel_attention_mask": mask}
+
+    with pytest.warns(UserWarning, match=r"1 of 6 images .*wide\.png \(its processor pads it: pixel_attention_mask"):
+        _, names = read_images(str(folder), padded, most=99)
+    assert len(names) == 5
+    with pytest.raises(AquaError, match=r"none of the 1 images .*wide\.png \(its processor pads it"):
+        read_images(str(folder / "wide.png"), padded, most=99)
+
+
 def test_no_image_left_is_an_error_that_names_them(tmp_path):
     for number in range(7):
         (tmp_path / f"{number}.png").write_bytes(b"not an image")
@@ -104,7 +132,9 @@ def test_reading_needs_pillow(monkeypatch, folder):
 def test_images_are_told_from_text(folder, tmp_path):
     (tmp_path / "inner" / "only.txt").write_text("text")
     assert is_images(str(folder)) and is_images("picture.JPG") and is_images("builtin:noise")
-    assert not any(map(is_images, ("builtin:calibration", "notes.txt", "hub:wikitext", "nowhere")))
+    assert not any(
+        map(is_images, ("builtin:calibration", "notes.txt", "hub:wikitext", "nowhere", "a" * 5000, "~nobody/x"))
+    )
 
 
 def test_a_dataset_of_the_hub(monkeypatch):

@@ -23,6 +23,7 @@ ORDER = [
     "ops",
     "interface",
     "sides",
+    "inputs",
     "capture",
     "stats",
     "fingerprint",

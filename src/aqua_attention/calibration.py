@@ -15,8 +15,9 @@ from aqua_attention.capture import AttentionLayer, attention_layers, chosen_laye
 from aqua_attention.checkpoint import Checkpoint, check_finished
 from aqua_attention.errors import AquaError
 from aqua_attention.fingerprint import key_weight_digest, shape_of
+from aqua_attention.inputs import check_unpadded, given_sides
 from aqua_attention.projections import Projections
-from aqua_attention.sides import IMAGES, TEXT, Inputs, inputs_digest
+from aqua_attention.sides import TEXT, Inputs, inputs_digest
 from aqua_attention.stats import LayerStatistics, Statistics, merge
 from aqua_attention.text import text_digest, token_windows, tokenize
 from aqua_attention.version import __version__
@@ -102,14 +103,9 @@ def calibrate_inputs(
     run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume)
     if not inputs:
         raise AquaError("there is nothing to calibrate on: give at least one input")
-    given: set[str] = set()
-    for number, each in enumerate(inputs):
-        given |= {side for side, key in ((TEXT, "input_ids"), (IMAGES, "pixel_values")) if key in each}
-        mask = each.get("attention_mask")
-        if mask is not None and not bool(mask.all()):
-            raise AquaError(f"input {number} is padded: give sequences without padding, one by one")
+    check_unpadded(inputs)
     known = {"inputs": len(inputs), "inputs_sha256": inputs_digest(inputs), "library_version": __version__}
-    return run.learn(inputs, given, known | (facts or {}), {}, progress)
+    return run.learn(inputs, given_sides(inputs), known | (facts or {}), {}, progress)
 
 
 class Run:

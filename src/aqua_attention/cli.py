@@ -13,7 +13,7 @@ import typer
 from aqua_attention.cli_bench import benchmarks
 from aqua_attention.cli_evaluate import evaluations
 from aqua_attention.cli_grid import grid
-from aqua_attention.cli_images import Images, Layers, calibrate_on_images, images, text_for, wants_images
+from aqua_attention.cli_images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
 from aqua_attention.cli_options import (
     Bits,
     Chat,
@@ -83,6 +83,7 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="How many tokens to read.")] = 32768,
     context: Context = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    side: Side = None,
     images: Images = 256,
     layers: Layers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
@@ -117,7 +118,7 @@ def calibrate(
         "resume": resume,
     }
     try:
-        if wants_images(model, data, gguf_file, trust_remote_code):
+        if wants_images(model, data, side, gguf_file, trust_remote_code):
             with progress_bars() as report:
                 projections = calibrate_on_images(
                     model, data, images, dtype, device, trust_remote_code, report, **kept_in

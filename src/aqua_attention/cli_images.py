@@ -23,6 +23,10 @@ Images = Annotated[int, typer.Option(help="How many images at most, spread over 
 Layers = Annotated[
     str | None, typer.Option(help="Only layers whose name matches, such as 'vision_tower.*' (default: all).")
 ]
+Side = Annotated[
+    str | None,
+    typer.Option(help="text or images, for a model that reads both (default: images if --data is images, else text)."),
+]
 GRID = [0.9, 0.75, 0.5, 0.25]
 METHODS = [("magnitude", "aqua"), ("weighted", "aqua"), ("static", "aqua"), ("magnitude", "none")]
 """Selection and basis: the paper, ours, a fixed slice, not rotated."""
@@ -114,17 +118,40 @@ def model_and_images(
     return loaded, inputs
 
 
-def wants_images(model: str, data: str | None, gguf_file: str | None, trust_remote_code: bool) -> bool:
-    """Whether a calibration of `model` on `data` reads images: where it reads nothing else, or the data are images."""
+def wants_images(
+    model: str, data: str | None, side: str | None, gguf_file: str | None, trust_remote_code: bool
+) -> bool:
+    """Whether a calibration of `model` on `data` reads images: as `side` says; without it where the model reads nothing
+    else, or the data are images.
+
+    Raises:
+        AquaError: `side` is not known; it is left out, and the model reads both, and the data are both.
+    """
     from aqua_attention.images import is_images
     from aqua_attention.models import reads_images
+    from aqua_attention.sides import IMAGES, TEXT
+    from aqua_attention.text import holds_text
 
+    if side not in (None, TEXT, IMAGES):
+        raise AquaError(f"side is {side!r}: it must be {TEXT} or {IMAGES}")
+    if side == IMAGES and gguf_file:
+        raise AquaError(f"{gguf_file} is a GGUF file, which holds text models alone: side cannot be {IMAGES}")
+    if side:
+        return side == IMAGES
     takes_images, takes_text = reads_images(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
-    return takes_images and (not takes_text or (data is not None and is_images(data)))
+    if not (takes_images and takes_text):
+        return takes_images
+    if data is None or not is_images(data):
+        return False
+    if holds_text(data):
+        raise AquaError(
+            f"{data!r} holds images and text, and model {model!r} reads both: say --side {IMAGES} or {TEXT}"
+        )
+    return True
 
 
 def text_for(model: str, data: str) -> str:
-    """The text that `data` names, for a model that reads no images."""
+    """The text that `data` names, for a model or a side of one that reads no images."""
     from aqua_attention.images import is_images
     from aqua_attention.text import load_text
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.errors import AquaError
+from aqua_attention.inputs import padding
 from aqua_attention.pictures import SETS, VISION_EXTRA
 from aqua_attention.sides import IMAGES, runner, sides
 
@@ -38,8 +39,11 @@ def is_images(spec: str) -> bool:
     kind, _, rest = spec.partition(":")
     if kind == "builtin":
         return rest in SETS
-    path = Path(spec).expanduser()
-    return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(_files(path)))
+    try:
+        path = Path(spec).expanduser()
+        return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(_files(path)))
+    except (OSError, ValueError, RuntimeError):  # no usable path: reading it will say so
+        return False
 
 
 def read_images(
@@ -56,7 +60,8 @@ def read_images(
         progress: called as progress(images done, images in all).
 
     Raises:
-        AquaError: there are no images, or none that can be read. Those that cannot are left out with a warning.
+        AquaError: there are no images, or none that can be read. Those that cannot are left out with a warning, and so
+            are those that `reader` refuses or pads.
     """
     if most < 1:
         raise AquaError(f"images is {most}: it must be 1 or more")
@@ -69,7 +74,7 @@ def read_images(
         if progress:
             progress(done, len(pictures))
         try:
-            inputs.append(reader(picture()))
+            inputs.append(_read(reader, picture()))
             names.append(name)
         except _Unreadable as error:
             unread.append(f"{name} ({error})")
@@ -94,7 +99,18 @@ def check_pillow() -> None:
 
 
 class _Unreadable(Exception):
-    """This image cannot be decoded."""
+    """This image cannot be decoded, or the model's image processor does not take it whole and alone."""
+
+
+def _read(reader: Reader, picture: Image) -> dict[str, Tensor]:
+    try:
+        inputs = reader(picture)
+    except Exception as error:  # processors refuse pictures, as too narrow ones, in their own ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise _Unreadable(reason) from error
+    if mask := padding(inputs):
+        raise _Unreadable(f"its processor pads it: {mask} is not all ones")
+    return inputs
 
 
 def _pictures(spec: str, most: int) -> Sequence[tuple[str, Callable[[], Image]]]:

@@ -61,6 +61,16 @@ def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
     return text
 
 
+def holds_text(spec: str) -> bool:
+    """Whether `spec` is a folder with a file that `load_text` reads."""
+    path = Path(spec).expanduser()
+    return path.is_dir() and bool(_files(path))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
+
+
 def _builtin(name: str) -> str:
     try:
         from pydoc_data.topics import topics
@@ -83,7 +93,7 @@ def _local(spec: str, limit: int) -> str:
         reason = getattr(error, "strerror", None) or error
         raise AquaError(f"{spec[:100]!r} is no usable path ({reason}): a text is one of {FORMS}") from error
     if is_folder:
-        files = sorted(file for file in path.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
+        files = _files(path)
         if not files:
             raise AquaError(f"the folder {spec!r} holds no file ending in {', '.join(SUFFIXES)}")
         return _join((_read(file, limit) for file in files), limit)

@@ -120,10 +120,12 @@ def test_what_needs_causality_or_a_cache_is_refused(name, value):
 def test_one_head_a_group_makes_the_choice_of_a_group_that_of_its_head():
     model = IMAGE_ENCODERS["siglip"]()
     projections, results = learnt(model), []
+    dense = states(model, {"pixel_values": pixels()})
     for share in ("head", "group"):
         with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share=share)):
             results.append(states(model, {"pixel_values": pixels()}))
     assert torch.equal(*results)
+    assert (results[0] - dense).abs().max() > 0.1
 
 
 def test_gradients_flow_through_an_encoder():
@@ -145,7 +147,7 @@ REFUSED = {
     ),
     "resnet": (
         lambda: tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
-        "interface|made no attention call",
+        "made no attention call",
     ),
     "bart": (
         lambda: tf.BartModel(tf.BartConfig(vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1)),

@@ -55,7 +55,11 @@ def test_every_cache_gives_the_same_answer(family, config):
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, **config)) as attachment:
         expected = model.generate(**prompt, **GREEDY)
         assert torch.equal(model.generate(**prompt, **GREEDY, use_cache=False), expected)
+        assert torch.equal(model.generate(**prompt, **GREEDY, cache_implementation="static"), expected)
         assert torch.equal(model.generate(**prompt, **GREEDY, past_key_values=attachment.new_cache()), expected)
+        if "s_ratio" not in config:  # with a window refused, and tested elsewhere
+            static = attachment.new_cache(max_length=64)
+            assert torch.equal(model.generate(**prompt, **GREEDY, past_key_values=static), expected)
 
 
 def test_layers_of_text_and_of_images_have_indices_and_names_of_their_own(family):

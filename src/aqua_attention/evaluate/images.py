@@ -15,6 +15,7 @@ from aqua_attention.capture import evaluation_mode
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.retention import evaluate_retention
 from aqua_attention.evaluate.setting import Setting, attachments
+from aqua_attention.inputs import check_unpadded
 from aqua_attention.integrations.transformers import Attachment
 from aqua_attention.projections import Projections
 from aqua_attention.sides import IMAGES, Inputs, accepted, first_tensor, placed, runner, sides
@@ -48,13 +49,15 @@ def evaluate_images(
         rows of `evaluate_retention` on some of the images, each with its `basis`, without an exact window.
 
     Raises:
-        AquaError: fewer than two images, a model that does not read images, projections without its image layers, NaN.
+        AquaError: fewer than two images, a model that does not read images, padding, projections without its image
+            layers, NaN.
     """
     name = type(model).__name__
     if IMAGES not in sides(model):
         raise AquaError(f"{name} reads text, not images")
     if len(inputs) < 2:
         raise AquaError(f"there is {len(inputs)} image: nearest neighbours need two or more")
+    check_unpadded(inputs)
     runs = attachments(model, projections, settings, IMAGES)
     batches = _batches(inputs)
     done, total = 0, len(inputs) * (1 + len(runs))
@@ -121,9 +124,21 @@ def _embedding(model: PreTrainedModel, batch: Inputs, count: int) -> Tensor:
     run = runner(model, IMAGES)
     output = run(**accepted(run, placed(batch, model)))
     named = (getattr(output, key, None) for key in ("image_embeds", "pooler_output"))
-    found = first_tensor(next((each for each in named if each is not None), output))
-    width = found.shape[-1]
-    return found.reshape(count, -1, width).mean(1)
+    found = next((each for each in named if each is not None), None)
+    # Some models, as LLaVA, give a list with a tensor for each image.
+    parts = list(found if isinstance(found, (list, tuple)) else first_tensor(output if found is None else found))
+    if count == 1:
+        parts = [torch.cat([_tokens(part) for part in parts])]
+    elif len(parts) != count:
+        # The tokens of all images in one row: which are whose is not known.
+        rows = ({name: value[row : row + 1] for name, value in batch.items()} for row in range(count))
+        return torch.cat([_embedding(model, each, 1) for each in rows])
+    return torch.stack([_tokens(part).mean(0) for part in parts])
+
+
+def _tokens(states: Tensor) -> Tensor:
+    """[tokens, width]"""
+    return states.reshape(-1, states.shape[-1])
 
 
 def _neighbours(embeddings: Tensor) -> Tensor:

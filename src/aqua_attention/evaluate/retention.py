@@ -20,9 +20,11 @@ from aqua_attention.calibration import check_tokens
 from aqua_attention.capture import attention_layers, observe_windows
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.setting import check_covered
+from aqua_attention.inputs import check_unpadded, given_sides
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.projections import Projections
-from aqua_attention.sides import Inputs
+from aqua_attention.sides import TEXT, Inputs
 
 K_RATIOS = (0.9, 0.75, 0.5, 0.25)
 
@@ -62,6 +64,9 @@ def evaluate_retention(
         of a query's scores from the dense ones over that of the dense ones (both without their mean over the visible
         keys, which softmax does not see); `softmax_loss`, half the summed absolute difference of the probabilities (0
         equal, 1 disjoint); both means over layers and heads, and in `per_layer` as lists of a value a head.
+
+    Raises:
+        AquaError: projections without the layers that read the windows, or of another model; padding; NaN.
     """
     found = attention_layers(model)
     projections.check_model(model, found)
@@ -73,6 +78,11 @@ def evaluate_retention(
     }
     if isinstance(windows, Tensor):
         check_tokens(model, windows, context=windows.shape[1])
+        given = {TEXT}
+    else:
+        check_unpadded(windows)
+        given = given_sides(windows)
+    check_covered(model, {layer.side for layer in layers.values()}, given)
     losses: dict[tuple[str, float], dict[int, _Loss]] = {setting: {} for setting in settings}
 
     def measure(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:

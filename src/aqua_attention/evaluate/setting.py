@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -77,12 +77,18 @@ def attachments(
         attachment, multiplied = apply(model, by_basis[setting.basis], setting.config), Multiplied()
         attachment.on_selection = multiplied.count
         made.append((attachment, multiplied))
-        if side not in attachment.sides:
-            raise AquaError(
-                f"the projections have no layers that read {side}: calibrate {type(model).__name__} on {side}, and "
-                "join the two files by `aqua merge`"
-            )
+        check_covered(model, attachment.sides, (side,))
     return made
+
+
+def check_covered(model: PreTrainedModel, covered: Collection[str], read: Collection[str]) -> None:
+    """Raise AquaError when the projections cover no layer of any side that is read, see `sides`."""
+    if not set(covered) & set(read):
+        side = " and ".join(sorted(read))
+        raise AquaError(
+            f"the projections have no layers that read {side}: calibrate {type(model).__name__} on {side}, and "
+            "join the two files by `aqua merge`"
+        )
 
 
 def as_attached(settings: Sequence[Setting], runs: Sequence[tuple[Attachment, Multiplied]]) -> list[Setting]:
