@@ -18,11 +18,12 @@ COUNT = 10
 
 
 def as_one_image(name, image):
-    """[3, 32, 32] as the family called `name` reads it."""
-    if name.startswith("qwen2-vl"):
+    """[3, 32, 32] as the family called `name` reads it: in the form of the image in its prompt."""
+    form = VISION_LANGUAGE[name][1]() if name in VISION_LANGUAGE else {"pixel_values": pixels(1)}
+    if "image_grid_thw" in form:
         patches = image.unfold(1, 8, 8).unfold(2, 8, 8).permute(1, 2, 0, 3, 4).reshape(16, -1)
         return {"pixel_values": patches.repeat(1, 2), "image_grid_thw": torch.tensor([[1, 4, 4]])}
-    return {"pixel_values": image[None, None] if name == "smolvlm" else image[None]}
+    return {"pixel_values": image.reshape(form["pixel_values"].shape)}
 
 
 def clip():
