@@ -116,7 +116,7 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
     layers: list[AttentionLayer] = []
     for side in sides(model):
         try:
-            layers += _side_layers(model, side, first=len(layers))
+            layers += _side_layers(model, side, first=1 + max((layer.index for layer in layers), default=-1))
         except _DoesNotRun:
             # Images in a form that we do not know: those layers are not on the list, and refused when they are called.
             if not layers:
@@ -133,7 +133,7 @@ class _DoesNotRun(AquaError):
 
 
 def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[AttentionLayer]:
-    """The layers that run on one side; `first` is how many the other has."""
+    """The layers that run on one side; `first` is the first index that those of the other leave free."""
     name, run = type(model).__name__, runner(model, side)
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}

@@ -123,6 +123,27 @@ def smolvlm():
     return make(tf.SmolVLMForConditionalGeneration, config)
 
 
+def qwen3_5():
+    """A hybrid: every second layer of the language part is linear attention, which leaves gaps in the indices."""
+    linear = {f"linear_num_{side}_heads": 2 for side in ("key", "value")}
+    linear |= {f"linear_{side}_head_dim": 16 for side in ("key", "value")}
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
+    kinds = ["linear_attention", "full_attention"] * 2
+    vision = {"depth": 2, "num_position_embeddings": 16, "out_hidden_size": 32, "num_heads": 2, "hidden_size": 32}
+    config = tf.Qwen3_5Config(
+        text_config=LANGUAGE
+        | linear
+        | {"num_hidden_layers": 4, "head_dim": 16, "layer_types": kinds, "rope_parameters": rotary},
+        vision_config=vision
+        | {"intermediate_size": 48, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        image_token_id=IMAGE,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        video_token_id=96,
+    )
+    return make(tf.Qwen3_5ForConditionalGeneration, config)
+
+
 def _prompt(pieces):
     """One row with words before and behind an image of so many pieces."""
     return torch.tensor([[1, 7, 3, *[IMAGE] * pieces, 4, 8, 9, 10, 11, 12]])
@@ -140,6 +161,7 @@ def _with_grid(prompt):
 VISION_LANGUAGE = {
     "llava": (llava, lambda: {"input_ids": _prompt(16), "pixel_values": pixels(1)}),
     "qwen2-vl (multimodal rotary)": (qwen2_vl, lambda: _with_grid(_prompt(4))),
+    "qwen3.5 (hybrid)": (qwen3_5, lambda: _with_grid(_prompt(4))),
     "smolvlm": (smolvlm, lambda: {"input_ids": _prompt(4), "pixel_values": pixels(1)[None]}),
 }
 """For each, the model and what it reads: a prompt with an image in it."""
