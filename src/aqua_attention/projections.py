@@ -18,9 +18,11 @@ from aqua_attention.fingerprint import (
     WEIGHT_TOLERANCE,
     describe_shape,
     key_weight_digest,
+    layer_rows,
     shape_of,
     weight_difference,
 )
+from aqua_attention.sides import TEXT
 from aqua_attention.stats import LayerStatistics, Statistics, merge, named_tensors, take_layer
 from aqua_attention.storage import Stored, write_tensors
 
@@ -138,9 +140,16 @@ class Projections:
         )
 
     def covered(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:
-        """Those of a model's layers that the projections are for: all, or those that the file names."""
+        """Those of a model's layers that the projections are for: all, or those that the file names.
+
+        A file without names can be of the text layers of a model that has image layers too: it was calibrated on that
+        part alone, or before AQUA saw any other.
+        """
         names = self.model["shape"].get("names")
-        return layers if names is None else [layer for layer in layers if layer.name in names]
+        if names is not None:
+            return [layer for layer in layers if layer.name in names]
+        text = [layer for layer in layers if layer.side == TEXT]
+        return text if layer_rows(text) == [list(row) for row in self.model["shape"]["layers"]] else layers
 
     def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> list[list[float]] | None:
         """Raise AquaError when the projections do not fit; warn when the model's key weights differ.
@@ -150,6 +159,10 @@ class Projections:
         """
         layers = self.covered(layers)
         shape = shape_of(model, layers, named="names" in self.model["shape"])
+        if all(layer.side == TEXT for layer in layers):
+            # The language part of a vision-language model also goes alone, under a type of its own.
+            alone = shape | {"model_type": model.config.get_text_config().model_type}
+            shape = alone if alone == self.model["shape"] else shape
         if shape != self.model["shape"]:
             raise AquaError(
                 f"these projections are for {describe_shape(self.model['shape'])}, the model is "

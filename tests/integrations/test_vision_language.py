@@ -8,10 +8,12 @@ import warnings
 import pytest
 import torch
 import transformers as tf
-from encoders import TEXT, VISION, VISION_LANGUAGE, make, pixels
+from encoders import TEXT, VISION, VISION_LANGUAGE, make, pixels, qwen3_5
 
 import aqua_attention as aqua
+from aqua_attention.calibration import collect
 from aqua_attention.capture import attention_layers
+from aqua_attention.fingerprint import key_weight_digest, shape_of
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FIRST = {"selection": "weighted", "sink": 1}
@@ -147,6 +149,46 @@ def test_each_part_has_projections_of_its_own_and_they_join_into_one_file(family
         assert torch.equal(loaded.layers[index].rotation, part.layers[index].rotation)
     with aqua.apply(model, vision.merged(language), config):
         assert torch.equal(logits(model, prompt), moved)
+
+
+def unnamed(model, layers):
+    """Projections in a file as it was before AQUA saw the layers for images: of these alone, without names."""
+    windows = torch.randint(6, 97, (4, 24), generator=torch.Generator().manual_seed(1))
+    identity = {"name": "x", "shape": shape_of(model, layers), "key_weights": key_weight_digest(layers)}
+    return aqua.Projections.from_statistics(collect(model, windows, layers=layers), identity, {"tokens": 96})
+
+
+def test_a_file_of_the_text_layers_that_names_none_covers_these(family):
+    model, prompt, _ = family
+    layers, expected = attention_layers(model), logits(model, prompt)
+    old = unnamed(model, [layer for layer in layers if layer.side == "text"])
+    assert "names" not in old.model["shape"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with aqua.apply(model, old, aqua.AquaConfig(k_ratio=0.25, **WINDOW)) as attachment:
+            assert attachment.dense == parts(layers)[1]
+            assert (logits(model, prompt) - expected).abs().max() > 0.1
+
+
+def test_a_file_of_the_language_part_alone_fits_the_whole_model(tmp_path):
+    """AutoModelForCausalLM takes some checkpoints of vision-language models apart, and gives them another type."""
+    whole = qwen3_5()
+    whole.save_pretrained(tmp_path)
+    alone = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
+    assert alone.config.model_type == "qwen3_5_text" != whole.config.model_type
+    projections, prompt = unnamed(alone, attention_layers(alone)), {"input_ids": torch.arange(6, 30)[None]}
+    results = []
+    for model in (alone, whole):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25, **WINDOW)) as attachment:
+                results.append(logits(model, prompt))
+    assert attachment.dense == parts(attention_layers(whole))[1]
+    assert torch.allclose(*results, rtol=0, atol=1e-4)
+    assert (results[0] - logits(alone, prompt)).abs().max() > 0.1
+    projections.model["shape"]["model_type"] = "llama"
+    with pytest.raises(aqua.AquaError, match="these projections are for llama, 2 layers"):
+        aqua.apply(whole, projections)
 
 
 def test_a_second_attachment_is_refused_whichever_part_the_first_has(family):
