@@ -18,6 +18,7 @@ from aqua_attention.capture import (
     chosen_layers,
     evaluation_mode,
     input_device,
+    layers_and_gaps,
     observe_windows,
 )
 from aqua_attention.checkpoint import Checkpoint, check_finished
@@ -139,7 +140,7 @@ class Run:
             check_finished(Path(checkpoint))
         self.model, self.pattern = model, pattern
         self.name = name or model.config._name_or_path
-        self.layers = attention_layers(model)
+        self.layers, self._gaps = layers_and_gaps(model)
         self._checkpoint, self._seconds = checkpoint, checkpoint_seconds
 
     def learn(
@@ -160,8 +161,9 @@ class Run:
         """
         reached = [layer for layer in self.layers if layer.side in given]
         if not reached:
-            raise AquaError(f"{type(self.model).__name__} does not read {' and '.join(sorted(given)) or 'that'}")
-        chosen = chosen_layers(reached, self.pattern)
+            reason = "; ".join(self._gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
+            raise AquaError(f"{type(self.model).__name__} cannot be calibrated on this: {reason}")
+        chosen = chosen_layers(reached, self.pattern, self._gaps)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.layers))
         key_weights = key_weight_digest(chosen)
         identity = {"name": self.name, "shape": shape, "key_weights": key_weights}

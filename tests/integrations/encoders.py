@@ -70,6 +70,7 @@ TEXT_ENCODERS = {
         tf.ModernBertModel,
         tf.ModernBertConfig(**TEXT | {"num_hidden_layers": 4}, local_attention=8, cls_token_id=1, sep_token_id=2),
     ),
+    "gemma 3 (bidirectional)": lambda: embedding_gemma(),
 }
 IMAGE_ENCODERS = {
     "vit": lambda: make(tf.ViTModel, tf.ViTConfig(**VISION)),
@@ -121,6 +122,35 @@ def smolvlm():
         scale_factor=2,
     )
     return make(tf.SmolVLMForConditionalGeneration, config)
+
+
+def llava_next():
+    """Its images come as tiles with their sizes, a form that AQUA does not know how to make."""
+    config = tf.LlavaNextConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=tf.LlamaConfig(**LANGUAGE),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[32, 32]],
+    )
+    return make(tf.LlavaNextForConditionalGeneration, config)
+
+
+def paligemma():
+    """Its language part is bidirectional on the prompt, and has a cache."""
+    config = tf.PaliGemmaConfig(
+        text_config=LANGUAGE | {"model_type": "gemma", "head_dim": 16},
+        vision_config=VISION | {"model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False},
+        projection_dim=32,
+        image_token_id=IMAGE,
+    )
+    return make(tf.PaliGemmaForConditionalGeneration, config)
+
+
+def embedding_gemma():
+    """An encoder of text that is built of a decoder's parts."""
+    kinds = ["sliding_attention", "full_attention"]
+    config = LANGUAGE | {"head_dim": 16, "use_bidirectional_attention": True, "sliding_window": 8, "layer_types": kinds}
+    return make(tf.Gemma3TextModel, tf.Gemma3TextConfig(**config))
 
 
 def qwen3_5():

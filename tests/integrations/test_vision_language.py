@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
 import torch
 import transformers as tf
-from encoders import TEXT, VISION, VISION_LANGUAGE, make, pixels, qwen3_5
+from encoders import TEXT, VISION, VISION_LANGUAGE, llava, llava_next, make, paligemma, pixels, qwen3_5
 
 import aqua_attention as aqua
 from aqua_attention.calibration import collect
@@ -231,3 +232,54 @@ def test_a_model_of_pairs_has_both_its_towers_under_aqua():
                 found = model(**pair)
             for name in ("text_embeds", "image_embeds"):
                 assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-4) == (ratio == 1), name
+
+
+def tiles():
+    """A prompt with an image of one tile, for `llava_next`."""
+    ids = torch.tensor([[1, 7, *[5] * 36, 8, 9]])
+    return {"input_ids": ids, "pixel_values": pixels()[None], "image_sizes": torch.tensor([[32, 32]])}
+
+
+def test_image_layers_that_were_not_found_are_refused_or_dense_by_name():
+    model, prompt = llava_next(), tiles()
+    projections = aqua.calibrate_inputs(model, [{"input_ids": torch.arange(6, 30)[None]}])
+    assert [layer.side for layer in attention_layers(model)] == ["text", "text"]
+    expected, reason = logits(model, prompt), r"image layers could not be found \(TypeError: .*image_sizes.*\)"
+    with (
+        aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1)) as attachment,
+        pytest.raises(aqua.AquaError, match=f"CLIPAttention called AQUA .*: its {reason}; to leave them dense"),
+    ):
+        assert attachment.dense == []
+        logits(model, prompt)
+    for pattern, left in (("language_model.*", []), ("*layers.0*", ["language_model.layers.1.self_attn"])):
+        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1), layers=pattern) as attachment:
+            assert attachment.dense[:-1] == left
+            assert re.fullmatch(reason, attachment.dense[-1])
+            assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=1e-4)
+        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25), layers=pattern):
+            assert (logits(model, prompt) - expected).abs().max() > 0.1
+    assert torch.equal(logits(model, prompt), expected)
+    with pytest.raises(aqua.AquaError, match=rf"no attention layer has a name like 'vision\*'.*; its {reason}"):
+        aqua.apply(model, projections, layers="vision*")
+    with pytest.raises(
+        aqua.AquaError, match=f"LlavaNextForConditionalGeneration cannot be calibrated .*: its {reason}"
+    ):
+        aqua.calibrate_inputs(model, [{"pixel_values": prompt["pixel_values"]}])
+
+
+def test_a_language_part_that_is_not_causal_is_refused_by_name():
+    with pytest.raises(aqua.AquaError, match="PaliGemmaForConditionalGeneration is not causal"):
+        attention_layers(paligemma())
+
+
+def test_parts_of_two_kinds_that_share_a_config_are_refused():
+    model, prompt = llava(), VISION_LANGUAGE["llava"][1]()
+    projections = aqua.calibrate_inputs(model, [prompt])
+    for layer in attention_layers(model):
+        layer.module.config = model.config.text_config
+    attachment = aqua.apply(model, projections)
+    with pytest.raises(aqua.AquaError, match="LlavaForConditionalGeneration share a config: give AQUA one kind"):
+        attachment.attach()
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1), layers="language_model.*"):
+        found = logits(model, prompt)
+    assert torch.allclose(found, logits(model, prompt), rtol=0, atol=1e-4)
