@@ -95,13 +95,16 @@ class Projections:
         Raises:
             AquaError: the two are not of the same model, or not in the same basis.
         """
-        if self.model["shape"] != other.model["shape"]:
-            if _are_parts(self.model["shape"], other.model["shape"]):
-                return self._joined(other)
-            raise AquaError(
-                f"projections of different models cannot be merged: {describe_shape(self.model['shape'])} and "
-                f"{describe_shape(other.model['shape'])}"
-            )
+        shapes = [part.model["shape"] for part in (self, other)]
+        if _are_parts(*shapes):
+            return self._joined(other)
+        if any(shapes[0].get(key) != shapes[1].get(key) for key in ("model_type", "layers")) or (
+            all("names" in shape for shape in shapes) and shapes[0]["names"] != shapes[1]["names"]
+        ):
+            said = [describe_shape(shape) for shape in shapes]
+            if said[0] == said[1]:
+                said = [f"{text} (layers {_listed(shape)})" for text, shape in zip(said, shapes, strict=True)]
+            raise AquaError(f"projections of different models cannot be merged: {' and '.join(said)}")
         if self.basis != other.basis:
             raise AquaError(f"projections in different bases cannot be merged: {self.basis} and {other.basis}")
         ours, theirs = self.model.get("key_weights"), other.model.get("key_weights")
@@ -112,14 +115,22 @@ class Projections:
         parts = [self.calibration, other.calibration]
         calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value}
         calibration |= _summed(parts) | {"merged": parts}
-        return Projections.from_statistics(
-            merge(self.statistics, other.statistics), self.model, calibration, self.basis
-        )
+        # A file of all layers may name them or not.
+        named = other.model if "names" in shapes[1] else self.model
+        return Projections.from_statistics(merge(self.statistics, other.statistics), named, calibration, self.basis)
 
     def _joined(self, other: Projections) -> Projections:
         """The layers of both, which are parts of one model."""
         if self.basis != other.basis:
             raise AquaError(f"projections in different bases cannot be joined: {self.basis} and {other.basis}")
+        models = [part.model.get("name") for part in (self, other)]
+        if all(models) and models[0] != models[1]:
+            # Nothing else tells: they have no layer in common. A model can go by two names, so that this is no error.
+            warnings.warn(
+                f"the projections joined were calibrated on {models[0]!r} and on {models[1]!r}: they are for one model "
+                "only if these are the same",
+                stacklevel=3,
+            )
         pairs = []
         for part in (self, other):
             shape = part.model["shape"]
@@ -227,6 +238,11 @@ def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:
         name for name in ("tokens", "inputs", "images") if name == "tokens" or any(name in part for part in parts)
     ]
     return {name: sum(part.get(name, 0) for part in parts) for name in counts}
+
+
+def _listed(shape: dict[str, Any]) -> str:
+    """The layers of a shape: their names, or indices where it has none."""
+    return ", ".join(map(str, shape.get("names") or [row[0] for row in shape["layers"]]))
 
 
 def _are_parts(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -158,6 +158,8 @@ REFUSED = {
         ),
         "adds a bias to the scores",
     ),
+    "vitmae": (lambda: make(tf.ViTMAEModel, tf.ViTMAEConfig(**VISION)), "gives something else each time it runs"),
+    "layoutlm": (lambda: make(tf.LayoutLMModel, tf.LayoutLMConfig(**TEXT)), "makes one mask for all queries"),
     "resnet": (
         lambda: tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
         "interface|made no attention call",

@@ -15,6 +15,7 @@ import aqua_attention as aqua
 from aqua_attention.calibration import collect
 from aqua_attention.capture import attention_layers
 from aqua_attention.fingerprint import key_weight_digest, shape_of
+from aqua_attention.tables import provenance_table
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FIRST = {"selection": "weighted", "sink": 1}
@@ -150,6 +151,36 @@ def test_each_part_has_projections_of_its_own_and_they_join_into_one_file(family
         assert torch.equal(loaded.layers[index].rotation, part.layers[index].rotation)
     with aqua.apply(model, vision.merged(language), config):
         assert torch.equal(logits(model, prompt), moved)
+
+
+def test_a_file_of_all_layers_merges_with_a_joined_one(family):
+    model, prompt, whole = family
+    text = aqua.calibrate_inputs(model, [{"input_ids": torch.arange(6, 30)[None]}])
+    images = {name: value for name, value in prompt.items() if name in ("pixel_values", "image_grid_thw")}
+    vision = aqua.calibrate_inputs(model, [images])
+    joined = text.merged(vision)
+    for merged in (joined.merged(whole), whole.merged(joined)):
+        assert merged.model["shape"] == joined.model["shape"]
+        for index, layer in merged.statistics.items():
+            assert torch.equal(layer.key_gram, joined.statistics[index].key_gram + whole.statistics[index].key_gram)
+        with aqua.apply(model, merged) as attachment:
+            assert attachment.dense == []
+    with pytest.raises(aqua.AquaError, match=r"different models cannot be merged: \w+, 4 layers.* and \w+, 2 layers"):
+        whole.merged(text)
+    rows = dict(provenance_table(joined.merged(whole))[1])
+    assert "?" not in "".join(rows.values())
+    assert rows["calibrated on"].endswith("tokens")  # a line each; the last is that of `whole`
+
+
+def test_joined_parts_of_models_with_two_names_warn():
+    model, prompt = llava(), VISION_LANGUAGE["llava"][1]()
+    text = aqua.calibrate_inputs(model, [{"input_ids": prompt["input_ids"][:, :3]}], name="one")
+    images = [{"pixel_values": prompt["pixel_values"]}]
+    with pytest.warns(UserWarning, match="calibrated on 'one' and on 'other': they are for one model only if"):
+        text.merged(aqua.calibrate_inputs(model, images, name="other"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.merged(aqua.calibrate_inputs(model, images, name="one"))
 
 
 def unnamed(model, layers):
