@@ -311,7 +311,7 @@ def _check_finite(name: str, seen: dict[nn.Module, tuple[Tensor, Tensor]], logit
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Relative: a model gives with our dense attention what it gives with its own, or its scores hold more than q, k."""
+    """Relative: under our dense attention a model gives what it gives under its own, or scores hold more than q, k."""
     return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
 
 

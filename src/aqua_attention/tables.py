@@ -259,7 +259,8 @@ def provenance_table(projections: Projections) -> Table:
     calibration = projections.calibration
     if "merged" in calibration:
         parts = [row for part in calibration["merged"] for row in _read(part)]
-        read = [["calibrated on", f"{calibration.get('tokens', '?')} tokens in all, of"], *parts]
+        windows = f" in windows of {calibration['context']}" if "context" in calibration else ""
+        read = [["all together", f"{calibration.get('tokens', '?')} tokens{windows}"], *parts]
     else:
         read = _read(calibration)
     if names := projections.model["shape"].get("names"):
