@@ -8,10 +8,19 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.capture import AttentionLayer, attention_layers, chosen_layers, observe_windows
+from aqua_attention.capture import (
+    AttentionLayer,
+    attention_layers,
+    chosen_layers,
+    evaluation_mode,
+    input_device,
+    layers_and_gaps,
+    observe_windows,
+)
 from aqua_attention.checkpoint import Checkpoint, check_finished
 from aqua_attention.errors import AquaError
 from aqua_attention.fingerprint import key_weight_digest, shape_of
@@ -127,7 +136,7 @@ class Run:
             check_finished(Path(checkpoint))
         self.model, self.pattern = model, pattern
         self.name = name or model.config._name_or_path
-        self.layers = attention_layers(model)
+        self.layers, self._gaps = layers_and_gaps(model)
         self._checkpoint, self._seconds = checkpoint, checkpoint_seconds
 
     def learn(
@@ -148,8 +157,9 @@ class Run:
         """
         reached = [layer for layer in self.layers if layer.side in given]
         if not reached:
-            raise AquaError(f"{type(self.model).__name__} does not read {' and '.join(sorted(given)) or 'that'}")
-        chosen = chosen_layers(reached, self.pattern)
+            reason = "; ".join(self._gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
+            raise AquaError(f"{type(self.model).__name__} cannot be calibrated on this: {reason}")
+        chosen = chosen_layers(reached, self.pattern, self._gaps)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.layers))
         key_weights = key_weight_digest(chosen)
         identity = {"name": self.name, "shape": shape, "key_weights": key_weights}
@@ -210,12 +220,33 @@ def collect(
     return state[0]
 
 
+def check_predicts(model: PreTrainedModel) -> None:
+    """Raise AquaError for a model that predicts no next token: an encoder, or one without a head for it.
+
+    Models with code of their own may predict, and not inherit from transformers how to generate.
+    """
+    if model.can_generate():
+        return
+    text = [layer for layer in attention_layers(model) if layer.side == TEXT]
+    if text and all(layer.causal for layer in text):
+        with torch.no_grad(), evaluation_mode(model):
+            output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
+        logits = getattr(output, "logits", None)
+        if logits is not None and logits.ndim == 3 and logits.shape[-1] >= model.config.get_text_config().vocab_size:
+            return
+    raise AquaError(
+        f"{type(model).__name__} predicts no next token: an encoder is measured by `aqua eval retention` and "
+        "`aqua eval images`"
+    )
+
+
 def check_generates(model: PreTrainedModel) -> None:
-    """Raise AquaError for a model that predicts no next token."""
+    """Raise AquaError for a model that cannot write a text."""
+    check_predicts(model)
     if not model.can_generate():
         raise AquaError(
-            f"{type(model).__name__} predicts no next token: an encoder is measured by `aqua eval retention` and "
-            "`aqua eval images`"
+            f"{type(model).__name__} cannot generate (its class is no GenerationMixin): it is measured by "
+            "`aqua eval perplexity`"
         )
 
 
@@ -237,4 +268,9 @@ def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> 
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """How many positions the model knows; None when its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if limit is not None and padding is not None and name.endswith("position_embeddings"):
+            return int(limit) - padding - 1  # RoBERTa and its like count from behind the place of padding
+    return limit

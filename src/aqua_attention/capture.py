@@ -75,6 +75,8 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
         directions[module] = causal
         observer(module, query, key, scaling)
         mask = as_aqua_mask(attention_mask)
+        if mask is not None and mask.shape[2] != query.shape[2]:
+            raise AquaError(f"{type(model).__name__} makes one mask for all queries, which AQUA does not support")
         if mask is None and not causal:
             mask = bidirectional(query.shape[2], key.shape[2], sink=0, device=query.device)
         with torch.autocast(query.device.type, enabled=False):
@@ -107,6 +109,14 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
             text or images.
     """
+    return layers_and_gaps(model)[0]
+
+
+def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[str]]:
+    """`attention_layers`, and why some of the model's could not be found, such as "its image layers could not ...".
+
+    Then the model takes images in a form that AQUA does not know how to make.
+    """
     if not isinstance(model, PreTrainedModel):
         raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")
     name = type(model).__name__
@@ -114,26 +124,29 @@ def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
         raise AquaError(f"{name} is an encoder-decoder: only decoders and encoders alone are supported")
     check_detached(model)
     layers: list[AttentionLayer] = []
+    gaps: list[str] = []
     for side in sides(model):
         try:
-            layers += _side_layers(model, side, first=len(layers))
-        except _DoesNotRun:
-            # Images in a form that we do not know: those layers are not on the list, and refused when they are called.
+            layers += _side_layers(model, side, first=1 + max((layer.index for layer in layers), default=-1))
+        except _DoesNotRun as error:
             if not layers:
                 raise
+            gaps.append(f"its image layers could not be found ({error.reason})")
     if not layers:
         raise AquaError(f"{name} made no attention call: AQUA needs a model with attention layers")
     if len({layer.index for layer in layers}) < len(layers):
         raise AquaError(f"{name} has attention layers that share a layer index: this architecture is not supported")
-    return layers
+    return layers, gaps
 
 
 class _DoesNotRun(AquaError):
     """None of the inputs that we know of runs one side of a model."""
 
+    reason = ""
+
 
 def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[AttentionLayer]:
-    """The layers that run on one side; `first` is how many the other has."""
+    """The layers that run on one side; `first` is the first index that those of the other leave free."""
     name, run = type(model).__name__, runner(model, side)
     seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}
@@ -154,17 +167,34 @@ def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[Attentio
     else:
         reason = f"{type(failed).__name__}: {failed}".splitlines()[0][:200]
         alone = "token ids" if side == TEXT else "images"
-        raise _DoesNotRun(f"{name} does not run on {alone} alone, so it is not supported ({reason})") from failed
+        refusal = _DoesNotRun(f"{name} does not run on {alone} alone, so it is not supported ({reason})")
+        refusal.reason = reason
+        raise refusal from failed
     found = first_tensor(output)
     _check_finite(name, seen, expected)
     # A quantised model may round activations too: then the last bit of an attention output moves logits by percents.
     exact = found.dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
-    _check_same(name, found, expected, tolerance=1e-2 if exact else 0.2)
+    tolerance = 1e-2 if exact else 0.2
+    if (difference := _difference(found, expected)) > tolerance:
+        with torch.no_grad(), evaluation_mode(model):
+            again = first_tensor(run(**inputs))
+        if _difference(again, expected) > tolerance:
+            raise AquaError(f"{name} gives something else each time it runs on the same input: it is not supported")
+        raise AquaError(
+            f"{name} computes more than softmax attention of queries and keys (its output changes by {difference:.0%} "
+            "under plain attention), which AQUA does not support"
+        )
     cache = getattr(output, "past_key_values", None)
     names = {module: path.removeprefix(f"{model.base_model_prefix}.") for path, module in model.named_modules()}
     layers: list[AttentionLayer] = []
     for module, (query, key) in seen.items():
         index = getattr(module, "layer_idx", None) if side == TEXT else None
+        is_cached = index is not None and _is_cached(cache, index, key)
+        if is_cached and not causal[module] and (model.can_generate() or IMAGES in sides(model)):
+            # PaliGemma: neither an encoder, nor a decoder whose tokens never see a later one.
+            raise AquaError(
+                f"{name} is not causal, yet generates from a cache: only decoders and encoders are supported"
+            )
         layers.append(
             AttentionLayer(
                 index=first + len(layers) if index is None else index,
@@ -173,7 +203,7 @@ def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[Attentio
                 num_key_value_heads=key.shape[1],
                 head_dim=query.shape[-1],
                 device=key.device,
-                reads_own_cache=index is not None and _is_cached(cache, index, key),
+                reads_own_cache=is_cached and causal[module],
                 name=names[module],
                 causal=causal[module],
                 side=side,
@@ -188,8 +218,11 @@ def _knows_cache(model: PreTrainedModel) -> bool:
     return "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
-def chosen_layers(layers: list[AttentionLayer], pattern: str | None) -> list[AttentionLayer]:
+def chosen_layers(layers: list[AttentionLayer], pattern: str | None, gaps: Sequence[str] = ()) -> list[AttentionLayer]:
     """Those of `layers` whose name matches a pattern as of file names, such as "vision_tower.*"; None: all.
+
+    Args:
+        gaps: of `layers_and_gaps`.
 
     Raises:
         AquaError: there is none.
@@ -197,7 +230,8 @@ def chosen_layers(layers: list[AttentionLayer], pattern: str | None) -> list[Att
     chosen = [layer for layer in layers if pattern is None or fnmatchcase(layer.name, pattern)]
     if layers and not chosen:
         first, last = layers[0].name, layers[-1].name
-        raise AquaError(f"no attention layer has a name like {pattern!r}: the names go from {first} to {last}")
+        missing = "".join(f"; {gap}" for gap in gaps)
+        raise AquaError(f"no attention layer has a name like {pattern!r}: the names go from {first} to {last}{missing}")
     return chosen
 
 
@@ -276,14 +310,9 @@ def _check_finite(name: str, seen: dict[nn.Module, tuple[Tensor, Tensor]], logit
         raise AquaError(f"{name} gives NaN: {remedy}")
 
 
-def _check_same(name: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """With our dense attention a model must give what it gives with its own, or its scores hold more than q and k."""
-    difference = float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
-    if difference > tolerance:
-        raise AquaError(
-            f"{name} computes more than softmax attention of queries and keys (its output changes by {difference:.0%} "
-            "under plain attention), which AQUA does not support"
-        )
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Relative: under our dense attention a model gives what it gives under its own, or scores hold more than q, k."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
 
 
 def _is_cached(cache: Any, index: int, key: Tensor) -> bool:

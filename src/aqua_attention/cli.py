@@ -125,7 +125,7 @@ def calibrate(
                 )
         else:
             text = text_for(model, data or "builtin:calibration")
-            loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, generates=False)
+            loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, predicts=False)
             with progress_bars() as report:
                 projections = run(
                     loaded,

@@ -150,7 +150,7 @@ def retention(
     from aqua_attention.text import load_text, text_digest, token_windows, tokenize
 
     learned, text = Projections.load(projections).with_basis(basis), load_text(data)
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, generates=False)
+    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, predicts=False)
     ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
     with progress_bars() as report:

@@ -78,19 +78,19 @@ def load_model(
     dtype: str,
     device: str | None,
     trust_remote_code: bool,
-    generates: bool = True,
+    predicts: bool = True,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer that the options name.
 
     Args:
-        generates: whether it has to predict next tokens, which an encoder does not.
+        predicts: whether it has to predict next tokens, which an encoder does not.
     """
     from aqua_attention import models
-    from aqua_attention.calibration import check_generates
+    from aqua_attention.calibration import check_predicts
 
     loaded, tokenizer = models.load_model(
         model, gguf_file=gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    if generates:
-        check_generates(loaded)
+    if predicts:
+        check_predicts(loaded)
     return loaded, tokenizer

@@ -25,13 +25,13 @@ def shape_of(model: PreTrainedModel, layers: list[AttentionLayer], *, named: boo
     Args:
         layers: all of them, or with `named` those that projections are for; their names are part of the shape then.
     """
-    shape = {
-        "model_type": model.config.model_type,
-        "layers": [
-            [layer.index, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim] for layer in layers
-        ],
-    }
+    shape = {"model_type": model.config.model_type, "layers": layer_rows(layers)}
     return shape | {"names": [layer.name for layer in layers]} if named else shape
+
+
+def layer_rows(layers: list[AttentionLayer]) -> list[list[int]]:
+    """Index, num_attention_heads, num_key_value_heads and head_dim of each layer."""
+    return [[layer.index, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim] for layer in layers]
 
 
 def describe_shape(shape: dict[str, Any]) -> str:

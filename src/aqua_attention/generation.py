@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.calibration import check_tokens
+from aqua_attention.calibration import check_generates, check_tokens
 from aqua_attention.capture import input_device
 from aqua_attention.errors import AquaError
 from aqua_attention.integrations.transformers import Attachment
@@ -79,10 +79,11 @@ def continue_tokens(
     """`continue_prompt` from token ids [1, length].
 
     Raises:
-        AquaError: as `continue_prompt`, and when the model gives NaN.
+        AquaError: as `continue_prompt`, and when the model cannot generate or gives NaN.
     """
     if max_new_tokens < 1:
         raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
+    check_generates(model)
     length = token_ids.shape[1]
     check_tokens(model, token_ids, context=length + max_new_tokens)
     token_ids = token_ids.to(input_device(model))

@@ -18,9 +18,11 @@ from aqua_attention.fingerprint import (
     WEIGHT_TOLERANCE,
     describe_shape,
     key_weight_digest,
+    layer_rows,
     shape_of,
     weight_difference,
 )
+from aqua_attention.sides import TEXT
 from aqua_attention.stats import LayerStatistics, Statistics, merge, named_tensors, take_layer
 from aqua_attention.storage import Stored, write_tensors
 
@@ -93,13 +95,16 @@ class Projections:
         Raises:
             AquaError: the two are not of the same model, or not in the same basis.
         """
-        if self.model["shape"] != other.model["shape"]:
-            if _are_parts(self.model["shape"], other.model["shape"]):
-                return self._joined(other)
-            raise AquaError(
-                f"projections of different models cannot be merged: {describe_shape(self.model['shape'])} and "
-                f"{describe_shape(other.model['shape'])}"
-            )
+        shapes = [part.model["shape"] for part in (self, other)]
+        if _are_parts(*shapes):
+            return self._joined(other)
+        if any(shapes[0].get(key) != shapes[1].get(key) for key in ("model_type", "layers")) or (
+            all("names" in shape for shape in shapes) and shapes[0]["names"] != shapes[1]["names"]
+        ):
+            said = [describe_shape(shape) for shape in shapes]
+            if said[0] == said[1]:
+                said = [f"{text} (layers {_listed(shape)})" for text, shape in zip(said, shapes, strict=True)]
+            raise AquaError(f"projections of different models cannot be merged: {' and '.join(said)}")
         if self.basis != other.basis:
             raise AquaError(f"projections in different bases cannot be merged: {self.basis} and {other.basis}")
         ours, theirs = self.model.get("key_weights"), other.model.get("key_weights")
@@ -110,14 +115,22 @@ class Projections:
         parts = [self.calibration, other.calibration]
         calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value}
         calibration |= _summed(parts) | {"merged": parts}
-        return Projections.from_statistics(
-            merge(self.statistics, other.statistics), self.model, calibration, self.basis
-        )
+        # A file of all layers may name them or not.
+        named = other.model if "names" in shapes[1] else self.model
+        return Projections.from_statistics(merge(self.statistics, other.statistics), named, calibration, self.basis)
 
     def _joined(self, other: Projections) -> Projections:
         """The layers of both, which are parts of one model."""
         if self.basis != other.basis:
             raise AquaError(f"projections in different bases cannot be joined: {self.basis} and {other.basis}")
+        models = [part.model.get("name") for part in (self, other)]
+        if all(models) and models[0] != models[1]:
+            # Nothing else tells: they have no layer in common. A model can go by two names, so that this is no error.
+            warnings.warn(
+                f"the projections joined were calibrated on {models[0]!r} and on {models[1]!r}: they are for one model "
+                "only if these are the same",
+                stacklevel=3,
+            )
         pairs = []
         for part in (self, other):
             shape = part.model["shape"]
@@ -138,9 +151,16 @@ class Projections:
         )
 
     def covered(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:
-        """Those of a model's layers that the projections are for: all, or those that the file names."""
+        """Those of a model's layers that the projections are for: all, or those that the file names.
+
+        A file without names can be of the text layers of a model that has image layers too: it was calibrated on that
+        part alone, or before AQUA saw any other.
+        """
         names = self.model["shape"].get("names")
-        return layers if names is None else [layer for layer in layers if layer.name in names]
+        if names is not None:
+            return [layer for layer in layers if layer.name in names]
+        text = [layer for layer in layers if layer.side == TEXT]
+        return text if layer_rows(text) == [list(row) for row in self.model["shape"]["layers"]] else layers
 
     def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> list[list[float]] | None:
         """Raise AquaError when the projections do not fit; warn when the model's key weights differ.
@@ -150,6 +170,10 @@ class Projections:
         """
         layers = self.covered(layers)
         shape = shape_of(model, layers, named="names" in self.model["shape"])
+        if all(layer.side == TEXT for layer in layers):
+            # The language part of a vision-language model also goes alone, under a type of its own.
+            alone = shape | {"model_type": model.config.get_text_config().model_type}
+            shape = alone if alone == self.model["shape"] else shape
         if shape != self.model["shape"]:
             raise AquaError(
                 f"these projections are for {describe_shape(self.model['shape'])}, the model is "
@@ -214,6 +238,11 @@ def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:
         name for name in ("tokens", "inputs", "images") if name == "tokens" or any(name in part for part in parts)
     ]
     return {name: sum(part.get(name, 0) for part in parts) for name in counts}
+
+
+def _listed(shape: dict[str, Any]) -> str:
+    """The layers of a shape: their names, or indices where it has none."""
+    return ", ".join(map(str, shape.get("names") or [row[0] for row in shape["layers"]]))
 
 
 def _are_parts(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -257,20 +257,12 @@ def retrieval_grid(result: dict[str, Any]) -> Table:
 def provenance_table(projections: Projections) -> Table:
     """Where projections come from and what they fit."""
     calibration = projections.calibration
-    read = [
-        ["calibrated on", f"{calibration.get('tokens', '?')} tokens in windows of {calibration.get('context', '?')}"],
-        ["text SHA-256", str(calibration.get("text_sha256", "?"))],
-        ["window seed", str(calibration.get("seed", "?"))],
-    ]
-    if "inputs" in calibration:
-        count, what = (
-            calibration.get("images", calibration["inputs"]),
-            "images" if "images" in calibration else "inputs",
-        )
-        read = [
-            ["calibrated on", f"{count} {what}, {calibration.get('tokens', '?')} tokens"],
-            [f"{what} SHA-256", str(calibration.get("inputs_sha256", "?"))],
-        ]
+    if "merged" in calibration:
+        parts = [row for part in calibration["merged"] for row in _read(part)]
+        windows = f" in windows of {calibration['context']}" if "context" in calibration else ""
+        read = [["all together", f"{calibration.get('tokens', '?')} tokens{windows}"], *parts]
+    else:
+        read = _read(calibration)
     if names := projections.model["shape"].get("names"):
         read.append(["only the layers", f"{names[0]} to {names[-1]}"])
     rows = [
@@ -278,9 +270,34 @@ def provenance_table(projections: Projections) -> Table:
         ["fits", describe_shape(projections.model["shape"])],
         *read,
         ["basis", projections.basis],
-        ["library version", str(calibration.get("library_version", "?"))],
+        ["library version", _versions(calibration)],
     ]
     return ["", ""], rows
+
+
+def _read(calibration: dict[str, Any]) -> list[list[str]]:
+    """What one calibration has read, or each of those that were merged."""
+    if "merged" in calibration:
+        return [row for part in calibration["merged"] for row in _read(part)]
+    tokens = f"{calibration.get('tokens', '?')} tokens"
+    if "inputs" in calibration:
+        what = "images" if "images" in calibration else "inputs"
+        return [
+            ["calibrated on", f"{calibration.get('images', calibration['inputs'])} {what}, {tokens}"],
+            [f"{what} SHA-256", str(calibration.get("inputs_sha256", "?"))],
+        ]
+    return [
+        ["calibrated on", f"{tokens} in windows of {calibration.get('context', '?')}"],
+        ["text SHA-256", str(calibration.get("text_sha256", "?"))],
+        ["window seed", str(calibration.get("seed", "?"))],
+    ]
+
+
+def _versions(calibration: dict[str, Any]) -> str:
+    """The library's version in a calibration, or in those that were merged."""
+    parts = calibration.get("merged") or [calibration]
+    found = [_versions(part) if "merged" in part else str(part.get("library_version", "?")) for part in parts]
+    return ", ".join(dict.fromkeys(found))
 
 
 def spectrum_table(projections: Projections) -> Table:

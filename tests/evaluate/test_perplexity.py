@@ -8,11 +8,14 @@ import math
 
 import pytest
 import torch
+import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import aqua_attention as aqua
 from aqua_attention.evaluate.perplexity import evaluate_perplexity
 from aqua_attention.evaluate.setting import Setting
-from conftest import VOCABULARY
+from aqua_attention.generation import continue_tokens
+from conftest import SHAPE, VOCABULARY, calibrated
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +106,38 @@ def test_no_windows_is_an_error(llama):
     model, projections = llama
     with pytest.raises(aqua.AquaError, match="at least one window of two tokens"):
         evaluate_perplexity(model, projections, [], torch.zeros(0, 8, dtype=torch.long))
+
+
+class OwnCode(transformers.LlamaPreTrainedModel):
+    """A language model as checkpoints with code of their own have them: no GenerationMixin."""
+
+    def __init__(self, config, width=VOCABULARY):
+        super().__init__(config)
+        self.model = transformers.LlamaModel(config)
+        self.lm_head = torch.nn.Linear(config.hidden_size, width, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids=None, **options):
+        states = self.model(input_ids=input_ids, **options)
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(states.last_hidden_state), past_key_values=states.past_key_values
+        )
+
+
+def test_a_language_model_that_cannot_generate_has_a_perplexity(llama, windows, word_tokenizer):
+    model = OwnCode(transformers.LlamaConfig(**SHAPE)).eval()
+    model.load_state_dict(llama[0].state_dict())
+    settings = [Setting(aqua.AquaConfig(k_ratio=0.5))]
+    expected = evaluate_perplexity(*llama, settings, windows)
+    assert evaluate_perplexity(model, llama[1], settings, windows)["rows"] == expected["rows"]
+    with pytest.raises(aqua.AquaError, match="OwnCode cannot generate"):
+        continue_tokens(model, word_tokenizer, windows[:1], max_new_tokens=2)
+
+
+def test_models_without_next_token_logits_are_refused(windows):
+    for model in (
+        OwnCode(transformers.LlamaConfig(**SHAPE), width=2),
+        transformers.LlamaModel(transformers.LlamaConfig(**SHAPE)),
+    ):
+        with pytest.raises(aqua.AquaError, match=f"{type(model).__name__} predicts no next token"):
+            evaluate_perplexity(model.eval(), calibrated(model.eval()), [Setting(aqua.AquaConfig())], windows)

@@ -70,6 +70,7 @@ TEXT_ENCODERS = {
         tf.ModernBertModel,
         tf.ModernBertConfig(**TEXT | {"num_hidden_layers": 4}, local_attention=8, cls_token_id=1, sep_token_id=2),
     ),
+    "gemma 3 (bidirectional)": lambda: embedding_gemma(),
 }
 IMAGE_ENCODERS = {
     "vit": lambda: make(tf.ViTModel, tf.ViTConfig(**VISION)),
@@ -123,6 +124,56 @@ def smolvlm():
     return make(tf.SmolVLMForConditionalGeneration, config)
 
 
+def llava_next():
+    """Its images come as tiles with their sizes, a form that AQUA does not know how to make."""
+    config = tf.LlavaNextConfig(
+        vision_config=tf.CLIPVisionConfig(**VISION),
+        text_config=tf.LlamaConfig(**LANGUAGE),
+        image_token_id=IMAGE,
+        image_grid_pinpoints=[[32, 32]],
+    )
+    return make(tf.LlavaNextForConditionalGeneration, config)
+
+
+def paligemma():
+    """Its language part is bidirectional on the prompt, and has a cache."""
+    config = tf.PaliGemmaConfig(
+        text_config=LANGUAGE | {"model_type": "gemma", "head_dim": 16},
+        vision_config=VISION | {"model_type": "siglip_vision_model", "projection_dim": 32, "vision_use_head": False},
+        projection_dim=32,
+        image_token_id=IMAGE,
+    )
+    return make(tf.PaliGemmaForConditionalGeneration, config)
+
+
+def embedding_gemma():
+    """An encoder of text that is built of a decoder's parts."""
+    kinds = ["sliding_attention", "full_attention"]
+    config = LANGUAGE | {"head_dim": 16, "use_bidirectional_attention": True, "sliding_window": 8, "layer_types": kinds}
+    return make(tf.Gemma3TextModel, tf.Gemma3TextConfig(**config))
+
+
+def qwen3_5():
+    """A hybrid: every second layer of the language part is linear attention, which leaves gaps in the indices."""
+    linear = {f"linear_num_{side}_heads": 2 for side in ("key", "value")}
+    linear |= {f"linear_{side}_head_dim": 16 for side in ("key", "value")}
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0], "partial_rotary_factor": 0.25}
+    kinds = ["linear_attention", "full_attention"] * 2
+    vision = {"depth": 2, "num_position_embeddings": 16, "out_hidden_size": 32, "num_heads": 2, "hidden_size": 32}
+    config = tf.Qwen3_5Config(
+        text_config=LANGUAGE
+        | linear
+        | {"num_hidden_layers": 4, "head_dim": 16, "layer_types": kinds, "rope_parameters": rotary},
+        vision_config=vision
+        | {"intermediate_size": 48, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        image_token_id=IMAGE,
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        video_token_id=96,
+    )
+    return make(tf.Qwen3_5ForConditionalGeneration, config)
+
+
 def _prompt(pieces):
     """One row with words before and behind an image of so many pieces."""
     return torch.tensor([[1, 7, 3, *[IMAGE] * pieces, 4, 8, 9, 10, 11, 12]])
@@ -140,6 +191,7 @@ def _with_grid(prompt):
 VISION_LANGUAGE = {
     "llava": (llava, lambda: {"input_ids": _prompt(16), "pixel_values": pixels(1)}),
     "qwen2-vl (multimodal rotary)": (qwen2_vl, lambda: _with_grid(_prompt(4))),
+    "qwen3.5 (hybrid)": (qwen3_5, lambda: _with_grid(_prompt(4))),
     "smolvlm": (smolvlm, lambda: {"input_ids": _prompt(4), "pixel_values": pixels(1)[None]}),
 }
 """For each, the model and what it reads: a prompt with an image in it."""

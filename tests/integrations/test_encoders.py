@@ -9,6 +9,7 @@ import transformers as tf
 from encoders import IMAGE_ENCODERS, TEXT, TEXT_ENCODERS, VISION, make, pixels, token_batch
 
 import aqua_attention as aqua
+from aqua_attention.calibration import check_tokens, position_limit
 from aqua_attention.capture import attention_layers, observed
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.sides import first_tensor
@@ -48,7 +49,7 @@ def test_k_ratio_1_is_dense(encoder, settings):
     model, projections, batch = encoder
     expected = states(model, batch)
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **settings)) as attachment:
-        assert attachment.dense == []
+        assert attachment.dense == (["head.attention"] if isinstance(model, tf.SiglipVisionModel) else [])
         assert torch.allclose(states(model, batch), expected, rtol=0, atol=1e-4)
     assert torch.equal(states(model, batch), expected)
 
@@ -128,6 +129,20 @@ def test_one_head_a_group_makes_the_choice_of_a_group_that_of_its_head():
     assert (results[0] - dense).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("family", ["Roberta", "Camembert", "XLMRoberta"])
+def test_positions_that_padding_takes_are_not_offered(family):
+    """Of 64 position embeddings, those up to the padding's are never a token's."""
+    config = getattr(tf, f"{family}Config")(**TEXT | {"pad_token_id": 1})
+    model = make(getattr(tf, f"{family}Model"), config)
+    windows = torch.randint(6, 97, (1, 62))
+    assert position_limit(model) == 62
+    check_tokens(model, windows, context=62)
+    assert aqua.calibrate_inputs(model, [{"input_ids": windows}]).calibration["tokens"] == 62
+    with pytest.raises(aqua.AquaError, match="context is 63: the model knows 62 positions"):
+        check_tokens(model, windows, context=63)
+    assert position_limit(TEXT_ENCODERS["bert"]()) == 64
+
+
 def test_gradients_flow_through_an_encoder():
     model = IMAGE_ENCODERS["vit"]()
     with aqua.apply(model, learnt(model), aqua.AquaConfig(k_ratio=0.5, sink=1)):
@@ -145,6 +160,8 @@ REFUSED = {
         ),
         "adds a bias to the scores",
     ),
+    "vitmae": (lambda: make(tf.ViTMAEModel, tf.ViTMAEConfig(**VISION)), "gives something else each time it runs"),
+    "layoutlm": (lambda: make(tf.LayoutLMModel, tf.LayoutLMConfig(**TEXT)), "makes one mask for all queries"),
     "resnet": (
         lambda: tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])),
         "made no attention call",

@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
 import torch
 import transformers as tf
-from encoders import TEXT, VISION, VISION_LANGUAGE, make, pixels
+from encoders import TEXT, VISION, VISION_LANGUAGE, llava, llava_next, make, paligemma, pixels, qwen3_5
 
 import aqua_attention as aqua
+from aqua_attention.calibration import collect
 from aqua_attention.capture import attention_layers
+from aqua_attention.fingerprint import key_weight_digest, shape_of
+from aqua_attention.tables import provenance_table
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FIRST = {"selection": "weighted", "sink": 1}
 WINDOW = FIRST | {"recent": 3}
+INDICES = {"Qwen3_5ForConditionalGeneration": [1, 3, 4, 5]}
+"""Those of text are places in a cache, where linear attention has places too."""
 
 
 @pytest.fixture(scope="module", params=VISION_LANGUAGE)
@@ -64,7 +70,7 @@ def test_every_cache_gives_the_same_answer(family, config):
 
 def test_layers_of_text_and_of_images_have_indices_and_names_of_their_own(family):
     layers = attention_layers(family[0])
-    assert [layer.index for layer in layers] == [0, 1, 2, 3]
+    assert [layer.index for layer in layers] == INDICES.get(type(family[0]).__name__, [0, 1, 2, 3])
     assert len({layer.name for layer in layers}) == 4
     assert [layer.causal for layer in layers] == [True, True, False, False]
     assert [layer.reads_own_cache for layer in layers] == [True, True, False, False]
@@ -137,17 +143,88 @@ def test_each_part_has_projections_of_its_own_and_they_join_into_one_file(family
     both = vision.merged(language)
     both.save(tmp_path / "both.safetensors")
     loaded = aqua.Projections.load(tmp_path / "both.safetensors")
-    assert list(loaded.layers) == [0, 1, 2, 3]
+    indices = [layer.index for layer in attention_layers(model)]
+    assert list(loaded.layers) == indices
     assert loaded.model["shape"]["names"] == names[0] + names[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with aqua.apply(model, loaded, config) as attachment:
             assert attachment.dense == []
             moved = logits(model, prompt)
-    for index, part in ((0, language), (3, vision)):
+    for index, part in ((indices[0], language), (indices[-1], vision)):
         assert torch.equal(loaded.layers[index].rotation, part.layers[index].rotation)
     with aqua.apply(model, vision.merged(language), config):
         assert torch.equal(logits(model, prompt), moved)
+
+
+def test_a_file_of_all_layers_merges_with_a_joined_one(family):
+    model, prompt, whole = family
+    text = aqua.calibrate_inputs(model, [{"input_ids": torch.arange(6, 30)[None]}])
+    images = {name: value for name, value in prompt.items() if name in ("pixel_values", "image_grid_thw")}
+    vision = aqua.calibrate_inputs(model, [images])
+    joined = text.merged(vision)
+    for merged in (joined.merged(whole), whole.merged(joined)):
+        assert merged.model["shape"] == joined.model["shape"]
+        for index, layer in merged.statistics.items():
+            assert torch.equal(layer.key_gram, joined.statistics[index].key_gram + whole.statistics[index].key_gram)
+        with aqua.apply(model, merged) as attachment:
+            assert attachment.dense == []
+    with pytest.raises(aqua.AquaError, match=r"different models cannot be merged: \w+, 4 layers.* and \w+, 2 layers"):
+        whole.merged(text)
+    rows = dict(provenance_table(joined.merged(whole))[1])
+    assert "?" not in "".join(rows.values())
+    assert rows["calibrated on"].endswith("tokens")  # a line each; the last is that of `whole`
+
+
+def test_joined_parts_of_models_with_two_names_warn():
+    model, prompt = llava(), VISION_LANGUAGE["llava"][1]()
+    text = aqua.calibrate_inputs(model, [{"input_ids": prompt["input_ids"][:, :3]}], name="one")
+    images = [{"pixel_values": prompt["pixel_values"]}]
+    with pytest.warns(UserWarning, match="calibrated on 'one' and on 'other': they are for one model only if"):
+        text.merged(aqua.calibrate_inputs(model, images, name="other"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        text.merged(aqua.calibrate_inputs(model, images, name="one"))
+
+
+def unnamed(model, layers):
+    """Projections in a file as it was before AQUA saw the layers for images: of these alone, without names."""
+    windows = torch.randint(6, 97, (4, 24), generator=torch.Generator().manual_seed(1))
+    identity = {"name": "x", "shape": shape_of(model, layers), "key_weights": key_weight_digest(layers)}
+    return aqua.Projections.from_statistics(collect(model, windows, layers=layers), identity, {"tokens": 96})
+
+
+def test_a_file_of_the_text_layers_that_names_none_covers_these(family):
+    model, prompt, _ = family
+    layers, expected = attention_layers(model), logits(model, prompt)
+    old = unnamed(model, [layer for layer in layers if layer.side == "text"])
+    assert "names" not in old.model["shape"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with aqua.apply(model, old, aqua.AquaConfig(k_ratio=0.25, **WINDOW)) as attachment:
+            assert attachment.dense == parts(layers)[1]
+            assert (logits(model, prompt) - expected).abs().max() > 0.1
+
+
+def test_a_file_of_the_language_part_alone_fits_the_whole_model(tmp_path):
+    """AutoModelForCausalLM takes some checkpoints of vision-language models apart, and gives them another type."""
+    whole = qwen3_5()
+    whole.save_pretrained(tmp_path)
+    alone = tf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").eval()
+    assert alone.config.model_type == "qwen3_5_text" != whole.config.model_type
+    projections, prompt = unnamed(alone, attention_layers(alone)), {"input_ids": torch.arange(6, 30)[None]}
+    results = []
+    for model in (alone, whole):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25, **WINDOW)) as attachment:
+                results.append(logits(model, prompt))
+    assert attachment.dense == parts(attention_layers(whole))[1]
+    assert torch.allclose(*results, rtol=0, atol=1e-4)
+    assert (results[0] - logits(alone, prompt)).abs().max() > 0.1
+    projections.model["shape"]["model_type"] = "llama"
+    with pytest.raises(aqua.AquaError, match="these projections are for llama, 2 layers"):
+        aqua.apply(whole, projections)
 
 
 def test_a_second_attachment_is_refused_whichever_part_the_first_has(family):
@@ -190,3 +267,54 @@ def test_a_model_of_pairs_has_both_its_towers_under_aqua():
                 found = model(**pair)
             for name in ("text_embeds", "image_embeds"):
                 assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-4) == (ratio == 1), name
+
+
+def tiles():
+    """A prompt with an image of one tile, for `llava_next`."""
+    ids = torch.tensor([[1, 7, *[5] * 36, 8, 9]])
+    return {"input_ids": ids, "pixel_values": pixels()[None], "image_sizes": torch.tensor([[32, 32]])}
+
+
+def test_image_layers_that_were_not_found_are_refused_or_dense_by_name():
+    model, prompt = llava_next(), tiles()
+    projections = aqua.calibrate_inputs(model, [{"input_ids": torch.arange(6, 30)[None]}])
+    assert [layer.side for layer in attention_layers(model)] == ["text", "text"]
+    expected, reason = logits(model, prompt), r"image layers could not be found \(TypeError: .*image_sizes.*\)"
+    with (
+        aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1)) as attachment,
+        pytest.raises(aqua.AquaError, match=f"CLIPAttention called AQUA .*: its {reason}; to leave them dense"),
+    ):
+        assert attachment.dense == []
+        logits(model, prompt)
+    for pattern, left in (("language_model.*", []), ("*layers.0*", ["language_model.layers.1.self_attn"])):
+        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1), layers=pattern) as attachment:
+            assert attachment.dense[:-1] == left
+            assert re.fullmatch(reason, attachment.dense[-1])
+            assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=1e-4)
+        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25), layers=pattern):
+            assert (logits(model, prompt) - expected).abs().max() > 0.1
+    assert torch.equal(logits(model, prompt), expected)
+    with pytest.raises(aqua.AquaError, match=rf"no attention layer has a name like 'vision\*'.*; its {reason}"):
+        aqua.apply(model, projections, layers="vision*")
+    with pytest.raises(
+        aqua.AquaError, match=f"LlavaNextForConditionalGeneration cannot be calibrated .*: its {reason}"
+    ):
+        aqua.calibrate_inputs(model, [{"pixel_values": prompt["pixel_values"]}])
+
+
+def test_a_language_part_that_is_not_causal_is_refused_by_name():
+    with pytest.raises(aqua.AquaError, match="PaliGemmaForConditionalGeneration is not causal"):
+        attention_layers(paligemma())
+
+
+def test_parts_of_two_kinds_that_share_a_config_are_refused():
+    model, prompt = llava(), VISION_LANGUAGE["llava"][1]()
+    projections = aqua.calibrate_inputs(model, [prompt])
+    for layer in attention_layers(model):
+        layer.module.config = model.config.text_config
+    attachment = aqua.apply(model, projections)
+    with pytest.raises(aqua.AquaError, match="LlavaForConditionalGeneration share a config: give AQUA one kind"):
+        attachment.attach()
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1), layers="language_model.*"):
+        found = logits(model, prompt)
+    assert torch.allclose(found, logits(model, prompt), rtol=0, atol=1e-4)

@@ -6,7 +6,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, bidirectional, visible_and_exact, window_codes
+from aqua_attention.ops.mask import (
+    APPROXIMATE,
+    EXACT,
+    HIDDEN,
+    bidirectional,
+    mask_rows,
+    visible_and_exact,
+    window_codes,
+)
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
@@ -27,6 +35,7 @@ def codes_of(queries, keys, sink, recent, padding=0):
 def split(mask, queries=None, keys=None, start=0, sink=0, recent=0):
     if mask is not None:
         queries, keys = mask.shape[-2:]
+        start = keys - queries
     return visible_and_exact(mask, queries=queries, keys=keys, start=start, sink=sink, recent=recent, device=CPU)
 
 
@@ -148,6 +157,40 @@ def test_later_tokens_that_a_mask_shows_are_not_recent_ones():
     exact = [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4]]
     assert [torch.nonzero(row == EXACT).flatten().tolist() for row in codes] == exact
     assert (codes != HIDDEN).all()
+
+
+def image_in_a_prompt(length, first, last):
+    """Causal, but that the tokens of an image see each other; [1, 1, length, length]."""
+    mask = causal(length, length)
+    mask[..., first:last, first:last] = True
+    return mask
+
+
+def test_a_boolean_mask_counts_recent_tokens_up_to_the_query_only():
+    """Tokens 1 to 3 are an image: what one of them sees of the later ones is not recent."""
+    _, exact = split(image_in_a_prompt(6, 1, 4), sink=1, recent=2)
+    expected = [[0], [0, 1], [0, 1, 2], [0, 2, 3], [0, 3, 4], [0, 4, 5]]
+    assert [row.nonzero().flatten().tolist() for row in exact[0, 0]] == expected
+
+
+@given(st.integers(1, 12), st.integers(0, 6), st.integers(0, 6), sizes, sizes, st.integers(1, 5))
+@QUICK
+def test_counting_equals_codes_with_an_image_whole_and_by_rows(length, first, size, sink, recent, block):
+    mask, positions = image_in_a_prompt(length, first, first + size), torch.arange(length)[None]
+    codes = window_codes(mask, positions, positions, sink, recent)
+    visible, exact = split(mask, sink=sink, recent=recent)
+    assert torch.equal(visible, codes != HIDDEN)
+    assert torch.equal(exact, codes == EXACT)
+    for start in range(0, length, block):
+        rows = slice(start, min(start + block, length))
+        part = mask_rows(mask, rows, sink=sink, recent=recent)
+        assert torch.equal(part.to(torch.uint8), codes[:, :, rows])
+
+
+def test_the_empty_end_of_a_static_cache_takes_no_place_in_the_window():
+    mask = torch.cat([causal(2, 5), torch.zeros(1, 1, 2, 4, dtype=torch.bool)], -1)
+    _, exact = split(mask, sink=1, recent=2)
+    assert [row.nonzero().flatten().tolist() for row in exact[0, 0]] == [[0, 2, 3], [0, 3, 4]]
 
 
 def test_the_mask_of_an_encoder_hides_nothing_and_marks_the_first_tokens():

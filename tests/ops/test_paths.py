@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from aqua_attention.ops import fused, reference
 from aqua_attention.ops.api import attention
 from aqua_attention.ops.mask import window_codes
+from aqua_attention.ops.mass import attention_mass
 
 LENGTHS = (1, 2, 63, 64, 65, 129, 300)
 WINDOWS = [(0, 0), (4, 0), (0, 1), (0, 64), (4, 16), (3, 65), (100, 300)]
@@ -244,3 +245,25 @@ class TestOnCuda:
         spoilt = torch.zeros_like(output)
         spoilt[1, : heads[0] // heads[1], 100:] = True
         assert torch.equal(output, spoilt)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_chunks_equal_the_reference_where_a_mask_shows_later_tokens(chunks, window):
+    """An image in a prompt; as codes and as a boolean mask."""
+    sink, recent = window
+    *states, selected = problem(21, queries=129)
+    mask = boolean_mask(129, 129).clone()
+    mask[..., 20:100, 20:100] = True
+    positions = torch.arange(129)[None]
+    codes = window_codes(mask, positions, positions, sink, recent)
+    expected = reference.attention_reference(*states, selected, mask=codes)
+    for given_mask in (codes, mask):
+        options = {"mask": given_mask, "sink": sink, "recent": recent}
+        whole = reference.attention_reference(*states, selected, **options)
+        assert torch.allclose(whole, expected, rtol=0, atol=1e-5)
+        chunks.clear()
+        assert torch.allclose(attention(*states, selected, impl="chunked", **options), expected, rtol=0, atol=1e-5)
+        assert len(chunks) > 1
+        counted = torch.ones(2, 129, dtype=torch.bool)
+        mass = attention_mass(states[0], states[1], selected, counted, **options)
+        assert torch.allclose(mass, attention_mass(states[0], states[1], selected, counted, mask=codes), atol=1e-4)

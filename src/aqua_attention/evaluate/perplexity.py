@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from aqua_attention.calibration import check_generates, check_tokens
+from aqua_attention.calibration import check_predicts, check_tokens
 from aqua_attention.capture import input_device
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
@@ -96,7 +96,7 @@ def evaluate_perplexity(
     """
     if windows.shape[0] < 1 or windows.shape[1] < 2:
         raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
-    check_generates(model)
+    check_predicts(model)
     check_tokens(model, windows, context=windows.shape[1])
     runs = attachments(model, projections, settings)
     settings = as_attached(settings, runs)

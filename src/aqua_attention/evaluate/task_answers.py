@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from aqua_attention.calibration import check_tokens, position_limit
+from aqua_attention.calibration import check_generates, check_tokens, position_limit
 from aqua_attention.capture import input_device
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.task_formats import ChoiceItem, Item, WrittenItem
@@ -190,6 +190,7 @@ def _written(
     attachment: Attachment | None,
 ) -> list[str]:
     """Greedy continuations of all prompts, in one left-padded batch."""
+    check_generates(model)
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     filler = [0 if pad is None else pad]

@@ -51,6 +51,17 @@ def install_stack(
     return [undo, holder.register_forward_pre_hook(hook, with_kwargs=True).remove]
 
 
+def check_stacks(model: PreTrainedModel, stacks: list[list[AttentionLayer]]) -> None:
+    """Raise AquaError where two stacks share a config: it names one mask function, which is wrong for one of them."""
+    if len(stacks) > 1:
+        configs = [{id(config) for config in _configs(model, stack)} for stack in stacks]
+        if set.intersection(*configs):
+            raise AquaError(
+                f"causal and bidirectional attention layers of {type(model).__name__} share a config: give AQUA one "
+                "kind of them, by a pattern of names (layers=...)"
+            )
+
+
 def _configs(model: PreTrainedModel, stack: list[AttentionLayer]) -> list[Any]:
     """The configs of the layers, each once."""
     found = [getattr(layer.module, "config", None) for layer in stack]

@@ -17,22 +17,23 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from aqua_attention.cache import AquaCache, check_cache, rotate_on_write
 from aqua_attention.cache_file import load_cache, save_cache
 from aqua_attention.cache_spec import CacheSpec
-from aqua_attention.capture import AttentionLayer, attention_layers, chosen_layers, innermost_decoder
+from aqua_attention.capture import AttentionLayer, innermost_decoder
 from aqua_attention.config import AquaConfig, check_bidirectional, encoder_config
 from aqua_attention.errors import AquaError
-from aqua_attention.integrations.stacks import install_stack
+from aqua_attention.integrations.coverage import Coverage, attend_dense
+from aqua_attention.integrations.new_cache import LAYOUTS, make_cache, needs_own_cache, why_untiled
+from aqua_attention.integrations.stacks import check_stacks, install_stack
 from aqua_attention.interface import as_aqua_mask, check_call, check_detached, mask_builder
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.ops.api import attend, attention, rotate
-from aqua_attention.ops.mask import HIDDEN, bidirectional, short_queries
+from aqua_attention.ops.mask import bidirectional, short_queries
 from aqua_attention.ops.select import select_dimensions
 from aqua_attention.projections import Projections
 from aqua_attention.rotated_layer import RotatedLayer, layer_of
-from aqua_attention.tiled_layer import TiledLayer, untiled_reason
+from aqua_attention.tiled_layer import TiledLayer
 
 OWN_CACHES = (DynamicCache, AquaCache)
 """Caches whose layers can be ours."""
-LAYOUTS = ("auto", "tiled", "plain")
 SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
 
 
@@ -56,7 +57,8 @@ class Attachment:
     Attributes:
         model, projections, config: as given, but a `min_length` of "auto" is a number.
         sides: "text", "images" or both: what the layers under AQUA read.
-        dense: names of the attention layers that stay dense, because the projections or the pattern leave them out.
+        dense: names of the attention layers that stay dense: the projections or the pattern leave them out, AQUA cannot
+            take them, as an nn.MultiheadAttention (the pooling head of SigLIP), or they were not found, for a reason.
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
     """
@@ -75,14 +77,13 @@ class Attachment:
         """
         self.model, self.projections = model, projections
         self.on_selection: SelectionObserver | None = None
-        every = attention_layers(model)
-        covered = projections.covered(every)
-        weights = projections.check_model(model, covered)
-        self._key_weights = {layer.module: weights[place] if weights else None for place, layer in enumerate(covered)}
-        self._found = chosen_layers(covered, layers)
-        self._left = {layer.module: layer.causal for layer in every if layer not in self._found}
+        self._coverage = coverage = Coverage(model, projections, layers)
+        weights = projections.check_model(model, coverage.covered)
+        self._key_weights = {
+            layer.module: weights[place] if weights else None for place, layer in enumerate(coverage.covered)
+        }
+        self._found, self.dense = coverage.found, coverage.dense
         self.sides = {layer.side for layer in self._found}
-        self.dense = [layer.name for layer in every if layer.module in self._left]
         self._causal = [layer for layer in self._found if layer.causal]
         if not self._causal:
             check_bidirectional(type(model).__name__, config)
@@ -92,12 +93,12 @@ class Attachment:
         self._decoder = innermost_decoder(model, self._causal or self._found)
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
         self._rotates_on_write = bool(self._causal) and all(layer.reads_own_cache for layer in self._causal)
-        if (needs := _needs_own_cache(config)) and not self._rotates_on_write:
+        if (needs := needs_own_cache(config)) and not self._rotates_on_write:
             raise AquaError(
                 f"{type(model).__name__} does not take its keys straight from its cache, so that {needs} would save "
                 "nothing: leave it out"
             )
-        if needs and any(self._left.values()):
+        if needs and any(coverage.left.values()):
             raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
         self._layers: dict[nn.Module, _AttachedLayer] = {}
         self._undo: list[Callable[[], None]] = []
@@ -114,11 +115,12 @@ class Attachment:
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
         self._undo = []
         stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
+        check_stacks(self.model, stacks)
         try:
             for stack in stacks:
                 config = self._layers[stack[0].module].config
                 builder = mask_builder(config.sink, config.recent, config.threshold)
-                alone = len(stacks) == 1 and not self._left
+                alone = len(stacks) == 1 and self._coverage.alone
                 self._undo += install_stack(self.model, stack, alone, self._attend, builder, self._before_forward)
         except BaseException:
             self.detach()
@@ -163,43 +165,7 @@ class Attachment:
             raise AquaError("AQUA is not attached: make its cache inside `apply`, or after attach()")
         if not self._rotates_on_write:
             raise AquaError(f"{type(self.model).__name__} does not take its keys straight from its cache")
-        needs = _needs_own_cache(self.config)
-        if max_length is not None and max_length < 1:
-            raise AquaError(f"max_length is {max_length}: it must be 1 or more")
-        reason = self._untiled_reason(max_length, offloading)
-        on_gpu = all(layer.device.type == "cuda" for layer in self._causal)
-        tiled = not reason and (layout == "tiled" or (layout == "auto" and on_gpu))
-        if not tiled and max_length is not None and (needs or self._specs()[self._causal[0].index].has_window_store):
-            raise AquaError(
-                f"a static cache cannot store {needs or 's_ratio with an exact window (sink, recent)'}: leave out "
-                "max_length, or that" + ("; in the tiled layout bits=8 is possible" if not reason else "")
-            )
-        if layout == "tiled" and reason:
-            raise AquaError(f"a cache in the tiled layout is impossible here, because {reason}: use auto or plain")
-        cache = AquaCache(self._decoder.config, self._specs(), max_length, offloading, "tiled" if tiled else "plain")
-        if not any(isinstance(layer, TiledLayer) for layer in cache.layers):
-            if needs and max_length is not None:
-                raise AquaError(f"a static cache cannot store {needs}: leave out max_length, or that")
-            if layout == "tiled":
-                raise AquaError(
-                    "a cache in the tiled layout is impossible here, because all layers have sliding windows"
-                )
-            cache.layout = "plain"
-        return cache
-
-    def _untiled_reason(self, max_length: int | None, offloading: bool) -> str | None:
-        """Why there can be no cache for the decoding kernel; None when there can."""
-        if max_length is None or offloading:
-            return "it has a fixed size and stays on the GPU (give max_length, no offloading)"
-        if getattr(self._decoder.config, "attn_logit_softcapping", None) or any(
-            getattr(layer.module, "sinks", None) is not None for layer in self._causal
-        ):
-            return "the kernel knows neither softcap nor extra softmax logits"
-        reasons = (
-            untiled_reason(self.config, self._layers[f.module].spec, f.num_attention_heads, self.model.dtype)
-            for f in self._causal
-        )
-        return next(filter(None, reasons), None)
+        return make_cache(self._decoder, self._causal, self._specs(), self.config, max_length, offloading, layout)
 
     def save_cache(self, cache: Cache, path: Path | str) -> None:
         """Write a growing cache that this attachment has filled to one safetensors file, whole or not at all.
@@ -254,7 +220,7 @@ class Attachment:
                 args = (*args[:place], cache, *args[place + 1 :])
             else:
                 kwargs = kwargs | {"past_key_values": cache}
-        if (needs := _needs_own_cache(self.config)) and cache is not None and type(cache) not in OWN_CACHES:
+        if (needs := needs_own_cache(self.config)) and cache is not None and type(cache) not in OWN_CACHES:
             raise AquaError(
                 f"{needs} needs a DynamicCache, the default of generate, not a {type(cache).__name__}: leave one of "
                 "the two out"
@@ -272,7 +238,7 @@ class Attachment:
         mask = given.get("attention_mask")
         tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
         if tiled and not self._can_tile:
-            if reason := self._untiled_reason(1, offloading=False):
+            if reason := why_untiled(self._decoder, self._causal, self._specs(), self.config, 1):
                 raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
             self._can_tile = True
         if tiled:
@@ -284,7 +250,7 @@ class Attachment:
             as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
-        if needs := torch.is_grad_enabled() and ("the tiled layout" if tiled else _needs_own_cache(self.config)):
+        if needs := torch.is_grad_enabled() and ("the tiled layout" if tiled else needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
@@ -305,34 +271,16 @@ class Attachment:
     ) -> tuple[Tensor, None]:
         """The attention function that transformers calls; query and key arrive after rotary embedding."""
         layer = self._layers.get(module)
-        if layer is None and module not in self._left:
-            raise AquaError(
-                f"{type(module).__name__} called AQUA attention, but AQUA was not attached to it: either another model "
-                "shares this one's config, or it was added later; load the other model anew, or attach again"
-            )
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        self._coverage.check_call(module, causal, dropout, None if layer is None else layer.causal)
         check_call(type(self.model).__name__, kwargs)
-        if causal != (self._left[module] if layer is None else layer.causal):
-            raise AquaError(
-                f"{type(self.model).__name__} is {'' if causal else 'not '}causal in this call, other than when AQUA "
-                "looked at it"
-            )
-        if dropout > 0:
-            raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
         mask = as_aqua_mask(attention_mask)
         if mask is None and not causal:
             sink = 0 if layer is None else layer.config.sink
             mask = bidirectional(query.shape[2], key.shape[2], sink=sink, device=query.device)
         options: dict[str, Any] = {"softcap": softcap, "s_aux": s_aux}
         if layer is None:
-            if mask is None and query.shape[2] > 1:
-                # Keys behind the queries are the empty end of a static cache, as below.
-                key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-            elif mask is not None:
-                mask = mask != HIDDEN
-            with torch.autocast(query.device.type, enabled=False):
-                query, key = query.to(value.dtype), key.to(value.dtype)
-                output = attention(query, key, value, None, mask=mask, scaling=scaling, **options)
+            output = attend_dense(query, key, value, mask, scaling=scaling, **options)
             return output.transpose(1, 2).contiguous(), None
         config = layer.config
         sliding_window = kwargs.get("sliding_window")
@@ -402,7 +350,7 @@ class Attachment:
         With `bits`, keys and values are what a cache would give back, so that the loss of rounding is seen.
         """
         key = spec.rotated(key)
-        needs = None if is_sliding else _needs_own_cache(self.config)
+        needs = None if is_sliding else needs_own_cache(self.config)
         if needs and (key.shape[2] > queries or spec.eviction):
             raise AquaError(f"{needs} needs a cache that AQUA has filled from its first token: start with a new one")
         return (key, value) if is_sliding else spec.rounded(key, value)
@@ -416,13 +364,6 @@ def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
 def _is_captured() -> bool:
     """Whether this call is being compiled or recorded, when lengths cannot be looked at."""
     return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def _needs_own_cache(config: AquaConfig) -> str:
-    """The setting that only a cache of ours can meet, in words; empty when any will do."""
-    if config.h2o_ratio < 1:
-        return f"h2o_ratio={config.h2o_ratio:g}"
-    return "" if config.bits is None else f"bits={config.bits}"
 
 
 def apply(

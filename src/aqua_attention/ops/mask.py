@@ -51,12 +51,13 @@ def visible_and_exact(
     """Split a mask into what a query sees and what of it is exact.
 
     A boolean mask carries no positions, so the window is counted among the visible keys of each query: its first
-    `sink` and its last `recent`. For causal masks with or without padding that is the same window; for sliding
-    windows it is not, and the integration refuses them.
+    `sink`, and the last `recent` up to the query. For masks with or without padding that is the same window; for
+    sliding windows it is not, and the integration refuses them.
 
     Args:
         mask: None, boolean or codes, [batch or 1, heads or 1, queries, keys].
-        start: index in the keys of the first query (None only).
+        start: index in the keys of the first query; with a boolean mask it may be too high, by the hidden
+            keys at the end of a static cache.
 
     Returns:
         Two boolean tensors that broadcast to [batch, heads, queries, keys].
@@ -72,8 +73,30 @@ def visible_and_exact(
     if sink + recent == 0:
         return mask, torch.zeros_like(mask)
     rank = mask.cumsum(-1, dtype=torch.int32)
-    exact = (rank <= sink) | (rank > rank[..., -1:] - recent)
-    return mask, mask & exact
+    own = torch.arange(start, start + queries, device=device).clamp(0, keys - 1)[:, None]
+    seen = rank.gather(-1, own.expand(*rank.shape[:-1], 1))
+    is_recent = (torch.arange(keys, device=device) <= own) & (rank > seen - recent)
+    return mask, mask & ((rank <= sink) | is_recent)
+
+
+def mask_rows(mask: Tensor | None, rows: slice, *, sink: int, recent: int) -> Tensor | None:
+    """The part of a mask for some of its queries; codes where the rows alone no longer say which tokens are recent."""
+    if mask is None:
+        return None
+    part = mask[:, :, rows]
+    if mask.dtype == torch.uint8 or sink + recent == 0:
+        return part
+    queries, keys = mask.shape[2:]
+    visible, exact = visible_and_exact(
+        part,
+        queries=part.shape[2],
+        keys=keys,
+        start=keys - queries + rows.start,
+        sink=sink,
+        recent=recent,
+        device=mask.device,
+    )
+    return visible.to(torch.uint8) + exact.to(torch.uint8)
 
 
 def bidirectional(queries: int, keys: int, *, sink: int, device: torch.device) -> Tensor:

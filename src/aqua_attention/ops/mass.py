@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aqua_attention.ops.mask import mask_rows
 from aqua_attention.ops.reference import attention_probabilities, rows_at_once
 
 
@@ -39,7 +40,7 @@ def attention_mass(
             None if selected is None else selected[:, :, block],
             groups=groups,
             keys=seen,
-            mask=None if mask is None else mask[:, :, block],
+            mask=mask_rows(mask, block, sink=options.get("sink", 0), recent=options.get("recent", 0)),
             **options,
         )
         mass[:, :, :seen] += group_mass(probabilities, groups, counted[:, block])

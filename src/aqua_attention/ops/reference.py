@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aqua_attention.ops.mask import visible_and_exact
+from aqua_attention.ops.mask import mask_rows, visible_and_exact
 
 CHUNK_SCORES = 1 << 21
 """Scores held at once by `attention_chunked` on a CPU: 8 MB in float32, for each of the few copies in flight. Larger
@@ -170,7 +170,7 @@ def attention_chunked(
                 key[:, :, :seen],
                 value[:, :, :seen],
                 None if selected is None else selected[:, :, block],
-                mask=None if mask is None else mask[:, :, block],
+                mask=mask_rows(mask, block, sink=sink, recent=recent),
                 sink=sink,
                 recent=recent,
                 scaling=scaling,
