@@ -165,7 +165,8 @@ def generate(
 
     try:
         from aqua_attention.bench.decode import read_sizes
-        from aqua_attention.bench.generate import compiled, make_model, measure_generate
+        from aqua_attention.bench.generate import measure_generate
+        from aqua_attention.bench.random_llama import compiled, make_model
     except ModuleNotFoundError as error:
         raise AquaError("aqua bench generate needs triton, which CUDA builds of torch bring along") from error
     from aqua_attention.config import AquaConfig

@@ -16,6 +16,7 @@ from conftest import VOCABULARY, calibrated, make_llama
 
 pytest.importorskip("triton")
 from aqua_attention.bench import generate as bench
+from aqua_attention.bench import random_llama
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = aqua.AquaConfig(k_ratio=1, share="group", sink=4, recent=64)
@@ -27,17 +28,17 @@ INT8 = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4,
 def model():
     """A tiny Llama from the function that makes the large one, in float32."""
     shape = {"layers": 2, "hidden": 64, "intermediate": 96, "heads": 4, "groups": 2, "head_dim": 16}
-    return bench.make_model(**shape, vocabulary=VOCABULARY, dtype=torch.float32, device=DEVICE)
+    return random_llama.make_model(**shape, vocabulary=VOCABULARY, dtype=torch.float32, device=DEVICE)
 
 
 def test_the_model_is_the_same_each_time_and_leaves_the_random_state(model):
     before = torch.get_rng_state()
-    twin = bench.make_model(layers=1, hidden=64, intermediate=96, heads=4, groups=2, head_dim=16, device=DEVICE)
+    twin = random_llama.make_model(layers=1, hidden=64, intermediate=96, heads=4, groups=2, head_dim=16, device=DEVICE)
     assert twin.dtype == torch.bfloat16
     assert twin.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(aqua.AquaError, match="heads must divide"):
-        bench.make_model(heads=4, groups=3, device=DEVICE)
+        random_llama.make_model(heads=4, groups=3, device=DEVICE)
 
 
 def test_bytes_are_those_of_the_weights_but_the_embeddings_and_of_the_chosen_dimensions(model):
@@ -110,7 +111,7 @@ def test_a_filled_cache_goes_on_as_after_a_prompt():
 @torch.no_grad()
 def test_the_gate_lets_what_is_right_through(model):
     # In float32, the order of a sum makes no more than the least that is allowed.
-    assert bench.check_logits(model, bench.random_projections(model), (EXACT, HALF, INT8), 2) == bench.TOLERANCE
+    assert bench.check_logits(model, random_llama.random_projections(model), (EXACT, HALF, INT8), 2) == bench.TOLERANCE
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -133,7 +134,7 @@ def test_the_gate_refuses_what_is_wrong(model, monkeypatch, fault):
 
     monkeypatch.setattr(bench, "fill_cache", wrong)
     with pytest.raises(aqua.AquaError, match="a decoding step is wrong: the logits of aqua, k_ratio 1 are off"):
-        bench.check_logits(model, bench.random_projections(model), (HALF,), 2)
+        bench.check_logits(model, random_llama.random_projections(model), (HALF,), 2)
 
 
 def test_logits_that_are_not_numbers_are_refused():
@@ -173,7 +174,7 @@ def test_a_compiled_model_is_the_same_and_as_before_afterwards(model):
 
         return run
 
-    with bench.compiled(model, backend=backend):
+    with random_llama.compiled(model, backend=backend):
         assert torch.allclose(model(ids).logits, expected, atol=1e-5)
         # A norm before attention and one before the rest, rotary embeddings and the rest, in two layers; a last norm.
         assert len(runs) == 9
@@ -183,7 +184,7 @@ def test_a_compiled_model_is_the_same_and_as_before_afterwards(model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the next one measures")
 def test_all_but_the_times_is_measured_without_a_gpu_too(model, monkeypatch):
-    for name, result in (("_need_gpu", None), ("seconds_of", 0.5), ("read_bandwidth", 1e6)):
+    for name, result in (("need_gpu", None), ("seconds_of", 0.5), ("read_bandwidth", 1e6)):
         monkeypatch.setattr(bench, name, lambda *_, result=result: result)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     result = bench.measure_generate(model, batch=2, length=200, settings=(EXACT, INT8))
@@ -207,7 +208,7 @@ def test_steps_that_fill_the_cache_are_not_reported(model, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_small_model_is_measured():
-    model = bench.make_model(layers=2)
+    model = random_llama.make_model(layers=2)
     result = bench.measure_generate(model, batch=2, length=1000, settings=(EXACT, HALF, INT8))
     rows = [row for row in result["rows"] if "absent" not in row]
     assert [row["name"] for row in rows[-3:]] == ["aqua", "aqua", "aqua, int8"]

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama of random weights, with projections, keys and values that take the time that real ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.models.llama import modeling_llama
+
+from aqua_attention.capture import attention_layers
+from aqua_attention.errors import AquaError
+from aqua_attention.fingerprint import key_weight_digest, shape_of
+from aqua_attention.projections import LayerProjection, Projections
+
+KEY_SCALE = 2.0
+"""Standard deviation of the random keys: with less, attention averages over all tokens and no longer matters."""
+
+
+def make_model(
+    *,
+    layers: int = 32,
+    hidden: int = 4096,
+    intermediate: int = 14336,
+    heads: int = 32,
+    groups: int = 8,
+    head_dim: int = 128,
+    vocabulary: int = 128256,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
+) -> PreTrainedModel:
+    """A Llama of random weights, by default in the shape of Llama-3.1-8B; the same one each time.
+
+    Args:
+        groups: key-value heads.
+
+    Raises:
+        AquaError: no such device, or sizes that do not fit each other.
+    """
+    if device == "cuda":
+        need_gpu()
+    if layers < 1 or heads % groups:
+        raise AquaError(
+            f"{layers} layers with {heads} query heads for {groups} key-value heads: there must be a layer, and heads "
+            "must divide"
+        )
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
+        torch.manual_seed(0)
+        # Made where it is used: 8B random numbers take minutes on a CPU.
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return model.eval()  # type: ignore[no-any-return,unused-ignore]
+
+
+def random_projections(model: PreTrainedModel) -> Projections:
+    """Random rotations for a model, with the statistics that the keys of `random_states` have under any of them."""
+    layers = attention_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    projections = {}
+    for layer in layers:
+        groups, dim = layer.num_key_value_heads, layer.head_dim
+        ones = torch.ones(groups, dim)
+        projections[layer.index] = LayerProjection(
+            rotation=torch.linalg.qr(torch.randn(groups, dim, dim, generator=generator)).Q.contiguous(),
+            key_rms=KEY_SCALE * ones,
+            key_mean=0 * ones,
+            key_std=KEY_SCALE * ones,
+            query_rms=ones,
+            energy=ones / dim,
+        )
+    identity = {"name": "random", "shape": shape_of(model, layers), "key_weights": key_weight_digest(layers)}
+    return Projections(projections, {}, identity)
+
+
+def random_states(model: PreTrainedModel, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys, as the model computes them, and values of each layer, [batch, num_key_value_heads, length, head_dim]."""
+    shape = batch, model.config.num_key_value_heads, length, model.config.head_dim
+    for index in range(model.config.num_hidden_layers):
+        generator = torch.Generator(model.device).manual_seed(index)
+        keys, values = (
+            torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2)
+        )
+        yield KEY_SCALE * keys, values
+
+
+@contextmanager
+def compiled(model: PreTrainedModel, backend: str = "inductor") -> Iterator[None]:
+    """While open, `torch.compile` makes one kernel of each norm, rotary embedding and activation of a Llama.
+
+    As transformers run them they take up to a fifth of a step, in every row: who cares for speed compiles them.
+    Attention and its cache stay as they are, so that dense rows append as transformers do.
+    """
+    parts = [
+        part for part in model.modules() if isinstance(part, (modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP))
+    ]
+    before = modeling_llama.apply_rotary_pos_emb, [part._compiled_call_impl for part in parts]
+    try:
+        modeling_llama.apply_rotary_pos_emb = torch.compile(before[0], backend=backend)
+        for part in parts:
+            part.compile(backend=backend)
+        yield
+    finally:
+        modeling_llama.apply_rotary_pos_emb = before[0]
+        for part, call in zip(parts, before[1], strict=True):
+            part._compiled_call_impl = call
+
+
+def need_gpu() -> None:
+    """Raise AquaError where there is no CUDA GPU."""
+    if not torch.cuda.is_available():
+        raise AquaError("aqua bench generate measures decoding on a CUDA GPU: there is none")
