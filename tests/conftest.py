@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -127,3 +128,21 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture
+def aqua(monkeypatch, capsys):
+    """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
+
+    from aqua_attention import cli
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code or 0
+        return code, *capsys.readouterr()
+
+    return run

@@ -18,22 +18,6 @@ from aqua_attention.report.recognise import records_of
 from conftest import make_llama
 
 
-@pytest.fixture
-def aqua(monkeypatch, capsys):
-    """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory, words):
     path = tmp_path_factory.mktemp("text") / "words.txt"

@@ -12,25 +12,9 @@ import time
 import pytest
 import torch
 
-from aqua_attention import AquaError, cli, cli_grid, cli_transfer
+from aqua_attention import AquaError, cli_grid, cli_transfer
 from aqua_attention.evaluate import suites
 from conftest import make_llama
-
-
-@pytest.fixture
-def aqua(monkeypatch, capsys):
-    """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -22,22 +22,6 @@ VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
 VISION |= {"image_size": 32, "patch_size": 8, "initializer_range": 0.3}
 
 
-@pytest.fixture
-def aqua(monkeypatch, capsys):
-    """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def save(model, folder, *others):
     torch.manual_seed(0)
     model().save_pretrained(folder)

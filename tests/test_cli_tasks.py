@@ -8,25 +8,9 @@ import sys
 
 import pytest
 
-from aqua_attention import cli, cli_tasks
+from aqua_attention import cli_tasks
 from aqua_attention.evaluate import task_answers, tasks
 from conftest import calibrated, make_llama
-
-
-@pytest.fixture
-def aqua(monkeypatch, capsys):
-    """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

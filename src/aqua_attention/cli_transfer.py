@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +33,9 @@ from aqua_attention.cli_options import (
 )
 from aqua_attention.cli_records import Folder, Seed, check_places, model_name, print_notice, run_and_print
 from aqua_attention.errors import AquaError
+
+if TYPE_CHECKING:
+    from aqua_attention.evaluate.setting import Setting
 
 CALIBRATION_TOKENS, QUICK_CALIBRATION_TOKENS = 16384, 2048
 TEST_TOKENS, QUICK_TEST_TOKENS = 8192, 1024
@@ -88,24 +91,13 @@ def transfer(
     """
     check_places(folder, json)
     from aqua_attention.evaluate.calibrated import Calibrator
-    from aqua_attention.evaluate.grid import check_sizes, grid_settings
+    from aqua_attention.evaluate.grid import check_sizes
     from aqua_attention.evaluate.transfer import check_domains, split_domain, transfer_jobs
     from aqua_attention.record_tables import transfer_tables
     from aqua_attention.text import load_text
 
-    settings = grid_settings(
-        k_ratio=[] if logit_error is not None else k_ratio,
-        logit_error=[] if logit_error is None else [logit_error],
-        s_ratio=[s_ratio],
-        h2o_ratio=[h2o_ratio],
-        h2o_queries=h2o_queries,
-        bits=[bits],
-        selection=[selection],
-        share=[share],
-        sink=[sink],
-        recent=[recent],
-        min_length=[min_length_of(min_length)],
-        basis=[basis],
+    settings = _settings(
+        k_ratio, logit_error, s_ratio, h2o_ratio, h2o_queries, bits, selection, share, sink, recent, min_length, basis
     )
     domains = []
     for given in domain:
@@ -183,23 +175,12 @@ def context(
     check_places(folder, json)
     from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.context import context_jobs
-    from aqua_attention.evaluate.grid import check_sizes, grid_settings
+    from aqua_attention.evaluate.grid import check_sizes
     from aqua_attention.record_tables import context_tables
     from aqua_attention.text import load_text
 
-    settings = grid_settings(
-        k_ratio=[] if logit_error is not None else k_ratio,
-        logit_error=[] if logit_error is None else [logit_error],
-        s_ratio=[s_ratio],
-        h2o_ratio=[h2o_ratio],
-        h2o_queries=h2o_queries,
-        bits=[bits],
-        selection=[selection],
-        share=[share],
-        sink=[sink],
-        recent=[recent],
-        min_length=[min_length_of(min_length)],
-        basis=[basis],
+    settings = _settings(
+        k_ratio, logit_error, s_ratio, h2o_ratio, h2o_queries, bits, selection, share, sink, recent, min_length, basis
     )
     calibration, test = (calibration_data, load_text(calibration_data)), (data, load_text(data))
     if calibration[1] == test[1]:
@@ -228,3 +209,36 @@ def context(
         seed=seed,
     )
     run_and_print(folder, jobs, loaded, context_tables, json)
+
+
+def _settings(
+    k_ratio: list[float],
+    logit_error: float | None,
+    s_ratio: float,
+    h2o_ratio: float,
+    h2o_queries: int | None,
+    bits: int | None,
+    selection: str,
+    share: str,
+    sink: int,
+    recent: int,
+    min_length: str,
+    basis: str,
+) -> list[Setting]:
+    """One setting a k_ratio, or one of `logit_error`; the other options are the same in all."""
+    from aqua_attention.evaluate.grid import grid_settings
+
+    return grid_settings(
+        k_ratio=[] if logit_error is not None else k_ratio,
+        logit_error=[] if logit_error is None else [logit_error],
+        s_ratio=[s_ratio],
+        h2o_ratio=[h2o_ratio],
+        h2o_queries=h2o_queries,
+        bits=[bits],
+        selection=[selection],
+        share=[share],
+        sink=[sink],
+        recent=[recent],
+        min_length=[min_length_of(min_length)],
+        basis=[basis],
+    )

@@ -14,7 +14,6 @@ from xml.etree import ElementTree
 import pytest
 import samples
 
-from aqua_attention import cli
 from aqua_attention.config import AquaConfig
 from aqua_attention.report.collect import collect
 from aqua_attention.report.figures import Axis, Curve, curves
@@ -319,22 +318,6 @@ def test_whatever_is_in_a_file_there_is_a_page(tmp_path, seed):
     assert text.startswith("# AQUA attention")
     for image in images.values():
         ElementTree.fromstring(image)
-
-
-@pytest.fixture
-def aqua(monkeypatch, capsys):
-    """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code or 0
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_the_command_writes_both_pages_and_says_what_it_left_out(aqua, tmp_path):
