@@ -142,11 +142,9 @@ class TiledLayer(StaticLayer):
             rotated, chosen = cpu_prepare.prepare(*given, scaling=scaling)
             output = cpu_decode.decode(rotated, chosen, self.cache, **window)
         else:
-            from aqua_attention.ops.triton import decode as gpu_decode
-            from aqua_attention.ops.triton import prepare as gpu_prepare
+            from aqua_attention.ops.triton.step import decode_step
 
-            rotated, chosen = gpu_prepare.prepare(*given, scaling=scaling)
-            output = gpu_decode.decode(rotated, chosen, self.cache, appended=True, **window)
+            output, rotated, chosen = decode_step(*given, scaling=scaling)
         return output[:, :, None], rotated[:, :, None], chosen
 
     @torch.compiler.disable

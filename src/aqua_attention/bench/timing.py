@@ -33,23 +33,31 @@ def _read(data_ptr, sums_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     tl.store(sums_ptr + tl.program_id(0), tl.sum(total, 0))
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    """Median time of one run, of several in a row in a CUDA graph, so that no launch from the CPU is waited for."""
+def seconds_of(run: Callable[[], Any], reset: Callable[[], Any] = lambda: None) -> float:
+    """Median time of one run, of several in a row in a CUDA graph, so that no launch from the CPU is waited for.
+
+    Args:
+        reset: done before each row of runs, and not timed: undoes what they change.
+    """
+    reset()
     for _ in range(3):
         run()
-    repeats = max(1, min(MOST_REPEATS, int(LEAST_SECONDS / _replay(run, 1, 3))))
-    return _replay(run, repeats, RUNS)
+    repeats = max(1, min(MOST_REPEATS, int(LEAST_SECONDS / _replay(run, reset, 1, 3))))
+    return _replay(run, reset, repeats, RUNS)
 
 
-def _replay(run: Callable[[], Any], repeats: int, runs: int) -> float:
+def _replay(run: Callable[[], Any], reset: Callable[[], Any], repeats: int, runs: int) -> float:
+    reset()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
             run()
+    reset()
     graph.replay()
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, stop in events:
+        reset()
         start.record()
         graph.replay()
         stop.record()

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+"""Of triton. 3.4 cannot start kernels early, and below 3.6 there is no way to place registers by hand."""
 LEAST_SIZE = 16
 """Rows and columns of a matrix product on tensor cores are padded to so many at least."""
 
@@ -35,7 +37,8 @@ def shared_memory(tensor: Tensor) -> int:
 
 def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
     """Options of a kernel that may be put on the GPU before the one ahead of it has ended, where GPUs can do that."""
-    early = wanted and tensor.device.type == "cuda" and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    early = wanted and VERSION >= (3, 5) and tensor.device.type == "cuda"
+    early = early and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
@@ -52,19 +55,37 @@ def load_rotation(rotation_ptr, start, like, HEAD_DIM, KEPT, CHUNK: tl.constexpr
 
 
 @triton.jit
-def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The cell of a tile, see `ops.tiled`; with pages, that of each of its tokens, [TILE]."""
-    if table_ptr is None:
+def page_numbers(table_ptr, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The pages of a tile, a tuple; an empty one without pages.
+
+    A loop asks for those of its next tile: keys whose place is on its way itself are not loaded ahead.
+    """
+    numbers = ()
+    for part in tl.static_range(0, TILE // BLOCK if table_ptr is not None else 0):
+        at = tile * (TILE // BLOCK) + part
+        number = tl.load(table_ptr + at, at < blocks, 0, cache_modifier=".cg")
+        numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005 (triton knows no other way)
+    return numbers
+
+
+@triton.jit
+def cells_of(numbers, first, stride, tile, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The cell of a tile, see `ops.tiled`; with `page_numbers`, that of each of its tokens, [TILE]."""
+    if len(numbers) == 0:
         cells = first + tile * stride
     else:
         cells = first + tl.zeros([TILE], tl.int64)
-        for part in tl.static_range(0, TILE // BLOCK):
+        for part in tl.static_range(0, len(numbers)):
             # One number for a page, and a hint: else its tokens would be looked up, and read, one by one.
-            at = tile * (TILE // BLOCK) + part
-            cell = first + tl.load(table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(tl.int64) * stride
-            cells = tl.where(tl.arange(0, TILE) // BLOCK == part, cell, cells)
+            cells = tl.where(tl.arange(0, TILE) // BLOCK == part, first + numbers[part].to(tl.int64) * stride, cells)
         cells = tl.max_constancy(cells, BLOCK)
     return cells
+
+
+@triton.jit
+def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """`cells_of` a tile whose pages are yet to be looked up."""
+    return cells_of(page_numbers(table_ptr, tile, blocks, BLOCK, TILE), first, stride, tile, BLOCK, TILE)
 
 
 @triton.jit

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache, expect
-from aqua_attention.ops.triton.blocks import LEAST_SIZE, on_device_of, padded, shared_memory, starts_early
+from aqua_attention.ops.triton.blocks import (
+    LEAST_SIZE,
+    VERSION,
+    on_device_of,
+    padded,
+    shared_memory,
+    starts_early,
+)
 from aqua_attention.ops.triton.decode_kernel import decode_kernel
 from aqua_attention.ops.triton.decode_merge import mass_kernel, merge_kernel
 
@@ -221,7 +228,7 @@ def splits_and_warps(rows: int, tiles: int, query: Tensor) -> tuple[int, int]:
 
 def is_by_hand(query: Tensor, cache: TiledCache) -> bool:
     """Whether tiles are those of the kernel with registers placed by hand: where they are worth three launches."""
-    if cache.rounding is None or not query.is_cuda:
+    if cache.rounding is None or not query.is_cuda or VERSION < (3, 6):
         return False
     rows, (_, groups, _, value_dim, _), tiles = len(cache.lengths) * cache.shape[1], cache.shape, cache.count - SPECIAL
     if query.shape[1] // groups > BY_HAND_GROUP or value_dim not in BY_HAND_VALUES or tiles < 1:

@@ -174,37 +174,35 @@ def _prepare(
     group, row = tl.program_id(0), tl.program_id(1)
     place = (row * tl.num_programs(0) + group).to(tl.int64)
     does_query, does_key = tl.program_id(2) == 0, tl.program_id(2) == tl.num_programs(2) - 1
-    # One matrix: the query heads of the group, and the key as the row behind them.
     heads, narrow = tl.arange(0, ROWS), tl.arange(0, KEPT_PADDED)
-    inside, is_key, column = heads < GROUP, heads == GROUP, narrow < KEPT
+    inside, column = heads < GROUP, narrow < KEPT
     columns = tl.arange(0, VALUE_DIM_PADDED)
     rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
     rotation_ptr += group * HEAD_DIM * KEPT
-    dtype = rotated_ptr.dtype.element_ty
-    high, low = load_rotation(rotation_ptr, 0, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+    high, low = load_rotation(rotation_ptr, 0, rotated_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
     if EARLY:
         # For what computes the query; a rotation is older.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(lengths_ptr + row)
     value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
-    turned = tl.zeros([ROWS, KEPT_PADDED], tl.float32)
-    for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
-        wide = start + tl.arange(0, CHUNK)
-        states = tl.load(
-            query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
-            inside[:, None] & (wide[None, :] < HEAD_DIM),
-            0.0,
-        )
-        key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
-        states = tl.where(is_key[:, None], key[None, :], states)
-        if start > 0:
-            high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
-        if dtype == tl.float32:
-            turned = tl.dot(states, high, turned, input_precision="ieee")
-        else:
-            turned = tl.dot(states, low, tl.dot(states, high, turned))
-    turned = turned.to(rotated_ptr.dtype.element_ty)
+    states = load_states(query_ptr, key_ptr, place, 0, GROUP, ROWS, HEAD_DIM, CHUNK)
+    turned = turn(
+        states,
+        high,
+        low,
+        query_ptr,
+        key_ptr,
+        rotation_ptr,
+        place,
+        GROUP,
+        ROWS,
+        HEAD_DIM,
+        HEAD_DIM_PADDED,
+        CHUNK,
+        KEPT,
+        KEPT_PADDED,
+    )
     if does_query:
         tl.store(
             rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
@@ -214,40 +212,32 @@ def _prepare(
     turned = turned.to(tl.float32)
 
     if does_key & (position < tiles * TILE):
-        new = tl.sum(tl.where(is_key[:, None], turned, 0.0), 0)
+        new = tl.sum(tl.where((heads == GROUP)[:, None], turned, 0.0), 0)
         first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
         if table_ptr is not None:
             table_ptr += row * blocks
-        # The new token replaces one of the tile before last, which must be in its place by then.
-        tail_ptr += place * 2 * TILE * KEPT
-        slot = position % (2 * TILE)
-        if (position % TILE == 0) & (position >= 2 * TILE):
-            tokens = tl.arange(0, TILE)
-            there = column[:, None] & (tokens[None, :] >= 0)
-            old = tl.load(tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None], there, 0.0)
-            cells = token_cells(table_ptr, first_cell, block_stride, position // TILE - 2, blocks, BLOCK, TILE)
-            if scale_ptr is not None:
-                scale, mean = (
-                    tl.load(scale_ptr + group * KEPT + narrow, column, 1.0),
-                    tl.load(mean_ptr + group * KEPT + narrow, column, 0.0),
-                )
-                codes, steps = _rounded((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
-                tl.store(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), steps)
-            else:
-                codes = old
-            tl.store(key_pointers(tiles_ptr, table_ptr, cells, narrow, KEPT, BLOCK, TILE), codes, there)
-            tl.debug_barrier()
-        tl.store(tail_ptr + slot * KEPT + narrow, new.to(tail_ptr.dtype.element_ty), column)
-        page = position // BLOCK
-        if table_ptr is not None:
-            page = tl.load(table_ptr + page)
-        at = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + position % BLOCK
-        if value_steps_ptr is not None:
-            value_codes, value_step = _rounded(value.to(tl.float32), 0)
-            tl.store(value_steps_ptr + at, value_step)
-            tl.store(values_ptr + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
-        else:
-            tl.store(values_ptr + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
+        append(
+            new,
+            value,
+            tiles_ptr,
+            tail_ptr + place * 2 * TILE * KEPT,
+            values_ptr,
+            key_steps_ptr,
+            value_steps_ptr,
+            None if scale_ptr is None else scale_ptr + group * KEPT,
+            None if mean_ptr is None else mean_ptr + group * KEPT,
+            table_ptr,
+            position,
+            blocks,
+            first_cell,
+            block_stride,
+            KEPT,
+            KEPT_PADDED,
+            VALUE_DIM,
+            VALUE_DIM_PADDED,
+            TILE,
+            BLOCK,
+        )
 
     if dims_ptr is not None:
         if min_length is not None:
@@ -288,6 +278,117 @@ def _prepare(
                 tl.store(counts_ptr + place, tl.sum(chosen, 0))
             tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
             tl.store(dims_ptr + place * PLACES + rank, narrow, chosen > 0)
+
+
+@triton.jit
+def load_states(
+    query_ptr,
+    key_ptr,
+    place,
+    start,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """CHUNK dimensions of the query heads of a group, and of the key as the row behind them, [ROWS, CHUNK]."""
+    heads, wide = tl.arange(0, ROWS), start + tl.arange(0, CHUNK)
+    states = tl.load(
+        query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
+        (heads < GROUP)[:, None] & (wide[None, :] < HEAD_DIM),
+        0.0,
+    )
+    key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
+    return tl.where((heads == GROUP)[:, None], key[None, :], states)
+
+
+@triton.jit
+def turn(
+    states,
+    high,
+    low,
+    query_ptr,
+    key_ptr,
+    rotation_ptr,
+    place,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+):
+    """The rows of `load_states` rotated, [ROWS, KEPT_PADDED], in their dtype.
+
+    Args:
+        states, high, low: what belongs to the first CHUNK dimensions, see `load_rotation`; the rest is loaded here.
+    """
+    dtype = query_ptr.dtype.element_ty
+    turned = tl.zeros([ROWS, KEPT_PADDED], tl.float32)
+    for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
+        if start > 0:
+            states = load_states(query_ptr, key_ptr, place, start, GROUP, ROWS, HEAD_DIM, CHUNK)
+            high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+        if dtype == tl.float32:
+            turned = tl.dot(states, high, turned, input_precision="ieee")
+        else:
+            turned = tl.dot(states, low, tl.dot(states, high, turned))
+    return turned.to(dtype)
+
+
+@triton.jit
+def append(
+    key,
+    value,
+    tiles_ptr,
+    tail_ptr,
+    values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
+    position,
+    blocks,
+    first_cell,
+    block_stride,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write a rotated key, [KEPT_PADDED], and a value, [VALUE_DIM_PADDED], of one sequence and key-value head."""
+    narrow, columns = tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_DIM_PADDED)
+    column = narrow < KEPT
+    # The new token replaces one of the tile before last, which must be in its place by then.
+    slot = position % (2 * TILE)
+    if (position % TILE == 0) & (position >= 2 * TILE):
+        tokens = tl.arange(0, TILE)
+        there = column[:, None] & (tokens[None, :] >= 0)
+        old = tl.load(tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None], there, 0.0)
+        cells = token_cells(table_ptr, first_cell, block_stride, position // TILE - 2, blocks, BLOCK, TILE)
+        if scale_ptr is not None:
+            scale, mean = tl.load(scale_ptr + narrow, column, 1.0), tl.load(mean_ptr + narrow, column, 0.0)
+            codes, steps = _rounded((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
+            tl.store(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), steps)
+        else:
+            codes = old
+        tl.store(key_pointers(tiles_ptr, table_ptr, cells, narrow, KEPT, BLOCK, TILE), codes, there)
+        tl.debug_barrier()
+    tl.store(tail_ptr + slot * KEPT + narrow, key.to(tail_ptr.dtype.element_ty), column)
+    page = position // BLOCK
+    if table_ptr is not None:
+        page = tl.load(table_ptr + page)
+    at = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + position % BLOCK
+    if value_steps_ptr is not None:
+        value_codes, value_step = _rounded(value.to(tl.float32), 0)
+        tl.store(value_steps_ptr + at, value_step)
+        tl.store(values_ptr + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
+    else:
+        tl.store(values_ptr + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
 
 
 @triton.jit

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoding step on a GPU, by the kernels that suit it: two launches, or one where the cache is small."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from aqua_attention.config import AquaConfig
+from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
+from aqua_attention.ops.triton.decode import decode, processors
+from aqua_attention.ops.triton.decode_short import LARGEST_SHORT, decode_short
+from aqua_attention.ops.triton.prepare import prepare
+
+SHORT_TILES = 72
+"""Of a cache that is read by one launch: 9216 tokens, see RESULTS.md."""
+
+
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: TiledCache,
+    rotation: Tensor,
+    key_rms: Tensor,
+    config: AquaConfig,
+    *,
+    scaling: float | None = None,
+) -> tuple[Tensor, Tensor, Chosen | None]:
+    """Rotate one query and key token a sequence, append key and value, attend; the sequences are one longer afterwards.
+
+    Args: see `prepare`; `config.sink` and `config.recent` are the exact window.
+        scaling: factor of the scores; default 1/sqrt(head_dim).
+
+    Returns:
+        The output [batch, num_attention_heads, value_dim], rotated queries [batch, num_attention_heads, kept], and what
+        was multiplied (None: every dimension).
+
+    Raises:
+        AquaError: as `prepare` and `decode` do.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    splits = splits_of_short(query, cache, config)
+    if splits is not None:
+        cache.check_step(query, key, value, rotation, key_rms, config)
+        return *decode_short(query, key, value, cache, rotation, splits=splits, scaling=scaling), None
+    rotated, chosen = prepare(query, key, value, cache, rotation, key_rms, config, scaling=scaling)
+    output = decode(rotated, chosen, cache, sink=config.sink, recent=config.recent, scaling=scaling, appended=True)
+    return output, rotated, chosen
+
+
+def splits_of_short(query: Tensor, cache: TiledCache, config: AquaConfig) -> int | None:
+    """Programs of `decode_short` for the tiles of a sequence and head, or None where it is not the kernel to take.
+
+    It multiplies every dimension, so all of them must count in every sequence that the cache can hold: what only the
+    GPU knows is not asked for.
+    """
+    batch, groups, kept, value_dim, _ = cache.shape
+    whole = config.logit_error is None and config.selected_dims(query.shape[-1]) >= kept
+    if not (whole or config.threshold > cache.count * TILE):
+        return None
+    if cache.rounding is not None or query.element_size() != 2 or max(kept, value_dim, query.shape[-1]) > LARGEST_SHORT:
+        return None
+    splits = processors(query) // (batch * groups) - 1
+    return splits if splits >= 1 and cache.count <= SHORT_TILES else None
