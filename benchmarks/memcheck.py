@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel once on awkward shapes, to be run under a memory checker.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck.py [--int8] [PART/PARTS]
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck.py [OPTION] [PART/PARTS]
 
-With --int8 only decoding over rounded caches; with 0/4, a quarter. Most of the time is spent on compiling: several
-parts at once take less, and a run without the checker before leaves the kernels in Triton's cache.
+With --int8 only decoding over rounded caches, with --short only steps in one launch; with 0/4, a quarter. Most of the
+time is spent on compiling: several parts at once take less, and a run without the checker before leaves the kernels in
+Triton's cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from aqua_attention.ops.api import attend, rotate
 from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
 from aqua_attention.ops.triton import decode as decode_module
 from aqua_attention.ops.triton.decode import decode
+from aqua_attention.ops.triton.decode_short import LARGEST_SHORT, decode_short
 from aqua_attention.ops.triton.prepare import prepare
 
 SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64), (2, 2, 256, 256, 256)]
@@ -80,7 +82,41 @@ def main(only_int8: bool, part: int, parts: int) -> None:
     print(f"{runs} runs, all finite")
 
 
+def main_short(part: int, parts: int) -> None:
+    """Steps in one launch over the ends of tiles and of the cache; what they give must be finite."""
+    torch.manual_seed(0)
+    runs = places = 0
+    for heads, groups, head_dim, kept, value_dim in [shape for shape in SHAPES if max(shape) <= LARGEST_SHORT]:
+        rotation = torch.linalg.qr(torch.randn(groups, head_dim, head_dim)).Q[..., :kept].contiguous().cuda()
+        for page in (None, 32, 64):
+            for splits in (0, 1, 3):
+                places += 1
+                if places % parts != part:
+                    continue
+                table = torch.randperm(3 * 512 // page, device="cuda").view(3, -1).int() if page else None
+                if table is not None:
+                    table[2, 128 // page :] = 1 << 30  # of tokens that never exist: not to be looked at
+                pages = Pages(table, page, table.numel()) if table is not None else None
+                cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda", pages=pages)
+                states = [torch.randn(3, groups, 509, width, device="cuda").bfloat16() for width in (kept, value_dim)]
+                cache.fill(*states, torch.tensor([509, 380, 0]))
+                for _ in range(8):
+                    new = [
+                        torch.randn(3, n, width, device="cuda").bfloat16()
+                        for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
+                    ]
+                    output, rotated = decode_short(*new, cache, rotation, splits=splits)
+                    assert output.isfinite().all() and rotated.isfinite().all()
+                    runs += 1
+                assert cache.lengths.tolist() == [512, 388, 8]
+    torch.cuda.synchronize()
+    print(f"{runs} runs, all finite")
+
+
 if __name__ == "__main__":
-    words = [word for word in sys.argv[1:] if word != "--int8"]
+    words = [word for word in sys.argv[1:] if not word.startswith("--")]
     part, parts = (int(number) for number in (words[0] if words else "0/1").split("/"))
-    main("--int8" in sys.argv[1:], part, parts)
+    if "--short" in sys.argv[1:]:
+        main_short(part, parts)
+    else:
+        main("--int8" in sys.argv[1:], part, parts)

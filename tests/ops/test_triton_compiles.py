@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from aqua_attention.ops.triton import decode, decode_int8_mma, decode_kernel, prepare, rotate, window
+from aqua_attention.ops.triton import decode, decode_int8_mma, decode_kernel, decode_short, prepare, rotate, window
 
 
 class Launch:
@@ -60,6 +60,8 @@ for name in ("decode_kernel", "mass_kernel", "merge_kernel"):
 prepare._prepare = Launch(prepare._prepare)
 decode_int8_mma.decode_rounded_kernel = Launch(decode_int8_mma.decode_rounded_kernel)
 decode.starts_early = prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
+decode_short.decode_short_kernel = Launch(decode_short.decode_short_kernel)
+decode_short.starts_early = decode.starts_early
 rotate._rotate_and_narrow = Launch(rotate._rotate_and_narrow)
 window._window = Launch(window._window)
 
@@ -80,6 +82,9 @@ def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=
     turned, chosen = prepare.prepare(query, key, value, cache, rotation, rms, config)
     mass = torch.zeros(1, groups, 384) if head_dim == 128 else None
     decode.decode(turned, chosen, cache, sink=4, recent=64, appended=True, mass=mass)
+    if not rounding and dtype != torch.float32 and max(head_dim, kept, value_dim) <= decode_short.LARGEST_SHORT:
+        for splits in (0, 1):
+            decode_short.decode_short(query, key, value, cache, rotation, splits=splits)
     prompt = torch.zeros(1, heads, 300, head_dim, dtype=dtype)
     rotate.rotate_and_narrow(prompt, rotation, rms, config)
     far = torch.zeros(1, heads, 232, value_dim, dtype=dtype)
@@ -118,6 +123,8 @@ CASES = {
     "hybrid, int8": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, "
     "k_ratio=0.75, rounding=True, page=32, min_length=1000)",
 }
+SHORT = {"weighted", "adaptive", "pages", "hybrid", "hybrid, adaptive"}
+"""With those that a step in one launch takes, too: of 16 bits, not rounded, not wide."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -135,5 +142,6 @@ def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(case, tmp_p
     *kernels, last = found.stdout.splitlines()
     assert last == "done"
     assert {line.split()[0] for line in kernels} >= {"_prepare", "decode_kernel", "_rotate_and_narrow", "_window"}
+    assert ("decode_short_kernel" in found.stdout) == (case in SHORT)
     for line in kernels:
         assert int(line.split()[1]) <= LARGEST_SHARED_MEMORY, line

@@ -30,7 +30,7 @@ DTYPES = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [torch.flo
     heads=st.sampled_from(HEADS),
     widths=st.sampled_from([(64, 64, 64), (64, 48, 64), (32, 32, 16), (80, 72, 80), (128, 128, 128)]),
     start=st.sampled_from([0, 1, 120, 248, 380, 508, 636]),
-    splits=st.integers(1, 6),
+    splits=st.integers(0, 6),
     name=st.sampled_from(["plain", "pages of 32", "pages of 64", "pages of 128"]),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 1000),
@@ -86,7 +86,8 @@ def problem_of_step(dtype=torch.float16, room=300, rounded=False, batch=1):
         ({"k_ratio": 1.0}, {"dtype": torch.float32}, False),
         ({"k_ratio": 1.0}, {"rounded": True}, False),
         ({"k_ratio": 1.0}, {"room": (gpu_step.SHORT_TILES + 1) * TILE}, False),
-        ({"k_ratio": 1.0}, {"batch": 40}, False),
+        ({"k_ratio": 1.0}, {"batch": 40}, True),
+        ({"k_ratio": 1.0}, {"batch": 40, "room": 30 * TILE}, False),
     ],
 )
 def test_one_launch_is_taken_where_every_dimension_counts(monkeypatch, choice, options, expected):

@@ -43,49 +43,19 @@ def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
 
 
 @triton.jit
-def load_rotation(rotation_ptr, start, like, HEAD_DIM, KEPT, CHUNK: tl.constexpr, KEPT_PADDED: tl.constexpr):
-    """Rows of a rotation as a sum of two matrices in the dtype of the states: rounded to 16 bits it is not orthogonal,
-    with what was rounded off beside it, it is.
-    """
-    wide, dims = start + tl.arange(0, CHUNK), tl.arange(0, KEPT_PADDED)
-    there = (wide[:, None] < HEAD_DIM) & (dims[None, :] < KEPT)
-    rotation = tl.load(rotation_ptr + wide[:, None] * KEPT + dims[None, :], there, 0.0)
-    high = rotation.to(like)
-    return high, (rotation - high.to(tl.float32)).to(like)
-
-
-@triton.jit
-def page_numbers(table_ptr, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The pages of a tile, a tuple; an empty one without pages.
-
-    A loop asks for those of its next tile: keys whose place is on its way itself are not loaded ahead.
-    """
-    numbers = ()
-    for part in tl.static_range(0, TILE // BLOCK if table_ptr is not None else 0):
-        at = tile * (TILE // BLOCK) + part
-        number = tl.load(table_ptr + at, at < blocks, 0, cache_modifier=".cg")
-        numbers = numbers + (number,)  # type: ignore[assignment]  # noqa: RUF005 (triton knows no other way)
-    return numbers
-
-
-@triton.jit
-def cells_of(numbers, first, stride, tile, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The cell of a tile, see `ops.tiled`; with `page_numbers`, that of each of its tokens, [TILE]."""
-    if len(numbers) == 0:
+def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The cell of a tile, see `ops.tiled`; with pages, that of each of its tokens, [TILE]."""
+    if table_ptr is None:
         cells = first + tile * stride
     else:
         cells = first + tl.zeros([TILE], tl.int64)
-        for part in tl.static_range(0, len(numbers)):
+        for part in tl.static_range(0, TILE // BLOCK):
             # One number for a page, and a hint: else its tokens would be looked up, and read, one by one.
-            cells = tl.where(tl.arange(0, TILE) // BLOCK == part, first + numbers[part].to(tl.int64) * stride, cells)
+            at = tile * (TILE // BLOCK) + part
+            cell = first + tl.load(table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(tl.int64) * stride
+            cells = tl.where(tl.arange(0, TILE) // BLOCK == part, cell, cells)
         cells = tl.max_constancy(cells, BLOCK)
     return cells
-
-
-@triton.jit
-def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """`cells_of` a tile whose pages are yet to be looked up."""
-    return cells_of(page_numbers(table_ptr, tile, blocks, BLOCK, TILE), first, stride, tile, BLOCK, TILE)
 
 
 @triton.jit

@@ -12,14 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from aqua_attention.ops.triton.blocks import (
-    cells_of,
-    key_pointers,
-    online_softmax,
-    page_numbers,
-    store_part,
-    token_pointers,
-)
+from aqua_attention.ops.triton.blocks import key_pointers, online_softmax, store_part, token_cells, token_pointers
 from aqua_attention.ops.triton.decode_exact import exact_block
 from aqua_attention.ops.triton.decode_int8 import rounded_tiles
 from aqua_attention.ops.triton.decode_merge import merge
@@ -304,11 +297,9 @@ def _tiles(
     change = begin
     if min_length is not None:
         change = tl.where(length < min_length, tl.maximum(begin, end), begin)
-    numbers = page_numbers(table_ptr, begin, blocks, BLOCK, TILE)
     for loop in tl.static_range(first, 2):
         for tile in range(begin if loop == 0 else change, change if loop == 0 else end):
-            cells = cells_of(numbers, first_cell, block_stride, tile, BLOCK, TILE)
-            numbers = page_numbers(table_ptr, tile + 1, blocks, BLOCK, TILE)
+            cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
             if dims_ptr is None or loop == 0:
                 keys_at = key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE)
                 if DIM == DIM_PADDED:

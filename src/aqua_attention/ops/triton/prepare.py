@@ -13,18 +13,16 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 from aqua_attention.ops.triton.blocks import (
     key_pointers,
-    load_rotation,
     on_device_of,
     padded,
     starts_early,
     token_cells,
     token_pointers,
 )
+from aqua_attention.ops.triton.turn import LARGEST_CHUNK, load_rotation, load_states, turn
 
 WARPS = 8
 FEW_PROGRAMS = 64
-LARGEST_CHUNK = 1 << 14
-"""Numbers of a rotation that are multiplied at once: 64 KB of shared memory."""
 
 
 def prepare(
@@ -278,63 +276,6 @@ def _prepare(
                 tl.store(counts_ptr + place, tl.sum(chosen, 0))
             tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
             tl.store(dims_ptr + place * PLACES + rank, narrow, chosen > 0)
-
-
-@triton.jit
-def load_states(
-    query_ptr,
-    key_ptr,
-    place,
-    start,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """CHUNK dimensions of the query heads of a group, and of the key as the row behind them, [ROWS, CHUNK]."""
-    heads, wide = tl.arange(0, ROWS), start + tl.arange(0, CHUNK)
-    states = tl.load(
-        query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
-        (heads < GROUP)[:, None] & (wide[None, :] < HEAD_DIM),
-        0.0,
-    )
-    key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
-    return tl.where((heads == GROUP)[:, None], key[None, :], states)
-
-
-@triton.jit
-def turn(
-    states,
-    high,
-    low,
-    query_ptr,
-    key_ptr,
-    rotation_ptr,
-    place,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    KEPT: tl.constexpr,
-    KEPT_PADDED: tl.constexpr,
-):
-    """The rows of `load_states` rotated, [ROWS, KEPT_PADDED], in their dtype.
-
-    Args:
-        states, high, low: what belongs to the first CHUNK dimensions, see `load_rotation`; the rest is loaded here.
-    """
-    dtype = query_ptr.dtype.element_ty
-    turned = tl.zeros([ROWS, KEPT_PADDED], tl.float32)
-    for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
-        if start > 0:
-            states = load_states(query_ptr, key_ptr, place, start, GROUP, ROWS, HEAD_DIM, CHUNK)
-            high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
-        if dtype == tl.float32:
-            turned = tl.dot(states, high, turned, input_precision="ieee")
-        else:
-            turned = tl.dot(states, low, tl.dot(states, high, turned))
-    return turned.to(dtype)
 
 
 @triton.jit

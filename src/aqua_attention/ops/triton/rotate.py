@@ -12,8 +12,9 @@ from torch import Tensor
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.tiled import WIDEST
-from aqua_attention.ops.triton.blocks import load_rotation, on_device_of, padded
+from aqua_attention.ops.triton.blocks import on_device_of, padded
 from aqua_attention.ops.triton.search import largest, needed
+from aqua_attention.ops.triton.turn import load_rotation
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS, WARPS = 64, 4

@@ -11,8 +11,8 @@ from aqua_attention.ops.triton.decode import decode, processors
 from aqua_attention.ops.triton.decode_short import LARGEST_SHORT, decode_short
 from aqua_attention.ops.triton.prepare import prepare
 
-SHORT_TILES = 72
-"""Of a cache that is read by one launch: 9216 tokens, see RESULTS.md."""
+SHORT_TILES, ALL_SHORT_TILES = 136, 2304
+"""Of a sequence's cache, and of all sequences and heads, up to which one launch was faster on an H100."""
 
 
 def decode_step(
@@ -49,7 +49,7 @@ def decode_step(
 
 
 def splits_of_short(query: Tensor, cache: TiledCache, config: AquaConfig) -> int | None:
-    """Programs of `decode_short` for the tiles of a sequence and head, or None where it is not the kernel to take.
+    """`splits` of `decode_short`, or None where that is not the kernel to take.
 
     It multiplies every dimension, so all of them must count in every sequence that the cache can hold: what only the
     GPU knows is not asked for.
@@ -60,5 +60,8 @@ def splits_of_short(query: Tensor, cache: TiledCache, config: AquaConfig) -> int
         return None
     if cache.rounding is not None or query.element_size() != 2 or max(kept, value_dim, query.shape[-1]) > LARGEST_SHORT:
         return None
-    splits = processors(query) // (batch * groups) - 1
-    return splits if splits >= 1 and cache.count <= SHORT_TILES else None
+    rows = batch * groups
+    if cache.count > SHORT_TILES or rows * cache.count > ALL_SHORT_TILES:
+        return None
+    # As many programs as run at once; one for each sequence and head where that is less than three.
+    return max(0, processors(query) // rows - 2)

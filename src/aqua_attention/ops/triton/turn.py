@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Rotating the query heads of a group, and its key, for one token."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LARGEST_CHUNK = 1 << 14
+"""Numbers of a rotation that are multiplied at once: 64 KB of shared memory."""
+
+
+@triton.jit
+def load_rotation(rotation_ptr, start, like, HEAD_DIM, KEPT, CHUNK: tl.constexpr, KEPT_PADDED: tl.constexpr):
+    """Rows of a rotation as a sum of two matrices in the dtype of the states: rounded to 16 bits it is not orthogonal,
+    with what was rounded off beside it, it is.
+    """
+    wide, dims = start + tl.arange(0, CHUNK), tl.arange(0, KEPT_PADDED)
+    there = (wide[:, None] < HEAD_DIM) & (dims[None, :] < KEPT)
+    rotation = tl.load(rotation_ptr + wide[:, None] * KEPT + dims[None, :], there, 0.0)
+    high = rotation.to(like)
+    return high, (rotation - high.to(tl.float32)).to(like)
+
+
+@triton.jit
+def load_states(
+    query_ptr,
+    key_ptr,
+    place,
+    start,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """CHUNK dimensions of the query heads of a group, and of the key as the row behind them, [ROWS, CHUNK]."""
+    heads, wide = tl.arange(0, ROWS), start + tl.arange(0, CHUNK)
+    states = tl.load(
+        query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
+        (heads < GROUP)[:, None] & (wide[None, :] < HEAD_DIM),
+        0.0,
+    )
+    key = tl.load(key_ptr + place * HEAD_DIM + wide, wide < HEAD_DIM, 0.0)
+    return tl.where((heads == GROUP)[:, None], key[None, :], states)
+
+
+@triton.jit
+def turn(
+    states,
+    high,
+    low,
+    query_ptr,
+    key_ptr,
+    rotation_ptr,
+    place,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+):
+    """The rows of `load_states` rotated, [ROWS, KEPT_PADDED], in their dtype.
+
+    Args:
+        states, high, low: what belongs to the first CHUNK dimensions, see `load_rotation`; the rest is loaded here.
+    """
+    dtype = query_ptr.dtype.element_ty
+    turned = tl.zeros([ROWS, KEPT_PADDED], tl.float32)
+    for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
+        if start > 0:
+            states = load_states(query_ptr, key_ptr, place, start, GROUP, ROWS, HEAD_DIM, CHUNK)
+            high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+        if dtype == tl.float32:
+            turned = tl.dot(states, high, turned, input_precision="ieee")
+        else:
+            turned = tl.dot(states, low, tl.dot(states, high, turned))
+    return turned.to(dtype)
