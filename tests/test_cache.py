@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
 import aqua_attention as aqua
+from aqua_attention import cache as cache_module
+from aqua_attention import rotated_layer
 from aqua_attention.rotated_layer import RotatedLayer
 from conftest import VOCABULARY, calibrated, make_llama, make_mistral
 
@@ -144,6 +147,32 @@ def test_offloading_resetting_and_going_on(llama):
         assert cache.layers[0].keys is None
         logits(model, ids[:, :150], past_key_values=cache)
         assert torch.equal(logits(model, ids[:, 150:], past_key_values=cache), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_length": 64}])
+def test_a_layer_that_is_fetched_waits_for_what_was_offloaded(llama, options, monkeypatch):
+    model, projections = llama
+    waited = []
+    for module in (cache_module, rotated_layer):
+        monkeypatch.setattr(module, "wait_for_offloading", waited.append)
+    with aqua.apply(model, projections) as attachment:
+        cache = attachment.new_cache(**options)
+        cache.layers[0].prefetch()
+        assert not waited, "nothing was offloaded yet"
+        logits(model, tokens(40), past_key_values=cache)
+        cache.layers[0].offload()
+        cache.layers[0].prefetch()
+    assert waited == [torch.device("cpu")]
+
+
+def test_waiting_for_offloading_is_between_streams(monkeypatch):
+    waited = []
+    stream = SimpleNamespace(wait_stream=waited.append)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: f"default of {device}")
+    for name in ("cpu", "cuda:1"):
+        rotated_layer.wait_for_offloading(torch.device(name))
+    assert waited == ["default of cuda:1"]
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])

@@ -22,7 +22,14 @@ from transformers.cache_utils import (
 
 from aqua_attention.cache_spec import CacheSpec
 from aqua_attention.errors import AquaError
-from aqua_attention.rotated_layer import OTHER_SETTINGS, RotatedLayer, check_active, rotated_keys, tagged
+from aqua_attention.rotated_layer import (
+    OTHER_SETTINGS,
+    RotatedLayer,
+    check_active,
+    rotated_keys,
+    tagged,
+    wait_for_offloading,
+)
 from aqua_attention.tiled_layer import TiledLayer
 
 
@@ -35,6 +42,12 @@ class _RotatesOnWrite:
         """Rotate and write; returns the rotated keys and values to attend to, as transformers' layer does."""
         written = super().update(rotated_keys(self.spec, key_states), value_states, *args, **kwargs)  # type: ignore[misc]
         return tagged(written[0], self), written[1]
+
+    def prefetch(self) -> None:
+        """Move back to the device of the model, if it was offloaded."""
+        if self.is_initialized:  # type: ignore[attr-defined]
+            wait_for_offloading(self.device)  # type: ignore[attr-defined]
+        super().prefetch()  # type: ignore[misc]
 
 
 class RotatedSlidingLayer(_RotatesOnWrite, DynamicSlidingWindowLayer):

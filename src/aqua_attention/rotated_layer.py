@@ -229,7 +229,9 @@ class RotatedLayer(DynamicLayer):
 
     def prefetch(self) -> None:
         """Move back to the device of the model."""
-        self._change(lambda states: states.to(self.device, non_blocking=True))
+        if self.is_initialized:
+            wait_for_offloading(self.device)
+            self._change(lambda states: states.to(self.device, non_blocking=True))
         self._is_offloaded = False
 
     @property
@@ -384,3 +386,12 @@ def check_active(spec: CacheSpec) -> None:
             "this cache holds AQUA-rotated keys, but the AQUA that filled it has left the model: apply the same "
             "projections and settings again, or start with a new cache"
         )
+
+
+def wait_for_offloading(device: torch.device) -> None:
+    """The current stream waits until copies to the CPU have ended, and until what lay there before has been read.
+
+    transformers fetches layers in a stream of its own, which up to 5.17 at least did not wait for either.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
