@@ -40,6 +40,8 @@ def main():
     parser.add_argument("--reads-only", action="store_true", help="not the decoding step")
     parser.add_argument("--json", help="write all figures here")
     given = parser.parse_args()
+    if given.length % (TILE * max(splits for splits, *_ in SWEEP)):
+        parser.error(f"--length is {given.length}: it must be a multiple of {TILE * max(s for s, *_ in SWEEP)}")
     torch.cuda.init()
     runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
     results, rows = [], []
@@ -73,7 +75,9 @@ def main():
 
 
 def reads(batch, length, k_ratio, heads=8, dim=128):
-    """Seconds to read the chosen dimensions of all keys, and all values: the best of SWEEP, for each of LAYOUTS."""
+    """Seconds to read the chosen dimensions of all keys, and all values (in 8 bits without their steps): the best of
+    SWEEP, for each of LAYOUTS.
+    """
     dims = torch.rand(batch, heads, dim, device="cuda").argsort(-1)[..., : int(k_ratio * dim)].int().contiguous()
     best = []
     for bits, page in LAYOUTS:

@@ -45,7 +45,7 @@ class _RotatesOnWrite:
 
     def prefetch(self) -> None:
         """Move back to the device of the model, if it was offloaded."""
-        if self.is_initialized:  # type: ignore[attr-defined]
+        if self.is_initialized and self.keys.device != self.device:  # type: ignore[attr-defined]
             wait_for_offloading(self.device)  # type: ignore[attr-defined]
         super().prefetch()  # type: ignore[misc]
 

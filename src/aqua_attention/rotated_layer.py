@@ -391,7 +391,8 @@ def check_active(spec: CacheSpec) -> None:
 def wait_for_offloading(device: torch.device) -> None:
     """The current stream waits until copies to the CPU have ended, and until what lay there before has been read.
 
-    transformers fetches layers in a stream of its own, which up to 5.17 at least did not wait for either.
+    transformers fetches layers in a stream of its own, which up to 5.17 at least did not wait for either. Like it we
+    take for granted that the model runs in the default stream.
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))

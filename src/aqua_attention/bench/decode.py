@@ -61,8 +61,8 @@ def measure_decode(
         (None: those of dtype), `page`, `seconds` (median) of attention alone, `bytes` (keys and values that it needs),
         `share` (of the measured read bandwidth), `ratio` (to the fastest dense one in dtype, above 1 is faster),
         `ceiling` (what that could be at most: its bytes over ours), `step_seconds` and `step_ratio` (with what comes
-        before: append, for ours rotate and select too), `low_ratio` and `low_step_ratio` (to the fastest dense one in
-        8 bits, or None); or `absent` (why it did not run).
+        before: append, for ours rotate and select too; a kernel of its own where one launch does it all), `low_ratio`
+        and `low_step_ratio` (to the fastest dense one in 8 bits, or None); or `absent` (why it did not run).
 
     Raises:
         AquaError: no CUDA GPU, or a kernel of ours is wrong.

@@ -257,6 +257,12 @@ def processors(query: Tensor) -> int:
     return torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 64
 
 
+def check_window(sink: int, recent: int) -> None:
+    """Raise AquaError for an exact window that the kernels do not take."""
+    if not (0 <= sink <= TILE and 0 <= recent <= TILE):
+        raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
+
+
 def _check(
     query: Tensor,
     chosen: Chosen | None,
@@ -275,8 +281,7 @@ def _check(
         raise AquaError(
             f"heads of {kept} dimensions in float32: the kernel takes {LARGEST_FLOAT32} at most, or 16 bits"
         )
-    if not (0 <= sink <= TILE and 0 <= recent <= TILE):
-        raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
+    check_window(sink, recent)
     most = MOST_BY_HAND if is_by_hand(query, cache) else MOST_SPLITS
     if splits is not None and not 1 <= splits <= most:
         raise AquaError(f"splits is {splits}: it must be 1 to {most}, or None")

@@ -11,13 +11,16 @@ import torch
 import triton
 from torch import Tensor
 
+from aqua_attention.errors import AquaError
 from aqua_attention.ops.tiled import TILE, TiledCache
-from aqua_attention.ops.triton.blocks import on_device_of, padded, starts_early
+from aqua_attention.ops.triton.blocks import on_device_of, padded, shared_memory, starts_early
 from aqua_attention.ops.triton.decode import LOG2_E, MERGED_ROWS
 from aqua_attention.ops.triton.decode_short_kernel import decode_short_kernel
 from aqua_attention.ops.triton.turn import LARGEST_CHUNK
 
-WARPS, STAGES = 8, 3
+WARPS, MOST_STAGES = 8, 3
+OTHER_BYTES = 10_000
+"""Shared memory that is neither for tiles on their way nor, before them, for the rotation."""
 LARGEST_SHORT = 128
 """Dimensions of a head: tiles on their way, and the rotation, must fit into shared memory."""
 
@@ -36,7 +39,7 @@ def decode_short(
 
     Args:
         query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
-        cache: of which nothing is rounded.
+        cache: in 16 bits, with heads of LARGEST_SHORT dimensions at most.
         rotation: float32 [num_key_value_heads, head_dim, kept]. On a GPU it is read before the kernel ahead of this
             one has ended: that one must not be what writes it.
         splits: programs for the tiles of each sequence and key-value head, besides the two for the tail; 0: one
@@ -45,8 +48,17 @@ def decode_short(
 
     Returns:
         What `decode` returns, and rotated queries [batch, num_attention_heads, kept].
+
+    Raises:
+        AquaError: a cache of another kind.
     """
     (batch, groups, kept, value_dim, _), (_, heads, head_dim) = cache.shape, query.shape
+    if cache.rounding is not None or query.element_size() != 2 or max(kept, value_dim, head_dim) > LARGEST_SHORT:
+        raise AquaError(
+            f"a cache of {'8 bits' if cache.rounding is not None else query.dtype} with heads of {head_dim} and "
+            f"{value_dim} dimensions: one launch takes 16 bits and {LARGEST_SHORT} at most"
+        )
+    tile_bytes = TILE * (padded(kept) + padded(value_dim)) * query.element_size()
     # The newest tokens are two parts more.
     splits = min(splits, max(cache.count - 2, 0)) + 2 if splits > 0 else 1
     group_padded = triton.next_power_of_2(heads // groups)
@@ -88,7 +100,7 @@ def decode_short(
             MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
             TILE=TILE,
             BLOCK=cache.block,
-            STAGES=STAGES,
+            STAGES=max(1, min(MOST_STAGES, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes)),
             TOGETHER=splits == 1,
             num_warps=WARPS,
             **starts_early(query, rotation.is_contiguous()),

@@ -148,7 +148,9 @@ def decode_short_kernel(
         scores = tl.dot(turned, keys, input_precision="ieee") * scaling
         scores = tl.where(seen[None, :], scores, float("-inf"))
         largest = tl.maximum(score, tl.max(scores, 1))
-        weight, weights = tl.exp2(score - largest), tl.exp2(scores - largest[:, None])
+        # Where all scores are minus infinity, the other parts decide.
+        safe = tl.where(largest == float("-inf"), 0.0, largest)
+        weight, weights = tl.exp2(score - safe), tl.exp2(scores - safe[:, None])
         total = weight + tl.sum(weights, 1)
         output = tl.where(is_new, weight[:, None] * value[None, :], 0.0)
         output = tl.dot(weights.to(dtype), values, output, input_precision="ieee")
@@ -312,7 +314,9 @@ def decode_short_kernel(
 def _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, longest):
     """When all programs of a sequence have read its length, the last lets it grow."""
     at = arrived_ptr + row * (groups + 1) + groups
-    # The mask is there for what it depends on: the length has come before this is counted.
+    # The length has come to every warp before this is counted: all have branched, or asked for tokens, by it, and the
+    # mask depends on it.
+    tl.debug_barrier()
     if tl.atomic_add(at, 1, mask=position >= 0, sem="relaxed") == splits * groups - 1:
         tl.store(at, 0)
         tl.store(lengths_ptr + row, tl.minimum(position + 1, longest))

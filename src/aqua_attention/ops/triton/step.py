@@ -7,7 +7,7 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
-from aqua_attention.ops.triton.decode import decode, processors
+from aqua_attention.ops.triton.decode import check_window, decode, processors
 from aqua_attention.ops.triton.decode_short import LARGEST_SHORT, decode_short
 from aqua_attention.ops.triton.prepare import prepare
 
@@ -42,6 +42,7 @@ def decode_step(
     splits = splits_of_short(query, cache, config)
     if splits is not None:
         cache.check_step(query, key, value, rotation, key_rms, config)
+        check_window(config.sink, config.recent)
         return *decode_short(query, key, value, cache, rotation, splits=splits, scaling=scaling), None
     rotated, chosen = prepare(query, key, value, cache, rotation, key_rms, config, scaling=scaling)
     output = decode(rotated, chosen, cache, sink=config.sink, recent=config.recent, scaling=scaling, appended=True)
