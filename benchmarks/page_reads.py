@@ -42,6 +42,8 @@ def main():
     given = parser.parse_args()
     if given.length % (TILE * max(splits for splits, *_ in SWEEP)):
         parser.error(f"--length is {given.length}: it must be a multiple of {TILE * max(s for s, *_ in SWEEP)}")
+    if not torch.cuda.is_available():
+        parser.error("this measures a CUDA GPU: there is none")
     torch.cuda.init()
     runtime = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
     results, rows = [], []
