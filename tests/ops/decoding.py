@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import Phase
 
@@ -18,6 +19,14 @@ CODES_EPS = torch.finfo(torch.float16).eps
 """Over codes of 8 bits all products are in float16."""
 HEADS = [(4, 2), (2, 2), (6, 1), (8, 1)]
 LAYOUTS = ["plain", "int8", "pages of 32", "pages of 64", "int8 in pages of 32", "int8 in pages of 128"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uninitialised_memory_is_nan():
+    """What a kernel forgets to write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def random(*shape, seed, dtype=torch.float32):

@@ -14,7 +14,15 @@ import aqua_attention as aqua
 from aqua_attention.ops.select import rotate
 
 pytest.importorskip("triton")
-from decoding import DEVICE, HEADS, PHASES, check, layout, random
+from decoding import (
+    DEVICE,
+    HEADS,
+    PHASES,
+    check,
+    layout,
+    random,
+    uninitialised_memory_is_nan,  # noqa: F401
+)
 
 from aqua_attention.bench.decode import at_one_length
 from aqua_attention.ops.tiled import TILE, TiledCache
