@@ -89,6 +89,36 @@ static inline float exponential(float x) {
     return power * (x < -87.0f ? 0.0f : two);
 }
 
+// Sixteen numbers in as many registers as it takes.
+#define LANES 16
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef float HalfLanes __attribute__((vector_size(LANES / 2 * sizeof(float))));
+typedef float FewLanes __attribute__((vector_size(LANES / 4 * sizeof(float))));
+typedef uint16_t Halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint32_t Words __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
+static inline Lanes load_float32(const float *numbers) {
+    Lanes wide;
+    memcpy(&wide, numbers, sizeof(wide));
+    return wide;
+}
+static inline Lanes load_bfloat16(const uint16_t *numbers) {
+    Halves halves;
+    memcpy(&halves, numbers, sizeof(halves));
+    return (Lanes)(__builtin_convertvector(halves, Words) << 16);
+}
+
+// In halves: compilers add lanes one by one.
+static inline float sum_of(Lanes wide) {
+    HalfLanes halves[2];
+    FewLanes quarters[2];
+    memcpy(halves, &wide, sizeof(wide));
+    halves[0] += halves[1];
+    memcpy(quarters, halves, sizeof(halves[0]));
+    quarters[0] += quarters[1];
+    return (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
+}
+
 static inline float same(float number) { return number; }
 static inline float from_bfloat16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
