@@ -162,13 +162,16 @@ def test_recorded_steps_are_steps():
     """Kernels that start early, one behind the other, in a graph: each sees what the one before has written."""
     query, key, value, cache, rotation, rms = problem_of_step(dtype=torch.bfloat16, room=700)
     config = aqua.AquaConfig(k_ratio=1.0, share="group")
-    start = cache.lengths.clone()
+    held = cache.tiles, cache.tail, cache.values, cache.lengths
+    start = [states.clone() for states in held]
     expected = [decode_step(query, key, value, cache, rotation, rms, config)[0] for _ in range(300)]
-    cache.lengths.copy_(start)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = [decode_step(query, key, value, cache, rotation, rms, config)[0] for _ in range(300)]
+    # Tokens that came since have the places of older ones in the tail.
+    for states, old in zip(held, start, strict=True):
+        states.copy_(old)
     graph.replay()
     assert cache.lengths.tolist() == [440]
     for one, other in zip(found, expected, strict=True):
