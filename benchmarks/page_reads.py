@@ -2,8 +2,8 @@
 """Why pages cost what they do: the same decoding step while the GPU fetches 32, 64 or 128 bytes at once from memory.
 
 A chosen dimension of a page is one short run of bytes, 32 of them in int8 with pages of 32 tokens, and its neighbours
-are mostly not chosen. What is fetched beyond it is lost. Beside it a kernel that reads the same bytes and does nothing
-with them: no kernel that computes can be asked for more.
+are mostly not chosen. What is fetched beyond it is lost. Beside it a kernel that only reads the same bytes, through
+the same table: what that loses in pages, arithmetic is not to blame for.
 
 python benchmarks/page_reads.py --json page_reads.json
 """

@@ -77,7 +77,7 @@ def decode(
         parts = max(1, min(-(-JOBS_A_THREAD * torch.get_num_threads() // rows), -(-count // LEAST_TILES)))
     wide = query.float().contiguous()
     output = torch.empty(batch, heads, value_dim, dtype=cache.tiles.dtype)
-    # Sums, largest score and sum of weights of each part, one behind the other (three tensors take 6 us more).
+    # Sums, largest score and sum of weights of each part, one behind the other: three tensors take longer to make.
     places = rows * parts * (heads // groups)
     work = torch.empty(places * (value_dim + 2))
     sums = work.data_ptr()

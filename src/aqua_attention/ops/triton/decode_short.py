@@ -53,7 +53,7 @@ def decode_short(
         AquaError: a cache of another kind.
     """
     (batch, groups, kept, value_dim, _), (_, heads, head_dim) = cache.shape, query.shape
-    if cache.rounding is not None or query.element_size() != 2 or max(kept, value_dim, head_dim) > LARGEST_SHORT:
+    if not is_taken(query, cache):
         raise AquaError(
             f"a cache of {'8 bits' if cache.rounding is not None else query.dtype} with heads of {head_dim} and "
             f"{value_dim} dimensions: one launch takes 16 bits and {LARGEST_SHORT} at most"
@@ -106,3 +106,9 @@ def decode_short(
             **starts_early(query, rotation.is_contiguous()),
         )
     return output, rotated
+
+
+def is_taken(query: Tensor, cache: TiledCache) -> bool:
+    """Whether the kernel takes such a cache and heads of such a size."""
+    widest = max(*cache.shape[2:4], query.shape[-1])
+    return cache.rounding is None and query.element_size() == 2 and widest <= LARGEST_SHORT

@@ -8,7 +8,7 @@ from torch import Tensor
 from aqua_attention.config import AquaConfig
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 from aqua_attention.ops.triton.decode import check_window, decode, processors
-from aqua_attention.ops.triton.decode_short import LARGEST_SHORT, decode_short
+from aqua_attention.ops.triton.decode_short import decode_short, is_taken
 from aqua_attention.ops.triton.prepare import prepare
 
 SHORT_TILES, ALL_SHORT_TILES = 136, 2304
@@ -55,11 +55,9 @@ def splits_of_short(query: Tensor, cache: TiledCache, config: AquaConfig) -> int
     It multiplies every dimension, so all of them must count in every sequence that the cache can hold: what only the
     GPU knows is not asked for.
     """
-    batch, groups, kept, value_dim, _ = cache.shape
+    batch, groups, kept, *_ = cache.shape
     whole = config.logit_error is None and config.selected_dims(query.shape[-1]) >= kept
-    if not (whole or config.threshold > cache.count * TILE):
-        return None
-    if cache.rounding is not None or query.element_size() != 2 or max(kept, value_dim, query.shape[-1]) > LARGEST_SHORT:
+    if not (whole or config.threshold > cache.count * TILE) or not is_taken(query, cache):
         return None
     rows = batch * groups
     if cache.count > SHORT_TILES or rows * cache.count > ALL_SHORT_TILES:
