@@ -29,6 +29,7 @@ class CacheSpec:
         kept: leading rotated key dimensions that every token keeps.
         bits: None stores keys and values as they are, 8 in int8, 4 in int4.
         sink, recent: size of the exact window.
+        min_length: sequences of fewer tokens multiply every dimension.
         eviction: which tokens stay; None: all.
         active: False once AQUA has left the model.
     """
@@ -49,7 +50,7 @@ class CacheSpec:
         self.key_weights = key_weights
         head_dim = projection.rotation.shape[-1]
         self.kept = config.kept_dims(head_dim)
-        self.sink, self.recent, self.bits = config.sink, config.recent, config.bits
+        self.sink, self.recent, self.bits, self.min_length = config.sink, config.recent, config.bits, config.threshold
         self.has_window_store = self.kept < head_dim and config.sink + config.recent > 0
         width = head_dim if self.has_window_store else self.kept
         self.matrix = projection.rotation[..., :width].contiguous().to(device)

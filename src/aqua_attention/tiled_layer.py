@@ -3,6 +3,8 @@
 
 A decoded token is rotated, appended and attended to by few kernels, which look at no mask and no length on the CPU, so
 that a step can be recorded as a CUDA graph. Padding is not stored: each sequence has its own length.
+
+On a CPU, where lengths are known, a sequence shorter than `min_length` is not rotated: nothing is chosen there.
 """
 
 from __future__ import annotations
@@ -69,8 +71,8 @@ class TiledLayer(StaticLayer):
         """Forget everything; what is allocated stays, because recorded CUDA graphs know its addresses."""
         self.is_initialized = False
         self._is_filled = False
-        self._new: tuple[Tensor, Tensor] | None = None
-        """Keys, rotated, and values that the next attention stores; keys as they came while decoding."""
+        self._new: tuple[Tensor, Tensor, Tensor] | None = None
+        """Keys as they came, the same rotated (while decoding not), and values, that the next attention stores."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, dtype and device of the first states."""
@@ -86,6 +88,10 @@ class TiledLayer(StaticLayer):
         else:
             held.clear()
             self._padding.zero_()
+        on_cpu = self.device.type == "cpu" and not is_interpreted(self.device)
+        whole = self.spec.kept == key_states.shape[3]
+        assert self.cache is not None
+        self.cache.rotated_from = self.spec.min_length if on_cpu and whole else 0
         self._real = torch.ones(self.batch_size, 0, dtype=torch.bool, device=self.device)
         """Which of the tokens given at once were no padding, [batch, so many]; decoded ones all are."""
         self.is_initialized = True
@@ -104,14 +110,15 @@ class TiledLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.decodes(key_states.shape[2]):
-            self._new = key_states, value_states
+            self._new = key_states, key_states, value_states
             nothing = key_states.new_full((1,), torch.nan)
             keys = nothing.expand(*key_states.shape[:3], self.spec.kept)
             return tagged(keys, self), nothing.expand(value_states.shape)
         keys, values = self.spec.rotated(key_states), value_states
-        self._new = keys, values
+        self._new = key_states, keys, values
         if self._is_filled:
-            keys, values = (torch.cat([old, new], 2) for old, new in zip(self._given(), (keys, values), strict=True))
+            _, old_keys, old_values = self._given()
+            keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
         return tagged(keys, self), values
 
     def decodes(self, queries: int) -> bool:
@@ -129,28 +136,23 @@ class TiledLayer(StaticLayer):
             key_rms: float32 [num_key_value_heads, kept].
 
         Returns:
-            Output [batch, num_attention_heads, 1, value_dim], the rotated query, and what it multiplied.
+            Output [batch, num_attention_heads, 1, value_dim], the query as keys were multiplied with it, [batch,
+            num_attention_heads, 1, kept], and what of it (None: every dimension).
         """
-        key, value = self._taken()
+        key, _, value = self._taken()
         assert self.cache is not None
         given = query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.spec.matrix, key_rms, config
-        window: dict[str, Any] = {"sink": config.sink, "recent": config.recent, "scaling": scaling}
         if query.device.type == "cpu" and not is_interpreted(query.device):
-            from aqua_attention.ops.cpu import decode as cpu_decode
-            from aqua_attention.ops.cpu import prepare as cpu_prepare
-
-            rotated, chosen = cpu_prepare.prepare(*given, scaling=scaling)
-            output = cpu_decode.decode(rotated, chosen, self.cache, **window)
+            from aqua_attention.ops.cpu.step import decode_step
         else:
             from aqua_attention.ops.triton.step import decode_step
-
-            output, rotated, chosen = decode_step(*given, scaling=scaling)
-        return output[:, :, None], rotated[:, :, None], chosen
+        output, multiplied, chosen = decode_step(*given, scaling=scaling)
+        return output[:, :, None], multiplied[:, :, None], chosen
 
     @torch.compiler.disable
     def store(self, mask: Tensor | None) -> None:
         """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
-        keys, values = self._taken()
+        raw, keys, values = self._taken()
         assert self.cache is not None
         batch, new = self.batch_size, keys.shape[2]
         real = torch.ones(batch, new, dtype=torch.bool, device=self.device)
@@ -160,11 +162,15 @@ class TiledLayer(StaticLayer):
             seen = mask[:, :, places, mask.shape[3] - new + places] != HIDDEN
             real = seen.any(1).expand(batch, -1)
         if self._is_filled:
-            old = self._given()
-            keys, values = torch.cat([old[0], keys], 2), torch.cat([old[1], values], 2)
-            real = torch.cat([self._known(old[0].shape[2]), real], 1)
+            held, old_keys, old_values = self._given()
+            keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+            raw = torch.cat([held, raw], 2) if self.cache.rotated_from else keys
+            real = torch.cat([self._known(held.shape[2]), real], 1)
         self._real = real
         self._padding.copy_((~real[0]).sum())
+        if self.cache.rotated_from:
+            # Those that are short still are held as they came.
+            keys = torch.where((real.sum(-1) < self.cache.rotated_from)[:, None, None, None], raw, keys)
         if not bool(real.all()):
             # The real ones first, in order.
             order = (~real).to(torch.int8).sort(dim=-1, stable=True).indices[:, None, :, None]
@@ -203,7 +209,7 @@ class TiledLayer(StaticLayer):
             self._real = self._real.index_select(0, beam_idx)
             self._padding.copy_((~self._real[0]).sum())
 
-    def _taken(self) -> tuple[Tensor, Tensor]:
+    def _taken(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._new is None:
             raise AquaError(
                 f"{type(self).__name__}: the model asked for attention twice after one update of its cache, which the "
@@ -216,12 +222,15 @@ class TiledLayer(StaticLayer):
         """Which of the tokens so far were no padding, [batch, given]."""
         return torch.nn.functional.pad(self._real, (0, given - self._real.shape[1]), value=True)
 
-    def _given(self) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values of all tokens so far at the places at which they were given."""
+    def _given(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys as held, keys rotated, and values of all tokens so far, at the places at which they were given."""
         assert self.cache is not None
         given = int(self.get_seq_length())
         places = (self._known(given).cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
         keys, values = (
             states.gather(2, places.expand(*states.shape[:2], -1, states.shape[3])) for states in self.cache.read()
         )
-        return keys, values
+        if not self.cache.rotated_from:
+            return keys, keys, values
+        short = (self.cache.lengths < self.cache.rotated_from)[:, None, None, None]
+        return keys, torch.where(short, self.spec.rotated(keys), keys), values

@@ -70,10 +70,17 @@ def test_lengths_are_doubled():
             read_lengths(text)
 
 
-@compiled
-def test_a_small_measurement_writes_what_auto_reads(tmp_path, monkeypatch):
-    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+@pytest.fixture
+def small(monkeypatch):
+    """Nothing takes long."""
     monkeypatch.setattr(decode_cpu, "MOST_SECONDS", 0.01)
+    monkeypatch.setattr(decode_cpu, "LEAST_FLUSHED", 1 << 20)
+    monkeypatch.setattr(decode_cpu, "largest_cache", lambda: 0)
+
+
+@compiled
+def test_a_small_measurement_writes_what_auto_reads(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
     seen = []
     result = measure_breakeven(
         Shape(CPU, 4, 2, 32, torch.float32),
@@ -103,16 +110,38 @@ def test_a_small_measurement_writes_what_auto_reads(tmp_path, monkeypatch):
 
 
 @compiled
+def test_every_way_is_timed_alone_and_with_its_step(small):
+    given = {"length": 130, "heads": 4, "groups": 2, "head_dim": 32, "k_ratios": (1.0, 0.5)}
+    rows = decode_cpu.measure_decode_cpu(**given, short=True)
+    ours = [("aqua", 1.0), ("aqua", 0.5), ("aqua, short", 1.0)]
+    assert [(row["name"], row["k_ratio"]) for row in rows] == [(name, None) for name in decode_cpu.DENSE] + ours
+    assert all(0 < row["seconds"] < 1 and 0 < row["step_seconds"] < 1 for row in rows)
+    assert set(decode_cpu.measure_decode_cpu(**given, parts=("step",))[0]) == {"name", "k_ratio", "step_seconds"}
+
+
+def test_the_largest_cache_is_read_where_it_is_said(tmp_path, monkeypatch):
+    for place, size in enumerate(("48K", "2048K", "garbage", "3M")):
+        (tmp_path / str(place)).write_text(size + "\n")
+    monkeypatch.setattr(decode_cpu, "CACHES", (tmp_path, "*"))
+    assert decode_cpu.largest_cache() == 3 << 20
+    monkeypatch.setattr(decode_cpu, "CACHES", (tmp_path / "nowhere", "*"))
+    assert decode_cpu.largest_cache() == 0
+
+
+@compiled
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setitem(decode_cpu.DENSE, "SDPA", lambda *given: 1.01 * decode_cpu.matmul(*given))
     with pytest.raises(aqua.AquaError, match="a kernel is wrong: SDPA is"):
         decode_cpu.measure_decode_cpu(length=64, heads=4, groups=2, head_dim=32)
     monkeypatch.undo()
-    right = decode_cpu.decode
-    monkeypatch.setattr(
-        decode_cpu, "decode", lambda query, chosen, cache, **window: right(query, None, cache, **window)
-    )
-    with pytest.raises(aqua.AquaError, match=r"a kernel is wrong: k_ratio 0.75 is"):
+    right = decode_cpu.decode_step
+
+    def wrong(*given):
+        _, turned, chosen = right(*given)
+        return decode_cpu.decode(turned, None, given[3]), turned, chosen
+
+    monkeypatch.setattr(decode_cpu, "decode_step", wrong)
+    with pytest.raises(aqua.AquaError, match=r"a kernel is wrong: aqua, k_ratio 0.75 is"):
         decode_cpu.measure_decode_cpu(length=200, heads=4, groups=2, head_dim=32)
 
 

@@ -115,8 +115,8 @@ def test_a_tiled_cache_switches_by_each_sequence_s_own_length(llama, name, kerne
     with aqua.apply(model, projections, config) as attachment, torch.no_grad():
         for options in ({}, {"max_length": 40, "layout": "tiled"}):
             cache, chosen, parts = attachment.new_cache(**options), [], []
-            attachment.on_selection = lambda index, selected, *_, chosen=chosen: chosen.append(
-                selected.sum(-1).tolist()
+            attachment.on_selection = lambda index, selected, shape, _, chosen=chosen: chosen.append(
+                (torch.ones(shape) if selected is None else selected).sum(-1).tolist()
             )
             for start, stop in ((0, 20), *((place, place + 1) for place in range(20, 30))):
                 given = {"attention_mask": mask[:, :stop], "past_key_values": cache}
@@ -130,6 +130,33 @@ def test_a_tiled_cache_switches_by_each_sequence_s_own_length(llama, name, kerne
     assert all(heads == [[16]] * 4 for heads in (step[1] for step in counts))
     assert counts[0][0] == [[16]] * 4
     assert counts[-1][0] != [[16]] * 4
+
+
+@pytest.mark.parametrize("pieces", [(9, 1, 1, 8, 1, 10, 4), (2, 1, 30, 1), (25, 1, 1, 7)])
+def test_a_prompt_in_pieces_crosses_the_length_in_a_tiled_cache_on_a_cpu(llama, pieces, monkeypatch):
+    """There short sequences are not rotated; one that is given behind others, or decoded, must become so."""
+    if no_kernel_reason():
+        pytest.skip(str(no_kernel_reason()))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model, projections = llama
+    ids, mask = tokens(3, LENGTH, seed=2), torch.ones(3, LENGTH, dtype=torch.long)
+    ids[0, :2], mask[0, :2], ids[2, :20], mask[2, :20] = 0, 0, 0, 0
+    # A hidden token, which no kernel knows: everything is attended to in plain torch then.
+    hidden = mask.clone()
+    hidden[1, 5] = 0
+    for seen in (mask, hidden):
+        results = []
+        with aqua.apply(model, projections, SETTINGS["group, window"]) as attachment, torch.no_grad():
+            for options in ({}, {"max_length": 40, "layout": "tiled"}):
+                cache, start, parts = attachment.new_cache(**options), 0, []
+                for size in pieces:
+                    given = {"attention_mask": seen[:, : start + size], "past_key_values": cache}
+                    parts.append(logits(model, ids[:, start : start + size], **given))
+                    start += size
+                results.append(torch.cat(parts, 1)[seen[:, :start].bool()])
+            held = cache.layers[0].cache
+            assert held.rotated_from == THRESHOLD
+        assert torch.allclose(results[1], results[0], rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("config", [SETTINGS["paper"], SETTINGS["group, window"]])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import aqua_attention as aqua
 from aqua_attention.ops.cpu import build
 from aqua_attention.ops.cpu.decode import decode
-from aqua_attention.ops.cpu.prepare import prepare
+from aqua_attention.ops.cpu.step import decode_step
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.ops.tiled import Chosen, Pages, Rounding, TiledCache
@@ -83,7 +83,8 @@ def test_a_whole_step_over_the_end_of_a_tile_and_of_the_cache(dtype, choice):
     rows = torch.arange(2)
     for step in range(8):
         place, query = torch.tensor(lengths), random(2, 6, 32, seed=4 + step, dtype=dtype)
-        wide, chosen = prepare(query, keys[rows, :, place], values[rows, :, place], cache, rotation, rms, config)
+        new = keys[rows, :, place], values[rows, :, place]
+        found, wide, chosen = decode_step(query, *new, cache, rotation, rms, config)
         lengths = [min(length + 1, 384) for length in lengths]
         assert cache.lengths.tolist() == lengths
         expected = rotate(query[:, :, None], rotation)[:, :, 0]
@@ -97,8 +98,8 @@ def test_a_whole_step_over_the_end_of_a_tile_and_of_the_cache(dtype, choice):
                     count = chosen.dims.shape[2] if chosen.counts is None else chosen.counts[row, group]
                     flags = chosen.mask[row, group].nonzero()[:, 0].tolist()
                     assert sorted(chosen.dims[row, group, :count].tolist()) == flags
-        found = decode(wide, chosen, cache, sink=3, recent=20)
         check(found, wide, rotated, values, selected, lengths, sink=3, recent=20)
+        assert torch.equal(decode(wide, chosen, cache, sink=3, recent=20), found)
 
 
 @compiled
@@ -110,7 +111,8 @@ def test_selection_is_that_of_the_reference_with_ties_and_nan():
     def dims(**choice):
         cache = TiledCache(1, 1, 16, 16, 8, torch.float32, "cpu")
         config = aqua.AquaConfig(**{"selection": "weighted", "share": "group"} | choice)
-        _, (dims, mask, counts, _) = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
+        chosen = decode_step(query, state, state, cache, rotation, rms, config, scaling=1.0)[2]
+        dims, mask, counts, _ = chosen
         expected = select_dimensions(query[:, :, None], config, 16, rms, 1.0)[:, 0, 0]
         assert torch.equal(mask[0].bool(), expected)
         return sorted(dims[0, 0, : dims.shape[2] if counts is None else counts[0, 0]].tolist())
@@ -144,7 +146,7 @@ def test_a_step_whose_shapes_do_not_fit_its_cache_is_refused(change, words):
     given |= {"config": aqua.AquaConfig(share="group"), "cache": cache}
     given |= {name: torch.ones(new) if isinstance(new, tuple) else new for name, new in change.items()}
     with pytest.raises(aqua.AquaError, match=words):
-        prepare(**given)
+        decode_step(**given)
     assert cache.lengths.tolist() == [0]
 
 
@@ -249,4 +251,4 @@ def test_caches_that_the_kernels_cannot_read_are_refused(layout):
         decode(torch.ones(1, 2, 16), None, cache)
     states, rotation = torch.ones(1, 1, 16), torch.eye(16)[None].contiguous()
     with pytest.raises(aqua.AquaError, match="neither 8-bit codes nor pages"):
-        prepare(states, states, states, cache, rotation, ones, aqua.AquaConfig(k_ratio=0.5))
+        decode_step(states, states, states, cache, rotation, ones, aqua.AquaConfig(k_ratio=0.5))

@@ -7,6 +7,7 @@ one with every dimension, and one with the choice.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -16,8 +17,7 @@ from hypothesis import strategies as st
 
 import aqua_attention as aqua
 from aqua_attention.ops.api import attend
-from aqua_attention.ops.cpu import decode as cpu_decode
-from aqua_attention.ops.cpu import prepare as cpu_prepare
+from aqua_attention.ops.cpu import step as cpu_step
 from aqua_attention.ops.cpu.build import no_kernel_reason
 from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, WHOLE, short_queries, window_codes
 from aqua_attention.ops.reference import attention_reference
@@ -167,8 +167,9 @@ def check_step(found, wide, taken, cache, rms, config, lengths, eps):
     selected = select_dimensions(wide[:, :, None], plain, kept, rms, scaling=kept**-0.5)
     short = torch.tensor([length < config.threshold for length in lengths], device=wide.device)
     selected = selected | short[:, None, None, None]
-    assert torch.equal(taken.selected(heads), selected)
-    if taken.counts is not None:
+    assert taken is None or torch.equal(taken.selected(heads), selected)
+    assert taken is not None or short.all()
+    if taken is not None and taken.counts is not None:
         counted = selected.view(len(lengths), groups, -1, kept)[:, :, 0].sum(-1)
         assert torch.equal(taken.counts, counted.to(torch.int32))
         for row in range(len(lengths)):
@@ -230,10 +231,81 @@ def test_the_kernel_in_c_switches_at_the_length(choice, window):
         lengths = [299, 505]
         for step in range(10):
             query, new = (random(2, n, 48, seed=9 + step, device="cpu") * 2 for n in (6, 2))
-            wide, taken = cpu_prepare.prepare(query, new, new, cache, rotation, rms, config)
+            found, wide, taken = cpu_step.decode_step(query, new, new, cache, rotation, rms, config)
             lengths = [min(length + 1, 512) for length in lengths]
-            found = cpu_decode.decode(wide, taken, cache, sink=window[0], recent=window[1])
             check_step(found, wide, taken, cache, rms, config, lengths, 2e-5)
+
+
+@pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("min_length", [3, 130, 258, 384, 385, 900])
+def test_on_a_cpu_short_sequences_are_not_rotated_and_become_so(min_length, choice, dtype):
+    """Beside the same steps over a cache that is rotated throughout; rows reach the length at different times."""
+    rotation, rms = layer(2, 48, 48, device="cpu")
+    config = aqua.AquaConfig(share="group", sink=3, recent=9, min_length=min_length, **choice)
+    lengths = [0, 128, 255, 382]
+    keys, values = (random(4, 2, 390, 48, seed=seed, device="cpu", dtype=dtype) for seed in (2, 3))
+    turned = rotate(keys, rotation)
+    caches = [
+        TiledCache(4, 2, 48, 48, 384, dtype, "cpu", rotated_from=rotated_from) for rotated_from in (min_length, 0)
+    ]
+    short = torch.tensor(lengths)[:, None, None, None] < min_length
+    for cache, states in zip(caches, (torch.where(short, keys, turned), turned), strict=True):
+        cache.fill(states[:, :, :384], values[:, :, :384], torch.tensor(lengths))
+    rows, atol = torch.arange(4), 16 * torch.finfo(dtype).eps
+    for step in range(6):
+        query = random(4, 6, 48, seed=9 + step, device="cpu", dtype=dtype)
+        place = torch.tensor(lengths)
+        new = keys[rows, :, place], values[rows, :, place]
+        found, _, mine = cpu_step.decode_step(query, *new, caches[0], rotation, rms, config)
+        expected, _, its = cpu_step.decode_step(query, *new, caches[1], rotation, rms, config)
+        assert torch.allclose(found.float(), expected.float(), rtol=0, atol=atol)
+        assert (mine is None) == (its is None) == (min(max(lengths) + 1, 384) < min_length)
+        assert mine is None or torch.equal(mine.mask, its.mask)
+        lengths = [min(length + 1, 384) for length in lengths]
+        assert caches[0].lengths.tolist() == lengths
+        held = caches[0].read()[0]
+        for row, length in enumerate(lengths):
+            want = (keys if length < min_length else turned)[row, :, :length]
+            assert torch.allclose(held[row, :, :length].float(), want.float(), rtol=0, atol=atol)
+            assert length >= min_length or torch.equal(held[row, :, :length], want)
+
+
+@pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
+def test_on_a_cpu_settings_may_change_between_steps():
+    """A shorter `min_length` rotates what is so long already; a longer one, and other tensors, change no keys."""
+    rotation, rms = layer(1, 32, 32, device="cpu")
+    keys, values = (random(2, 1, 60, 32, seed=seed, device="cpu") for seed in (2, 3))
+    cache = TiledCache(2, 1, 32, 32, 60, torch.float32, "cpu", rotated_from=50)
+    cache.fill(keys, values, torch.tensor([40, 10]))
+    turned = rotate(keys, rotation)
+    for step, (min_length, rotated) in enumerate([(50, 0), (20, 1), (90, 1), (0, 2)]):
+        config = aqua.AquaConfig(k_ratio=0.25, share="group", min_length=min_length)
+        given = random(2, 2, 32, seed=step, device="cpu"), keys[:, :, step], values[:, :, step]
+        found, wide, taken = cpu_step.decode_step(*given, cache, rotation.clone(), rms, config)
+        held, all_values = cache.read()
+        for row, length in enumerate(cache.lengths.tolist()):
+            before = (turned if row < rotated else keys)[row, :, : length - step - 1]
+            assert torch.allclose(held[row, :, : length - step - 1], before, rtol=0, atol=1e-5)
+            one = slice(row, row + 1)
+            selected = None if taken is None else taken.selected(2)[one]
+            seen = held[one, :, :length], all_values[one, :, :length]
+            expected = attention_reference(wide[one, :, None], *seen, selected)[:, :, 0]
+            assert torch.allclose(found[one], expected, rtol=0, atol=1e-5)
+    copied = copy.deepcopy(cache)
+    again = cpu_step.decode_step(*given, copied, rotation, rms, config)[0]
+    assert torch.equal(again, cpu_step.decode_step(*given, cache, rotation, rms, config)[0])
+    assert copied.tiles.data_ptr() != cache.tiles.data_ptr()
+
+
+@pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
+def test_keys_that_do_not_keep_all_dimensions_are_always_rotated():
+    rotation, rms = layer(1, 32, 24, device="cpu")
+    cache, new = TiledCache(1, 1, 24, 32, 60, torch.float32, "cpu", rotated_from=50), torch.ones(1, 1, 32)
+    config = aqua.AquaConfig(k_ratio=0.25, s_ratio=0.25, share="group", min_length=50)
+    with pytest.raises(aqua.AquaError, match="rotated_from is 50: it must be 0 where keys do not keep all dimensions"):
+        cpu_step.decode_step(new, new, new, cache, rotation, rms, config)
 
 
 def test_codes_of_8_bits_need_counts():

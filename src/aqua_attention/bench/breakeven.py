@@ -78,8 +78,9 @@ def measure_breakeven(
     recent: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Check and time a step (rotate, choose, append, attend) of one sequence: at each k, at k = d on the same cache,
-    and the fastest dense attention with its append; find where they cross, and write this machine's profile.
+    """Check and time a step (rotate, choose, append, attend) of one sequence: at each k, at k = d as `min_length` does
+    it (on a CPU without rotation), and the fastest dense attention with its append; find where they cross, and write
+    this machine's profile.
 
     Args:
         k_ratios: below 1.
@@ -157,21 +158,23 @@ def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, rece
         "groups": shape.groups,
         "head_dim": shape.head_dim,
         "dtype": shape.dtype,
-        "k_ratios": (1.0, *k_ratios),
         "sink": sink,
         "recent": recent,
     }
     if shape.device.type == "cpu":
         from aqua_attention.bench.decode_cpu import measure_decode_cpu
 
-        measured = measure_decode_cpu(**given, steps_only=True)
+        # Below `min_length` nothing is rotated: that is k = d on a CPU.
+        measured = measure_decode_cpu(**given, k_ratios=k_ratios, parts=("step",), short=True)
+        measured.sort(key=lambda row: row["name"] != "aqua, short")
     else:
         try:
             from aqua_attention.bench.decode import measure_decode
         except ModuleNotFoundError as error:
             raise AquaError("on a GPU this needs triton, which CUDA builds of torch bring along") from error
         with torch.cuda.device(shape.device):
-            measured = [row for row in measure_decode(batch=1, **given)["rows"] if "absent" not in row]
+            rows = measure_decode(batch=1, k_ratios=(1.0, *k_ratios), **given)["rows"]
+        measured = [row for row in rows if "absent" not in row]
     dense = {row["name"]: row["step_seconds"] for row in measured if row["k_ratio"] is None}
     if not dense:
         raise AquaError(f"no dense attention ran at {length} tokens, so that there is nothing to compare with")

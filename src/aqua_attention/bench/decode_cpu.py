@@ -10,7 +10,8 @@ import math
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.cpu.decode import decode
-from aqua_attention.ops.cpu.prepare import prepare
+from aqua_attention.ops.cpu.step import decode_step
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
@@ -28,6 +29,12 @@ SECONDS, MOST_SECONDS, MOST_ROUNDS = 2.0, 30.0, 1000
 """What the runs of one size take together: the first where nothing else runs, at most the second."""
 SETTLED = 15
 """Rounds without anything being faster than before, after which nothing will."""
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache"), "index*/size"
+"""Where Linux says how large the caches of a processor are: "48K"."""
+LEAST_FLUSHED = 128 << 20
+"""Bytes that are read before each run, or twice the largest cache of the processor where that is known to be more."""
+FEW_TOKENS = 64
+"""Of another sequence, with which each way runs just before it is timed."""
 LOUD = 4.0
 """Keys of the first and the last token are so many times as large: among many, one that is missed would not be seen."""
 TOLERANCE, LEAST_ERROR = 4.0, 1e-5
@@ -61,6 +68,26 @@ DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+class Way(NamedTuple):
+    """One way to compute a step: what a row says of it, what is timed, the cache and what that keeps between steps."""
+
+    name: str
+    k_ratio: float | None
+    attention: Callable[[], Any]
+    step: Callable[[], Any]
+    cache: TiledCache
+    plan: Any = None
+
+    def run(self, part: str, length: int) -> float:
+        """Seconds of "attention" alone, or of a "step", as the newest of `length` tokens."""
+        self.cache.lengths.fill_(length - (part == "step"))
+        self.cache.plan = self.plan
+        call = getattr(self, part)
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+
 def measure_decode_cpu(
     *,
     length: int,
@@ -71,20 +98,47 @@ def measure_decode_cpu(
     sink: int = 4,
     recent: int = 64,
     dtype: torch.dtype = torch.float32,
-    steps_only: bool = False,
+    parts: tuple[str, ...] = ("attention", "step"),
+    short: bool = False,
 ) -> list[dict[str, Any]]:
     """Check and time one step over random keys and values of one sequence, `length` tokens with the new one.
 
     Args:
-        steps_only: attention alone is not timed.
+        parts: what is timed, of attention alone and the whole step.
+        short: also with `min_length` above `length`.
 
     Returns:
-        A row a way: `name`, `k_ratio` (None: dense), `seconds` (of the fastest of many runs) of attention alone, if it
-        was timed, and `step_seconds`, with what comes before: append, for ours rotate and choose too.
+        A row a way: `name`, `k_ratio` (None: dense; 1 and "aqua, short": with `min_length`), `seconds` (of the fastest
+        of many runs) of attention alone, if it was timed, and `step_seconds`, with what comes before: append, for ours
+        rotate and choose too.
 
     Raises:
         AquaError: a way is wrong, or there is no compiler.
     """
+    given: dict[str, Any] = {"k_ratios": k_ratios, "sink": sink, "recent": recent, "dtype": dtype, "short": short}
+    shape = heads, groups, head_dim
+    ways, others = _ways(length, *shape, **given), _ways(min(length, FEW_TOKENS), *shape, **given)
+    times = _fastest_seconds(ways, others, length, parts)
+    names = {"attention": "seconds", "step": "step_seconds"}
+    return [
+        {"name": way.name, "k_ratio": way.k_ratio} | {names[part]: times[place, part] for part in parts}
+        for place, way in enumerate(ways)
+    ]
+
+
+def _ways(
+    length: int,
+    heads: int,
+    groups: int,
+    head_dim: int,
+    *,
+    k_ratios: tuple[float, ...],
+    sink: int,
+    recent: int,
+    dtype: torch.dtype,
+    short: bool,
+) -> list[Way]:
+    """Every way, checked, with keys and values of its own for the dense ones, in a cache for ours."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -97,13 +151,16 @@ def measure_decode_cpu(
     rotation = torch.linalg.qr(torch.randn(groups, head_dim, head_dim, generator=generator)).Q.contiguous()
     key_rms = torch.rand(groups, head_dim, generator=generator) + 0.1
     rotated = rotate(keys, rotation)
-    cache = TiledCache(1, groups, head_dim, head_dim, length + TILE, dtype, "cpu")
-    cache.fill(rotated[:, :, :-1], values[:, :, :-1], torch.tensor([length - 1]))
     window: dict[str, Any] = {"sink": sink, "recent": recent}
-    kinds: list[tuple[str, float | None]] = []
-    # Of each way, what is timed and what the cache holds before it.
-    runs: list[tuple[Callable[[], Any], int]] = []
+
+    def filled(held: Tensor, rotated_from: int = 0) -> TiledCache:
+        cache = TiledCache(1, groups, head_dim, head_dim, length + TILE, dtype, "cpu", rotated_from=rotated_from)
+        cache.fill(held[:, :, :-1], values[:, :, :-1], torch.tensor([length - 1]))
+        return cache
+
+    cache = filled(rotated)
     dense_error = max(LEAST_ERROR, DENSE_ROUNDINGS * torch.finfo(dtype).eps)
+    ways = []
     for name, attend in DENSE.items():
         _check(name, dense_error, attend(query, keys, values), query, keys, values)
 
@@ -114,57 +171,68 @@ def measure_decode_cpu(
             keys[:, :, -1], values[:, :, -1] = newest
             return attend(query, keys, values)
 
-        kinds.append((name, None))
-        runs += [(dense, length), (dense_step, length - 1)]
-    for ratio in k_ratios:
-        config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent)
+        ways.append(Way(name, None, dense, dense_step, cache))
+    settings = [("aqua", ratio, ratio, 0) for ratio in k_ratios]
+    if short:
+        settings.append(("aqua, short", 1.0, min(k_ratios), length + 1))
+    for name, multiplied, ratio, min_length in settings:
+        config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", min_length=min_length, **window)
+        held = filled(keys, min_length) if min_length else cache
 
-        def step(config: AquaConfig = config) -> tuple[Tensor, Tensor, Chosen | None]:
-            turned, chosen = prepare(query[:, :, 0], *newest, cache, rotation, key_rms, config)
-            return decode(turned, chosen, cache, **window), turned, chosen
+        def step(config: AquaConfig = config, held: TiledCache = held) -> tuple[Tensor, Tensor, Chosen | None]:
+            return decode_step(query[:, :, 0], *newest, held, rotation, key_rms, config)
 
-        cache.lengths.fill_(length - 1)
+        held.lengths.fill_(length - 1)
         found, turned, chosen = step()
         wide = turned[:, :, None]
-        selected = select_dimensions(wide, config, head_dim, key_rms)
-        _check(f"k_ratio {ratio:g}", LEAST_ERROR, found[:, :, None], wide, rotated, values, selected, **window)
+        selected = None if min_length else select_dimensions(wide, config, head_dim, key_rms)
+        seen = keys if min_length else rotated
+        _check(
+            f"{name}, k_ratio {multiplied:g}", LEAST_ERROR, found[:, :, None], wide, seen, values, selected, **window
+        )
 
-        def attention(turned: Tensor = turned, chosen: Chosen | None = chosen) -> Tensor:
-            return decode(turned, chosen, cache, **window)
+        def attention(turned: Tensor = turned, chosen: Chosen | None = chosen, held: TiledCache = held) -> Tensor:
+            return decode(turned, chosen, held, **window)
 
-        kinds.append(("aqua", ratio))
-        runs += [(attention, length), (step, length - 1)]
-    times = iter(_fastest_seconds(runs[1::2] if steps_only else runs, cache))
-    rows: list[dict[str, Any]] = []
-    for name, kind in kinds:
-        row = {"name": name, "k_ratio": kind} | ({} if steps_only else {"seconds": next(times)})
-        rows.append(row | {"step_seconds": next(times)})
-    return rows
+        ways.append(Way(name, multiplied, attention, step, held, held.plan))
+    return ways
 
 
-def _fastest_seconds(runs: list[tuple[Callable[[], Any], int]], cache: TiledCache) -> list[float]:
-    """Of each run the fastest, because what makes others slower is other programs.
+def _fastest_seconds(
+    ways: list[Way], others: list[Way], length: int, parts: tuple[str, ...]
+) -> dict[tuple[int, str], float]:
+    """Of each way and part the fastest run, because what makes others slower is other programs.
 
-    All run in turn, so that a slow time of the machine slows all, and in another order each time, because one that
-    reads what the one before has read is faster.
+    Before each the caches of the processor are filled with something else, as a model's weights fill them between two
+    steps of a layer; then another sequence of few tokens takes the same way, because the code does come back sooner.
+    All run in turn, so that a slow time of the machine slows all, in another order each time.
     """
-    shuffle, order = random.Random(0), list(range(len(runs)))
-    fastest, settled, began = [math.inf] * len(runs), 0, time.perf_counter()
+    flushed = torch.ones(max(LEAST_FLUSHED, 2 * largest_cache()) // 4)
+    shuffle, order = random.Random(0), [(place, part) for place in range(len(ways)) for part in parts]
+    fastest = dict.fromkeys(order, math.inf)
+    settled, began = 0, time.perf_counter()
     for _ in range(MOST_ROUNDS):
         shuffle.shuffle(order)
         settled += 1
-        for place in order:
-            run, held = runs[place]
-            cache.lengths.fill_(held)
-            start = time.perf_counter()
-            run()
-            seconds = time.perf_counter() - start
-            settled = 0 if seconds < 0.99 * fastest[place] else settled
-            fastest[place] = min(fastest[place], seconds)
+        for place, part in order:
+            flushed.sum()
+            others[place].run(part, min(length, FEW_TOKENS))
+            seconds = ways[place].run(part, length)
+            settled = 0 if seconds < 0.99 * fastest[place, part] else settled
+            fastest[place, part] = min(fastest[place, part], seconds)
         spent = time.perf_counter() - began
         if spent > MOST_SECONDS or (spent > SECONDS and settled >= SETTLED):
             break
     return fastest
+
+
+def largest_cache() -> int:
+    """Bytes of the processor's largest cache; 0 where nothing is known."""
+    folder, pattern = CACHES
+    sizes = [path.read_text().strip() for path in folder.glob(pattern)]
+    units = {"K": 10, "M": 20, "G": 30}
+    known = [int(size[:-1]) << units[size[-1]] for size in sizes if size[:-1].isdecimal() and size[-1] in units]
+    return max(known, default=0)
 
 
 def _check(

@@ -12,7 +12,7 @@ order, the keys or values of one key-value head in one block of tokens lie toget
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.select import rotate
 
 Device = torch.device | str
 TILE = 128
@@ -112,6 +113,9 @@ class TiledCache:
         arrived: int32 [batch, num_key_value_heads + 1], zero; the decoding kernel counts its programs there.
         count: tiles of a sequence at most.
         block: tokens that lie together.
+        rotated_from: sequences of fewer tokens have keys as the model computes them, and are multiplied so; only the
+            CPU kernel knows that. 0: all keys are rotated.
+        plan: what the CPU kernel keeps between steps.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class TiledCache:
         *,
         rounding: Rounding | None = None,
         pages: Pages | None = None,
+        rotated_from: int = 0,
     ) -> None:
         """Empty sequences.
 
@@ -142,6 +147,8 @@ class TiledCache:
             raise AquaError(f"batch is {batch} and max_length {max_length}: they must be 1 or more")
         self.shape, self.max_length, self.dtype = (batch, groups, kept, value_dim, max_length), max_length, dtype
         self.count, self.rounding, self.pages = -(-max_length // TILE), rounding, pages
+        self.rotated_from = rotated_from
+        self.plan: Any = None
         if rounding is not None:
             if max(kept, value_dim) > LARGEST_ROUNDED:
                 raise AquaError(
@@ -183,7 +190,8 @@ class TiledCache:
         """Hold a prompt.
 
         Args:
-            keys: rotated, [batch, num_key_value_heads, length, kept]; of sequence b the first lengths[b] count.
+            keys: [batch, num_key_value_heads, length, kept]; of sequence b the first lengths[b] count. Rotated, but for
+                sequences shorter than `rotated_from`.
             values: [batch, num_key_value_heads, length, value_dim].
             lengths: int [batch], each from 0 to `length`.
 
@@ -201,20 +209,38 @@ class TiledCache:
             raise AquaError(f"lengths are {lengths.tolist()}: they must be {shape[0]} numbers from 0 to {length}")
         self.lengths.copy_(lengths)
         for row, count in enumerate(lengths.tolist()):
-            cells, room = self._cells(row, count), -(-count // self.block) * self.block
-            wide, given = (F.pad(states[row, :, :count], (0, 0, 0, room - count)) for states in (keys, values))
-            if self.rounding is not None:
-                assert self.key_steps is not None and self.value_steps is not None
-                wide = (wide.float() - self.rounding.mean[:, None]) / self.rounding.scale[:, None]
-                wide, key_steps = rounded(wide)
-                given, value_steps = rounded(given)
-                self.key_steps.view(-1, self.block)[cells] = key_steps.unflatten(1, (-1, self.block))
-                self.value_steps.view(-1, self.block)[cells] = value_steps.unflatten(1, (-1, self.block))
-            blocks = wide.unflatten(1, (-1, self.block)).transpose(-1, -2)
-            self.tiles.view(-1, *self.tiles.shape[-2:])[cells] = blocks
-            self.values.view(-1, self.block, self.shape[3])[cells] = given.unflatten(1, (-1, self.block))
-            tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
-            self.tail[row, :, tokens % (2 * TILE)] = keys[row, :, tokens]
+            self._fill_row(row, keys[row, :, :count], values[row, :, :count])
+
+    def _fill_row(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Write a sequence: keys [num_key_value_heads, its length, kept], values likewise."""
+        count = keys.shape[1]
+        cells, room = self._cells(row, count), -(-count // self.block) * self.block
+        wide, given = (F.pad(states, (0, 0, 0, room - count)) for states in (keys, values))
+        if self.rounding is not None:
+            assert self.key_steps is not None and self.value_steps is not None
+            wide = (wide.float() - self.rounding.mean[:, None]) / self.rounding.scale[:, None]
+            wide, key_steps = rounded(wide)
+            given, value_steps = rounded(given)
+            self.key_steps.view(-1, self.block)[cells] = key_steps.unflatten(1, (-1, self.block))
+            self.value_steps.view(-1, self.block)[cells] = value_steps.unflatten(1, (-1, self.block))
+        blocks = wide.unflatten(1, (-1, self.block)).transpose(-1, -2)
+        self.tiles.view(-1, *self.tiles.shape[-2:])[cells] = blocks
+        self.values.view(-1, self.block, self.shape[3])[cells] = given.unflatten(1, (-1, self.block))
+        tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
+        self.tail[row, :, tokens % (2 * TILE)] = keys[:, tokens]
+
+    def rotate_grown(self, rotation: Tensor, rotated_from: int) -> None:
+        """Before a step: rotate keys that are not, of sequences which then have so many tokens; later ones from there
+        on, or from where on it was, if that is less.
+
+        Args:
+            rotation: float32 [num_key_value_heads, kept, kept].
+        """
+        before, self.rotated_from = self.rotated_from, min(self.rotated_from, rotated_from)
+        for row, held in enumerate(self.lengths.tolist()):
+            if held < before and min(held + 1, self.count * TILE) >= self.rotated_from:
+                keys, values = self.read([row])
+                self._fill_row(row, rotate(keys, rotation)[0], values[0])
 
     def check_step(
         self, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor, key_rms: Tensor, config: AquaConfig

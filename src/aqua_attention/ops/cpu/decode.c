@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One decoding attention step on a CPU, reading only the chosen dimensions of the keys; see decode.py and prepare.py.
+// One decoding attention step on a CPU, reading only the chosen dimensions of the keys; see step.py and decode.py.
 // Keys and values lie as in TiledCache: tiles of TILE tokens by dimension, a ring of two tiles by token behind them.
 #include <math.h>
 #include <stdint.h>
@@ -9,40 +9,33 @@
 #define MOST_DIMS 256
 #define MOST_HEADS 16 // of a group at once
 
-typedef struct {
-    const float *query;     // [rows, group, dims], rotated
-    const int32_t *chosen;  // [rows, most]
-    const int32_t *counts;  // [rows], or NULL: all of `most`
-    const uint8_t *mask;    // [rows, dims], 1 for the chosen
-    const void *tiles;      // [rows, tiles_each, dims, TILE]
-    const void *tail;       // [rows, 2 * TILE, dims]
-    const void *values;     // [rows, tiles_each * TILE, value_dims]
-    const int32_t *lengths; // [rows / rows_each]
-    void *output;           // [rows, group, value_dims]
-    float *sums;            // [rows, parts, group, value_dims], not yet divided
-    float *largest, *total; // [rows, parts, group]
-    int64_t rows, rows_each, group, dims, most, value_dims, tiles_each, sink, recent, parts;
-    float scaling;
-} Step;
-
 enum { MAGNITUDE, WEIGHTED, STATIC };
 
 typedef struct {
-    const void *query, *key, *value; // [rows, group, wide], [rows, wide], [rows, value_dims]
+    const void *query, *key, *value; // new tokens: [rows, group, wide], [rows, wide], [rows, value_dims]
     const float *rotation, *rms;     // [rows_each, wide, dims], [rows_each, dims]
-    void *tiles, *tail, *values;     // as in Step
-    int32_t *lengths;                // [rows / rows_each], one more afterwards
-    void *turned;                    // rotated queries, [rows, group, dims]
-    int32_t *chosen, *counts;        // [rows, most] and [rows], or NULL
-    uint8_t *mask;                   // [rows, dims]
-    int64_t rows, rows_each, group, wide, dims, most, value_dims, tiles_each, selection, squared, adaptive;
-    int64_t count, min_length; // dimensions to choose, all of them in sequences of fewer tokens than min_length
+    void *tiles;                     // [rows, tiles_each, dims, TILE]
+    void *tail;                      // [rows, 2 * TILE, dims]
+    void *values;                    // [rows, tiles_each * TILE, value_dims]
+    int32_t *lengths;                // [rows / rows_each], one more after the new tokens
+    void *turned;                    // queries that keys are multiplied with, [rows, group, dims]
+    int32_t *chosen, *counts;        // [rows, most], and [rows] or NULL: all of `most`
+    uint8_t *mask;                   // [rows, dims], 1 for the chosen
+    void *output;                    // [rows, group, value_dims]
+    float *sums;                     // [rows, parts, group, value_dims], not yet divided
+    float *largest, *total;          // [rows, parts, group]
+    int64_t rows, rows_each, group, wide, dims, value_dims, tiles_each;
+    int64_t selection, squared, adaptive;
+    // Dimensions to choose: `count`, 0 for none, because `chosen` is given; all in sequences of fewer tokens than min_length.
+    int64_t most, count, min_length;
+    int64_t rotated_from; // keys of sequences of fewer tokens are as they came
+    int64_t sink, recent, parts;
     float scaling, logit_error;
-} Preparation;
+} Step;
 
 // Dimensions by falling size; of equal ones the first, and a NaN is largest. As many as `count`, or as few as the expected
 // error allows: dropping one costs its own and that of all behind it. Of a sequence that is too short to choose, all.
-static void choose(const Preparation *given, int64_t row, int is_short, const float *sizes, const float *errors) {
+static void choose(const Step *given, int64_t row, int is_short, const float *sizes, const float *errors) {
     int64_t dims = given->dims, count = given->count;
     int32_t keys[MOST_DIMS], ranks[MOST_DIMS], *chosen = given->chosen + row * given->most, order[MOST_DIMS];
     if (is_short) {
@@ -133,12 +126,20 @@ static inline uint16_t to_bfloat16(float number) {
     return number != number ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+// Bytes that memory is asked for ahead of use, into the second cache: processors guess rows that lie here and there badly.
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
+static inline void fetch(const void *from, size_t bytes) {
+    for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char *)from + byte, 0, 2);
+}
+
 #define NUMBER float
 #define WIDE same
 #define NARROW same
 #define NAME(function) function##_float32
-#include "decode.inc"
 #include "prepare.inc"
+#include "decode.inc"
 #undef NUMBER
 #undef WIDE
 #undef NARROW
@@ -148,5 +149,5 @@ static inline uint16_t to_bfloat16(float number) {
 #define WIDE from_bfloat16
 #define NARROW to_bfloat16
 #define NAME(function) function##_bfloat16
-#include "decode.inc"
 #include "prepare.inc"
+#include "decode.inc"

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoding step on a CPU in one call: rotate query and key, choose dimensions, append to the cache, attend.
+
+At few tokens calling takes longer than computing, so nothing is done here that C could do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aqua_attention.config import SELECTIONS, AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.ops.cpu.build import kernels
+from aqua_attention.ops.tiled import TILE, WIDEST, Chosen, TiledCache
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+JOBS_A_THREAD, LEAST_TILES = 4, 4
+"""Parts of sequences are made until each thread has so many, because other programs slow threads
+unevenly; a part has that many tiles, or more."""
+
+
+class Step(ctypes.Structure):
+    """`Step` of decode.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "rotation", "rms")),
+        *((name, ctypes.c_void_p) for name in ("tiles", "tail", "values", "lengths")),
+        *((name, ctypes.c_void_p) for name in ("turned", "chosen", "counts", "mask")),
+        *((name, ctypes.c_void_p) for name in ("output", "sums", "largest", "total")),
+        *((name, ctypes.c_int64) for name in ("rows", "rows_each", "group", "wide", "dims", "value_dims")),
+        *((name, ctypes.c_int64) for name in ("tiles_each", "selection", "squared", "adaptive")),
+        *((name, ctypes.c_int64) for name in ("most", "count", "min_length", "rotated_from")),
+        *((name, ctypes.c_int64) for name in ("sink", "recent", "parts")),
+        ("scaling", ctypes.c_float),
+        ("logit_error", ctypes.c_float),
+    ]
+
+
+class Plan:
+    """What stays the same between the steps of a cache: to find it out takes longer than a step of few tokens."""
+
+    def __init__(
+        self, query: Tensor, cache: TiledCache, rotation: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float
+    ) -> None:
+        """For what has been checked; tensors as `decode_step` takes them."""
+        batch, groups, kept, value_dim, _ = cache.shape
+        heads, head_dim = query.shape[1:]
+        self.rotation, self.key_rms, self.config, self.scaling = rotation, key_rms, config, scaling
+        self.shapes = query.shape, (batch, groups, head_dim), (batch, groups, value_dim)
+        self.threads, self.threshold = torch.get_num_threads(), config.threshold
+        self.room = cache.count * TILE
+        self.held = rotation.contiguous(), key_rms.contiguous(), cache.tiles, cache.tail, cache.values, cache.lengths
+        adaptive = config.logit_error is not None
+        self.count = kept if adaptive else min(config.selected_dims(head_dim), kept)
+        self.chooses = adaptive or self.count < kept
+        self.everything = everything(batch, groups, kept)
+        counted = adaptive or self.threshold > 0
+        # Memory like this is made faster than from sizes. Where the number of dimensions differs, all have room.
+        self.chosen = (
+            torch.empty((batch, groups, kept if counted else self.count), dtype=torch.int32),
+            torch.empty((batch, groups, kept), dtype=torch.int8),
+            torch.empty((batch, groups), dtype=torch.int32) if counted else None,
+        )
+        self.turned = torch.empty((batch, heads, kept), dtype=cache.dtype)
+        self.output = torch.empty((batch, heads, value_dim), dtype=cache.dtype)
+        parts, self.work, (sums, largest, total) = working_memory(cache, heads)
+        self.call = function("step", cache)
+        matrix, rms, tiles, tail, values, lengths = (tensor.data_ptr() for tensor in self.held)
+        self.step = Step(
+            rotation=matrix,
+            rms=rms,
+            tiles=tiles,
+            tail=tail,
+            values=values,
+            lengths=lengths,
+            sums=sums,
+            largest=largest,
+            total=total,
+            rows=batch * groups,
+            rows_each=groups,
+            group=heads // groups,
+            wide=head_dim,
+            dims=kept,
+            value_dims=value_dim,
+            tiles_each=cache.count,
+            selection=SELECTIONS.index(config.selection),
+            squared=config.share == "group",
+            adaptive=adaptive,
+            min_length=self.threshold,
+            sink=config.sink,
+            recent=config.recent,
+            parts=parts,
+            scaling=scaling,
+            logit_error=config.logit_error or 0.0,
+        )
+        self.pointer = ctypes.byref(self.step)
+        self.choose(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """Nothing: a copied cache has other addresses."""
+
+    def choose(self, chosen: Chosen | None) -> None:
+        """The coming steps write what they choose here, and multiply it; None: they multiply everything."""
+        dims, mask, counts, _ = chosen or self.everything
+        self.is_choosing = chosen is not None
+        self.step.count = self.count if self.is_choosing else 0
+        self.step.chosen, self.step.mask, self.step.most = dims.data_ptr(), mask.data_ptr(), dims.shape[2]
+        self.step.counts = None if counts is None else counts.data_ptr()
+
+    def is_for(self, rotation: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float) -> bool:
+        """Whether it is for these, too."""
+        return (
+            self.rotation is rotation
+            and self.key_rms is key_rms
+            and self.config is config
+            and self.scaling == scaling
+            and self.threads == torch.get_num_threads()
+        )
+
+
+def decode_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: TiledCache,
+    rotation: Tensor,
+    key_rms: Tensor,
+    config: AquaConfig,
+    *,
+    scaling: float | None = None,
+) -> tuple[Tensor, Tensor, Chosen | None]:
+    """`ops.triton.step.decode_step` on a CPU; the sequences are one longer afterwards, where they have room.
+
+    Args:
+        query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
+        cache: in float32 or bfloat16. With `rotated_from` shorter sequences are not rotated, and those that become so
+            long are rotated now.
+        rotation: float32 [num_key_value_heads, head_dim, kept]; key_rms: float32 [num_key_value_heads, kept].
+        config: the selection, its `min_length` and the exact window; dimensions are shared by a group.
+        scaling: factor of the scores; default 1/sqrt(head_dim).
+
+    Returns:
+        The output [batch, num_attention_heads, value_dim], queries as keys were multiplied with them, [batch,
+        num_attention_heads, kept], and what was multiplied; None: every dimension.
+
+    Raises:
+        AquaError: shapes or dtypes that do not fit the cache, dimensions that are not shared by a group, or there is no
+            compiler.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plan, dtype = cache.plan, cache.dtype
+    if (
+        plan is None
+        or not plan.is_for(rotation, key_rms, config, scaling)
+        or plan.shapes != (query.shape, key.shape, value.shape)
+        or not query.dtype == key.dtype == value.dtype == dtype
+    ):
+        check_cache(cache, config.recent)
+        cache.check_step(query, key, value, rotation, key_rms, config)
+        if cache.rotated_from and query.shape[2] != cache.shape[2]:
+            raise AquaError(f"rotated_from is {cache.rotated_from}: it must be 0 where keys do not keep all dimensions")
+        plan = cache.plan = Plan(query, cache, rotation, key_rms, config, scaling)
+    chooses, step = plan.chooses, plan.step
+    if plan.threshold or cache.rotated_from:
+        # A full sequence stays as long as it is.
+        longest = min(max(cache.lengths.tolist()) + 1, plan.room)
+        chooses = chooses and longest >= plan.threshold
+        if cache.rotated_from and longest >= min(cache.rotated_from, plan.threshold):
+            cache.rotate_grown(plan.rotation, plan.threshold)
+        step.rotated_from = cache.rotated_from
+    chosen = None
+    if chooses:
+        dims, mask, counts = plan.chosen
+        chosen = Chosen(
+            torch.empty_like(dims), torch.empty_like(mask), None if counts is None else torch.empty_like(counts)
+        )
+    if chooses or plan.is_choosing:
+        plan.choose(chosen)
+    # Held by name until the call has ended.
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    turned, output = torch.empty_like(plan.turned), torch.empty_like(plan.output)
+    step.query, step.key, step.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    step.turned, step.output = turned.data_ptr(), output.data_ptr()
+    plan.call(plan.pointer)
+    return output, turned, chosen
+
+
+def check_cache(cache: TiledCache, recent: int) -> None:
+    """Raise AquaError where the kernels would read something else than the cache holds, or take no such cache."""
+    _, _, kept, value_dim, _ = cache.shape
+    if cache.rounding is not None or cache.pages is not None:
+        raise AquaError("the CPU kernels read neither 8-bit codes nor pages: make the cache without rounding and pages")
+    if cache.dtype not in DTYPES or max(kept, value_dim) > WIDEST or not 0 <= recent <= TILE:
+        raise AquaError(
+            f"{cache.dtype}, heads of {kept} and {value_dim} dimensions, recent {recent}: the CPU kernel takes "
+            f"float32 and bfloat16, at most {WIDEST} dimensions and {TILE} recent tokens"
+        )
+
+
+def working_memory(cache: TiledCache, heads: int, parts: int | None = None) -> tuple[int, Tensor, tuple[int, int, int]]:
+    """How many parts a sequence and head has (None: enough to keep the threads busy), memory for what they find, and
+    where in it `sums`, `largest` and `total` begin; three tensors would take longer to make.
+    """
+    batch, groups, _, value_dim, _ = cache.shape
+    if parts is None:
+        parts = max(
+            1, min(-(-JOBS_A_THREAD * torch.get_num_threads() // (batch * groups)), -(-cache.count // LEAST_TILES))
+        )
+    places = batch * heads * parts
+    work = torch.empty(places * (value_dim + 2))
+    sums = work.data_ptr()
+    largest = sums + places * value_dim * work.element_size()
+    return parts, work, (sums, largest, largest + places * work.element_size())
+
+
+def function(name: str, cache: TiledCache) -> Callable[..., None]:
+    """The function of decode.c for the dtype of a cache; it takes a pointer to a `Step`."""
+    return getattr(kernels(), f"{name}_{DTYPES[cache.dtype]}")
+
+
+@functools.lru_cache(maxsize=8)
+def everything(batch: int, groups: int, kept: int) -> Chosen:
+    """Every dimension of every key-value head."""
+    return Chosen.of(torch.arange(kept).expand(batch, groups, kept), kept)
