@@ -34,8 +34,8 @@ def grouped_breakeven(head_dim: int, k: int, group: int) -> float:
     saves d - k products with each of L cached tokens: G (d - k) L. The two are equal at L = d^2 (G + 1) / (G (d - k)),
     which is the paper's for G = 1 and tends to half of it. Sorting, and reading instead of multiplying, are left out.
 
-    It is about dense attention on keys that are not rotated. Where the cache is rotated anyway, both sides rotate, and
-    what has to pay is the choice alone.
+    It is about dense attention on keys that are not rotated. On a GPU the cache is rotated anyway: both sides rotate,
+    and what has to pay is the choice alone.
     """
     return head_dim**2 * (1 + 1 / group) / (head_dim - k)
 

@@ -86,7 +86,7 @@ def _breakeven(place: int, record: Record) -> list[Block]:
     size, commands = _size(result), commands_of([record])
     names = [
         "fastest dense",
-        "k = d, same cache",
+        "k = d",
         *(f"k_ratio {plain(number(e.get('k_ratio')))}" for e in result["breakeven"]),
     ]
     points: list[list[tuple[float, list[float]]]] = [[] for _ in names]
