@@ -53,7 +53,7 @@ def test_a_profile_is_of_one_device_shape_and_dtype():
     write_profile(SHAPE, {0.5: 300}, [64, 4096], {"torch": "2"})
     kept = json.loads(profile_path(SHAPE).read_text())
     assert kept == {
-        "format": 1,
+        "format": 2,
         "device": device_name(torch.device("cpu")),
         "thresholds": [{"k_ratio": 0.5, "min_length": 300}],
         "lengths": [64, 4096],
@@ -71,9 +71,9 @@ def test_a_profile_is_of_one_device_shape_and_dtype():
         min_length([SHAPE._replace(device=torch.device("meta"))], k_ratio=0.5)
 
 
-DAMAGED = ["", "{", "[]", "{}", '{"format": 2, "thresholds": []}', '{"format": 1, "thresholds": [{"k_ratio": 0.5}]}']
+DAMAGED = ["", "{", "[]", "{}", '{"format": 1, "thresholds": []}', '{"format": 2, "thresholds": [{"k_ratio": 0.5}]}']
 DAMAGED += [
-    f'{{"format": 1, "thresholds": [{{"k_ratio": 0.5, "min_length": {bad}}}], "lengths": [9]}}'
+    f'{{"format": 2, "thresholds": [{{"k_ratio": 0.5, "min_length": {bad}}}], "lengths": [9]}}'
     for bad in ("-1", '"9"', "1.5", "true")
 ]
 

@@ -97,7 +97,7 @@ class AquaCache(Cache):
 
     Attributes:
         max_length: tokens for which there is room; None: it grows.
-        layout: "tiled" for the decoding kernel on a GPU, or "plain".
+        layout: "tiled" for the decoding kernels, or "plain".
 
     An ordinary `DynamicCache`, which `generate` makes by itself, becomes the same as the growing one while it is empty.
     """

@@ -23,7 +23,8 @@ from aqua_attention.config import AUTO, AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.files import write_json
 
-FORMAT = 1
+FORMAT = 2
+"""1 was measured with keys and values in the processor's caches, and against k = d of rotated keys."""
 
 
 MEASURED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache layer of fixed size in the layout of the decoding kernel (`ops.triton`), for models on a GPU.
+"""A cache layer of fixed size in the layout of the decoding kernels (`ops.triton`, `ops.cpu`).
 
 A decoded token is rotated, appended and attended to by few kernels, which look at no mask and no length on the CPU, so
 that a step can be recorded as a CUDA graph. Padding is not stored: each sequence has its own length.
@@ -56,7 +56,7 @@ def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype:
 
 
 class TiledLayer(StaticLayer):
-    """A cache layer of fixed size: rotated keys in tiles by dimension, values by token, see `TiledCache`."""
+    """A cache layer of fixed size: keys in tiles by dimension, values by token, see `TiledCache`."""
 
     def __init__(self, spec: CacheSpec, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
@@ -230,7 +230,7 @@ class TiledLayer(StaticLayer):
         keys, values = (
             states.gather(2, places.expand(*states.shape[:2], -1, states.shape[3])) for states in self.cache.read()
         )
-        if not self.cache.rotated_from:
+        # A GPU is not asked: there all are rotated.
+        if not self.cache.rotated_from or not bool((short := self.cache.lengths < self.cache.rotated_from).any()):
             return keys, keys, values
-        short = (self.cache.lengths < self.cache.rotated_from)[:, None, None, None]
-        return keys, torch.where(short, self.spec.rotated(keys), keys), values
+        return keys, torch.where(short[:, None, None, None], self.spec.rotated(keys), keys), values

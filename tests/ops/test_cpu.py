@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 import aqua_attention as aqua
 from aqua_attention.ops.cpu import build
 from aqua_attention.ops.cpu.decode import decode
-from aqua_attention.ops.cpu.step import decode_step
+from aqua_attention.ops.cpu.step import decode_step, everything
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.ops.tiled import Chosen, Pages, Rounding, TiledCache
@@ -100,6 +102,140 @@ def test_a_whole_step_over_the_end_of_a_tile_and_of_the_cache(dtype, choice):
                     assert sorted(chosen.dims[row, group, :count].tolist()) == flags
         check(found, wide, rotated, values, selected, lengths, sink=3, recent=20)
         assert torch.equal(decode(wide, chosen, cache, sink=3, recent=20), found)
+
+
+def example(seed, heads=6):
+    """A cache that holds 200 tokens, and one more to come, with what its layer needs."""
+    cache = TiledCache(2, 2, 32, 32, 300, torch.float32, "cpu")
+    cache.fill(*(random(2, 2, 200, 32, seed=seed + n) for n in range(2)), torch.tensor([200, 140]))
+    new = random(2, heads, 32, seed=seed + 2), random(2, 2, 32, seed=seed + 3), random(2, 2, 32, seed=seed + 4)
+    rotation = torch.linalg.qr(random(2, 32, 32, seed=seed + 5))[0].contiguous()
+    return cache, new, {"rotation": rotation, "key_rms": random(2, 32, seed=seed + 6).abs() + 0.1}
+
+
+@compiled
+def test_what_changes_between_steps_of_a_cache_counts():
+    """What is kept between steps is for one setting; each change comes out as over a cache that saw nothing else."""
+    cache, new, given = example(0)
+    window = {"share": "group", "selection": "weighted", "sink": 3, "recent": 9}
+    given |= {"config": aqua.AquaConfig(k_ratio=0.25, **window), "scaling": 0.2}
+    skewed = example(1)[2]["rotation"].transpose(1, 2).contiguous().transpose(1, 2)
+    changes = [
+        {},
+        {"config": aqua.AquaConfig(k_ratio=0.5, **window)},
+        {"config": aqua.AquaConfig(k_ratio=0.5, min_length=150, **window)},
+        {"config": aqua.AquaConfig(k_ratio=0.5, min_length=9000, **window)},
+        {"config": aqua.AquaConfig(k_ratio=1.0, **window)},
+        {"config": aqua.AquaConfig(logit_error=0.2, **window)},
+        {"scaling": 0.5},
+        {"rotation": skewed},
+        {"key_rms": torch.rand(2, 64, generator=torch.Generator().manual_seed(7))[:, ::2]},
+        {"threads": 3},
+        {"new": tuple(states.transpose(1, 2).contiguous().transpose(1, 2) for states in new)},
+        {"new": example(2, heads=2)[1]},
+        {"clear": True},
+    ]
+    threads = torch.get_num_threads()
+    for change in changes:
+        given |= {name: value for name, value in change.items() if name in given}
+        new = change.get("new", new)
+        torch.set_num_threads(change.get("threads", threads))
+        fresh, _, _ = example(0)
+        if "clear" in change:
+            cache.clear()
+            fresh.clear()
+        else:
+            cache.lengths.copy_(fresh.lengths)
+        try:
+            found = decode_step(*new, cache, **given)
+            assert cache.plan.threads == torch.get_num_threads()
+            dense = {name: value.contiguous() for name, value in given.items() if isinstance(value, torch.Tensor)}
+            expected = decode_step(*(states.contiguous() for states in new), fresh, **given | dense)
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1]), change
+        assert (found[2] is None) == (expected[2] is None)
+        assert found[2] is None or torch.equal(found[2].mask, expected[2].mask)
+
+
+@compiled
+def test_a_choice_that_was_given_back_is_not_written_to_again():
+    cache, new, given = example(0)
+    config = aqua.AquaConfig(k_ratio=0.25, share="group", min_length=150)
+    _, _, chosen = decode_step(*new, cache, **given, config=config)
+    mask, dims = chosen.mask.clone(), chosen.dims.clone()
+    cache.lengths.fill_(20)  # all are short now
+    output, turned, none = decode_step(*new, cache, **given, config=config)
+    assert none is None
+    assert torch.equal(output, decode(turned, None, cache))
+    cache.lengths.fill_(200)
+    decode_step(-3 * new[0].flip(-1), *new[1:], cache, **given, config=config)
+    assert torch.equal(chosen.mask, mask) and torch.equal(chosen.dims, dims)
+
+
+@compiled
+@pytest.mark.parametrize("wrong", ["query", "key", "value", "dtype"])
+def test_a_later_step_that_does_not_fit_is_refused_too(wrong):
+    cache, (query, key, value), given = example(0)
+    given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group")
+    decode_step(query, key, value, cache, **given)
+    changed = {"query": query[:, :5], "key": key[..., :16], "value": value[..., :16], "dtype": value.double()}[wrong]
+    new = {"query": query, "key": key, "value": value} | {"value" if wrong == "dtype" else wrong: changed}
+    with pytest.raises(
+        aqua.AquaError, match=f"{'value' if wrong == 'dtype' else wrong} is .* it must be torch.float32"
+    ):
+        decode_step(**new, cache=cache, **given)
+    assert cache.lengths.tolist() == [201, 141]
+
+
+@compiled
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copied_cache_keeps_nothing_of_the_first(way):
+    cache, new, given = example(0)
+    given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group")
+    decode_step(*new, cache, **given)
+    copied = way(cache)
+    assert copied.plan is None
+    assert cache.plan is not None
+    if way is copy.copy:
+        copied.lengths = cache.lengths.clone()
+    found = decode_step(*new, copied, **given)[0]
+    assert (copied.lengths.tolist(), cache.lengths.tolist()) == ([202, 142], [201, 141])
+    assert torch.equal(found, decode_step(*new, cache, **given)[0])
+
+
+@compiled
+@pytest.mark.parametrize("where", ["bfloat16", "meta"])
+def test_torch_s_defaults_change_nothing(where):
+    """Memory that C writes to is float32 and on the CPU, whatever torch makes by default."""
+    cache, new, given = example(0)
+    given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group", min_length=50)
+    expected = decode_step(*new, example(0)[0], **given)[0]
+    everything.cache_clear()
+    try:
+        if where == "bfloat16":
+            torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta" if where == "meta" else "cpu"):
+            found, turned, chosen = decode_step(*new, cache, **given)
+            again = decode(turned, chosen, cache)
+            assert decode(turned, None, cache).isfinite().all()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert torch.equal(again, found)
+
+
+@compiled
+def test_a_prompt_in_inference_mode_goes_on_without():
+    with torch.inference_mode():
+        cache, new, given = example(0)
+        cache.rotated_from = 202
+    given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group", min_length=202)
+    new = tuple(states.clone() for states in new)
+    for length in (201, 202):
+        decode_step(*new, cache, **given)
+        assert int(cache.lengths[0]) == length
+    assert cache.rotated_from == 202
 
 
 @compiled

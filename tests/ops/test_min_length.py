@@ -7,7 +7,6 @@ one with every dimension, and one with the choice.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import pytest
@@ -293,10 +292,40 @@ def test_on_a_cpu_settings_may_change_between_steps():
             seen = held[one, :, :length], all_values[one, :, :length]
             expected = attention_reference(wide[one, :, None], *seen, selected)[:, :, 0]
             assert torch.allclose(found[one], expected, rtol=0, atol=1e-5)
-    copied = copy.deepcopy(cache)
-    again = cpu_step.decode_step(*given, copied, rotation, rms, config)[0]
-    assert torch.equal(again, cpu_step.decode_step(*given, cache, rotation, rms, config)[0])
-    assert copied.tiles.data_ptr() != cache.tiles.data_ptr()
+
+
+@pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
+@pytest.mark.parametrize("lengths", [[0, 0], [0, 30]])
+@pytest.mark.parametrize("thresholds", [(50, 1), (1, 1), (50, 0)])
+def test_an_empty_sequence_becomes_long_enough_too(lengths, thresholds):
+    rotation, rms = layer(1, 32, 32, device="cpu")
+    keys, values = (random(2, 1, 40, 32, seed=seed, device="cpu") for seed in (2, 3))
+    config = aqua.AquaConfig(k_ratio=0.5, share="group", min_length=thresholds[1])
+    results = []
+    for rotated_from, held in ((thresholds[0], keys), (0, rotate(keys, rotation))):
+        short = torch.tensor(lengths)[:, None, None, None] < rotated_from
+        cache = TiledCache(2, 1, 32, 32, 60, torch.float32, "cpu", rotated_from=rotated_from)
+        cache.fill(torch.where(short, held, rotate(keys, rotation)), values, torch.tensor(lengths))
+        new = random(2, 2, 32, seed=4, device="cpu"), keys[:, :, 30], values[:, :, 30]
+        results.append(cpu_step.decode_step(*new, cache, rotation, rms, config)[0])
+        assert cache.lengths.tolist() == [length + 1 for length in lengths]
+    assert torch.allclose(*results, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
+def test_only_the_kernel_in_c_takes_keys_that_are_not_rotated():
+    pytest.importorskip("triton")
+    from aqua_attention.ops.triton.decode import decode
+    from aqua_attention.ops.triton.step import decode_step
+
+    rotation, rms = layer(1, 32, 32)
+    cache = TiledCache(1, 1, 32, 32, 60, torch.float16, DEVICE, rotated_from=50)
+    new = torch.ones(1, 1, 32, dtype=torch.float16, device=DEVICE)
+    for ratio in (0.5, 1.0):
+        with pytest.raises(aqua.AquaError, match="rotated_from is 50: only the CPU kernel takes keys that are not"):
+            decode_step(new, new, new, cache, rotation, rms, aqua.AquaConfig(k_ratio=ratio, share="group"))
+    with pytest.raises(aqua.AquaError, match="rotated_from is 50"):
+        decode(new, None, cache)
 
 
 @pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))

@@ -166,7 +166,6 @@ def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, rece
 
         # Below `min_length` nothing is rotated: that is k = d on a CPU.
         measured = measure_decode_cpu(**given, k_ratios=k_ratios, parts=("step",), short=True)
-        measured.sort(key=lambda row: row["name"] != "aqua, short")
     else:
         try:
             from aqua_attention.bench.decode import measure_decode

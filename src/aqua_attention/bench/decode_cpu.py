@@ -25,10 +25,8 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 
-SECONDS, MOST_SECONDS, MOST_ROUNDS = 2.0, 30.0, 1000
-"""What the runs of one size take together: the first where nothing else runs, at most the second."""
-SETTLED = 15
-"""Rounds without anything being faster than before, after which nothing will."""
+SETTLED, MOST_SECONDS = 15, 30.0
+"""Rounds without anything being faster than before, after which nothing will; and when it ends anyway."""
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache"), "index*/size"
 """Where Linux says how large the caches of a processor are: "48K"."""
 LEAST_FLUSHED = 128 << 20
@@ -172,9 +170,8 @@ def _ways(
             return attend(query, keys, values)
 
         ways.append(Way(name, None, dense, dense_step, cache))
-    settings = [("aqua", ratio, ratio, 0) for ratio in k_ratios]
-    if short:
-        settings.append(("aqua, short", 1.0, min(k_ratios), length + 1))
+    settings = [("aqua, short", 1.0, min(k_ratios), length + 1)] if short else []
+    settings += [("aqua", ratio, ratio, 0) for ratio in k_ratios]
     for name, multiplied, ratio, min_length in settings:
         config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", min_length=min_length, **window)
         held = filled(keys, min_length) if min_length else cache
@@ -211,7 +208,7 @@ def _fastest_seconds(
     shuffle, order = random.Random(0), [(place, part) for place in range(len(ways)) for part in parts]
     fastest = dict.fromkeys(order, math.inf)
     settled, began = 0, time.perf_counter()
-    for _ in range(MOST_ROUNDS):
+    while settled < SETTLED and time.perf_counter() - began < MOST_SECONDS:
         shuffle.shuffle(order)
         settled += 1
         for place, part in order:
@@ -220,9 +217,6 @@ def _fastest_seconds(
             seconds = ways[place].run(part, length)
             settled = 0 if seconds < 0.99 * fastest[place, part] else settled
             fastest[place, part] = min(fastest[place, part], seconds)
-        spent = time.perf_counter() - began
-        if spent > MOST_SECONDS or (spent > SECONDS and settled >= SETTLED):
-            break
     return fastest
 
 

@@ -73,7 +73,7 @@ def why_untiled(
 ) -> str | None:
     """Why there can be no cache for the decoding kernel; None when there can. Arguments as for `make_cache`."""
     if max_length is None or offloading:
-        return "it has a fixed size and stays on the GPU (give max_length, no offloading)"
+        return "it has a fixed size and stays where it is (give max_length, no offloading)"
     if getattr(decoder.config, "attn_logit_softcapping", None) or any(
         getattr(layer.module, "sinks", None) is not None for layer in layers
     ):

@@ -100,7 +100,9 @@ class Rounding(NamedTuple):
 
 
 class TiledCache:
-    """Rotated keys and values of a fixed largest length, for `ops.triton.decode`.
+    """Rotated keys and values of a fixed largest length, for the decoding kernels of `ops.triton` and `ops.cpu`.
+
+    Tensors are written to and never replaced: recorded steps, and `plan`, know their addresses.
 
     Attributes:
         tiles: [batch, num_key_value_heads, max_length / TILE, kept, TILE]; with pages [total, num_key_value_heads,
@@ -115,7 +117,7 @@ class TiledCache:
         block: tokens that lie together.
         rotated_from: sequences of fewer tokens have keys as the model computes them, and are multiplied so; only the
             CPU kernel knows that. 0: all keys are rotated.
-        plan: what the CPU kernel keeps between steps.
+        plan: what the CPU kernel keeps between steps, see `ops.cpu.step.Plan`.
     """
 
     def __init__(
@@ -229,18 +231,29 @@ class TiledCache:
         tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
         self.tail[row, :, tokens % (2 * TILE)] = keys[:, tokens]
 
-    def rotate_grown(self, rotation: Tensor, rotated_from: int) -> None:
-        """Before a step: rotate keys that are not, of sequences which then have so many tokens; later ones from there
-        on, or from where on it was, if that is less.
+    @torch.inference_mode()
+    def rotate_grown(self, rotation: Tensor, threshold: int) -> None:
+        """Before a step: sequences that the coming token makes `threshold` long get rotated keys, if they have not yet.
+
+        `rotated_from` only ever falls. In inference mode, because a prompt may have been given in it.
 
         Args:
             rotation: float32 [num_key_value_heads, kept, kept].
         """
-        before, self.rotated_from = self.rotated_from, min(self.rotated_from, rotated_from)
         for row, held in enumerate(self.lengths.tolist()):
-            if held < before and min(held + 1, self.count * TILE) >= self.rotated_from:
+            if 0 < held < self.rotated_from and held + 1 >= min(self.rotated_from, threshold):
                 keys, values = self.read([row])
                 self._fill_row(row, rotate(keys, rotation)[0], values[0])
+        self.rotated_from = min(self.rotated_from, threshold)
+
+    def check_rotated(self) -> None:
+        """Raise AquaError where keys may be as they came, which only the CPU kernel knows how to treat."""
+        if self.rotated_from:
+            raise AquaError(f"rotated_from is {self.rotated_from}: only the CPU kernel takes keys that are not rotated")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has other addresses, so it finds out anew what the CPU kernel keeps between steps."""
+        return self.__dict__ | {"plan": None}
 
     def check_step(
         self, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor, key_rms: Tensor, config: AquaConfig

@@ -26,15 +26,15 @@ typedef struct {
     float *largest, *total;          // [rows, parts, group]
     int64_t rows, rows_each, group, wide, dims, value_dims, tiles_each;
     int64_t selection, squared, adaptive;
-    // Dimensions to choose: `count`, 0 for none, because `chosen` is given; all in sequences of fewer tokens than min_length.
+    // Dimensions to choose: `count`, or all in sequences of fewer tokens than min_length; 0: `chosen` is given.
     int64_t most, count, min_length;
     int64_t rotated_from; // keys of sequences of fewer tokens are as they came
     int64_t sink, recent, parts;
     float scaling, logit_error;
 } Step;
 
-// Dimensions by falling size; of equal ones the first, and a NaN is largest. As many as `count`, or as few as the expected
-// error allows: dropping one costs its own and that of all behind it. Of a sequence that is too short to choose, all.
+// Dimensions by falling size; of equal ones the first, and a NaN is largest. As many as `count`, or as few as the
+// expected error allows: dropping one costs its own and that of all behind it. Of a sequence too short to choose, all.
 static void choose(const Step *given, int64_t row, int is_short, const float *sizes, const float *errors) {
     int64_t dims = given->dims, count = given->count;
     int32_t keys[MOST_DIMS], ranks[MOST_DIMS], *chosen = given->chosen + row * given->most, order[MOST_DIMS];
@@ -126,10 +126,9 @@ static inline uint16_t to_bfloat16(float number) {
     return number != number ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Bytes that memory is asked for ahead of use, into the second cache: processors guess rows that lie here and there badly.
-#ifndef AHEAD
+// So many bytes ahead of use memory is asked for what will be read, into the second cache: where rows lie here and
+// there, a processor does not guess them.
 #define AHEAD 8192
-#endif
 static inline void fetch(const void *from, size_t bytes) {
     for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char *)from + byte, 0, 2);
 }

@@ -27,7 +27,7 @@ def decode(
     Args:
         query: in the basis of the keys, [batch, num_attention_heads, kept].
         chosen: the dimensions to multiply; None: all (dense attention).
-        cache: keys and values, the query's own token included.
+        cache: keys and values, the query's own token included; keys of all sequences in one basis.
         sink, recent: size of the exact window; `recent` is at most TILE.
         scaling: factor of the scores; default 1/sqrt(kept).
         parts: jobs for each sequence and key-value head; None: as many as keep the threads busy.
@@ -77,5 +77,5 @@ def decode(
         scaling=kept**-0.5 if scaling is None else scaling,
     )
     function("decode", cache)(ctypes.byref(step))
-    del work
+    del work  # held until the call has ended
     return output

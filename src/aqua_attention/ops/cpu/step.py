@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoding step on a CPU in one call: rotate query and key, choose dimensions, append to the cache, attend.
 
-At few tokens calling takes longer than computing, so nothing is done here that C could do.
+At few tokens calling takes longer than computing, so what stays the same is found out once, and the rest is C.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,12 +62,12 @@ class Plan:
         counted = adaptive or self.threshold > 0
         # Memory like this is made faster than from sizes. Where the number of dimensions differs, all have room.
         self.chosen = (
-            torch.empty((batch, groups, kept if counted else self.count), dtype=torch.int32),
-            torch.empty((batch, groups, kept), dtype=torch.int8),
-            torch.empty((batch, groups), dtype=torch.int32) if counted else None,
+            cache.lengths.new_empty((batch, groups, kept if counted else self.count)),
+            cache.lengths.new_empty((batch, groups, kept), dtype=torch.int8),
+            cache.lengths.new_empty((batch, groups)) if counted else None,
         )
-        self.turned = torch.empty((batch, heads, kept), dtype=cache.dtype)
-        self.output = torch.empty((batch, heads, value_dim), dtype=cache.dtype)
+        self.turned = cache.tail.new_empty((batch, heads, kept))
+        self.output = cache.tail.new_empty((batch, heads, value_dim))
         parts, self.work, (sums, largest, total) = working_memory(cache, heads)
         self.call = function("step", cache)
         matrix, rms, tiles, tail, values, lengths = (tensor.data_ptr() for tensor in self.held)
@@ -101,9 +100,6 @@ class Plan:
         )
         self.pointer = ctypes.byref(self.step)
         self.choose(None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Nothing: a copied cache has other addresses."""
 
     def choose(self, chosen: Chosen | None) -> None:
         """The coming steps write what they choose here, and multiply it; None: they multiply everything."""
@@ -213,7 +209,7 @@ def working_memory(cache: TiledCache, heads: int, parts: int | None = None) -> t
             1, min(-(-JOBS_A_THREAD * torch.get_num_threads() // (batch * groups)), -(-cache.count // LEAST_TILES))
         )
     places = batch * heads * parts
-    work = torch.empty(places * (value_dim + 2))
+    work = torch.empty(places * (value_dim + 2), dtype=torch.float32, device="cpu")
     sums = work.data_ptr()
     largest = sums + places * value_dim * work.element_size()
     return parts, work, (sums, largest, largest + places * work.element_size())
@@ -227,4 +223,4 @@ def function(name: str, cache: TiledCache) -> Callable[..., None]:
 @functools.lru_cache(maxsize=8)
 def everything(batch: int, groups: int, kept: int) -> Chosen:
     """Every dimension of every key-value head."""
-    return Chosen.of(torch.arange(kept).expand(batch, groups, kept), kept)
+    return Chosen.of(torch.arange(kept, device="cpu").expand(batch, groups, kept), kept)

@@ -272,6 +272,7 @@ def _check(
     recent: int,
     splits: int | None,
 ) -> None:
+    cache.check_rotated()
     batch, groups, kept, value_dim, _ = cache.shape
     if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
         raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")

@@ -53,6 +53,7 @@ def decode_short(
         AquaError: a cache of another kind.
     """
     (batch, groups, kept, value_dim, _), (_, heads, head_dim) = cache.shape, query.shape
+    cache.check_rotated()
     if not is_taken(query, cache):
         raise AquaError(
             f"a cache of {'8 bits' if cache.rounding is not None else query.dtype} with heads of {head_dim} and "

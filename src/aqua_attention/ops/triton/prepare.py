@@ -59,6 +59,7 @@ def prepare(
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
     """
     cache.check_step(query, key, value, rotation, key_rms, config)
+    cache.check_rotated()
     batch, heads, head_dim = query.shape
     groups, kept = rotation.shape[0], rotation.shape[2]
     count, adaptive = config.selected_dims(head_dim), config.logit_error is not None
