@@ -8,7 +8,7 @@ import ctypes
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.cpu.step import Step, check_cache, everything, function, working_memory
+from aqua_attention.ops.cpu.step import attending, check_cache, everything, function
 from aqua_attention.ops.tiled import Chosen, TiledCache
 
 
@@ -46,36 +46,12 @@ def decode(
         chosen.check(batch, groups, kept)
     if parts is not None and parts < 1:
         raise AquaError(f"parts is {parts}: it must be 1 or more, or None")
-    heads = query.shape[1]
-    query = query.to(cache.dtype).contiguous()
+    heads, scaling = query.shape[1], kept**-0.5 if scaling is None else scaling
+    query, chosen = query.to(cache.dtype).contiguous(), chosen or everything(batch, groups, kept)
     output = query.new_empty((batch, heads, value_dim))
-    parts, work, (sums, largest, total) = working_memory(cache, heads, parts)
-    dims, mask, counts, _ = chosen or everything(batch, groups, kept)
-    step = Step(
-        turned=query.data_ptr(),
-        chosen=dims.data_ptr(),
-        counts=None if counts is None else counts.data_ptr(),
-        mask=mask.data_ptr(),
-        tiles=cache.tiles.data_ptr(),
-        tail=cache.tail.data_ptr(),
-        values=cache.values.data_ptr(),
-        lengths=cache.lengths.data_ptr(),
-        output=output.data_ptr(),
-        sums=sums,
-        largest=largest,
-        total=total,
-        rows=batch * groups,
-        rows_each=groups,
-        group=heads // groups,
-        dims=kept,
-        most=dims.shape[2],
-        value_dims=value_dim,
-        tiles_each=cache.count,
-        sink=sink,
-        recent=recent,
-        parts=parts,
-        scaling=kept**-0.5 if scaling is None else scaling,
-    )
+    step, work = attending(cache, heads, sink=sink, recent=recent, scaling=scaling, parts=parts)
+    step.turned, step.output = query.data_ptr(), output.data_ptr()
+    step.multiply(chosen)
     function("decode", cache)(ctypes.byref(step))
     del work  # held until the call has ended
     return output

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoding step on a CPU in one call: rotate query and key, choose dimensions, append to the cache, attend.
 
-At few tokens calling takes longer than computing, so what stays the same is found out once, and the rest is C.
+Calling takes the same time at any length, so what stays the same is found out once, and the rest is C.
 """
 
 from __future__ import annotations
@@ -40,9 +40,15 @@ class Step(ctypes.Structure):
         ("logit_error", ctypes.c_float),
     ]
 
+    def multiply(self, chosen: Chosen) -> None:
+        """These dimensions are multiplied, or written there first; they must outlive the call."""
+        dims, mask, counts, _ = chosen
+        self.chosen, self.mask, self.most = dims.data_ptr(), mask.data_ptr(), dims.shape[2]
+        self.counts = None if counts is None else counts.data_ptr()
+
 
 class Plan:
-    """What stays the same between the steps of a cache: to find it out takes longer than a step of few tokens."""
+    """What stays the same between the steps of a cache."""
 
     def __init__(
         self, query: Tensor, cache: TiledCache, rotation: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float
@@ -54,11 +60,11 @@ class Plan:
         self.shapes = query.shape, (batch, groups, head_dim), (batch, groups, value_dim)
         self.threads, self.threshold = torch.get_num_threads(), config.threshold
         self.room = cache.count * TILE
+        # C knows their addresses, so they are held, those of the cache too.
         self.held = rotation.contiguous(), key_rms.contiguous(), cache.tiles, cache.tail, cache.values, cache.lengths
         adaptive = config.logit_error is not None
         self.count = kept if adaptive else min(config.selected_dims(head_dim), kept)
         self.chooses = adaptive or self.count < kept
-        self.everything = everything(batch, groups, kept)
         counted = adaptive or self.threshold > 0
         # Memory like this is made faster than from sizes. Where the number of dimensions differs, all have room.
         self.chosen = (
@@ -68,46 +74,25 @@ class Plan:
         )
         self.turned = cache.tail.new_empty((batch, heads, kept))
         self.output = cache.tail.new_empty((batch, heads, value_dim))
-        parts, self.work, (sums, largest, total) = working_memory(cache, heads)
         self.call = function("step", cache)
-        matrix, rms, tiles, tail, values, lengths = (tensor.data_ptr() for tensor in self.held)
-        self.step = Step(
-            rotation=matrix,
-            rms=rms,
-            tiles=tiles,
-            tail=tail,
-            values=values,
-            lengths=lengths,
-            sums=sums,
-            largest=largest,
-            total=total,
-            rows=batch * groups,
-            rows_each=groups,
-            group=heads // groups,
-            wide=head_dim,
-            dims=kept,
-            value_dims=value_dim,
-            tiles_each=cache.count,
-            selection=SELECTIONS.index(config.selection),
-            squared=config.share == "group",
-            adaptive=adaptive,
-            min_length=self.threshold,
-            sink=config.sink,
-            recent=config.recent,
-            parts=parts,
-            scaling=scaling,
-            logit_error=config.logit_error or 0.0,
+        self.step, self.work = attending(cache, heads, sink=config.sink, recent=config.recent, scaling=scaling)
+        self.step.rotation, self.step.rms = (tensor.data_ptr() for tensor in self.held[:2])
+        self.step.wide, self.step.min_length, self.step.logit_error = (
+            head_dim,
+            self.threshold,
+            config.logit_error or 0.0,
         )
+        self.step.selection = SELECTIONS.index(config.selection)
+        self.step.squared, self.step.adaptive = config.share == "group", adaptive
         self.pointer = ctypes.byref(self.step)
+        self.everything = everything(batch, groups, kept)
         self.choose(None)
 
     def choose(self, chosen: Chosen | None) -> None:
         """The coming steps write what they choose here, and multiply it; None: they multiply everything."""
-        dims, mask, counts, _ = chosen or self.everything
         self.is_choosing = chosen is not None
         self.step.count = self.count if self.is_choosing else 0
-        self.step.chosen, self.step.mask, self.step.most = dims.data_ptr(), mask.data_ptr(), dims.shape[2]
-        self.step.counts = None if counts is None else counts.data_ptr()
+        self.step.multiply(chosen or self.everything)
 
     def is_for(self, rotation: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float) -> bool:
         """Whether it is for these, too."""
@@ -199,11 +184,16 @@ def check_cache(cache: TiledCache, recent: int) -> None:
         )
 
 
-def working_memory(cache: TiledCache, heads: int, parts: int | None = None) -> tuple[int, Tensor, tuple[int, int, int]]:
-    """How many parts a sequence and head has (None: enough to keep the threads busy), memory for what they find, and
-    where in it `sums`, `largest` and `total` begin; three tensors would take longer to make.
+def attending(
+    cache: TiledCache, heads: int, *, sink: int, recent: int, scaling: float, parts: int | None = None
+) -> tuple[Step, Tensor]:
+    """What attention to a cache needs, but for queries, output and dimensions, and the memory that it works in, which
+    must outlive the call.
+
+    Args:
+        parts: jobs for each sequence and key-value head; None: as many as keep the threads busy.
     """
-    batch, groups, _, value_dim, _ = cache.shape
+    batch, groups, kept, value_dim, _ = cache.shape
     if parts is None:
         parts = max(
             1, min(-(-JOBS_A_THREAD * torch.get_num_threads() // (batch * groups)), -(-cache.count // LEAST_TILES))
@@ -212,7 +202,26 @@ def working_memory(cache: TiledCache, heads: int, parts: int | None = None) -> t
     work = torch.empty(places * (value_dim + 2), dtype=torch.float32, device="cpu")
     sums = work.data_ptr()
     largest = sums + places * value_dim * work.element_size()
-    return parts, work, (sums, largest, largest + places * work.element_size())
+    step = Step(
+        tiles=cache.tiles.data_ptr(),
+        tail=cache.tail.data_ptr(),
+        values=cache.values.data_ptr(),
+        lengths=cache.lengths.data_ptr(),
+        sums=sums,
+        largest=largest,
+        total=largest + places * work.element_size(),
+        rows=batch * groups,
+        rows_each=groups,
+        group=heads // groups,
+        dims=kept,
+        value_dims=value_dim,
+        tiles_each=cache.count,
+        sink=sink,
+        recent=recent,
+        parts=parts,
+        scaling=scaling,
+    )
+    return step, work
 
 
 def function(name: str, cache: TiledCache) -> Callable[..., None]:
