@@ -20,11 +20,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import aqua_attention as aqua
-from aqua_attention.calibration import collect
-from aqua_attention.capture import attention_layers, innermost_decoder
-from aqua_attention.files import write_json
-from aqua_attention.fingerprint import shape_of
-from aqua_attention.projections import Projections
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.run import collect
+from aqua_attention.io.files import write_json
+from aqua_attention.model.capture import attention_layers, innermost_decoder
+from aqua_attention.model.fingerprint import shape_of
 
 LLAMA_8B = {
     "vocab_size": 128256,

@@ -11,8 +11,8 @@ import argparse
 import torch
 
 from aqua_attention.bench.decode_cpu import DENSE, measure_decode_cpu
-from aqua_attention.files import write_json
-from aqua_attention.tables import markdown
+from aqua_attention.io.files import write_json
+from aqua_attention.report.tables import markdown
 
 SHAPES = [(32, 8, 128), (9, 3, 64)]
 """Query heads, key-value heads, head_dim."""

@@ -20,13 +20,13 @@ from rich.progress import track
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import aqua_attention as aqua
-from aqua_attention.calibration import collect
-from aqua_attention.capture import attention_layers
-from aqua_attention.files import write_json
-from aqua_attention.fingerprint import key_weight_digest, shape_of
-from aqua_attention.projections import Projections
-from aqua_attention.tables import describe_setting
-from aqua_attention.tiled_layer import TiledLayer
+from aqua_attention.cache.tiled import TiledLayer
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.run import collect
+from aqua_attention.io.files import write_json
+from aqua_attention.model.capture import attention_layers
+from aqua_attention.model.fingerprint import key_weight_digest, shape_of
+from aqua_attention.report.tables import describe_setting
 
 SHAPE = {
     "vocab_size": 1024,

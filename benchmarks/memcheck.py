@@ -16,11 +16,11 @@ import torch
 
 import aqua_attention as aqua
 from aqua_attention.ops.api import attend, rotate
-from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
-from aqua_attention.ops.triton import decode as decode_module
-from aqua_attention.ops.triton.decode import decode
-from aqua_attention.ops.triton.decode_short import LARGEST_SHORT, decode_short
-from aqua_attention.ops.triton.prepare import prepare
+from aqua_attention.ops.backends.triton import decode as decode_module
+from aqua_attention.ops.backends.triton.decode import decode
+from aqua_attention.ops.backends.triton.decode_short import LARGEST_SHORT, decode_short
+from aqua_attention.ops.backends.triton.prepare import prepare
+from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
 
 SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64), (2, 2, 256, 256, 256)]
 """Query heads, key-value heads, head_dim, kept and value_dim."""

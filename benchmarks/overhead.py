@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.calibration import collect
-from aqua_attention.capture import attention_layers, innermost_decoder
-from aqua_attention.files import write_json
+from aqua_attention.calibration.run import collect
+from aqua_attention.calibration.statistics import Statistics, merge
+from aqua_attention.io.files import write_json
+from aqua_attention.model.capture import attention_layers, innermost_decoder
 from aqua_attention.ops.api import attention
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.stats import Statistics, merge
-from aqua_attention.tables import markdown
+from aqua_attention.report.tables import markdown
 
 CALIBRATION_TOKENS, CONTEXT, LENGTH = (4096, 65536), 2048, 8192
 WINDOWS = {"no window": (0, 0), "exact 4 + 64": (4, 64)}
@@ -126,7 +126,7 @@ def model_prefill(model_name: str, kind: str) -> dict[str, float]:
 
 
 def _shape(model: Any) -> dict[str, Any]:
-    from aqua_attention.fingerprint import shape_of
+    from aqua_attention.model.fingerprint import shape_of
 
     return shape_of(model, attention_layers(model))
 

@@ -19,10 +19,10 @@ import triton.language as tl
 
 from aqua_attention.bench.decode import measure_decode
 from aqua_attention.bench.timing import seconds_of
-from aqua_attention.files import write_json
-from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
-from aqua_attention.ops.triton.blocks import key_pointers, token_cells, token_pointers
-from aqua_attention.tables import markdown
+from aqua_attention.io.files import write_json
+from aqua_attention.ops.backends.triton.blocks import key_pointers, token_cells, token_pointers
+from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
+from aqua_attention.report.tables import markdown
 
 LAYOUTS = ((None, None), (None, 64), (None, 32), (8, None), (8, 64), (8, 32))
 SWEEP = ((16, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 16, 1))

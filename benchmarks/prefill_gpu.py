@@ -14,13 +14,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 import aqua_attention as aqua
-from aqua_attention.files import write_json
+from aqua_attention.io.files import write_json
 from aqua_attention.ops.api import attend, choose, rotate
+from aqua_attention.ops.backends.triton.rotate import rotate_and_narrow
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate as select_rotate
 from aqua_attention.ops.select import select_dimensions
-from aqua_attention.ops.triton.rotate import rotate_and_narrow
-from aqua_attention.tables import markdown
+from aqua_attention.report.tables import markdown
 
 HEADS, GROUPS, DIM = 32, 8, 128
 CHECKED_QUERIES = 256

@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 import aqua_attention as aqua
-from aqua_attention.evaluate.perplexity import evaluate_perplexity
+from aqua_attention.data.text import token_windows, tokenize
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.files import write_json
-from aqua_attention.text import token_windows, tokenize
+from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
+from aqua_attention.io.files import write_json
 
 RATIOS = (0.75, 0.5, 0.25)
 ERRORS = (0.05, 0.1, 0.2, 0.4)

@@ -69,10 +69,10 @@ MAKERS = {"llama": make_llama, "mistral": make_mistral, "qwen3": make_qwen3}
 
 def calibrated(model, *, windows=4, context=64):
     """Projections of a tiny model from random tokens."""
-    from aqua_attention.calibration import collect
-    from aqua_attention.capture import attention_layers
-    from aqua_attention.fingerprint import key_weight_digest, shape_of
-    from aqua_attention.projections import Projections
+    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.calibration.run import collect
+    from aqua_attention.model.capture import attention_layers
+    from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 
     tokens = torch.randint(0, VOCABULARY, (windows, context), generator=torch.Generator().manual_seed(3))
     layers = attention_layers(model)
@@ -134,7 +134,7 @@ def pytest_collection_modifyitems(items):
 def aqua(monkeypatch, capsys):
     """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
 
-    from aqua_attention import cli
+    from aqua_attention.cli import main as cli
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.evaluate.perplexity import evaluate_perplexity
+from aqua_attention.data.text import token_windows, tokenize
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.text import token_windows, tokenize
+from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 

@@ -20,30 +20,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aqua_attention.cache import AquaCache as AquaCache
-    from aqua_attention.calibration import calibrate as calibrate
-    from aqua_attention.calibration import calibrate_inputs as calibrate_inputs
+    from aqua_attention.attach.apply import Attachment as Attachment
+    from aqua_attention.attach.apply import apply as apply
+    from aqua_attention.cache.cache import AquaCache as AquaCache
+    from aqua_attention.calibration.projections import Projections as Projections
+    from aqua_attention.calibration.run import calibrate as calibrate
+    from aqua_attention.calibration.run import calibrate_inputs as calibrate_inputs
     from aqua_attention.config import AquaConfig as AquaConfig
+    from aqua_attention.data.models import load_model as load_model
+    from aqua_attention.data.text import load_text as load_text
     from aqua_attention.errors import AquaError as AquaError
-    from aqua_attention.integrations.transformers import Attachment as Attachment
-    from aqua_attention.integrations.transformers import apply as apply
-    from aqua_attention.models import load_model as load_model
-    from aqua_attention.projections import Projections as Projections
-    from aqua_attention.text import load_text as load_text
     from aqua_attention.version import __version__ as __version__
 
 _HOME = {
-    "AquaCache": "cache",
+    "AquaCache": "cache.cache",
     "AquaConfig": "config",
     "AquaError": "errors",
-    "Attachment": "integrations.transformers",
-    "Projections": "projections",
+    "Attachment": "attach.apply",
+    "Projections": "calibration.projections",
     "__version__": "version",
-    "apply": "integrations.transformers",
-    "calibrate": "calibration",
-    "calibrate_inputs": "calibration",
-    "load_model": "models",
-    "load_text": "text",
+    "apply": "attach.apply",
+    "calibrate": "calibration.run",
+    "calibrate_inputs": "calibration.run",
+    "load_model": "data.models",
+    "load_text": "data.text",
 }
 
 __all__ = sorted(_HOME)

@@ -21,7 +21,7 @@ from platformdirs import user_cache_dir
 
 from aqua_attention.config import AUTO, AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.files import write_json
+from aqua_attention.io.files import write_json
 
 FORMAT = 2
 """1 was measured with keys and values in the processor's caches, and against k = d of rotated keys."""

@@ -18,7 +18,7 @@ from aqua_attention.bench.breakeven import (
     read_lengths,
 )
 from aqua_attention.machine import Shape
-from aqua_attention.ops.cpu.build import no_kernel_reason
+from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 
 compiled = pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
 CPU = torch.device("cpu")

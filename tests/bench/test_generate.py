@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import aqua_attention as aqua
-from aqua_attention import cli
-from aqua_attention.tables import generate_table
+from aqua_attention.cli import main as cli
+from aqua_attention.report.tables import generate_table
 from conftest import VOCABULARY, calibrated, make_llama
 
 pytest.importorskip("triton")

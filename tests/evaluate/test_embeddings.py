@@ -8,8 +8,8 @@ import torch
 import transformers as tf
 
 import aqua_attention as aqua
-from aqua_attention.evaluate.images import evaluate_images
 from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.suites.images import evaluate_images
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"image_size": 32, "patch_size": 8}
@@ -98,8 +98,8 @@ def test_each_layer_has_its_loss_in_every_basis(measured):
 
 def test_the_loss_of_a_bidirectional_layer_counts_every_key(measured):
     """A one-layer check by hand: scores of all pairs, half of the dimensions."""
-    from aqua_attention.capture import observed
-    from aqua_attention.evaluate.retention import evaluate_retention
+    from aqua_attention.evaluate.suites.retention import evaluate_retention
+    from aqua_attention.model.capture import observed
 
     model, projections = measured
     image, seen = pictures(1), []
@@ -150,7 +150,7 @@ def test_bad_requests_are_refused(measured, llama):
 
 
 def test_an_encoder_has_no_perplexity(measured):
-    from aqua_attention.evaluate.perplexity import evaluate_perplexity
+    from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 
     with pytest.raises(aqua.AquaError, match="CLIPVisionModelWithProjection predicts no next token"):
         evaluate_perplexity(*measured, settings(0.5), torch.ones(1, 8, dtype=torch.long))

@@ -9,19 +9,21 @@ import pytest
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.capture import attention_layers
-from aqua_attention.evaluate import perplexity, records, retrieval, suites
-from aqua_attention.evaluate.grid import Job, failure_kind, grid_settings, run_jobs
-from aqua_attention.evaluate.lines import lines_questions
-from aqua_attention.evaluate.needle import needle_questions
-from aqua_attention.evaluate.perplexity import DenseLogits, evaluate_perplexity
-from aqua_attention.evaluate.records import facts_of, find_record, read_record, record_key, record_path, write_record
-from aqua_attention.evaluate.retention import evaluate_retention
-from aqua_attention.evaluate.retrieval import evaluate_retrieval
-from aqua_attention.evaluate.suites import Subject, grid_jobs, sizes_of
-from aqua_attention.integrations.transformers import layer_shape
+from aqua_attention.attach.apply import layer_shape
+from aqua_attention.evaluate import record as records
+from aqua_attention.evaluate.record import facts_of, find_record, read_record, record_key, record_path, write_record
+from aqua_attention.evaluate.run import Job, failure_kind, grid_settings, run_jobs
+from aqua_attention.evaluate.suites import grid as suites
+from aqua_attention.evaluate.suites import perplexity, retrieval
+from aqua_attention.evaluate.suites.grid import Subject, grid_jobs, sizes_of
+from aqua_attention.evaluate.suites.lines import lines_questions
+from aqua_attention.evaluate.suites.needle import needle_questions
+from aqua_attention.evaluate.suites.perplexity import DenseLogits, evaluate_perplexity
+from aqua_attention.evaluate.suites.retention import evaluate_retention
+from aqua_attention.evaluate.suites.retrieval import evaluate_retrieval
 from aqua_attention.machine import write_profile
-from aqua_attention.record_tables import record_table
+from aqua_attention.model.capture import attention_layers
+from aqua_attention.report.record_tables import record_table
 
 ESSAY = " ".join(f"w{i % 7} w{i % 11} w{i % 13} w{i % 5}." for i in range(300))
 SMALL = {"context": 64, "tokens": 128, "retention_tokens": 64, "lengths": (150,), "depths": (0.0, 1.0)}

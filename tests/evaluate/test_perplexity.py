@@ -12,9 +12,9 @@ import transformers
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import aqua_attention as aqua
-from aqua_attention.evaluate.perplexity import evaluate_perplexity
+from aqua_attention.evaluate.generation import continue_tokens
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.generation import continue_tokens
+from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 from conftest import SHAPE, VOCABULARY, calibrated
 
 

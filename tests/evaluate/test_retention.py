@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.capture import observed
-from aqua_attention.evaluate.retention import evaluate_retention
+from aqua_attention.evaluate.suites.retention import evaluate_retention
+from aqua_attention.model.capture import observed
 from aqua_attention.ops.select import rotate, select_dimensions
 from conftest import VOCABULARY
 

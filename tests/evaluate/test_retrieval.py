@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import aqua_attention as aqua
-from aqua_attention.evaluate import retrieval
-from aqua_attention.evaluate.lines import MOST_LINES, lines_questions, read_lines_questions
-from aqua_attention.evaluate.needle import needle_questions
-from aqua_attention.evaluate.retrieval import Question, evaluate_retrieval, is_correct, paired_p_value
+from aqua_attention.evaluate.generation import Continuation
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.generation import Continuation
-from aqua_attention.tables import retrieval_grid, retrieval_table
+from aqua_attention.evaluate.suites import retrieval
+from aqua_attention.evaluate.suites.lines import MOST_LINES, lines_questions, read_lines_questions
+from aqua_attention.evaluate.suites.needle import needle_questions
+from aqua_attention.evaluate.suites.retrieval import Question, evaluate_retrieval, is_correct, paired_p_value
+from aqua_attention.report.tables import retrieval_grid, retrieval_table
 
 ESSAY = " ".join(f"w{i % 7} w{i % 11} w{i % 13} w{i % 5}." for i in range(300))
 

@@ -9,9 +9,9 @@ import json
 import pytest
 
 import aqua_attention as aqua
-from aqua_attention.evaluate import task_files
-from aqua_attention.evaluate.task_formats import FORMATS, final_number
-from aqua_attention.evaluate.task_prompts import load_task
+from aqua_attention.evaluate.tasks import files as task_files
+from aqua_attention.evaluate.tasks.formats import FORMATS, final_number
+from aqua_attention.evaluate.tasks.prompts import load_task
 
 HELLASWAG = {
     "activity_label": "Baking",

@@ -11,17 +11,17 @@ import pytest
 import torch
 
 import aqua_attention as aqua
+from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.evaluate import calibrated
 from aqua_attention.evaluate.calibrated import Calibration, Calibrator
-from aqua_attention.evaluate.context import context_jobs
-from aqua_attention.evaluate.grid import run_jobs
-from aqua_attention.evaluate.perplexity import evaluate_perplexity
-from aqua_attention.evaluate.records import FACTS as FACT_NAMES
-from aqua_attention.evaluate.records import facts_of, file_digest
+from aqua_attention.evaluate.record import FACTS as FACT_NAMES
+from aqua_attention.evaluate.record import facts_of, file_digest
+from aqua_attention.evaluate.run import run_jobs
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.evaluate.transfer import leading_dims, split_domain, subspace_distance, transfer_jobs
-from aqua_attention.record_tables import context_tables, reasons, transfer_tables
-from aqua_attention.text import text_digest, token_windows, tokenize
+from aqua_attention.evaluate.suites.context import context_jobs
+from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
+from aqua_attention.evaluate.suites.transfer import leading_dims, split_domain, subspace_distance, transfer_jobs
+from aqua_attention.report.record_tables import context_tables, reasons, transfer_tables
 
 FACTS = {name: "" for name in FACT_NAMES if name not in ("started", "seconds")}
 SIZES = {"calibration_tokens": 256, "tokens": 128, "context": 64, "seed": 0}
@@ -178,7 +178,7 @@ def test_projections_are_made_once_and_again_when_damaged(calibrator, domains, m
 
 
 def test_a_stopped_calibration_goes_on(calibrator, domains, monkeypatch):
-    from aqua_attention.stats import LayerStatistics
+    from aqua_attention.calibration.statistics import LayerStatistics
 
     folder, calls, original = calibrator.folder.parent, [], LayerStatistics.of
 
@@ -226,7 +226,7 @@ def test_projections_of_other_weights_are_made_again(calibrator, domains, other_
 
 
 def test_a_stopped_calibration_of_other_weights_is_begun_anew(calibrator, domains, other_weights, monkeypatch):
-    from aqua_attention.stats import LayerStatistics
+    from aqua_attention.calibration.statistics import LayerStatistics
 
     folder, calls, notices, original = calibrator.folder.parent, [], [], LayerStatistics.of
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import Phase
 
+from aqua_attention.ops.layout import TILE, Chosen, Pages, Rounding, TiledCache
 from aqua_attention.ops.reference import attention_reference
-from aqua_attention.ops.tiled import TILE, Chosen, Pages, Rounding, TiledCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes bfloat16 wrongly, without a word.

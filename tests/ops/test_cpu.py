@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aqua_attention as aqua
-from aqua_attention.ops.cpu import build
-from aqua_attention.ops.cpu.decode import decode
-from aqua_attention.ops.cpu.step import decode_step, everything
+from aqua_attention.ops.backends.cpu import build
+from aqua_attention.ops.backends.cpu.decode import decode
+from aqua_attention.ops.backends.cpu.step import decode_step, everything
+from aqua_attention.ops.layout import Chosen, Pages, Rounding, TiledCache
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.tiled import Chosen, Pages, Rounding, TiledCache
 
 REASON = build.no_kernel_reason()
 compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))

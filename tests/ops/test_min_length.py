@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 
 import aqua_attention as aqua
 from aqua_attention.ops.api import attend
-from aqua_attention.ops.cpu import step as cpu_step
-from aqua_attention.ops.cpu.build import no_kernel_reason
+from aqua_attention.ops.backends.cpu import step as cpu_step
+from aqua_attention.ops.backends.cpu.build import no_kernel_reason
+from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
 from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, WHOLE, short_queries, window_codes
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PHASES = [Phase.explicit, Phase.generate]
@@ -130,7 +130,7 @@ def test_padding_is_not_counted(impl):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_prompt_kernels_switch_at_the_length(choice, share, window):
     pytest.importorskip("triton")
-    from aqua_attention.ops.triton.prefill import attention_prefill
+    from aqua_attention.ops.backends.triton.prefill import attention_prefill
 
     rotation, rms = layer(2, 32, 32)
     given = random(2, 6, 130, 32, seed=2) * 2, random(2, 2, 130, 32, seed=3), random(2, 2, 130, 32, seed=4)
@@ -196,8 +196,8 @@ def check_step(found, wide, taken, cache, rms, config, lengths, eps):
 def test_decoding_kernels_switch_at_the_length(name, lengths, above, choice, window, heads, seed):
     """Rows of different lengths, decoded over the threshold of one of them."""
     pytest.importorskip("triton")
-    from aqua_attention.ops.triton.decode import decode
-    from aqua_attention.ops.triton.prepare import prepare
+    from aqua_attention.ops.backends.triton.decode import decode
+    from aqua_attention.ops.backends.triton.prepare import prepare
 
     (count, groups), kept, dtype, steps = heads, 48, torch.float16 if "int8" in name else torch.float32, 4
     min_length = max(0, lengths[seed % 2] + 2 + above)
@@ -315,8 +315,8 @@ def test_an_empty_sequence_becomes_long_enough_too(lengths, thresholds):
 @pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
 def test_only_the_kernel_in_c_takes_keys_that_are_not_rotated():
     pytest.importorskip("triton")
-    from aqua_attention.ops.triton.decode import decode
-    from aqua_attention.ops.triton.step import decode_step
+    from aqua_attention.ops.backends.triton.decode import decode
+    from aqua_attention.ops.backends.triton.step import decode_step
 
     rotation, rms = layer(1, 32, 32)
     cache = TiledCache(1, 1, 32, 32, 60, torch.float16, DEVICE, rotated_from=50)
@@ -339,8 +339,8 @@ def test_keys_that_do_not_keep_all_dimensions_are_always_rotated():
 
 def test_codes_of_8_bits_need_counts():
     pytest.importorskip("triton")
-    from aqua_attention.ops.tiled import Chosen
-    from aqua_attention.ops.triton.decode import decode
+    from aqua_attention.ops.backends.triton.decode import decode
+    from aqua_attention.ops.layout import Chosen
 
     cache = TiledCache(1, 1, 32, 32, 300, torch.float16, DEVICE, **options_of("int8", 1, 32, 300, 1, 0))
     chosen = Chosen.of(torch.arange(16, device=DEVICE)[None, None], 32)._replace(min_length=9)
@@ -351,8 +351,8 @@ def test_codes_of_8_bits_need_counts():
 @pytest.mark.gpu
 def test_a_recorded_step_goes_over_the_length():
     """Nothing on the CPU knows the length: the same CUDA graph is dense first and chooses afterwards."""
-    from aqua_attention.ops.triton.decode import decode
-    from aqua_attention.ops.triton.prepare import prepare
+    from aqua_attention.ops.backends.triton.decode import decode
+    from aqua_attention.ops.backends.triton.prepare import prepare
 
     config = aqua.AquaConfig(k_ratio=0.25, share="group", sink=3, recent=9, min_length=643)
     (rotation, rms), dtype = layer(2, 64, 64), torch.float16

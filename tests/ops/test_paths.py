@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aqua_attention.ops import fused, reference
+from aqua_attention.ops import reference
 from aqua_attention.ops.api import attention
+from aqua_attention.ops.backends import fused
 from aqua_attention.ops.mask import window_codes
 from aqua_attention.ops.mass import attention_mass
 

@@ -31,9 +31,9 @@ from decoding import (
     uninitialised_memory_is_nan,  # noqa: F401
 )
 
-from aqua_attention.ops.tiled import LARGEST_ROUNDED, TILE, Pages, Rounding, TiledCache, rounded, tiles_done
-from aqua_attention.ops.triton.decode import LARGEST_FLOAT32, Chosen, decode
-from aqua_attention.ops.triton.prepare import prepare
+from aqua_attention.ops.backends.triton.decode import LARGEST_FLOAT32, Chosen, decode
+from aqua_attention.ops.backends.triton.prepare import prepare
+from aqua_attention.ops.layout import LARGEST_ROUNDED, TILE, Pages, Rounding, TiledCache, rounded, tiles_done
 
 
 @settings(max_examples=16 if DEVICE == "cuda" else 12, deadline=None, phases=PHASES)

@@ -23,11 +23,11 @@ from decoding import (
     uninitialised_memory_is_nan,  # noqa: F401
 )
 
-from aqua_attention.ops.tiled import TILE, TiledCache
-from aqua_attention.ops.triton import blocks
-from aqua_attention.ops.triton import decode as gpu_decode
-from aqua_attention.ops.triton.decode import decode
-from aqua_attention.ops.triton.prepare import prepare
+from aqua_attention.ops.backends.triton import blocks
+from aqua_attention.ops.backends.triton import decode as gpu_decode
+from aqua_attention.ops.backends.triton.decode import decode
+from aqua_attention.ops.backends.triton.prepare import prepare
+from aqua_attention.ops.layout import TILE, TiledCache
 
 BY_HAND = {
     "int8": ((8, 2), (128, 128, 128), {"k_ratio": 0.5}, torch.bfloat16),
@@ -62,7 +62,7 @@ def test_programs_by_hand_fill_the_gpu_in_rounds(monkeypatch):
 @pytest.mark.parametrize("name", BY_HAND)
 def test_the_kernel_placed_by_hand_equals_the_reference(name, monkeypatch):
     """Ragged rows, whole steps over the moment at which a tile is filled, the last of them replayed from a graph."""
-    monkeypatch.setattr("aqua_attention.ops.triton.decode.BY_HAND_TILES", 1)
+    monkeypatch.setattr("aqua_attention.ops.backends.triton.decode.BY_HAND_TILES", 1)
     (count, groups), (head_dim, kept, value_dim), choice, dtype = BY_HAND[name]
     lengths, scaling = torch.tensor([1020, 1, 300, 2049]), head_dim**-0.5
     config = aqua.AquaConfig(**choice, selection="weighted", share="group", s_ratio=1 - kept / head_dim)
@@ -115,7 +115,7 @@ def test_recorded_steps_of_several_layers_do_not_meet(name, monkeypatch):
     """Kernels that start early, one step after the other on other caches, with nothing between: what one reads too
     early, or from the cache of a processor, is another step's. The second step moves a tile.
     """
-    monkeypatch.setattr("aqua_attention.ops.triton.decode.BY_HAND_TILES", 1)
+    monkeypatch.setattr("aqua_attention.ops.backends.triton.decode.BY_HAND_TILES", 1)
     torch.use_deterministic_algorithms(False)  # which fills new memory by a kernel, and so keeps the others apart
     heads, groups, dim, dtype, starts = 8, 2, 128, torch.bfloat16, [1500, 1536, 2047, 700]
     config = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=3, recent=20)

@@ -19,7 +19,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from aqua_attention.ops.triton import decode, decode_int8_mma, decode_kernel, decode_short, prepare, rotate, window
+from aqua_attention.ops.backends.triton import (
+    decode,
+    decode_int8_mma,
+    decode_kernel,
+    decode_short,
+    prepare,
+    rotate,
+    window,
+)
 
 
 class Launch:
@@ -68,7 +76,7 @@ window._window = Launch(window._window)
 
 import torch
 import aqua_attention as aqua
-from aqua_attention.ops.tiled import Pages, Rounding, TiledCache
+from aqua_attention.ops.layout import Pages, Rounding, TiledCache
 
 
 def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=None, by_hand=False, **choice):

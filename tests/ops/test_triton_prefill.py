@@ -13,11 +13,11 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 
 pytest.importorskip("triton")
-from aqua_attention.ops.triton import rotate as rotate_kernels
-from aqua_attention.ops.triton import window
-from aqua_attention.ops.triton.prefill import attention_prefill
-from aqua_attention.ops.triton.rotate import rotate_and_narrow, rotate_on_gpu
-from aqua_attention.ops.triton.window import window_merge
+from aqua_attention.ops.backends.triton import rotate as rotate_kernels
+from aqua_attention.ops.backends.triton import window
+from aqua_attention.ops.backends.triton.prefill import attention_prefill
+from aqua_attention.ops.backends.triton.rotate import rotate_and_narrow, rotate_on_gpu
+from aqua_attention.ops.backends.triton.window import window_merge
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -25,12 +25,12 @@ from decoding import (
 )
 
 from aqua_attention.bench.decode import at_one_length
-from aqua_attention.ops.tiled import TILE, TiledCache
-from aqua_attention.ops.triton import step as gpu_step
-from aqua_attention.ops.triton.decode import decode
-from aqua_attention.ops.triton.decode_short import decode_short
-from aqua_attention.ops.triton.prepare import prepare
-from aqua_attention.ops.triton.step import decode_step, splits_of_short
+from aqua_attention.ops.backends.triton import step as gpu_step
+from aqua_attention.ops.backends.triton.decode import decode
+from aqua_attention.ops.backends.triton.decode_short import decode_short
+from aqua_attention.ops.backends.triton.prepare import prepare
+from aqua_attention.ops.backends.triton.step import decode_step, splits_of_short
+from aqua_attention.ops.layout import TILE, TiledCache
 
 # The interpreter computes bfloat16 wrongly, without a word.
 DTYPES = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

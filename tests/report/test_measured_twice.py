@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from aqua_attention import cli
+from aqua_attention.cli import main as cli
 from aqua_attention.report.collect import collect
 
 pytest.importorskip("matplotlib")

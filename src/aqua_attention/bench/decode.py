@@ -22,12 +22,12 @@ from aqua_attention.bench.dense import BASELINES, LOW_PRECISION
 from aqua_attention.bench.timing import MOST_REPEATS, read_bandwidth, seconds_of
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.backends.triton.decode import decode
+from aqua_attention.ops.backends.triton.prepare import prepare
+from aqua_attention.ops.backends.triton.step import decode_step
+from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.tiled import TILE, Pages, Rounding, TiledCache
-from aqua_attention.ops.triton.decode import decode
-from aqua_attention.ops.triton.prepare import prepare
-from aqua_attention.ops.triton.step import decode_step
 
 ROOM = 1
 ALIGNED = 4

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.cpu.decode import decode
-from aqua_attention.ops.cpu.step import decode_step
+from aqua_attention.ops.backends.cpu.decode import decode
+from aqua_attention.ops.backends.cpu.step import decode_step
+from aqua_attention.ops.layout import TILE, Chosen, TiledCache
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.tiled import TILE, Chosen, TiledCache
 
 SETTLED, MOST_SECONDS = 15, 30.0
 """Rounds without anything being faster than before, after which nothing will; and when it ends anyway."""

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, StaticCache
 
+from aqua_attention.attach.apply import apply
 from aqua_attention.bench.dense import BASELINES
 from aqua_attention.bench.random_llama import need_gpu, random_projections, random_states
 from aqua_attention.bench.timing import read_bandwidth, seconds_of
+from aqua_attention.cache.tiled import TiledLayer
+from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.integrations.transformers import apply
-from aqua_attention.interface import install
-from aqua_attention.projections import Projections
-from aqua_attention.tiled_layer import TiledLayer
+from aqua_attention.model.interface import install
 
 ROOM = 128
 """Tokens that the timed steps may append. A static cache of transformers is read to its end, so that more would slow

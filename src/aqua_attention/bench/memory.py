@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from aqua_attention.cache_spec import CacheSpec
-from aqua_attention.calibration import check_tokens
-from aqua_attention.capture import input_device
+from aqua_attention.attach.apply import Attachment, apply
+from aqua_attention.cache.spec import CacheSpec
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.run import check_tokens
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.generation import GREEDY
-from aqua_attention.integrations.transformers import Attachment, apply
-from aqua_attention.projections import Projections
+from aqua_attention.evaluate.generation import GREEDY
+from aqua_attention.model.capture import input_device
 
 NEW_TOKENS = 8
 PREFILL_CHUNK = 512

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama import modeling_llama
 
-from aqua_attention.capture import attention_layers
+from aqua_attention.calibration.projections import LayerProjection, Projections
 from aqua_attention.errors import AquaError
-from aqua_attention.fingerprint import key_weight_digest, shape_of
-from aqua_attention.projections import LayerProjection, Projections
+from aqua_attention.model.capture import attention_layers
+from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 
 KEY_SCALE = 2.0
 """Standard deviation of the random keys: with less, attention averages over all tokens and no longer matters."""

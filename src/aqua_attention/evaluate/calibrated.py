@@ -12,16 +12,16 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.calibration import calibrate
-from aqua_attention.capture import attention_layers
-from aqua_attention.checkpoint import calibrated_weights, discard
+from aqua_attention.calibration.checkpoint import calibrated_weights, discard
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.run import calibrate
+from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.grid import Progress
-from aqua_attention.evaluate.records import dtype_of, file_digest, make_folder
-from aqua_attention.files import remove_leftovers
-from aqua_attention.fingerprint import key_weight_digest, same_digest
-from aqua_attention.projections import Projections
-from aqua_attention.text import text_digest, token_windows, tokenize
+from aqua_attention.evaluate.record import dtype_of, file_digest, make_folder
+from aqua_attention.evaluate.run import Progress
+from aqua_attention.io.files import remove_leftovers
+from aqua_attention.model.capture import attention_layers
+from aqua_attention.model.fingerprint import key_weight_digest, same_digest
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.capture import attention_layers
+from aqua_attention.attach.apply import Attachment, apply, layer_shape
+from aqua_attention.calibration.projections import Projections, check_basis
 from aqua_attention.config import AUTO, AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.integrations.transformers import Attachment, apply, layer_shape
 from aqua_attention.machine import resolved
-from aqua_attention.projections import Projections, check_basis
-from aqua_attention.sides import TEXT
+from aqua_attention.model.capture import attention_layers
+from aqua_attention.model.sides import TEXT
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from torch import Tensor
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops import select
-from aqua_attention.ops.fused import attention_fused, unsupported_reason
+from aqua_attention.ops.backends.fused import attention_fused, unsupported_reason
+from aqua_attention.ops.layout import WIDEST
 from aqua_attention.ops.mask import short_queries
 from aqua_attention.ops.reference import attention_chunked, attention_reference
-from aqua_attention.ops.tiled import WIDEST
 
 IMPLEMENTATIONS = ("auto", "triton", "fused", "chunked", "reference")
 """Of `attend`."""
@@ -73,7 +73,7 @@ def attend(
         raise AquaError(f"rotation is {rotation.dtype}: impl='triton' takes torch.float32")
     chosen = choose(query, key, value, mask, window=window, softcap=softcap, s_aux=s_aux, impl=impl)
     if chosen == "triton" and rotation.dtype == torch.float32:
-        from aqua_attention.ops.triton.prefill import attention_prefill
+        from aqua_attention.ops.backends.triton.prefill import attention_prefill
 
         return attention_prefill(query, key, value, rotation, key_rms, config, head_dim=head_dim, scaling=scaling)
     query, selected = rotate(query, rotation), None
@@ -104,7 +104,7 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
         return select.rotate(states, rotation)
     if torch.is_grad_enabled() and states.requires_grad:
         return select.rotate(states, rotation)
-    from aqua_attention.ops.triton.rotate import rotate_on_gpu
+    from aqua_attention.ops.backends.triton.rotate import rotate_on_gpu
 
     return rotate_on_gpu(states, rotation)
 

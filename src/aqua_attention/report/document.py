@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from aqua_attention.report.record import Record
-from aqua_attention.tables import Table, describe_setting
+from aqua_attention.report.tables import Table, describe_setting
 
 COMMANDS = {
     "spectrum": "aqua inspect",

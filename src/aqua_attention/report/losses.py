@@ -11,7 +11,7 @@ from aqua_attention.report.document import Block, Panel, Section, commands_of, n
 from aqua_attention.report.figures import Axis, Curve, curves
 from aqua_attention.report.record import Record, number, numbers
 from aqua_attention.report.runs import facts_of_run, runs_of, same_model, told_apart
-from aqua_attention.tables import Table, describe_setting
+from aqua_attention.report.tables import Table, describe_setting
 
 NOTE = (
     "Dot-product work: query-key multiplications outside the exact window, measured, times the nominal share of tokens "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aqua_attention.errors import AquaError
-from aqua_attention.files import write_atomically
+from aqua_attention.io.files import write_atomically
 from aqua_attention.report import svg
 from aqua_attention.report.collect import Collected
 from aqua_attention.report.document import Block, Section, data_of, name_of
@@ -21,8 +21,8 @@ from aqua_attention.report.record import Record
 from aqua_attention.report.retrieval import retrieval_sections
 from aqua_attention.report.scores import task_sections
 from aqua_attention.report.speed import speed_sections
+from aqua_attention.report.tables import Table, markdown
 from aqua_attention.report.transfer import transfer_sections
-from aqua_attention.tables import Table, markdown
 from aqua_attention.version import __version__
 
 TITLE = "AQUA attention: what was measured"

@@ -9,9 +9,9 @@ from typing import Any
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.records import CALIBRATING, KEY_FIELDS
+from aqua_attention.evaluate.record import CALIBRATING, KEY_FIELDS
 from aqua_attention.report.record import Record, Unusable, checked, short
-from aqua_attention.tables import describe_setting
+from aqua_attention.report.tables import describe_setting
 
 SCHEMA = 1
 DETAILS = (

@@ -10,7 +10,7 @@ from aqua_attention.report.document import Block, Panel, Section, commands_of, n
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.record import Record, number
 from aqua_attention.report.runs import runs_of
-from aqua_attention.tables import Table
+from aqua_attention.report.tables import Table
 
 MOST_DRAWN = 24
 """Settings of one model and text that a heat map each is drawn of; the numbers hold all."""

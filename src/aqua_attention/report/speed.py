@@ -10,7 +10,7 @@ from typing import Any
 from aqua_attention.report.document import Block, Panel, Section, commands_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, bars, curves
 from aqua_attention.report.record import Record, number, numbers
-from aqua_attention.tables import Table
+from aqua_attention.report.tables import Table
 
 Columns = dict[str, tuple[str, Callable[[float], str]]]
 """By title: the field, and how it is written."""

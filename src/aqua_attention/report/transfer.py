@@ -13,7 +13,7 @@ from aqua_attention.report.document import Block, Panel, Section, commands_of, n
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.record import Record, number
 from aqua_attention.report.runs import facts_of_run, told_apart
-from aqua_attention.tables import Table
+from aqua_attention.report.tables import Table
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a model's attention layers are under AQUA, which stay dense, and which must not run at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.errors import AquaError
+from aqua_attention.model.capture import chosen_layers, layers_and_gaps
+from aqua_attention.ops.api import attention
+from aqua_attention.ops.mask import HIDDEN
+
+
+class Coverage:
+    """The layers that projections and a pattern of names take, and the others.
+
+    Attributes:
+        covered: the layers that the projections are for.
+        found: those of them that the pattern takes.
+        left: the other layers that were found in the model, and whether they are causal.
+        dense: what stays dense, by name. Attention of a kind that AQUA cannot take is on the list too: torch's own
+            module, as in the pooling head of SigLIP, and layers that could not be found, with the reason.
+        alone: whether every other layer that calls AQUA is to be refused, because it was not left out on purpose.
+    """
+
+    def __init__(self, model: PreTrainedModel, projections: Projections, pattern: str | None) -> None:
+        """Look the layers up.
+
+        Raises:
+            AquaError: the model cannot take AQUA, or no layer has such a name.
+        """
+        every, gaps = layers_and_gaps(model)
+        self.name, self.gaps = type(model).__name__, gaps
+        self.covered = projections.covered(every)
+        self.found = chosen_layers(self.covered, pattern, gaps)
+        self.left = {layer.module: layer.causal for layer in every if layer not in self.found}
+        self.dense = [layer.name for layer in every if layer.module in self.left]
+        is_part = pattern is not None or "names" in projections.model["shape"] or bool(self.left)
+        self.alone = not is_part or not (self.left or gaps)
+        if gaps and not self.alone:
+            self.dense += [gap.removeprefix("its ") for gap in gaps]
+        self.dense += [
+            name.removeprefix(f"{model.base_model_prefix}.")
+            for name, module in model.named_modules()
+            if isinstance(module, nn.MultiheadAttention)
+        ]
+
+    def check_call(self, module: nn.Module, is_causal: bool, dropout: float, found_causal: bool | None) -> None:
+        """Raise AquaError for an attention call of a layer that is none of these, or not as it was found.
+
+        Args:
+            found_causal: whether the layer was causal when it was found; None for one that is not among `found`.
+        """
+        if found_causal is None and module not in self.left:
+            reason = (
+                "; ".join(self.gaps)
+                or "either another model shares this one's config, or it was added later; load the other model anew, "
+                "or attach again"
+            )
+            remedy = "; to leave them dense, name the other layers by a pattern (layers=...)" if self.gaps else ""
+            raise AquaError(
+                f"{type(module).__name__} called AQUA attention, but AQUA was not attached to it: {reason}{remedy}"
+            )
+        if is_causal != (self.left[module] if found_causal is None else found_causal):
+            raise AquaError(
+                f"{self.name} is {'' if is_causal else 'not '}causal in this call, other than when AQUA looked at it"
+            )
+        if dropout > 0:
+            raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
+
+
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """Dense attention of a layer that is left out, under the mask of one that is not; `ops.api.attention`'s result."""
+    if mask is None and query.shape[2] > 1:
+        # Keys behind the queries are the empty end of a static cache.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    elif mask is not None:
+        mask = mask != HIDDEN
+    with torch.autocast(query.device.type, enabled=False):
+        return attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)

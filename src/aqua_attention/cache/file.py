@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A filled cache in a file: a long prompt read once, a conversation that goes on tomorrow."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from aqua_attention.cache.cache import AquaCache, RotatedSlidingLayer
+from aqua_attention.cache.growing import RotatedLayer
+from aqua_attention.cache.spec import CacheSpec, same_weights
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.io.tensors import Stored, write_tensors
+
+KIND = "aqua_attention_cache"
+STORED_SETTINGS = ("s_ratio", "bits", "h2o_ratio", "h2o_queries", "sink", "recent")
+"""Settings that say what a cache holds; the others may change while it goes on."""
+DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
+DTYPES |= {str(dtype): dtype for dtype in (torch.uint8, torch.bool, torch.int64)}
+
+
+def save_cache(
+    path: Path | str, cache: Any, specs: dict[int, CacheSpec], config: AquaConfig, model: dict[str, Any]
+) -> None:
+    """Write a growing cache, whole or not at all; see `Attachment.save_cache`.
+
+    Args:
+        specs: of the attachment that filled it, by layer index.
+        model: `shape` (see `fingerprint.shape_of`) and `dtype`.
+
+    Raises:
+        AquaError: a cache that this attachment did not fill, an empty one, or one of fixed size.
+    """
+    if type(cache) not in (DynamicCache, AquaCache) or getattr(cache, "max_length", None) is not None:
+        raise AquaError(
+            f"only a growing cache that AQUA has filled can be saved, not this {type(cache).__name__}: use one made "
+            "without max_length"
+        )
+    layers: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(cache.layers):
+        spec = specs.get(index)
+        ours = isinstance(layer, (RotatedLayer, RotatedSlidingLayer))
+        if not ours or spec is None or not spec.same_as(layer.spec):
+            raise AquaError("this cache was not filled under this AQUA: save it before AQUA leaves the model")
+        if layer.batch == 0:
+            raise AquaError("this cache is empty: there is nothing to save")
+        numbers, held = layer.state()
+        described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in held.items()}
+        layers.append({"numbers": numbers, "tensors": described})
+        tensors |= {f"layers.{index}.{name}": tensor.cpu() for name, tensor in held.items()}
+    header = {
+        "model": model,
+        "key_weights": [specs[index].key_weights for index in sorted(specs)],
+        "settings": _settings(config),
+        "rotations": _rotation_digest(specs),
+        "layers": layers,
+    }
+    write_tensors(path, KIND, header, tensors)
+
+
+def load_cache(
+    path: Path | str, cache: AquaCache, specs: dict[int, CacheSpec], config: AquaConfig, model: dict[str, Any]
+) -> None:
+    """Fill an empty growing cache from a file; see `Attachment.load_cache`.
+
+    Raises:
+        AquaError: the file cannot be used; the message names what is wrong and the remedy.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AquaError(f"{path}: no such cache file: make one with save_cache")
+    stored = Stored(path, KIND, what="an AQUA cache", remedy="fill a new cache and save it again")
+    try:
+        header = stored.header
+        weights = zip(header["key_weights"], (specs[index].key_weights for index in sorted(specs)), strict=True)
+        if header["model"]["shape"] != model["shape"] or not all(same_weights(*pair) for pair in weights):
+            raise stored.error("it was made for another model")
+        if header["model"]["dtype"] != model["dtype"]:
+            raise stored.error(f"it was filled by a model in {header['model']['dtype']}, this one is {model['dtype']}")
+        settings = _settings(config)
+        if header["settings"] != settings:
+            there = header["settings"]
+            changed = [
+                f"{name} {there[name]}, not {settings[name]}" for name in settings if there[name] != settings[name]
+            ]
+            raise stored.error(f"it was filled with {', '.join(changed)}", "apply the same settings, or ")
+        if header["rotations"] != _rotation_digest(specs):
+            raise stored.error("it was made with other projections")
+        if len(header["layers"]) != len(cache.layers):
+            raise stored.error(f"it has {len(header['layers'])} layers, the model {len(cache.layers)}")
+        filled = []
+        for index, described in enumerate(header["layers"]):
+            held = {
+                name: stored.take(f"layers.{index}.{name}", DTYPES[dtype], *shape)
+                for name, (dtype, shape) in described["tensors"].items()
+            }
+            filled.append((described["numbers"], held))
+        stored.finish()
+        for layer, (numbers, held) in zip(cache.layers, filled, strict=True):
+            held = {name: tensor.to(layer.spec.matrix.device) for name, tensor in held.items()}
+            layer.restore(numbers, held, DTYPES[model["dtype"]])
+    except AquaError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise stored.error(f"its content is damaged ({error!r})") from error
+    if len({(layer.get_seq_length(), layer.batch) for layer in cache.layers}) > 1:
+        raise stored.error("its layers hold different numbers of tokens or sequences")
+
+
+def _settings(config: AquaConfig) -> dict[str, Any]:
+    return {name: value for name, value in config.to_dict().items() if name in STORED_SETTINGS}
+
+
+def _rotation_digest(specs: dict[int, CacheSpec]) -> str:
+    digest = hashlib.sha256()
+    for index in sorted(specs):
+        for tensor in specs[index].tensors():
+            digest.update(f"{index} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()

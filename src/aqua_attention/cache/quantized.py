@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store in int8 or int4: codes of a byte or half a byte, a step and a middle for each group of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aqua_attention.cache.store import Growing
+from aqua_attention.errors import AquaError
+
+GROUP = 32
+"""Channels that share a step, in 4 bits. In 8 bits, all do."""
+LEADING_SHARE = 4
+"""With 4 bits, one part in so many of the key dimensions, those of largest variance, has 8 bits: they decide most of a
+score."""
+TOKENS_AT_ONCE = 2048
+"""Rounded tokens that are in float32 at once while a store is read."""
+UNQUANTISED_RECENT = 64
+"""Last tokens that a rounding store keeps as they are, at least; at most twice as many are."""
+
+
+NAMES = ("bytes", "nibbles", "steps", "middles", "tail")
+"""What is held, for a file."""
+
+
+class Rounded:
+    """A store (see `store.Store`) in int8 or int4, except for the last tokens.
+
+    A state is `(code * step + middle) * scale + mean`: one bfloat16 step and middle for each token, head and group of
+    channels, and for keys a scale and a mean for each channel, fixed by calibration (some channels are a hundred times
+    as large as others, and far from zero; a step for the token alone would round all others to nothing). Codes lie
+    half a step off the middle, so that as many are below it as above.
+    """
+
+    def __init__(self, bits: int, recent: int, scale: Tensor | None = None, mean: Tensor | None = None) -> None:
+        """An empty store.
+
+        Args:
+            bits: 8 or 4; two codes of 4 bits share a byte.
+            recent: so many last tokens stay as they are; up to twice as many do, between two roundings.
+            scale, mean: of rotated keys by falling variance, [heads, width], float32; None: values.
+        """
+        self.length = 0
+        self.bits, self.recent = bits, max(recent, UNQUANTISED_RECENT)
+        self._scale, self._mean = scale, mean
+        self._clear()
+
+    def _clear(self) -> None:
+        self._bytes, self._nibbles = Growing(), Growing()
+        """Codes of 8 bits, and pairs of 4: those of the first half of the channels are the low bits."""
+        self._steps, self._middles = Growing(), Growing()
+        self._tail = Growing()
+
+    @property
+    def batch(self) -> int:  # noqa: D102 (see Store, here and below)
+        return self._steps.batch or self._tail.batch
+
+    @property
+    def whole(self) -> int:  # noqa: D102
+        return self._tail.length
+
+    def append(self, states: Tensor) -> None:  # noqa: D102
+        if states.requires_grad:
+            raise AquaError(f"int{self.bits} storage has no gradient: leave bits out, or use torch.no_grad()")
+        self.length += states.shape[2]
+        if self._tail.length + states.shape[2] <= 2 * self.recent:
+            self._tail.append(states)
+            return
+        tail = states if self._tail.length == 0 else torch.cat([self._tail.read(), states], 2)
+        old = tail.shape[2] - self.recent
+        for start in range(0, old, TOKENS_AT_ONCE):
+            rounded = self._rounded(tail[:, :, start : min(start + TOKENS_AT_ONCE, old)])
+            for store, part in zip(self._rounded_stores(), rounded, strict=True):
+                store.append(part)
+        self._tail = Growing()
+        self._tail.append(tail[:, :, old:])
+
+    def read(self) -> Tensor:  # noqa: D102
+        tail = self._tail.read()
+        if self._steps.length == 0:
+            return tail
+        states = tail.new_empty((*tail.shape[:2], self.length, tail.shape[3]))
+        states[:, :, self._steps.length :] = tail
+        groups = self._affine(tail.shape[3])
+        for part, codes in self._parts(tail.shape[3]):
+            wide = torch.cat(
+                [
+                    torch.addcmul(b[:, :, part], some, a[:, :, part])
+                    for (_, a, b), some in zip(groups, codes, strict=True)
+                ],
+                -1,
+            )
+            if self._scale is not None and self._mean is not None:
+                wide = wide * self._scale[:, None].to(wide) + self._mean[:, None].to(wide)
+            states[:, :, part] = wide
+        return states
+
+    def products(self, tall: Tensor) -> Tensor:  # noqa: D102
+        last = self._tail.products(tall)
+        if self._steps.length == 0:
+            return last
+        tall = tall.float()
+        total = tall.new_zeros((*tall.shape[:3], self._steps.length))
+        if self._scale is not None and self._mean is not None:
+            # Scale and mean go into the few queries, not into the many keys.
+            total += tall @ self._mean[..., None].to(tall)
+            tall = tall * self._scale[:, None].to(tall)
+        groups = self._affine(tall.shape[3])
+        products: list[list[Tensor]] = [[] for _ in groups]
+        for _, codes in self._parts(tall.shape[3]):
+            for (channels, _, _), some, product in zip(groups, codes, products, strict=True):
+                product.append(tall[..., channels] @ some.transpose(-1, -2))
+        for (channels, step, shift), product in zip(groups, products, strict=True):
+            total.addcmul_(torch.cat(product, -1), step.transpose(-1, -2))
+            total.addcmul_(tall[..., channels].sum(-1, keepdim=True), shift.transpose(-1, -2))
+        return torch.cat([total.to(last.dtype), last], -1)
+
+    def mixture(self, weights: Tensor) -> Tensor:
+        """See `Store`; of values only, which have no scale and mean."""
+        assert self._scale is None
+        result = self._tail.mixture(weights[..., self._steps.length :])
+        weights = weights[..., : self._steps.length].float()
+        groups = self._affine(result.shape[3])
+        stepped = [weights * step.transpose(-1, -2) for _, step, _ in groups]
+        for channels, _, shift in groups:
+            result[..., channels] += weights @ shift
+        for part, codes in self._parts(result.shape[3]):
+            for (channels, _, _), some, share in zip(groups, codes, stepped, strict=True):
+                result[..., channels] += share[..., part] @ some
+        return result
+
+    def keep(self, length: int) -> None:  # noqa: D102
+        self.length = min(self.length, max(0, length))
+        if self.length == 0:
+            self._clear()
+        self._tail.keep(self.length - self._steps.length)
+        for store in self._rounded_stores():
+            store.keep(self.length)
+
+    def gather(self, places: Tensor) -> None:  # noqa: D102
+        old = places[..., : places.shape[2] - self._tail.length]
+        if self._steps.length:
+            for store in self._rounded_stores():
+                store.gather(old)
+        self.length = places.shape[2]
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
+        for store in (*self._rounded_stores(), self._tail):
+            store.change(function)
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        stores = dict(zip(NAMES, (*self._rounded_stores(), self._tail), strict=True))
+        return {name: store.read() for name, store in stores.items() if store.length}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:  # noqa: D102
+        for name, store in zip(NAMES, (*self._rounded_stores(), self._tail), strict=True):
+            store.restore({"states": tensors[name]} if name in tensors else {})
+        self.length = self._steps.length + self._tail.length
+
+    def _rounded_stores(self) -> tuple[Growing, Growing, Growing, Growing]:
+        return self._bytes, self._nibbles, self._steps, self._middles
+
+    def _affine(self, width: int) -> list[tuple[slice, Tensor, Tensor]]:
+        """Groups of channels, and what makes states of their codes: step and shift, float32 [batch, heads, rounded, 1].
+
+        A state is code * step + shift.
+        """
+        if self._steps.length == 0:
+            return []
+        steps, middles = (store.read().float().split(1, -1) for store in (self._steps, self._middles))
+        return [
+            (channels, step, torch.add(middle, step, alpha=0.5 - 2 ** (bits - 1)))
+            for (channels, bits), step, middle in zip(self._groups(width), steps, middles, strict=True)
+        ]
+
+    def _parts(self, width: int) -> Iterator[tuple[slice, list[Tensor]]]:
+        """The rounded tokens, some at a time, and the codes of each group, float32 [batch, heads, some, channels]."""
+        leading, half = self._leading(width), self._half(width)
+        for start in range(0, self._steps.length, TOKENS_AT_ONCE):
+            part = slice(start, min(start + TOKENS_AT_ONCE, self._steps.length))
+            # Whole contiguous rows are converted, and the groups taken from the result: narrow slices are slow.
+            codes, groups = {}, []
+            if leading:
+                codes["bytes"] = self._bytes.read()[:, :, part].float()
+            if half:
+                pairs = self._nibbles.read()[:, :, part]
+                codes |= {"low": (pairs & 15).float(), "high": (pairs >> 4).float()}
+            for channels, bits in self._groups(width):
+                start_of = {"bytes": 0, "low": leading, "high": leading + half}
+                kind = "bytes" if bits == 8 else "low" if channels.start < leading + half else "high"
+                groups.append(codes[kind][..., channels.start - start_of[kind] : channels.stop - start_of[kind]])
+            yield part, groups
+
+    def _leading(self, width: int) -> int:
+        """How many of the channels have 8 bits."""
+        if self.bits == 8:
+            return width
+        return 0 if self._scale is None else -(-width // LEADING_SHARE)
+
+    def _half(self, width: int) -> int:
+        """Half of the others: their codes are the low bits of a byte, those of the other half the high ones."""
+        return -(-(width - self._leading(width)) // 2)
+
+    def _groups(self, width: int) -> list[tuple[slice, int]]:
+        """Channels that share a step and a middle, and their bits; no group is in both halves."""
+        leading, half = self._leading(width), self._half(width)
+        found = [(slice(0, leading), 8)] if leading else []
+        for start, stop in ((leading, leading + half), (leading + half, width)):
+            size = -(-half // max(1, -(-half // GROUP)))
+            found += [(slice(at, min(at + size, stop)), 4) for at in range(start, stop, max(1, size))]
+        return found
+
+    def _rounded(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes of 8 bits, pairs of 4 bits, steps and middles: [batch, heads, tokens, any], as they are stored."""
+        states = states.float()
+        if self._scale is not None and self._mean is not None:
+            states = (states - self._mean[:, None].to(states.device)) / self._scale[:, None].to(states.device)
+        codes, steps, middles = [], [], []
+        for channels, bits in self._groups(states.shape[-1]):
+            some, most = states[..., channels], 2 ** (bits - 1)
+            # Everything follows step and middle as they are stored, so that rounding these shifts nothing.
+            middle = ((some.amax(-1, keepdim=True) + some.amin(-1, keepdim=True)) / 2).to(torch.bfloat16)
+            some = some - middle.float()
+            step = (some.abs().amax(-1, keepdim=True) / (most - 0.5)).clamp_min(1e-30).to(torch.bfloat16)
+            codes.append((some / step.float()).floor().add_(most).clamp_(0, 2 * most - 1).to(torch.uint8))
+            steps.append(step)
+            middles.append(middle)
+        leading, half = self._leading(states.shape[-1]), self._half(states.shape[-1])
+        each = torch.cat(codes, -1)
+        low, high = each[..., leading : leading + half], each[..., leading + half :]
+        nibbles = low | (F.pad(high, (0, low.shape[-1] - high.shape[-1])) << 4)
+        return each[..., :leading], nibbles, torch.cat(steps, -1), torch.cat(middles, -1)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys of which all tokens keep the leading dimensions, and those of the exact window every one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aqua_attention.cache.store import Growing, Store
+
+LEAST_RECENT = 16
+"""Tokens at the end that keep every dimension, at least; at most twice as many do. Cropping needs some more than the
+window has."""
+
+
+class WindowStore:
+    """A store (see `store.Store`) of narrow keys; the first `sink` and the last `recent` tokens are wide.
+
+    Without it `s_ratio` 0.25 costs SmolLM2 ten times as much (RESULTS.md), and it is a few kilobytes a layer. All new
+    tokens are wide until `settle`, because each is in the window of the queries around it.
+    """
+
+    def __init__(self, leading: Store, kept: int, sink: int, recent: int) -> None:
+        """An empty store.
+
+        Args:
+            leading: keeps the first `kept` dimensions of all tokens.
+        """
+        self.leading, self.kept = leading, kept
+        self.sink, self.recent = sink, max(recent, LEAST_RECENT)
+        self._rest = Growing()
+        """The other dimensions of the last tokens."""
+        self._first: Tensor | None = None
+        """Those of the first real tokens, [batch, heads, sink, width - kept]; zero where there is none yet."""
+        self._real: Tensor | None = None
+        """Boolean [batch, length] as of the last `settle`: which tokens are no padding."""
+        self._found: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens stored."""
+        return self.leading.length
+
+    @property
+    def batch(self) -> int:  # noqa: D102 (see Store, here and below)
+        return self.leading.batch
+
+    @property
+    def whole(self) -> int:  # noqa: D102
+        return max(self.leading.whole, self._rest.length)
+
+    def append(self, states: Tensor) -> None:  # noqa: D102
+        self.leading.append(states[..., : self.kept])
+        self._rest.append(states[..., self.kept :])
+
+    def settle(self, real: Tensor) -> None:
+        """The new tokens have been attended to: only those of the window stay wide.
+
+        Args:
+            real: boolean [batch, length]; False is padding.
+        """
+        self._real = real
+        if self._rest.length <= 2 * self.recent:
+            return
+        rest, old = self._rest.read(), self._rest.length - self.recent
+        start = self.length - self._rest.length
+        known = self._first
+        if known is None:
+            known = rest.new_zeros((*rest.shape[:2], self.sink, rest.shape[3]))
+        rank = real.long().cumsum(-1)[:, start : start + old] * real[:, start : start + old]
+        rows, places = torch.arange(len(rank), device=rest.device), []
+        for place in range(self.sink):
+            here = rank == place + 1
+            found = rest[rows, :, here.long().argmax(-1)]
+            places.append(torch.where(here.any(-1)[:, None, None], found, known[:, :, place]))
+        # Not in place: autograd, or inference mode, may hold the old one.
+        self._first = torch.stack(places, 2) if places else known
+        self._rest = Growing()
+        self._rest.append(rest[:, :, old:])
+        self._found = None
+
+    def read(self) -> Tensor:  # noqa: D102
+        leading, rest = self.leading.read(), self._rest.read()
+        states = leading.new_zeros((*leading.shape[:3], self.kept + rest.shape[3]))
+        states[..., : self.kept] = leading
+        states[:, :, self.length - rest.shape[2] :, self.kept :] = rest
+        if self._first is not None:
+            places, there = self._first_places()
+            for place in range(self.sink):
+                rows = there[:, place].nonzero()[:, 0]
+                states[rows, :, places[rows, place], self.kept :] = self._first[rows, :, place]
+        return states
+
+    def products(self, tall: Tensor) -> Tensor:  # noqa: D102
+        result = self.leading.products(tall[..., : self.kept])
+        rest = tall[..., self.kept :]
+        result[..., self.length - self._rest.length :] += self._rest.products(rest)
+        if self._first is not None:
+            places, there = self._first_places()
+            more = (rest @ self._first.to(rest.dtype).transpose(-1, -2)).masked_fill(~there[:, None, None], 0)
+            result.scatter_add_(-1, places[:, None, None].expand(more.shape), more)
+        return result
+
+    def mixture(self, weights: Tensor) -> Tensor:
+        """Not for keys: only values are mixed."""
+        raise NotImplementedError
+
+    def keep(self, length: int) -> None:  # noqa: D102
+        self._rest.keep(self._rest.length - (self.length - min(self.length, max(0, length))))
+        self.leading.keep(length)
+        self._found = None
+        if self._real is not None:
+            self._real = self._real[:, : self.length]
+        if self.length == 0:
+            self._first = self._real = None
+
+    def gather(self, places: Tensor) -> None:
+        """See `Store`; `settle` must follow, which tells which of them are real."""
+        self.leading.gather(places)
+        self._found = None
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
+        self._found = None
+        self.leading.change(function)
+        self._rest.change(function)
+        self._first = None if self._first is None else function(self._first)
+        self._real = None if self._real is None else function(self._real)
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        named = {f"leading.{name}": tensor for name, tensor in self.leading.tensors().items()}
+        for name, tensor in (("rest", self._rest.tensors().get("states")), ("first", self._first)):
+            if tensor is not None:
+                named[name] = tensor
+        return named
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:  # noqa: D102
+        leading = {name.removeprefix("leading."): value for name, value in tensors.items() if name.startswith("lead")}
+        self.leading.restore(leading)
+        self._rest.restore({"states": tensors["rest"]} if "rest" in tensors else {})
+        self._first = tensors.get("first")
+
+    def _first_places(self) -> tuple[Tensor, Tensor]:
+        """Where the first real tokens are, [batch, sink], and whether they are, and are not among the last ones."""
+        if self._found is None:
+            assert self._real is not None
+            settled = self._real[:, : self.length - self._rest.length]
+            rank = settled.long().cumsum(-1) * settled
+            here = rank[:, None] == torch.arange(1, self.sink + 1, device=settled.device)[:, None]
+            if settled.shape[1]:
+                self._found = here.long().argmax(-1), here.any(-1)
+            else:
+                self._found = here.new_zeros(here.shape[:2], dtype=torch.long), here.new_zeros(here.shape[:2])
+        return self._found

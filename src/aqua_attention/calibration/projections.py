@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projections: the rotation of every layer and key-value head, from calibration statistics; one file for both."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, named_tensors, take_layer
+from aqua_attention.errors import AquaError
+from aqua_attention.io.tensors import Stored, write_tensors
+from aqua_attention.model.capture import AttentionLayer
+from aqua_attention.model.fingerprint import (
+    WEIGHT_TOLERANCE,
+    describe_shape,
+    key_weight_digest,
+    layer_rows,
+    shape_of,
+    weight_difference,
+)
+from aqua_attention.model.sides import TEXT
+
+KIND = "aqua_attention"
+BASES = ("aqua", "none", "key-pca")
+ORTHOGONALITY_TOLERANCE = 1e-4
+RECALIBRATE = "calibrate again with `aqua calibrate`"
+
+
+@dataclass(frozen=True)
+class LayerProjection:
+    """The basis of one layer, and how large queries and keys are along each of its dimensions.
+
+    Attributes:
+        rotation: orthogonal, [num_key_value_heads, head_dim, head_dim]; columns by falling energy; float32.
+        key_rms, query_rms: root mean square of rotated keys and queries over the calibration text, not centred,
+            [num_key_value_heads, head_dim]; float32.
+        key_mean, key_std: mean and standard deviation of rotated keys, [num_key_value_heads, head_dim]; float32.
+        energy: share of the squared length of queries and keys together along each dimension,
+            [num_key_value_heads, head_dim]; sums to 1; float32.
+    """
+
+    rotation: Tensor
+    key_rms: Tensor
+    key_mean: Tensor
+    key_std: Tensor
+    query_rms: Tensor
+    energy: Tensor
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Rotations for all attention layers of one model, with the statistics they come from.
+
+    Attributes:
+        layers: by layer index.
+        statistics: the calibration sums, by layer index.
+        model: what the projections fit: `shape` (see `fingerprint.shape_of`), `key_weights` (digest or None), `name`.
+        calibration: provenance: `text_sha256`, `tokens`, `context`, `seed`, `library_version`.
+        basis: "aqua"; for comparison "none", the model's own dimensions, or "key-pca", the principal components of the
+            centred keys alone.
+    """
+
+    layers: dict[int, LayerProjection]
+    statistics: Statistics
+    model: dict[str, Any]
+    calibration: dict[str, Any] = field(default_factory=dict)
+    basis: str = "aqua"
+
+    @classmethod
+    def from_statistics(
+        cls, statistics: Statistics, model: dict[str, Any], calibration: dict[str, Any], basis: str = "aqua"
+    ) -> Projections:
+        """Decompose the statistics of every layer (paper, section 3: SVD of the stacked queries and keys)."""
+        layers = {}
+        for index, layer in statistics.items():
+            layer.check_finite(index)
+            layers[index] = _layer_projection(layer, _rotation(layer, basis))
+        return cls(layers, statistics, model, calibration, basis)
+
+    def with_basis(self, basis: str) -> Projections:
+        """The same calibration in another basis: "aqua", "none" (not rotated, as SparQ) or "key-pca" (as Loki)."""
+        return Projections.from_statistics(self.statistics, self.model, self.calibration, basis)
+
+    def merged(self, other: Projections) -> Projections:
+        """As if one calibration had read both texts: the sums are added and decomposed again.
+
+        Of different layers of one model, such as those of text and those of images, all in one.
+
+        Raises:
+            AquaError: the two are not of the same model, or not in the same basis.
+        """
+        shapes = [part.model["shape"] for part in (self, other)]
+        if _are_parts(*shapes):
+            return self._joined(other)
+        if any(shapes[0].get(key) != shapes[1].get(key) for key in ("model_type", "layers")) or (
+            all("names" in shape for shape in shapes) and shapes[0]["names"] != shapes[1]["names"]
+        ):
+            said = [describe_shape(shape) for shape in shapes]
+            if said[0] == said[1]:
+                said = [f"{text} (layers {_listed(shape)})" for text, shape in zip(said, shapes, strict=True)]
+            raise AquaError(f"projections of different models cannot be merged: {' and '.join(said)}")
+        if self.basis != other.basis:
+            raise AquaError(f"projections in different bases cannot be merged: {self.basis} and {other.basis}")
+        ours, theirs = self.model.get("key_weights"), other.model.get("key_weights")
+        if ours and theirs and (difference := weight_difference(ours, theirs)) > WEIGHT_TOLERANCE:
+            raise AquaError(
+                f"projections of different weights cannot be merged: the key weights differ by {min(difference, 1):.1%}"
+            )
+        parts = [self.calibration, other.calibration]
+        calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value}
+        calibration |= _summed(parts) | {"merged": parts}
+        # A file of all layers may name them or not.
+        named = other.model if "names" in shapes[1] else self.model
+        return Projections.from_statistics(merge(self.statistics, other.statistics), named, calibration, self.basis)
+
+    def _joined(self, other: Projections) -> Projections:
+        """The layers of both, which are parts of one model."""
+        if self.basis != other.basis:
+            raise AquaError(f"projections in different bases cannot be joined: {self.basis} and {other.basis}")
+        models = [part.model.get("name") for part in (self, other)]
+        if all(models) and models[0] != models[1]:
+            # Nothing else tells: they have no layer in common. A model can go by two names, so that this is no error.
+            warnings.warn(
+                f"the projections joined were calibrated on {models[0]!r} and on {models[1]!r}: they are for one model "
+                "only if these are the same",
+                stacklevel=3,
+            )
+        pairs = []
+        for part in (self, other):
+            shape = part.model["shape"]
+            weights = part.model.get("key_weights") or [None] * len(shape["layers"])
+            pairs += list(zip(shape["layers"], shape["names"], weights, strict=True))
+        rows, names, weights = (list(column) for column in zip(*sorted(pairs, key=lambda row: row[0][0]), strict=True))
+        shape = {"model_type": self.model["shape"]["model_type"], "layers": rows, "names": names}
+        model = self.model | {"shape": shape, "key_weights": None if None in weights else weights}
+        parts = [self.calibration, other.calibration]
+        calibration = _summed(parts) | {"merged": parts}
+        layers, statistics = self.layers | other.layers, self.statistics | other.statistics
+        return Projections(
+            {index: layers[index] for index in sorted(layers)},
+            {index: statistics[index] for index in sorted(statistics)},
+            model,
+            calibration,
+            self.basis,
+        )
+
+    def covered(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:
+        """Those of a model's layers that the projections are for: all, or those that the file names.
+
+        A file without names can be of the text layers of a model that has image layers too: it was calibrated on that
+        part alone, or before AQUA saw any other.
+        """
+        names = self.model["shape"].get("names")
+        if names is not None:
+            return [layer for layer in layers if layer.name in names]
+        text = [layer for layer in layers if layer.side == TEXT]
+        return text if layer_rows(text) == [list(row) for row in self.model["shape"]["layers"]] else layers
+
+    def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> list[list[float]] | None:
+        """Raise AquaError when the projections do not fit; warn when the model's key weights differ.
+
+        Returns:
+            The digest of the key weights of the `covered` layers, see `fingerprint.key_weight_digest`.
+        """
+        layers = self.covered(layers)
+        shape = shape_of(model, layers, named="names" in self.model["shape"])
+        if all(layer.side == TEXT for layer in layers):
+            # The language part of a vision-language model also goes alone, under a type of its own.
+            alone = shape | {"model_type": model.config.get_text_config().model_type}
+            shape = alone if alone == self.model["shape"] else shape
+        if shape != self.model["shape"]:
+            raise AquaError(
+                f"these projections are for {describe_shape(self.model['shape'])}, the model is "
+                f"{describe_shape(shape)}: calibrate this model with `aqua calibrate`"
+            )
+        expected, found = self.model.get("key_weights"), key_weight_digest(layers)
+        if expected is None or found is None:
+            return found
+        difference = weight_difference(expected, found)
+        if difference > WEIGHT_TOLERANCE:
+            warnings.warn(
+                f"the projections were calibrated on other weights of the same shape (key weights differ by "
+                f"{min(difference, 1.0):.1%}): results are valid but lose more; {RECALIBRATE} for this model",
+                stacklevel=4,
+            )
+        return found
+
+    def save(self, path: Path | str) -> None:
+        """Write one safetensors file, whole or not at all.
+
+        Tensors a layer: `rotation` (float32), `query_gram`, `key_gram`, `key_sum` (float64), `counts` (int64).
+        """
+        rotations = {f"layers.{index}.rotation": layer.rotation for index, layer in self.layers.items()}
+        header = {"basis": self.basis, "model": self.model, "calibration": self.calibration}
+        write_tensors(path, KIND, header, rotations | named_tensors(self.statistics))
+
+    @classmethod
+    def load(cls, path: Path | str) -> Projections:
+        """Read and check a file: format, shapes, dtypes, content digest, finiteness, orthogonality.
+
+        Raises:
+            AquaError: the file cannot be used; the message names what is wrong and the remedy.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise AquaError(f"{path}: no such projections file: make one with `aqua calibrate MODEL -o {path}`")
+        stored = Stored(path, KIND, what="AQUA projections", remedy=RECALIBRATE)
+        try:
+            model, calibration, basis = (
+                stored.header["model"],
+                stored.header["calibration"],
+                str(stored.header["basis"]),
+            )
+            shapes = [(int(i), int(groups), int(dim)) for i, _, groups, dim in model["shape"]["layers"]]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise stored.error(f"its metadata is incomplete ({error!r})") from error
+        layers, statistics = {}, {}
+        for index, groups, dim in shapes:
+            rotation = stored.take(f"layers.{index}.rotation", torch.float32, groups, dim, dim)
+            deviation = float((rotation.transpose(-1, -2) @ rotation - torch.eye(dim)).abs().max())
+            if deviation > ORTHOGONALITY_TOLERANCE:
+                raise stored.error(f"the rotation of layer {index} is not orthogonal ({deviation:.1e})")
+            statistics[index] = take_layer(stored, index, groups, dim)
+            layers[index] = _layer_projection(statistics[index], rotation)
+        stored.finish()
+        return cls(layers, statistics, model, calibration, basis)
+
+
+def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """How much several calibrations have read."""
+    counts = [
+        name for name in ("tokens", "inputs", "images") if name == "tokens" or any(name in part for part in parts)
+    ]
+    return {name: sum(part.get(name, 0) for part in parts) for name in counts}
+
+
+def _listed(shape: dict[str, Any]) -> str:
+    """The layers of a shape: their names, or indices where it has none."""
+    return ", ".join(map(str, shape.get("names") or [row[0] for row in shape["layers"]]))
+
+
+def _are_parts(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two shapes are of different layers of one model."""
+    if first["model_type"] != second["model_type"] or "names" not in first or "names" not in second:
+        return False
+    indices = [{row[0] for row in shape["layers"]} for shape in (first, second)]
+    return not indices[0] & indices[1] and not set(first["names"]) & set(second["names"])
+
+
+def check_basis(basis: str) -> None:
+    """Raise AquaError when there is no such basis."""
+    if basis not in BASES:
+        raise AquaError(f"basis is {basis!r}: it must be one of {', '.join(BASES)}")
+
+
+def _rotation(layer: LayerStatistics, basis: str) -> Tensor:
+    """Orthogonal float32 matrix [num_key_value_heads, head_dim, head_dim]."""
+    check_basis(basis)
+    if basis == "none":
+        return torch.eye(layer.key_gram.shape[-1]).expand(layer.key_gram.shape).clone()
+    if basis == "key-pca":
+        mean = layer.key_sum / layer.key_count
+        return _principal(layer.key_gram / layer.key_count - mean[:, :, None] * mean[:, None, :])
+    # The right singular vectors of [Q; K] are the eigenvectors of Q^T Q + K^T K.
+    return _principal(layer.query_gram + layer.key_gram)
+
+
+def _principal(gram: Tensor) -> Tensor:
+    """Eigenvectors of symmetric matrices as columns, largest eigenvalue first; float32."""
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(-1)
+    # An eigenvector's sign is free: fix it, so that the same statistics give the same file.
+    largest = vectors.abs().argmax(-2, keepdim=True)
+    return (vectors * vectors.gather(-2, largest).sign()).float()
+
+
+def _layer_projection(layer: LayerStatistics, rotation: Tensor) -> LayerProjection:
+    wide = rotation.double()
+
+    def along(gram: Tensor) -> Tensor:
+        return torch.einsum("gic,gij,gjc->gc", wide, gram, wide).clamp_min(0)
+
+    mean = torch.einsum("gi,gic->gc", layer.key_sum / layer.key_count, wide)
+    square = along(layer.key_gram) / layer.key_count
+    # A channel that hardly varied in calibration may vary in use: a scale of next to nothing would cost all others.
+    std = (square - mean.square()).clamp_min(0).sqrt()
+    std = std.maximum(1e-3 * std.amax(-1, keepdim=True)).clamp_min(1e-30)
+    energy = along(layer.query_gram + layer.key_gram).clamp_min(1e-300)
+    return LayerProjection(
+        rotation=rotation,
+        key_rms=square.sqrt().float(),
+        key_mean=mean.float(),
+        key_std=std.float(),
+        query_rms=(along(layer.query_gram) / layer.query_count).sqrt().float(),
+        energy=(energy / energy.sum(-1, keepdim=True)).float(),
+    )

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration: one pass of a text, or of images, through a model, from which the projections follow."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aqua_attention.calibration.checkpoint import Checkpoint, check_finished
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
+from aqua_attention.data.text import text_digest, token_windows, tokenize
+from aqua_attention.errors import AquaError
+from aqua_attention.model.capture import (
+    AttentionLayer,
+    attention_layers,
+    chosen_layers,
+    evaluation_mode,
+    input_device,
+    layers_and_gaps,
+    observe_windows,
+)
+from aqua_attention.model.fingerprint import key_weight_digest, shape_of
+from aqua_attention.model.inputs import check_unpadded, given_sides
+from aqua_attention.model.sides import TEXT, Inputs, inputs_digest
+from aqua_attention.version import __version__
+
+
+def calibrate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    tokens: int = 32768,
+    context: int = 2048,
+    seed: int | None = 0,
+    name: str = "",
+    layers: str | None = None,
+    checkpoint: Path | str | None = None,
+    checkpoint_seconds: float = 10.0,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Projections:
+    """Learn the projections of `model` from windows of `text`.
+
+    Args:
+        model: a decoder or encoder that reads text; its weights and its attention are left as they are.
+        text: plain text.
+        tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says).
+        context: tokens in a window. Calibrate at the length you will use: projections from short windows are
+            slightly worse on long ones.
+        seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
+        name: recorded as the model's name; the one in its config unless given.
+        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
+        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
+            Ctrl-C. `checkpoint.discard` it once the projections are saved.
+        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
+        progress: called as progress(windows done, windows in all).
+
+    Raises:
+        AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
+            checkpoint of another run, or one that exists though `resume` was not asked for.
+    """
+    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume)
+    token_ids, prefix = tokenize(tokenizer, text)
+    windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
+    check_tokens(model, windows, context=windows.shape[1])
+    facts = {
+        "text_sha256": text_digest(text),
+        "tokens": windows.numel(),
+        "context": windows.shape[1],
+        "seed": seed,
+        "library_version": __version__,
+    }
+    # The windows' digest stands for the tokenizer.
+    read = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+    return run.learn(windows, {TEXT}, facts, read, progress)
+
+
+def calibrate_inputs(
+    model: PreTrainedModel,
+    inputs: Sequence[Inputs],
+    *,
+    facts: dict[str, Any] | None = None,
+    name: str = "",
+    layers: str | None = None,
+    checkpoint: Path | str | None = None,
+    checkpoint_seconds: float = 10.0,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Projections:
+    """Learn the projections of `model` from whatever it reads: images, or prompts with images in them.
+
+    Args:
+        model: an encoder or decoder; its weights and its attention are left as they are.
+        inputs: what the model is called with, a forward pass each and without padding: `pixel_values` (and what an
+            image processor gives with them), `input_ids`, or both. Only the layers that read them are calibrated; two
+            calibrations of a vision-language model, on images and on text, become one by `Projections.merged`.
+        facts: recorded in `calibration`, such as how many images these are.
+        name, checkpoint, checkpoint_seconds, resume, progress: as for `calibrate`.
+        layers: only those whose name matches this pattern, such as "vision_tower.*".
+
+    Raises:
+        AquaError: as `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
+    """
+    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume)
+    if not inputs:
+        raise AquaError("there is nothing to calibrate on: give at least one input")
+    check_unpadded(inputs)
+    known = {"inputs": len(inputs), "inputs_sha256": inputs_digest(inputs), "library_version": __version__}
+    return run.learn(inputs, given_sides(inputs), known | (facts or {}), {}, progress)
+
+
+class Run:
+    """One calibration: of which layers, and where its state is kept."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        pattern: str | None,
+        checkpoint: Path | str | None,
+        checkpoint_seconds: float,
+        resume: bool,
+    ) -> None:
+        """Find the layers; nothing is read yet. See `calibrate` for arguments and errors."""
+        if resume and checkpoint is None:
+            raise AquaError("resume takes a checkpoint: name the file to go on from")
+        if checkpoint is not None and not resume:
+            check_finished(Path(checkpoint))
+        self.model, self.pattern = model, pattern
+        self.name = name or model.config._name_or_path
+        self.layers, self._gaps = layers_and_gaps(model)
+        self._checkpoint, self._seconds = checkpoint, checkpoint_seconds
+
+    def learn(
+        self,
+        windows: Tensor | Sequence[Inputs],
+        given: Collection[str],
+        facts: dict[str, Any],
+        read: dict[str, Any],
+        progress: Callable[[int, int], None] | None,
+    ) -> Projections:
+        """The projections.
+
+        Args:
+            windows: see `capture.observe_windows`.
+            given: the sides of the model that they are for, see `sides`.
+            facts: the provenance to record.
+            read: JSON values that tell what is read from other data, beyond `facts`.
+        """
+        reached = [layer for layer in self.layers if layer.side in given]
+        if not reached:
+            reason = "; ".join(self._gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
+            raise AquaError(f"{type(self.model).__name__} cannot be calibrated on this: {reason}")
+        chosen = chosen_layers(reached, self.pattern, self._gaps)
+        shape = shape_of(self.model, chosen, named=len(chosen) < len(self.layers))
+        key_weights = key_weight_digest(chosen)
+        identity = {"name": self.name, "shape": shape, "key_weights": key_weights}
+        keeper = None
+        if self._checkpoint is not None:
+            # The name tells models apart whose key weights cannot be read (quantised, offloaded).
+            run = {"model": self.name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
+            keeper = Checkpoint(self._checkpoint, run | facts | read, seconds=self._seconds)
+        statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=progress)
+        tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
+        return Projections.from_statistics(statistics, model=identity, calibration=tokens | facts)
+
+
+def collect(
+    model: PreTrainedModel,
+    windows: Tensor | Sequence[Inputs],
+    *,
+    layers: list[AttentionLayer] | None = None,
+    checkpoint: Checkpoint | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Statistics of attention layers over token windows [count, context] or other inputs, a forward pass each.
+
+    Args:
+        layers: those of interest; all of them unless given.
+        checkpoint: where to begin, and where to keep the sums while they grow.
+    """
+    every = attention_layers(model)
+    index_of = {layer.module: layer.index for layer in layers or every}
+    state = checkpoint.load() if checkpoint else ({}, 0)
+    first, window = state[1], Statistics()
+
+    def accumulate(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+        if module not in index_of:
+            return
+        index, seen = index_of[module], LayerStatistics.of(query, key)
+        window[index] = window[index] + seen if index in window else seen
+
+    def between_windows(count: int, _: int) -> None:
+        nonlocal state
+        for index, layer in window.items():
+            layer.check_finite(index)
+        if window:
+            # In one assignment, so that an interrupt finds sums and number of windows that belong together.
+            state = (merge(state[0], window) if state[0] else dict(window), first + count)
+            window.clear()
+        if checkpoint:
+            checkpoint.keep(*state)
+        if progress:
+            progress(first + count, len(windows))
+
+    try:
+        observe_windows(model, every, windows[first:], accumulate, between_windows)
+    except KeyboardInterrupt:
+        if checkpoint:
+            checkpoint.save(*state)
+        raise
+    return state[0]
+
+
+def check_predicts(model: PreTrainedModel) -> None:
+    """Raise AquaError for a model that predicts no next token: an encoder, or one without a head for it.
+
+    Models with code of their own may predict, and not inherit from transformers how to generate.
+    """
+    if model.can_generate():
+        return
+    text = [layer for layer in attention_layers(model) if layer.side == TEXT]
+    if text and all(layer.causal for layer in text):
+        with torch.no_grad(), evaluation_mode(model):
+            output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
+        logits = getattr(output, "logits", None)
+        if logits is not None and logits.ndim == 3 and logits.shape[-1] >= model.config.get_text_config().vocab_size:
+            return
+    raise AquaError(
+        f"{type(model).__name__} predicts no next token: an encoder is measured by `aqua eval retention` and "
+        "`aqua eval images`"
+    )
+
+
+def check_generates(model: PreTrainedModel) -> None:
+    """Raise AquaError for a model that cannot write a text."""
+    check_predicts(model)
+    if not model.can_generate():
+        raise AquaError(
+            f"{type(model).__name__} cannot generate (its class is no GenerationMixin): it is measured by "
+            "`aqua eval perplexity`"
+        )
+
+
+def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> None:
+    """Raise AquaError for tokens that the model does not know, and for a context longer than its positions."""
+    limit = position_limit(model)
+    if limit is not None and context > limit:
+        raise AquaError(f"context is {context}: the model knows {limit} positions, choose at most that")
+    try:
+        known = model.get_input_embeddings().weight.shape[0]
+    except NotImplementedError:  # a model of pairs, as CLIP
+        known = model.config.get_text_config().vocab_size
+    if token_ids.numel() and int(token_ids.max()) >= known:
+        raise AquaError(
+            f"the text has token {int(token_ids.max())}, the model knows {known} tokens: the tokenizer is another "
+            "model's"
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model knows; None when its config does not say."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if limit is not None and padding is not None and name.endswith("position_embeddings"):
+            return int(limit) - padding - 1  # RoBERTa and its like count from behind the place of padding
+    return limit

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration accumulates: sums over tokens that merge over batches, processes and machines.
+
+The rotation is unknown during the pass, so the Gram sums of queries and keys are kept apart and in the model's own
+basis; everything else (rotation, root mean squares, means) is derived from them. Memory does not grow with the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aqua_attention.errors import AquaError
+from aqua_attention.io.tensors import Stored
+
+
+@dataclass
+class LayerStatistics:
+    """Sums over the tokens seen by one attention layer; float64, on the CPU.
+
+    Attributes:
+        query_gram: sum of q^T q over tokens and over the query heads of each key-value head,
+            [num_key_value_heads, head_dim, head_dim].
+        key_gram: sum of k^T k over tokens, [num_key_value_heads, head_dim, head_dim].
+        key_sum: sum of k over tokens, [num_key_value_heads, head_dim].
+        query_count: number of query rows in `query_gram` (tokens times query heads per key-value head).
+        key_count: number of tokens in `key_gram` and `key_sum`.
+    """
+
+    query_gram: Tensor
+    key_gram: Tensor
+    key_sum: Tensor
+    query_count: int
+    key_count: int
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor) -> LayerStatistics:
+        """Statistics of one batch.
+
+        Args:
+            query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length,
+                head_dim], as they enter the attention scores; any float dtype.
+        """
+        batch, heads, length, head_dim = query.shape
+        groups = key.shape[1]
+        # One Gram a sequence in float32, summed in float64: the result does not depend on how windows are batched.
+        tall = query.float().reshape(batch, groups, heads // groups * length, head_dim)
+        key = key.float()
+        return cls(
+            query_gram=(tall.transpose(-1, -2) @ tall).double().sum(0).cpu(),
+            key_gram=(key.transpose(-1, -2) @ key).double().sum(0).cpu(),
+            key_sum=key.double().sum((0, 2)).cpu(),
+            query_count=batch * heads // groups * length,
+            key_count=batch * length,
+        )
+
+    def __add__(self, other: LayerStatistics) -> LayerStatistics:
+        """The statistics of both texts together."""
+        if self.key_gram.shape != other.key_gram.shape:
+            shapes = f"{tuple(self.key_gram.shape)} and {tuple(other.key_gram.shape)}"
+            raise AquaError(f"statistics of layers of different shapes cannot be merged: {shapes}")
+        return LayerStatistics(
+            query_gram=self.query_gram + other.query_gram,
+            key_gram=self.key_gram + other.key_gram,
+            key_sum=self.key_sum + other.key_sum,
+            query_count=self.query_count + other.query_count,
+            key_count=self.key_count + other.key_count,
+        )
+
+    def check_finite(self, layer: int) -> None:
+        """Raise AquaError when the model produced NaN or infinite queries or keys."""
+        if not bool(torch.isfinite(self.query_gram).all() and torch.isfinite(self.key_gram).all()):
+            raise AquaError(
+                f"layer {layer} gave NaN or infinite queries or keys: the weights are damaged or the dtype is "
+                "too narrow (try --dtype float32)"
+            )
+
+
+Statistics = dict[int, LayerStatistics]
+"""One entry for each attention layer, by layer index."""
+
+
+def merge(first: Statistics, second: Statistics) -> Statistics:
+    """The statistics of two runs over different text of the same model, as if it had been one run."""
+    if first.keys() != second.keys():
+        raise AquaError(f"statistics of different layers cannot be merged: {sorted(first)} and {sorted(second)}")
+    return {layer: first[layer] + second[layer] for layer in first}
+
+
+def named_tensors(statistics: Statistics) -> dict[str, Tensor]:
+    """As a file holds them: `layers.I.query_gram`, `.key_gram`, `.key_sum` (float64) and `.counts` (int64)."""
+    tensors: dict[str, Tensor] = {}
+    for index, layer in statistics.items():
+        tensors[f"layers.{index}.query_gram"] = layer.query_gram
+        tensors[f"layers.{index}.key_gram"] = layer.key_gram
+        tensors[f"layers.{index}.key_sum"] = layer.key_sum
+        tensors[f"layers.{index}.counts"] = torch.tensor([layer.query_count, layer.key_count])
+    return tensors
+
+
+def take_layer(stored: Stored, index: int, groups: int, dim: int) -> LayerStatistics:
+    """Take one layer's sums out of a file, checked.
+
+    Args:
+        groups: num_key_value_heads. dim: head_dim.
+    """
+    queries, keys = stored.take(f"layers.{index}.counts", torch.int64, 2).tolist()
+    if min(queries, keys) < 1:
+        raise stored.error(f"layer {index} counts {queries} queries and {keys} keys")
+    return LayerStatistics(
+        query_gram=stored.take(f"layers.{index}.query_gram", torch.float64, groups, dim, dim),
+        key_gram=stored.take(f"layers.{index}.key_gram", torch.float64, groups, dim, dim),
+        key_sum=stored.take(f"layers.{index}.key_sum", torch.float64, groups, dim),
+        query_count=queries,
+        key_count=keys,
+    )

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole story on one small real model: calibrate, measure what is lost, write the same answer twice."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from aqua_attention.attach.apply import apply
+from aqua_attention.calibration.run import calibrate
+from aqua_attention.config import AquaConfig
+from aqua_attention.data.models import DEFAULT_MODEL, load_model
+from aqua_attention.data.text import load_text, token_windows, tokenize
+from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.generation import continue_prompt
+from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
+from aqua_attention.io.files import write_atomically, write_json
+from aqua_attention.report.tables import describe_setting, markdown, perplexity_table
+from aqua_attention.version import __version__
+
+RATIOS = (0.75, 0.5, 0.25)
+CONTEXT, CALIBRATION_TOKENS, EVALUATION_TOKENS = 2048, 8 * 2048, 3 * 2048
+PROMPT = "Explain in a few sentences what a Python dictionary is and when to use one."
+NEW_TOKENS = 64
+
+Progress = Callable[[str, int, int], None]
+
+
+def ours(k_ratio: float) -> AquaConfig:
+    """The setting we recommend, at a given share of dimensions."""
+    return AquaConfig(k_ratio=k_ratio, selection="weighted", sink=4, recent=64)
+
+
+def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
+    """Run the demo and write `smollm2.safetensors`, `table.md` and `summary.json` into the folder `out`.
+
+    Args:
+        progress: called as progress(name of the step, done, total).
+
+    Returns:
+        What `summary.json` holds: the rows of `evaluate_perplexity`, the two texts, times and peak memory.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AquaError(f"cannot make the folder {out}: {error.strerror}") from error
+    seconds, started = {}, time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal started
+        seconds[name], started = round(time.perf_counter() - started, 1), time.perf_counter()
+
+    progress("load", 0, 1)
+    model, tokenizer = load_model(DEFAULT_MODEL)
+    progress("load", 1, 1)
+    lap("load")
+    projections = calibrate(
+        model,
+        tokenizer,
+        load_text("builtin:calibration"),
+        tokens=CALIBRATION_TOKENS,
+        context=CONTEXT,
+        name=DEFAULT_MODEL,
+        progress=lambda done, total: progress("calibrate", done, total),
+    )
+    projections.save(out / "smollm2.safetensors")
+    lap("calibrate")
+    ids, prefix = tokenize(tokenizer, load_text("builtin:evaluation"))
+    windows = token_windows(ids, tokens=EVALUATION_TOKENS, context=CONTEXT, seed=None, prefix=prefix)
+    configs = [AquaConfig(k_ratio=ratio) for ratio in RATIOS] + [ours(ratio) for ratio in RATIOS]
+    result = evaluate_perplexity(
+        model,
+        projections,
+        [Setting(config) for config in configs],
+        windows,
+        progress=lambda done, total: progress("evaluate", done, total),
+    )
+    lap("evaluate")
+    progress("generate", 0, 2)
+    dense = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)
+    progress("generate", 1, 2)
+    attachment = apply(model, projections, ours(0.5))
+    aqua = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS, attachment=attachment)
+    progress("generate", 2, 2)
+    lap("generate")
+    summary = {
+        **result,
+        "generation": {
+            "prompt": PROMPT,
+            "dense": dense.text,
+            "aqua": aqua.text,
+            "setting": ours(0.5).to_dict(),
+            "same_tokens": dense.token_ids == aqua.token_ids,
+        },
+        "seconds": seconds,
+        "peak_memory_bytes": _peak_memory(),
+        "model": DEFAULT_MODEL,
+        "versions": {
+            "aqua_attention": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    write_atomically(out / "table.md", demo_markdown(summary).encode())
+    write_json(out / "summary.json", summary)
+    return summary
+
+
+def demo_markdown(summary: dict[str, Any]) -> str:
+    """The table, and both texts, as a short Markdown page."""
+    generation = summary["generation"]
+    return (
+        "# AQUA attention on SmolLM2-135M-Instruct\n\n"
+        f"{markdown(*perplexity_table(summary))}\n"
+        f"{summary['dense']['tokens']} predictions on text that calibration did not see. "
+        '"Products": query-key multiplications, measured; the few exact tokens (first + last) cost all of theirs.\n\n'
+        f"**Prompt.** {generation['prompt']}\n\n"
+        f"**Dense.** {generation['dense']}\n\n"
+        f"**AQUA ({describe_setting(generation['setting'])}).** {generation['aqua']}\n"
+    )
+
+
+def _peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `aqua eval images`, and calibration on images: parsing and printing only."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from aqua_attention.cli.options import Basis, Device, Dtype, Json, ProjectionsFile, RemoteCode, Share, Sink
+from aqua_attention.cli.terminal import check_writable, print_table, progress_bars
+from aqua_attention.errors import AquaError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+Images = Annotated[int, typer.Option(help="How many images at most, spread over the folder.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Only layers whose name matches, such as 'vision_tower.*' (default: all).")
+]
+Side = Annotated[
+    str | None,
+    typer.Option(help="text or images, for a model that reads both (default: images if --data is images, else text)."),
+]
+GRID = [0.9, 0.75, 0.5, 0.25]
+METHODS = [("magnitude", "aqua"), ("weighted", "aqua"), ("static", "aqua"), ("magnitude", "none")]
+"""Selection and basis: the paper, ours, a fixed slice, not rotated."""
+
+
+def images(
+    model: Annotated[str, typer.Argument(help="A local folder, or a hub id, of a model that reads images.")],
+    projections: ProjectionsFile,
+    data: Annotated[
+        str, typer.Option(help="A folder of images, an image, hub:name, or builtin:evaluation-photographs.")
+    ] = "builtin:evaluation-photographs",
+    k_ratio: Annotated[
+        list[float] | None, typer.Option(help="Share of dimensions multiplied; repeat (0.9 0.75 0.5 0.25).")
+    ] = None,
+    selection: Annotated[
+        list[str] | None,
+        typer.Option(help="magnitude, weighted or static; repeat (default: these three, and not rotated)."),
+    ] = None,
+    basis: Basis = "aqua",
+    share: Share = "head",
+    sink: Sink = 0,
+    images: Images = 256,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """How far embeddings turn under AQUA, how many nearest neighbours stay, and what each layer loses.
+
+    Example: `aqua eval images clip-vit-base-patch16/ -p clip.safetensors --data pictures/ --k-ratio 0.75 --k-ratio 0.5
+    --json images.json`
+    """
+    from aqua_attention.config import AquaConfig
+
+    methods = (
+        METHODS if selection is None and basis == "aqua" else [(name, basis) for name in selection or ["magnitude"]]
+    )
+    configs = [
+        (AquaConfig(k_ratio=ratio, selection=name, share=share, sink=sink), its_basis)
+        for ratio, (name, its_basis) in product(k_ratio or GRID, methods)
+    ]
+    check_writable(json)
+    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.evaluate.record import dtype_of
+    from aqua_attention.evaluate.setting import Setting
+    from aqua_attention.evaluate.suites.images import evaluate_images
+    from aqua_attention.io.files import write_json
+    from aqua_attention.model.sides import inputs_digest
+    from aqua_attention.report.tables import images_table, layers_table
+
+    learned = Projections.load(projections)
+    settings = [Setting(config, its_basis) for config, its_basis in configs]
+    with progress_bars() as report:
+        loaded, inputs = model_and_images(model, data, images, dtype, device, trust_remote_code, report)
+        result = evaluate_images(
+            loaded, learned, settings, inputs, progress=lambda done, total: report("embed", done, total)
+        )
+    result |= {"model": model, "dtype": dtype_of(loaded), "data": data, "inputs_sha256": inputs_digest(inputs)}
+    result["projections_sha256"] = hashlib.sha256(projections.read_bytes()).hexdigest()
+    if json:
+        write_json(json, result)
+    print_table(images_table(result))
+    if any((row["selection"], row["basis"]) == ("magnitude", "aqua") for row in result["retention"]):
+        print_table(layers_table(result))
+    dense = result["dense"]
+    typer.echo(
+        f"{result['images']} images; dense, two of them have a cosine of {dense['others']:.4f}, nearest ones of "
+        f"{dense['nearest']:.4f}"
+    )
+
+
+def model_and_images(
+    name: str,
+    data: str,
+    most: int,
+    dtype: str,
+    device: str | None,
+    trust_remote_code: bool,
+    report: Callable[[str, float, int], None],
+) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
+    """A model that reads images, and the images as it reads them."""
+    from aqua_attention.data.images import check_pillow, image_reader, read_images
+    from aqua_attention.data.models import load_image_model
+
+    check_pillow()
+    loaded, processor = load_image_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    reader = image_reader(loaded, processor)
+    inputs, _ = read_images(data, reader, most=most, progress=lambda done, total: report("read images", done, total))
+    return loaded, inputs
+
+
+def wants_images(
+    model: str, data: str | None, side: str | None, gguf_file: str | None, trust_remote_code: bool
+) -> bool:
+    """Whether a calibration of `model` on `data` reads images: as `side` says; without it where the model reads nothing
+    else, or the data are images.
+
+    Raises:
+        AquaError: `side` is not known; it is left out, and the model reads both, and the data are both.
+    """
+    from aqua_attention.data.images import is_images
+    from aqua_attention.data.models import reads_images
+    from aqua_attention.data.text import holds_text
+    from aqua_attention.model.sides import IMAGES, TEXT
+
+    if side not in (None, TEXT, IMAGES):
+        raise AquaError(f"side is {side!r}: it must be {TEXT} or {IMAGES}")
+    if side == IMAGES and gguf_file:
+        raise AquaError(f"{gguf_file} is a GGUF file, which holds text models alone: side cannot be {IMAGES}")
+    if side:
+        return side == IMAGES
+    takes_images, takes_text = reads_images(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    if not (takes_images and takes_text):
+        return takes_images
+    if data is None or not is_images(data):
+        return False
+    if holds_text(data):
+        raise AquaError(
+            f"{data!r} holds images and text, and model {model!r} reads both: say --side {IMAGES} or {TEXT}"
+        )
+    return True
+
+
+def text_for(model: str, data: str) -> str:
+    """The text that `data` names, for a model or a side of one that reads no images."""
+    from aqua_attention.data.images import is_images
+    from aqua_attention.data.text import load_text
+
+    try:
+        return load_text(data)
+    except AquaError as error:
+        if is_images(data):
+            raise AquaError(f"model {model!r} reads text, and {data!r} names images: give --data a text") from error
+        raise
+
+
+def calibrate_on_images(
+    model: str,
+    data: str | None,
+    most: int,
+    dtype: str,
+    device: str | None,
+    trust_remote_code: bool,
+    report: Callable[[str, float, int], None],
+    **options: Any,
+) -> Any:
+    """Projections from images; `options` are those of `calibration.calibrate_inputs`."""
+    from aqua_attention.calibration.run import calibrate_inputs
+
+    data = data or "builtin:photographs"
+    loaded, inputs = model_and_images(model, data, most, dtype, device, trust_remote_code, report)
+    return calibrate_inputs(
+        loaded,
+        inputs,
+        facts={"images": len(inputs)},
+        name=model,
+        progress=lambda done, total: report("calibrate", done, total),
+        **options,
+    )

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `aqua`: parsing and printing only. Libraries load inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aqua_attention.cli.bench import benchmarks
+from aqua_attention.cli.evaluate import evaluations
+from aqua_attention.cli.grid import grid
+from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
+from aqua_attention.cli.options import (
+    Bits,
+    Chat,
+    Context,
+    Device,
+    Dtype,
+    GgufFile,
+    H2OQueries,
+    H2ORatio,
+    Json,
+    LogitError,
+    MinLength,
+    Model,
+    ProjectionsFile,
+    Recent,
+    RemoteCode,
+    Selection,
+    Share,
+    Sink,
+    SRatio,
+    aqua_config,
+    load_model,
+)
+from aqua_attention.cli.report import report
+from aqua_attention.cli.tasks import lm_eval, tasks
+from aqua_attention.cli.terminal import check_writable, print_table, progress_bars
+from aqua_attention.cli.transfer import context as across_contexts
+from aqua_attention.cli.transfer import transfer
+from aqua_attention.errors import AquaError
+from aqua_attention.version import __version__
+
+app = typer.Typer(
+    name="aqua",
+    help="AQUA attention: multiply only the query dimensions that matter (arXiv 2509.11155).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (tasks, grid, transfer, across_contexts, images):
+    evaluations.command()(command)
+app.add_typer(evaluations, name="eval")
+app.add_typer(benchmarks, name="bench")
+# Everything after the first word is lm-eval's, its --help too.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command("lm-eval", context_settings=_PASSED_ON)(lm_eval)
+app.command()(report)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"aqua-attention {__version__}")
+        raise typer.Exit()
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the projections here (.safetensors).")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to read.")] = 32768,
+    context: Context = 2048,
+    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    side: Side = None,
+    images: Images = 256,
+    layers: Layers = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    checkpoint_seconds: Annotated[float, typer.Option(help="How often the state is kept, in OUTPUT.partial.")] = 10.0,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Learn a model's projections from a text, or from images, once. Stopped or killed, it goes on with --resume.
+
+    Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
+    """
+    check_writable(output, json)
+    partial = output.with_name(f"{output.name}.partial")
+    check_writable(output, partial, json)
+    from aqua_attention.calibration.checkpoint import check_finished, check_seconds, discard
+    from aqua_attention.calibration.run import calibrate as run
+    from aqua_attention.io.files import remove_leftovers, write_json
+    from aqua_attention.report.tables import provenance_table, spectrum
+
+    check_seconds(checkpoint_seconds)
+    if not resume:
+        check_finished(partial)
+    elif not partial.exists():
+        typer.echo(f"there is no {partial}: beginning at the first window", err=True)
+    kept_in: dict[str, Any] = {
+        "layers": layers,
+        "checkpoint": partial,
+        "checkpoint_seconds": checkpoint_seconds,
+        "resume": resume,
+    }
+    try:
+        if wants_images(model, data, side, gguf_file, trust_remote_code):
+            with progress_bars() as report:
+                projections = calibrate_on_images(
+                    model, data, images, dtype, device, trust_remote_code, report, **kept_in
+                )
+        else:
+            text = text_for(model, data or "builtin:calibration")
+            loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, predicts=False)
+            with progress_bars() as report:
+                projections = run(
+                    loaded,
+                    tokenizer,
+                    text,
+                    tokens=tokens,
+                    context=context,
+                    seed=seed,
+                    name=model,
+                    progress=lambda done, total: report("calibrate", done, total),
+                    **kept_in,
+                )
+        projections.save(output)
+    except KeyboardInterrupt:
+        kept = f"{partial} keeps what is done, the same command with --resume goes on"
+        typer.echo(f"stopped: {kept if partial.exists() else 'nothing was kept yet'}", err=True)
+        raise typer.Exit(130) from None
+    discard(partial)
+    remove_leftovers(output)
+    if json:
+        write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
+    print_table(provenance_table(projections))
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
+    json: Json = None,
+) -> None:
+    """Check a projections file and show what is in it.
+
+    Example: `aqua inspect smollm2.safetensors`
+    """
+    check_writable(json)
+    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.io.files import write_json
+    from aqua_attention.report.tables import provenance_table, spectrum, spectrum_table
+
+    projections = Projections.load(file)
+    if json:
+        model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
+        write_json(json, {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)})
+    print_table(provenance_table(projections))
+    print_table(spectrum_table(projections))
+
+
+@app.command("merge")
+def merge_files(
+    first: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
+    second: Annotated[Path, typer.Argument(help="Another one, of the same model, from other text.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the merged projections here.")],
+    json: Json = None,
+) -> None:
+    """Join two calibrations of one model, as if one run had read both texts (for calibrating on several machines).
+
+    Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
+    """
+    check_writable(output, json)
+    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.io.files import write_json
+    from aqua_attention.report.tables import provenance_table, spectrum
+
+    projections = Projections.load(first).merged(Projections.load(second))
+    projections.save(output)
+    if json:
+        write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
+    print_table(provenance_table(projections))
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    projections: ProjectionsFile,
+    prompt: Annotated[str, typer.Option(help="What to continue; put into the model's chat template if it has one.")],
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 64,
+    k_ratio: Annotated[float, typer.Option(help="Share of dimensions multiplied, in (0, 1].")] = 0.75,
+    s_ratio: SRatio = 0.0,
+    selection: Selection = "magnitude",
+    share: Share = "head",
+    sink: Sink = 0,
+    recent: Recent = 0,
+    logit_error: LogitError = None,
+    bits: Bits = None,
+    h2o_ratio: H2ORatio = 1.0,
+    h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
+    compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
+    chat: Chat = True,
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Continue a prompt with AQUA attention (greedy).
+
+    Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
+    --selection weighted --sink 4 --recent 64 --compare`
+    """
+    config = aqua_config(
+        k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
+    )
+    check_writable(json)
+    from aqua_attention.attach.apply import Attachment, apply
+    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.evaluate.generation import continue_prompt
+    from aqua_attention.io.files import write_json
+
+    learned = Projections.load(projections)
+    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
+
+    def run(attachment: Attachment | None) -> str:
+        return continue_prompt(
+            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, attachment=attachment, chat=chat
+        ).text
+
+    attachment = apply(loaded, learned, config)
+    result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
+    if compare:
+        result["dense"] = run(None)
+    result["aqua"] = run(attachment)
+    if json:
+        write_json(json, result)
+    if compare:
+        typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
+    typer.echo(result["aqua"])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for projections, table.md and summary.json.")] = Path("demo-out"),
+    json: Json = None,
+) -> None:
+    """Fetch a small model, calibrate it, measure gain and loss, and let it write: everything in one go.
+
+    Example: `aqua demo --out demo-out`
+    """
+    check_writable(json)
+    from aqua_attention.cli.demo import run_demo
+    from aqua_attention.io.files import write_json
+    from aqua_attention.report.tables import perplexity_table
+
+    with progress_bars() as report:
+        summary = run_demo(out, report)
+    if json:
+        write_json(json, summary)
+    print_table(perplexity_table(summary))
+    generation = summary["generation"]
+    typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
+    typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")
+    minutes = sum(summary["seconds"].values()) / 60
+    memory = summary["peak_memory_bytes"]
+    used = f", peak memory {memory / 1e9:.1f} GB" if memory else ""
+    typer.echo(f"\n{minutes:.1f} minutes{used}; results in {out}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    warnings.showwarning = lambda message, *rest, **more: typer.echo(f"warning: {message}", err=True)
+    try:
+        app()
+    except AquaError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        typer.echo(f"error: {reason}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

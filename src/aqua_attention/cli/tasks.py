@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands for tasks that others measure too, our own and lm-evaluation-harness: parsing and printing only."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from aqua_attention.cli.evaluate import PAPER_K_RATIO
+from aqua_attention.cli.options import (
+    Basis,
+    Bits,
+    Device,
+    Dtype,
+    GgufFile,
+    H2OQueries,
+    H2ORatio,
+    Json,
+    KRatios,
+    LogitError,
+    MinLength,
+    Model,
+    ProjectionsFile,
+    Recent,
+    RemoteCode,
+    Selection,
+    Share,
+    Sink,
+    SRatio,
+    aqua_config,
+    load_model,
+)
+from aqua_attention.cli.terminal import check_writable, print_table, progress_bars
+from aqua_attention.errors import AquaError
+
+QUICK_CHOICES, QUICK_WRITTEN = 10, 2
+"""Questions of a task under --quick: written answers take the longest."""
+
+
+def tasks(
+    model: Model,
+    projections: ProjectionsFile,
+    task: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=PATH, a file or a folder of splits; repeat. NAME is hellaswag, winogrande, arc_easy, "
+            "arc_challenge, truthfulqa, mmlu or gsm8k."
+        ),
+    ],
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first so many questions of a task (MMLU: of a subject).")
+    ] = None,
+    few_shot: Annotated[
+        int | None,
+        typer.Option(help="Examples before each question (default: gsm8k 5, others 0; truthfulqa always 0)."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the examples.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"Only {QUICK_CHOICES} questions of a task, {QUICK_WRITTEN} of gsm8k.")
+    ] = False,
+    state: Annotated[
+        Path | None, typer.Option(help="Keep the answers in this file; after Ctrl-C or a kill, go on from it.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    k_ratio: KRatios = PAPER_K_RATIO,
+    s_ratio: SRatio = 0.0,
+    selection: Selection = "magnitude",
+    share: Share = "head",
+    sink: Sink = 0,
+    recent: Recent = 0,
+    logit_error: LogitError = None,
+    bits: Bits = None,
+    h2o_ratio: H2ORatio = 1.0,
+    h2o_queries: H2OQueries = None,
+    min_length: MinLength = "0",
+    basis: Basis = "aqua",
+    gguf_file: GgufFile = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    trust_remote_code: RemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Multiple choice and arithmetic from local files, dense and AQUA on the same questions.
+
+    Example: `aqua eval tasks smollm2 -p smollm2.safetensors --task hellaswag=hellaswag_val.jsonl --task gsm8k=gsm8k/
+    --limit 100 --k-ratio 0.5 --selection weighted --sink 4 --recent 64 --state tasks.state --json tasks.json`
+    """
+    configs = [
+        aqua_config(
+            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
+        )
+        for ratio in k_ratio
+    ]
+    check_writable(state, json)
+    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.evaluate.record import dtype_of
+    from aqua_attention.evaluate.setting import Setting
+    from aqua_attention.evaluate.tasks.prompts import load_task
+    from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks
+    from aqua_attention.io.files import write_json
+    from aqua_attention.report.tables import tasks_table
+
+    if quick and limit is not None:
+        raise AquaError(f"--quick asks few questions, --limit {limit} says how many: give one of the two")
+    settings = [Setting(config, basis) for config in configs]
+    if unnamed := [given for given in task if "=" not in given]:
+        raise AquaError(f"--task {unnamed[0]} names no file: write NAME=PATH, such as hellaswag=hellaswag_val.jsonl")
+    paths = [given.split("=", 1) for given in task]
+    check_request([name for name, _ in paths], batch)
+    asked = []
+    for name, path in paths:
+        examples = None if name == "truthfulqa" else few_shot
+        most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
+        asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
+    learned = Projections.load(projections)
+    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
+    try:
+        with progress_bars() as report:
+            result = evaluate_tasks(
+                loaded,
+                tokenizer,
+                learned,
+                settings,
+                asked,
+                batch=batch,
+                state=state,
+                progress=lambda done, total: report("answers", done, total),
+            )
+    except KeyboardInterrupt:
+        kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
+        typer.echo(f"stopped: {kept}", err=True)
+        raise typer.Exit(130) from None
+    result |= {"model": model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
+    if json:
+        write_json(json, result)
+    print_table(tasks_table(result))
+    for name, entry in result["tasks"].items():
+        beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""
+        typer.echo(f"{name}: {entry['questions']} questions of {_some_of(entry['files'])}{beside}")
+
+
+def _some_of(files: list[Any]) -> str:
+    """Names of files in a line; of many, only the first and the last."""
+    return ", ".join(files) if len(files) < 3 else f"{len(files)} files, {files[0]} to {files[-1]}"
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness with the model type `aqua`; all arguments are its own (`aqua lm-eval run --help`).
+
+    Its --model_args are those of `--model hf`, and projections, basis, k_ratio, selection, sink, recent, ...; its
+    --output_path writes the figures, and with --use_cache a stopped run goes on.
+
+    Example: `aqua lm-eval run --model aqua --model_args
+    pretrained=smollm2,projections=smollm2.safetensors,k_ratio=0.5,selection=weighted,sink=4,recent=64
+    --tasks arc_easy --limit 100`
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+
+        import aqua_attention.evaluate.lm_eval  # noqa: F401 (makes the model type known)
+    except ImportError as error:
+        raise AquaError(
+            f"lm-evaluation-harness cannot be loaded ({error}): pip install 'aqua-attention[lm-eval]'"
+        ) from error
+    sys.argv = ["lm-eval", *context.args]
+    try:
+        cli_evaluate()
+    except KeyboardInterrupt:
+        typer.echo("stopped: with --use_cache, the same command goes on", err=True)
+        raise typer.Exit(130) from None
+    except AquaError:
+        raise
+    except ValueError as error:  # what it raises for a task that it does not know
+        raise AquaError(f"lm-eval refuses this ({error}): see `aqua lm-eval run --help`") from error

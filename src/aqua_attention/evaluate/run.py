@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many measurements in a row, each kept as a record when it is done, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.record import SCHEMA, Key, find_record, make_folder, record_path, write_record
+from aqua_attention.evaluate.setting import Setting
+from aqua_attention.model.fingerprint import same_digest
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A measurement to make.
+
+    Attributes:
+        key: what identifies it, see `records.record_key`.
+        measure: called as measure(progress), with progress(steps done, steps in all); returns the record's `result`,
+            and may add `projections_sha256` to it, which goes to its own place in the record.
+    """
+
+    key: Key
+    measure: Callable[[Progress], dict[str, Any]]
+
+
+def run_jobs(
+    folder: Path,
+    jobs: Sequence[Job],
+    facts: dict[str, Any],
+    *,
+    progress: Callable[[float, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Measure what `folder` has no record of yet, and write a record for each as soon as it is measured.
+
+    A measurement that runs out of memory or is refused is recorded with the reason, and the others go on; when run
+    again, such a one is tried again. A damaged record is measured again, and so is one of other weights of the model.
+
+    Args:
+        facts: see `records.facts_of`.
+        progress: called as progress(measurements done, measurements in all), of those that are not there yet; the
+            first number grows in fractions.
+        notice: told about records found, damaged ones, and those of other weights.
+
+    Returns:
+        A record for each job, in their order.
+
+    Raises:
+        AquaError: `folder` cannot be written into.
+    """
+    notice = notice or (lambda message: None)
+    records: dict[int, dict[str, Any]] = {}
+    stale = 0
+    for place, job in enumerate(jobs):
+        try:
+            found = find_record(folder, job.key)
+        except AquaError as error:
+            notice(f"{error}; it is measured again now")
+            found = None
+        if found is None or "error" in found:
+            continue
+        if same_digest(found.get("key_weights"), facts.get("key_weights")):
+            records[place] = found
+        else:
+            stale += 1
+    if stale:
+        notice(f"{stale} of {len(jobs)} measurements in {folder} are of other weights; they are made again now")
+    if records:
+        notice(f"{len(records)} of {len(jobs)} measurements are in {folder} already")
+    pending = [place for place in range(len(jobs)) if place not in records]
+    if pending:
+        # Now, not after minutes of work.
+        make_folder(record_path(folder, jobs[pending[0]].key).parent)
+    for done, place in enumerate(pending):
+
+        def tell(step: int, steps: int, done: int = done) -> None:
+            if progress:
+                progress(done + step / max(1, steps), len(pending))
+
+        tell(0, 1)
+        records[place] = _measured(jobs[place], facts, tell)
+        write_record(folder, records[place], jobs[place].key)
+        tell(1, 1)
+    return [records[place] for place in range(len(jobs))]
+
+
+def _measured(job: Job, facts: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    sha256, outcome = job.key["projections_sha256"], {}
+    try:
+        result = job.measure(progress)
+        sha256 = result.pop("projections_sha256", sha256)
+        outcome = {"result": result}
+    except Exception as error:
+        if (kind := failure_kind(error)) is None:
+            raise
+        outcome = {"error": {"kind": kind, "message": (str(error) or type(error).__name__).splitlines()[0]}}
+    if outcome.get("error", {}).get("kind") == "out_of_memory":
+        # Only now: within the handler above, the error's frames still hold the tensors.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    timing = {"started": started, "seconds": round(time.perf_counter() - clock, 3)}
+    return {"schema": SCHEMA} | job.key | {"projections_sha256": sha256} | facts | timing | outcome
+
+
+def halves(progress: Progress) -> tuple[Progress, Progress]:
+    """Progress of a measurement's first half (calibrating) and of its second (testing)."""
+    return lambda done, total: progress(done, 2 * total), lambda done, total: progress(total + done, 2 * total)
+
+
+def check_sizes(**sizes: int | Sequence[int] | None) -> None:
+    """Raise AquaError for a number of tokens from which nothing can be predicted; None is none given."""
+    for name, given in sizes.items():
+        for value in [given] if isinstance(given, int) else given or ():
+            if value < 2:
+                raise AquaError(f"{name.replace('_', ' ')} is {value}: it must be at least 2 tokens")
+
+
+def failure_kind(error: Exception) -> str | None:
+    """ "out_of_memory", "error" (refused), or None for what is neither, and so a defect of ours."""
+    if isinstance(error, AquaError):
+        return "error"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return "out_of_memory"
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return "out_of_memory" if isinstance(error, RuntimeError) and any(word in str(error) for word in words) else None
+
+
+def grid_settings(
+    *,
+    k_ratio: Iterable[float] = (),
+    logit_error: Iterable[float] = (),
+    s_ratio: Iterable[float] = (0.0,),
+    h2o_ratio: Iterable[float] = (1.0,),
+    h2o_queries: int | None = None,
+    bits: Iterable[int | None] = (None,),
+    selection: Iterable[str] = ("magnitude",),
+    share: Iterable[str] = ("head",),
+    sink: Iterable[int] = (0,),
+    recent: Iterable[int] = (0,),
+    min_length: Iterable[int | Literal["auto"]] = (0,),
+    basis: Iterable[str] = ("aqua",),
+) -> list[Setting]:
+    """Every combination, each once. `k_ratio` and `logit_error` are one list: a setting has either.
+
+    Raises:
+        AquaError: a value that no setting can have.
+    """
+    amounts: list[dict[str, Any]] = [{"k_ratio": float(value)} for value in k_ratio]
+    amounts += [{"logit_error": float(value)} for value in logit_error]
+    combinations = product(basis, selection, share, sink, recent, min_length, bits, h2o_ratio, s_ratio, amounts)
+    settings = [
+        Setting(
+            AquaConfig(
+                **amount,
+                s_ratio=float(narrow),
+                selection=which,
+                share=shared,
+                sink=first,
+                recent=last,
+                min_length=short,
+                bits=stored,
+                h2o_ratio=float(kept),
+                h2o_queries=h2o_queries if kept < 1 else None,
+            ),
+            base,
+        )
+        for base, which, shared, first, last, short, stored, kept, narrow, amount in combinations
+    ]
+    if not settings:
+        raise AquaError("there is no setting to measure: give at least one k_ratio or logit_error")
+    return list(dict.fromkeys(settings))

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What AQUA does to the embeddings of images: how far they turn, and whether nearest neighbours stay the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from aqua_attention.attach.apply import Attachment
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.setting import Setting, attachments
+from aqua_attention.evaluate.suites.retention import evaluate_retention
+from aqua_attention.model.capture import evaluation_mode
+from aqua_attention.model.inputs import check_unpadded
+from aqua_attention.model.sides import IMAGES, Inputs, accepted, first_tensor, placed, runner, sides
+
+BATCH = 8
+"""Images in a forward pass, where a model takes any number of them."""
+RETENTION_IMAGES = 8
+"""How many of the images the loss of each layer is measured on."""
+
+
+def evaluate_images(
+    model: PreTrainedModel,
+    projections: Projections,
+    settings: Sequence[Setting],
+    inputs: Sequence[Inputs],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Embed every image dense, then under every setting.
+
+    Args:
+        inputs: what the model is called with for each image, see `images.read_images`.
+        progress: called as progress(images embedded, images to embed under all settings).
+
+    Returns:
+        `{"images": count, "dense": {...}, "rows": [...], "retention": [...]}`. `dense`, as a yardstick: `others` and
+        `nearest`, the mean cosine of two different images, and of an image and the nearest other one. A row a setting:
+        `setting` (the AquaConfig's fields), `basis`, `mean_cosine` and `lowest_cosine` of the embeddings to the dense
+        ones, `same_neighbour` (the share of images whose nearest other image is the same), `mean_k` and
+        `mean_k_per_layer` (share of head_dim that was multiplied, measured, outside the exact window). `retention`: the
+        rows of `evaluate_retention` on some of the images, each with its `basis`, without an exact window.
+
+    Raises:
+        AquaError: fewer than two images, a model that does not read images, padding, projections without its image
+            layers, NaN.
+    """
+    name = type(model).__name__
+    if IMAGES not in sides(model):
+        raise AquaError(f"{name} reads text, not images")
+    if len(inputs) < 2:
+        raise AquaError(f"there is {len(inputs)} image: nearest neighbours need two or more")
+    check_unpadded(inputs)
+    runs = attachments(model, projections, settings, IMAGES)
+    batches = _batches(inputs)
+    done, total = 0, len(inputs) * (1 + len(runs))
+
+    def embed(attachment: Attachment | None) -> Tensor:
+        nonlocal done
+        parts = []
+        with attachment or nullcontext(), torch.no_grad(), evaluation_mode(model):
+            for count, batch in batches:
+                if progress:
+                    progress(done, total)
+                parts.append(_embedding(model, batch, count))
+                done += count
+        found = torch.cat(parts).float().cpu()
+        if not bool(torch.isfinite(found).all()):
+            raise AquaError(f"{name} gives NaN or infinity: its weights are damaged, or the dtype is too narrow")
+        return torch.nn.functional.normalize(found, dim=-1)
+
+    dense = embed(None)
+    expected = _neighbours(dense)
+    rows = []
+    for setting, (attachment, multiplied) in zip(settings, runs, strict=True):
+        found = embed(attachment)
+        cosines = (found * dense).sum(-1)
+        rows.append(
+            {
+                "setting": setting.config.to_dict(),
+                "basis": setting.basis,
+                "mean_cosine": float(cosines.mean()),
+                "lowest_cosine": float(cosines.min()),
+                "same_neighbour": float((_neighbours(found) == expected).float().mean()),
+                "mean_k": multiplied.share(),
+                "mean_k_per_layer": multiplied.share_per_layer(),
+            }
+        )
+    if progress:
+        progress(total, total)
+    return {
+        "images": len(inputs),
+        "dense": _yardstick(dense),
+        "rows": rows,
+        "retention": _retention(model, projections, settings, inputs),
+    }
+
+
+def _batches(inputs: Sequence[Inputs]) -> list[tuple[int, Inputs]]:
+    """How many images, and what the model is called with for them."""
+    shapes = {tuple(each["pixel_values"].shape) for each in inputs}
+    if (
+        len(shapes) > 1
+        or len(shape := next(iter(shapes))) != 4
+        or shape[0] != 1
+        or any(len(each) > 1 for each in inputs)
+    ):
+        return [(1, each) for each in inputs]
+    return [
+        (len(part), {"pixel_values": torch.cat([each["pixel_values"] for each in part])})
+        for part in (inputs[start : start + BATCH] for start in range(0, len(inputs), BATCH))
+    ]
+
+
+def _embedding(model: PreTrainedModel, batch: Inputs, count: int) -> Tensor:
+    """[count, width]: what the model calls the embedding of an image, or else the mean over its tokens."""
+    run = runner(model, IMAGES)
+    output = run(**accepted(run, placed(batch, model)))
+    named = (getattr(output, key, None) for key in ("image_embeds", "pooler_output"))
+    found = next((each for each in named if each is not None), None)
+    # Some models, as LLaVA, give a list with a tensor for each image.
+    parts = list(found if isinstance(found, (list, tuple)) else first_tensor(output if found is None else found))
+    if count == 1:
+        parts = [torch.cat([_tokens(part) for part in parts])]
+    elif len(parts) != count:
+        # The tokens of all images in one row: which are whose is not known.
+        rows = ({name: value[row : row + 1] for name, value in batch.items()} for row in range(count))
+        return torch.cat([_embedding(model, each, 1) for each in rows])
+    return torch.stack([_tokens(part).mean(0) for part in parts])
+
+
+def _tokens(states: Tensor) -> Tensor:
+    """[tokens, width]"""
+    return states.reshape(-1, states.shape[-1])
+
+
+def _neighbours(embeddings: Tensor) -> Tensor:
+    """For each image the index of the nearest other one."""
+    return (embeddings @ embeddings.T).fill_diagonal_(-torch.inf).argmax(-1)
+
+
+def _yardstick(embeddings: Tensor) -> dict[str, float]:
+    """Mean cosine of two different images, and of an image and the nearest other one."""
+    cosines = embeddings @ embeddings.T
+    count = len(embeddings)
+    others = (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
+    nearest = cosines.fill_diagonal_(-torch.inf).amax(-1).mean()
+    return {"others": float(others), "nearest": float(nearest)}
+
+
+def _retention(
+    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting], inputs: Sequence[Inputs]
+) -> list[dict[str, Any]]:
+    some = inputs[:: -(-len(inputs) // RETENTION_IMAGES)]
+    rows = []
+    for basis in dict.fromkeys(setting.basis for setting in settings):
+        of_basis = [setting.config for setting in settings if setting.basis == basis]
+        found = evaluate_retention(
+            model,
+            projections if basis == projections.basis else projections.with_basis(basis),
+            some,
+            k_ratios=list(dict.fromkeys(config.k_ratio for config in of_basis)),
+            selections=list(dict.fromkeys(config.selection for config in of_basis)),
+        )
+        rows += [row | {"basis": basis} for row in found["rows"]]
+    return rows

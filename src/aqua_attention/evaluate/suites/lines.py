@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Line retrieval: many lines "line NAME: REGISTER_CONTENT is <NUMBER>", and a question for one of them.
+
+The task of LongEval (the LongChat project), whose files of questions are read as they are; or generated, with
+sentences of our own around the same lines.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import zlib
+from pathlib import Path
+
+from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.suites.retrieval import Question
+
+_ADJECTIVES = (
+    "amber ancient autumn bitter blunt bold brave brief bright broken calm careful clever cold copper crisp curious "
+    "daring dark deep distant dusty eager early faint fierce fragile gentle golden grand green hidden hollow humble "
+    "icy jolly keen lively lonely loud lucky mellow misty modest narrow nimble noble odd pale patient plain proud "
+    "quick quiet rapid rare restless rough round rusty salty shallow sharp silent silver slow solid spare steady "
+    "stern stray sunny swift tall tender tidy vast warm weary wide wild young"
+).split()
+_NOUNS = (
+    "acorn anchor apron badger barrel basket beacon bell bridge bucket cabin candle canyon carpet castle cedar cellar "
+    "chimney cliff clock cloud comet compass copper coral cotton cradle dagger desert donkey eagle ember engine falcon "
+    "feather fence ferry fiddle forest fountain garden glacier granite hammer harbor hazel helmet heron island jacket "
+    "kettle ladder lantern lemon lizard marble meadow mirror needle nettle oyster paddle parrot pebble pepper pillow "
+    "pine planet plum quarry rabbit raven ribbon river rocket saddle salmon shadow shovel spider statue summit table "
+    "temple thistle timber tunnel turtle valley velvet violin wagon walnut whistle willow window winter"
+).split()
+MOST_LINES = len(_ADJECTIVES) * len(_NOUNS)
+
+
+def lines_questions(lines: int, *, count: int, seed: int = 0) -> list[Question]:
+    """Generate `count` questions about `lines` lines each; the same seed gives the same questions.
+
+    Names are adjective-noun pairs, numbers 1 to 50 000, all different within a question.
+
+    Raises:
+        AquaError: `lines` or `count` out of range.
+    """
+    if not 1 <= lines <= MOST_LINES:
+        raise AquaError(f"lines is {lines}: it must be 1 to {MOST_LINES}, as many as there are names")
+    if count < 1:
+        raise AquaError(f"count is {count}: it must be at least 1")
+    rng = random.Random(f"{seed}/{lines}")
+    return [_generated(lines, rng) for _ in range(count)]
+
+
+def read_lines_questions(path: Path | str, *, count: int | None = None) -> list[Question]:
+    """Read LongEval's line questions: a .jsonl file, or .jsonl.gz, with `prompt`, `random_idx` and `expected_number`.
+
+    Args:
+        count: how many, from the start; None takes all.
+
+    Raises:
+        AquaError: no such file, damaged, or a line lacks a field; the message names file, line and field.
+    """
+    path = Path(path)
+    if count is not None and count < 1:
+        raise AquaError(f"count is {count}: it must be at least 1")
+    if not path.is_file():
+        raise AquaError(f"{path}: no such file of line questions: give a LongEval .jsonl, or --lines to generate")
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    questions: list[Question] = []
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if count is not None and len(questions) == count:
+                    break
+                if line.strip():
+                    questions.append(_parsed(line, f"{path}, line {number}"))
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise AquaError(f"{path} cannot be read ({error}): fetch it again") from error
+    if not questions:
+        raise AquaError(f"{path} holds no questions: it is empty")
+    return questions
+
+
+def _generated(lines: int, rng: random.Random) -> Question:
+    names = [f"{_ADJECTIVES[n // len(_NOUNS)]}-{_NOUNS[n % len(_NOUNS)]}" for n in rng.sample(range(MOST_LINES), lines)]
+    numbers = rng.sample(range(1, 50_001), lines)
+    asked = rng.randrange(lines)
+    record = "\n".join(
+        f"line {name}: REGISTER_CONTENT is <{number}>" for name, number in zip(names, numbers, strict=True)
+    )
+    prompt = (
+        "Each line of the record below has a name and, in angle brackets, a number, its REGISTER_CONTENT. Read them "
+        f"all: a question about one of them follows.\n\n{record}\n\n"
+        f"That was the record. What is the REGISTER_CONTENT of line {names[asked]}? Answer with its number."
+    )
+    return _question(prompt, names[asked], numbers[asked], lines)
+
+
+def _parsed(line: str, where: str) -> Question:
+    try:
+        row = json.loads(line)
+        prompt, name, number = row["prompt"], row["random_idx"], row["expected_number"]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AquaError(f"{where} is no LongEval line question ({error}): mend or drop it") from error
+    except KeyError as error:
+        raise AquaError(f"{where} has no field {error}: it is no LongEval line question") from error
+    name = name[0] if isinstance(name, list) and name else name
+    for field, value in (("prompt", prompt), ("random_idx", name)):
+        if not (isinstance(value, str) and value.strip() and _is_text(value)):
+            raise AquaError(f"{where}: its {field} is no text: mend or drop it")
+    if type(number) is not int or number < 0:
+        raise AquaError(f"{where}: its expected_number is {number!r}, not a whole number: mend or drop it")
+    return _question(prompt, name, number, prompt.count("REGISTER_CONTENT is <"))
+
+
+def _is_text(value: str) -> bool:
+    """Whether it has no half of a surrogate pair, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _question(prompt: str, name: str, number: int, lines: int) -> Question:
+    # As the record has it: the small models that this suite is for find more lines than after a sentence.
+    start = f"line {name}: REGISTER_CONTENT is <"
+    return Question(prompt=prompt, answer_start=start, expected=(str(number),), labels={"lines": lines})

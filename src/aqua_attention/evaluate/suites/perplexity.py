@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity, KL divergence and top-1 agreement of AQUA against dense attention, on the same windows in one run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from aqua_attention.attach.apply import Attachment
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.run import check_predicts, check_tokens
+from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
+from aqua_attention.model.capture import input_device
+
+CHUNK = 128
+"""Tokens that are scored at once after a prefill."""
+ROWS_AT_ONCE = 256
+"""Positions whose next-token distributions are compared at once; bounds the float32 copies of the logits."""
+KEPT_BYTES = 4 << 30
+"""Dense logits that `DenseLogits` keeps."""
+
+
+@dataclass
+class _Sums:
+    loss: float = 0.0
+    kl: float = 0.0
+    agree: int = 0
+    tokens: int = 0
+
+
+class DenseLogits:
+    """The dense model's logits, for several calls of `evaluate_perplexity` over the same windows.
+
+    They are kept in ordinary memory, in the model's dtype, up to `most_bytes`; those of windows beyond that are
+    computed again in each call. Asked for another model or other windows, it forgets.
+    """
+
+    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
+        self.most_bytes = most_bytes
+        self._owner: tuple[PreTrainedModel, Tensor] | None = None
+        self._kept: dict[int, Tensor] = {}
+
+    def of(self, model: PreTrainedModel, windows: Tensor, index: int) -> Tensor:
+        """Next-token logits of one window, [context - 1, vocabulary]."""
+        if self._owner is None or self._owner[0] is not model or self._owner[1] is not windows:
+            self._owner, self._kept = (model, windows), {}
+        if index in self._kept:
+            return self._kept[index].to(input_device(model))
+        logits = _logits(model, windows[index][None].to(input_device(model)))
+        if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= self.most_bytes:
+            self._kept[index] = logits.cpu()
+        return logits
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel,
+    projections: Projections,
+    settings: Sequence[Setting],
+    windows: Tensor,
+    *,
+    continued: bool = False,
+    dense_logits: DenseLogits | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Run every window dense, then under every setting, each from its first token on.
+
+    When a setting evicts tokens (`h2o_ratio`), every window is read as a conversation is: its first half at once, into
+    a cache, and then the second in chunks of 128 tokens; only the second half is scored, of all settings and of dense.
+    Otherwise a window is one forward pass without a cache, and all of it is scored.
+
+    Args:
+        windows: token ids, [count, context]; each window predicts context - 1 tokens.
+        continued: read windows as conversations whatever the settings, so that the figures can be compared with those
+            of settings that evict.
+        dense_logits: keeps the dense model's part for further calls over the same windows.
+        progress: called as progress(forward passes done, forward passes in all).
+
+    Returns:
+        `{"dense": {"perplexity", "tokens"}, "rows": [...], "scored": "all" or "second half"}`, a row a setting:
+        `setting` (the AquaConfig's fields), `basis`, `effective_ratio` (E = k_ratio * (1 - s_ratio)), `perplexity`,
+        `perplexity_change` (relative to dense: 0.01 is one per cent), `kl` (mean KL divergence of the next-token
+        distribution from the dense one, nats), `top1` (share of positions with the dense model's most likely token),
+        `mean_k` (share of head_dim that was multiplied, measured, outside the exact window), `mean_k_per_layer` (the
+        same, a list), `tokens` (predictions scored).
+
+    Raises:
+        AquaError: no windows, tokens that the model does not know, AQUA already attached, NaN or infinite logits.
+    """
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
+    check_predicts(model)
+    check_tokens(model, windows, context=windows.shape[1])
+    runs = attachments(model, projections, settings)
+    settings = as_attached(settings, runs)
+    continued = continued or any(setting.config.h2o_ratio < 1 for setting in settings)
+    half = windows.shape[1] // 2 if continued else 0
+    if half and windows.shape[1] < 4:
+        raise AquaError(f"windows have {windows.shape[1]} tokens: h2o_ratio needs at least four, half of them to score")
+    reference = dense_logits or DenseLogits(most_bytes=0)
+    dense, sums = _Sums(), [_Sums() for _ in settings]
+    done, total = 0, len(windows) * (1 + len(runs))
+    device = input_device(model)
+    with torch.no_grad():  # not inference_mode: offloaded quantised weights may fail under it
+        for index, window in enumerate(windows):
+            tokens = window[None].to(device)
+            if progress:
+                progress(done, total)
+            expected, targets = reference.of(model, windows, index)[half:], tokens[0, half + 1 :]
+            _score(dense, expected, expected, targets)
+            done += 1
+            for (attachment, _), row in zip(runs, sums, strict=True):
+                if progress:
+                    progress(done, total)
+                found = _continued(model, tokens, half, attachment) if half else _logits(model, tokens, attachment)
+                _score(row, found, expected, targets)
+                done += 1
+    if progress:
+        progress(total, total)
+    dense_perplexity = _perplexity(dense, "dense attention")
+    return {
+        "dense": {"perplexity": dense_perplexity, "tokens": dense.tokens},
+        "rows": [
+            _row(setting, row, multiplied, dense_perplexity)
+            for setting, row, (_, multiplied) in zip(settings, sums, runs, strict=True)
+        ],
+        "scored": "second half" if half else "all",
+    }
+
+
+def _logits(model: PreTrainedModel, tokens: Tensor, attachment: Attachment | None = None) -> Tensor:
+    """Next-token logits of one window, [context - 1, vocabulary], in the model's dtype."""
+    with attachment or nullcontext():
+        return model(input_ids=tokens, use_cache=False).logits[0, :-1]
+
+
+def _continued(model: PreTrainedModel, tokens: Tensor, half: int, attachment: Attachment) -> Tensor:
+    """The same for the tokens from `half` on, read after those before it are in the cache."""
+    logits, end = [], tokens.shape[1] - 1
+    with attachment:
+        cache = DynamicCache(config=model.config)
+        model(input_ids=tokens[:, :half], past_key_values=cache)
+        for start in range(half, end, CHUNK):
+            part = tokens[:, start : min(start + CHUNK, end)]
+            logits.append(model(input_ids=part, past_key_values=cache).logits[0])
+    return torch.cat(logits)
+
+
+def _score(sums: _Sums, logits: Tensor, dense_logits: Tensor, targets: Tensor) -> None:
+    for start in range(0, len(targets), ROWS_AT_ONCE):
+        part = slice(start, start + ROWS_AT_ONCE)
+        log_p = logits[part].float().log_softmax(-1)
+        sums.loss -= float(log_p.gather(-1, targets[part, None]).sum())
+        sums.tokens += len(log_p)
+        if logits is dense_logits:
+            sums.agree += len(log_p)
+            continue
+        dense_log_p = dense_logits[part].float().log_softmax(-1)
+        sums.kl += float((dense_log_p.exp() * (dense_log_p - log_p)).sum())
+        sums.agree += int((log_p.argmax(-1) == dense_log_p.argmax(-1)).sum())
+
+
+def _row(setting: Setting, sums: _Sums, multiplied: Multiplied, dense_perplexity: float) -> dict[str, Any]:
+    perplexity = _perplexity(sums, str(setting.config))
+    return {
+        "setting": setting.config.to_dict(),
+        "basis": setting.basis,
+        "effective_ratio": setting.config.effective_ratio,
+        "perplexity": perplexity,
+        "perplexity_change": perplexity / dense_perplexity - 1,
+        "kl": sums.kl / sums.tokens,
+        "top1": sums.agree / sums.tokens,
+        "mean_k": multiplied.share(),
+        "mean_k_per_layer": multiplied.share_per_layer(),
+        "tokens": sums.tokens,
+    }
+
+
+def _perplexity(sums: _Sums, what: str) -> float:
+    mean = sums.loss / sums.tokens
+    if not math.isfinite(mean):
+        raise AquaError(
+            f"the model gives NaN or infinite logits with {what}: its weights are damaged, or the dtype is too narrow "
+            "(try --dtype float32)"
+        )
+    return math.exp(min(mean, 700.0))

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Information retention: how far scores and softmax are from dense when only some dimensions are multiplied.
+
+The paper's ablation: for each layer and head, the loss of keeping k of d dimensions, chosen once for all (static) or
+for every query (magnitude, weighted).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.run import check_tokens
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.setting import check_covered
+from aqua_attention.model.capture import attention_layers, observe_windows
+from aqua_attention.model.inputs import check_unpadded, given_sides
+from aqua_attention.model.sides import TEXT, Inputs
+from aqua_attention.ops.select import rotate, select_dimensions
+
+K_RATIOS = (0.9, 0.75, 0.5, 0.25)
+
+
+@dataclass
+class _Loss:
+    """Sums over queries, one entry a query head."""
+
+    scores: Tensor = field(default_factory=lambda: torch.zeros(()))
+    softmax: Tensor = field(default_factory=lambda: torch.zeros(()))
+    count: int = 0
+
+
+def evaluate_retention(
+    model: PreTrainedModel,
+    projections: Projections,
+    windows: Tensor | Sequence[Inputs],
+    *,
+    k_ratios: Sequence[float] = K_RATIOS,
+    selections: Sequence[str] = ("static", "magnitude", "weighted"),
+    queries: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Loss of scores and of softmax for every layer, head, selection and ratio, on the model's own dense states.
+
+    Every earlier token counts as visible, also in sliding-window layers, and in bidirectional layers every token;
+    softcap is left out.
+
+    Args:
+        windows: token ids, [count, context], or what the model is called with, such as the `pixel_values` of an image.
+        queries: how many queries of each window are measured, spread over its second half, in bidirectional layers over
+            all of it.
+        progress: called as progress(windows done, windows in all).
+
+    Returns:
+        `{"rows": [...]}`, a row for each `selection` and `k_ratio`: `score_loss`, the squared length of the difference
+        of a query's scores from the dense ones over that of the dense ones (both without their mean over the visible
+        keys, which softmax does not see); `softmax_loss`, half the summed absolute difference of the probabilities (0
+        equal, 1 disjoint); both means over layers and heads, and in `per_layer` as lists of a value a head.
+
+    Raises:
+        AquaError: projections without the layers that read the windows, or of another model; padding; NaN.
+    """
+    found = attention_layers(model)
+    projections.check_model(model, found)
+    layers = {layer.module: layer for layer in projections.covered(found)}
+    settings = {
+        (selection, ratio): AquaConfig(k_ratio=ratio, selection=selection)
+        for selection in selections
+        for ratio in k_ratios
+    }
+    if isinstance(windows, Tensor):
+        check_tokens(model, windows, context=windows.shape[1])
+        given = {TEXT}
+    else:
+        check_unpadded(windows)
+        given = given_sides(windows)
+    check_covered(model, {layer.side for layer in layers.values()}, given)
+    losses: dict[tuple[str, float], dict[int, _Loss]] = {setting: {} for setting in settings}
+
+    def measure(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
+        layer = layers.get(module)
+        if layer is None:
+            return
+        projection = projections.layers[layer.index]
+        length = key.shape[2]
+        first = length // 2 if layer.causal else 0
+        places = torch.linspace(first, length - 1, min(queries, length), device=key.device).long()
+        rotation = projection.rotation.to(key.device)
+        q, k = rotate(query[:, :, places].float(), rotation), rotate(key.float(), rotation)
+        last = places if layer.causal else torch.full_like(places, length - 1)
+        visible = torch.arange(length, device=key.device) <= last[:, None]
+        dense = _scores(q, k, scaling)
+        dense_centred, dense_softmax = _centred(dense, visible), _softmax(dense, visible)
+        for setting, config in settings.items():
+            selected = select_dimensions(q, config, layer.head_dim, projection.key_rms.to(key.device))
+            scores = dense if selected is None else _scores(torch.where(selected, q, 0), k, scaling)
+            missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
+            score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
+            softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean((0, -1)) / 2
+            sums = losses[setting].setdefault(layer.index, _Loss())
+            sums.scores, sums.softmax = (
+                sums.scores + score_loss.double().cpu(),
+                sums.softmax + softmax_loss.double().cpu(),
+            )
+            sums.count += 1
+
+    observe_windows(model, found, windows, measure, progress)
+    return {"rows": [_row(selection, ratio, losses[selection, ratio]) for selection, ratio in settings]}
+
+
+def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """[1, heads, queries, keys] in float32."""
+    repeats = query.shape[1] // key.shape[1]
+    return query @ key.repeat_interleave(repeats, dim=1).transpose(-1, -2) * scaling
+
+
+def _centred(scores: Tensor, visible: Tensor) -> Tensor:
+    mean = torch.where(visible, scores, 0).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)
+    return torch.where(visible, scores - mean, 0)
+
+
+def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1)
+
+
+def _row(selection: str, ratio: float, layers: dict[int, _Loss]) -> dict[str, Any]:
+    scores = {index: (loss.scores / loss.count).tolist() for index, loss in layers.items()}
+    softmax = {index: (loss.softmax / loss.count).tolist() for index, loss in layers.items()}
+
+    if not all(math.isfinite(value) for heads in (*scores.values(), *softmax.values()) for value in heads):
+        raise AquaError(
+            "the model gives NaN or infinite scores: its weights are damaged or the dtype is too narrow "
+            "(try --dtype float32)"
+        )
+
+    def mean(per_layer: dict[int, list[float]]) -> float:
+        values = [value for heads in per_layer.values() for value in heads]
+        return sum(values) / len(values)
+
+    return {
+        "selection": selection,
+        "k_ratio": ratio,
+        "score_loss": mean(scores),
+        "softmax_loss": mean(softmax),
+        "per_layer": [
+            {"layer": index, "score_loss": scores[index], "softmax_loss": softmax[index]} for index in sorted(layers)
+        ],
+    }

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks that others measure too: files, rows, prompts, answers, figures."""

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks that others measure too, dense and with AQUA on the same questions."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aqua_attention.calibration.projections import Projections
+from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.setting import Setting, as_attached, attachments
+from aqua_attention.evaluate.suites.retrieval import paired_p_value
+from aqua_attention.evaluate.tasks.answers import Answer, answer_items, check_items
+from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, WrittenItem, final_number
+from aqua_attention.evaluate.tasks.prompts import Task
+from aqua_attention.evaluate.tasks.state import Answers
+from aqua_attention.model.capture import attention_layers
+from aqua_attention.model.fingerprint import key_weight_digest, shape_of
+
+SAME_MASS = 1e-4
+"""Probabilities of MC2 that differ by less are a tie: rounding alone moves them by some 1e-6."""
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    projections: Projections,
+    settings: Sequence[Setting],
+    tasks: Sequence[Task],
+    *,
+    batch: int = 8,
+    state: Path | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Ask every question of every task dense and under every setting, and test the pairs.
+
+    Metrics, as lm-evaluation-harness defines them but for `acc_norm`: `acc`, the likeliest answer is right; `acc_norm`,
+    the likeliest per UTF-8 byte (the harness's `acc_norm` counts characters, its `acc_bytes` bytes); `mc1`,
+    `acc` among one true and several false answers; `mc2`, the probability of all true answers among all; `exact_match`,
+    the number after "####" is right (commas, and a full stop at its end, do not count).
+
+    Args:
+        batch: questions at once. Written answers are padded to the longest prompt of a batch.
+        state: file that keeps the answers so far; where it exists, the run goes on from it. It is of one model and
+            its settings, and other tasks may join.
+        progress: called as progress(answers done, answers in all).
+
+    Returns:
+        `{"dense": [...], "rows": [...], "tasks": {...}}`. A row for each setting, task and metric: `setting`, `basis`,
+        `task`, `metric`, `value` (mean over the questions), `stderr` (its standard error), `count`, `dense` (the value
+        without AQUA), `lost` and `gained` (questions on which only dense, only AQUA is right; for mc2, on which AQUA
+        gives less, more probability to the true answers, by 1e-4 or more), `p_value` (the exact McNemar test of these
+        two numbers, which for mc2 is a sign test; not corrected for asking several times), and `outside_window`: the
+        share of the prompts' query-key pairs outside the exact window, without those of queries that see fewer than
+        `min_length` tokens; where it is 0, AQUA leaves nothing out. An entry of `dense` has the same without the
+        comparison. An entry of `tasks` says which files were read.
+
+    Raises:
+        AquaError: no tasks, one given twice, a prompt too long, NaN, a state of another run.
+        KeyboardInterrupt: after `state` was written.
+    """
+    check_request([task.name for task in tasks], batch)
+    made = attachments(model, projections, settings)
+    settings = as_attached(settings, made)
+    for attachment, _ in made:
+        attachment.on_selection = None  # what is multiplied is not asked here, and counting costs
+    columns = [None, *(attachment for attachment, _ in made)]
+    # All of them before the first answer: what cannot be asked is known now, not after hours.
+    lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
+    answers = Answers(_run(model, projections, settings, tasks, batch), state)
+    done, total = 0, sum(len(task.items) for task in tasks) * len(columns)
+    try:
+        for task in tasks:
+            first = len(answers.of_task.get(task.name, []))
+            done += first * len(columns)
+            for start in range(first, len(task.items), batch):
+                part = task.items[start : start + batch]
+                given, answered = [], answer_items(model, tokenizer, part, columns)
+                for _ in columns:
+                    if progress:
+                        progress(done, total)
+                    given.append(next(answered))
+                    done += len(part)
+                answers.add(task.name, [list(row) for row in zip(*given, strict=True)])
+    finally:
+        answers.save()
+    if progress:
+        progress(total, total)
+    figures = {
+        (task.name, metric): [
+            [METRICS[metric](item, answer) for answer in row]
+            for item, row in zip(task.items, answers.of_task[task.name], strict=True)
+        ]
+        for task in tasks
+        for metric in task.metrics
+    }
+    return {
+        "dense": [_mean(task, metric, [row[0] for row in rows]) for (task, metric), rows in figures.items()],
+        "rows": [
+            {"setting": setting.config.to_dict(), "basis": setting.basis}
+            | _compared(task, metric, [(row[0], row[place]) for row in rows])
+            | {"outside_window": _outside(setting, lengths[task])}
+            for place, setting in enumerate(settings, 1)
+            for (task, metric), rows in figures.items()
+        ],
+        "tasks": {
+            task.name: {
+                "path": task.path,
+                "files": list(task.files),
+                "example_files": list(task.example_files),
+                "questions": len(task.items),
+                "few_shot": task.few_shot,
+                "mean_tokens": statistics.fmean(lengths[task.name]),
+                "sha256": task.digest(),
+            }
+            for task in tasks
+        },
+    }
+
+
+def check_request(names: Sequence[str], batch: int) -> None:
+    """Raise AquaError for no tasks, one given twice, or no questions at once."""
+    if not names or len(set(names)) < len(names):
+        raise AquaError(f"the tasks are {', '.join(names) or 'none'}: give at least one, and each once")
+    if batch < 1:
+        raise AquaError(f"batch is {batch}: it must be at least 1")
+
+
+def _accuracy(item: Item, answer: Answer) -> float:
+    right, scores = _given(item, answer)
+    return float(_largest(scores, range(len(scores))) == right.right)
+
+
+def _normalised_accuracy(item: Item, answer: Answer) -> float:
+    right, scores = _given(item, answer)
+    # The space before an answer is no part of it.
+    bytes_of = [max(1, len(text.removeprefix(" ").encode())) for text in right.continuations]
+    per_byte = [score / length for score, length in zip(scores, bytes_of, strict=True)]
+    return float(_largest(per_byte, range(len(scores))) == right.right)
+
+
+def _single_true(item: Item, answer: Answer) -> float:
+    right, scores = _given(item, answer)
+    return float(_largest(scores, right.offered or range(len(scores))) == right.right)
+
+
+def _true_mass(item: Item, answer: Answer) -> float:
+    right, scores = _given(item, answer)
+    pairs = [(score, true) for score, true in zip(scores, right.true, strict=True) if true is not None]
+    largest = max(score for score, _ in pairs)
+    masses = [(math.exp(score - largest), true) for score, true in pairs]
+    return sum(mass for mass, true in masses if true) / sum(mass for mass, _ in masses)
+
+
+def _exact_match(item: Item, answer: Answer) -> float:
+    if not (isinstance(item, WrittenItem) and isinstance(answer, str)):
+        raise TypeError("exact_match is of written answers")
+    return float(final_number(answer) == item.number)
+
+
+METRICS: dict[str, Callable[[Item, Answer], float]] = {
+    "acc": _accuracy,
+    "acc_norm": _normalised_accuracy,
+    "mc1": _single_true,
+    "mc2": _true_mass,
+    "exact_match": _exact_match,
+}
+"""What an answer is worth, 0 to 1."""
+
+
+def _given(item: Item, answer: Answer) -> tuple[ChoiceItem, list[float]]:
+    if not (isinstance(item, ChoiceItem) and isinstance(answer, list)):
+        raise TypeError("log-likelihoods belong to answers that are given")
+    return item, answer
+
+
+def _largest(scores: Sequence[float], places: Sequence[int]) -> int:
+    return max(places, key=lambda place: scores[place])
+
+
+def _mean(task: str, metric: str, values: list[float]) -> dict[str, Any]:
+    count = len(values)
+    error = statistics.stdev(values) / math.sqrt(count) if count > 1 else 0.0
+    return {"task": task, "metric": metric, "value": statistics.fmean(values), "stderr": error, "count": count}
+
+
+def _compared(task: str, metric: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
+    lost, gained = (sum(sign * (aqua - dense) >= SAME_MASS for dense, aqua in pairs) for sign in (-1, 1))
+    return _mean(task, metric, [aqua for _, aqua in pairs]) | {
+        "dense": statistics.fmean(dense for dense, _ in pairs),
+        "lost": lost,
+        "gained": gained,
+        "p_value": paired_p_value(lost, gained),
+    }
+
+
+def _outside(setting: Setting, lengths: list[int]) -> float:
+    window, short = setting.config.sink + setting.config.recent, max(0, setting.config.threshold - 1)
+    beyond = sum(_pairs(length - window) - _pairs(min(length, short) - window) for length in lengths)
+    return beyond / sum(map(_pairs, lengths))
+
+
+def _pairs(tokens: int) -> int:
+    """How many pairs of a query and a key it sees so many tokens have."""
+    return max(0, tokens) * max(0, tokens + 1) // 2
+
+
+def _run(
+    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting], tasks: Sequence[Task], batch: int
+) -> dict[str, Any]:
+    """What answers depend on, for `Answers`."""
+    layers = attention_layers(model)
+    rotations = hashlib.sha256()
+    for layer in projections.layers.values():
+        rotations.update(layer.rotation.cpu().numpy().tobytes())
+    return {
+        "model": {"shape": shape_of(model, layers), "dtype": str(model.dtype)},
+        "key_weights": key_weight_digest(layers),
+        "projections": rotations.hexdigest(),
+        "settings": [setting.config.to_dict() | {"basis": setting.basis} for setting in settings],
+        "tasks": {task.name: task.digest() for task in tasks},
+        "batch": batch,
+    }

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's attention layers, and the queries and keys that pass through them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from aqua_attention.errors import AquaError
+from aqua_attention.model.interface import as_aqua_mask, check_call, check_detached, install, mask_builder
+from aqua_attention.model.sides import (
+    IMAGES,
+    TEXT,
+    Inputs,
+    accepted,
+    device_of,
+    first_tensor,
+    placed,
+    probes,
+    runner,
+    sides,
+)
+from aqua_attention.ops.api import attention
+from aqua_attention.ops.mask import bidirectional
+
+Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer of a model: where it is and the shape of its heads."""
+
+    index: int
+    """No two layers of a model share it. Of a language model's layers it is `layer_idx`, the place in a cache; of
+    others the place in the order in which they run; in a vision-language model those of images follow those of text."""
+    module: nn.Module
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    device: torch.device
+    reads_own_cache: bool
+    """Whether its keys come straight from this layer of a `DynamicCache`, so that they can be rotated when written."""
+    name: str = ""
+    """Where the module is in the base model, such as "vision_tower.encoder.layers.0.self_attn"."""
+    causal: bool = True
+    """Whether a token sees those before it only; False in encoders."""
+    side: str = TEXT
+    """What it runs on, "text" or "images", see `sides`."""
+
+
+@contextmanager
+def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Module, bool]]:
+    """While open, `observer(module, query, key, scaling)` sees every attention call; the model's results stay dense.
+
+    query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length, head_dim], as
+    they enter the scores: after rotary embedding and after any query-key norm. The dictionary says of each module that
+    has called whether its attention is causal.
+    """
+    directions: dict[nn.Module, bool] = {}
+
+    def dense(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        check_call(type(model).__name__, kwargs)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        directions[module] = causal
+        observer(module, query, key, scaling)
+        mask = as_aqua_mask(attention_mask)
+        if mask is not None and mask.shape[2] != query.shape[2]:
+            raise AquaError(f"{type(model).__name__} makes one mask for all queries, which AQUA does not support")
+        if mask is None and not causal:
+            mask = bidirectional(query.shape[2], key.shape[2], sink=0, device=query.device)
+        with torch.autocast(query.device.type, enabled=False):
+            output = attention(
+                query.to(value.dtype),
+                key.to(value.dtype),
+                value,
+                None,
+                mask=mask,
+                scaling=scaling,
+                softcap=softcap,
+                s_aux=s_aux,
+            )
+        return output.transpose(1, 2).contiguous(), None
+
+    _, undo = install(model, dense, mask_builder(0, 0))
+    try:
+        yield directions
+    finally:
+        undo()
+
+
+def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
+    """The attention layers of a model in order, found by running each of its sides on a small input and watching.
+
+    The run is compared with the model's own attention. Watching instead of reading class names means that a layer on
+    this list really sends its attention through the interface, and one that does not is never taken for rotated.
+
+    Raises:
+        AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
+            text or images.
+    """
+    return layers_and_gaps(model)[0]
+
+
+def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[str]]:
+    """`attention_layers`, and why some of the model's could not be found, such as "its image layers could not ...".
+
+    Then the model takes images in a form that AQUA does not know how to make.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise AquaError(f"{name} is an encoder-decoder: only decoders and encoders alone are supported")
+    check_detached(model)
+    layers: list[AttentionLayer] = []
+    gaps: list[str] = []
+    for side in sides(model):
+        try:
+            layers += _side_layers(model, side, first=1 + max((layer.index for layer in layers), default=-1))
+        except _DoesNotRun as error:
+            if not layers:
+                raise
+            gaps.append(f"its image layers could not be found ({error.reason})")
+    if not layers:
+        raise AquaError(f"{name} made no attention call: AQUA needs a model with attention layers")
+    if len({layer.index for layer in layers}) < len(layers):
+        raise AquaError(f"{name} has attention layers that share a layer index: this architecture is not supported")
+    return layers, gaps
+
+
+class _DoesNotRun(AquaError):
+    """None of the inputs that we know of runs one side of a model."""
+
+    reason = ""
+
+
+def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[AttentionLayer]:
+    """The layers that run on one side; `first` is the first index that those of the other leave free."""
+    name, run = type(model).__name__, runner(model, side)
+    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}
+    failed: Exception | None = None
+    for probe in probes(model, side):
+        inputs = {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else placed(probe, model)
+        seen.clear()
+        try:
+            with torch.no_grad(), evaluation_mode(model):
+                with observed(model, lambda module, query, key, scaling: seen.update({module: (query, key)})) as causal:
+                    output = run(**inputs, **cached)
+                expected = first_tensor(run(**inputs))
+            break
+        except AquaError as error:
+            raise error if name in str(error) else AquaError(f"{name}: {error}") from error
+        except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            failed = failed or error
+    else:
+        reason = f"{type(failed).__name__}: {failed}".splitlines()[0][:200]
+        alone = "token ids" if side == TEXT else "images"
+        refusal = _DoesNotRun(f"{name} does not run on {alone} alone, so it is not supported ({reason})")
+        refusal.reason = reason
+        raise refusal from failed
+    found = first_tensor(output)
+    _check_finite(name, seen, expected)
+    # A quantised model may round activations too: then the last bit of an attention output moves logits by percents.
+    exact = found.dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
+    tolerance = 1e-2 if exact else 0.2
+    if (difference := _difference(found, expected)) > tolerance:
+        with torch.no_grad(), evaluation_mode(model):
+            again = first_tensor(run(**inputs))
+        if _difference(again, expected) > tolerance:
+            raise AquaError(f"{name} gives something else each time it runs on the same input: it is not supported")
+        raise AquaError(
+            f"{name} computes more than softmax attention of queries and keys (its output changes by {difference:.0%} "
+            "under plain attention), which AQUA does not support"
+        )
+    cache = getattr(output, "past_key_values", None)
+    names = {module: path.removeprefix(f"{model.base_model_prefix}.") for path, module in model.named_modules()}
+    layers: list[AttentionLayer] = []
+    for module, (query, key) in seen.items():
+        index = getattr(module, "layer_idx", None) if side == TEXT else None
+        is_cached = index is not None and _is_cached(cache, index, key)
+        if is_cached and not causal[module] and (model.can_generate() or IMAGES in sides(model)):
+            # PaliGemma: neither an encoder, nor a decoder whose tokens never see a later one.
+            raise AquaError(
+                f"{name} is not causal, yet generates from a cache: only decoders and encoders are supported"
+            )
+        layers.append(
+            AttentionLayer(
+                index=first + len(layers) if index is None else index,
+                module=module,
+                num_attention_heads=query.shape[1],
+                num_key_value_heads=key.shape[1],
+                head_dim=query.shape[-1],
+                device=key.device,
+                reads_own_cache=is_cached and causal[module],
+                name=names[module],
+                causal=causal[module],
+                side=side,
+            )
+        )
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def _knows_cache(model: PreTrainedModel) -> bool:
+    """Whether `model` can be told to use a cache; some encoders cannot."""
+    parameters = inspect.signature(model.forward).parameters
+    return "use_cache" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def chosen_layers(layers: list[AttentionLayer], pattern: str | None, gaps: Sequence[str] = ()) -> list[AttentionLayer]:
+    """Those of `layers` whose name matches a pattern as of file names, such as "vision_tower.*"; None: all.
+
+    Args:
+        gaps: of `layers_and_gaps`.
+
+    Raises:
+        AquaError: there is none.
+    """
+    chosen = [layer for layer in layers if pattern is None or fnmatchcase(layer.name, pattern)]
+    if layers and not chosen:
+        first, last = layers[0].name, layers[-1].name
+        missing = "".join(f"; {gap}" for gap in gaps)
+        raise AquaError(f"no attention layer has a name like {pattern!r}: the names go from {first} to {last}{missing}")
+    return chosen
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout while open; then every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def observe_windows(
+    model: PreTrainedModel,
+    layers: list[AttentionLayer],
+    windows: Tensor | Sequence[Inputs],
+    observer: Observer,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """One dense forward pass for each window, watched by `observer`.
+
+    Args:
+        windows: token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
+    """
+    with observed(model, observer), torch.no_grad(), evaluation_mode(model):
+        for done, window in enumerate(windows):
+            if progress:
+                progress(done, len(windows))
+            run_encoder_or_decoder(model, layers, {"input_ids": window[None]} if isinstance(window, Tensor) else window)
+    if progress:
+        progress(len(windows), len(windows))
+
+
+def run_encoder_or_decoder(model: PreTrainedModel, layers: list[AttentionLayer], inputs: Inputs) -> Any:
+    """Run the part of `model` that reads `inputs`: all of it only on text and images together."""
+    if "input_ids" not in inputs:
+        forward = runner(model, IMAGES)
+        return forward(**accepted(forward, placed(inputs, model)))
+    if "pixel_values" in inputs:
+        return model(**placed(inputs, model))
+    # The language-model head says nothing about queries and keys, and costs more than observing does.
+    text = innermost_decoder(model, [layer for layer in layers if layer.side == TEXT])
+    options = {"use_cache": False} if _knows_cache(text) else {}
+    device = input_device(model)
+    return text(**{name: value.to(device) for name, value in inputs.items()}, **options)
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the token ids of `model` belong; the CPU when its embeddings are offloaded."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError:  # a model of pairs, as CLIP
+        return device_of(model)
+    weight = getattr(embeddings, "weight", None)
+    if not isinstance(weight, Tensor):
+        raise AquaError(f"{type(model).__name__} has no token embeddings: a decoder language model is needed")
+    return weight.device if weight.device.type != "meta" else torch.device("cpu")
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether `weight` holds ordinary floats. Quantised ones are integers, float8, or of a class of their own."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in PLAIN_DTYPES
+
+
+def _check_finite(name: str, seen: dict[nn.Module, tuple[Tensor, Tensor]], logits: Tensor) -> None:
+    """No NaN may pass: compared with anything, it would look like no difference."""
+    remedy = "the weights are damaged or the dtype is too narrow (try --dtype float32)"
+    for module, states in seen.items():
+        if not all(bool(torch.isfinite(each).all()) for each in states):
+            layer = getattr(module, "layer_idx", None)
+            raise AquaError(f"layer {layer} of {name} gives NaN or infinite queries or keys: {remedy}")
+    if bool(torch.isnan(logits).any()):
+        raise AquaError(f"{name} gives NaN: {remedy}")
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Relative: under our dense attention a model gives what it gives under its own, or scores hold more than q, k."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
+
+
+def _is_cached(cache: Any, index: int, key: Tensor) -> bool:
+    """Whether `key` is what layer `index` of an ordinary `DynamicCache` holds."""
+    if type(cache) is not DynamicCache or index >= len(cache.layers):
+        return False
+    stored = getattr(cache.layers[index], "keys", None)
+    return (
+        isinstance(stored, Tensor)
+        and stored.shape == key.shape
+        and stored.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    )
+
+
+def innermost_decoder(model: PreTrainedModel, layers: list[AttentionLayer]) -> PreTrainedModel:
+    """The smallest PreTrainedModel inside `model` that holds all attention layers (no language-model head)."""
+    modules = {layer.module for layer in layers}
+    holders = [part for part in model.modules() if isinstance(part, PreTrainedModel) and modules <= set(part.modules())]
+    return holders[-1]

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AQUA decoding on a CPU, attention alone: one query token a sequence, only the chosen dimensions of the keys."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from aqua_attention.errors import AquaError
+from aqua_attention.ops.backends.cpu.step import attending, check_cache, everything, function
+from aqua_attention.ops.layout import Chosen, TiledCache
+
+
+def decode(
+    query: Tensor,
+    chosen: Chosen | None,
+    cache: TiledCache,
+    *,
+    sink: int = 0,
+    recent: int = 0,
+    scaling: float | None = None,
+    parts: int | None = None,
+) -> Tensor:
+    """`ops.triton.decode.decode` on a CPU, in float32 or bfloat16; everything is computed in float32.
+
+    Args:
+        query: in the basis of the keys, [batch, num_attention_heads, kept].
+        chosen: the dimensions to multiply; None: all (dense attention).
+        cache: keys and values, the query's own token included; keys of all sequences in one basis.
+        sink, recent: size of the exact window; `recent` is at most TILE.
+        scaling: factor of the scores; default 1/sqrt(kept).
+        parts: jobs for each sequence and key-value head; None: as many as keep the threads busy.
+
+    Returns:
+        [batch, num_attention_heads, value_dim] in the dtype of the cache.
+
+    Raises:
+        AquaError: shapes, sizes or dtypes that the kernel does not take, or there is no compiler.
+    """
+    check_cache(cache, recent)
+    batch, groups, kept, value_dim, _ = cache.shape
+    if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
+        raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")
+    if chosen is not None:
+        chosen.check(batch, groups, kept)
+    if parts is not None and parts < 1:
+        raise AquaError(f"parts is {parts}: it must be 1 or more, or None")
+    heads, scaling = query.shape[1], kept**-0.5 if scaling is None else scaling
+    query, chosen = query.to(cache.dtype).contiguous(), chosen or everything(batch, groups, kept)
+    output = query.new_empty((batch, heads, value_dim))
+    step, work = attending(cache, heads, sink=sink, recent=recent, scaling=scaling, parts=parts)
+    step.turned, step.output = query.data_ptr(), output.data_ptr()
+    step.multiply(chosen)
+    function("decode", cache)(ctypes.byref(step))
+    del work  # held until the call has ended
+    return output

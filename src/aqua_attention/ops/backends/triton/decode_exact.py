@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Decoding over a block in which tokens can need every dimension.
+
+What `prepare` of the same step does not write is read before it has ended: all but the new token and a tile that is
+being moved. It is read past the cache of this processor, which may hold what lay there before an earlier step.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aqua_attention.ops.backends.triton.blocks import (
+    key_pointers,
+    online_softmax,
+    store_part,
+    token_cells,
+    token_pointers,
+)
+from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT
+
+
+@triton.jit
+def exact_block(
+    query_ptr,
+    mask_ptr,
+    tiles_ptr,
+    tail_ptr,
+    values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
+    partial_ptr,
+    lse_ptr,
+    scores_ptr,
+    scaling,
+    sink,
+    recent,
+    count,
+    blocks,
+    first_cell,
+    block_stride,
+    split,
+    splits,
+    length,
+    done,
+    first_head,
+    GROUP: tl.constexpr,
+    COPIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    APPENDED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Attention to the first tile, or to a half of the tail.
+
+    Where dimensions are chosen, each head has two rows: one sees the exact window with every dimension, one the other
+    tokens with the chosen ones: so one matrix product does.
+    """
+    tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, DIM_PADDED)
+    column = columns < VALUE_DIM
+    rows = tl.arange(0, ROWS)
+    member, is_narrow = rows % (ROWS // COPIES), rows >= ROWS // COPIES
+    inside = member < GROUP
+    tile = tl.where(split == 0, 0, done + split - 1)
+    position = tile * TILE + tokens
+    seen = position < tl.where((split == 0) & (done == 0), 0, length)
+    # Without the new token, which is being written.
+    old = seen & (position < length - APPENDED)
+    there = (dim[:, None] < DIM) & old[None, :]
+    cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+    if split == 0:
+        if EARLY:  # noqa: SIM102 (this is known when compiling, the other is not)
+            if length == 2 * TILE + 1:
+                # The first tile is being moved from the tail.
+                tl.extra.cuda.gdc_wait()
+        keys = tl.load(key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE), there, 0, cache_modifier=".cg")
+        if key_steps_ptr is not None:
+            steps = tl.load(
+                token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+            )
+            scale, mean = tl.load(scale_ptr + dim, dim < DIM, 0.0), tl.load(mean_ptr + dim, dim < DIM, 0.0)
+            wide = (keys.to(tl.float32) - 128) * steps[None, :].to(tl.float32)
+            wide = wide * scale[:, None] + mean[:, None]
+            keys = tl.where(there, wide, 0.0).to(tail_ptr.dtype.element_ty)
+    else:
+        keys = tl.load(
+            tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0, cache_modifier=".cg"
+        )
+    values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+    values = tl.load(values_at, old[:, None] & column[None, :], 0, cache_modifier=".cg")
+    value_steps = None
+    if value_steps_ptr is not None:
+        values = (values.to(tl.float32) - 128).to(tl.float16)
+        steps = tl.load(
+            token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+        )
+        value_steps = steps.to(tl.float32) * VALUE_UNIT
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+    query = tl.load(
+        query_ptr + member[:, None] * DIM + dim[None, :],
+        inside[:, None] & (dim[None, :] < DIM),
+        0.0,
+        cache_modifier=".cg",
+    )
+    visible = inside[:, None] & seen[None, :]
+    if COPIES == 2:
+        flags = tl.load(mask_ptr + dim, dim < DIM, 0, cache_modifier=".cg")
+        query = tl.where(is_narrow[:, None] & (flags == 0)[None, :], 0.0, query).to(query.dtype)
+        exact = (position < sink) | (position >= length - recent)
+        visible = visible & (exact[None, :] != is_narrow[:, None])
+    scores = tl.dot(query, keys, input_precision="ieee")
+    is_new = (position == length - APPENDED) & seen
+    if APPENDED:
+        key = tl.load(tail_ptr + (length - 1) % (2 * TILE) * DIM + dim, dim < DIM, 0.0, cache_modifier=".cg")
+        score = tl.sum(query.to(tl.float32) * key[None, :].to(tl.float32), 1)
+        scores = tl.where(is_new[None, :], score[:, None], scores)
+    scores = tl.where(visible, scores * scaling, float("-inf"))
+    if scores_ptr is not None:
+        tl.store(scores_ptr + (first_head + member[:, None]) * count * TILE + position[None, :], scores, visible)
+    largest, total, output = online_softmax(
+        scores,
+        values,
+        value_steps,
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        tl.zeros([ROWS, VALUE_PADDED], tl.float32),
+        "ieee",
+    )
+    if APPENDED:
+        weight = tl.sum(tl.where(is_new[None, :] & visible, tl.exp2(scores - largest[:, None]), 0.0), 1)
+        page = (length - 1) // BLOCK
+        if table_ptr is not None:
+            page = tl.load(table_ptr + page)
+        newest = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + (length - 1) % BLOCK
+        value = tl.load(values_ptr + newest * VALUE_DIM + columns, column, 0, cache_modifier=".cg")
+        if value_steps_ptr is None:
+            value = value.to(tl.float32)
+        else:
+            value = (
+                (value.to(tl.float32) - 128)
+                * tl.load(value_steps_ptr + newest, cache_modifier=".cg").to(tl.float32)
+                * VALUE_UNIT
+            )
+        # Nothing, not NaN, where a token that is not seen has an infinite value.
+        output += tl.where(weight[:, None] != 0, weight[:, None] * value[None, :], 0.0)
+    if COPIES == 2:
+        # The two rows of a head lie in the same threads.
+        largest = tl.reshape(largest, [2, ROWS // 2])
+        both = tl.max(largest, 0)
+        share = tl.exp2(largest - tl.where(both == float("-inf"), 0.0, both)[None, :])
+        largest, total = both, tl.sum(tl.reshape(total, [2, ROWS // 2]) * share, 0)
+        output = tl.sum(tl.reshape(output, [2, ROWS // 2, VALUE_PADDED]) * share[:, :, None], 0)
+        member = tl.arange(0, ROWS // 2)
+    if value_steps_ptr is not None:
+        output *= 1 / VALUE_UNIT
+    at = (first_head + member) * splits + split
+    store_part(partial_ptr, lse_ptr, at, largest, total, output, member < GROUP, columns, VALUE_DIM)

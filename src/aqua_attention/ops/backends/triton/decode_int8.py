@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Decoding over tiles of 8-bit codes.
+
+Scales and means of keys go into the few queries, steps of tokens into scores and weights, so that a code only has to
+become a number. Products of tensor cores take no bytes by row: the numbers go through shared memory once more, which
+`decode_int8_mma` avoids where it can be used.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aqua_attention.ops.backends.triton.blocks import (
+    key_pointers,
+    online_softmax,
+    store_part,
+    token_cells,
+    token_pointers,
+)
+
+VALUE_UNIT = tl.constexpr(256.0)
+"""Steps of values are multiplied by this, so that weights times steps seldom are too small for float16."""
+
+
+@triton.jit
+def decoded(codes, ASSEMBLY: tl.constexpr):
+    """Codes as numbers in float16, 128 as zero: exact."""
+    if ASSEMBLY:
+        # A byte as the low bits of 1024 makes a number without converting any. Said to be impure, or the compiler does
+        # this after it has rearranged the bytes one by one.
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 zero;
+            mov.b32 zero, 0x64806480;
+            prmt.b32 $0, $2, 0x64646464, 0x4140;
+            prmt.b32 $1, $2, 0x64646464, 0x4342;
+            sub.f16x2 $0, $0, zero;
+            sub.f16x2 $1, $1, zero;
+            }
+            """,
+            "=&r,=&r,r",
+            [codes],
+            dtype=tl.float16,
+            is_pure=False,
+            pack=4,
+        )
+    return (codes.to(tl.float32) - 128).to(tl.float16)
+
+
+@triton.jit
+def rounded_tiles(
+    query_ptr,
+    dims_ptr,
+    mask_ptr,
+    counts_ptr,
+    tiles_ptr,
+    values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
+    partial_ptr,
+    lse_ptr,
+    scores_ptr,
+    scaling,
+    count,
+    blocks,
+    first_cell,
+    block_stride,
+    split,
+    splits,
+    begin,
+    end,
+    first_head,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Attention to the tiles from `begin` to before `end`, with the chosen dimensions."""
+    tokens, dim = tl.arange(0, TILE), tl.arange(0, DIM_PADDED)
+    heads = tl.arange(0, ROWS)
+    inside = heads < GROUP
+    query_at = query_ptr + heads[:, None] * DIM
+    query = tl.load(query_at + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0).to(tl.float32)
+    if mask_ptr is not None:
+        query = tl.where((tl.load(mask_ptr + dim, dim < DIM, 0) == 0)[None, :], 0.0, query)
+    mean = tl.sum(query * tl.load(mean_ptr + dim, dim < DIM, 0.0)[None, :], 1) * scaling
+    # The query is made small enough for float16.
+    peak = tl.max(tl.abs(query * tl.load(scale_ptr + dim, dim < DIM, 0.0)[None, :]), 1)
+    peak = tl.where(peak > 0, peak, 1.0)
+    unit = peak * scaling
+    places = tl.arange(0, STEP)
+    limit = CHOSEN
+    if counts_ptr is not None:
+        limit = tl.load(counts_ptr)
+    dims = places
+    if dims_ptr is not None:
+        dims = tl.load(dims_ptr + places, places < limit, 0)
+    taken = places < limit
+    query = tl.load(query_at + dims[None, :], inside[:, None] & taken[None, :], 0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + dims, taken, 0.0)
+    query = (query * scale[None, :] / peak[:, None]).to(tl.float16)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    wanted = taken[:, None] & (tokens[None, :] >= 0)
+    columns = tl.arange(0, VALUE_PADDED)
+    values_wanted = (tokens[:, None] >= 0) & (columns < VALUE_DIM)[None, :]
+    # Steps are too small for the compiler to load ahead.
+    cells = token_cells(table_ptr, first_cell, block_stride, begin, blocks, BLOCK, TILE)
+    is_tile = begin * TILE + tokens < end * TILE
+    next_key_steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
+    next_value_steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
+    for tile in range(begin, end):
+        cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+        keys_at = key_pointers(tiles_ptr, table_ptr, cells, dims, DIM, BLOCK, TILE)
+        if counts_ptr is None and STEP == CHOSEN:  # noqa: SIM108 (known when compiling)
+            keys = tl.load(keys_at)
+        else:
+            keys = tl.load(keys_at, wanted, 0)
+        key_steps, value_steps = next_key_steps.to(tl.float32), next_value_steps.to(tl.float32) * VALUE_UNIT
+        scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * key_steps[None, :]) + mean[:, None]
+        values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        if VALUE_DIM == VALUE_PADDED:  # noqa: SIM108
+            values = tl.load(values_at)
+        else:
+            values = tl.load(values_at, values_wanted, 0)
+        cells = token_cells(table_ptr, first_cell, block_stride, tl.minimum(tile + 1, end - 1), blocks, BLOCK, TILE)
+        next_key_steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE))
+        next_value_steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE))
+        if scores_ptr is not None:
+            there = inside[:, None] & (tokens[None, :] >= 0)
+            scores_at = scores_ptr + (first_head + heads[:, None]) * count * TILE + tile * TILE + tokens[None, :]
+            tl.store(scores_at, scores, there)
+        largest, total, output = online_softmax(
+            scores, decoded(values, ASSEMBLY), value_steps, largest, total, output, "ieee"
+        )
+    at = (first_head + heads) * splits + split
+    store_part(
+        partial_ptr, lse_ptr, at, largest, total, output / VALUE_UNIT, inside, tl.arange(0, VALUE_PADDED), VALUE_DIM
+    )

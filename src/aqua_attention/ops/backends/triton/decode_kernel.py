@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""The kernel of `decode`.
+
+The tokens of a sequence are split over programs; each writes the attention over its own tokens and its log-sum-exp, and
+the last one to arrive merges them. Three programs have the blocks in which tokens can need every dimension, one each:
+the first tile and the two halves of the tail. All others read `k` rows of each tile, without a branch in their loop.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from aqua_attention.ops.backends.triton.blocks import (
+    key_pointers,
+    online_softmax,
+    store_part,
+    token_cells,
+    token_pointers,
+)
+from aqua_attention.ops.backends.triton.decode_exact import exact_block
+from aqua_attention.ops.backends.triton.decode_int8 import rounded_tiles
+from aqua_attention.ops.backends.triton.decode_merge import merge
+
+
+@triton.jit
+def decode_kernel(
+    query_ptr,
+    dims_ptr,
+    mask_ptr,
+    counts_ptr,
+    tiles_ptr,
+    tail_ptr,
+    values_ptr,
+    key_steps_ptr,
+    value_steps_ptr,
+    scale_ptr,
+    mean_ptr,
+    table_ptr,
+    lengths_ptr,
+    arrived_ptr,
+    partial_ptr,
+    lse_ptr,
+    output_ptr,
+    scores_ptr,
+    whole_lse_ptr,
+    scaling,
+    sink,
+    recent,
+    min_length,
+    count,
+    blocks,
+    row_stride,
+    group_stride,
+    block_stride,
+    others,
+    APPENDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COPIES: tl.constexpr,
+    SPECIAL_ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    STEP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    MERGED: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPECIAL: tl.constexpr,
+    ALONE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One part of the tokens of a sequence and key-value head; the last to end merges all.
+
+    Args:
+        others: parts that another kernel does, and a third merges; 0 where this one is ALONE. With EARLY this one
+            starts when all programs of the other have, and ends when they have.
+    """
+    if EARLY and not ALONE:
+        tl.extra.cuda.gdc_launch_dependents()
+    split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits, groups = tl.num_programs(0) + others, tl.num_programs(1)
+    # Past the cache of this processor, where an earlier step's may lie.
+    length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
+    done = tl.maximum((length - 1) // TILE - 1, 0)
+    place = (row * groups + group).to(tl.int64)
+    first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
+    tail_ptr += place * 2 * TILE * DIM
+    if table_ptr is not None:
+        table_ptr += row * blocks
+    if scale_ptr is not None:
+        scale_ptr += group * DIM
+        mean_ptr += group * DIM
+    query_ptr += place * GROUP * DIM
+    if dims_ptr is not None:
+        dims_ptr += place * CHOSEN
+        mask_ptr += place * DIM
+    if counts_ptr is not None:
+        counts_ptr += place
+    first_head = place * GROUP
+    if split < SPECIAL:
+        exact_block(
+            query_ptr,
+            mask_ptr,
+            tiles_ptr,
+            tail_ptr,
+            values_ptr,
+            key_steps_ptr,
+            value_steps_ptr,
+            scale_ptr,
+            mean_ptr,
+            table_ptr,
+            partial_ptr,
+            lse_ptr,
+            scores_ptr,
+            scaling,
+            sink,
+            recent,
+            count,
+            blocks,
+            first_cell,
+            block_stride,
+            split,
+            splits,
+            length,
+            done,
+            first_head,
+            GROUP,
+            COPIES,
+            SPECIAL_ROWS,
+            DIM,
+            DIM_PADDED,
+            VALUE_DIM,
+            VALUE_PADDED,
+            TILE,
+            BLOCK,
+            APPENDED,
+            EARLY and ALONE,
+        )
+    elif ALONE:
+        each = tl.cdiv(tl.maximum(done - 1, 0), splits - SPECIAL)
+        begin = 1 + (split - SPECIAL) * each
+        end = tl.minimum(begin + each, done)
+        if EARLY:
+            tl.extra.cuda.gdc_wait()
+        if scale_ptr is None:
+            _tiles(
+                query_ptr,
+                dims_ptr,
+                counts_ptr,
+                tiles_ptr,
+                values_ptr,
+                table_ptr,
+                partial_ptr,
+                lse_ptr,
+                scores_ptr,
+                scaling,
+                count,
+                blocks,
+                first_cell,
+                block_stride,
+                split,
+                splits,
+                begin,
+                end,
+                length,
+                min_length,
+                first_head,
+                GROUP,
+                ROWS,
+                DIM,
+                DIM_PADDED,
+                VALUE_DIM,
+                VALUE_PADDED,
+                CHOSEN,
+                STEP,
+                TILE,
+                BLOCK,
+            )
+        else:
+            rounded_tiles(
+                query_ptr,
+                dims_ptr,
+                mask_ptr,
+                counts_ptr,
+                tiles_ptr,
+                values_ptr,
+                key_steps_ptr,
+                value_steps_ptr,
+                scale_ptr,
+                mean_ptr,
+                table_ptr,
+                partial_ptr,
+                lse_ptr,
+                scores_ptr,
+                scaling,
+                count,
+                blocks,
+                first_cell,
+                block_stride,
+                split,
+                splits,
+                begin,
+                end,
+                first_head,
+                GROUP,
+                ROWS,
+                DIM,
+                DIM_PADDED,
+                VALUE_DIM,
+                VALUE_PADDED,
+                CHOSEN,
+                STEP,
+                TILE,
+                BLOCK,
+                ASSEMBLY,
+            )
+
+    if ALONE:
+        tl.debug_barrier()  # the whole program has written before it says so
+        if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
+            tl.store(arrived_ptr + row * (groups + 1) + group, 0)
+            merge(
+                partial_ptr,
+                lse_ptr,
+                output_ptr,
+                whole_lse_ptr,
+                splits,
+                first_head,
+                GROUP,
+                GROUP_PADDED,
+                VALUE_DIM,
+                VALUE_PADDED,
+                SPLITS_PADDED,
+                MERGED,
+            )
+            if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
+                if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
+                    # All programs of this sequence have read its length.
+                    tl.store(arrived_ptr + row * (groups + 1) + groups, 0)
+                    tl.store(lengths_ptr + row, length)
+    elif EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _tiles(
+    query_ptr,
+    dims_ptr,
+    counts_ptr,
+    tiles_ptr,
+    values_ptr,
+    table_ptr,
+    partial_ptr,
+    lse_ptr,
+    scores_ptr,
+    scaling,
+    count,
+    blocks,
+    first_cell,
+    block_stride,
+    split,
+    splits,
+    begin,
+    end,
+    length,
+    min_length,
+    first_head,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    STEP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Attention to the tiles from `begin` to before `end`, with the chosen dimensions.
+
+    Where there is a `min_length`, a loop for short sequences stands before that for others, and one of them is empty.
+    """
+    tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, DIM_PADDED)
+    column = columns < VALUE_DIM
+    heads = tl.arange(0, ROWS)
+    inside = heads < GROUP
+    if dims_ptr is None or min_length is not None:
+        query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    limit = CHOSEN
+    if counts_ptr is not None:
+        limit = tl.load(counts_ptr)
+    first: tl.constexpr = 1 if min_length is None else 0
+    change = begin
+    if min_length is not None:
+        change = tl.where(length < min_length, tl.maximum(begin, end), begin)
+    for loop in tl.static_range(first, 2):
+        for tile in range(begin if loop == 0 else change, change if loop == 0 else end):
+            cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+            if dims_ptr is None or loop == 0:
+                keys_at = key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE)
+                if DIM == DIM_PADDED:
+                    keys = tl.load(keys_at)
+                else:
+                    keys = tl.load(keys_at, (dim[:, None] < DIM) & (tokens[None, :] >= 0), 0.0)
+                scores = tl.dot(query, keys, input_precision="ieee")
+            else:
+                scores = tl.zeros([ROWS, TILE], tl.float32)
+                for start in tl.static_range(0, CHOSEN, STEP):
+                    places = start + tl.arange(0, STEP)
+                    some = tl.load(dims_ptr + places, places < limit, 0)
+                    chosen = tl.load(
+                        query_ptr + heads[:, None] * DIM + some[None, :],
+                        inside[:, None] & (places[None, :] < limit),
+                        0.0,
+                    )
+                    keys_at = key_pointers(tiles_ptr, table_ptr, cells, some, DIM, BLOCK, TILE)
+                    if counts_ptr is None:
+                        # Where k is no multiple, the rest is dimension 0 again, times zero.
+                        keys = tl.load(keys_at)
+                    else:
+                        keys = tl.load(keys_at, (places[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
+                    scores = tl.dot(chosen, keys, scores, input_precision="ieee")
+            scores = scores * scaling
+            values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+            if VALUE_DIM == VALUE_PADDED:
+                values = tl.load(values_at)
+            else:
+                values = tl.load(values_at, (tokens[:, None] >= 0) & column[None, :], 0.0)
+            if scores_ptr is not None:
+                there = inside[:, None] & (tokens[None, :] >= 0)
+                scores_at = scores_ptr + (first_head + heads[:, None]) * count * TILE + tile * TILE + tokens[None, :]
+                tl.store(scores_at, scores, there)
+            largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
+    at = (first_head + heads) * splits + split
+    store_part(partial_ptr, lse_ptr, at, largest, total, output, inside, columns, VALUE_DIM)

@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Rotating on a GPU, and setting to zero what queries do not multiply, in the same pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.ops.backends.triton.blocks import on_device_of, padded
+from aqua_attention.ops.backends.triton.search import largest, needed
+from aqua_attention.ops.backends.triton.turn import load_rotation
+from aqua_attention.ops.layout import WIDEST
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENS, WARPS = 64, 4
+"""Tokens of one head that a program rotates at once: 16 a warp, so that a row stays within four threads."""
+RESIDENT = 128
+"""Rotations up to this padded width stay in shared memory; of wider ones a few rows at a time are loaded."""
+PROGRAMS = 2
+"""Programs on each multiprocessor that rotate: as many as have room for a rotation in shared memory."""
+PRECISION = "tf32x3"
+"""How float32 states are multiplied: three products of tensor cores lose two bits; "ieee" none, and is slow."""
+OCTAVES = 8
+"""The threshold of a row is sought first among the sizes from its largest down by this power of two."""
+STEPS = 5
+"""Halvings between two looks at whether all rows of a block are done."""
+
+
+def rotate_on_gpu(states: Tensor, rotation: Tensor) -> Tensor:
+    """`ops.select.rotate` for bfloat16, float16 and float32.
+
+    Args:
+        states: [batch, heads, length, head_dim]; heads is a multiple of num_key_value_heads.
+        rotation: float32 [num_key_value_heads, head_dim, kept].
+
+    Returns:
+        [batch, heads, length, kept], contiguous, in the dtype of `states`.
+
+    Raises:
+        AquaError: shapes or dtypes that the kernel does not take; the message lists what it takes.
+    """
+    check_rotation(states, rotation, None)
+    rotated = states.new_empty((*states.shape[:3], rotation.shape[2]))
+    _launch(states, rotation, rotation, rotated, rotated, "none")
+    return rotated
+
+
+def rotate_and_narrow(
+    query: Tensor,
+    rotation: Tensor,
+    key_rms: Tensor,
+    config: AquaConfig,
+    *,
+    head_dim: int | None = None,
+    scaling: float | None = None,
+    both: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries, and set to zero what `ops.select.select_dimensions` does not select of them.
+
+    Args:
+        query: [batch, num_attention_heads, length, head_dim], bfloat16, float16 or float32.
+        rotation: float32 [num_key_value_heads, head_dim, kept].
+        key_rms: float32 [num_key_value_heads, kept].
+        config, head_dim, scaling: see `select_dimensions`; head_dim is the query's by default.
+        both: False writes the narrow ones only, in the place of the rotated ones.
+
+    The queries are those of a whole prompt: the first `min_length` - 1 of them are short, and stay as they are.
+
+    Returns:
+        The rotated queries and the narrow ones, both [batch, num_attention_heads, length, kept], contiguous, in the
+        query's dtype; one and the same tensor where every dimension is selected. Sums over the heads of a group and
+        expected errors are in float32 in another order than the reference's: where two sizes, or an error and
+        `logit_error`, differ by rounding only, another dimension may be taken. An infinite query may turn into NaN.
+
+    Raises:
+        AquaError: shapes or dtypes that the kernel does not take; the message lists what it takes.
+    """
+    check_rotation(query, rotation, key_rms)
+    head_dim = query.shape[3] if head_dim is None else head_dim
+    count = config.selected_dims(head_dim)
+    if count >= rotation.shape[2] and config.logit_error is None:
+        rotated = rotate_on_gpu(query, rotation)
+        return rotated, rotated
+    rotated = query.new_empty((*query.shape[:3], rotation.shape[2]))
+    narrow = torch.empty_like(rotated) if both else rotated
+    mode = "error" if config.logit_error is not None else "first" if config.selection == "static" else "largest"
+    _launch(
+        query,
+        rotation,
+        key_rms.contiguous(),
+        rotated,
+        narrow,
+        mode,
+        config,
+        count,
+        head_dim**-0.5 if scaling is None else scaling,
+    )
+    return rotated, narrow
+
+
+def by_token(states: Tensor) -> Tensor:
+    """The same, with the numbers of a token next to each other."""
+    return states if states.stride(-1) == 1 else states.contiguous()
+
+
+def check_rotation(states: Tensor, rotation: Tensor, key_rms: Tensor | None) -> None:
+    """Raise AquaError when states, rotation and key_rms do not fit each other or the kernels."""
+    if rotation.ndim != 3 or rotation.dtype != torch.float32 or max(rotation.shape[1:]) > WIDEST:
+        raise AquaError(
+            f"rotation is {rotation.dtype} {tuple(rotation.shape)}: it must be torch.float32 [num_key_value_heads, "
+            f"head_dim, kept], of at most {WIDEST} dimensions"
+        )
+    groups, head_dim, kept = rotation.shape
+    fits = states.ndim == 4 and states.shape[3] == head_dim and states.shape[1] % groups == 0 and states.numel() > 0
+    if not fits or states.dtype not in DTYPES:
+        raise AquaError(
+            f"query or key is {states.dtype} {tuple(states.shape)}: it must be bfloat16, float16 or float32, [batch, a "
+            f"multiple of {groups}, length, {head_dim}], not empty"
+        )
+    if key_rms is not None and (key_rms.shape != (groups, kept) or key_rms.dtype != torch.float32):
+        raise AquaError(f"key_rms is {key_rms.dtype} {tuple(key_rms.shape)}: it must be torch.float32 {(groups, kept)}")
+
+
+def _launch(
+    states: Tensor,
+    rotation: Tensor,
+    key_rms: Tensor,
+    rotated: Tensor,
+    narrow: Tensor,
+    mode: str,
+    config: AquaConfig | None = None,
+    count: int = 0,
+    scaling: float = 1.0,
+) -> None:
+    batch, heads, length, head_dim = states.shape
+    groups, kept = rotation.shape[0], rotation.shape[2]
+    selection = "magnitude" if config is None else config.selection
+    shared = mode in ("largest", "error") and config is not None and config.share == "group" and heads > groups
+    states = by_token(states)
+    wide, narrow_width = (padded(width) for width in (head_dim, kept))
+    size, processors, room = states.element_size(), 1, 1 << 18
+    if states.is_cuda:
+        device = torch.cuda.get_device_properties(states.device)
+        processors, room = device.multi_processor_count, getattr(device, "shared_memory_per_block_optin", 1 << 16)
+    # Both halves of a rotation, the states, and the matrix by which ranks are found.
+    needed = size * (2 * wide * narrow_width + TOKENS * wide) + 2 * narrow_width**2
+    resident = max(wide, narrow_width) <= RESIDENT and needed <= room
+    items = triton.cdiv(length, TOKENS) * (1 if shared else heads // groups)
+    # Not one more than run at once: the last would wait for a whole round.
+    programs = min(items, max(1, PROGRAMS * processors // (groups * batch)))
+    # The low bits of a half number are zero in float32, and need no search where nothing was multiplied to it.
+    plain = selection == "magnitude" and not (config is not None and config.share == "group")
+    low_bits = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[states.dtype] if plain else 0
+    with on_device_of(states):
+        _rotate_and_narrow[(programs, groups, batch)](
+            states,
+            rotation.contiguous(),
+            key_rms,
+            rotated,
+            narrow,
+            *states.stride()[:3],
+            length,
+            count,
+            0.0 if config is None or config.logit_error is None else float(config.logit_error),
+            scaling,
+            None if config is None or config.threshold == 0 else config.threshold,
+            MODE=mode,
+            SELECTION=selection,
+            SQUARED=config is not None and config.share == "group",
+            BOTH=narrow is not rotated,
+            TOGETHER=heads // groups if shared else 1,
+            GROUP=heads // groups,
+            HEAD_DIM=head_dim,
+            HEAD_DIM_PADDED=wide,
+            CHUNK=wide if resident else RESIDENT // size,
+            KEPT=kept,
+            KEPT_PADDED=narrow_width,
+            TOKENS=TOKENS,
+            LOW_BITS=low_bits,
+            OCTAVES=OCTAVES,
+            STEPS=STEPS,
+            PRECISION=PRECISION,
+            num_warps=WARPS if resident else 8,
+            # Two programs fit on a multiprocessor and hide each other's loads; more in flight would leave room for one.
+            num_stages=2 if mode == "none" and resident else 1,
+            # Products and sums are rounded as the reference's, or equal sizes would differ.
+            enable_fp_fusion=False,
+        )
+
+
+@triton.jit
+def _times(states, high, low, turned, PRECISION: tl.constexpr):
+    if states.dtype == tl.float32:
+        return tl.dot(states, high, turned, input_precision=PRECISION)
+    return tl.dot(states, low, tl.dot(states, high, turned))
+
+
+@triton.jit
+def _turn(
+    states_ptr,
+    there,
+    stride_token,
+    tokens,
+    rotation_ptr,
+    high,
+    low,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Rotated states of some tokens of one head, in their dtype."""
+    turned = tl.zeros([TOKENS, KEPT_PADDED], tl.float32)
+    for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
+        wide = start + tl.arange(0, CHUNK)
+        states = tl.load(
+            states_ptr + tokens.to(tl.int64)[:, None] * stride_token + wide[None, :],
+            there[:, None] & (wide[None, :] < HEAD_DIM),
+            0.0,
+        )
+        if CHUNK == HEAD_DIM_PADDED:
+            turned = _times(states, high, low, turned, PRECISION)
+        else:
+            one, two = load_rotation(rotation_ptr, start, states.dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+            turned = _times(states, one, two, turned, PRECISION)
+    return turned.to(states_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _rotate_and_narrow(
+    states_ptr,
+    rotation_ptr,
+    key_rms_ptr,
+    rotated_ptr,
+    narrow_ptr,
+    stride_batch,
+    stride_head,
+    stride_token,
+    length,
+    count,
+    limit,
+    scaling,
+    min_length,
+    MODE: tl.constexpr,
+    SELECTION: tl.constexpr,
+    SQUARED: tl.constexpr,
+    BOTH: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LOW_BITS: tl.constexpr,
+    OCTAVES: tl.constexpr,
+    STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    group, groups, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    dims = tl.arange(0, KEPT_PADDED)
+    rotation_ptr += group * HEAD_DIM * KEPT
+    high, low = 0, 0
+    if CHUNK == HEAD_DIM_PADDED:
+        high, low = load_rotation(rotation_ptr, 0, states_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+    weight = tl.load(key_rms_ptr + group * KEPT + dims, dims < KEPT, 0.0)[None, :]
+    before = (dims[:, None] < dims[None, :]).to(tl.float16)
+
+    blocks = tl.cdiv(length, TOKENS)
+    for item in range(tl.program_id(0), blocks * (GROUP // TOGETHER), tl.num_programs(0)):
+        tokens = item % blocks * TOKENS + tl.arange(0, TOKENS)
+        there = tokens < length
+        first = group * GROUP + item // blocks * TOGETHER
+        start = (row * groups * GROUP + first) * length
+        places = tokens[:, None] * KEPT + dims[None, :]
+        written = there[:, None] & (dims[None, :] < KEPT)
+        turned = tl.zeros([TOKENS, KEPT_PADDED], states_ptr.dtype.element_ty)
+        size = tl.zeros([TOKENS, KEPT_PADDED], tl.float32)
+        variance = size
+        for member in range(TOGETHER):
+            turned = _turn(
+                states_ptr + row * stride_batch + (first + member).to(tl.int64) * stride_head,
+                there,
+                stride_token,
+                tokens,
+                rotation_ptr,
+                high,
+                low,
+                HEAD_DIM,
+                HEAD_DIM_PADDED,
+                CHUNK,
+                KEPT,
+                KEPT_PADDED,
+                TOKENS,
+                PRECISION,
+            )
+            if BOTH or TOGETHER > 1 or MODE == "none":
+                tl.store(rotated_ptr + (start + member * length) * KEPT + places, turned, written)
+            if MODE == "largest" or MODE == "error":
+                error = tl.abs(turned.to(tl.float32) * weight)
+                one = error if SELECTION == "weighted" else tl.abs(turned.to(tl.float32))
+                size += one * one if SQUARED else one
+                if MODE == "error":
+                    error *= scaling
+                    variance += error * error
+        if MODE != "none":
+            wanted = turned.to(tl.float32)
+            if TOGETHER > 1:
+                wanted = tl.full(size.shape, 1.0, tl.float32)
+            if SELECTION == "static":
+                size = tl.broadcast_to((KEPT - dims).to(tl.float32)[None, :], size.shape)
+            if KEPT < KEPT_PADDED:
+                size = tl.where(dims[None, :] < KEPT, size, -1.0)
+            if MODE == "first":
+                wanted = tl.where((dims < count)[None, :], wanted, 0.0)
+            elif MODE == "largest":
+                wanted = largest(size, wanted, count, before, KEPT_PADDED <= 128, KEPT, LOW_BITS, OCTAVES, STEPS)
+            else:
+                wanted = tl.where(needed(size, variance, limit, LOW_BITS, OCTAVES, STEPS), wanted, 0.0)
+            if min_length is not None:
+                every = turned.to(tl.float32) if TOGETHER == 1 else tl.full(size.shape, 1.0, tl.float32)
+                wanted = tl.where((tokens + 1 < min_length)[:, None], every, wanted)
+            if TOGETHER == 1:
+                tl.store(narrow_ptr + start * KEPT + places, wanted.to(turned.dtype), written)
+            else:
+                # Other threads of this program may have written what one reads here.
+                tl.debug_barrier()
+                for member in range(TOGETHER):
+                    offset = (start + member * length) * KEPT
+                    turned = tl.load(rotated_ptr + offset + places, written, 0.0)
+                    tl.store(narrow_ptr + offset + places, tl.where(wanted > 0, turned, 0.0).to(turned.dtype), written)
