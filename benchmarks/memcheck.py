@@ -20,7 +20,7 @@ from aqua_attention.ops.backends.triton import decode as decode_module
 from aqua_attention.ops.backends.triton.decode import decode
 from aqua_attention.ops.backends.triton.decode_short import LARGEST_SHORT, decode_short
 from aqua_attention.ops.backends.triton.prepare import prepare
-from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
+from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
 
 SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64), (2, 2, 256, 256, 256)]
 """Query heads, key-value heads, head_dim, kept and value_dim."""
@@ -50,12 +50,12 @@ def main(only_int8: bool, part: int, parts: int) -> None:
                 places += 1
                 if places % parts != part:
                     continue
-                given = Rounding(rms, rms) if rounding else None
+                given = Quantization(rms, rms) if rounding else None
                 table = torch.randperm(3 * 512 // page, device="cuda").view(3, -1).int() if page else None
                 if page:
                     table[2, 1:] = 1 << 30  # of tokens that never exist: not to be looked at
                 pages = Pages(table, page, table.numel()) if page else None
-                cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda", rounding=given, pages=pages)
+                cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda", quantization=given, pages=pages)
                 cache.fill(random(3, groups, 509, kept), random(3, groups, 509, value_dim), lengths)
                 mass = torch.empty(3, groups, cache.count * TILE, device="cuda")
                 for step in range(8):

@@ -20,8 +20,8 @@ import triton.language as tl
 from aqua_attention.bench.decode import measure_decode
 from aqua_attention.bench.timing import seconds_of
 from aqua_attention.io.files import write_json
-from aqua_attention.ops.backends.triton.blocks import key_pointers, token_cells, token_pointers
-from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
+from aqua_attention.ops.backends.triton.blocks import key_pointers, token_blocks, token_pointers
+from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
 from aqua_attention.report.tables import markdown
 
 LAYOUTS = ((None, None), (None, 64), (None, 32), (8, None), (8, 64), (8, 32))
@@ -87,12 +87,12 @@ def reads(batch, length, k_ratio, heads=8, dim=128):
         if page is not None:
             table = torch.randperm(batch * length // page, device="cuda").view(batch, -1).int()
             pages = Pages(table, page, table.numel())
-        rounding = Rounding(*torch.ones(2, heads, dim, device="cuda")) if bits else None
-        cache = TiledCache(batch, heads, dim, dim, length, torch.bfloat16, "cuda", rounding=rounding, pages=pages)
+        rounding = Quantization(*torch.ones(2, heads, dim, device="cuda")) if bits else None
+        cache = TiledCache(batch, heads, dim, dim, length, torch.bfloat16, "cuda", quantization=rounding, pages=pages)
         sums = torch.empty(batch * heads * max(splits for splits, *_ in SWEEP), device="cuda")
 
         def read(splits, warps, stages, cache=cache, pages=pages, sums=sums):
-            table, blocks = (None, 0) if pages is None else (pages.table, pages.table.shape[1])
+            table, blocks = (None, 0) if pages is None else (pages.block_table, pages.block_table.shape[1])
             _read[(splits, heads, batch)](
                 cache.tiles,
                 cache.values,
@@ -101,7 +101,7 @@ def reads(batch, length, k_ratio, heads=8, dim=128):
                 sums,
                 cache.count // splits,
                 blocks,
-                *cache.cell_strides,
+                *cache.block_strides,
                 DIM=dim,
                 CHOSEN=dims.shape[2],
                 TILE=TILE,
@@ -118,7 +118,7 @@ def reads(batch, length, k_ratio, heads=8, dim=128):
 def _read(
     tiles_ptr,
     values_ptr,
-    table_ptr,
+    block_table_ptr,
     dims_ptr,
     sums_ptr,
     each,
@@ -135,15 +135,15 @@ def _read(
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place = row * tl.num_programs(1) + group
     first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
-    if table_ptr is not None:
-        table_ptr += row * blocks
+    if block_table_ptr is not None:
+        block_table_ptr += row * blocks
     dims = tl.load(dims_ptr + place * CHOSEN + tl.arange(0, CHOSEN))
     columns = tl.arange(0, DIM)
     keys, values = tl.zeros([CHOSEN, TILE], tl.float32), tl.zeros([TILE, DIM], tl.float32)
     for tile in tl.range(split * each, split * each + each, num_stages=STAGES):
-        cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-        keys += tl.load(key_pointers(tiles_ptr, table_ptr, cells, dims, DIM, BLOCK, TILE)).to(tl.float32)
-        values_at = token_pointers(values_ptr, table_ptr, cells, DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+        keys += tl.load(key_pointers(tiles_ptr, block_table_ptr, cells, dims, DIM, BLOCK, TILE)).to(tl.float32)
+        values_at = token_pointers(values_ptr, block_table_ptr, cells, DIM, BLOCK, TILE)[:, None] + columns[None, :]
         values += tl.load(values_at).to(tl.float32)
     tl.store(sums_ptr + place * tl.num_programs(0) + split, tl.sum(tl.sum(keys, 0), 0) + tl.sum(tl.sum(values, 0), 0))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import Phase
 
-from aqua_attention.ops.layout import TILE, Chosen, Pages, Rounding, TiledCache
+from aqua_attention.ops.layout import TILE, Chosen, Pages, Quantization, TiledCache
 from aqua_attention.ops.reference import attention_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,13 +38,13 @@ def layout(name, batch, groups, kept, length, seed=0):
     rounding, pages = None, None
     if "int8" in name:
         scale = random(groups, kept, seed=seed).abs() + 0.1
-        rounding = Rounding(scale, 3 * random(groups, kept, seed=seed + 1))
+        rounding = Quantization(scale, 3 * random(groups, kept, seed=seed + 1))
     if (page := name.split()[-1]).isdecimal():
         blocks = -(-length // TILE) * TILE // int(page)
         order = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(seed))
         table = order[: batch * blocks].view(batch, blocks).to(DEVICE, torch.int32)
         pages = Pages(table, int(page), batch * blocks + 3)
-    return {"rounding": rounding, "pages": pages}
+    return {"quantization": rounding, "pages": pages}
 
 
 def problem(heads, lengths, kept, value_dim, dtype, seed=0, name="plain"):
@@ -61,11 +61,11 @@ def problem(heads, lengths, kept, value_dim, dtype, seed=0, name="plain"):
         values.masked_fill(hidden[:, None, :, None], torch.nan),
         torch.tensor(lengths, device=DEVICE),
     )
-    if options["rounding"] is not None:
+    if options["quantization"] is not None:
         keys, values = cache.read(dtype=torch.float32)
     if (pages := options["pages"]) is not None:
         for row, held in enumerate(lengths):
-            pages.table[row, -(-held // pages.block) :] = 1 << 30
+            pages.block_table[row, -(-held // pages.block_size) :] = 1 << 30
     return random(batch, count, kept, seed=seed + 2, dtype=dtype), keys, values, cache
 
 

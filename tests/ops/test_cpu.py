@@ -16,7 +16,7 @@ import aqua_attention as aqua
 from aqua_attention.ops.backends.cpu import build
 from aqua_attention.ops.backends.cpu.decode import decode
 from aqua_attention.ops.backends.cpu.step import decode_step, everything
-from aqua_attention.ops.layout import Chosen, Pages, Rounding, TiledCache
+from aqua_attention.ops.layout import Chosen, Pages, Quantization, TiledCache
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 
@@ -378,7 +378,7 @@ def test_a_folder_that_cannot_be_written_is_named(fresh, monkeypatch):
 @pytest.mark.parametrize("layout", ["codes", "pages"])
 def test_caches_that_the_kernels_cannot_read_are_refused(layout):
     ones = torch.ones(1, 16)
-    options = {"rounding": Rounding(ones, ones)}
+    options = {"quantization": Quantization(ones, ones)}
     if layout == "pages":
         options = {"pages": Pages(torch.arange(4, dtype=torch.int32)[None], 32, 4)}
     cache = TiledCache(1, 1, 16, 16, 128, torch.float32, "cpu", **options)

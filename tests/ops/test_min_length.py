@@ -18,7 +18,7 @@ import aqua_attention as aqua
 from aqua_attention.ops.api import attend
 from aqua_attention.ops.backends.cpu import step as cpu_step
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
-from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
+from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
 from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, WHOLE, short_queries, window_codes
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
@@ -148,15 +148,15 @@ LAYOUTS = ["plain", "int8", "pages of 32", "int8 in pages of 64"]
 
 
 def options_of(name, groups, kept, room, batch, seed):
-    """Rounding and pages of a cache."""
+    """Quantization and pages of a cache."""
     rounding = pages = None
     if "int8" in name:
-        rounding = Rounding(random(groups, kept, seed=seed).abs() + 0.1, random(groups, kept, seed=seed + 1))
+        rounding = Quantization(random(groups, kept, seed=seed).abs() + 0.1, random(groups, kept, seed=seed + 1))
     if (page := name.split()[-1]).isdecimal():
         blocks = -(-room // TILE) * TILE // int(page)
         order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(seed))
         pages = Pages(order.view(batch, blocks).to(DEVICE, torch.int32), int(page), batch * blocks)
-    return {"rounding": rounding, "pages": pages}
+    return {"quantization": rounding, "pages": pages}
 
 
 def check_step(found, wide, taken, cache, rms, config, lengths, eps):

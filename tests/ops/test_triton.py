@@ -33,7 +33,7 @@ from decoding import (
 
 from aqua_attention.ops.backends.triton.decode import LARGEST_FLOAT32, Chosen, decode
 from aqua_attention.ops.backends.triton.prepare import prepare
-from aqua_attention.ops.layout import LARGEST_ROUNDED, TILE, Pages, Rounding, TiledCache, rounded, tiles_done
+from aqua_attention.ops.layout import LARGEST_QUANTIZED, TILE, Pages, Quantization, TiledCache, rounded, tiles_done
 
 
 @settings(max_examples=16 if DEVICE == "cuda" else 12, deadline=None, phases=PHASES)
@@ -49,7 +49,7 @@ from aqua_attention.ops.layout import LARGEST_ROUNDED, TILE, Pages, Rounding, Ti
     seed=st.integers(0, 1000),
 )
 def test_decoding_equals_the_reference(heads, lengths, widths, share, window, splits, name, dtype, seed):
-    assume("int8" not in name or max(widths) <= LARGEST_ROUNDED)
+    assume("int8" not in name or max(widths) <= LARGEST_QUANTIZED)
     assume(DEVICE == "cpu" or dtype != torch.float32 or max(widths) <= LARGEST_FLOAT32)
     query, keys, values, cache = problem(heads, lengths, *widths, dtype, seed, name)
     count = math.ceil(share * widths[0])
@@ -111,7 +111,7 @@ def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, 
         if taken is not None:
             assert torch.equal(as_mask(taken, wide), selected)
         ends = (lengths + step + 1).tolist()
-        held = (rotated, values) if options["rounding"] is None else cache.read(dtype=torch.float32)
+        held = (rotated, values) if options["quantization"] is None else cache.read(dtype=torch.float32)
         check(
             found,
             wide,
@@ -129,9 +129,9 @@ def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, 
     whole = TiledCache(2, groups, kept, value_dim, total, dtype, DEVICE, **options)
     whole.fill(rotated, values, cache.lengths)
     limit = 4 * torch.finfo(dtype).eps * max(1, float(rotated.abs().max()))
-    if options["rounding"] is not None:
+    if options["quantization"] is not None:
         limit += float(
-            (whole.key_steps.float().max() * options["rounding"].scale.max()).maximum(whole.value_steps.max())
+            (whole.key_scales.float().max() * options["quantization"].scale.max()).maximum(whole.value_scales.max())
         )
     for found, expected in zip(cache.read(), whole.read(), strict=True):
         assert torch.allclose(found.float(), expected.float(), rtol=0, atol=1.01 * limit)
@@ -322,10 +322,10 @@ def test_a_full_sequence_writes_nothing_into_another(name):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"pages": (torch.int32, (1, 24), 16)}, "pages.block is 16: it must be one of 32, 64, 128"),
-        ({"pages": (torch.int64, (1, 12), 32)}, "pages.table is torch.int64"),
-        ({"pages": (torch.int32, (1, 10), 32)}, "pages.table is torch.int32 \\(1, 10\\)"),
-        ({"rounding": (1, 48)}, "rounding.scale is torch.float32 \\(1, 48\\): it must be torch.float32 \\(1, 16\\)"),
+        ({"pages": (torch.int32, (1, 24), 16)}, "pages.block_size is 16: it must be one of 32, 64, 128"),
+        ({"pages": (torch.int64, (1, 12), 32)}, "pages.block_table is torch.int64"),
+        ({"pages": (torch.int32, (1, 10), 32)}, "pages.block_table is torch.int32 \\(1, 10\\)"),
+        ({"quantization": (1, 48)}, "rounding.scale is torch.float32 \\(1, 48\\): it must be torch.float32 \\(1, 16\\)"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(options, words):
@@ -333,7 +333,7 @@ def test_a_layout_that_does_not_fit_is_refused(options, words):
     if "pages" in options:
         kind, shape, block = options["pages"]
         given["pages"] = Pages(torch.zeros(shape, dtype=kind, device=DEVICE), block, 10)
-    if "rounding" in options:
-        given["rounding"] = Rounding(*torch.ones(2, *options["rounding"], device=DEVICE))
+    if "quantization" in options:
+        given["quantization"] = Quantization(*torch.ones(2, *options["quantization"], device=DEVICE))
     with pytest.raises(aqua.AquaError, match=words):
         TiledCache(1, 1, 16, 16, 300, torch.float32, DEVICE, **given)

@@ -159,7 +159,7 @@ def test_recorded_steps_of_several_layers_do_not_meet(name, monkeypatch):
 
 def test_an_older_triton_starts_nothing_early_and_places_no_registers(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, shape=(32, 8, 128))
-    cache = SimpleNamespace(rounding=True, lengths=[1024] * 32, shape=(32, 2, 128, 128, 65536), count=512)
+    cache = SimpleNamespace(quantization=True, lengths=[1024] * 32, shape=(32, 2, 128, 128, 65536), count=512)
     monkeypatch.setattr(gpu_decode, "processors", lambda _: 132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(gpu_decode, "VERSION", (3, 6))

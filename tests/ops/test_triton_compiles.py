@@ -76,15 +76,15 @@ window._window = Launch(window._window)
 
 import torch
 import aqua_attention as aqua
-from aqua_attention.ops.layout import Pages, Rounding, TiledCache
+from aqua_attention.ops.layout import Pages, Quantization, TiledCache
 
 
-def build(dtype, heads, groups, head_dim, kept, value_dim, rounding=False, page=None, by_hand=False, **choice):
+def build(dtype, heads, groups, head_dim, kept, value_dim, quantization=False, page=None, by_hand=False, **choice):
     decode.is_by_hand = lambda *_: by_hand
     config = aqua.AquaConfig(share="group", s_ratio=1 - kept / head_dim, **choice)
-    given = Rounding(torch.ones(groups, kept), torch.zeros(groups, kept)) if rounding else None
+    given = Quantization(torch.ones(groups, kept), torch.zeros(groups, kept)) if rounding else None
     pages = Pages(torch.zeros(1, 384 // page, dtype=torch.int32), page, 12) if page else None
-    cache = TiledCache(1, groups, kept, value_dim, 300, dtype, "cpu", rounding=given, pages=pages)
+    cache = TiledCache(1, groups, kept, value_dim, 300, dtype, "cpu", quantization=given, pages=pages)
     query, key = torch.zeros(1, heads, head_dim, dtype=dtype), torch.zeros(1, groups, head_dim, dtype=dtype)
     rotation, rms = torch.zeros(groups, head_dim, kept), torch.ones(groups, kept)
     value = torch.zeros(1, groups, value_dim, dtype=dtype)
@@ -117,13 +117,13 @@ CASES = {
     "dense": "dict(dtype=torch.float32, heads=2, groups=2, head_dim=64, kept=64, value_dim=64, k_ratio=1.0)",
     "wide": "dict(dtype=torch.bfloat16, heads=8, groups=1, head_dim=256, kept=256, value_dim=256, k_ratio=0.5)",
     "int8": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.75, "
-    "rounding=True, page=32)",
+    "quantization=True, page=32)",
     "by hand": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
-    "rounding=True, page=64, by_hand=True)",
+    "quantization=True, page=64, by_hand=True)",
     "few by hand": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=64, k_ratio=0.3, "
-    "rounding=True, by_hand=True)",
+    "quantization=True, by_hand=True)",
     "adaptive by hand": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=64, value_dim=64, "
-    "logit_error=0.1, rounding=True, by_hand=True)",
+    "logit_error=0.1, quantization=True, by_hand=True)",
     "pages": "dict(dtype=torch.float16, heads=4, groups=2, head_dim=80, kept=80, value_dim=80, k_ratio=0.5, page=64)",
     "hybrid": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
     "selection='weighted', min_length=200)",
@@ -134,7 +134,7 @@ CASES = {
     "hybrid, adaptive": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=64, value_dim=96, "
     "logit_error=0.1, min_length=1000)",
     "hybrid, int8": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, "
-    "k_ratio=0.75, rounding=True, page=32, min_length=1000)",
+    "k_ratio=0.75, quantization=True, page=32, min_length=1000)",
 }
 SHORT = {"weighted", "adaptive", "pages", "hybrid", "hybrid, adaptive"}
 """With those that a step in one launch takes, too: of 16 bits, not rounded, not wide."""

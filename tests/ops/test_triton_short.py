@@ -66,7 +66,7 @@ def test_one_launch_is_dense_attention(heads, widths, starts, splits, name, dtyp
     cache.fill(rotated[:, :, :longest], values[:, :, :longest], torch.tensor(lengths, device=DEVICE))
     if (pages := options["pages"]) is not None:
         for row, start in enumerate(starts):
-            pages.table[row, -(-min(start + steps, total) // pages.block) :] = 1 << 30
+            pages.block_table[row, -(-min(start + steps, total) // pages.block_size) :] = 1 << 30
     rows = torch.arange(batch, device=DEVICE)
     for step in range(steps):
         place = torch.tensor(lengths, device=DEVICE)

@@ -25,7 +25,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.decode import decode
 from aqua_attention.ops.backends.triton.prepare import prepare
 from aqua_attention.ops.backends.triton.step import decode_step
-from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
+from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate, select_dimensions
 
@@ -113,7 +113,7 @@ def measure_decode(
         except (RuntimeError, ImportError, AttributeError, OSError) as error:
             failed = "" if isinstance(error, (ImportError, AttributeError)) else "failed: "
             rows.append(kind | {"absent": failed + str(error).splitlines()[0][:120]})
-    rounding = Rounding(key_rms.square() + 0.5, random(groups, head_dim, dtype=torch.float32))
+    rounding = Quantization(key_rms.square() + 0.5, random(groups, head_dim, dtype=torch.float32))
     # For the step that is checked: a full cache appends nothing.
     room = length + ROOM
     for bits, page in layouts:
@@ -123,7 +123,7 @@ def measure_decode(
             table = torch.randperm(batch * blocks, generator=generator, device="cuda").view(batch, blocks)
             pages = Pages(table.to(torch.int32), page, batch * blocks)
         cache = TiledCache(
-            batch, groups, head_dim, head_dim, room, dtype, "cuda", rounding=rounding if bits else None, pages=pages
+            batch, groups, head_dim, head_dim, room, dtype, "cuda", quantization=rounding if bits else None, pages=pages
         )
         for ratio in k_ratios:
             config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent)

@@ -17,7 +17,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.model.fingerprint import WEIGHT_TOLERANCE, weight_difference
 from aqua_attention.ops.api import rotate
-from aqua_attention.ops.layout import Rounding
+from aqua_attention.ops.layout import Quantization
 
 
 class CacheSpec:
@@ -67,9 +67,9 @@ class CacheSpec:
         return self.bits is None and self.eviction is None and not self.has_window_store
 
     @property
-    def rounding(self) -> Rounding | None:
+    def rounding(self) -> Quantization | None:
         """How a tiled cache rounds keys to 8 bits; None where it does not."""
-        return Rounding(self._scale, self._mean) if self.bits == 8 else None
+        return Quantization(self._scale, self._mean) if self.bits == 8 else None
 
     def stores(self) -> tuple[Store, Store]:
         """An empty store for rotated keys, and one for values."""

@@ -21,7 +21,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import KERNEL_DTYPES, is_interpreted, no_kernels_reason
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
-from aqua_attention.ops.layout import LARGEST_ROUNDED, TILE, WIDEST, Chosen, TiledCache
+from aqua_attention.ops.layout import LARGEST_QUANTIZED, TILE, WIDEST, Chosen, TiledCache
 from aqua_attention.ops.mask import HIDDEN
 
 LARGEST_FLOAT32_HEAD = 128
@@ -42,8 +42,8 @@ def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype:
         return "it stores neither bits=4, h2o_ratio nor s_ratio with an exact window"
     if spec.bits is not None and on_cpu:
         return "the CPU kernel reads no bits=8"
-    if spec.bits is not None and head_dim > LARGEST_ROUNDED:
-        return f"heads have {head_dim} dimensions, and with bits=8 it takes {LARGEST_ROUNDED} at most"
+    if spec.bits is not None and head_dim > LARGEST_QUANTIZED:
+        return f"heads have {head_dim} dimensions, and with bits=8 it takes {LARGEST_QUANTIZED} at most"
     if max(config.sink, config.recent) > TILE:
         return f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
     if dtype not in KERNEL_DTYPES:
@@ -82,7 +82,7 @@ class TiledLayer(StaticLayer):
         held = self.cache
         if held is None or (held.shape, held.dtype, held.tail.device) != (shape, self.dtype, self.device):
             self.cache = held = None  # the old one makes room first
-            self.cache = TiledCache(*shape, self.dtype, self.device, rounding=self.spec.rounding)
+            self.cache = TiledCache(*shape, self.dtype, self.device, quantization=self.spec.quantization)
             self._padding = torch.zeros((), dtype=torch.long, device=self.device)
             """Padding tokens of the first sequence, which are given but not stored."""
         else:

@@ -27,7 +27,7 @@ TILE = 128
 """Tokens in a tile; the tail holds up to two."""
 WIDEST = 256
 """Dimensions of a head that the kernels take."""
-LARGEST_ROUNDED = 128
+LARGEST_QUANTIZED = 128
 """Those of a head in 8 bits: the numbers they become must fit into the shared memory of common GPUs."""
 BLOCKS = (32, 64, TILE)
 """Tokens of a page: a row of 32 rounded ones is 32 bytes, the least that memory moves."""
@@ -73,18 +73,18 @@ class Pages(NamedTuple):
     """Where blocks of tokens lie in a pool.
 
     Attributes:
-        table: int32 [batch, blocks of a whole number of tiles], the page of each block of a sequence; those of tokens
+        block_table: int32 [batch, blocks of a whole number of tiles], the page of each block of a sequence; those of tokens
             that do not exist yet are not looked at.
-        block: tokens of a page, one of BLOCKS.
-        total: pages in the pool.
+        block_size: tokens of a page, one of BLOCKS.
+        num_blocks: pages in the pool.
     """
 
-    table: Tensor
-    block: int
-    total: int
+    block_table: Tensor
+    block_size: int
+    num_blocks: int
 
 
-class Rounding(NamedTuple):
+class Quantization(NamedTuple):
     """How keys are rounded to 8 bits: `(code - 128) * step * scale + mean`, a step for each token and head.
 
     Attributes:
@@ -110,7 +110,7 @@ class TiledCache:
         tail: [batch, num_key_value_heads, 2 * TILE, kept]; token t is at t % (2 * TILE).
         values: [batch, num_key_value_heads, count * TILE, value_dim]; with pages [total, num_key_value_heads, block,
             value_dim]. Rounded: uint8, those of the tail too.
-        key_steps, value_steps: bfloat16, as `values` without its last dimension; None where nothing is rounded.
+        key_scales, value_scales: bfloat16, as `values` without its last dimension; None where nothing is rounded.
         lengths: int32 [batch], tokens of each sequence.
         arrived: int32 [batch, num_key_value_heads + 1], zero; the decoding kernel counts its programs there.
         count: tiles of a sequence at most.
@@ -130,7 +130,7 @@ class TiledCache:
         dtype: torch.dtype,
         device: Device,
         *,
-        rounding: Rounding | None = None,
+        quantization: Quantization | None = None,
         pages: Pages | None = None,
         rotated_from: int = 0,
     ) -> None:
@@ -139,7 +139,7 @@ class TiledCache:
         Args:
             max_length: tokens of a sequence at most.
             dtype: of queries and of what is not rounded.
-            rounding: keys and values are kept in 8 bits; of at most LARGEST_ROUNDED dimensions.
+            rounding: keys and values are kept in 8 bits; of at most LARGEST_QUANTIZED dimensions.
             pages: where they lie; None: each sequence has its own place.
 
         Raises:
@@ -148,37 +148,37 @@ class TiledCache:
         if min(batch, max_length) < 1:
             raise AquaError(f"batch is {batch} and max_length {max_length}: they must be 1 or more")
         self.shape, self.max_length, self.dtype = (batch, groups, kept, value_dim, max_length), max_length, dtype
-        self.count, self.rounding, self.pages = -(-max_length // TILE), rounding, pages
+        self.count, self.quantization, self.pages = -(-max_length // TILE), rounding, pages
         self.rotated_from = rotated_from
         self.plan: Any = None
         if rounding is not None:
-            if max(kept, value_dim) > LARGEST_ROUNDED:
+            if max(kept, value_dim) > LARGEST_QUANTIZED:
                 raise AquaError(
-                    f"heads of {kept} and {value_dim} dimensions: in 8 bits they have {LARGEST_ROUNDED} at most"
+                    f"heads of {kept} and {value_dim} dimensions: in 8 bits they have {LARGEST_QUANTIZED} at most"
                 )
             for name, tensor in zip(rounding._fields, rounding, strict=True):
                 expect(f"rounding.{name}", tensor, torch.float32, (groups, kept))
         cells: tuple[int, ...] = (batch, groups, self.count)
         self.block = TILE
         if pages is not None:
-            self.block, cells = pages.block, (pages.total, groups)
-            if pages.block not in BLOCKS:
-                raise AquaError(f"pages.block is {pages.block}: it must be one of {', '.join(map(str, BLOCKS))}")
-            expect("pages.table", pages.table, torch.int32, (batch, self.count * TILE // pages.block))
+            self.block, cells = pages.block_size, (pages.num_blocks, groups)
+            if pages.block_size not in BLOCKS:
+                raise AquaError(f"pages.block_size is {pages.block_size}: it must be one of {', '.join(map(str, BLOCKS))}")
+            expect("pages.block_table", pages.block_table, torch.int32, (batch, self.count * TILE // pages.block_size))
         kind, steps = dtype if rounding is None else torch.uint8, (*cells[:2], cells[-1] * TILE)
         if pages is not None:
             steps = (*cells, self.block)
         self.tiles = torch.zeros(*cells, kept, self.block, dtype=kind, device=device)
         self.tail = torch.zeros(batch, groups, 2 * TILE, kept, dtype=dtype, device=device)
         self.values = torch.zeros(*steps, value_dim, dtype=kind, device=device)
-        self.key_steps, self.value_steps = (
+        self.key_scales, self.value_scales = (
             None if rounding is None else torch.zeros(steps, dtype=torch.bfloat16, device=device) for _ in range(2)
         )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self.arrived = torch.zeros(batch, groups + 1, dtype=torch.int32, device=device)
 
     @property
-    def cell_strides(self) -> tuple[int, int, int]:
+    def block_strides(self) -> tuple[int, int, int]:
         """Cells from a sequence, a head and a tile (with pages: a page) to the next."""
         groups = self.shape[1]
         return (groups * self.count, self.count, 1) if self.pages is None else (0, 1, groups)
@@ -218,13 +218,13 @@ class TiledCache:
         count = keys.shape[1]
         cells, room = self._cells(row, count), -(-count // self.block) * self.block
         wide, given = (F.pad(states, (0, 0, 0, room - count)) for states in (keys, values))
-        if self.rounding is not None:
-            assert self.key_steps is not None and self.value_steps is not None
-            wide = (wide.float() - self.rounding.mean[:, None]) / self.rounding.scale[:, None]
-            wide, key_steps = rounded(wide)
-            given, value_steps = rounded(given)
-            self.key_steps.view(-1, self.block)[cells] = key_steps.unflatten(1, (-1, self.block))
-            self.value_steps.view(-1, self.block)[cells] = value_steps.unflatten(1, (-1, self.block))
+        if self.quantization is not None:
+            assert self.key_scales is not None and self.value_scales is not None
+            wide = (wide.float() - self.quantization.mean[:, None]) / self.quantization.scale[:, None]
+            wide, key_scales = rounded(wide)
+            given, value_scales = rounded(given)
+            self.key_scales.view(-1, self.block)[cells] = key_scales.unflatten(1, (-1, self.block))
+            self.value_scales.view(-1, self.block)[cells] = value_scales.unflatten(1, (-1, self.block))
         blocks = wide.unflatten(1, (-1, self.block)).transpose(-1, -2)
         self.tiles.view(-1, *self.tiles.shape[-2:])[cells] = blocks
         self.values.view(-1, self.block, self.shape[3])[cells] = given.unflatten(1, (-1, self.block))
@@ -296,14 +296,14 @@ class TiledCache:
             count, cells = lengths[row], self._cells(row, lengths[row])
             wide = self.tiles.view(-1, *self.tiles.shape[-2:])[cells].transpose(-1, -2).flatten(1, 2)[:, :count]
             given = self.values.view(-1, self.block, value_dim)[cells].flatten(1, 2)[:, :count]
-            if self.rounding is not None:
-                assert self.key_steps is not None and self.value_steps is not None
-                key_steps, value_steps = (
+            if self.quantization is not None:
+                assert self.key_scales is not None and self.value_scales is not None
+                key_scales, value_scales = (
                     steps.view(-1, self.block)[cells].flatten(1, 2)[:, :count, None].float()
-                    for steps in (self.key_steps, self.value_steps)
+                    for steps in (self.key_scales, self.value_scales)
                 )
-                wide = (wide.float() - 128) * key_steps * self.rounding.scale[:, None] + self.rounding.mean[:, None]
-                given = (given.float() - 128) * value_steps
+                wide = (wide.float() - 128) * key_scales * self.quantization.scale[:, None] + self.quantization.mean[:, None]
+                given = (given.float() - 128) * value_scales
             keys[place, :, :count], values[place, :, :count] = wide, given
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
             keys[place, :, tokens] = self.tail[row, :, tokens % (2 * TILE)].to(keys.dtype)
@@ -311,10 +311,10 @@ class TiledCache:
 
     def _cells(self, row: int, count: int) -> Tensor:
         """Places of the cells that hold the first tokens of a sequence, [num_key_value_heads, blocks]."""
-        each_row, each_group, each_block = self.cell_strides
+        each_row, each_group, each_block = self.block_strides
         blocks = torch.arange(-(-count // self.block), device=self.tail.device)
         if self.pages is not None:
-            blocks = self.pages.table[row].long()[blocks]
+            blocks = self.pages.block_table[row].long()[blocks]
         groups = torch.arange(self.shape[1], device=self.tail.device)[:, None]
         return row * each_row + groups * each_group + blocks * each_block
 
@@ -328,7 +328,7 @@ class TiledCache:
             raise AquaError(f"{len(rows)} sequences cannot take the places of {len(self.lengths)}")
         if self.pages is not None:
             raise AquaError("sequences in pages change places in the table")
-        for states in (self.tiles, self.tail, self.values, self.lengths, self.key_steps, self.value_steps):
+        for states in (self.tiles, self.tail, self.values, self.lengths, self.key_scales, self.value_scales):
             if states is not None:
                 states.copy_(states.index_select(0, rows))
 

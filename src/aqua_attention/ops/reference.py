@@ -56,6 +56,7 @@ def attention_reference(
         [batch, num_attention_heads, queries, value_dim] in the dtype of `value`. A query that sees no key gets
         zeros; a NaN in a query, or in a key that it sees, gives NaN, and a NaN in a value gives NaN to every query.
     """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     tall_key = key.to(torch.promote_types(query.dtype, torch.float32)).transpose(-1, -2)
     probabilities = attention_probabilities(
         query,
@@ -83,7 +84,7 @@ def attention_probabilities(
     mask: Tensor | None = None,
     sink: int = 0,
     recent: int = 0,
-    scaling: float | None = None,
+    scaling: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
@@ -97,7 +98,6 @@ def attention_probabilities(
     """
     batch, heads, queries, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def scores_of(states: Tensor) -> Tensor:
         tall = states.to(dtype).reshape(batch, groups, heads // groups * queries, -1)
@@ -149,14 +149,13 @@ def attention_chunked(
     mask: Tensor | None = None,
     sink: int = 0,
     recent: int = 0,
-    scaling: float | None = None,
+    scaling: float,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
     """`attention_reference`, a block of queries at a time: no more than `CHUNK_SCORES` scores in memory."""
     queries, keys = query.shape[2], key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, result_dtype, value = key.to(dtype), value.dtype, value.to(dtype)
     rows = rows_at_once(query, keys)
     blocks = []

@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.plan import LayerPlan
 
 
 def rotate(states: Tensor, rotation: Tensor) -> Tensor:
@@ -32,12 +32,7 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
 
 
 def select_dimensions(
-    query: Tensor,
-    config: AquaConfig,
-    head_dim: int,
-    key_rms: Tensor,
-    scaling: float | None = None,
-    short: Tensor | None = None,
+    query: Tensor, plan: LayerPlan, short: Tensor | None = None, *, scaling: float | None = None
 ) -> Tensor | None:
     """Which dimensions each query multiplies (paper, section 3: the k largest |q_i|; or as many as it needs).
 
@@ -45,45 +40,45 @@ def select_dimensions(
     query stays visible in its output.
 
     Args:
-        query: rotated queries, [batch, num_attention_heads, length, kept].
-        config: `k_ratio` or `logit_error`, `s_ratio`, `selection`, `share` and `min_length` are read.
-        head_dim: width of the model's heads before `s_ratio` cut the trailing dimensions.
-        key_rms: root mean square of each rotated key dimension over the calibration text, not centred,
-            [num_key_value_heads, kept]; read by selection="weighted" and by `logit_error`.
-        scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
+        query: rotated queries, [batch, num_attention_heads, length, kept or more]. Of more, only the exact window
+            multiplies those behind `kept`.
+        plan: its settings, and `key_rms`, which selection="weighted" and `logit_error` read.
         short: queries that multiply every dimension, boolean, broadcasts to [batch, num_attention_heads, length]; from
             `ops.mask.short_queries`, and needed when `min_length` is not 0.
+        scaling: factor of the scores, read by `logit_error`; default the plan's.
 
     Returns:
         Boolean, same shape as `query`, with exactly k True in each row (`k_ratio`) or at least one (`logit_error`), in
-        rows of short queries all; None when `k_ratio` keeps every dimension.
+        rows of short queries all that are kept; None when every dimension of the queries is multiplied.
 
     Raises:
         AquaError: `min_length` is not 0, and `short` is missing.
     """
-    if config.threshold > 0 and short is None:
+    if plan.min_length > 0 and short is None:
         raise AquaError(
-            f"min_length is {config.min_length}, but it is not said which queries are short: give `short`, from "
+            f"min_length is {plan.min_length}, but it is not said which queries are short: give `short`, from "
             "ops.mask.short_queries"
         )
-    selected = _selected(query, config, head_dim, key_rms, scaling)
-    return selected if selected is None or short is None else selected | short[..., None]
+    kept, width = plan.kept, query.shape[-1]
+    selected = _selected(query[..., :kept], plan, plan.scaling if scaling is None else scaling)
+    if selected is not None and short is not None:
+        selected = selected | short[..., None]
+    if width == kept:
+        return selected
+    selected = query.new_ones((*query.shape[:3], kept), dtype=torch.bool) if selected is None else selected
+    return torch.nn.functional.pad(selected, (0, width - kept))
 
 
-def _selected(
-    query: Tensor, config: AquaConfig, head_dim: int, key_rms: Tensor, scaling: float | None
-) -> Tensor | None:
+def _selected(query: Tensor, plan: LayerPlan, scaling: float) -> Tensor | None:
     """`select_dimensions`, whatever the length."""
     batch, heads, length, kept = query.shape
-    groups = key_rms.shape[0]
-    k = config.selected_dims(head_dim)
-    adaptive = config.logit_error is not None
-    if k >= kept and not adaptive:
+    groups, config = plan.key_rms.shape[0], plan.config
+    if not plan.selects:
         return None
-    if config.selection == "static" and not adaptive:
-        return (torch.arange(kept, device=query.device) < k).expand(query.shape)
+    if config.selection == "static" and not plan.is_adaptive:
+        return (torch.arange(kept, device=query.device) < plan.k).expand(query.shape)
     size = query.float().reshape(batch, groups, heads // groups, length, kept).abs()
-    error = size * key_rms.float()[:, None, None, :]
+    error = size * plan.key_rms.float()[:, None, None, :]
     size = error if config.selection == "weighted" else size
     if config.share == "group":
         size = size.square().sum(2, keepdim=True)
@@ -92,10 +87,10 @@ def _selected(
     else:
         order = torch.sort(size, dim=-1, descending=True, stable=True).indices
     if config.logit_error is None:
-        chosen = torch.ones_like(order[..., :k], dtype=torch.bool)
-        order = order[..., :k]
+        order = order[..., : plan.k]
+        chosen = torch.ones_like(order, dtype=torch.bool)
     else:
-        variance = (error * (head_dim**-0.5 if scaling is None else scaling)).square()
+        variance = (error * scaling).square()
         if config.share == "group":
             variance = variance.sum(2, keepdim=True)
         # Dropping from place i on costs the sum of the variances from there to the end.

@@ -175,7 +175,7 @@ def decode_step(
 def check_cache(cache: TiledCache, recent: int) -> None:
     """Raise AquaError where the kernels would read something else than the cache holds, or take no such cache."""
     _, _, kept, value_dim, _ = cache.shape
-    if cache.rounding is not None or cache.pages is not None:
+    if cache.quantization is not None or cache.pages is not None:
         raise AquaError("the CPU kernels read neither 8-bit codes nor pages: make the cache without rounding and pages")
     if cache.dtype not in DTYPES or max(kept, value_dim) > WIDEST or not 0 <= recent <= TILE:
         raise AquaError(

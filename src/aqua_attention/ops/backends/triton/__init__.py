@@ -1,2 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for a GPU, one file a kernel. Importing these modules needs triton; nothing else does."""
+"""AQUA attention by Triton kernels on a GPU: whole prompts, and decoding from tiled caches. Kernels load when they run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from aqua_attention.ops.backend import Backend
+from aqua_attention.ops.layout import LARGEST_QUANTIZED, WIDEST, Chosen, TiledCache
+from aqua_attention.ops.plan import Attended, Call, LayerPlan
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_FLOAT32 = 128
+"""Dimensions of a head in float32: two tiles on their way need more shared memory than wider ones leave."""
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Triton(Backend):
+    """Kernels for NVIDIA GPUs; in tests triton's interpreter stands for one."""
+
+    name = "triton"
+
+    def why_not(self, call: Call, plan: LayerPlan | None) -> str | None:
+        """See `Backend`."""
+        if plan is None:
+            return "its kernels rotate and choose by themselves"
+        if reason := no_kernels_reason(call.query.device):
+            return reason
+        if call.mask is not None:
+            return "it knows no mask"
+        if call.softcap is not None or call.s_aux is not None:
+            return "it knows neither softcap nor extra softmax logits (s_aux)"
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        if queries != keys:
+            return f"it is for a whole prompt, with as many queries as keys: {queries} and {keys}"
+        widest = max(call.query.shape[3], call.key.shape[3], call.value.shape[3])
+        if call.query.dtype not in DTYPES or widest > WIDEST:
+            return f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
+        if plan.rotation.dtype != torch.float32:
+            return f"the rotation is {plan.rotation.dtype}, and it takes torch.float32"
+        return "it has no gradient" if call.has_gradient else None
+
+    def is_automatic(self, call: Call) -> bool:
+        """See `Backend`: the interpreter is for tests."""
+        return call.query.is_cuda
+
+    def attend(self, call: Call, plan: LayerPlan) -> Attended:
+        """See `Backend`."""
+        from aqua_attention.ops.backends.triton.prefill import attention_prefill
+
+        return attention_prefill(call, plan)
+
+    def why_not_rotate(self, states: Tensor, rotation: Tensor) -> str | None:
+        """See `Backend`."""
+        if not states.is_cuda:
+            return "the states are not on a GPU"
+        if reason := no_kernels_reason(states.device):
+            return reason
+        if states.dtype not in DTYPES or rotation.dtype != torch.float32 or max(rotation.shape) > WIDEST:
+            return "it takes 16 bits and float32, a rotation in float32, and no wider heads"
+        if states.numel() == 0 or (torch.is_grad_enabled() and states.requires_grad):
+            return "it has no gradient, and does not rotate nothing"
+        return None
+
+    def rotate(self, states: Tensor, rotation: Tensor) -> Tensor:
+        """See `Backend`."""
+        from aqua_attention.ops.backends.triton.rotate import rotate_on_gpu
+
+        return rotate_on_gpu(states, rotation)
+
+    def serves_tiles(self, device: torch.device) -> bool:
+        """See `Backend`."""
+        return device.type != "cpu" or is_interpreted(device)
+
+    def why_not_tiled(self, plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
+        """See `Backend`."""
+        head_dim, bits = plan.head_dim, plan.config.bits
+        if reason := no_kernels_reason(plan.rotation.device):
+            return reason
+        if bits is not None and head_dim > LARGEST_QUANTIZED:
+            return f"heads have {head_dim} dimensions, and with bits=8 it takes {LARGEST_QUANTIZED} at most"
+        if dtype not in DTYPES:
+            return f"the model is {dtype}, and it takes bfloat16, float16 and float32"
+        if dtype == torch.float32 and head_dim > LARGEST_FLOAT32 and plan.rotation.is_cuda:
+            return f"heads have {head_dim} dimensions, and in float32 it takes {LARGEST_FLOAT32} at most"
+        return f"heads have {head_dim} dimensions, and it takes {WIDEST} at most" if head_dim > WIDEST else None
+
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
+    ) -> tuple[Tensor, Tensor, Chosen | None]:
+        """See `Backend`."""
+        from aqua_attention.ops.backends.triton.step import decode_step
+
+        return decode_step(query, key, value, cache, plan, scaling)
+
+
+def is_interpreted(device: torch.device) -> bool:
+    """Whether triton's interpreter stands for a GPU, in tests."""
+    return HAS_TRITON and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def no_kernels_reason(device: torch.device) -> str | None:
+    """Why our kernels cannot run on this device; None when they can."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if torch.compiler.is_compiling():
+        return "the call is being compiled by torch.compile"
+    if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
+        return "the kernels are for NVIDIA GPUs of compute capability 8.0 and newer"
+    if device.type != "cuda" and not is_interpreted(device):
+        return f"the tensors are on {device.type}, and the kernels need a CUDA GPU"
+    return None

@@ -43,16 +43,16 @@ def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
 
 
 @triton.jit
-def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def token_blocks(block_table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """The cell of a tile, see `ops.tiled`; with pages, that of each of its tokens, [TILE]."""
-    if table_ptr is None:
+    if block_table_ptr is None:
         cells = first + tile * stride
     else:
         cells = first + tl.zeros([TILE], tl.int64)
         for part in tl.static_range(0, TILE // BLOCK):
             # One number for a page, and a hint: else its tokens would be looked up, and read, one by one.
             at = tile * (TILE // BLOCK) + part
-            cell = first + tl.load(table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(tl.int64) * stride
+            cell = first + tl.load(block_table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(tl.int64) * stride
             cells = tl.where(tl.arange(0, TILE) // BLOCK == part, cell, cells)
         cells = tl.max_constancy(cells, BLOCK)
     return cells
@@ -61,7 +61,7 @@ def token_cells(table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TIL
 @triton.jit
 def key_pointers(
     tiles_ptr,
-    table_ptr,
+    block_table_ptr,
     cells,
     dims,
     DIM: tl.constexpr,
@@ -70,7 +70,7 @@ def key_pointers(
 ):
     """Some dimensions of the tokens of a tile, [dims, TILE]."""
     tokens = tl.arange(0, TILE)
-    if table_ptr is None:
+    if block_table_ptr is None:
         pointers = tiles_ptr + cells * (DIM * BLOCK) + dims[:, None] * BLOCK + tokens[None, :]
     else:
         pointers = tiles_ptr + (cells * (DIM * BLOCK) + tokens % BLOCK)[None, :] + dims[:, None] * BLOCK
@@ -78,10 +78,10 @@ def key_pointers(
 
 
 @triton.jit
-def token_pointers(pointer, table_ptr, cells, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def token_pointers(pointer, block_table_ptr, cells, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """What belongs to the tokens of a tile, [TILE]: the first of WIDTH numbers of each."""
     tokens = tl.arange(0, TILE)
-    if table_ptr is None:
+    if block_table_ptr is None:
         pointers = pointer + cells * (BLOCK * WIDTH) + tokens * WIDTH
     else:
         pointers = pointer + (cells * BLOCK + tokens % BLOCK) * WIDTH

@@ -105,7 +105,7 @@ def decode(
     step = DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE
     options: dict[str, int] = {}
     widest = kept if min_length > 0 else most
-    if cache.rounding is None:
+    if cache.quantization is None:
         tile_bytes = TILE * (padded(widest) + padded(value_dim)) * query.element_size()
         most_stages = MOST_STAGES if query.element_size() == 2 else 2
         options["num_stages"] = max(1, min(most_stages, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes))
@@ -123,7 +123,7 @@ def decode(
         "MERGED": min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
     }
     scaling = (kept**-0.5 if scaling is None else scaling) * LOG2_E
-    table, blocks = (None, 0) if cache.pages is None else (cache.pages.table, cache.pages.table.shape[1])
+    table, blocks = (None, 0) if cache.pages is None else (cache.pages.block_table, cache.pages.block_table.shape[1])
     early = starts_early(query, appended)
     with on_device_of(query):
         if by_hand:
@@ -141,9 +141,9 @@ def decode(
                 dims,
                 counts,
                 *(states.view(torch.int32) for states in (cache.tiles, cache.values)),
-                cache.key_steps,
-                cache.value_steps,
-                *(cache.rounding or ()),
+                cache.key_scales,
+                cache.value_scales,
+                *(cache.quantization or ()),
                 table,
                 cache.lengths,
                 partial,
@@ -152,7 +152,7 @@ def decode(
                 scaling,
                 count,
                 blocks,
-                *cache.cell_strides,
+                *cache.block_strides,
                 SPECIAL,
                 APPENDED=appended,
                 DIM=kept,
@@ -171,9 +171,9 @@ def decode(
             cache.tiles,
             cache.tail,
             cache.values,
-            cache.key_steps,
-            cache.value_steps,
-            *(cache.rounding or (None, None)),
+            cache.key_scales,
+            cache.value_scales,
+            *(cache.quantization or (None, None)),
             table,
             cache.lengths,
             cache.arrived,
@@ -188,7 +188,7 @@ def decode(
             min_length or None,
             count,
             blocks,
-            *cache.cell_strides,
+            *cache.block_strides,
             others,
             ROWS=padded(heads // groups),
             COPIES=copies,
@@ -220,7 +220,7 @@ def decode(
 
 def splits_and_warps(rows: int, tiles: int, query: Tensor) -> tuple[int, int]:
     """Programs for the tiles of each of `rows` sequences and heads, and the warps of one."""
-    at_once = min(processors(query) // rows - SPECIAL, tiles, MOST_SPLITS)
+    at_once = min(sm_count(query) // rows - SPECIAL, tiles, MOST_SPLITS)
     if at_once >= LEAST_SPLITS or at_once == tiles:
         return at_once, FEW_WARPS if query.element_size() == 2 else WARPS
     return max(1, min(-(-tiles // TILES_EACH), MOST_SPLITS)), WARPS
@@ -228,7 +228,7 @@ def splits_and_warps(rows: int, tiles: int, query: Tensor) -> tuple[int, int]:
 
 def is_by_hand(query: Tensor, cache: TiledCache) -> bool:
     """Whether tiles are those of the kernel with registers placed by hand: where they are worth three launches."""
-    if cache.rounding is None or not query.is_cuda or VERSION < (3, 6):
+    if cache.quantization is None or not query.is_cuda or VERSION < (3, 6):
         return False
     rows, (_, groups, _, value_dim, _), tiles = len(cache.lengths) * cache.shape[1], cache.shape, cache.count - SPECIAL
     if query.shape[1] // groups > BY_HAND_GROUP or value_dim not in BY_HAND_VALUES or tiles < 1:
@@ -239,7 +239,7 @@ def is_by_hand(query: Tensor, cache: TiledCache) -> bool:
 
 def splits_by_hand(rows: int, tiles: int, query: Tensor) -> int:
     """Programs of one warp for the tiles of each of `rows` sequences and heads: rounds of as many as run at once."""
-    at_once = processors(query) * BY_HAND_AT_ONCE
+    at_once = sm_count(query) * BY_HAND_AT_ONCE
     most = min(-(-tiles // BY_HAND_EACH), MOST_BY_HAND)
     found, fullest = most, 0.0
     for rounds in (2, 3, 4) if rows * tiles >= at_once * 2 * BY_HAND_LONG else (1, 2, 3, 4):
@@ -252,7 +252,7 @@ def splits_by_hand(rows: int, tiles: int, query: Tensor) -> int:
     return found
 
 
-def processors(query: Tensor) -> int:
+def sm_count(query: Tensor) -> int:
     """Streaming multiprocessors of the GPU; a number to go on with where there is none."""
     return torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 64
 
@@ -288,7 +288,7 @@ def _check(
         raise AquaError(f"splits is {splits}: it must be 1 to {most}, or None")
     if chosen is not None:
         chosen.check(batch, groups, kept)
-        if chosen.min_length > 0 and cache.rounding is not None:
+        if chosen.min_length > 0 and cache.quantization is not None:
             raise AquaError(
                 f"chosen.min_length is {chosen.min_length}: over codes of 8 bits there must be counts instead, as "
                 "`prepare` gives"

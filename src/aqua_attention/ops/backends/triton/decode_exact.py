@@ -15,7 +15,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     key_pointers,
     online_softmax,
     store_part,
-    token_cells,
+    token_blocks,
     token_pointers,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT
@@ -28,11 +28,11 @@ def exact_block(
     tiles_ptr,
     tail_ptr,
     values_ptr,
-    key_steps_ptr,
-    value_steps_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     scale_ptr,
     mean_ptr,
-    table_ptr,
+    block_table_ptr,
     partial_ptr,
     lse_ptr,
     scores_ptr,
@@ -76,16 +76,16 @@ def exact_block(
     # Without the new token, which is being written.
     old = seen & (position < length - APPENDED)
     there = (dim[:, None] < DIM) & old[None, :]
-    cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+    cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
     if split == 0:
         if EARLY:  # noqa: SIM102 (this is known when compiling, the other is not)
             if length == 2 * TILE + 1:
                 # The first tile is being moved from the tail.
                 tl.extra.cuda.gdc_wait()
-        keys = tl.load(key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE), there, 0, cache_modifier=".cg")
-        if key_steps_ptr is not None:
+        keys = tl.load(key_pointers(tiles_ptr, block_table_ptr, cells, dim, DIM, BLOCK, TILE), there, 0, cache_modifier=".cg")
+        if key_scales_ptr is not None:
             steps = tl.load(
-                token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+                token_pointers(key_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
             )
             scale, mean = tl.load(scale_ptr + dim, dim < DIM, 0.0), tl.load(mean_ptr + dim, dim < DIM, 0.0)
             wide = (keys.to(tl.float32) - 128) * steps[None, :].to(tl.float32)
@@ -95,15 +95,15 @@ def exact_block(
         keys = tl.load(
             tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0, cache_modifier=".cg"
         )
-    values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+    values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
     values = tl.load(values_at, old[:, None] & column[None, :], 0, cache_modifier=".cg")
-    value_steps = None
-    if value_steps_ptr is not None:
+    value_scales = None
+    if value_scales_ptr is not None:
         values = (values.to(tl.float32) - 128).to(tl.float16)
         steps = tl.load(
-            token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+            token_pointers(value_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
         )
-        value_steps = steps.to(tl.float32) * VALUE_UNIT
+        value_scales = steps.to(tl.float32) * VALUE_UNIT
     if EARLY:
         tl.extra.cuda.gdc_wait()
     query = tl.load(
@@ -130,7 +130,7 @@ def exact_block(
     largest, total, output = online_softmax(
         scores,
         values,
-        value_steps,
+        value_scales,
         tl.full([ROWS], float("-inf"), tl.float32),
         tl.zeros([ROWS], tl.float32),
         tl.zeros([ROWS, VALUE_PADDED], tl.float32),
@@ -139,16 +139,16 @@ def exact_block(
     if APPENDED:
         weight = tl.sum(tl.where(is_new[None, :] & visible, tl.exp2(scores - largest[:, None]), 0.0), 1)
         page = (length - 1) // BLOCK
-        if table_ptr is not None:
-            page = tl.load(table_ptr + page)
+        if block_table_ptr is not None:
+            page = tl.load(block_table_ptr + page)
         newest = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + (length - 1) % BLOCK
         value = tl.load(values_ptr + newest * VALUE_DIM + columns, column, 0, cache_modifier=".cg")
-        if value_steps_ptr is None:
+        if value_scales_ptr is None:
             value = value.to(tl.float32)
         else:
             value = (
                 (value.to(tl.float32) - 128)
-                * tl.load(value_steps_ptr + newest, cache_modifier=".cg").to(tl.float32)
+                * tl.load(value_scales_ptr + newest, cache_modifier=".cg").to(tl.float32)
                 * VALUE_UNIT
             )
         # Nothing, not NaN, where a token that is not seen has an infinite value.
@@ -161,7 +161,7 @@ def exact_block(
         largest, total = both, tl.sum(tl.reshape(total, [2, ROWS // 2]) * share, 0)
         output = tl.sum(tl.reshape(output, [2, ROWS // 2, VALUE_PADDED]) * share[:, :, None], 0)
         member = tl.arange(0, ROWS // 2)
-    if value_steps_ptr is not None:
+    if value_scales_ptr is not None:
         output *= 1 / VALUE_UNIT
     at = (first_head + member) * splits + split
     store_part(partial_ptr, lse_ptr, at, largest, total, output, member < GROUP, columns, VALUE_DIM)

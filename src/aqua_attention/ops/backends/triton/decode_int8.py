@@ -16,7 +16,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     key_pointers,
     online_softmax,
     store_part,
-    token_cells,
+    token_blocks,
     token_pointers,
 )
 
@@ -58,11 +58,11 @@ def rounded_tiles(
     counts_ptr,
     tiles_ptr,
     values_ptr,
-    key_steps_ptr,
-    value_steps_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     scale_ptr,
     mean_ptr,
-    table_ptr,
+    block_table_ptr,
     partial_ptr,
     lse_ptr,
     scores_ptr,
@@ -119,33 +119,33 @@ def rounded_tiles(
     columns = tl.arange(0, VALUE_PADDED)
     values_wanted = (tokens[:, None] >= 0) & (columns < VALUE_DIM)[None, :]
     # Steps are too small for the compiler to load ahead.
-    cells = token_cells(table_ptr, first_cell, block_stride, begin, blocks, BLOCK, TILE)
+    cells = token_blocks(block_table_ptr, first_cell, block_stride, begin, blocks, BLOCK, TILE)
     is_tile = begin * TILE + tokens < end * TILE
-    next_key_steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
-    next_value_steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
+    next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
+    next_value_steps = tl.load(token_pointers(value_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
     for tile in range(begin, end):
-        cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-        keys_at = key_pointers(tiles_ptr, table_ptr, cells, dims, DIM, BLOCK, TILE)
+        cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+        keys_at = key_pointers(tiles_ptr, block_table_ptr, cells, dims, DIM, BLOCK, TILE)
         if counts_ptr is None and STEP == CHOSEN:  # noqa: SIM108 (known when compiling)
             keys = tl.load(keys_at)
         else:
             keys = tl.load(keys_at, wanted, 0)
-        key_steps, value_steps = next_key_steps.to(tl.float32), next_value_steps.to(tl.float32) * VALUE_UNIT
-        scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * key_steps[None, :]) + mean[:, None]
-        values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        key_scales, value_scales = next_key_scales.to(tl.float32), next_value_steps.to(tl.float32) * VALUE_UNIT
+        scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * key_scales[None, :]) + mean[:, None]
+        values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
         if VALUE_DIM == VALUE_PADDED:  # noqa: SIM108
             values = tl.load(values_at)
         else:
             values = tl.load(values_at, values_wanted, 0)
-        cells = token_cells(table_ptr, first_cell, block_stride, tl.minimum(tile + 1, end - 1), blocks, BLOCK, TILE)
-        next_key_steps = tl.load(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE))
-        next_value_steps = tl.load(token_pointers(value_steps_ptr, table_ptr, cells, 1, BLOCK, TILE))
+        cells = token_blocks(block_table_ptr, first_cell, block_stride, tl.minimum(tile + 1, end - 1), blocks, BLOCK, TILE)
+        next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE))
+        next_value_steps = tl.load(token_pointers(value_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE))
         if scores_ptr is not None:
             there = inside[:, None] & (tokens[None, :] >= 0)
             scores_at = scores_ptr + (first_head + heads[:, None]) * count * TILE + tile * TILE + tokens[None, :]
             tl.store(scores_at, scores, there)
         largest, total, output = online_softmax(
-            scores, decoded(values, ASSEMBLY), value_steps, largest, total, output, "ieee"
+            scores, decoded(values, ASSEMBLY), value_scales, largest, total, output, "ieee"
         )
     at = (first_head + heads) * splits + split
     store_part(

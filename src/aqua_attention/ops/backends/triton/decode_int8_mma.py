@@ -101,13 +101,13 @@ def right_operands(weights):
 
 
 @gluon.jit
-def cells_of(table_ptr, first_cell, block_stride, tile, tokens, blocks, BLOCK: gl.constexpr, TILE: gl.constexpr):
+def cells_of(block_table_ptr, first_cell, block_stride, tile, tokens, blocks, BLOCK: gl.constexpr, TILE: gl.constexpr):
     """The cells of some tokens of a tile, see `ops.tiled`; without pages that of the tile."""
-    if table_ptr is None:
+    if block_table_ptr is None:
         cells = first_cell + tile * block_stride
     else:
         at = tile * (TILE // BLOCK) + tokens // BLOCK
-        cells = first_cell + gl.load(table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(gl.int64) * block_stride
+        cells = first_cell + gl.load(block_table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(gl.int64) * block_stride
     return cells
 
 
@@ -127,11 +127,11 @@ def decode_rounded_kernel(
     counts_ptr,
     tiles_ptr,
     values_ptr,
-    key_steps_ptr,
-    value_steps_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     scale_ptr,
     mean_ptr,
-    table_ptr,
+    block_table_ptr,
     lengths_ptr,
     partial_ptr,
     lse_ptr,
@@ -178,8 +178,8 @@ def decode_rounded_kernel(
     query_ptr += place * GROUP * DIM
     scale_ptr += group * DIM
     mean_ptr += group * DIM
-    if table_ptr is not None:
-        table_ptr += row * blocks
+    if block_table_ptr is not None:
+        block_table_ptr += row * blocks
     if EARLY:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -233,11 +233,11 @@ def decode_rounded_kernel(
         wanted = wanted + ((chunk * 16 + key_row < limit)[:, None] & (key_word >= 0)[None, :],)  # noqa: RUF005
     value_at = (value_token % BLOCK)[:, None] * VALUE_WORDS + value_word[None, :]
     if begin < end:
-        key_cells = cells_of(table_ptr, first_cell, block_stride, begin, key_word * 4, blocks, BLOCK, TILE)
-        value_cells = cells_of(table_ptr, first_cell, block_stride, begin, value_token, blocks, BLOCK, TILE)
-        step_cells = cells_of(table_ptr, first_cell, block_stride, begin, sixteen, blocks, BLOCK, TILE)
-        keys_ptr = of_words(tiles_ptr, key_cells, table_ptr, DIM * BLOCK // 4)
-        next_values_ptr = of_tokens(values_ptr, value_cells, table_ptr, BLOCK * VALUE_WORDS)
+        key_cells = cells_of(block_table_ptr, first_cell, block_stride, begin, key_word * 4, blocks, BLOCK, TILE)
+        value_cells = cells_of(block_table_ptr, first_cell, block_stride, begin, value_token, blocks, BLOCK, TILE)
+        step_cells = cells_of(block_table_ptr, first_cell, block_stride, begin, sixteen, blocks, BLOCK, TILE)
+        keys_ptr = of_words(tiles_ptr, key_cells, block_table_ptr, DIM * BLOCK // 4)
+        next_values_ptr = of_tokens(values_ptr, value_cells, block_table_ptr, BLOCK * VALUE_WORDS)
         waiting = ()
         for chunk in gl.static_range(AHEAD):
             if chunk < CHUNKS:
@@ -248,16 +248,16 @@ def decode_rounded_kernel(
         for tile in range(begin, end):
             now_values_ptr = next_values_ptr
             steps_at = (sixteen % BLOCK)[:, None] + of_sixteen[None, :]
-            key_steps = gl.load(of_tokens(key_steps_ptr, step_cells, table_ptr, BLOCK) + steps_at, cache_modifier=".cg")
-            value_steps = gl.load(
-                of_tokens(value_steps_ptr, step_cells, table_ptr, BLOCK) + steps_at, cache_modifier=".cg"
+            key_scales = gl.load(of_tokens(key_scales_ptr, step_cells, block_table_ptr, BLOCK) + steps_at, cache_modifier=".cg")
+            value_scales = gl.load(
+                of_tokens(value_scales_ptr, step_cells, block_table_ptr, BLOCK) + steps_at, cache_modifier=".cg"
             )
             # Looked up early: the last blocks of a tile are waited for while the first of the next are asked for.
             after = gl.minimum(tile + 1, end - 1)
-            key_cells = cells_of(table_ptr, first_cell, block_stride, after, key_word * 4, blocks, BLOCK, TILE)
-            value_cells = cells_of(table_ptr, first_cell, block_stride, after, value_token, blocks, BLOCK, TILE)
-            step_cells = cells_of(table_ptr, first_cell, block_stride, after, sixteen, blocks, BLOCK, TILE)
-            next_values_ptr = of_tokens(values_ptr, value_cells, table_ptr, BLOCK * VALUE_WORDS)
+            key_cells = cells_of(block_table_ptr, first_cell, block_stride, after, key_word * 4, blocks, BLOCK, TILE)
+            value_cells = cells_of(block_table_ptr, first_cell, block_stride, after, value_token, blocks, BLOCK, TILE)
+            step_cells = cells_of(block_table_ptr, first_cell, block_stride, after, sixteen, blocks, BLOCK, TILE)
+            next_values_ptr = of_tokens(values_ptr, value_cells, block_table_ptr, BLOCK * VALUE_WORDS)
             scores = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
             for chunk in gl.static_range(CHUNKS):
                 words = waiting[0]
@@ -267,7 +267,7 @@ def decode_rounded_kernel(
                     loaded = load_values(now_values_ptr, value_at, chunk + AHEAD - CHUNKS, VALUE_WORDS)
                 waiting = waiting[1:] + (loaded,)  # noqa: RUF005
                 scores = mma_v2(left_operand(words, KEY_WORDS), queries[chunk], scores)
-            scores = scores * (of_rows(key_steps)[:, None] * unit[None, :]) + mean[None, :]
+            scores = scores * (of_rows(key_scales)[:, None] * unit[None, :]) + mean[None, :]
             if scores_ptr is not None:
                 rows = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
                 heads = gl.arange(0, HEADS, gl.SliceLayout(0, MMA))
@@ -281,8 +281,8 @@ def decode_rounded_kernel(
             total = total * shrink + gl.sum(weights, 0)
             largest = now
             output = output * shrink[None, :]
-            parts = right_operands((weights * (of_rows(value_steps) * VALUE_UNIT)[:, None]).to(gl.float16))
-            keys_ptr = of_words(tiles_ptr, key_cells, table_ptr, DIM * BLOCK // 4)
+            parts = right_operands((weights * (of_rows(value_scales) * VALUE_UNIT)[:, None]).to(gl.float16))
+            keys_ptr = of_words(tiles_ptr, key_cells, block_table_ptr, DIM * BLOCK // 4)
             for chunk in gl.static_range(VALUE_CHUNKS):
                 words = waiting[0]
                 if chunk + AHEAD < VALUE_CHUNKS:
@@ -326,9 +326,9 @@ def load_values(values_ptr, at, chunk: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def of_words(pointer, cells, table_ptr, SIZE: gl.constexpr):
+def of_words(pointer, cells, block_table_ptr, SIZE: gl.constexpr):
     """Where the cell of each word of a row begins, or the cell of all."""
-    if table_ptr is None:  # noqa: SIM108 (known when compiling)
+    if block_table_ptr is None:  # noqa: SIM108 (known when compiling)
         pointers = pointer + cells * SIZE
     else:
         # A hint: a lane's words lie together.
@@ -337,9 +337,9 @@ def of_words(pointer, cells, table_ptr, SIZE: gl.constexpr):
 
 
 @gluon.jit
-def of_tokens(pointer, cells, table_ptr, SIZE: gl.constexpr):
+def of_tokens(pointer, cells, block_table_ptr, SIZE: gl.constexpr):
     """Where the cell of each row begins, or the cell of all."""
-    if table_ptr is None:  # noqa: SIM108 (known when compiling)
+    if block_table_ptr is None:  # noqa: SIM108 (known when compiling)
         pointers = pointer + cells * SIZE
     else:
         pointers = pointer + (cells * SIZE)[:, None]

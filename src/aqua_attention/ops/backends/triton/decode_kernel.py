@@ -16,7 +16,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     key_pointers,
     online_softmax,
     store_part,
-    token_cells,
+    token_blocks,
     token_pointers,
 )
 from aqua_attention.ops.backends.triton.decode_exact import exact_block
@@ -33,11 +33,11 @@ def decode_kernel(
     tiles_ptr,
     tail_ptr,
     values_ptr,
-    key_steps_ptr,
-    value_steps_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     scale_ptr,
     mean_ptr,
-    table_ptr,
+    block_table_ptr,
     lengths_ptr,
     arrived_ptr,
     partial_ptr,
@@ -92,8 +92,8 @@ def decode_kernel(
     place = (row * groups + group).to(tl.int64)
     first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
     tail_ptr += place * 2 * TILE * DIM
-    if table_ptr is not None:
-        table_ptr += row * blocks
+    if block_table_ptr is not None:
+        block_table_ptr += row * blocks
     if scale_ptr is not None:
         scale_ptr += group * DIM
         mean_ptr += group * DIM
@@ -111,11 +111,11 @@ def decode_kernel(
             tiles_ptr,
             tail_ptr,
             values_ptr,
-            key_steps_ptr,
-            value_steps_ptr,
+            key_scales_ptr,
+            value_scales_ptr,
             scale_ptr,
             mean_ptr,
-            table_ptr,
+            block_table_ptr,
             partial_ptr,
             lse_ptr,
             scores_ptr,
@@ -156,7 +156,7 @@ def decode_kernel(
                 counts_ptr,
                 tiles_ptr,
                 values_ptr,
-                table_ptr,
+                block_table_ptr,
                 partial_ptr,
                 lse_ptr,
                 scores_ptr,
@@ -191,11 +191,11 @@ def decode_kernel(
                 counts_ptr,
                 tiles_ptr,
                 values_ptr,
-                key_steps_ptr,
-                value_steps_ptr,
+                key_scales_ptr,
+                value_scales_ptr,
                 scale_ptr,
                 mean_ptr,
-                table_ptr,
+                block_table_ptr,
                 partial_ptr,
                 lse_ptr,
                 scores_ptr,
@@ -256,7 +256,7 @@ def _tiles(
     counts_ptr,
     tiles_ptr,
     values_ptr,
-    table_ptr,
+    block_table_ptr,
     partial_ptr,
     lse_ptr,
     scores_ptr,
@@ -305,9 +305,9 @@ def _tiles(
         change = tl.where(length < min_length, tl.maximum(begin, end), begin)
     for loop in tl.static_range(first, 2):
         for tile in range(begin if loop == 0 else change, change if loop == 0 else end):
-            cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+            cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
             if dims_ptr is None or loop == 0:
-                keys_at = key_pointers(tiles_ptr, table_ptr, cells, dim, DIM, BLOCK, TILE)
+                keys_at = key_pointers(tiles_ptr, block_table_ptr, cells, dim, DIM, BLOCK, TILE)
                 if DIM == DIM_PADDED:
                     keys = tl.load(keys_at)
                 else:
@@ -323,7 +323,7 @@ def _tiles(
                         inside[:, None] & (places[None, :] < limit),
                         0.0,
                     )
-                    keys_at = key_pointers(tiles_ptr, table_ptr, cells, some, DIM, BLOCK, TILE)
+                    keys_at = key_pointers(tiles_ptr, block_table_ptr, cells, some, DIM, BLOCK, TILE)
                     if counts_ptr is None:
                         # Where k is no multiple, the rest is dimension 0 again, times zero.
                         keys = tl.load(keys_at)
@@ -331,7 +331,7 @@ def _tiles(
                         keys = tl.load(keys_at, (places[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
                     scores = tl.dot(chosen, keys, scores, input_precision="ieee")
             scores = scores * scaling
-            values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+            values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
             if VALUE_DIM == VALUE_PADDED:
                 values = tl.load(values_at)
             else:

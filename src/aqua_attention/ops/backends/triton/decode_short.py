@@ -56,7 +56,7 @@ def decode_short(
     cache.check_rotated()
     if not is_taken(query, cache):
         raise AquaError(
-            f"a cache of {'8 bits' if cache.rounding is not None else query.dtype} with heads of {head_dim} and "
+            f"a cache of {'8 bits' if cache.quantization is not None else query.dtype} with heads of {head_dim} and "
             f"{value_dim} dimensions: one launch takes 16 bits and {LARGEST_SHORT} at most"
         )
     tile_bytes = TILE * (padded(kept) + padded(value_dim)) * query.element_size()
@@ -76,7 +76,7 @@ def decode_short(
             cache.tiles,
             cache.tail,
             cache.values,
-            None if cache.pages is None else cache.pages.table,
+            None if cache.pages is None else cache.pages.block_table,
             cache.lengths,
             cache.arrived,
             partial,
@@ -85,8 +85,8 @@ def decode_short(
             output,
             (kept**-0.5 if scaling is None else scaling) * LOG2_E,
             cache.count,
-            0 if cache.pages is None else cache.pages.table.shape[1],
-            *cache.cell_strides,
+            0 if cache.pages is None else cache.pages.block_table.shape[1],
+            *cache.block_strides,
             GROUP=heads // groups,
             ROWS=padded(heads // groups + 1),
             HEAD_DIM=head_dim,
@@ -112,4 +112,4 @@ def decode_short(
 def is_taken(query: Tensor, cache: TiledCache) -> bool:
     """Whether the kernel takes such a cache and heads of such a size."""
     widest = max(*cache.shape[2:4], query.shape[-1])
-    return cache.rounding is None and query.element_size() == 2 and widest <= LARGEST_SHORT
+    return cache.quantization is None and query.element_size() == 2 and widest <= LARGEST_SHORT

@@ -15,7 +15,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     key_pointers,
     online_softmax,
     store_part,
-    token_cells,
+    token_blocks,
     token_pointers,
 )
 from aqua_attention.ops.backends.triton.decode_merge import merge
@@ -32,7 +32,7 @@ def decode_short_kernel(
     tiles_ptr,
     tail_ptr,
     values_ptr,
-    table_ptr,
+    block_table_ptr,
     lengths_ptr,
     arrived_ptr,
     partial_ptr,
@@ -89,8 +89,8 @@ def decode_short_kernel(
     # Each head has room for all programs, and its parts lie together.
     partial_ptr += first_head * (splits - used) * VALUE_DIM
     lse_ptr += first_head * (splits - used)
-    if table_ptr is not None:
-        table_ptr += row * blocks
+    if block_table_ptr is not None:
+        block_table_ptr += row * blocks
     heads, columns, tokens, dim = (
         tl.arange(0, ROWS),
         tl.arange(0, VALUE_PADDED),
@@ -110,7 +110,7 @@ def decode_short_kernel(
         keys, values = _half(
             tail_ptr,
             values_ptr,
-            table_ptr,
+            block_table_ptr,
             first_cell,
             block_stride,
             tile,
@@ -172,7 +172,7 @@ def decode_short_kernel(
                 None,
                 None,
                 None,
-                table_ptr,
+                block_table_ptr,
                 position,
                 blocks,
                 first_cell,
@@ -190,7 +190,7 @@ def decode_short_kernel(
                 keys, values = _half(
                     tail_ptr,
                     values_ptr,
-                    table_ptr,
+                    block_table_ptr,
                     first_cell,
                     block_stride,
                     2 * done + 1 - newest,
@@ -212,7 +212,7 @@ def decode_short_kernel(
                 output,
                 tiles_ptr,
                 values_ptr,
-                table_ptr,
+                block_table_ptr,
                 first_cell,
                 block_stride,
                 0,
@@ -255,7 +255,7 @@ def decode_short_kernel(
                 output,
                 tiles_ptr,
                 values_ptr,
-                table_ptr,
+                block_table_ptr,
                 first_cell,
                 block_stride,
                 begin,
@@ -326,7 +326,7 @@ def _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, longe
 def _half(
     tail_ptr,
     values_ptr,
-    table_ptr,
+    block_table_ptr,
     first_cell,
     block_stride,
     tile,
@@ -343,8 +343,8 @@ def _half(
     tokens, dim, columns = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     slot = (tile % 2) * TILE + tokens
     keys = tl.load(tail_ptr + slot[None, :] * KEPT + dim[:, None], (dim < KEPT)[:, None] & seen[None, :], 0.0)
-    cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-    values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+    cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+    values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
     return keys, tl.load(values_at, seen[:, None] & (columns < VALUE_DIM)[None, :], 0.0)
 
 
@@ -356,7 +356,7 @@ def _tiles(
     output,
     tiles_ptr,
     values_ptr,
-    table_ptr,
+    block_table_ptr,
     first_cell,
     block_stride,
     begin,
@@ -374,13 +374,13 @@ def _tiles(
     """An online softmax goes on over the tiles from `begin` to before `end`."""
     tokens, dim, columns = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     for tile in tl.range(begin, end, num_stages=STAGES):
-        cells = token_cells(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-        keys_at = key_pointers(tiles_ptr, table_ptr, cells, dim, KEPT, BLOCK, TILE)
+        cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+        keys_at = key_pointers(tiles_ptr, block_table_ptr, cells, dim, KEPT, BLOCK, TILE)
         if KEPT == KEPT_PADDED:
             keys = tl.load(keys_at)
         else:
             keys = tl.load(keys_at, (dim[:, None] < KEPT) & (tokens[None, :] >= 0), 0.0)
-        values_at = token_pointers(values_ptr, table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
         if VALUE_DIM == VALUE_PADDED:
             values = tl.load(values_at)
         else:

@@ -15,7 +15,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     on_device_of,
     padded,
     starts_early,
-    token_cells,
+    token_blocks,
     token_pointers,
 )
 from aqua_attention.ops.backends.triton.turn import LARGEST_CHUNK, load_rotation, load_states, turn
@@ -65,7 +65,7 @@ def prepare(
     count, adaptive = config.selected_dims(head_dim), config.logit_error is not None
     count = kept if adaptive else min(count, kept)
     # Codes of 8 bits are read by one loop, which must be told how many dimensions it reads.
-    counted = adaptive or (count < kept and config.threshold > 0 and cache.rounding is not None)
+    counted = adaptive or (count < kept and config.threshold > 0 and cache.quantization is not None)
     places = kept if counted else count
     rotated = query.new_empty((batch, heads, kept))
     chosen = None
@@ -88,16 +88,16 @@ def prepare(
             cache.tiles,
             cache.tail,
             cache.values,
-            cache.key_steps,
-            cache.value_steps,
-            *(cache.rounding or (None, None)),
-            None if cache.pages is None else cache.pages.table,
+            cache.key_scales,
+            cache.value_scales,
+            *(cache.quantization or (None, None)),
+            None if cache.pages is None else cache.pages.block_table,
             cache.lengths,
             rotated,
             *((None, None, None) if chosen is None else chosen[:3]),
             cache.count,
-            0 if cache.pages is None else cache.pages.table.shape[1],
-            *cache.cell_strides,
+            0 if cache.pages is None else cache.pages.block_table.shape[1],
+            *cache.block_strides,
             config.logit_error or 0.0,
             head_dim**-0.5 if scaling is None else scaling,
             config.threshold or None,
@@ -134,11 +134,11 @@ def _prepare(
     tiles_ptr,
     tail_ptr,
     values_ptr,
-    key_steps_ptr,
-    value_steps_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     scale_ptr,
     mean_ptr,
-    table_ptr,
+    block_table_ptr,
     lengths_ptr,
     rotated_ptr,
     dims_ptr,
@@ -213,19 +213,19 @@ def _prepare(
     if does_key & (position < tiles * TILE):
         new = tl.sum(tl.where((heads == GROUP)[:, None], turned, 0.0), 0)
         first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
-        if table_ptr is not None:
-            table_ptr += row * blocks
+        if block_table_ptr is not None:
+            block_table_ptr += row * blocks
         append(
             new,
             value,
             tiles_ptr,
             tail_ptr + place * 2 * TILE * KEPT,
             values_ptr,
-            key_steps_ptr,
-            value_steps_ptr,
+            key_scales_ptr,
+            value_scales_ptr,
             None if scale_ptr is None else scale_ptr + group * KEPT,
             None if mean_ptr is None else mean_ptr + group * KEPT,
-            table_ptr,
+            block_table_ptr,
             position,
             blocks,
             first_cell,
@@ -286,11 +286,11 @@ def append(
     tiles_ptr,
     tail_ptr,
     values_ptr,
-    key_steps_ptr,
-    value_steps_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
     scale_ptr,
     mean_ptr,
-    table_ptr,
+    block_table_ptr,
     position,
     blocks,
     first_cell,
@@ -311,23 +311,23 @@ def append(
         tokens = tl.arange(0, TILE)
         there = column[:, None] & (tokens[None, :] >= 0)
         old = tl.load(tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None], there, 0.0)
-        cells = token_cells(table_ptr, first_cell, block_stride, position // TILE - 2, blocks, BLOCK, TILE)
+        cells = token_blocks(block_table_ptr, first_cell, block_stride, position // TILE - 2, blocks, BLOCK, TILE)
         if scale_ptr is not None:
             scale, mean = tl.load(scale_ptr + narrow, column, 1.0), tl.load(mean_ptr + narrow, column, 0.0)
             codes, steps = _rounded((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
-            tl.store(token_pointers(key_steps_ptr, table_ptr, cells, 1, BLOCK, TILE), steps)
+            tl.store(token_pointers(key_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), steps)
         else:
             codes = old
-        tl.store(key_pointers(tiles_ptr, table_ptr, cells, narrow, KEPT, BLOCK, TILE), codes, there)
+        tl.store(key_pointers(tiles_ptr, block_table_ptr, cells, narrow, KEPT, BLOCK, TILE), codes, there)
         tl.debug_barrier()
     tl.store(tail_ptr + slot * KEPT + narrow, key.to(tail_ptr.dtype.element_ty), column)
     page = position // BLOCK
-    if table_ptr is not None:
-        page = tl.load(table_ptr + page)
+    if block_table_ptr is not None:
+        page = tl.load(block_table_ptr + page)
     at = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + position % BLOCK
-    if value_steps_ptr is not None:
+    if value_scales_ptr is not None:
         value_codes, value_step = _rounded(value.to(tl.float32), 0)
-        tl.store(value_steps_ptr + at, value_step)
+        tl.store(value_scales_ptr + at, value_step)
         tl.store(values_ptr + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
     else:
         tl.store(values_ptr + at * VALUE_DIM + columns, value, columns < VALUE_DIM)

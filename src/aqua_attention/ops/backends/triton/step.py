@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from aqua_attention.config import AquaConfig
-from aqua_attention.ops.backends.triton.decode import check_window, decode, processors
+from aqua_attention.ops.backends.triton.decode import check_window, decode, sm_count
 from aqua_attention.ops.backends.triton.decode_short import decode_short, is_taken
 from aqua_attention.ops.backends.triton.prepare import prepare
 from aqua_attention.ops.layout import TILE, Chosen, TiledCache
@@ -63,4 +63,4 @@ def splits_of_short(query: Tensor, cache: TiledCache, config: AquaConfig) -> int
     if cache.count > SHORT_TILES or rows * cache.count > ALL_SHORT_TILES:
         return None
     # As many programs as run at once; one for each sequence and head where that is less than three.
-    return max(0, processors(query) // rows - 2)
+    return max(0, sm_count(query) // rows - 2)

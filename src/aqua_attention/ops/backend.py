@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a backend is, which ones there are, and the only place that chooses among them, and says why.
+
+A backend is a module in `ops.backends`. It is loaded when it is first asked, and knows no other backend.
+"""
+
+from __future__ import annotations
+
+import functools
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from aqua_attention.errors import AquaError
+from aqua_attention.ops import select
+from aqua_attention.ops.plan import Attended, Call, LayerPlan
+
+if TYPE_CHECKING:
+    from aqua_attention.ops.layout import Chosen, TiledCache
+
+BACKENDS = {
+    "triton": "aqua_attention.ops.backends.triton:Triton",
+    "cpu": "aqua_attention.ops.backends.cpu:Cpu",
+    "fused": "aqua_attention.ops.backends.torch:Fused",
+    "chunked": "aqua_attention.ops.backends.torch:Chunked",
+    "reference": "aqua_attention.ops.backends.torch:Reference",
+}
+"""In order of preference: "auto" is the first that gives no reason against a call."""
+
+
+class Backend:
+    """One way to compute AQUA attention. A backend overrides what it can do; the rest is refused.
+
+    Attributes:
+        name: as `impl` says it.
+        for_prompts: whether it attends to keys by token (`attend`); for_rotated: also with a choice that is made
+            already (`attend_rotated`).
+    """
+
+    name = ""
+    for_prompts = True
+    for_rotated = False
+
+    def why_not(self, call: Call, plan: LayerPlan | None) -> str | None:
+        """Why it cannot take this call; None when it can.
+
+        Args:
+            plan: None for `attend_rotated`.
+        """
+        return None
+
+    def is_automatic(self, call: Call) -> bool:
+        """Whether "auto" may take it; otherwise it runs only where it is named."""
+        return True
+
+    def attend(self, call: Call, plan: LayerPlan) -> Attended:
+        """Rotate the queries, choose dimensions, attend."""
+        raise NotImplementedError
+
+    def attend_rotated(self, call: Call, selected: Tensor | None) -> Tensor:
+        """Attend with rotated queries and a choice, boolean of their shape; None: every dimension.
+
+        Returns:
+            [batch, num_attention_heads, queries, value_dim] in the dtype of the values.
+        """
+        raise NotImplementedError
+
+    def why_not_rotate(self, states: Tensor, rotation: Tensor) -> str | None:
+        """Why it does not rotate these states; None when it does."""
+        return "it has no rotation of its own"
+
+    def rotate(self, states: Tensor, rotation: Tensor) -> Tensor:
+        """`ops.select.rotate`."""
+        raise NotImplementedError
+
+    def serves_tiles(self, device: torch.device) -> bool:
+        """Whether it is the one that decodes from a `TiledCache` on such a device."""
+        return False
+
+    def why_not_tiled(self, plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
+        """Why it cannot decode from a tiled cache of this layer; None when it can."""
+        return "it reads no tiles"
+
+    def decode(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
+    ) -> tuple[Tensor, Tensor, Chosen | None]:
+        """One decoding step, see `ops.api.decode`."""
+        raise NotImplementedError
+
+
+@functools.cache
+def load(name: str) -> Backend:
+    """A backend by its name in `BACKENDS`."""
+    module, _, backend = BACKENDS[name].partition(":")
+    found: Backend = getattr(import_module(module), backend)()
+    return found
+
+
+def names(*, rotated: bool = False) -> list[str]:
+    """Backends that attend to keys by token, the preferred first; `rotated`: with a choice that is made already."""
+    loaded = [load(name) for name in BACKENDS]
+    return [each.name for each in loaded if (each.for_rotated if rotated else each.for_prompts)]
+
+
+def choose(call: Call, plan: LayerPlan | None, impl: str = "auto") -> Backend:
+    """The backend that takes a call.
+
+    Args:
+        plan: None where queries are rotated and a choice is made already.
+        impl: one of `names`, or "auto": the first of them that can take the call. All compute the same function.
+
+    Raises:
+        AquaError: an unknown `impl`, or one that cannot take this call; the message says why and what to use.
+    """
+    known = names(rotated=plan is None)
+    if impl == "auto":
+        candidates = (load(name) for name in known)
+        return next(each for each in candidates if each.is_automatic(call) and each.why_not(call, plan) is None)
+    if impl not in known:
+        raise AquaError(f"impl is {impl!r}: it must be one of {', '.join(['auto', *known])}")
+    backend = load(impl)
+    if reason := backend.why_not(call, plan):
+        *others, last = known[known.index(impl) + 1 :]
+        raise AquaError(f"impl={impl!r} cannot take this call ({reason}): use {', '.join(['auto', *others])} or {last}")
+    return backend
+
+
+def rotate(states: Tensor, rotation: Tensor) -> Tensor:
+    """`ops.select.rotate`, by a kernel where there is one for these states."""
+    for name in BACKENDS:
+        backend = load(name)
+        if backend.why_not_rotate(states, rotation) is None:
+            return backend.rotate(states, rotation)
+    return select.rotate(states, rotation)
+
+
+def tiled_backend(device: torch.device) -> Backend:
+    """The backend that decodes from a tiled cache on a device; whether it can, `why_not_tiled` says."""
+    return next(backend for backend in map(load, BACKENDS) if backend.serves_tiles(device))
+
+
+def why_not_tiled(plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
+    """Why a layer cannot be decoded from a tiled cache; None when it can.
+
+    Args:
+        dtype: of the model's queries, keys and values.
+    """
+    from aqua_attention.ops.layout import TILE
+
+    config = plan.config
+    if reason := tiled_backend(plan.rotation.device).why_not_tiled(plan, num_attention_heads, dtype):
+        return reason
+    if config.share != "group" and num_attention_heads != plan.num_key_value_heads:
+        return f"share is {config.share!r}, and the kernel reads the same dimensions for a group (share='group')"
+    if config.bits == 4 or config.h2o_ratio < 1 or plan.has_window_store:
+        return "it stores neither bits=4, h2o_ratio nor s_ratio with an exact window"
+    if max(config.sink, config.recent) > TILE:
+        return f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
+    return None

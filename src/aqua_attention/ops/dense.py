@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense attention by the fused kernels that torch has, with or without the log-sum-exp of the scores.
+
+Zeroing the dropped entries of a query and running dense attention is AQUA, so every backend for prompts rests on these.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends.cuda import SDPAParams
+
+from aqua_attention.ops.mask import visible_and_exact
+
+SCORES_AT_ONCE = 1 << 24
+"""Scores held at once in plain torch: 64 MB in float32, for each of the few copies in flight."""
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Dense attention through scaled_dot_product_attention; the mask is None (causal) or boolean."""
+    batch, heads, queries, _ = query.shape
+    groups = key.shape[1]
+    if mask is None and 1 < queries < key.shape[2]:
+        positions = torch.arange(key.shape[2], device=query.device)
+        mask = (positions <= positions[-queries:, None])[None, None]
+    kernel_mask = mask
+    if queries == 1 and heads > groups:
+        # One query a head: the heads of a group become the queries of one head, and no key is repeated.
+        query = query.reshape(batch, groups, heads // groups, -1)
+        if mask is not None and mask.shape[1] > 1:
+            kernel_mask = mask.reshape(mask.shape[0], groups, heads // groups, -1)
+    elif heads > groups and query.device.type != "cpu" and mask is not None:
+        key, value = (states.repeat_interleave(heads // groups, dim=1) for states in (key, value))
+    output = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=kernel_mask,
+        is_causal=mask is None and queries > 1,
+        scale=scaling,
+        enable_gqa=query.shape[1] > key.shape[1],
+    )
+    output = output.reshape(batch, heads, queries, -1)
+    if mask is not None:
+        # Kernels disagree about a query that sees nothing (padding): zeros, means, NaN. Zeros, as in the reference.
+        output = output.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return output
+
+
+def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of as many queries as keys, with the log-sum-exp of each query's scaled scores.
+
+    Args:
+        query: [batch, num_attention_heads, length, width], key and value: [batch, num_key_value_heads, length, ...].
+
+    Returns:
+        Output [batch, num_attention_heads, length, value_dim] and float32 log-sum-exp
+        [batch, num_attention_heads, length].
+    """
+    length, same_width = query.shape[2], query.shape[-1] == value.shape[-1]
+    if query.device.type == "cpu" and same_width:
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, True, scale=scaling
+        )
+        return output, lse[:, :, :length]
+    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+        given = SDPAParams(query, key, value, None, 0.0, True, query.shape[1] > key.shape[1])
+        if torch.backends.cuda.can_use_cudnn_attention(given):
+            output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, True, 0.0, True, False, scale=scaling
+            )
+            return output, lse.reshape(query.shape[:3])
+        if torch.backends.cuda.can_use_flash_attention(given):
+            output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, True, False, scale=scaling
+            )
+            return output, lse[:, :, :length]
+    fits = same_width and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0 and query.dtype != torch.float64
+    if query.device.type == "cuda" and fits:
+        key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, True, scale=scaling
+        )
+        return output, lse[:, :, :length]
+    return _chunked_with_lse(query, key, value, scaling)
+
+
+def _chunked_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` in plain torch, for devices and widths that no fused kernel takes."""
+    batch, heads, length, width = query.shape
+    groups, dtype = key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    rows = max(1, SCORES_AT_ONCE // max(1, batch * heads * length))
+    outputs, lses = [], []
+    for start in range(0, length, rows):
+        stop = min(start + rows, length)
+        tall = query[:, :, start:stop].to(dtype).reshape(batch, groups, -1, width)
+        scores = (tall @ key[:, :, :stop].to(dtype).transpose(-1, -2)) * scaling
+        scores = scores.reshape(batch, heads, stop - start, stop)
+        visible, _ = visible_and_exact(
+            None, queries=stop - start, keys=stop, start=start, sink=0, recent=0, device=query.device
+        )
+        scores = scores.masked_fill(~visible, -torch.inf)
+        lse = scores.logsumexp(-1)
+        probabilities = (scores - lse[..., None]).exp().reshape(batch, groups, -1, stop)
+        output = probabilities @ value[:, :, :stop].to(dtype)
+        outputs.append(output.reshape(batch, heads, stop - start, -1))
+        lses.append(lse)
+    return torch.cat(outputs, 2).to(value.dtype), torch.cat(lses, 2)
