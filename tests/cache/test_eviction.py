@@ -14,7 +14,6 @@ from transformers import DynamicCache
 import aqua_attention as aqua
 from aqua_attention.cache.eviction import NEIGHBOURS, Eviction
 from aqua_attention.cache.growing import LEAST_EVICTED, RotatedLayer
-from aqua_attention.cache.spec import CacheSpec
 from aqua_attention.cache.store import SLACK
 from aqua_attention.calibration.projections import LayerProjection
 from conftest import VOCABULARY, calibrated, make_gemma3, make_llama
@@ -154,7 +153,7 @@ class Lists:
 def make_layer(config):
     ones = torch.ones(GROUPS, DIM)
     rotation = torch.eye(DIM).expand(GROUPS, DIM, DIM)
-    return RotatedLayer(CacheSpec(LayerProjection(rotation, ones, 0 * ones, ones, ones, ones), config))
+    return RotatedLayer(LayerProjection(rotation, ones, 0 * ones, ones, ones, ones).plan(config))
 
 
 OPERATIONS = st.lists(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, named_tensors, take_layer
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model.capture import AttentionLayer
@@ -25,6 +26,7 @@ from aqua_attention.model.fingerprint import (
     weight_difference,
 )
 from aqua_attention.model.sides import TEXT
+from aqua_attention.ops.plan import LayerPlan
 
 KIND = "aqua_attention"
 BASES = ("aqua", "none", "key-pca")
@@ -51,6 +53,25 @@ class LayerProjection:
     key_std: Tensor
     query_rms: Tensor
     energy: Tensor
+
+    def plan(self, config: AquaConfig, device: torch.device | str = "cpu", **facts: Any) -> LayerPlan:
+        """What AQUA does in this layer under a configuration, with its tensors on a device.
+
+        Args:
+            facts: further fields of `LayerPlan`, such as `index`, `causal` and `key_weights`.
+        """
+        head_dim = self.rotation.shape[-1]
+        kept = config.kept_dims(head_dim)
+        # Tokens of an exact window keep every dimension.
+        width = head_dim if config.sink + config.recent > 0 else kept
+        rotation, *each = (
+            tensor[..., :size].contiguous().to(device)
+            for tensor, size in (
+                (self.rotation, width),
+                *((t, kept) for t in (self.key_rms, self.key_std, self.key_mean)),
+            )
+        )
+        return LayerPlan(rotation, each[0], config, head_dim**-0.5, key_scale=each[1], key_mean=each[2], **facts)
 
 
 @dataclass(frozen=True)
