@@ -220,9 +220,8 @@ class Quantized:
         """Codes of 8 bits, pairs of 4 bits, scales and zero points: [batch, heads, tokens, any], as they are stored."""
         states = states.float()
         if self._channel_scale is not None and self._channel_mean is not None:
-            states = (states - self._channel_mean[:, None].to(states.device)) / self._channel_scale[:, None].to(
-                states.device
-            )
+            scale, mean = (each[:, None].to(states.device) for each in (self._channel_scale, self._channel_mean))
+            states = (states - mean) / scale
         codes, scales, zero_points = [], [], []
         for channels, bits in self._groups(states.shape[-1]):
             some, most = states[..., channels], 2 ** (bits - 1)

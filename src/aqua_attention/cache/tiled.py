@@ -95,7 +95,7 @@ class TiledLayer(StaticLayer):
         return queries == 1 and self._is_filled and self.mask_is_known
 
     def attend(self, call: Call, is_sliding: bool) -> Attended:
-        """A decoding step by the kernel; or attention to what `update` returned, which is stored then. See `CacheLayer`.
+        """A decoding step by the kernel; or attention to what `update` returned, stored afterwards. See `CacheLayer`.
 
         Raises:
             AquaError: a sliding window, softcap or extra softmax logits, which the kernels do not know.

@@ -64,14 +64,11 @@ class LayerProjection:
         kept = config.kept_dims(head_dim)
         # Tokens of an exact window keep every dimension.
         width = head_dim if config.sink + config.recent > 0 else kept
-        rotation, *each = (
-            tensor[..., :size].contiguous().to(device)
-            for tensor, size in (
-                (self.rotation, width),
-                *((t, kept) for t in (self.key_rms, self.key_std, self.key_mean)),
-            )
+        rotation = self.rotation[..., :width].contiguous().to(device)
+        key_rms, scale, mean = (
+            each[..., :kept].contiguous().to(device) for each in (self.key_rms, self.key_std, self.key_mean)
         )
-        return LayerPlan(rotation, each[0], config, head_dim**-0.5, key_scale=each[1], key_mean=each[2], **facts)
+        return LayerPlan(rotation, key_rms, config, head_dim**-0.5, key_scale=scale, key_mean=mean, **facts)
 
 
 @dataclass(frozen=True)
