@@ -192,9 +192,8 @@ def test_any_sequence_of_operations_is_what_lists_do(operations, ratio, window, 
             columns, rows = torch.arange(stored) + offset, torch.arange(first, first + value)
             mask = (columns <= rows[:, None])[None, None].repeat(batch, 1, 1, 1)
             mask[..., stored - value :] &= real[:, None, None]
-            found = layer.attend(
-                query, *layer.update(keys, values), None, mask=mask, is_sliding=False, sink=window[0], recent=window[1]
-            )
+            call = layer.plan.call(query, *layer.update(keys, values), mask)
+            found = layer.attend(call, is_sliding=False).output
             shown = real[:, None, :, None].expand_as(found)
             assert torch.allclose(found[shown], expected[shown], rtol=0, atol=1e-4)
         elif name == "crop":

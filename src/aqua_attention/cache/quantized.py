@@ -19,7 +19,7 @@ LEADING_SHARE = 4
 score."""
 TOKENS_AT_ONCE = 2048
 """Quantized tokens that are in float32 at once while a store is read."""
-UNQUANTISED_RECENT = 64
+UNQUANTIZED_RECENT = 64
 """Last tokens that a quantizing store keeps as they are, at least; at most twice as many are."""
 
 
@@ -47,7 +47,7 @@ class Quantized:
             channel_scale, channel_mean: of rotated keys by falling variance, [heads, width], float32; None: values.
         """
         self.length = 0
-        self.bits, self.recent = bits, max(recent, UNQUANTISED_RECENT)
+        self.bits, self.recent = bits, max(recent, UNQUANTIZED_RECENT)
         self._channel_scale, self._channel_mean = channel_scale, channel_mean
         self._clear()
 

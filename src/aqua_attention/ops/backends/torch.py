@@ -23,6 +23,8 @@ from aqua_attention.ops.select import select_dimensions
 class _Torch(Backend):
     """Rotate, choose, and attend with the choice as a mask."""
 
+    for_rotated = True
+
     def attend(self, call: Call, plan: LayerPlan) -> Attended:
         """See `Backend`."""
         query, selected = rotate(call.query, plan.rotation), None
