@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aqua_attention.ops import dense
-from aqua_attention.ops.mask import short_queries
 from aqua_attention.ops.backend import Backend, rotate
+from aqua_attention.ops.mask import short_queries
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 from aqua_attention.ops.reference import attention_chunked, attention_reference
 from aqua_attention.ops.select import select_dimensions
@@ -23,6 +23,7 @@ from aqua_attention.ops.select import select_dimensions
 class _Torch(Backend):
     """Rotate, choose, and attend with the choice as a mask."""
 
+    for_rotated = True
 
     def attend(self, call: Call, plan: LayerPlan) -> Attended:
         """See `Backend`."""
@@ -111,7 +112,9 @@ def attention_fused(
         return dense.dense_attention(masked_query, key, value, mask, scaling)
 
     outside = slice(sink, length - recent)
-    far, far_lse = dense.attention_with_lse(masked_query[:, :, window:], key[:, :, outside], value[:, :, outside], scaling)
+    far, far_lse = dense.attention_with_lse(
+        masked_query[:, :, window:], key[:, :, outside], value[:, :, outside], scaling
+    )
     near, near_lse = _window_attention(query, key, value, sink, recent, scaling)
     share = torch.sigmoid(near_lse[:, :, window:] - far_lse)[..., None]
     near[:, :, window:].mul_(share).add_(far * (1 - share))

@@ -31,7 +31,9 @@ class Cpu(Backend):
             return f"the model is {dtype}, and the CPU kernel takes float32 and bfloat16"
         if plan.config.bits == 8:
             return "the CPU kernel reads no bits=8"
-        return f"heads have {plan.head_dim} dimensions, and it takes {WIDEST} at most" if plan.head_dim > WIDEST else None
+        return (
+            f"heads have {plan.head_dim} dimensions, and it takes {WIDEST} at most" if plan.head_dim > WIDEST else None
+        )
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
