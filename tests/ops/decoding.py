@@ -34,17 +34,17 @@ def random(*shape, seed, dtype=torch.float32):
 
 
 def layout(name, batch, groups, kept, length, seed=0):
-    """Options of a cache: rounded or not, in pages (in any order, some of nobody) or not."""
-    rounding, pages = None, None
+    """Options of a cache: quantized or not, in pages (in any order, some of nobody) or not."""
+    quantization, pages = None, None
     if "int8" in name:
         scale = random(groups, kept, seed=seed).abs() + 0.1
-        rounding = Quantization(scale, 3 * random(groups, kept, seed=seed + 1))
+        quantization = Quantization(scale, 3 * random(groups, kept, seed=seed + 1))
     if (page := name.split()[-1]).isdecimal():
         blocks = -(-length // TILE) * TILE // int(page)
         order = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(seed))
         table = order[: batch * blocks].view(batch, blocks).to(DEVICE, torch.int32)
         pages = Pages(table, int(page), batch * blocks + 3)
-    return {"quantization": rounding, "pages": pages}
+    return {"quantization": quantization, "pages": pages}
 
 
 def problem(heads, lengths, kept, value_dim, dtype, seed=0, name="plain"):

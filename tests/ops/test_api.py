@@ -3,9 +3,10 @@
 
 import pytest
 import torch
+from plain import TORCH_IMPLEMENTATIONS, choose
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.api import TORCH_IMPLEMENTATIONS, attention, choose
+from aqua_attention.ops.api import attention
 
 
 def problem(queries=9, keys=9, heads=4, groups=2, requires_grad=(), dtype=torch.float64):

@@ -11,14 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import cpu_decode as decode
+from plain import cpu_decode_step as decode_step
+from plain import select_dimensions
 
 import aqua_attention as aqua
 from aqua_attention.ops.backends.cpu import build
-from aqua_attention.ops.backends.cpu.decode import decode
-from aqua_attention.ops.backends.cpu.step import decode_step, everything
+from aqua_attention.ops.backends.cpu.step import everything
 from aqua_attention.ops.layout import Chosen, Pages, Quantization, TiledCache
 from aqua_attention.ops.reference import attention_reference
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.select import rotate
 
 REASON = build.no_kernel_reason()
 compiled = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -148,7 +150,7 @@ def test_what_changes_between_steps_of_a_cache_counts():
             cache.lengths.copy_(fresh.lengths)
         try:
             found = decode_step(*new, cache, **given)
-            assert cache.plan.threads == torch.get_num_threads()
+            assert cache.fixed.threads == torch.get_num_threads()
             dense = {name: value.contiguous() for name, value in given.items() if isinstance(value, torch.Tensor)}
             expected = decode_step(*(states.contiguous() for states in new), fresh, **given | dense)
         finally:
@@ -195,8 +197,8 @@ def test_a_copied_cache_keeps_nothing_of_the_first(way):
     given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group")
     decode_step(*new, cache, **given)
     copied = way(cache)
-    assert copied.plan is None
-    assert cache.plan is not None
+    assert copied.fixed is None
+    assert cache.fixed is not None
     if way is copy.copy:
         copied.lengths = cache.lengths.clone()
     found = decode_step(*new, copied, **given)[0]

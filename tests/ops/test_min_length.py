@@ -13,15 +13,14 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from plain import attend, attention_prefill, cpu_decode_step, decode, gpu_decode_step, prepare, select_dimensions
 
 import aqua_attention as aqua
-from aqua_attention.ops.api import attend
-from aqua_attention.ops.backends.cpu import step as cpu_step
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
 from aqua_attention.ops.mask import APPROXIMATE, EXACT, HIDDEN, WHOLE, short_queries, window_codes
 from aqua_attention.ops.reference import attention_reference
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.select import rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PHASES = [Phase.explicit, Phase.generate]
@@ -130,8 +129,6 @@ def test_padding_is_not_counted(impl):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_prompt_kernels_switch_at_the_length(choice, share, window):
     pytest.importorskip("triton")
-    from aqua_attention.ops.backends.triton.prefill import attention_prefill
-
     rotation, rms = layer(2, 32, 32)
     given = random(2, 6, 130, 32, seed=2) * 2, random(2, 2, 130, 32, seed=3), random(2, 2, 130, 32, seed=4)
     for min_length in (1, 70, 131):
@@ -149,14 +146,14 @@ LAYOUTS = ["plain", "int8", "pages of 32", "int8 in pages of 64"]
 
 def options_of(name, groups, kept, room, batch, seed):
     """Quantization and pages of a cache."""
-    rounding = pages = None
+    quantization = pages = None
     if "int8" in name:
-        rounding = Quantization(random(groups, kept, seed=seed).abs() + 0.1, random(groups, kept, seed=seed + 1))
+        quantization = Quantization(random(groups, kept, seed=seed).abs() + 0.1, random(groups, kept, seed=seed + 1))
     if (page := name.split()[-1]).isdecimal():
         blocks = -(-room // TILE) * TILE // int(page)
         order = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(seed))
         pages = Pages(order.view(batch, blocks).to(DEVICE, torch.int32), int(page), batch * blocks)
-    return {"quantization": rounding, "pages": pages}
+    return {"quantization": quantization, "pages": pages}
 
 
 def check_step(found, wide, taken, cache, rms, config, lengths, eps):
@@ -196,9 +193,6 @@ def check_step(found, wide, taken, cache, rms, config, lengths, eps):
 def test_decoding_kernels_switch_at_the_length(name, lengths, above, choice, window, heads, seed):
     """Rows of different lengths, decoded over the threshold of one of them."""
     pytest.importorskip("triton")
-    from aqua_attention.ops.backends.triton.decode import decode
-    from aqua_attention.ops.backends.triton.prepare import prepare
-
     (count, groups), kept, dtype, steps = heads, 48, torch.float16 if "int8" in name else torch.float32, 4
     min_length = max(0, lengths[seed % 2] + 2 + above)
     config = aqua.AquaConfig(share="group", sink=window[0], recent=window[1], min_length=min_length, **choice)
@@ -230,7 +224,7 @@ def test_the_kernel_in_c_switches_at_the_length(choice, window):
         lengths = [299, 505]
         for step in range(10):
             query, new = (random(2, n, 48, seed=9 + step, device="cpu") * 2 for n in (6, 2))
-            found, wide, taken = cpu_step.decode_step(query, new, new, cache, rotation, rms, config)
+            found, wide, taken = cpu_decode_step(query, new, new, cache, rotation, rms, config)
             lengths = [min(length + 1, 512) for length in lengths]
             check_step(found, wide, taken, cache, rms, config, lengths, 2e-5)
 
@@ -257,8 +251,8 @@ def test_on_a_cpu_short_sequences_are_not_rotated_and_become_so(min_length, choi
         query = random(4, 6, 48, seed=9 + step, device="cpu", dtype=dtype)
         place = torch.tensor(lengths)
         new = keys[rows, :, place], values[rows, :, place]
-        found, _, mine = cpu_step.decode_step(query, *new, caches[0], rotation, rms, config)
-        expected, _, its = cpu_step.decode_step(query, *new, caches[1], rotation, rms, config)
+        found, _, mine = cpu_decode_step(query, *new, caches[0], rotation, rms, config)
+        expected, _, its = cpu_decode_step(query, *new, caches[1], rotation, rms, config)
         assert torch.allclose(found.float(), expected.float(), rtol=0, atol=atol)
         assert (mine is None) == (its is None) == (min(max(lengths) + 1, 384) < min_length)
         assert mine is None or torch.equal(mine.mask, its.mask)
@@ -282,7 +276,7 @@ def test_on_a_cpu_settings_may_change_between_steps():
     for step, (min_length, rotated) in enumerate([(50, 0), (20, 1), (90, 1), (0, 2)]):
         config = aqua.AquaConfig(k_ratio=0.25, share="group", min_length=min_length)
         given = random(2, 2, 32, seed=step, device="cpu"), keys[:, :, step], values[:, :, step]
-        found, wide, taken = cpu_step.decode_step(*given, cache, rotation.clone(), rms, config)
+        found, wide, taken = cpu_decode_step(*given, cache, rotation.clone(), rms, config)
         held, all_values = cache.read()
         for row, length in enumerate(cache.lengths.tolist()):
             before = (turned if row < rotated else keys)[row, :, : length - step - 1]
@@ -307,7 +301,7 @@ def test_an_empty_sequence_becomes_long_enough_too(lengths, thresholds):
         cache = TiledCache(2, 1, 32, 32, 60, torch.float32, "cpu", rotated_from=rotated_from)
         cache.fill(torch.where(short, held, rotate(keys, rotation)), values, torch.tensor(lengths))
         new = random(2, 2, 32, seed=4, device="cpu"), keys[:, :, 30], values[:, :, 30]
-        results.append(cpu_step.decode_step(*new, cache, rotation, rms, config)[0])
+        results.append(cpu_decode_step(*new, cache, rotation, rms, config)[0])
         assert cache.lengths.tolist() == [length + 1 for length in lengths]
     assert torch.allclose(*results, rtol=0, atol=1e-5)
 
@@ -315,15 +309,12 @@ def test_an_empty_sequence_becomes_long_enough_too(lengths, thresholds):
 @pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
 def test_only_the_kernel_in_c_takes_keys_that_are_not_rotated():
     pytest.importorskip("triton")
-    from aqua_attention.ops.backends.triton.decode import decode
-    from aqua_attention.ops.backends.triton.step import decode_step
-
     rotation, rms = layer(1, 32, 32)
     cache = TiledCache(1, 1, 32, 32, 60, torch.float16, DEVICE, rotated_from=50)
     new = torch.ones(1, 1, 32, dtype=torch.float16, device=DEVICE)
     for ratio in (0.5, 1.0):
         with pytest.raises(aqua.AquaError, match="rotated_from is 50: only the CPU kernel takes keys that are not"):
-            decode_step(new, new, new, cache, rotation, rms, aqua.AquaConfig(k_ratio=ratio, share="group"))
+            gpu_decode_step(new, new, new, cache, rotation, rms, aqua.AquaConfig(k_ratio=ratio, share="group"))
     with pytest.raises(aqua.AquaError, match="rotated_from is 50"):
         decode(new, None, cache)
 
@@ -334,12 +325,11 @@ def test_keys_that_do_not_keep_all_dimensions_are_always_rotated():
     cache, new = TiledCache(1, 1, 24, 32, 60, torch.float32, "cpu", rotated_from=50), torch.ones(1, 1, 32)
     config = aqua.AquaConfig(k_ratio=0.25, s_ratio=0.25, share="group", min_length=50)
     with pytest.raises(aqua.AquaError, match="rotated_from is 50: it must be 0 where keys do not keep all dimensions"):
-        cpu_step.decode_step(new, new, new, cache, rotation, rms, config)
+        cpu_decode_step(new, new, new, cache, rotation, rms, config)
 
 
 def test_codes_of_8_bits_need_counts():
     pytest.importorskip("triton")
-    from aqua_attention.ops.backends.triton.decode import decode
     from aqua_attention.ops.layout import Chosen
 
     cache = TiledCache(1, 1, 32, 32, 300, torch.float16, DEVICE, **options_of("int8", 1, 32, 300, 1, 0))
@@ -351,9 +341,6 @@ def test_codes_of_8_bits_need_counts():
 @pytest.mark.gpu
 def test_a_recorded_step_goes_over_the_length():
     """Nothing on the CPU knows the length: the same CUDA graph is dense first and chooses afterwards."""
-    from aqua_attention.ops.backends.triton.decode import decode
-    from aqua_attention.ops.backends.triton.prepare import prepare
-
     config = aqua.AquaConfig(k_ratio=0.25, share="group", sink=3, recent=9, min_length=643)
     (rotation, rms), dtype = layer(2, 64, 64), torch.float16
     states = [random(1, 2, 640, 64, seed=seed, dtype=dtype) for seed in (2, 3)]

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import attention_mass
 
-from aqua_attention.ops import reference
+from aqua_attention.ops import dense, reference
 from aqua_attention.ops.api import attention
-from aqua_attention.ops.backends import fused
+from aqua_attention.ops.backends import torch as torch_backends
 from aqua_attention.ops.mask import window_codes
-from aqua_attention.ops.mass import attention_mass
 
 LENGTHS = (1, 2, 63, 64, 65, 129, 300)
 WINDOWS = [(0, 0), (4, 0), (0, 1), (0, 64), (4, 16), (3, 65), (100, 300)]
@@ -95,7 +95,7 @@ def test_prefill_with_and_without_a_window(seed, impl, heads, length, window, wi
     *states, selected = problem(seed, heads, length, widths=widths)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "CHUNK_SCORES", block)
-        patch.setattr(fused, "WINDOW_SCORES", block)
+        patch.setattr(dense, "SCORES_AT_ONCE", block)
         assert_as_accurate_as_reference(states, selected, impl, sink=window[0], recent=window[1])
 
 
@@ -163,9 +163,9 @@ def test_small_blocks_are_several_and_change_nothing(chunks, monkeypatch):
 
 def test_a_small_window_budget_takes_several_blocks(monkeypatch):
     *states, selected = problem(2, queries=129)
-    calls, whole = [], fused._hidden_in_window
-    monkeypatch.setattr(fused, "WINDOW_SCORES", 3000)
-    monkeypatch.setattr(fused, "_hidden_in_window", lambda *args: calls.append(1) or whole(*args))
+    calls, whole = [], torch_backends._hidden_in_window
+    monkeypatch.setattr(dense, "SCORES_AT_ONCE", 3000)
+    monkeypatch.setattr(torch_backends, "_hidden_in_window", lambda *args: calls.append(1) or whole(*args))
     assert_as_accurate_as_reference(states, selected, "fused", sink=4, recent=16)
     assert len(calls) == 3  # of 64 queries each
 
@@ -174,9 +174,9 @@ def test_a_small_window_budget_takes_several_blocks(monkeypatch):
 @pytest.mark.parametrize("length", [1, 64, 129])
 @pytest.mark.parametrize("block", [3000, 1 << 24])
 def test_attention_with_lse_is_the_plain_softmax(widths, length, block, monkeypatch):
-    monkeypatch.setattr(fused, "WINDOW_SCORES", block)
+    monkeypatch.setattr(dense, "SCORES_AT_ONCE", block)
     query, key, value, _ = problem(3, queries=length, widths=widths)
-    output, lse = fused.attention_with_lse(query, key, value, 0.3)
+    output, lse = dense.attention_with_lse(query, key, value, 0.3)
     wide_key, wide_value = (states.double().repeat_interleave(2, dim=1) for states in (key, value))
     scores = 0.3 * query.double() @ wide_key.transpose(-1, -2)
     scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)

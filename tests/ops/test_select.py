@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import select_dimensions
 
 from aqua_attention.config import SELECTIONS, SHARES, AquaConfig
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.select import rotate
 
 QUICK = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)

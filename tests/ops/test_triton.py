@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from plain import attention_mass, decode, prepare, select_dimensions
 
 import aqua_attention as aqua
-from aqua_attention.ops.mass import attention_mass
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.select import rotate
 
 pytest.importorskip("triton")
 from decoding import (
@@ -31,9 +31,8 @@ from decoding import (
     uninitialised_memory_is_nan,  # noqa: F401
 )
 
-from aqua_attention.ops.backends.triton.decode import LARGEST_FLOAT32, Chosen, decode
-from aqua_attention.ops.backends.triton.prepare import prepare
-from aqua_attention.ops.layout import LARGEST_QUANTIZED, TILE, Pages, Quantization, TiledCache, rounded, tiles_done
+from aqua_attention.ops.backends.triton.decode import LARGEST_FLOAT32, Chosen
+from aqua_attention.ops.layout import LARGEST_QUANTIZED, TILE, Pages, Quantization, TiledCache, quantized, tiles_done
 
 
 @settings(max_examples=16 if DEVICE == "cuda" else 12, deadline=None, phases=PHASES)
@@ -131,7 +130,9 @@ def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, 
     limit = 4 * torch.finfo(dtype).eps * max(1, float(rotated.abs().max()))
     if options["quantization"] is not None:
         limit += float(
-            (whole.key_scales.float().max() * options["quantization"].scale.max()).maximum(whole.value_scales.max())
+            (whole.key_scales.float().max() * options["quantization"].channel_scale.max()).maximum(
+                whole.value_scales.max()
+            )
         )
     for found, expected in zip(cache.read(), whole.read(), strict=True):
         assert torch.allclose(found.float(), expected.float(), rtol=0, atol=1.01 * limit)
@@ -259,21 +260,21 @@ def test_the_tail_holds_one_to_two_tiles():
         assert rest > TILE or tiles_done(length) == 0
 
 
-def test_codes_are_within_half_a_step_and_use_the_whole_range():
+def test_codes_are_within_half_a_scale_and_use_the_whole_range():
     states = random(3, 50, 32, seed=1) * torch.tensor([1e-6, 1.0, 1e4], device=DEVICE)[:, None, None]
     states[1, 7] = 0
-    codes, steps = rounded(states)
-    found = (codes.float() - 128) * steps.float()[..., None]
-    assert ((found - states).abs() <= 0.5001 * steps.float()[..., None]).all()
+    codes, scales = quantized(states)
+    found = (codes.float() - 128) * scales.float()[..., None]
+    assert ((found - states).abs() <= 0.5001 * scales.float()[..., None]).all()
     largest = (codes.float() - 128).abs().amax(-1)
     assert largest.max() <= 127 and largest[states.abs().amax(-1) > 0].min() >= 125
-    assert steps[1, 7] == 0 and (codes[1, 7] == 128).all()
+    assert scales[1, 7] == 0 and (codes[1, 7] == 128).all()
     states[0, 0, 3] = torch.nan
-    codes, steps = rounded(states)
-    assert steps[0, 0].isnan() and steps[0, 1:].isfinite().all()
+    codes, scales = quantized(states)
+    assert scales[0, 0].isnan() and scales[0, 1:].isfinite().all()
 
 
-def test_a_nan_that_is_rounded_reaches_the_output():
+def test_a_nan_that_is_quantized_reaches_the_output():
     cache = TiledCache(1, 1, 16, 16, 300, torch.float32, DEVICE, **layout("int8", 1, 1, 16, 300))
     keys, values = random(1, 1, 290, 16, seed=1), random(1, 1, 290, 16, seed=2)
     cache.fill(keys, values, torch.tensor([290]))
@@ -295,9 +296,9 @@ def test_pages_that_nobody_has_stay_untouched_and_sequences_do_not_meet():
         new = random(3, 2, 1, 16, seed=step)
         query, taken = prepare(new[0], new[1], new[2], cache, rotation, rms, config)
         decode(query, taken, cache, appended=True)
-    table = options["pages"].table
+    table = options["pages"].block_table
     used = {int(page) for row, count in ((0, 296), (1, 76)) for page in table[row, : -(-count // 32)]}
-    for page in range(options["pages"].total):
+    for page in range(options["pages"].num_blocks):
         assert bool(cache.values[page].any()) == (page in used)
 
 
@@ -325,7 +326,10 @@ def test_a_full_sequence_writes_nothing_into_another(name):
         ({"pages": (torch.int32, (1, 24), 16)}, "pages.block_size is 16: it must be one of 32, 64, 128"),
         ({"pages": (torch.int64, (1, 12), 32)}, "pages.block_table is torch.int64"),
         ({"pages": (torch.int32, (1, 10), 32)}, "pages.block_table is torch.int32 \\(1, 10\\)"),
-        ({"quantization": (1, 48)}, "rounding.scale is torch.float32 \\(1, 48\\): it must be torch.float32 \\(1, 16\\)"),
+        (
+            {"quantization": (1, 48)},
+            "quantization.channel_scale is torch.float32 \\(1, 48\\): it must be torch.float32 \\(1, 16\\)",
+        ),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(options, words):

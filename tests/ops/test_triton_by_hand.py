@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from plain import attention_mass, decode, prepare, select_dimensions
 
 import aqua_attention as aqua
-from aqua_attention.ops.mass import attention_mass
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.select import rotate
 
 pytest.importorskip("triton")
 from decoding import (
@@ -25,8 +25,6 @@ from decoding import (
 
 from aqua_attention.ops.backends.triton import blocks
 from aqua_attention.ops.backends.triton import decode as gpu_decode
-from aqua_attention.ops.backends.triton.decode import decode
-from aqua_attention.ops.backends.triton.prepare import prepare
 from aqua_attention.ops.layout import TILE, TiledCache
 
 BY_HAND = {
@@ -41,7 +39,7 @@ BY_HAND = {
 
 
 def test_programs_by_hand_fill_the_gpu_in_rounds(monkeypatch):
-    monkeypatch.setattr(gpu_decode, "processors", lambda _: 132)
+    monkeypatch.setattr(gpu_decode, "sm_count", lambda _: 132)
     query = torch.empty(0)
     # Of 1056 at once: one round where sequences are short, two where long, more where these do not fit.
     for rows, tiles, expected in (
@@ -160,7 +158,7 @@ def test_recorded_steps_of_several_layers_do_not_meet(name, monkeypatch):
 def test_an_older_triton_starts_nothing_early_and_places_no_registers(monkeypatch):
     on_gpu = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, shape=(32, 8, 128))
     cache = SimpleNamespace(quantization=True, lengths=[1024] * 32, shape=(32, 2, 128, 128, 65536), count=512)
-    monkeypatch.setattr(gpu_decode, "processors", lambda _: 132)
+    monkeypatch.setattr(gpu_decode, "sm_count", lambda _: 132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(gpu_decode, "VERSION", (3, 6))
     monkeypatch.setattr(blocks, "VERSION", (3, 6))

@@ -67,7 +67,7 @@ KINDS = {"torch." + name: kind for name, kind in KINDS.items()}
 for name in ("decode_kernel", "mass_kernel", "merge_kernel"):
     setattr(decode, name, Launch(getattr(decode, name)))
 prepare._prepare = Launch(prepare._prepare)
-decode_int8_mma.decode_rounded_kernel = Launch(decode_int8_mma.decode_rounded_kernel)
+decode_int8_mma.decode_quantized_kernel = Launch(decode_int8_mma.decode_quantized_kernel)
 decode.starts_early = prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
 decode_short.decode_short_kernel = Launch(decode_short.decode_short_kernel)
 decode_short.starts_early = decode.starts_early
@@ -77,33 +77,37 @@ window._window = Launch(window._window)
 import torch
 import aqua_attention as aqua
 from aqua_attention.ops.layout import Pages, Quantization, TiledCache
+from aqua_attention.ops.plan import Call, LayerPlan
 
 
 def build(dtype, heads, groups, head_dim, kept, value_dim, quantization=False, page=None, by_hand=False, **choice):
     decode.is_by_hand = lambda *_: by_hand
     config = aqua.AquaConfig(share="group", s_ratio=1 - kept / head_dim, **choice)
-    given = Quantization(torch.ones(groups, kept), torch.zeros(groups, kept)) if rounding else None
+    given = Quantization(torch.ones(groups, kept), torch.zeros(groups, kept)) if quantization else None
     pages = Pages(torch.zeros(1, 384 // page, dtype=torch.int32), page, 12) if page else None
     cache = TiledCache(1, groups, kept, value_dim, 300, dtype, "cpu", quantization=given, pages=pages)
     query, key = torch.zeros(1, heads, head_dim, dtype=dtype), torch.zeros(1, groups, head_dim, dtype=dtype)
     rotation, rms = torch.zeros(groups, head_dim, kept), torch.ones(groups, kept)
     value = torch.zeros(1, groups, value_dim, dtype=dtype)
-    turned, chosen = prepare.prepare(query, key, value, cache, rotation, rms, config)
+    plan = LayerPlan.of(rotation, rms, config)
+    turned, chosen = prepare.prepare(query, key, value, cache, plan, plan.scaling)
     mass = torch.zeros(1, groups, 384) if head_dim == 128 else None
-    decode.decode(turned, chosen, cache, sink=4, recent=64, appended=True, mass=mass)
-    if not rounding and dtype != torch.float32 and max(head_dim, kept, value_dim) <= decode_short.LARGEST_SHORT:
+    decode.decode(turned, chosen, cache, sink=4, recent=64, scaling=0.1, appended=True, mass=mass)
+    if not quantization and dtype != torch.float32 and max(head_dim, kept, value_dim) <= decode_short.LARGEST_SHORT:
         # On an H100, and on a GPU for games.
         for room in (232448, 101376):
             decode_short.shared_memory = lambda _: room
             for splits in (0, 1):
-                decode_short.decode_short(query, key, value, cache, rotation, splits=splits)
+                decode_short.decode_short(query, key, value, cache, rotation, splits=splits, scaling=0.1)
                 assert decode_short.decode_short_kernel.shared <= room
     prompt = torch.zeros(1, heads, 300, head_dim, dtype=dtype)
-    rotate.rotate_and_narrow(prompt, rotation, rms, config)
+    for is_observed in (False, True):
+        rotate.rotate_and_narrow(prompt, plan, plan.scaling, is_observed=is_observed)
     far = torch.zeros(1, heads, 232, value_dim, dtype=dtype)
     keys, values = (torch.zeros(1, groups, 300, width, dtype=dtype) for width in (kept, value_dim))
     turned = torch.zeros(1, heads, 300, kept, dtype=dtype)
-    window.window_merge(turned, keys, values, far, far[..., 0].float(), sink=4, recent=64, scaling=0.1)
+    call = Call(turned, keys, values, None, sink=4, recent=64, scaling=0.1)
+    window.window_merge(call, far, far[..., 0].float())
 
 
 for given in CASES:

@@ -7,17 +7,20 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from plain import attention_prefill, rotate_and_narrow, select_dimensions, window_merge
 
 import aqua_attention as aqua
+from aqua_attention.ops.api import attend
+from aqua_attention.ops.mask import short_queries
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.reference import attention_reference
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.select import rotate
+from aqua_attention.ops.select import select_dimensions as select_of_plan
 
 pytest.importorskip("triton")
 from aqua_attention.ops.backends.triton import rotate as rotate_kernels
 from aqua_attention.ops.backends.triton import window
-from aqua_attention.ops.backends.triton.prefill import attention_prefill
-from aqua_attention.ops.backends.triton.rotate import rotate_and_narrow, rotate_on_gpu
-from aqua_attention.ops.backends.triton.window import window_merge
+from aqua_attention.ops.backends.triton.rotate import rotate_on_gpu
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -294,3 +297,48 @@ def test_constants_fit_the_layout():
     """A row is summed within one warp: 16 rows each."""
     assert rotate_kernels.TOKENS == 16 * rotate_kernels.WARPS
     assert window.WINDOW_ROWS % 16 == 0
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("min_length", [0, 30])
+@pytest.mark.parametrize("window", [(0, 0), (3, 9)])
+@pytest.mark.parametrize(
+    "choice", [{"k_ratio": 0.3}, {"k_ratio": 0.5, "selection": "static"}, {"logit_error": 0.1, "selection": "weighted"}]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_watching_what_is_chosen_changes_no_bit(share, min_length, window, choice, dtype):
+    rotation, key_rms = projection(2, 64, 48, 0)
+    config = config_of((64, 48), share=share, min_length=min_length, sink=window[0], recent=window[1], **choice)
+    plan = LayerPlan.of(rotation, key_rms, config)
+    query, key, value = (random(2, n, 70, w, seed=n + w, dtype=dtype) for n, w in ((4, 64), (2, 48), (2, 64)))
+    unseen, seen = (attend(plan.call(query, key, value, is_observed=flag), plan, "triton") for flag in (False, True))
+    assert unseen.selected is None and unseen.rotated == seen.rotated == (2, 4, 70, 48)
+    assert torch.equal(unseen.output, seen.output)
+    short = short_queries(None, min_length, queries=70, keys=70, device=query.device)
+    rotated, narrow, selected = rotate_kernels.rotate_and_narrow(query, plan, plan.scaling, is_observed=True)
+    expected = select_of_plan(rotated, plan, short)
+    # Of sums in another order another dimension may be taken where two are nearly equal; a head alone has none.
+    assert (selected != expected).double().mean() <= (0.0 if share == "head" and "k_ratio" in choice else 0.002)
+    assert torch.equal(seen.selected, selected)
+    assert torch.equal(narrow, torch.where(selected, rotated, 0))
+
+
+def test_what_was_not_chosen_is_not_reported():
+    rotation, key_rms = projection(2, 64, 64, 0)
+    query, key = random(1, 4, 20, 64, seed=1), random(1, 2, 20, 64, seed=2)
+
+    def selected(**settings):
+        plan = LayerPlan.of(rotation, key_rms, aqua.AquaConfig(**settings))
+        found = attend(plan.call(query, key, key, is_observed=True), plan, "triton")
+        plain = attend(plan.call(query, key, key, is_observed=True), plan, "chunked")
+        assert (found.selected is None) == (plain.selected is None)
+        assert torch.allclose(found.output, plain.output, rtol=0, atol=1e-4)
+        return found.selected
+
+    assert selected(k_ratio=1.0) is None
+    assert selected(k_ratio=0.5, min_length=21) is None, "too short to choose"
+    # The exact window has the whole prompt: what is chosen takes no part, and is asked of the reference.
+    inside = selected(k_ratio=0.5, sink=4, recent=16)
+    plan = LayerPlan.of(rotation, key_rms, aqua.AquaConfig(k_ratio=0.5))
+    assert torch.equal(inside, select_of_plan(rotate_on_gpu(query, rotation), plan))
+    assert selected(k_ratio=0.5, sink=4, recent=16, min_length=20)[:, :, :19].all()

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from plain import decode, prepare, splits_of_short
+from plain import gpu_decode_step as decode_step
 
 import aqua_attention as aqua
 from aqua_attention.ops.select import rotate
@@ -26,10 +28,7 @@ from decoding import (
 
 from aqua_attention.bench.decode import at_one_length
 from aqua_attention.ops.backends.triton import step as gpu_step
-from aqua_attention.ops.backends.triton.decode import decode
 from aqua_attention.ops.backends.triton.decode_short import decode_short
-from aqua_attention.ops.backends.triton.prepare import prepare
-from aqua_attention.ops.backends.triton.step import decode_step, splits_of_short
 from aqua_attention.ops.layout import TILE, TiledCache
 
 # The interpreter computes bfloat16 wrongly, without a word.
@@ -83,8 +82,8 @@ def test_one_launch_is_dense_attention(heads, widths, starts, splits, name, dtyp
             assert torch.allclose(held[0, :, :length].float(), whole[row, :, :length].float(), rtol=0, atol=limit)
 
 
-def problem_of_step(dtype=torch.float16, room=300, rounded=False, batch=1):
-    name = "int8" if rounded else "plain"
+def problem_of_step(dtype=torch.float16, room=300, is_quantized=False, batch=1):
+    name = "int8" if is_quantized else "plain"
     cache = TiledCache(batch, 2, 32, 32, room, dtype, DEVICE, **layout(name, batch, 2, 32, room))
     keys, values = (random(batch, 2, 140, 32, seed=seed, dtype=dtype) for seed in (1, 2))
     cache.fill(keys, values, torch.full((batch,), 140))
@@ -104,14 +103,14 @@ def problem_of_step(dtype=torch.float16, room=300, rounded=False, batch=1):
         ({"logit_error": 0.1}, {}, False),
         ({"logit_error": 0.1, "min_length": 4 * TILE}, {}, True),
         ({"k_ratio": 1.0}, {"dtype": torch.float32}, False),
-        ({"k_ratio": 1.0}, {"rounded": True}, False),
+        ({"k_ratio": 1.0}, {"is_quantized": True}, False),
         ({"k_ratio": 1.0}, {"room": (gpu_step.SHORT_TILES + 1) * TILE}, False),
         ({"k_ratio": 1.0}, {"batch": 40}, True),
         ({"k_ratio": 1.0}, {"batch": 40, "room": 30 * TILE}, False),
     ],
 )
 def test_one_launch_is_taken_where_every_dimension_counts(monkeypatch, choice, options, expected):
-    monkeypatch.setattr(gpu_step, "processors", lambda _: 132)
+    monkeypatch.setattr(gpu_step, "sm_count", lambda _: 132)
     given = problem_of_step(**options)
     config = aqua.AquaConfig(**choice, share="group")
     assert (splits_of_short(given[0], given[3], config) is not None) == expected
@@ -138,10 +137,10 @@ def test_one_launch_refuses_what_does_not_fit():
         decode_step(query, key[:, :1], value, cache, rotation, rms, config)
     with pytest.raises(aqua.AquaError, match="recent 129"):
         decode_step(query, key, value, cache, rotation, rms, dataclasses.replace(config, recent=129))
-    for options in ({"dtype": torch.float32}, {"rounded": True}):
+    for options in ({"dtype": torch.float32}, {"is_quantized": True}):
         query, key, value, cache, rotation, _ = problem_of_step(**options)
         with pytest.raises(aqua.AquaError, match="one launch takes 16 bits"):
-            decode_short(query, key, value, cache, rotation, splits=1)
+            decode_short(query, key, value, cache, rotation, splits=1, scaling=1.0)
 
 
 def test_timed_steps_stay_at_one_length():

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door: AQUA attention on tensors. It checks a request once, lets a backend take it, and never falls back in silence.
+"""The door: AQUA attention on tensors. It checks a request once and lets a backend take it, never another in silence.
 
 `attend` is for a prompt, or any queries over keys by token: rotate the queries, choose dimensions, attend. `decode` is
-one step over a `TiledCache`. `attention` begins with rotated queries and a choice, and `rotate` is what keys go through.
+one step over a `TiledCache`. `attention` begins with rotated queries and a choice, and keys go through `rotate`.
 """
 
 from __future__ import annotations

@@ -125,8 +125,8 @@ def choose(call: Call, plan: LayerPlan | None, impl: str = "auto") -> Backend:
         raise AquaError(f"impl is {impl!r}: it must be one of {', '.join(['auto', *known])}")
     backend = load(impl)
     if reason := backend.why_not(call, plan):
-        *others, last = known[known.index(impl) + 1 :]
-        raise AquaError(f"impl={impl!r} cannot take this call ({reason}): use {', '.join(['auto', *others])} or {last}")
+        others = ", ".join(["auto", *known[known.index(impl) + 1 :]])
+        raise AquaError(f"impl={impl!r} cannot take this call ({reason}): use {' or '.join(others.rsplit(', ', 1))}")
     return backend
 
 

@@ -6,8 +6,8 @@ tokens form a tile in which each dimension is one contiguous row: `tiles[batch, 
 128 to 256 tokens stay as they came, in a ring `tail[batch, head, token % 256, dimension]`: a token is appended without
 touching a tile, and the window that is scored with every dimension is read whole.
 
-Keys in tiles, and values, may be rounded to 8 bits, and may lie in pages of a pool that sequences share. Whatever the
-order, the keys or values of one key-value head in one block of tokens lie together: a cell.
+Keys in tiles, and values, may be quantized to 8 bits, and may lie in pages of a pool that sequences share. Whatever the
+order, a block lies together: the keys or values of one key-value head, for a tile of tokens or a page.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate
 
 Device = torch.device | str
@@ -30,7 +30,7 @@ WIDEST = 256
 LARGEST_QUANTIZED = 128
 """Those of a head in 8 bits: the numbers they become must fit into the shared memory of common GPUs."""
 BLOCKS = (32, 64, TILE)
-"""Tokens of a page: a row of 32 rounded ones is 32 bytes, the least that memory moves."""
+"""Tokens of a page: a row of 32 quantized ones is 32 bytes, the least that memory moves."""
 
 
 class Chosen(NamedTuple):
@@ -49,14 +49,14 @@ class Chosen(NamedTuple):
     counts: Tensor | None = None
     min_length: int = 0
 
-    def check(self, batch: int, groups: int, kept: int) -> None:
+    def check(self, batch: int, num_key_value_heads: int, kept: int) -> None:
         """Raise AquaError when a kernel that reads this would read something else."""
         if not 1 <= self.dims.shape[-1] <= kept:
             raise AquaError(f"dims is {tuple(self.dims.shape)}: it must name 1 to {kept} dimensions")
-        expect("dims", self.dims, torch.int32, (batch, groups, self.dims.shape[-1]))
-        expect("mask", self.mask, torch.int8, (batch, groups, kept))
+        expect("dims", self.dims, torch.int32, (batch, num_key_value_heads, self.dims.shape[-1]))
+        expect("mask", self.mask, torch.int8, (batch, num_key_value_heads, kept))
         if self.counts is not None:
-            expect("counts", self.counts, torch.int32, (batch, groups))
+            expect("counts", self.counts, torch.int32, (batch, num_key_value_heads))
 
     def selected(self, heads: int) -> Tensor:
         """The same as `select_dimensions` says it, boolean [batch, heads, 1, kept]."""
@@ -73,8 +73,8 @@ class Pages(NamedTuple):
     """Where blocks of tokens lie in a pool.
 
     Attributes:
-        block_table: int32 [batch, blocks of a whole number of tiles], the page of each block of a sequence; those of tokens
-            that do not exist yet are not looked at.
+        block_table: int32 [batch, blocks of a whole number of tiles], the page of each block of a sequence; those of
+            tokens that do not exist yet are not looked at.
         block_size: tokens of a page, one of BLOCKS.
         num_blocks: pages in the pool.
     """
@@ -85,45 +85,47 @@ class Pages(NamedTuple):
 
 
 class Quantization(NamedTuple):
-    """How keys are rounded to 8 bits: `(code - 128) * step * scale + mean`, a step for each token and head.
+    """How keys become 8 bits: `(code - 128) * key_scale * channel_scale + channel_mean`, a key scale for each token and
+    head.
 
     Attributes:
-        scale, mean: float32 [num_key_value_heads, kept], of rotated keys, see `LayerProjection`: some channels are a
-            hundred times as large as others, and far from zero.
+        channel_scale, channel_mean: float32 [num_key_value_heads, kept], of rotated keys: some channels are a hundred
+            times as large as others, and far from zero.
 
-    Values are `(code - 128) * step`. The kernels multiply steps in float16: values above 3e4 become NaN, and those of
-    less than about 1e-5 lose accuracy.
+    Values are `(code - 128) * value_scale`. The kernels multiply these scales in float16: values above 3e4 become NaN,
+    and those of less than about 1e-5 lose accuracy.
     """
 
-    scale: Tensor
-    mean: Tensor
+    channel_scale: Tensor
+    channel_mean: Tensor
 
 
 class TiledCache:
-    """Rotated keys and values of a fixed largest length, for the decoding kernels of `ops.triton` and `ops.cpu`.
+    """Rotated keys and values of a fixed largest length, for the decoding kernels.
 
-    Tensors are written to and never replaced: recorded steps, and `plan`, know their addresses.
+    Tensors are written to and never replaced: recorded steps, and `fixed`, know their addresses.
 
     Attributes:
-        tiles: [batch, num_key_value_heads, max_length / TILE, kept, TILE]; with pages [total, num_key_value_heads,
-            kept, block]. Rounded: uint8, in which 128 is zero.
+        shape: (batch, num_key_value_heads, kept, value_dim, max_length).
+        tiles: [batch, num_key_value_heads, max_length / TILE, kept, TILE]; with pages [num_blocks, num_key_value_heads,
+            kept, block_size]. Quantized: uint8, in which 128 is zero.
         tail: [batch, num_key_value_heads, 2 * TILE, kept]; token t is at t % (2 * TILE).
-        values: [batch, num_key_value_heads, count * TILE, value_dim]; with pages [total, num_key_value_heads, block,
-            value_dim]. Rounded: uint8, those of the tail too.
-        key_scales, value_scales: bfloat16, as `values` without its last dimension; None where nothing is rounded.
+        values: [batch, num_key_value_heads, count * TILE, value_dim]; with pages [num_blocks, num_key_value_heads,
+            block_size, value_dim]. Quantized: uint8, those of the tail too.
+        key_scales, value_scales: bfloat16, as `values` without its last dimension; None where nothing is quantized.
         lengths: int32 [batch], tokens of each sequence.
         arrived: int32 [batch, num_key_value_heads + 1], zero; the decoding kernel counts its programs there.
         count: tiles of a sequence at most.
-        block: tokens that lie together.
+        block_size: tokens that lie together.
         rotated_from: sequences of fewer tokens have keys as the model computes them, and are multiplied so; only the
             CPU kernel knows that. 0: all keys are rotated.
-        plan: what the CPU kernel keeps between steps, see `ops.cpu.step.Plan`.
+        fixed: what the CPU kernel keeps between steps.
     """
 
     def __init__(
         self,
         batch: int,
-        groups: int,
+        num_key_value_heads: int,
         kept: int,
         value_dim: int,
         max_length: int,
@@ -138,8 +140,8 @@ class TiledCache:
 
         Args:
             max_length: tokens of a sequence at most.
-            dtype: of queries and of what is not rounded.
-            rounding: keys and values are kept in 8 bits; of at most LARGEST_QUANTIZED dimensions.
+            dtype: of queries and of what is not quantized.
+            quantization: keys and values are kept in 8 bits; of at most LARGEST_QUANTIZED dimensions.
             pages: where they lie; None: each sequence has its own place.
 
         Raises:
@@ -147,41 +149,43 @@ class TiledCache:
         """
         if min(batch, max_length) < 1:
             raise AquaError(f"batch is {batch} and max_length {max_length}: they must be 1 or more")
-        self.shape, self.max_length, self.dtype = (batch, groups, kept, value_dim, max_length), max_length, dtype
-        self.count, self.quantization, self.pages = -(-max_length // TILE), rounding, pages
+        self.shape, self.max_length = (batch, num_key_value_heads, kept, value_dim, max_length), max_length
+        self.count, self.dtype, self.quantization, self.pages = -(-max_length // TILE), dtype, quantization, pages
         self.rotated_from = rotated_from
-        self.plan: Any = None
-        if rounding is not None:
+        self.fixed: Any = None
+        if quantization is not None:
             if max(kept, value_dim) > LARGEST_QUANTIZED:
                 raise AquaError(
                     f"heads of {kept} and {value_dim} dimensions: in 8 bits they have {LARGEST_QUANTIZED} at most"
                 )
-            for name, tensor in zip(rounding._fields, rounding, strict=True):
-                expect(f"rounding.{name}", tensor, torch.float32, (groups, kept))
-        cells: tuple[int, ...] = (batch, groups, self.count)
-        self.block = TILE
+            for name, tensor in zip(quantization._fields, quantization, strict=True):
+                expect(f"quantization.{name}", tensor, torch.float32, (num_key_value_heads, kept))
+        self.block_size = TILE if pages is None else pages.block_size
+        blocks: tuple[int, ...] = (batch, num_key_value_heads, self.count)
+        tokens = (*blocks[:2], self.count * TILE)
         if pages is not None:
-            self.block, cells = pages.block_size, (pages.num_blocks, groups)
-            if pages.block_size not in BLOCKS:
-                raise AquaError(f"pages.block_size is {pages.block_size}: it must be one of {', '.join(map(str, BLOCKS))}")
-            expect("pages.block_table", pages.block_table, torch.int32, (batch, self.count * TILE // pages.block_size))
-        kind, steps = dtype if rounding is None else torch.uint8, (*cells[:2], cells[-1] * TILE)
-        if pages is not None:
-            steps = (*cells, self.block)
-        self.tiles = torch.zeros(*cells, kept, self.block, dtype=kind, device=device)
-        self.tail = torch.zeros(batch, groups, 2 * TILE, kept, dtype=dtype, device=device)
-        self.values = torch.zeros(*steps, value_dim, dtype=kind, device=device)
+            if self.block_size not in BLOCKS:
+                raise AquaError(
+                    f"pages.block_size is {self.block_size}: it must be one of {', '.join(map(str, BLOCKS))}"
+                )
+            expect("pages.block_table", pages.block_table, torch.int32, (batch, self.count * TILE // self.block_size))
+            blocks = (pages.num_blocks, num_key_value_heads)
+            tokens = (*blocks, self.block_size)
+        kind = dtype if quantization is None else torch.uint8
+        self.tiles = torch.zeros(*blocks, kept, self.block_size, dtype=kind, device=device)
+        self.tail = torch.zeros(batch, num_key_value_heads, 2 * TILE, kept, dtype=dtype, device=device)
+        self.values = torch.zeros(*tokens, value_dim, dtype=kind, device=device)
         self.key_scales, self.value_scales = (
-            None if rounding is None else torch.zeros(steps, dtype=torch.bfloat16, device=device) for _ in range(2)
+            None if quantization is None else torch.zeros(tokens, dtype=torch.bfloat16, device=device) for _ in range(2)
         )
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.arrived = torch.zeros(batch, groups + 1, dtype=torch.int32, device=device)
+        self.arrived = torch.zeros(batch, num_key_value_heads + 1, dtype=torch.int32, device=device)
 
     @property
     def block_strides(self) -> tuple[int, int, int]:
-        """Cells from a sequence, a head and a tile (with pages: a page) to the next."""
-        groups = self.shape[1]
-        return (groups * self.count, self.count, 1) if self.pages is None else (0, 1, groups)
+        """Blocks from a sequence, a head and a tile (with pages: a page) to the next."""
+        kv_heads = self.shape[1]
+        return (kv_heads * self.count, self.count, 1) if self.pages is None else (0, 1, kv_heads)
 
     def clear(self) -> None:
         """Forget all tokens; nothing is allocated anew."""
@@ -216,18 +220,18 @@ class TiledCache:
     def _fill_row(self, row: int, keys: Tensor, values: Tensor) -> None:
         """Write a sequence: keys [num_key_value_heads, its length, kept], values likewise."""
         count = keys.shape[1]
-        cells, room = self._cells(row, count), -(-count // self.block) * self.block
+        indices, room = self._block_indices(row, count), -(-count // self.block_size) * self.block_size
         wide, given = (F.pad(states, (0, 0, 0, room - count)) for states in (keys, values))
         if self.quantization is not None:
-            assert self.key_scales is not None and self.value_scales is not None
-            wide = (wide.float() - self.quantization.mean[:, None]) / self.quantization.scale[:, None]
-            wide, key_scales = rounded(wide)
-            given, value_scales = rounded(given)
-            self.key_scales.view(-1, self.block)[cells] = key_scales.unflatten(1, (-1, self.block))
-            self.value_scales.view(-1, self.block)[cells] = value_scales.unflatten(1, (-1, self.block))
-        blocks = wide.unflatten(1, (-1, self.block)).transpose(-1, -2)
-        self.tiles.view(-1, *self.tiles.shape[-2:])[cells] = blocks
-        self.values.view(-1, self.block, self.shape[3])[cells] = given.unflatten(1, (-1, self.block))
+            wide = (wide.float() - self.quantization.channel_mean[:, None]) / self.quantization.channel_scale[:, None]
+            wide, key_scales = quantized(wide)
+            given, value_scales = quantized(given)
+            for held, scales in ((self.key_scales, key_scales), (self.value_scales, value_scales)):
+                assert held is not None
+                held.view(-1, self.block_size)[indices] = scales.unflatten(1, (-1, self.block_size))
+        blocks = wide.unflatten(1, (-1, self.block_size)).transpose(-1, -2)
+        self.tiles.view(-1, *self.tiles.shape[-2:])[indices] = blocks
+        self.values.view(-1, self.block_size, self.shape[3])[indices] = given.unflatten(1, (-1, self.block_size))
         tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
         self.tail[row, :, tokens % (2 * TILE)] = keys[:, tokens]
 
@@ -253,28 +257,26 @@ class TiledCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has other addresses, so it finds out anew what the CPU kernel keeps between steps."""
-        return self.__dict__ | {"plan": None}
+        return self.__dict__ | {"fixed": None}
 
-    def check_step(
-        self, query: Tensor, key: Tensor, value: Tensor, rotation: Tensor, key_rms: Tensor, config: AquaConfig
-    ) -> None:
+    def check_step(self, query: Tensor, key: Tensor, value: Tensor, plan: LayerPlan) -> None:
         """Raise AquaError for a token of each sequence that does not fit what is held, or that no kernel could take."""
-        batch, groups, kept, value_dim, _ = self.shape
+        batch, kv_heads, kept, value_dim, _ = self.shape
         heads, head_dim, dtype = query.shape[1], query.shape[-1], self.dtype
         for name, states, shape, kind in (
-            ("query", query, (batch, heads // groups * groups, head_dim), dtype),
-            ("key", key, (batch, groups, head_dim), dtype),
-            ("value", value, (batch, groups, value_dim), dtype),
-            ("rotation", rotation, (groups, head_dim, kept), torch.float32),
-            ("key_rms", key_rms, (groups, kept), torch.float32),
+            ("query", query, (batch, heads // kv_heads * kv_heads, head_dim), dtype),
+            ("key", key, (batch, kv_heads, head_dim), dtype),
+            ("value", value, (batch, kv_heads, value_dim), dtype),
+            ("rotation", plan.rotation, (kv_heads, head_dim, kept), torch.float32),
+            ("key_rms", plan.key_rms, (kv_heads, kept), torch.float32),
         ):
             if states.shape != shape or states.dtype != kind:
                 raise AquaError(f"{name} is {states.dtype} {tuple(states.shape)}: it must be {kind} {shape}")
         if head_dim > WIDEST:
             raise AquaError(f"heads have {head_dim} dimensions: the kernels take {WIDEST} at most")
-        if config.share != "group" and heads != groups:
+        if plan.config.share != "group" and heads != kv_heads:
             raise AquaError(
-                f"share is {config.share!r}: the kernels read the same dimensions for a group, share='group'"
+                f"share is {plan.config.share!r}: the kernels read the same dimensions for a group, share='group'"
             )
 
     def read(self, rows: list[int] | None = None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -282,41 +284,42 @@ class TiledCache:
 
         Args:
             rows: of these sequences only.
-            dtype: default that of the tail; rounded states lose less in float32.
+            dtype: default that of the tail; quantized states lose less in float32.
         """
-        _, groups, kept, value_dim, _ = self.shape
+        _, kv_heads, kept, value_dim, _ = self.shape
         lengths = self.lengths.tolist()
         rows = list(range(len(lengths))) if rows is None else rows
         longest = max(lengths[row] for row in rows)
         keys, values = (
-            self.tail.new_zeros(len(rows), groups, longest, width, dtype=dtype or self.dtype)
+            self.tail.new_zeros(len(rows), kv_heads, longest, width, dtype=dtype or self.dtype)
             for width in (kept, value_dim)
         )
-        for place, row in enumerate(rows):
-            count, cells = lengths[row], self._cells(row, lengths[row])
-            wide = self.tiles.view(-1, *self.tiles.shape[-2:])[cells].transpose(-1, -2).flatten(1, 2)[:, :count]
-            given = self.values.view(-1, self.block, value_dim)[cells].flatten(1, 2)[:, :count]
+        for index, row in enumerate(rows):
+            count, blocks = lengths[row], self._block_indices(row, lengths[row])
+            wide = self.tiles.view(-1, *self.tiles.shape[-2:])[blocks].transpose(-1, -2).flatten(1, 2)[:, :count]
+            given = self.values.view(-1, self.block_size, value_dim)[blocks].flatten(1, 2)[:, :count]
             if self.quantization is not None:
                 assert self.key_scales is not None and self.value_scales is not None
                 key_scales, value_scales = (
-                    steps.view(-1, self.block)[cells].flatten(1, 2)[:, :count, None].float()
-                    for steps in (self.key_scales, self.value_scales)
+                    scales.view(-1, self.block_size)[blocks].flatten(1, 2)[:, :count, None].float()
+                    for scales in (self.key_scales, self.value_scales)
                 )
-                wide = (wide.float() - 128) * key_scales * self.quantization.scale[:, None] + self.quantization.mean[:, None]
+                channel_scale, channel_mean = (each[:, None] for each in self.quantization)
+                wide = (wide.float() - 128) * key_scales * channel_scale + channel_mean
                 given = (given.float() - 128) * value_scales
-            keys[place, :, :count], values[place, :, :count] = wide, given
+            keys[index, :, :count], values[index, :, :count] = wide, given
             tokens = torch.arange(tiles_done(count) * TILE, count, device=keys.device)
-            keys[place, :, tokens] = self.tail[row, :, tokens % (2 * TILE)].to(keys.dtype)
+            keys[index, :, tokens] = self.tail[row, :, tokens % (2 * TILE)].to(keys.dtype)
         return keys, values
 
-    def _cells(self, row: int, count: int) -> Tensor:
-        """Places of the cells that hold the first tokens of a sequence, [num_key_value_heads, blocks]."""
-        each_row, each_group, each_block = self.block_strides
-        blocks = torch.arange(-(-count // self.block), device=self.tail.device)
+    def _block_indices(self, row: int, count: int) -> Tensor:
+        """Where the blocks of the first tokens of a sequence lie, [num_key_value_heads, blocks]."""
+        row_stride, head_stride, block_stride = self.block_strides
+        blocks = torch.arange(-(-count // self.block_size), device=self.tail.device)
         if self.pages is not None:
             blocks = self.pages.block_table[row].long()[blocks]
-        groups = torch.arange(self.shape[1], device=self.tail.device)[:, None]
-        return row * each_row + groups * each_group + blocks * each_block
+        kv_heads = torch.arange(self.shape[1], device=self.tail.device)[:, None]
+        return row * row_stride + kv_heads * head_stride + blocks * block_stride
 
     def take(self, rows: Tensor) -> None:
         """Hold the sequences of these indices, one for each there was.
@@ -338,13 +341,13 @@ def tiles_done(length: int) -> int:
     return max((length - 1) // TILE - 1, 0)
 
 
-def rounded(states: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of 8 bits of [..., tokens, width], 128 for zero, and a bfloat16 step for each token that all fit in."""
+def quantized(states: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of 8 bits of [..., tokens, width], 128 for zero, and a bfloat16 scale for each token that all fit in."""
     states = states.float()
-    step = (states.abs().amax(-1) / 127 * (1 + 2**-7)).to(torch.bfloat16)
-    # What is all zero has a step of zero. NaN and infinity make the step NaN or infinite, and so everything read back.
-    codes = (states / torch.where(step > 0, step, 1).float()[..., None]).round().clamp(-127, 127)
-    return (codes.nan_to_num() + 128).to(torch.uint8), step
+    scale = (states.abs().amax(-1) / 127 * (1 + 2**-7)).to(torch.bfloat16)
+    # What is all zero has a scale of zero. NaN and infinity make it NaN or infinite, and so everything read back.
+    codes = (states / torch.where(scale > 0, scale, 1).float()[..., None]).round().clamp(-127, 127)
+    return (codes.nan_to_num() + 128).to(torch.uint8), scale
 
 
 def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

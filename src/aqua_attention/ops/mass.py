@@ -20,7 +20,7 @@ def attention_mass(
     Args:
         query, key, selected, mask: as for `ops.reference.attention_reference`.
         counted: boolean [batch, queries].
-        options: `sink`, `recent`, `scaling`, `softcap`, `s_aux`, likewise.
+        options: `scaling`, and where they matter `sink`, `recent`, `softcap`, `s_aux`, likewise.
 
     Returns:
         float32 [batch, num_key_value_heads, keys].

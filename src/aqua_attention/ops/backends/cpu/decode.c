@@ -18,7 +18,7 @@ typedef struct {
     void *tail;                      // [rows, 2 * TILE, dims]
     void *values;                    // [rows, tiles_each * TILE, value_dims]
     int32_t *lengths;                // [rows / rows_each], one more after the new tokens
-    void *turned;                    // queries that keys are multiplied with, [rows, group, dims]
+    void *rotated;                   // queries that keys are multiplied with, [rows, group, dims]
     int32_t *chosen, *counts;        // [rows, most], and [rows] or NULL: all of `most`
     uint8_t *mask;                   // [rows, dims], 1 for the chosen
     void *output;                    // [rows, group, value_dims]

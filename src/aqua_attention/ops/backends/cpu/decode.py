@@ -19,17 +19,19 @@ def decode(
     *,
     sink: int = 0,
     recent: int = 0,
-    scaling: float | None = None,
+    scaling: float,
     parts: int | None = None,
 ) -> Tensor:
-    """`ops.triton.decode.decode` on a CPU, in float32 or bfloat16; everything is computed in float32.
+    """One step of `attention_reference` for one query token a sequence, with dimensions shared by a group.
+
+    Everything is computed in float32.
 
     Args:
         query: in the basis of the keys, [batch, num_attention_heads, kept].
         chosen: the dimensions to multiply; None: all (dense attention).
         cache: keys and values, the query's own token included; keys of all sequences in one basis.
         sink, recent: size of the exact window; `recent` is at most TILE.
-        scaling: factor of the scores; default 1/sqrt(kept).
+        scaling: factor of the scores.
         parts: jobs for each sequence and key-value head; None: as many as keep the threads busy.
 
     Returns:
@@ -39,18 +41,17 @@ def decode(
         AquaError: shapes, sizes or dtypes that the kernel does not take, or there is no compiler.
     """
     check_cache(cache, recent)
-    batch, groups, kept, value_dim, _ = cache.shape
-    if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
-        raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")
+    batch, kv_heads, kept, value_dim, _ = cache.shape
+    if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % kv_heads:
+        raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {kv_heads}, {kept}]")
     if chosen is not None:
-        chosen.check(batch, groups, kept)
+        chosen.check(batch, kv_heads, kept)
     if parts is not None and parts < 1:
         raise AquaError(f"parts is {parts}: it must be 1 or more, or None")
-    heads, scaling = query.shape[1], kept**-0.5 if scaling is None else scaling
-    query, chosen = query.to(cache.dtype).contiguous(), chosen or everything(batch, groups, kept)
-    output = query.new_empty((batch, heads, value_dim))
-    step, work = attending(cache, heads, sink=sink, recent=recent, scaling=scaling, parts=parts)
-    step.turned, step.output = query.data_ptr(), output.data_ptr()
+    query, chosen = query.to(cache.dtype).contiguous(), chosen or everything(batch, kv_heads, kept)
+    output = query.new_empty((batch, query.shape[1], value_dim))
+    step, work = attending(cache, query.shape[1], sink=sink, recent=recent, scaling=scaling, parts=parts)
+    step.rotated, step.output = query.data_ptr(), output.data_ptr()
     step.multiply(chosen)
     function("decode", cache)(ctypes.byref(step))
     del work  # held until the call has ended

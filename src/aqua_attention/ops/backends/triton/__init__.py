@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AQUA attention by Triton kernels on a GPU: whole prompts, and decoding from tiled caches. Kernels load when they run."""
+"""AQUA attention by Triton kernels on a GPU, which load when they run: whole prompts, and steps over tiled caches."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ class Triton(Backend):
         widest = max(call.query.shape[3], call.key.shape[3], call.value.shape[3])
         if call.query.dtype not in DTYPES or widest > WIDEST:
             return f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
+        if plan.rotation.shape[2] != plan.kept:
+            return "some tokens keep more dimensions than others"
         if plan.rotation.dtype != torch.float32:
             return f"the rotation is {plan.rotation.dtype}, and it takes torch.float32"
         return "it has no gradient" if call.has_gradient else None

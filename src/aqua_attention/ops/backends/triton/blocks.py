@@ -12,6 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aqua_attention.ops.layout import TILE, TiledCache
+
+LOG2_E = 1.4426950408889634
+"""Kernels take powers of 2: scores are multiplied by this."""
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 """Of triton. 3.4 cannot start kernels early, and below 3.6 there is no way to place registers by hand."""
 LEAST_SIZE = 16
@@ -42,27 +46,59 @@ def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
+def cache_pointers(cache: TiledCache) -> tuple[Tensor | None, ...]:
+    """What kernels are given of a cache, in this order: tiles, tail, values, scales of keys and of values, scales and
+    means of channels, the block table, lengths.
+    """
+    table = None if cache.pages is None else cache.pages.block_table
+    channels = cache.quantization or (None, None)
+    return cache.tiles, cache.tail, cache.values, cache.key_scales, cache.value_scales, *channels, table, cache.lengths
+
+
+def cache_extents(cache: TiledCache) -> tuple[int, ...]:
+    """Numbers that kernels are given of a cache, in this order: tiles of a sequence, columns of the block table, and
+    `block_strides`.
+    """
+    return cache.count, 0 if cache.pages is None else cache.pages.block_table.shape[1], *cache.block_strides
+
+
+def cache_constants(cache: TiledCache, group: int) -> dict[str, int]:
+    """What kernels over a cache know when they are compiled, for so many query heads of a key-value head."""
+    _, _, kept, value_dim, _ = cache.shape
+    return {
+        "GROUP": group,
+        "KEPT": kept,
+        "KEPT_PADDED": padded(kept),
+        "VALUE_DIM": value_dim,
+        "VALUE_PADDED": padded(value_dim),
+        "TILE": TILE,
+        "BLOCK": cache.block_size,
+    }
+
+
 @triton.jit
-def token_blocks(block_table_ptr, first, stride, tile, blocks, BLOCK: tl.constexpr, TILE: tl.constexpr):
-    """The cell of a tile, see `ops.tiled`; with pages, that of each of its tokens, [TILE]."""
+def token_blocks(block_table_ptr, first, stride, tile, table_width, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    """The block of a tile, see `ops.layout`; with pages, that of each of its tokens, [TILE]."""
     if block_table_ptr is None:
-        cells = first + tile * stride
+        block_ids = first + tile * stride
     else:
-        cells = first + tl.zeros([TILE], tl.int64)
+        block_ids = first + tl.zeros([TILE], tl.int64)
         for part in tl.static_range(0, TILE // BLOCK):
             # One number for a page, and a hint: else its tokens would be looked up, and read, one by one.
             at = tile * (TILE // BLOCK) + part
-            cell = first + tl.load(block_table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(tl.int64) * stride
-            cells = tl.where(tl.arange(0, TILE) // BLOCK == part, cell, cells)
-        cells = tl.max_constancy(cells, BLOCK)
-    return cells
+            block_id = (
+                first + tl.load(block_table_ptr + at, at < table_width, 0, cache_modifier=".cg").to(tl.int64) * stride
+            )
+            block_ids = tl.where(tl.arange(0, TILE) // BLOCK == part, block_id, block_ids)
+        block_ids = tl.max_constancy(block_ids, BLOCK)
+    return block_ids
 
 
 @triton.jit
 def key_pointers(
     tiles_ptr,
     block_table_ptr,
-    cells,
+    block_ids,
     dims,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -71,34 +107,34 @@ def key_pointers(
     """Some dimensions of the tokens of a tile, [dims, TILE]."""
     tokens = tl.arange(0, TILE)
     if block_table_ptr is None:
-        pointers = tiles_ptr + cells * (DIM * BLOCK) + dims[:, None] * BLOCK + tokens[None, :]
+        pointers = tiles_ptr + block_ids * (DIM * BLOCK) + dims[:, None] * BLOCK + tokens[None, :]
     else:
-        pointers = tiles_ptr + (cells * (DIM * BLOCK) + tokens % BLOCK)[None, :] + dims[:, None] * BLOCK
+        pointers = tiles_ptr + (block_ids * (DIM * BLOCK) + tokens % BLOCK)[None, :] + dims[:, None] * BLOCK
     return pointers
 
 
 @triton.jit
-def token_pointers(pointer, block_table_ptr, cells, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def token_pointers(pointer, block_table_ptr, block_ids, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
     """What belongs to the tokens of a tile, [TILE]: the first of WIDTH numbers of each."""
     tokens = tl.arange(0, TILE)
     if block_table_ptr is None:
-        pointers = pointer + cells * (BLOCK * WIDTH) + tokens * WIDTH
+        pointers = pointer + block_ids * (BLOCK * WIDTH) + tokens * WIDTH
     else:
-        pointers = pointer + (cells * BLOCK + tokens % BLOCK) * WIDTH
+        pointers = pointer + (block_ids * BLOCK + tokens % BLOCK) * WIDTH
     return pointers
 
 
 @triton.jit
-def online_softmax(scores, values, steps, largest, total, output, PRECISION: tl.constexpr):
-    """One more block of an online softmax; scores are to the base 2. `steps`, if any, multiply a token's values."""
+def online_softmax(scores, values, scales, largest, total, output, PRECISION: tl.constexpr):
+    """One more block of an online softmax; scores are to the base 2. `scales`, if any, multiply a token's values."""
     now = tl.maximum(largest, tl.max(scores, 1))
     # A block in which nothing is visible must not make NaN of minus infinity less itself.
     safe = tl.where(now == float("-inf"), 0.0, now)
     weights = tl.exp2(scores - safe[:, None])
     shrink = tl.exp2(largest - safe)
     total = total * shrink + tl.sum(weights, 1)
-    if steps is not None:
-        weights = weights * steps[None, :]
+    if scales is not None:
+        weights = weights * scales[None, :]
     output = tl.dot(weights.to(values.dtype), values, output * shrink[:, None], input_precision=PRECISION)
     return now, total, output
 

@@ -10,28 +10,31 @@ from torch import Tensor
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.blocks import (
     LEAST_SIZE,
+    LOG2_E,
     VERSION,
+    cache_constants,
+    cache_extents,
+    cache_pointers,
     on_device_of,
     padded,
     shared_memory,
     starts_early,
 )
 from aqua_attention.ops.backends.triton.decode_kernel import decode_kernel
-from aqua_attention.ops.backends.triton.decode_merge import mass_kernel, merge_kernel
+from aqua_attention.ops.backends.triton.decode_merge import mass_kernel, merge_kernel, merging
 from aqua_attention.ops.layout import TILE, Chosen, TiledCache, expect
 
-LOG2_E = 1.4426950408889634
 DIMS_AT_ONCE = 32
 WARPS, FEW_WARPS = 8, 4
 """Of a program when there are many programs, and when all of them run at once."""
 OTHER_BYTES, MOST_STAGES = 32_000, 4
 """Shared memory that is not for tiles on their way, and how many those are at most: two in float32, whose products need
 more of it."""
-ROUNDED = {"num_stages": 2, "maxnreg": 168}
-"""Over codes of 8 bits: three programs of FEW_WARPS then share a processor. The best of a sweep on an H100."""
+QUANTIZED = {"num_stages": 2, "maxnreg": 168}
+"""Over codes of 8 bits: three programs of FEW_WARPS then share a multiprocessor. The best of a sweep on an H100."""
 BY_HAND, BY_HAND_AT_ONCE = {"num_warps": 1, "maxnreg": 240}, 8
-"""Of the kernel whose registers are placed by hand: less go through memory. Eight programs share a processor, two each
-of its quarters."""
+"""Of the kernel whose registers are placed by hand: less go through memory. Eight programs share a multiprocessor, two
+each of its quarters."""
 BY_HAND_GROUP, BY_HAND_VALUES = 8, (64, 128)
 """Query heads of a key-value head that it takes at most, and sizes of values."""
 BY_HAND_TILES = 1024
@@ -45,8 +48,6 @@ SPECIAL = 3
 """Programs of each sequence and head for the blocks with an exact window."""
 MOST_SPLITS, MOST_BY_HAND = 64 - SPECIAL, 128 - SPECIAL
 """The program that merges holds the log-sum-exp of all of them at once."""
-MERGED_ROWS = 64
-"""Partial results of so many splits and heads are merged at once."""
 TILES_EACH, LEAST_SPLITS = 12, 4
 """Tiles of a program when there are many; as many programs as run at once, where that is this many splits or more. Both
 are the best of a sweep on an H100."""
@@ -59,7 +60,7 @@ def decode(
     *,
     sink: int = 0,
     recent: int = 0,
-    scaling: float | None = None,
+    scaling: float,
     splits: int | None = None,
     appended: bool = False,
     mass: Tensor | None = None,
@@ -71,7 +72,7 @@ def decode(
         chosen: the dimensions to multiply; None: all (dense attention).
         cache: keys and values, the query's own token included.
         sink, recent: size of the exact window, at most TILE each.
-        scaling: factor of the scores; default 1/sqrt(kept).
+        scaling: factor of the scores.
         splits: programs for each sequence and key-value head; None: as many as fill the GPU.
         appended: a token that `prepare` has written is counted too, and the sequences are one longer afterwards. On a
             GPU that starts kernels early `prepare` must be the kernel just before this one.
@@ -84,14 +85,15 @@ def decode(
     Raises:
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
     """
-    (batch, groups, kept, value_dim, _), count, heads = cache.shape, cache.count, query.shape[1]
+    (batch, kv_heads, kept, value_dim, _), count, heads = cache.shape, cache.count, query.shape[1]
     _check(query, chosen, mass, cache, sink, recent, splits)
     dims, chosen_mask, counts, min_length = (None, None, None, 0) if chosen is None else chosen
-    most = kept if dims is None else dims.shape[2]
-    fitting, warps = splits_and_warps(batch * groups, count, query)
+    most, group = kept if dims is None else dims.shape[2], heads // kv_heads
     by_hand = is_by_hand(query, cache)
     if by_hand:
-        fitting, warps = splits_by_hand(batch * groups, count, query), FEW_WARPS
+        fitting, warps = splits_by_hand(batch * kv_heads, count, query), FEW_WARPS
+    else:
+        fitting, warps = splits_and_warps(batch * kv_heads, count, query)
     splits = fitting if splits is None else splits
     others = splits if by_hand else 0
     splits += SPECIAL
@@ -101,81 +103,55 @@ def decode(
     scores = None if mass is None else query.new_empty((batch, heads, count * TILE), dtype=torch.float32)
     whole_lse = None if mass is None else query.new_empty((batch, heads), dtype=torch.float32)
     output = query.new_empty((batch, heads, value_dim))
-    group_padded = triton.next_power_of_2(heads // groups)
-    step = DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE
+    dims_at_once = DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE
     options: dict[str, int] = {}
-    widest = kept if min_length > 0 else most
     if cache.quantization is None:
-        tile_bytes = TILE * (padded(widest) + padded(value_dim)) * query.element_size()
+        tile_bytes = TILE * (padded(kept if min_length > 0 else most) + padded(value_dim)) * query.element_size()
         most_stages = MOST_STAGES if query.element_size() == 2 else 2
         options["num_stages"] = max(1, min(most_stages, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes))
     else:
-        step = padded(most)
+        dims_at_once = padded(most)
         if not by_hand:
-            warps, options = FEW_WARPS, dict(ROUNDED)
-    given = {"GROUP": heads // groups, "VALUE_DIM": value_dim}
-    merging = {
-        **given,
-        "APPENDED": appended,
-        "GROUP_PADDED": group_padded,
-        "VALUE_PADDED": padded(value_dim),
-        "SPLITS_PADDED": triton.next_power_of_2(splits),
-        "MERGED": min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
-    }
-    scaling = (kept**-0.5 if scaling is None else scaling) * LOG2_E
-    table, blocks = (None, 0) if cache.pages is None else (cache.pages.block_table, cache.pages.block_table.shape[1])
+            warps, options = FEW_WARPS, QUANTIZED
+    shared, merged = cache_constants(cache, group), merging(group, splits)
+    scaling *= LOG2_E
     early = starts_early(query, appended)
     with on_device_of(query):
         if by_hand:
             # Three launches. Tiles start when `prepare` has ended, although they could be put on the GPU before: beside
-            # a program that needs shared memory, it seems, a processor keeps less of its cache for what is on its way,
-            # and goes on so while programs follow each other (26 us of 652, in pages of 32 tokens 152 of 924). Special
-            # blocks start when all programs of the tiles have, and end when these have; the merge waits for them, and
-            # so for both.
+            # a program that needs shared memory, it seems, a multiprocessor keeps less of its cache for what is on its
+            # way, and goes on so while programs follow each other (26 us of 652, in pages of 32 tokens 152 of 924).
+            # Special blocks start when all programs of the tiles have, and end when these have; the merge waits for
+            # them, and so for both.
             # Imported here: it needs triton's lower language, which the interpreter does not know.
-            from aqua_attention.ops.backends.triton.decode_int8_mma import decode_rounded_kernel
+            from aqua_attention.ops.backends.triton.decode_int8_mma import decode_quantized_kernel
 
             early = starts_early(query)
-            decode_rounded_kernel[(others, groups, batch)](
+            tiles, _, values, *rest = cache_pointers(cache)
+            decode_quantized_kernel[(others, kv_heads, batch)](
                 query,
                 dims,
                 counts,
-                *(states.view(torch.int32) for states in (cache.tiles, cache.values)),
-                cache.key_scales,
-                cache.value_scales,
-                *(cache.quantization or ()),
-                table,
-                cache.lengths,
+                *(states.view(torch.int32) for states in (tiles, values)),
+                *rest,
                 partial,
                 lse,
                 scores,
                 scaling,
-                count,
-                blocks,
-                *cache.block_strides,
+                *cache_extents(cache),
                 SPECIAL,
                 APPENDED=appended,
-                DIM=kept,
                 CHOSEN=most,
-                TILE=TILE,
-                BLOCK=cache.block,
                 EARLY=early["EARLY"],
-                **given,
+                **{name: size for name, size in shared.items() if not name.endswith("PADDED")},
                 **BY_HAND,
             )
-        decode_kernel[(splits - others, groups, batch)](
+        decode_kernel[(splits - others, kv_heads, batch)](
             query,
             dims,
             chosen_mask,
             counts,
-            cache.tiles,
-            cache.tail,
-            cache.values,
-            cache.key_scales,
-            cache.value_scales,
-            *(cache.quantization or (None, None)),
-            table,
-            cache.lengths,
+            *cache_pointers(cache),
             cache.arrived,
             partial,
             lse,
@@ -186,34 +162,41 @@ def decode(
             sink,
             recent,
             min_length or None,
-            count,
-            blocks,
-            *cache.block_strides,
+            *cache_extents(cache),
             others,
-            ROWS=padded(heads // groups),
+            APPENDED=appended,
+            ROWS=padded(group),
             COPIES=copies,
-            SPECIAL_ROWS=copies * max(triton.next_power_of_2(heads // groups), LEAST_SIZE // copies),
-            DIM=kept,
-            DIM_PADDED=padded(kept),
+            SPECIAL_ROWS=copies * max(triton.next_power_of_2(group), LEAST_SIZE // copies),
             CHOSEN=most,
-            STEP=step,
-            TILE=TILE,
-            BLOCK=cache.block,
+            DIMS_AT_ONCE=dims_at_once,
             SPECIAL=SPECIAL,
             ALONE=not by_hand,
             ASSEMBLY=query.is_cuda,
             num_warps=warps,
+            **shared,
+            **merged,
             **early,
-            **merging,
             **options,
         )
         if by_hand:
-            merge_kernel[(groups, batch)](
-                partial, lse, output, whole_lse, cache.lengths, splits, count * TILE, **merging, **early
+            sizes = {name: shared[name] for name in ("GROUP", "VALUE_DIM", "VALUE_PADDED")}
+            merge_kernel[(kv_heads, batch)](
+                partial,
+                lse,
+                output,
+                whole_lse,
+                cache.lengths,
+                splits,
+                count * TILE,
+                APPENDED=appended,
+                **sizes,
+                **merged,
+                **early,
             )
         if mass is not None:
-            mass_kernel[(-(-count * TILE // 1024), groups, batch)](
-                scores, whole_lse, cache.lengths, mass, count * TILE, GROUP=heads // groups, BLOCK=1024
+            mass_kernel[(-(-count * TILE // 1024), kv_heads, batch)](
+                scores, whole_lse, cache.lengths, mass, count * TILE, GROUP=group, BLOCK=1024
             )
     return output
 
@@ -230,8 +213,9 @@ def is_by_hand(query: Tensor, cache: TiledCache) -> bool:
     """Whether tiles are those of the kernel with registers placed by hand: where they are worth three launches."""
     if cache.quantization is None or not query.is_cuda or VERSION < (3, 6):
         return False
-    rows, (_, groups, _, value_dim, _), tiles = len(cache.lengths) * cache.shape[1], cache.shape, cache.count - SPECIAL
-    if query.shape[1] // groups > BY_HAND_GROUP or value_dim not in BY_HAND_VALUES or tiles < 1:
+    (_, kv_heads, _, value_dim, _), tiles = cache.shape, cache.count - SPECIAL
+    rows = len(cache.lengths) * kv_heads
+    if query.shape[1] // kv_heads > BY_HAND_GROUP or value_dim not in BY_HAND_VALUES or tiles < 1:
         return False
     # With few sequences and heads, programs of one warp are too few.
     return rows * tiles >= BY_HAND_TILES and rows * splits_by_hand(rows, tiles, query) >= BY_HAND_TILES // 4
@@ -273,9 +257,9 @@ def _check(
     splits: int | None,
 ) -> None:
     cache.check_rotated()
-    batch, groups, kept, value_dim, _ = cache.shape
-    if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % groups:
-        raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {groups}, {kept}]")
+    batch, kv_heads, kept, value_dim, _ = cache.shape
+    if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % kv_heads:
+        raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {kv_heads}, {kept}]")
     if query.dtype != cache.dtype or not query.is_contiguous():
         raise AquaError(f"query is {query.dtype}: it must be contiguous, in the cache's {cache.dtype}")
     if query.dtype == torch.float32 and query.is_cuda and max(kept, value_dim) > LARGEST_FLOAT32:
@@ -287,11 +271,11 @@ def _check(
     if splits is not None and not 1 <= splits <= most:
         raise AquaError(f"splits is {splits}: it must be 1 to {most}, or None")
     if chosen is not None:
-        chosen.check(batch, groups, kept)
+        chosen.check(batch, kv_heads, kept)
         if chosen.min_length > 0 and cache.quantization is not None:
             raise AquaError(
                 f"chosen.min_length is {chosen.min_length}: over codes of 8 bits there must be counts instead, as "
                 "`prepare` gives"
             )
     if mass is not None:
-        expect("mass", mass, torch.float32, (batch, groups, cache.count * TILE))
+        expect("mass", mass, torch.float32, (batch, kv_heads, cache.count * TILE))

@@ -30,8 +30,8 @@ def exact_block(
     values_ptr,
     key_scales_ptr,
     value_scales_ptr,
-    scale_ptr,
-    mean_ptr,
+    channel_scale_ptr,
+    channel_mean_ptr,
     block_table_ptr,
     partial_ptr,
     lse_ptr,
@@ -40,8 +40,8 @@ def exact_block(
     sink,
     recent,
     count,
-    blocks,
-    first_cell,
+    table_width,
+    first_block,
     block_stride,
     split,
     splits,
@@ -51,8 +51,8 @@ def exact_block(
     GROUP: tl.constexpr,
     COPIES: tl.constexpr,
     ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     TILE: tl.constexpr,
@@ -65,7 +65,7 @@ def exact_block(
     Where dimensions are chosen, each head has two rows: one sees the exact window with every dimension, one the other
     tokens with the chosen ones: so one matrix product does.
     """
-    tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, DIM_PADDED)
+    tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, KEPT_PADDED)
     column = columns < VALUE_DIM
     rows = tl.arange(0, ROWS)
     member, is_narrow = rows % (ROWS // COPIES), rows >= ROWS // COPIES
@@ -75,53 +75,63 @@ def exact_block(
     seen = position < tl.where((split == 0) & (done == 0), 0, length)
     # Without the new token, which is being written.
     old = seen & (position < length - APPENDED)
-    there = (dim[:, None] < DIM) & old[None, :]
-    cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+    there = (dim[:, None] < KEPT) & old[None, :]
+    block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
     if split == 0:
         if EARLY:  # noqa: SIM102 (this is known when compiling, the other is not)
             if length == 2 * TILE + 1:
                 # The first tile is being moved from the tail.
                 tl.extra.cuda.gdc_wait()
-        keys = tl.load(key_pointers(tiles_ptr, block_table_ptr, cells, dim, DIM, BLOCK, TILE), there, 0, cache_modifier=".cg")
+        keys = tl.load(
+            key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK, TILE), there, 0, cache_modifier=".cg"
+        )
         if key_scales_ptr is not None:
-            steps = tl.load(
-                token_pointers(key_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+            scales = tl.load(
+                token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE),
+                old,
+                0.0,
+                cache_modifier=".cg",
             )
-            scale, mean = tl.load(scale_ptr + dim, dim < DIM, 0.0), tl.load(mean_ptr + dim, dim < DIM, 0.0)
-            wide = (keys.to(tl.float32) - 128) * steps[None, :].to(tl.float32)
+            scale, mean = (
+                tl.load(channel_scale_ptr + dim, dim < KEPT, 0.0),
+                tl.load(channel_mean_ptr + dim, dim < KEPT, 0.0),
+            )
+            wide = (keys.to(tl.float32) - 128) * scales[None, :].to(tl.float32)
             wide = wide * scale[:, None] + mean[:, None]
             keys = tl.where(there, wide, 0.0).to(tail_ptr.dtype.element_ty)
     else:
         keys = tl.load(
-            tail_ptr + (position % (2 * TILE))[None, :] * DIM + dim[:, None], there, 0.0, cache_modifier=".cg"
+            tail_ptr + (position % (2 * TILE))[None, :] * KEPT + dim[:, None], there, 0.0, cache_modifier=".cg"
         )
-    values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+    values_at = (
+        token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+    )
     values = tl.load(values_at, old[:, None] & column[None, :], 0, cache_modifier=".cg")
     value_scales = None
     if value_scales_ptr is not None:
         values = (values.to(tl.float32) - 128).to(tl.float16)
-        steps = tl.load(
-            token_pointers(value_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+        scales = tl.load(
+            token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
         )
-        value_scales = steps.to(tl.float32) * VALUE_UNIT
+        value_scales = scales.to(tl.float32) * VALUE_UNIT
     if EARLY:
         tl.extra.cuda.gdc_wait()
     query = tl.load(
-        query_ptr + member[:, None] * DIM + dim[None, :],
-        inside[:, None] & (dim[None, :] < DIM),
+        query_ptr + member[:, None] * KEPT + dim[None, :],
+        inside[:, None] & (dim[None, :] < KEPT),
         0.0,
         cache_modifier=".cg",
     )
     visible = inside[:, None] & seen[None, :]
     if COPIES == 2:
-        flags = tl.load(mask_ptr + dim, dim < DIM, 0, cache_modifier=".cg")
+        flags = tl.load(mask_ptr + dim, dim < KEPT, 0, cache_modifier=".cg")
         query = tl.where(is_narrow[:, None] & (flags == 0)[None, :], 0.0, query).to(query.dtype)
         exact = (position < sink) | (position >= length - recent)
         visible = visible & (exact[None, :] != is_narrow[:, None])
     scores = tl.dot(query, keys, input_precision="ieee")
     is_new = (position == length - APPENDED) & seen
     if APPENDED:
-        key = tl.load(tail_ptr + (length - 1) % (2 * TILE) * DIM + dim, dim < DIM, 0.0, cache_modifier=".cg")
+        key = tl.load(tail_ptr + (length - 1) % (2 * TILE) * KEPT + dim, dim < KEPT, 0.0, cache_modifier=".cg")
         score = tl.sum(query.to(tl.float32) * key[None, :].to(tl.float32), 1)
         scores = tl.where(is_new[None, :], score[:, None], scores)
     scores = tl.where(visible, scores * scaling, float("-inf"))
@@ -141,7 +151,7 @@ def exact_block(
         page = (length - 1) // BLOCK
         if block_table_ptr is not None:
             page = tl.load(block_table_ptr + page)
-        newest = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + (length - 1) % BLOCK
+        newest = (first_block + page.to(tl.int64) * block_stride) * BLOCK + (length - 1) % BLOCK
         value = tl.load(values_ptr + newest * VALUE_DIM + columns, column, 0, cache_modifier=".cg")
         if value_scales_ptr is None:
             value = value.to(tl.float32)

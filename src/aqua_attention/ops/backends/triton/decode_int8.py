@@ -2,8 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Decoding over tiles of 8-bit codes.
 
-Scales and means of keys go into the few queries, steps of tokens into scores and weights, so that a code only has to
-become a number. Products of tensor cores take no bytes by row: the numbers go through shared memory once more, which
+Scales and means of channels go into the few queries, scales of tokens into scores and weights, so that a code only has
+to become a number. Products of tensor cores take no bytes by row: the numbers go through shared memory once more, which
 `decode_int8_mma` avoids where it can be used.
 """
 
@@ -21,7 +21,7 @@ from aqua_attention.ops.backends.triton.blocks import (
 )
 
 VALUE_UNIT = tl.constexpr(256.0)
-"""Steps of values are multiplied by this, so that weights times steps seldom are too small for float16."""
+"""Scales of values are multiplied by this, so that weights times scales seldom are too small for float16."""
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def decoded(codes, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def rounded_tiles(
+def quantized_tiles(
     query_ptr,
     dims_ptr,
     mask_ptr,
@@ -60,16 +60,16 @@ def rounded_tiles(
     values_ptr,
     key_scales_ptr,
     value_scales_ptr,
-    scale_ptr,
-    mean_ptr,
+    channel_scale_ptr,
+    channel_mean_ptr,
     block_table_ptr,
     partial_ptr,
     lse_ptr,
     scores_ptr,
     scaling,
     count,
-    blocks,
-    first_cell,
+    table_width,
+    first_block,
     block_stride,
     split,
     splits,
@@ -78,39 +78,39 @@ def rounded_tiles(
     first_head,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
-    STEP: tl.constexpr,
+    DIMS_AT_ONCE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """Attention to the tiles from `begin` to before `end`, with the chosen dimensions."""
-    tokens, dim = tl.arange(0, TILE), tl.arange(0, DIM_PADDED)
+    tokens, dim = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED)
     heads = tl.arange(0, ROWS)
     inside = heads < GROUP
-    query_at = query_ptr + heads[:, None] * DIM
-    query = tl.load(query_at + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0).to(tl.float32)
+    query_at = query_ptr + heads[:, None] * KEPT
+    query = tl.load(query_at + dim[None, :], inside[:, None] & (dim[None, :] < KEPT), 0.0).to(tl.float32)
     if mask_ptr is not None:
-        query = tl.where((tl.load(mask_ptr + dim, dim < DIM, 0) == 0)[None, :], 0.0, query)
-    mean = tl.sum(query * tl.load(mean_ptr + dim, dim < DIM, 0.0)[None, :], 1) * scaling
+        query = tl.where((tl.load(mask_ptr + dim, dim < KEPT, 0) == 0)[None, :], 0.0, query)
+    mean = tl.sum(query * tl.load(channel_mean_ptr + dim, dim < KEPT, 0.0)[None, :], 1) * scaling
     # The query is made small enough for float16.
-    peak = tl.max(tl.abs(query * tl.load(scale_ptr + dim, dim < DIM, 0.0)[None, :]), 1)
+    peak = tl.max(tl.abs(query * tl.load(channel_scale_ptr + dim, dim < KEPT, 0.0)[None, :]), 1)
     peak = tl.where(peak > 0, peak, 1.0)
     unit = peak * scaling
-    places = tl.arange(0, STEP)
+    indices = tl.arange(0, DIMS_AT_ONCE)
     limit = CHOSEN
     if counts_ptr is not None:
         limit = tl.load(counts_ptr)
-    dims = places
+    dims = indices
     if dims_ptr is not None:
-        dims = tl.load(dims_ptr + places, places < limit, 0)
-    taken = places < limit
+        dims = tl.load(dims_ptr + indices, indices < limit, 0)
+    taken = indices < limit
     query = tl.load(query_at + dims[None, :], inside[:, None] & taken[None, :], 0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + dims, taken, 0.0)
+    scale = tl.load(channel_scale_ptr + dims, taken, 0.0)
     query = (query * scale[None, :] / peak[:, None]).to(tl.float16)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -118,28 +118,34 @@ def rounded_tiles(
     wanted = taken[:, None] & (tokens[None, :] >= 0)
     columns = tl.arange(0, VALUE_PADDED)
     values_wanted = (tokens[:, None] >= 0) & (columns < VALUE_DIM)[None, :]
-    # Steps are too small for the compiler to load ahead.
-    cells = token_blocks(block_table_ptr, first_cell, block_stride, begin, blocks, BLOCK, TILE)
+    # Scales are too small for the compiler to load ahead.
+    block_ids = token_blocks(block_table_ptr, first_block, block_stride, begin, table_width, BLOCK, TILE)
     is_tile = begin * TILE + tokens < end * TILE
-    next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
-    next_value_steps = tl.load(token_pointers(value_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), is_tile, 0.0)
+    next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE), is_tile, 0.0)
+    next_value_scales = tl.load(
+        token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE), is_tile, 0.0
+    )
     for tile in range(begin, end):
-        cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-        keys_at = key_pointers(tiles_ptr, block_table_ptr, cells, dims, DIM, BLOCK, TILE)
-        if counts_ptr is None and STEP == CHOSEN:  # noqa: SIM108 (known when compiling)
+        block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
+        keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dims, KEPT, BLOCK, TILE)
+        if counts_ptr is None and DIMS_AT_ONCE == CHOSEN:  # noqa: SIM108 (known when compiling)
             keys = tl.load(keys_at)
         else:
             keys = tl.load(keys_at, wanted, 0)
-        key_scales, value_scales = next_key_scales.to(tl.float32), next_value_steps.to(tl.float32) * VALUE_UNIT
+        key_scales, value_scales = next_key_scales.to(tl.float32), next_value_scales.to(tl.float32) * VALUE_UNIT
         scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * key_scales[None, :]) + mean[:, None]
-        values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        values_at = (
+            token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        )
         if VALUE_DIM == VALUE_PADDED:  # noqa: SIM108
             values = tl.load(values_at)
         else:
             values = tl.load(values_at, values_wanted, 0)
-        cells = token_blocks(block_table_ptr, first_cell, block_stride, tl.minimum(tile + 1, end - 1), blocks, BLOCK, TILE)
-        next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE))
-        next_value_steps = tl.load(token_pointers(value_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE))
+        block_ids = token_blocks(
+            block_table_ptr, first_block, block_stride, tl.minimum(tile + 1, end - 1), table_width, BLOCK, TILE
+        )
+        next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE))
+        next_value_scales = tl.load(token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE))
         if scores_ptr is not None:
             there = inside[:, None] & (tokens[None, :] >= 0)
             scores_at = scores_ptr + (first_head + heads[:, None]) * count * TILE + tile * TILE + tokens[None, :]

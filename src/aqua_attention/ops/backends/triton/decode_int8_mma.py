@@ -25,12 +25,12 @@ VALUE_UNIT = gl.constexpr(256.0)
 MMA = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, MMA.value, 2))
-STEPS = gl.constexpr(
+SCALES = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [], [], [8, 16]
     )
 )
-"""Of the steps of a tile's tokens, [8, 16]: the 16 in a row that a lane's scores are of."""
+"""Of the scales of a tile's tokens, [8, 16]: the 16 in a row that a lane's scores are of."""
 
 
 @gluon.constexpr_function
@@ -101,19 +101,24 @@ def right_operands(weights):
 
 
 @gluon.jit
-def cells_of(block_table_ptr, first_cell, block_stride, tile, tokens, blocks, BLOCK: gl.constexpr, TILE: gl.constexpr):
-    """The cells of some tokens of a tile, see `ops.tiled`; without pages that of the tile."""
+def blocks_of(
+    block_table_ptr, first_block, block_stride, tile, tokens, table_width, BLOCK: gl.constexpr, TILE: gl.constexpr
+):
+    """The blocks of some tokens of a tile, see `ops.layout`; without pages that of the tile."""
     if block_table_ptr is None:
-        cells = first_cell + tile * block_stride
+        block_ids = first_block + tile * block_stride
     else:
         at = tile * (TILE // BLOCK) + tokens // BLOCK
-        cells = first_cell + gl.load(block_table_ptr + at, at < blocks, 0, cache_modifier=".cg").to(gl.int64) * block_stride
-    return cells
+        block_ids = (
+            first_block
+            + gl.load(block_table_ptr + at, at < table_width, 0, cache_modifier=".cg").to(gl.int64) * block_stride
+        )
+    return block_ids
 
 
 @gluon.jit
 def dims_of(dims_ptr, at, limit):
-    """The dimensions at these places, 0 behind the last."""
+    """The dimensions at these indices, 0 behind the last."""
     dims = gl.where(at < limit, at, 0)
     if dims_ptr is not None:
         dims = gl.load(dims_ptr + at, at < limit, 0, cache_modifier=".cg")
@@ -121,7 +126,7 @@ def dims_of(dims_ptr, at, limit):
 
 
 @gluon.jit
-def decode_rounded_kernel(
+def decode_quantized_kernel(
     query_ptr,
     dims_ptr,
     counts_ptr,
@@ -129,8 +134,8 @@ def decode_rounded_kernel(
     values_ptr,
     key_scales_ptr,
     value_scales_ptr,
-    scale_ptr,
-    mean_ptr,
+    channel_scale_ptr,
+    channel_mean_ptr,
     block_table_ptr,
     lengths_ptr,
     partial_ptr,
@@ -138,14 +143,14 @@ def decode_rounded_kernel(
     scores_ptr,
     scaling,
     count,
-    blocks,
+    table_width,
     row_stride,
-    group_stride,
+    head_stride,
     block_stride,
     before,
     APPENDED: gl.constexpr,
     GROUP: gl.constexpr,
-    DIM: gl.constexpr,
+    KEPT: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     CHOSEN: gl.constexpr,
     TILE: gl.constexpr,
@@ -153,7 +158,7 @@ def decode_rounded_kernel(
     EARLY: gl.constexpr,
 ):
     """Attention of a part of the tiles of a sequence and key-value head, all but the first, with the chosen dimensions:
-    what `rounded_tiles` does. Tiles and values come as words of four codes.
+    what `quantized_tiles` does. Tiles and values come as words of four codes.
 
     With EARLY the kernel after this one may start when all programs of this one have. Nothing is read through the cache
     of the processor, where what was before may lie.
@@ -174,12 +179,12 @@ def decode_rounded_kernel(
     begin = 1 + split * each
     end = gl.minimum(begin + each, done)
     place = (row * gl.num_programs(1) + group).to(gl.int64)
-    first_cell = row.to(gl.int64) * row_stride + group.to(gl.int64) * group_stride
-    query_ptr += place * GROUP * DIM
-    scale_ptr += group * DIM
-    mean_ptr += group * DIM
+    first_block = row.to(gl.int64) * row_stride + group.to(gl.int64) * head_stride
+    query_ptr += place * GROUP * KEPT
+    channel_scale_ptr += group * KEPT
+    channel_mean_ptr += group * KEPT
     if block_table_ptr is not None:
-        block_table_ptr += row * blocks
+        block_table_ptr += row * table_width
     if EARLY:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -190,7 +195,7 @@ def decode_rounded_kernel(
     if counts_ptr is not None:
         limit = gl.load(counts_ptr + place, cache_modifier=".cg")
 
-    # Scales and means of keys go into the query, which is made small enough for float16.
+    # Scales and means of channels go into the query, which is made small enough for float16.
     at16 = gl.arange(0, 16, gl.SliceLayout(1, RIGHT))
     head = gl.arange(0, HEADS, gl.SliceLayout(0, RIGHT))
     peak = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
@@ -200,11 +205,11 @@ def decode_rounded_kernel(
         at = chunk * 16 + at16
         dims = dims_of(dims_ptr, at, limit)
         there = (head < GROUP)[None, :] & (at < limit)[:, None]
-        query = gl.load(query_ptr + head[None, :] * DIM + dims[:, None], there, 0.0, cache_modifier=".cg").to(
+        query = gl.load(query_ptr + head[None, :] * KEPT + dims[:, None], there, 0.0, cache_modifier=".cg").to(
             gl.float32
         )
-        mean += gl.sum(query * gl.load(mean_ptr + dims)[:, None], 0)
-        query *= gl.load(scale_ptr + dims)[:, None]
+        mean += gl.sum(query * gl.load(channel_mean_ptr + dims)[:, None], 0)
+        query *= gl.load(channel_scale_ptr + dims)[:, None]
         peak = gl.maximum(peak, gl.max(gl.abs(query), 0))
         wide = wide + (query,)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
     peak = gl.where(peak > 0, peak, 1.0)
@@ -220,8 +225,8 @@ def decode_rounded_kernel(
     value_word = gl.arange(0, VALUE_WORDS, gl.SliceLayout(0, VALUES))
     # Tokens of the rows of a block of values, less what is the same in all of them: those of the rows of the weights.
     value_token = TILE // 8 * (value_row % 8) + value_row // 8
-    sixteen = gl.arange(0, 8, gl.SliceLayout(1, STEPS)) * 16
-    of_sixteen = gl.arange(0, 16, gl.SliceLayout(0, STEPS))
+    sixteen = gl.arange(0, 8, gl.SliceLayout(1, SCALES)) * 16
+    of_sixteen = gl.arange(0, 16, gl.SliceLayout(0, SCALES))
     largest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
     total = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, MMA))
     output = gl.full([VALUE_DIM, HEADS], 0.0, gl.float32, MMA)
@@ -233,11 +238,15 @@ def decode_rounded_kernel(
         wanted = wanted + ((chunk * 16 + key_row < limit)[:, None] & (key_word >= 0)[None, :],)  # noqa: RUF005
     value_at = (value_token % BLOCK)[:, None] * VALUE_WORDS + value_word[None, :]
     if begin < end:
-        key_cells = cells_of(block_table_ptr, first_cell, block_stride, begin, key_word * 4, blocks, BLOCK, TILE)
-        value_cells = cells_of(block_table_ptr, first_cell, block_stride, begin, value_token, blocks, BLOCK, TILE)
-        step_cells = cells_of(block_table_ptr, first_cell, block_stride, begin, sixteen, blocks, BLOCK, TILE)
-        keys_ptr = of_words(tiles_ptr, key_cells, block_table_ptr, DIM * BLOCK // 4)
-        next_values_ptr = of_tokens(values_ptr, value_cells, block_table_ptr, BLOCK * VALUE_WORDS)
+        key_blocks = blocks_of(
+            block_table_ptr, first_block, block_stride, begin, key_word * 4, table_width, BLOCK, TILE
+        )
+        value_blocks = blocks_of(
+            block_table_ptr, first_block, block_stride, begin, value_token, table_width, BLOCK, TILE
+        )
+        scale_blocks = blocks_of(block_table_ptr, first_block, block_stride, begin, sixteen, table_width, BLOCK, TILE)
+        keys_ptr = of_words(tiles_ptr, key_blocks, block_table_ptr, KEPT * BLOCK // 4)
+        next_values_ptr = of_tokens(values_ptr, value_blocks, block_table_ptr, BLOCK * VALUE_WORDS)
         waiting = ()
         for chunk in gl.static_range(AHEAD):
             if chunk < CHUNKS:
@@ -247,17 +256,25 @@ def decode_rounded_kernel(
             waiting = waiting + (loaded,)  # noqa: RUF005
         for tile in range(begin, end):
             now_values_ptr = next_values_ptr
-            steps_at = (sixteen % BLOCK)[:, None] + of_sixteen[None, :]
-            key_scales = gl.load(of_tokens(key_scales_ptr, step_cells, block_table_ptr, BLOCK) + steps_at, cache_modifier=".cg")
+            scales_at = (sixteen % BLOCK)[:, None] + of_sixteen[None, :]
+            key_scales = gl.load(
+                of_tokens(key_scales_ptr, scale_blocks, block_table_ptr, BLOCK) + scales_at, cache_modifier=".cg"
+            )
             value_scales = gl.load(
-                of_tokens(value_scales_ptr, step_cells, block_table_ptr, BLOCK) + steps_at, cache_modifier=".cg"
+                of_tokens(value_scales_ptr, scale_blocks, block_table_ptr, BLOCK) + scales_at, cache_modifier=".cg"
             )
             # Looked up early: the last blocks of a tile are waited for while the first of the next are asked for.
             after = gl.minimum(tile + 1, end - 1)
-            key_cells = cells_of(block_table_ptr, first_cell, block_stride, after, key_word * 4, blocks, BLOCK, TILE)
-            value_cells = cells_of(block_table_ptr, first_cell, block_stride, after, value_token, blocks, BLOCK, TILE)
-            step_cells = cells_of(block_table_ptr, first_cell, block_stride, after, sixteen, blocks, BLOCK, TILE)
-            next_values_ptr = of_tokens(values_ptr, value_cells, block_table_ptr, BLOCK * VALUE_WORDS)
+            key_blocks = blocks_of(
+                block_table_ptr, first_block, block_stride, after, key_word * 4, table_width, BLOCK, TILE
+            )
+            value_blocks = blocks_of(
+                block_table_ptr, first_block, block_stride, after, value_token, table_width, BLOCK, TILE
+            )
+            scale_blocks = blocks_of(
+                block_table_ptr, first_block, block_stride, after, sixteen, table_width, BLOCK, TILE
+            )
+            next_values_ptr = of_tokens(values_ptr, value_blocks, block_table_ptr, BLOCK * VALUE_WORDS)
             scores = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
             for chunk in gl.static_range(CHUNKS):
                 words = waiting[0]
@@ -282,7 +299,7 @@ def decode_rounded_kernel(
             largest = now
             output = output * shrink[None, :]
             parts = right_operands((weights * (of_rows(value_scales) * VALUE_UNIT)[:, None]).to(gl.float16))
-            keys_ptr = of_words(tiles_ptr, key_cells, block_table_ptr, DIM * BLOCK // 4)
+            keys_ptr = of_words(tiles_ptr, key_blocks, block_table_ptr, KEPT * BLOCK // 4)
             for chunk in gl.static_range(VALUE_CHUNKS):
                 words = waiting[0]
                 if chunk + AHEAD < VALUE_CHUNKS:
@@ -326,28 +343,28 @@ def load_values(values_ptr, at, chunk: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def of_words(pointer, cells, block_table_ptr, SIZE: gl.constexpr):
-    """Where the cell of each word of a row begins, or the cell of all."""
-    if block_table_ptr is None:  # noqa: SIM108 (known when compiling)
-        pointers = pointer + cells * SIZE
+def of_words(pointer, block_ids, block_table_ptr, SIZE: gl.constexpr):
+    """Where the block of each word of a row begins, or the block of all."""
+    if block_table_ptr is None:
+        pointers = pointer + block_ids * SIZE
     else:
         # A hint: a lane's words lie together.
-        pointers = pointer + gl.max_constancy(cells * SIZE, 4)[None, :]
+        pointers = pointer + gl.max_constancy(block_ids * SIZE, 4)[None, :]
     return pointers
 
 
 @gluon.jit
-def of_tokens(pointer, cells, block_table_ptr, SIZE: gl.constexpr):
-    """Where the cell of each row begins, or the cell of all."""
+def of_tokens(pointer, block_ids, block_table_ptr, SIZE: gl.constexpr):
+    """Where the block of each row begins, or the block of all."""
     if block_table_ptr is None:  # noqa: SIM108 (known when compiling)
-        pointers = pointer + cells * SIZE
+        pointers = pointer + block_ids * SIZE
     else:
-        pointers = pointer + (cells * SIZE)[:, None]
+        pointers = pointer + (block_ids * SIZE)[:, None]
     return pointers
 
 
 @gluon.jit
-def of_rows(steps):
-    """Steps of the tokens of a tile, [8, 16], for the rows of its scores, [128]."""
-    rows = gl.reshape(gl.permute(steps, (1, 0)), [128])
+def of_rows(scales):
+    """Scales of the tokens of a tile, [8, 16], for the rows of its scores, [128]."""
+    rows = gl.reshape(gl.permute(scales, (1, 0)), [128])
     return gl.convert_layout(rows, gl.SliceLayout(1, MMA)).to(gl.float32)

@@ -20,7 +20,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     token_pointers,
 )
 from aqua_attention.ops.backends.triton.decode_exact import exact_block
-from aqua_attention.ops.backends.triton.decode_int8 import rounded_tiles
+from aqua_attention.ops.backends.triton.decode_int8 import quantized_tiles
 from aqua_attention.ops.backends.triton.decode_merge import merge
 
 
@@ -35,8 +35,8 @@ def decode_kernel(
     values_ptr,
     key_scales_ptr,
     value_scales_ptr,
-    scale_ptr,
-    mean_ptr,
+    channel_scale_ptr,
+    channel_mean_ptr,
     block_table_ptr,
     lengths_ptr,
     arrived_ptr,
@@ -50,9 +50,9 @@ def decode_kernel(
     recent,
     min_length,
     count,
-    blocks,
+    table_width,
     row_stride,
-    group_stride,
+    head_stride,
     block_stride,
     others,
     APPENDED: tl.constexpr,
@@ -60,12 +60,12 @@ def decode_kernel(
     ROWS: tl.constexpr,
     COPIES: tl.constexpr,
     SPECIAL_ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
-    STEP: tl.constexpr,
+    DIMS_AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
@@ -90,17 +90,17 @@ def decode_kernel(
     length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
     done = tl.maximum((length - 1) // TILE - 1, 0)
     place = (row * groups + group).to(tl.int64)
-    first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
-    tail_ptr += place * 2 * TILE * DIM
+    first_block = row.to(tl.int64) * row_stride + group.to(tl.int64) * head_stride
+    tail_ptr += place * 2 * TILE * KEPT
     if block_table_ptr is not None:
-        block_table_ptr += row * blocks
-    if scale_ptr is not None:
-        scale_ptr += group * DIM
-        mean_ptr += group * DIM
-    query_ptr += place * GROUP * DIM
+        block_table_ptr += row * table_width
+    if channel_scale_ptr is not None:
+        channel_scale_ptr += group * KEPT
+        channel_mean_ptr += group * KEPT
+    query_ptr += place * GROUP * KEPT
     if dims_ptr is not None:
         dims_ptr += place * CHOSEN
-        mask_ptr += place * DIM
+        mask_ptr += place * KEPT
     if counts_ptr is not None:
         counts_ptr += place
     first_head = place * GROUP
@@ -113,8 +113,8 @@ def decode_kernel(
             values_ptr,
             key_scales_ptr,
             value_scales_ptr,
-            scale_ptr,
-            mean_ptr,
+            channel_scale_ptr,
+            channel_mean_ptr,
             block_table_ptr,
             partial_ptr,
             lse_ptr,
@@ -123,8 +123,8 @@ def decode_kernel(
             sink,
             recent,
             count,
-            blocks,
-            first_cell,
+            table_width,
+            first_block,
             block_stride,
             split,
             splits,
@@ -134,8 +134,8 @@ def decode_kernel(
             GROUP,
             COPIES,
             SPECIAL_ROWS,
-            DIM,
-            DIM_PADDED,
+            KEPT,
+            KEPT_PADDED,
             VALUE_DIM,
             VALUE_PADDED,
             TILE,
@@ -149,7 +149,7 @@ def decode_kernel(
         end = tl.minimum(begin + each, done)
         if EARLY:
             tl.extra.cuda.gdc_wait()
-        if scale_ptr is None:
+        if channel_scale_ptr is None:
             _tiles(
                 query_ptr,
                 dims_ptr,
@@ -162,8 +162,8 @@ def decode_kernel(
                 scores_ptr,
                 scaling,
                 count,
-                blocks,
-                first_cell,
+                table_width,
+                first_block,
                 block_stride,
                 split,
                 splits,
@@ -174,17 +174,17 @@ def decode_kernel(
                 first_head,
                 GROUP,
                 ROWS,
-                DIM,
-                DIM_PADDED,
+                KEPT,
+                KEPT_PADDED,
                 VALUE_DIM,
                 VALUE_PADDED,
                 CHOSEN,
-                STEP,
+                DIMS_AT_ONCE,
                 TILE,
                 BLOCK,
             )
         else:
-            rounded_tiles(
+            quantized_tiles(
                 query_ptr,
                 dims_ptr,
                 mask_ptr,
@@ -193,16 +193,16 @@ def decode_kernel(
                 values_ptr,
                 key_scales_ptr,
                 value_scales_ptr,
-                scale_ptr,
-                mean_ptr,
+                channel_scale_ptr,
+                channel_mean_ptr,
                 block_table_ptr,
                 partial_ptr,
                 lse_ptr,
                 scores_ptr,
                 scaling,
                 count,
-                blocks,
-                first_cell,
+                table_width,
+                first_block,
                 block_stride,
                 split,
                 splits,
@@ -211,12 +211,12 @@ def decode_kernel(
                 first_head,
                 GROUP,
                 ROWS,
-                DIM,
-                DIM_PADDED,
+                KEPT,
+                KEPT_PADDED,
                 VALUE_DIM,
                 VALUE_PADDED,
                 CHOSEN,
-                STEP,
+                DIMS_AT_ONCE,
                 TILE,
                 BLOCK,
                 ASSEMBLY,
@@ -262,8 +262,8 @@ def _tiles(
     scores_ptr,
     scaling,
     count,
-    blocks,
-    first_cell,
+    table_width,
+    first_block,
     block_stride,
     split,
     splits,
@@ -274,12 +274,12 @@ def _tiles(
     first_head,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PADDED: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
-    STEP: tl.constexpr,
+    DIMS_AT_ONCE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -287,12 +287,12 @@ def _tiles(
 
     Where there is a `min_length`, a loop for short sequences stands before that for others, and one of them is empty.
     """
-    tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, DIM_PADDED)
+    tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, KEPT_PADDED)
     column = columns < VALUE_DIM
     heads = tl.arange(0, ROWS)
     inside = heads < GROUP
     if dims_ptr is None or min_length is not None:
-        query = tl.load(query_ptr + heads[:, None] * DIM + dim[None, :], inside[:, None] & (dim[None, :] < DIM), 0.0)
+        query = tl.load(query_ptr + heads[:, None] * KEPT + dim[None, :], inside[:, None] & (dim[None, :] < KEPT), 0.0)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
@@ -305,33 +305,36 @@ def _tiles(
         change = tl.where(length < min_length, tl.maximum(begin, end), begin)
     for loop in tl.static_range(first, 2):
         for tile in range(begin if loop == 0 else change, change if loop == 0 else end):
-            cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+            block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
             if dims_ptr is None or loop == 0:
-                keys_at = key_pointers(tiles_ptr, block_table_ptr, cells, dim, DIM, BLOCK, TILE)
-                if DIM == DIM_PADDED:
+                keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK, TILE)
+                if KEPT == KEPT_PADDED:
                     keys = tl.load(keys_at)
                 else:
-                    keys = tl.load(keys_at, (dim[:, None] < DIM) & (tokens[None, :] >= 0), 0.0)
+                    keys = tl.load(keys_at, (dim[:, None] < KEPT) & (tokens[None, :] >= 0), 0.0)
                 scores = tl.dot(query, keys, input_precision="ieee")
             else:
                 scores = tl.zeros([ROWS, TILE], tl.float32)
-                for start in tl.static_range(0, CHOSEN, STEP):
-                    places = start + tl.arange(0, STEP)
-                    some = tl.load(dims_ptr + places, places < limit, 0)
+                for start in tl.static_range(0, CHOSEN, DIMS_AT_ONCE):
+                    indices = start + tl.arange(0, DIMS_AT_ONCE)
+                    some = tl.load(dims_ptr + indices, indices < limit, 0)
                     chosen = tl.load(
-                        query_ptr + heads[:, None] * DIM + some[None, :],
-                        inside[:, None] & (places[None, :] < limit),
+                        query_ptr + heads[:, None] * KEPT + some[None, :],
+                        inside[:, None] & (indices[None, :] < limit),
                         0.0,
                     )
-                    keys_at = key_pointers(tiles_ptr, block_table_ptr, cells, some, DIM, BLOCK, TILE)
+                    keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, some, KEPT, BLOCK, TILE)
                     if counts_ptr is None:
                         # Where k is no multiple, the rest is dimension 0 again, times zero.
                         keys = tl.load(keys_at)
                     else:
-                        keys = tl.load(keys_at, (places[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
+                        keys = tl.load(keys_at, (indices[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
                     scores = tl.dot(chosen, keys, scores, input_precision="ieee")
             scores = scores * scaling
-            values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+            values_at = (
+                token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None]
+                + columns[None, :]
+            )
             if VALUE_DIM == VALUE_PADDED:
                 values = tl.load(values_at)
             else:

@@ -7,6 +7,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+MERGED_ROWS = 64
+"""Partial results of so many splits and heads are merged at once."""
+
+
+def merging(group: int, splits: int) -> dict[str, int]:
+    """Constants of kernels that merge so many parts."""
+    heads, parts = triton.next_power_of_2(group), triton.next_power_of_2(splits)
+    return {"GROUP_PADDED": heads, "SPLITS_PADDED": parts, "MERGED": min(parts, max(1, MERGED_ROWS // heads))}
+
 
 @triton.jit
 def merge(

@@ -8,14 +8,22 @@ rotates the query itself, and only the one with the newest tokens does anything 
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.backends.triton.blocks import on_device_of, padded, shared_memory, starts_early
-from aqua_attention.ops.backends.triton.decode import LOG2_E, MERGED_ROWS
+from aqua_attention.ops.backends.triton.blocks import (
+    LOG2_E,
+    cache_constants,
+    cache_extents,
+    cache_pointers,
+    on_device_of,
+    padded,
+    shared_memory,
+    starts_early,
+)
+from aqua_attention.ops.backends.triton.decode_merge import merging
 from aqua_attention.ops.backends.triton.decode_short_kernel import decode_short_kernel
-from aqua_attention.ops.backends.triton.turn import LARGEST_CHUNK
+from aqua_attention.ops.backends.triton.turn import turning
 from aqua_attention.ops.layout import TILE, TiledCache
 
 WARPS, MOST_STAGES = 8, 3
@@ -33,18 +41,15 @@ def decode_short(
     rotation: Tensor,
     *,
     splits: int,
-    scaling: float | None = None,
+    scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Rotate one query and key token a sequence, append key and value, attend with every dimension.
 
     Args:
-        query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
+        query, key, value, rotation, scaling: see `prepare`.
         cache: in 16 bits, with heads of LARGEST_SHORT dimensions at most.
-        rotation: float32 [num_key_value_heads, head_dim, kept]. On a GPU it is read before the kernel ahead of this
-            one has ended: that one must not be what writes it.
         splits: programs for the tiles of each sequence and key-value head, besides the two for the tail; 0: one
             program does everything.
-        scaling: factor of the scores; default 1/sqrt(kept).
 
     Returns:
         What `decode` returns, and rotated queries [batch, num_attention_heads, kept].
@@ -52,7 +57,7 @@ def decode_short(
     Raises:
         AquaError: a cache of another kind.
     """
-    (batch, groups, kept, value_dim, _), (_, heads, head_dim) = cache.shape, query.shape
+    (batch, kv_heads, kept, value_dim, _), (_, heads, head_dim) = cache.shape, query.shape
     cache.check_rotated()
     if not is_taken(query, cache):
         raise AquaError(
@@ -61,49 +66,31 @@ def decode_short(
         )
     tile_bytes = TILE * (padded(kept) + padded(value_dim)) * query.element_size()
     # The newest tokens are two parts more.
-    splits = min(splits, max(cache.count - 2, 0)) + 2 if splits > 0 else 1
-    group_padded = triton.next_power_of_2(heads // groups)
+    splits, group = min(splits, max(cache.count - 2, 0)) + 2 if splits > 0 else 1, heads // kv_heads
     rotated = query.new_empty((batch, heads, kept))
     output = query.new_empty((batch, heads, value_dim))
     partial = query.new_empty((batch, heads, splits, value_dim), dtype=torch.float32)
     lse = query.new_empty((batch, heads, splits), dtype=torch.float32)
     with on_device_of(query):
-        decode_short_kernel[(splits, groups, batch)](
+        decode_short_kernel[(splits, kv_heads, batch)](
             query.contiguous(),
             key.contiguous(),
             value.contiguous(),
             rotation.contiguous(),
-            cache.tiles,
-            cache.tail,
-            cache.values,
-            None if cache.pages is None else cache.pages.block_table,
-            cache.lengths,
+            *cache_pointers(cache),
             cache.arrived,
             partial,
             lse,
             rotated,
             output,
-            (kept**-0.5 if scaling is None else scaling) * LOG2_E,
-            cache.count,
-            0 if cache.pages is None else cache.pages.block_table.shape[1],
-            *cache.block_strides,
-            GROUP=heads // groups,
-            ROWS=padded(heads // groups + 1),
-            HEAD_DIM=head_dim,
-            HEAD_DIM_PADDED=padded(head_dim),
-            CHUNK=min(padded(head_dim), LARGEST_CHUNK // padded(kept)),
-            KEPT=kept,
-            KEPT_PADDED=padded(kept),
-            VALUE_DIM=value_dim,
-            VALUE_PADDED=padded(value_dim),
-            GROUP_PADDED=group_padded,
-            SPLITS_PADDED=triton.next_power_of_2(splits),
-            MERGED=min(triton.next_power_of_2(splits), max(1, MERGED_ROWS // group_padded)),
-            TILE=TILE,
-            BLOCK=cache.block,
+            scaling * LOG2_E,
+            *cache_extents(cache),
             STAGES=max(1, min(MOST_STAGES, 1 + (shared_memory(query) - OTHER_BYTES) // tile_bytes)),
             TOGETHER=splits == 1,
             num_warps=WARPS,
+            **cache_constants(cache, group),
+            **turning(group, head_dim, kept),
+            **merging(group, splits),
             **starts_early(query, rotation.is_contiguous()),
         )
     return output, rotated

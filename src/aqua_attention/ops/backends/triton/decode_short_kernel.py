@@ -32,6 +32,10 @@ def decode_short_kernel(
     tiles_ptr,
     tail_ptr,
     values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    channel_scale_ptr,
+    channel_mean_ptr,
     block_table_ptr,
     lengths_ptr,
     arrived_ptr,
@@ -41,9 +45,9 @@ def decode_short_kernel(
     output_ptr,
     scaling,
     count,
-    blocks,
+    table_width,
     row_stride,
-    group_stride,
+    head_stride,
     block_stride,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -84,13 +88,13 @@ def decode_short_kernel(
     else:
         each = tl.cdiv(done, tl.maximum(splits - 2, 1))
         used = halves + tl.cdiv(done, tl.maximum(each, 1))
-    first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
+    first_block = row.to(tl.int64) * row_stride + group.to(tl.int64) * head_stride
     first_head = place * GROUP
     # Each head has room for all programs, and its parts lie together.
     partial_ptr += first_head * (splits - used) * VALUE_DIM
     lse_ptr += first_head * (splits - used)
     if block_table_ptr is not None:
-        block_table_ptr += row * blocks
+        block_table_ptr += row * table_width
     heads, columns, tokens, dim = (
         tl.arange(0, ROWS),
         tl.arange(0, VALUE_PADDED),
@@ -111,11 +115,11 @@ def decode_short_kernel(
             tail_ptr,
             values_ptr,
             block_table_ptr,
-            first_cell,
+            first_block,
             block_stride,
             tile,
             seen,
-            blocks,
+            table_width,
             KEPT,
             KEPT_PADDED,
             VALUE_DIM,
@@ -168,14 +172,14 @@ def decode_short_kernel(
                 tiles_ptr,
                 tail_ptr,
                 values_ptr,
-                None,
-                None,
-                None,
-                None,
+                key_scales_ptr,
+                value_scales_ptr,
+                channel_scale_ptr,
+                channel_mean_ptr,
                 block_table_ptr,
                 position,
-                blocks,
-                first_cell,
+                table_width,
+                first_block,
                 block_stride,
                 KEPT,
                 KEPT_PADDED,
@@ -191,11 +195,11 @@ def decode_short_kernel(
                     tail_ptr,
                     values_ptr,
                     block_table_ptr,
-                    first_cell,
+                    first_block,
                     block_stride,
                     2 * done + 1 - newest,
                     tokens >= 0,
-                    blocks,
+                    table_width,
                     KEPT,
                     KEPT_PADDED,
                     VALUE_DIM,
@@ -213,11 +217,11 @@ def decode_short_kernel(
                 tiles_ptr,
                 values_ptr,
                 block_table_ptr,
-                first_cell,
+                first_block,
                 block_stride,
                 0,
                 done,
-                blocks,
+                table_width,
                 scaling,
                 KEPT,
                 KEPT_PADDED,
@@ -256,11 +260,11 @@ def decode_short_kernel(
                 tiles_ptr,
                 values_ptr,
                 block_table_ptr,
-                first_cell,
+                first_block,
                 block_stride,
                 begin,
                 end,
-                blocks,
+                table_width,
                 scaling,
                 KEPT,
                 KEPT_PADDED,
@@ -327,11 +331,11 @@ def _half(
     tail_ptr,
     values_ptr,
     block_table_ptr,
-    first_cell,
+    first_block,
     block_stride,
     tile,
     seen,
-    blocks,
+    table_width,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -343,8 +347,10 @@ def _half(
     tokens, dim, columns = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     slot = (tile % 2) * TILE + tokens
     keys = tl.load(tail_ptr + slot[None, :] * KEPT + dim[:, None], (dim < KEPT)[:, None] & seen[None, :], 0.0)
-    cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-    values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+    block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
+    values_at = (
+        token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+    )
     return keys, tl.load(values_at, seen[:, None] & (columns < VALUE_DIM)[None, :], 0.0)
 
 
@@ -357,11 +363,11 @@ def _tiles(
     tiles_ptr,
     values_ptr,
     block_table_ptr,
-    first_cell,
+    first_block,
     block_stride,
     begin,
     end,
-    blocks,
+    table_width,
     scaling,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
@@ -374,13 +380,15 @@ def _tiles(
     """An online softmax goes on over the tiles from `begin` to before `end`."""
     tokens, dim, columns = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     for tile in tl.range(begin, end, num_stages=STAGES):
-        cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-        keys_at = key_pointers(tiles_ptr, block_table_ptr, cells, dim, KEPT, BLOCK, TILE)
+        block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
+        keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK, TILE)
         if KEPT == KEPT_PADDED:
             keys = tl.load(keys_at)
         else:
             keys = tl.load(keys_at, (dim[:, None] < KEPT) & (tokens[None, :] >= 0), 0.0)
-        values_at = token_pointers(values_ptr, block_table_ptr, cells, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        values_at = (
+            token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        )
         if VALUE_DIM == VALUE_PADDED:
             values = tl.load(values_at)
         else:

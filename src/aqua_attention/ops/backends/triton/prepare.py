@@ -9,32 +9,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqua_attention.config import AquaConfig
 from aqua_attention.ops.backends.triton.blocks import (
+    cache_constants,
+    cache_extents,
+    cache_pointers,
     key_pointers,
     on_device_of,
-    padded,
     starts_early,
     token_blocks,
     token_pointers,
 )
-from aqua_attention.ops.backends.triton.turn import LARGEST_CHUNK, load_rotation, load_states, turn
-from aqua_attention.ops.layout import TILE, Chosen, TiledCache
+from aqua_attention.ops.backends.triton.turn import load_rotation, load_states, turn, turning
+from aqua_attention.ops.layout import Chosen, TiledCache
+from aqua_attention.ops.plan import LayerPlan
 
 WARPS = 8
 FEW_PROGRAMS = 64
 
 
 def prepare(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: TiledCache,
-    rotation: Tensor,
-    key_rms: Tensor,
-    config: AquaConfig,
-    *,
-    scaling: float | None = None,
+    query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
 ) -> tuple[Tensor, Chosen | None]:
     """Rotate one query and key token a sequence, write key and value behind the others, choose dimensions.
 
@@ -44,12 +38,9 @@ def prepare(
 
     Args:
         query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
-        rotation: float32 [num_key_value_heads, head_dim, kept].
-        key_rms: float32 [num_key_value_heads, kept], see `ops.select.select_dimensions`. On a GPU both are read before
-            the kernel ahead of this one has ended: that one must not be what writes them.
-        config: `k_ratio` or `logit_error`, `selection` and `min_length`, as in `select_dimensions`; `share` must be
-            "group", unless each key-value head has one query head.
-        scaling: factor of the scores, read by `logit_error`; default 1/sqrt(head_dim).
+        plan: dimensions are shared by a group, unless each key-value head has one query head. On a GPU rotation and
+            key_rms are read before the kernel ahead of this one has ended: that one must not be what writes them.
+        scaling: factor of the scores, read by `logit_error`.
 
     Returns:
         Rotated queries [batch, num_attention_heads, kept], and what `decode` multiplies: None where every dimension
@@ -58,68 +49,47 @@ def prepare(
     Raises:
         AquaError: shapes that do not fit, or dimensions that are not shared by a group.
     """
-    cache.check_step(query, key, value, rotation, key_rms, config)
+    cache.check_step(query, key, value, plan)
     cache.check_rotated()
     batch, heads, head_dim = query.shape
-    groups, kept = rotation.shape[0], rotation.shape[2]
-    count, adaptive = config.selected_dims(head_dim), config.logit_error is not None
-    count = kept if adaptive else min(count, kept)
+    _, kv_heads, kept, _, _ = cache.shape
     # Codes of 8 bits are read by one loop, which must be told how many dimensions it reads.
-    counted = adaptive or (count < kept and config.threshold > 0 and cache.quantization is not None)
-    places = kept if counted else count
-    rotated = query.new_empty((batch, heads, kept))
-    chosen = None
-    if adaptive or count < kept:
+    counted = plan.is_adaptive or (plan.selects and plan.min_length > 0 and cache.quantization is not None)
+    listed = kept if counted else plan.k
+    rotated, chosen, lengths = query.new_empty((batch, heads, kept)), None, cache.lengths
+    if plan.selects:
         chosen = Chosen(
-            torch.empty((batch, groups, places), dtype=torch.int32, device=query.device),
-            torch.empty((batch, groups, kept), dtype=torch.int8, device=query.device),
-            torch.empty((batch, groups), dtype=torch.int32, device=query.device) if counted else None,
-            min_length=0 if counted else config.threshold,
+            lengths.new_empty((batch, kv_heads, listed)),
+            lengths.new_empty((batch, kv_heads, kept), dtype=torch.int8),
+            lengths.new_empty((batch, kv_heads)) if counted else None,
+            min_length=0 if counted else plan.min_length,
         )
-    # A second program for the key and the value, where there are processors for it.
-    halves = 2 if batch * groups <= FEW_PROGRAMS else 1
+    # A second program for the key and the value, where there are multiprocessors for it.
+    halves = 2 if batch * kv_heads <= FEW_PROGRAMS else 1
     with on_device_of(query):
-        _prepare[(groups, batch, halves)](
+        _prepare[(kv_heads, batch, halves)](
             query.contiguous(),
             key.contiguous(),
             value.contiguous(),
-            rotation.contiguous(),
-            key_rms.contiguous(),
-            cache.tiles,
-            cache.tail,
-            cache.values,
-            cache.key_scales,
-            cache.value_scales,
-            *(cache.quantization or (None, None)),
-            None if cache.pages is None else cache.pages.block_table,
-            cache.lengths,
+            plan.rotation.contiguous(),
+            plan.key_rms.contiguous(),
+            *cache_pointers(cache),
             rotated,
             *((None, None, None) if chosen is None else chosen[:3]),
-            cache.count,
-            0 if cache.pages is None else cache.pages.block_table.shape[1],
-            *cache.block_strides,
-            config.logit_error or 0.0,
-            head_dim**-0.5 if scaling is None else scaling,
-            config.threshold or None,
-            GROUP=heads // groups,
-            ROWS=padded(heads // groups + 1),
-            HEAD_DIM=head_dim,
-            HEAD_DIM_PADDED=padded(head_dim),
-            CHUNK=min(padded(head_dim), LARGEST_CHUNK // padded(kept)),
-            KEPT=kept,
-            KEPT_PADDED=padded(kept),
-            VALUE_DIM=value.shape[2],
-            VALUE_DIM_PADDED=triton.next_power_of_2(value.shape[2]),
-            COUNT=count,
-            PLACES=places,
-            ADAPTIVE=adaptive,
-            SELECTION=config.selection,
-            SQUARED=config.share == "group",
-            TILE=TILE,
-            BLOCK=cache.block,
+            *cache_extents(cache),
+            plan.config.logit_error or 0.0,
+            scaling,
+            plan.min_length or None,
+            COUNT=plan.k,
+            LISTED=listed,
+            ADAPTIVE=plan.is_adaptive,
+            SELECTION=plan.config.selection,
+            SQUARED=plan.config.share == "group",
             num_warps=WARPS,
+            **cache_constants(cache, heads // kv_heads),
+            **turning(heads // kv_heads, head_dim, kept),
             # A copy made here would be what was started just before.
-            **starts_early(query, rotation.is_contiguous() and key_rms.is_contiguous()),
+            **starts_early(query, plan.rotation.is_contiguous() and plan.key_rms.is_contiguous()),
         )
     return rotated, chosen
 
@@ -136,8 +106,8 @@ def _prepare(
     values_ptr,
     key_scales_ptr,
     value_scales_ptr,
-    scale_ptr,
-    mean_ptr,
+    channel_scale_ptr,
+    channel_mean_ptr,
     block_table_ptr,
     lengths_ptr,
     rotated_ptr,
@@ -145,9 +115,9 @@ def _prepare(
     mask_ptr,
     counts_ptr,
     tiles,
-    blocks,
+    table_width,
     row_stride,
-    group_stride,
+    head_stride,
     block_stride,
     logit_error,
     scaling,
@@ -160,9 +130,9 @@ def _prepare(
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    VALUE_DIM_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
     COUNT: tl.constexpr,
-    PLACES: tl.constexpr,
+    LISTED: tl.constexpr,
     ADAPTIVE: tl.constexpr,
     SELECTION: tl.constexpr,
     SQUARED: tl.constexpr,
@@ -175,7 +145,7 @@ def _prepare(
     does_query, does_key = tl.program_id(2) == 0, tl.program_id(2) == tl.num_programs(2) - 1
     heads, narrow = tl.arange(0, ROWS), tl.arange(0, KEPT_PADDED)
     inside, column = heads < GROUP, narrow < KEPT
-    columns = tl.arange(0, VALUE_DIM_PADDED)
+    columns = tl.arange(0, VALUE_PADDED)
     rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
     rotation_ptr += group * HEAD_DIM * KEPT
     high, low = load_rotation(rotation_ptr, 0, rotated_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
@@ -212,9 +182,9 @@ def _prepare(
 
     if does_key & (position < tiles * TILE):
         new = tl.sum(tl.where((heads == GROUP)[:, None], turned, 0.0), 0)
-        first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
+        first_block = row.to(tl.int64) * row_stride + group.to(tl.int64) * head_stride
         if block_table_ptr is not None:
-            block_table_ptr += row * blocks
+            block_table_ptr += row * table_width
         append(
             new,
             value,
@@ -223,17 +193,17 @@ def _prepare(
             values_ptr,
             key_scales_ptr,
             value_scales_ptr,
-            None if scale_ptr is None else scale_ptr + group * KEPT,
-            None if mean_ptr is None else mean_ptr + group * KEPT,
+            None if channel_scale_ptr is None else channel_scale_ptr + group * KEPT,
+            None if channel_mean_ptr is None else channel_mean_ptr + group * KEPT,
             block_table_ptr,
             position,
-            blocks,
-            first_cell,
+            table_width,
+            first_block,
             block_stride,
             KEPT,
             KEPT_PADDED,
             VALUE_DIM,
-            VALUE_DIM_PADDED,
+            VALUE_PADDED,
             TILE,
             BLOCK,
         )
@@ -244,7 +214,7 @@ def _prepare(
             is_short = tl.minimum(position + 1, tiles * TILE) < min_length
             if does_query & is_short:
                 tl.store(mask_ptr + place * KEPT + narrow, tl.full([KEPT_PADDED], 1, tl.int8), column)
-                tl.store(dims_ptr + place * PLACES + narrow, narrow, narrow < PLACES)
+                tl.store(dims_ptr + place * LISTED + narrow, narrow, narrow < LISTED)
                 if counts_ptr is not None:
                     tl.store(counts_ptr + place, KEPT)
             does_query = does_query & (is_short == 0)
@@ -276,7 +246,7 @@ def _prepare(
                 chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
                 tl.store(counts_ptr + place, tl.sum(chosen, 0))
             tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
-            tl.store(dims_ptr + place * PLACES + rank, narrow, chosen > 0)
+            tl.store(dims_ptr + place * LISTED + rank, narrow, chosen > 0)
 
 
 @triton.jit
@@ -288,22 +258,22 @@ def append(
     values_ptr,
     key_scales_ptr,
     value_scales_ptr,
-    scale_ptr,
-    mean_ptr,
+    channel_scale_ptr,
+    channel_mean_ptr,
     block_table_ptr,
     position,
-    blocks,
-    first_cell,
+    table_width,
+    first_block,
     block_stride,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    VALUE_DIM_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write a rotated key, [KEPT_PADDED], and a value, [VALUE_DIM_PADDED], of one sequence and key-value head."""
-    narrow, columns = tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_DIM_PADDED)
+    """Write a rotated key, [KEPT_PADDED], and a value, [VALUE_PADDED], of one sequence and key-value head."""
+    narrow, columns = tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     column = narrow < KEPT
     # The new token replaces one of the tile before last, which must be in its place by then.
     slot = position % (2 * TILE)
@@ -311,36 +281,41 @@ def append(
         tokens = tl.arange(0, TILE)
         there = column[:, None] & (tokens[None, :] >= 0)
         old = tl.load(tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None], there, 0.0)
-        cells = token_blocks(block_table_ptr, first_cell, block_stride, position // TILE - 2, blocks, BLOCK, TILE)
-        if scale_ptr is not None:
-            scale, mean = tl.load(scale_ptr + narrow, column, 1.0), tl.load(mean_ptr + narrow, column, 0.0)
-            codes, steps = _rounded((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
-            tl.store(token_pointers(key_scales_ptr, block_table_ptr, cells, 1, BLOCK, TILE), steps)
+        block_ids = token_blocks(
+            block_table_ptr, first_block, block_stride, position // TILE - 2, table_width, BLOCK, TILE
+        )
+        if channel_scale_ptr is not None:
+            scale, mean = (
+                tl.load(channel_scale_ptr + narrow, column, 1.0),
+                tl.load(channel_mean_ptr + narrow, column, 0.0),
+            )
+            codes, scales = _quantized((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
+            tl.store(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE), scales)
         else:
             codes = old
-        tl.store(key_pointers(tiles_ptr, block_table_ptr, cells, narrow, KEPT, BLOCK, TILE), codes, there)
+        tl.store(key_pointers(tiles_ptr, block_table_ptr, block_ids, narrow, KEPT, BLOCK, TILE), codes, there)
         tl.debug_barrier()
     tl.store(tail_ptr + slot * KEPT + narrow, key.to(tail_ptr.dtype.element_ty), column)
     page = position // BLOCK
     if block_table_ptr is not None:
         page = tl.load(block_table_ptr + page)
-    at = (first_cell + page.to(tl.int64) * block_stride) * BLOCK + position % BLOCK
+    at = (first_block + page.to(tl.int64) * block_stride) * BLOCK + position % BLOCK
     if value_scales_ptr is not None:
-        value_codes, value_step = _rounded(value.to(tl.float32), 0)
-        tl.store(value_scales_ptr + at, value_step)
+        value_codes, value_scale = _quantized(value.to(tl.float32), 0)
+        tl.store(value_scales_ptr + at, value_scale)
         tl.store(values_ptr + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
     else:
         tl.store(values_ptr + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
 
 
 @triton.jit
-def _rounded(states, AXIS: tl.constexpr):
-    """`ops.tiled.rounded` along an axis."""
-    step = (tl.max(tl.abs(states), AXIS) / 127 * 1.0078125).to(tl.bfloat16)
+def _quantized(states, AXIS: tl.constexpr):
+    """`ops.layout.quantized` along an axis."""
+    scale = (tl.max(tl.abs(states), AXIS) / 127 * 1.0078125).to(tl.bfloat16)
     # The largest of numbers leaves NaN out.
-    step = tl.where(tl.sum(states * 0, AXIS) == 0, step.to(tl.float32), float("nan")).to(tl.bfloat16)
-    divisor = tl.where(step.to(tl.float32) > 0, step.to(tl.float32), 1.0)
-    places = states / tl.expand_dims(divisor, AXIS)
+    scale = tl.where(tl.sum(states * 0, AXIS) == 0, scale.to(tl.float32), float("nan")).to(tl.bfloat16)
+    divisor = tl.where(scale.to(tl.float32) > 0, scale.to(tl.float32), 1.0)
+    scaled = states / tl.expand_dims(divisor, AXIS)
     # To the nearest, of two equally near ones the even: 1.5 * 2**23 has no room for less than one.
-    codes = tl.minimum(tl.maximum((places + 12582912.0) - 12582912.0, -127.0), 127.0)
-    return (codes + 128).to(tl.uint8), step
+    codes = tl.minimum(tl.maximum((scaled + 12582912.0) - 12582912.0, -127.0), 127.0)
+    return (codes + 128).to(tl.uint8), scale

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.blocks import on_device_of, padded
 from aqua_attention.ops.backends.triton.search import largest, needed
 from aqua_attention.ops.backends.triton.turn import load_rotation
 from aqua_attention.ops.layout import WIDEST
+from aqua_attention.ops.plan import LayerPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS, WARPS = 64, 4
@@ -27,7 +27,7 @@ PRECISION = "tf32x3"
 """How float32 states are multiplied: three products of tensor cores lose two bits; "ieee" none, and is slow."""
 OCTAVES = 8
 """The threshold of a row is sought first among the sizes from its largest down by this power of two."""
-STEPS = 5
+HALVINGS = 5
 """Halvings between two looks at whether all rows of a block are done."""
 
 
@@ -46,61 +46,43 @@ def rotate_on_gpu(states: Tensor, rotation: Tensor) -> Tensor:
     """
     check_rotation(states, rotation, None)
     rotated = states.new_empty((*states.shape[:3], rotation.shape[2]))
-    _launch(states, rotation, rotation, rotated, rotated, "none")
+    _launch(states, rotation, rotated)
     return rotated
 
 
 def rotate_and_narrow(
-    query: Tensor,
-    rotation: Tensor,
-    key_rms: Tensor,
-    config: AquaConfig,
-    *,
-    head_dim: int | None = None,
-    scaling: float | None = None,
-    both: bool = True,
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, plan: LayerPlan, scaling: float, *, both: bool = True, is_observed: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rotate queries, and set to zero what `ops.select.select_dimensions` does not select of them.
 
     Args:
         query: [batch, num_attention_heads, length, head_dim], bfloat16, float16 or float32.
-        rotation: float32 [num_key_value_heads, head_dim, kept].
-        key_rms: float32 [num_key_value_heads, kept].
-        config, head_dim, scaling: see `select_dimensions`; head_dim is the query's by default.
+        scaling: factor of the scores, read by `logit_error`.
         both: False writes the narrow ones only, in the place of the rotated ones.
+        is_observed: what is selected is given back, too.
 
     The queries are those of a whole prompt: the first `min_length` - 1 of them are short, and stay as they are.
 
     Returns:
         The rotated queries and the narrow ones, both [batch, num_attention_heads, length, kept], contiguous, in the
-        query's dtype; one and the same tensor where every dimension is selected. Sums over the heads of a group and
-        expected errors are in float32 in another order than the reference's: where two sizes, or an error and
-        `logit_error`, differ by rounding only, another dimension may be taken. An infinite query may turn into NaN.
+        query's dtype; one and the same tensor where every dimension is selected. Then what is selected, boolean, in
+        their shape; None: every dimension, or it is not observed. Sums over the heads of a group and expected errors
+        are in float32 in another order than the reference's: where two sizes, or an error and `logit_error`, differ by
+        rounding only, another dimension may be taken. An infinite query may turn into NaN.
 
     Raises:
         AquaError: shapes or dtypes that the kernel does not take; the message lists what it takes.
     """
-    check_rotation(query, rotation, key_rms)
-    head_dim = query.shape[3] if head_dim is None else head_dim
-    count = config.selected_dims(head_dim)
-    if count >= rotation.shape[2] and config.logit_error is None:
-        rotated = rotate_on_gpu(query, rotation)
-        return rotated, rotated
-    rotated = query.new_empty((*query.shape[:3], rotation.shape[2]))
+    check_rotation(query, plan.rotation, plan.key_rms)
+    rotated, selected = query.new_empty((*query.shape[:3], plan.rotation.shape[2])), None
+    if not plan.selects:
+        _launch(query, plan.rotation, rotated)
+        return rotated, rotated, None
+    if is_observed:
+        selected = torch.empty_like(rotated, dtype=torch.bool)
     narrow = torch.empty_like(rotated) if both else rotated
-    mode = "error" if config.logit_error is not None else "first" if config.selection == "static" else "largest"
-    _launch(
-        query,
-        rotation,
-        key_rms.contiguous(),
-        rotated,
-        narrow,
-        mode,
-        config,
-        count,
-        head_dim**-0.5 if scaling is None else scaling,
-    )
-    return rotated, narrow
+    _launch(query, plan.rotation, rotated, narrow, selected, plan, scaling)
+    return rotated, narrow, selected
 
 
 def by_token(states: Tensor) -> Tensor:
@@ -129,61 +111,64 @@ def check_rotation(states: Tensor, rotation: Tensor, key_rms: Tensor | None) -> 
 def _launch(
     states: Tensor,
     rotation: Tensor,
-    key_rms: Tensor,
     rotated: Tensor,
-    narrow: Tensor,
-    mode: str,
-    config: AquaConfig | None = None,
-    count: int = 0,
+    narrow: Tensor | None = None,
+    selected: Tensor | None = None,
+    plan: LayerPlan | None = None,
     scaling: float = 1.0,
 ) -> None:
+    """Rotate; with a plan, choose dimensions too."""
     batch, heads, length, head_dim = states.shape
-    groups, kept = rotation.shape[0], rotation.shape[2]
-    selection = "magnitude" if config is None else config.selection
-    shared = mode in ("largest", "error") and config is not None and config.share == "group" and heads > groups
+    kv_heads, kept = rotation.shape[0], rotation.shape[2]
+    group, mode, selection, squared = heads // kv_heads, "none", "magnitude", False
+    if plan is not None:
+        selection, squared = plan.config.selection, plan.config.share == "group"
+        mode = "error" if plan.is_adaptive else "first" if selection == "static" else "largest"
+    together = group if squared and mode != "first" else 1
     states = by_token(states)
-    wide, narrow_width = (padded(width) for width in (head_dim, kept))
-    size, processors, room = states.element_size(), 1, 1 << 18
+    wide, kept_padded = (padded(width) for width in (head_dim, kept))
+    size, sm_count, room = states.element_size(), 1, 1 << 18
     if states.is_cuda:
         device = torch.cuda.get_device_properties(states.device)
-        processors, room = device.multi_processor_count, getattr(device, "shared_memory_per_block_optin", 1 << 16)
+        sm_count, room = device.multi_processor_count, getattr(device, "shared_memory_per_block_optin", 1 << 16)
     # Both halves of a rotation, the states, and the matrix by which ranks are found.
-    needed = size * (2 * wide * narrow_width + TOKENS * wide) + 2 * narrow_width**2
-    resident = max(wide, narrow_width) <= RESIDENT and needed <= room
-    items = triton.cdiv(length, TOKENS) * (1 if shared else heads // groups)
+    needed = size * (2 * wide * kept_padded + TOKENS * wide) + 2 * kept_padded**2
+    resident = max(wide, kept_padded) <= RESIDENT and needed <= room
+    items = triton.cdiv(length, TOKENS) * (group // together)
     # Not one more than run at once: the last would wait for a whole round.
-    programs = min(items, max(1, PROGRAMS * processors // (groups * batch)))
+    programs = min(items, max(1, PROGRAMS * sm_count // (kv_heads * batch)))
     # The low bits of a half number are zero in float32, and need no search where nothing was multiplied to it.
-    plain = selection == "magnitude" and not (config is not None and config.share == "group")
+    plain = selection == "magnitude" and not squared
     low_bits = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[states.dtype] if plain else 0
     with on_device_of(states):
-        _rotate_and_narrow[(programs, groups, batch)](
+        _rotate_and_narrow[(programs, kv_heads, batch)](
             states,
             rotation.contiguous(),
-            key_rms,
+            rotation if plan is None else plan.key_rms.contiguous(),
             rotated,
-            narrow,
+            rotated if narrow is None else narrow,
+            None if selected is None else selected.view(torch.int8),
             *states.stride()[:3],
             length,
-            count,
-            0.0 if config is None or config.logit_error is None else float(config.logit_error),
+            0 if plan is None else plan.k,
+            0.0 if plan is None else float(plan.config.logit_error or 0.0),
             scaling,
-            None if config is None or config.threshold == 0 else config.threshold,
+            None if plan is None else plan.min_length or None,
             MODE=mode,
             SELECTION=selection,
-            SQUARED=config is not None and config.share == "group",
-            BOTH=narrow is not rotated,
-            TOGETHER=heads // groups if shared else 1,
-            GROUP=heads // groups,
+            SQUARED=squared,
+            BOTH=narrow is not None and narrow is not rotated,
+            TOGETHER=together,
+            GROUP=group,
             HEAD_DIM=head_dim,
             HEAD_DIM_PADDED=wide,
             CHUNK=wide if resident else RESIDENT // size,
             KEPT=kept,
-            KEPT_PADDED=narrow_width,
+            KEPT_PADDED=kept_padded,
             TOKENS=TOKENS,
             LOW_BITS=low_bits,
             OCTAVES=OCTAVES,
-            STEPS=STEPS,
+            HALVINGS=HALVINGS,
             PRECISION=PRECISION,
             num_warps=WARPS if resident else 8,
             # Two programs fit on a multiprocessor and hide each other's loads; more in flight would leave room for one.
@@ -241,6 +226,7 @@ def _rotate_and_narrow(
     key_rms_ptr,
     rotated_ptr,
     narrow_ptr,
+    selected_ptr,
     stride_batch,
     stride_head,
     stride_token,
@@ -263,7 +249,7 @@ def _rotate_and_narrow(
     TOKENS: tl.constexpr,
     LOW_BITS: tl.constexpr,
     OCTAVES: tl.constexpr,
-    STEPS: tl.constexpr,
+    HALVINGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     group, groups, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
@@ -281,7 +267,7 @@ def _rotate_and_narrow(
         there = tokens < length
         first = group * GROUP + item // blocks * TOGETHER
         start = (row * groups * GROUP + first) * length
-        places = tokens[:, None] * KEPT + dims[None, :]
+        offsets = tokens[:, None] * KEPT + dims[None, :]
         written = there[:, None] & (dims[None, :] < KEPT)
         turned = tl.zeros([TOKENS, KEPT_PADDED], states_ptr.dtype.element_ty)
         size = tl.zeros([TOKENS, KEPT_PADDED], tl.float32)
@@ -304,7 +290,7 @@ def _rotate_and_narrow(
                 PRECISION,
             )
             if BOTH or TOGETHER > 1 or MODE == "none":
-                tl.store(rotated_ptr + (start + member * length) * KEPT + places, turned, written)
+                tl.store(rotated_ptr + (start + member * length) * KEPT + offsets, turned, written)
             if MODE == "largest" or MODE == "error":
                 error = tl.abs(turned.to(tl.float32) * weight)
                 one = error if SELECTION == "weighted" else tl.abs(turned.to(tl.float32))
@@ -313,8 +299,10 @@ def _rotate_and_narrow(
                     error *= scaling
                     variance += error * error
         if MODE != "none":
+            # Ones, where several heads get what is chosen, or somebody asks for it.
+            ONES: tl.constexpr = TOGETHER > 1 or selected_ptr is not None
             wanted = turned.to(tl.float32)
-            if TOGETHER > 1:
+            if ONES:
                 wanted = tl.full(size.shape, 1.0, tl.float32)
             if SELECTION == "static":
                 size = tl.broadcast_to((KEPT - dims).to(tl.float32)[None, :], size.shape)
@@ -323,18 +311,23 @@ def _rotate_and_narrow(
             if MODE == "first":
                 wanted = tl.where((dims < count)[None, :], wanted, 0.0)
             elif MODE == "largest":
-                wanted = largest(size, wanted, count, before, KEPT_PADDED <= 128, KEPT, LOW_BITS, OCTAVES, STEPS)
+                wanted = largest(size, wanted, count, before, KEPT_PADDED <= 128, KEPT, LOW_BITS, OCTAVES, HALVINGS)
             else:
-                wanted = tl.where(needed(size, variance, limit, LOW_BITS, OCTAVES, STEPS), wanted, 0.0)
+                wanted = tl.where(needed(size, variance, limit, LOW_BITS, OCTAVES, HALVINGS), wanted, 0.0)
             if min_length is not None:
-                every = turned.to(tl.float32) if TOGETHER == 1 else tl.full(size.shape, 1.0, tl.float32)
+                every = tl.full(size.shape, 1.0, tl.float32) if ONES else turned.to(tl.float32)
                 wanted = tl.where((tokens + 1 < min_length)[:, None], every, wanted)
             if TOGETHER == 1:
-                tl.store(narrow_ptr + start * KEPT + places, wanted.to(turned.dtype), written)
+                if selected_ptr is not None:
+                    tl.store(selected_ptr + start * KEPT + offsets, (wanted > 0).to(tl.int8), written)
+                    wanted = tl.where(wanted > 0, turned.to(tl.float32), 0.0)
+                tl.store(narrow_ptr + start * KEPT + offsets, wanted.to(turned.dtype), written)
             else:
                 # Other threads of this program may have written what one reads here.
                 tl.debug_barrier()
                 for member in range(TOGETHER):
                     offset = (start + member * length) * KEPT
-                    turned = tl.load(rotated_ptr + offset + places, written, 0.0)
-                    tl.store(narrow_ptr + offset + places, tl.where(wanted > 0, turned, 0.0).to(turned.dtype), written)
+                    turned = tl.load(rotated_ptr + offset + offsets, written, 0.0)
+                    tl.store(narrow_ptr + offset + offsets, tl.where(wanted > 0, turned, 0.0).to(turned.dtype), written)
+                    if selected_ptr is not None:
+                        tl.store(selected_ptr + offset + offsets, (wanted > 0).to(tl.int8), written)

@@ -13,9 +13,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _as_float(places, LOW_BITS: tl.constexpr):
+def _as_float(order, LOW_BITS: tl.constexpr):
     """Non-negative floats have the order of their bits: the one at a place of that order."""
-    return (places << LOW_BITS).to(tl.float32, bitcast=True)
+    return (order << LOW_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def largest(
     KEPT: tl.constexpr,
     LOW_BITS: tl.constexpr,
     OCTAVES: tl.constexpr,
-    STEPS: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):
     """`states`, with zeros but where the `count` largest numbers of each row of `size` are: NaN first, of equal ones
     the first. Negative numbers are none; `before[i, j]` is 1 where i < j, else 0.
@@ -61,9 +61,9 @@ def largest(
     low, high, held, fewer = _look(size, count, middle, low, high, held, fewer, LOW_BITS)
     unsettled = tl.max(tl.where(held > count, high - low, 1), 0)
     while unsettled > 1:
-        for step in tl.static_range(STEPS):
+        for halving in tl.static_range(HALVINGS):
             middle = low + ((high - low) >> 1)
-            if step % 2 == 0:
+            if halving % 2 == 0:
                 # Where the wanted one would be if the numbers between the two were spread evenly.
                 share = (held - count + 0.5) / (held - fewer + 0.5)
                 guess = low + (share * (high - low).to(tl.float32)).to(tl.int32)
@@ -92,7 +92,7 @@ def _drop(size, variance, limit, middle, low, high, dropped, LOW_BITS: tl.conste
 
 
 @triton.jit
-def needed(size, variance, limit, LOW_BITS: tl.constexpr, OCTAVES: tl.constexpr, STEPS: tl.constexpr):
+def needed(size, variance, limit, LOW_BITS: tl.constexpr, OCTAVES: tl.constexpr, HALVINGS: tl.constexpr):
     """Boolean, the shape of `size`: the fewest of the largest numbers of each row, one at least, for which the
     variances of the others add up to `limit` at most. The order is that of `largest`.
     """
@@ -103,7 +103,7 @@ def needed(size, variance, limit, LOW_BITS: tl.constexpr, OCTAVES: tl.constexpr,
     low, high, dropped = _drop(size, variance, limit, middle, low, high, dropped, LOW_BITS)
     unsettled = tl.max(high, 0)
     while unsettled > 1:
-        for _ in tl.static_range(STEPS):
+        for _ in tl.static_range(HALVINGS):
             low, high, dropped = _drop(size, variance, limit, low + ((high - low) >> 1), low, high, dropped, LOW_BITS)
         least, most = _as_float(low, LOW_BITS)[:, None], _as_float(high - 1, LOW_BITS)[:, None]
         between = tl.sum(tl.where((size >= least) & (size <= most), 1, 0), 1)

@@ -7,8 +7,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from aqua_attention.ops.backends.triton.blocks import padded
+
 LARGEST_CHUNK = 1 << 14
 """Numbers of a rotation that are multiplied at once: 64 KB of shared memory."""
+
+
+def turning(group: int, head_dim: int, kept: int) -> dict[str, int]:
+    """Constants of kernels that rotate the query heads of a group and its key."""
+    wide = padded(head_dim)
+    chunk = min(wide, LARGEST_CHUNK // padded(kept))
+    return {"ROWS": padded(group + 1), "HEAD_DIM": head_dim, "HEAD_DIM_PADDED": wide, "CHUNK": chunk}
 
 
 @triton.jit

@@ -9,43 +9,30 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.backends.triton.blocks import on_device_of, online_softmax, padded
+from aqua_attention.ops.backends.triton.blocks import LOG2_E, on_device_of, online_softmax, padded
 from aqua_attention.ops.backends.triton.rotate import PRECISION, by_token
+from aqua_attention.ops.plan import Call
 
 WINDOW_ROWS, WINDOW_KEYS, WINDOW_STAGES = 64, 32, 2
 """Queries of the exact window at once (tokens times heads of a group), 16 a warp; keys at once; loads in flight."""
 
 
-def window_merge(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    far: Tensor,
-    far_lse: Tensor,
-    *,
-    sink: int,
-    recent: int,
-    scaling: float,
-) -> Tensor:
+def window_merge(call: Call, far: Tensor, far_lse: Tensor) -> Tensor:
     """Attention to the exact window, merged with the attention to everything else.
 
     Args:
-        query: rotated, [batch, num_attention_heads, length, kept].
-        key: rotated, [batch, num_key_value_heads, length, kept].
-        value: [batch, num_key_value_heads, length, value_dim].
+        call: of a whole prompt, with rotated queries; its window has 1 to length - 1 tokens.
         far: attention of the queries from sink + recent on to the keys outside their windows,
             [batch, num_attention_heads, length - sink - recent, value_dim]; far_lse: its log-sum-exp, float32.
-        sink, recent: size of the window, 1 to length - 1 together.
-        scaling: factor of the scores.
 
     Returns:
-        [batch, num_attention_heads, length, value_dim], contiguous, in the dtype of `value`.
+        [batch, num_attention_heads, length, value_dim], contiguous, in the dtype of the values.
 
     Raises:
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
     """
-    batch, heads, length, kept = query.shape
-    groups, value_dim = key.shape[1], value.shape[3]
+    (batch, heads, length, kept), sink, recent = call.query.shape, call.sink, call.recent
+    kv_heads, value_dim = call.key.shape[1], call.value.shape[3]
     if min(sink, recent) < 0 or not 0 < sink + recent < length:
         raise AquaError(
             f"sink is {sink} and recent {recent}: the kernel takes a window of 1 to {length - 1} for {length} tokens"
@@ -56,14 +43,14 @@ def window_merge(
             f"far is {tuple(far.shape)} and its log-sum-exp {far_lse.dtype} {tuple(far_lse.shape)}: they must be "
             f"{(*rest, value_dim)} and torch.float32 {rest}"
         )
-    query, key, value, far = (by_token(states) for states in (query, key, value, far))
+    query, key, value, far = (by_token(states) for states in (call.query, call.key, call.value, far))
     output = value.new_empty((batch, heads, length, value_dim))
     widths = [padded(width) for width in (kept, value_dim)]
-    together = triton.next_power_of_2(heads // groups)
+    together = triton.next_power_of_2(heads // kv_heads)
     rows = max(WINDOW_ROWS, together)
     # Programs of neighbouring tokens run at the same time, so that their keys are read from the cache.
     with on_device_of(query):
-        _window[(triton.cdiv(length, rows // together), groups, batch)](
+        _window[(triton.cdiv(length, rows // together), kv_heads, batch)](
             query,
             key,
             value,
@@ -77,15 +64,15 @@ def window_merge(
             length,
             sink,
             recent,
-            scaling * 1.4426950408889634,
-            GROUP=heads // groups,
+            call.scaling * LOG2_E,
+            GROUP=heads // kv_heads,
             TOGETHER=together,
             ROWS=rows,
             KEYS=WINDOW_KEYS,
             KEPT=kept,
             KEPT_PADDED=widths[0],
             VALUE_DIM=value_dim,
-            VALUE_DIM_PADDED=widths[1],
+            VALUE_PADDED=widths[1],
             PRECISION=PRECISION,
             num_warps=rows // 16,
             num_stages=WINDOW_STAGES if query.element_size() == 2 and max(widths) <= 128 else 1,
@@ -124,7 +111,7 @@ def _window(
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    VALUE_DIM_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     group, groups, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
@@ -134,7 +121,7 @@ def _window(
     member = tl.arange(0, ROWS) // (ROWS // TOGETHER)
     heads = (group * GROUP + member).to(tl.int64)
     there = (member < GROUP) & (tokens < length)
-    dims, columns = tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_DIM_PADDED)
+    dims, columns = tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     query = tl.load(
         query_ptr
         + row * query_batch
@@ -149,7 +136,7 @@ def _window(
 
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    output = tl.zeros([ROWS, VALUE_DIM_PADDED], tl.float32)
+    output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     # Blocks of first tokens, then of those from the first query's window on, which are not counted twice.
     begin = tl.maximum(start - recent + 1, sink)
     end = tl.where(recent > 0, tl.minimum(start + ROWS // TOGETHER, length), 0)
