@@ -20,10 +20,12 @@ import triton.language as tl
 from aqua_attention.bench.decode import measure_decode
 from aqua_attention.bench.timing import seconds_of
 from aqua_attention.io.files import write_json
+from aqua_attention.machine import Shape
 from aqua_attention.ops.backends.triton.blocks import key_pointers, token_cells, token_pointers
 from aqua_attention.ops.layout import TILE, Pages, Rounding, TiledCache
 from aqua_attention.report.tables import markdown
 
+SHAPE = Shape(torch.device("cuda"), 32, 8, 128, torch.bfloat16)
 LAYOUTS = ((None, None), (None, 64), (None, 32), (8, None), (8, 64), (8, 32))
 SWEEP = ((16, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 16, 1))
 """Programs for each sequence and head, their warps, and stages of their loads."""
@@ -59,7 +61,7 @@ def main():
         times = {"reading alone": result["reads"]}
         if not given.reads_only:
             measured = measure_decode(
-                batch=given.batch, length=given.length, k_ratios=(given.k_ratio,), layouts=LAYOUTS
+                SHAPE, batch=given.batch, length=given.length, k_ratios=(given.k_ratio,), layouts=LAYOUTS
             )
             result |= measured
             ours = [row for row in measured["rows"] if row["k_ratio"] is not None]

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import aqua_attention as aqua
+from aqua_attention.cache.cache import AquaCache
 from aqua_attention.cli import main as cli
 from aqua_attention.report.tables import generate_table
 from conftest import VOCABULARY, calibrated, make_llama
@@ -129,7 +130,7 @@ def test_the_gate_refuses_what_is_wrong(model, monkeypatch, fault):
     fill = bench.fill_cache
 
     def wrong(cache, states):
-        is_ours = isinstance(cache, aqua.cache.AquaCache)
+        is_ours = isinstance(cache, AquaCache)
         fill(cache, (FAULTS[fault](*each) if is_ours else each for each in states))
 
     monkeypatch.setattr(bench, "fill_cache", wrong)
