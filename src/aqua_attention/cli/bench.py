@@ -179,7 +179,7 @@ def generate(
         AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent, bits=bits)
         for ratio, bits in (*kinds, *([(min(k_ratio), 8)] if int8 else []))
     )
-    model = make_model(layers=layers, dtype=getattr(torch, dtype))
+    model = make_model(num_hidden_layers=layers, dtype=getattr(torch, dtype))
     results = []
     with compiled(model) if compile else nullcontext():
         for batch, length in sizes:
