@@ -100,8 +100,8 @@ def measure_decode_cpu(
     times = _fastest_seconds(ways, every_way(min(length, FEW_TOKENS)), length, parts)
     names = {"attention": "seconds", "step": "step_seconds"}
     return [
-        {"name": way.name, "k_ratio": way.k_ratio} | {names[part]: times[number, part] for part in parts}
-        for number, way in enumerate(ways)
+        {"name": way.name, "k_ratio": way.k_ratio} | {names[part]: times[index, part] for part in parts}
+        for index, way in enumerate(ways)
     ]
 
 
@@ -165,18 +165,18 @@ def _fastest_seconds(
     All run in turn, so that a slow time of the machine slows all, in another order each time.
     """
     flushed = torch.ones(max(LEAST_FLUSHED, 2 * largest_cache()) // 4)
-    shuffle, order = random.Random(0), [(place, part) for place in range(len(ways)) for part in parts]
+    shuffle, order = random.Random(0), [(index, part) for index in range(len(ways)) for part in parts]
     fastest = dict.fromkeys(order, math.inf)
     settled, began = 0, time.perf_counter()
     while settled < SETTLED and time.perf_counter() - began < MOST_SECONDS:
         shuffle.shuffle(order)
         settled += 1
-        for place, part in order:
+        for index, part in order:
             flushed.sum()
-            others[place].run(part, min(length, FEW_TOKENS))
-            seconds = ways[place].run(part, length)
-            settled = 0 if seconds < 0.99 * fastest[place, part] else settled
-            fastest[place, part] = min(fastest[place, part], seconds)
+            others[index].run(part, min(length, FEW_TOKENS))
+            seconds = ways[index].run(part, length)
+            settled = 0 if seconds < 0.99 * fastest[index, part] else settled
+            fastest[index, part] = min(fastest[index, part], seconds)
     return fastest
 
 

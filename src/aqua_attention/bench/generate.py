@@ -141,22 +141,6 @@ class Steps:
         self.token.copy_(logits.argmax(-1, keepdim=True))
         return logits
 
-    def replayed(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Logits of steps from a CUDA graph that are given these tokens, after a first one that is not recorded."""
-        self()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self()
-        found = []
-        for token in tokens:
-            self.token.copy_(token)
-            graph.replay()
-            found.append(logits.clone())
-            if not torch.equal(self.token, logits.argmax(-1, keepdim=True)):
-                raise AquaError("a decoding step is wrong: as a CUDA graph it does not choose the likeliest token")
-        return found
-
     def seconds(self) -> float:
         """Median time of a step.
 
@@ -223,9 +207,18 @@ def check_graph(steps: Steps, name: str, limit: float) -> None:
         tokens.append(steps.token.clone())
         expected.append(steps().clone())
     steps.restart()
+    steps()  # what is made once is made before the recording
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = steps()
     # The same tokens: of two that are equally likely, rounding would choose, and all that follows be another text.
-    for found, right in zip(steps.replayed(tokens[1:]), expected[1:], strict=True):
-        check_near(found, right, f"{name}, as a CUDA graph", limit)
+    for token, right in zip(tokens[1:], expected[1:], strict=True):
+        steps.token.copy_(token)
+        graph.replay()
+        if not torch.equal(steps.token, logits.argmax(-1, keepdim=True)):
+            raise AquaError("a decoding step is wrong: as a CUDA graph it does not choose the likeliest token")
+        check_near(logits, right, f"{name}, as a CUDA graph", limit)
 
 
 def check_near(found: Tensor, expected: Tensor | None, name: str, limit: float) -> None:
@@ -256,8 +249,8 @@ def is_exact(config: AquaConfig) -> bool:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights that a step reads: all but the table of input embeddings, of which it reads a few rows."""
-    table = model.get_input_embeddings().weight
-    return sum(each.nbytes for each in model.parameters() if each is not table)
+    embeddings = model.get_input_embeddings().weight
+    return sum(each.nbytes for each in model.parameters() if each is not embeddings)
 
 
 def step_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConfig | None) -> int:

@@ -28,8 +28,7 @@ from aqua_attention.model.capture import (
     observe_windows,
 )
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
-from aqua_attention.model.inputs import check_unpadded, given_sides
-from aqua_attention.model.sides import TEXT, Inputs, inputs_digest
+from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides, inputs_digest
 from aqua_attention.version import __version__
 
 

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from aqua_attention.data.pictures import SETS, VISION_EXTRA
 from aqua_attention.data.sources import first_line, hub_rows, local_path
 from aqua_attention.errors import AquaError
-from aqua_attention.model.inputs import padding
-from aqua_attention.model.sides import IMAGES, runner, sides
+from aqua_attention.model.sides import IMAGES, padding, runner, sides
 
 if TYPE_CHECKING:
     from PIL.Image import Image

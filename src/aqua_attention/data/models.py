@@ -145,11 +145,11 @@ def load_model(
     Raises:
         AquaError: an argument is wrong, or the model cannot be loaded whole.
     """
-    place = _device(dtype, device)
+    target = _device(dtype, device)
     if name == DEFAULT_MODEL:
         name = str(default_model_path())
         if dtype == "auto":
-            dtype = "bfloat16" if place.type == "cuda" else "float32"
+            dtype = "bfloat16" if target.type == "cuda" else "float32"
     source, gguf_file = _source(name, gguf_file)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
@@ -164,7 +164,7 @@ def load_model(
             raise AquaError(f"model {name!r} reads images, not text: calibrate it on images, or use `aqua eval images`")
         model = _loaded(name, found or AutoModelForCausalLM, source, dtype, options)
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        return model.to(place).eval(), tokenizer
+        return model.to(target).eval(), tokenizer
 
 
 def load_image_model(
@@ -178,7 +178,7 @@ def load_image_model(
     Raises:
         AquaError: as `load_model`; a model that does not read images.
     """
-    place = _device(dtype, device)
+    target = _device(dtype, device)
     if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
         raise AquaError(f"model {name!r} reads text, not images: give --data a text")
     source, _ = _source(name, None)
@@ -191,7 +191,7 @@ def load_image_model(
         found = _encoder_class(source, options)
         if found is None or IMAGES not in sides(found):
             raise AquaError(f"model {name!r} reads text, not images: give --data a text")
-        model = _loaded(name, found, source, dtype, options).to(place).eval()
+        model = _loaded(name, found, source, dtype, options).to(target).eval()
         try:
             return model, AutoImageProcessor.from_pretrained(source, **options)
         except OSError:
@@ -259,10 +259,10 @@ def _device(dtype: str, device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        target = torch.device(device)
         # A device can be well named and still not be there.
-        if torch.empty(1, device=place).device.type != "meta":
-            return place
+        if torch.empty(1, device=target).device.type != "meta":
+            return target
     except (RuntimeError, AssertionError, ImportError):
         pass
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]

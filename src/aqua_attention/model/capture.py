@@ -87,9 +87,9 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
             raise AquaError(f"{type(model).__name__} makes one mask for all queries, which AQUA does not support")
         if mask is None and not causal:
             mask = bidirectional(query.shape[2], key.shape[2], sink=0, device=query.device)
-        options = {"mask": mask, "scaling": scaling} | {name: kwargs.get(name) for name in ("softcap", "s_aux")}
+        options: dict[str, Any] = {"scaling": scaling, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
         with torch.autocast(query.device.type, enabled=False):
-            output = attention(query.to(value.dtype), key.to(value.dtype), value, None, **options)
+            output = attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)
         return output.transpose(1, 2).contiguous(), None
 
     _, undo = install(model, dense, mask_builder(0, 0))
@@ -172,17 +172,14 @@ def _probed(model: PreTrainedModel, side: str) -> _Probed:
     """Run one side on the first of its `probes` that it takes, under our dense attention and under its own."""
     name, run = type(model).__name__, runner(model, side)
     cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}
+    states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     failed: Exception | None = None
     for probe in probes(model, side):
         inputs = {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else placed(probe, model)
-        states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-
-        def observer(module: nn.Module, query: Tensor, key: Tensor, scaling: float, into: Any = states) -> None:
-            into[module] = query, key
-
+        states.clear()
         try:
             with torch.no_grad(), evaluation_mode(model):
-                with observed(model, observer) as causal:
+                with observed(model, lambda module, query, key, _: states.update({module: (query, key)})) as causal:
                     output = run(**inputs, **cached)
                 return _Probed(run, inputs, states, causal, output, first_tensor(run(**inputs)))
         except AquaError as error:
@@ -214,7 +211,7 @@ def _check_same(model: PreTrainedModel, probed: _Probed) -> None:
     exact = found.dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
     tolerance = 1e-2 if exact else 0.2
     difference = _difference(found, expected)
-    if difference <= tolerance:
+    if not difference > tolerance:
         return
     with torch.no_grad(), evaluation_mode(model):
         again = first_tensor(probed.run(**probed.inputs))
