@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense decoding attention by every kernel that may be installed: what ours is compared with.
 
-All take query [batch, num_attention_heads, head_dim] and keys and values [batch, num_key_value_heads, length,
-head_dim]. A `Maker` returns one to run, after it has laid them out as its kernel likes them.
+All take keys and values [batch, num_key_value_heads, length, head_dim]. An `Attend` takes a query [batch,
+num_attention_heads, 1, head_dim] and returns the result; a `Maker` takes [batch, num_attention_heads, head_dim] and
+returns what is to run, after it has laid all out as its kernel likes it.
 """
 
 from __future__ import annotations
@@ -21,25 +22,29 @@ Maker = Callable[[Tensor, Tensor, Tensor], Callable[[], Tensor]]
 
 def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """`scaled_dot_product_attention` as it comes: slow on a CPU, where it reads keys once for each query head."""
-    return F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
+    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
 
 
 def sdpa_packed(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same with the heads of a group as the queries of one head."""
-    return F.scaled_dot_product_attention(query.unflatten(1, (keys.shape[1], -1)), keys, values).flatten(1, 2)
+    return F.scaled_dot_product_attention(_packed(query, keys), keys, values).reshape(query.shape)
 
 
 def matmul(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Two products and a softmax."""
-    scores = query.unflatten(1, (keys.shape[1], -1)) @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ values).flatten(1, 2)
+    scores = (_packed(query, keys) @ keys.transpose(-1, -2)) * query.shape[-1] ** -0.5
+    return (scores.softmax(-1) @ values).reshape(query.shape)
+
+
+def _packed(query: Tensor, keys: Tensor) -> Tensor:
+    return query.reshape(keys.shape[0], keys.shape[1], -1, query.shape[-1])
 
 
 def _by(backend: SDPBackend, attend: Attend) -> Maker:
     def make(query: Tensor, keys: Tensor, values: Tensor) -> Callable[[], Tensor]:
         def run() -> Tensor:
             with sdpa_kernel(backend):
-                return attend(query, keys, values)
+                return attend(query[:, :, None], keys, values)[:, :, 0]
 
         return run
 
