@@ -114,24 +114,23 @@ def decode(
     except ModuleNotFoundError as error:
         raise AquaError("aqua bench decode needs triton, which CUDA builds of torch bring along") from error
     from aqua_attention.io.files import write_json
+    from aqua_attention.machine import Shape
     from aqua_attention.report.tables import decode_table
 
     if dtype not in ("bfloat16", "float16"):
         raise AquaError(f"dtype is {dtype!r}: it must be bfloat16 or float16")
     layouts = tuple((bits, tokens) for bits in ((None, 8) if int8 else (None,)) for tokens in (None, *(page or ())))
+    shape = Shape(torch.device("cuda"), heads, groups, head_dim, getattr(torch, dtype))
     results = []
     for batch, length in read_sizes(size):
         results.append(
             measure_decode(
+                shape,
                 batch=batch,
                 length=length,
-                heads=heads,
-                groups=groups,
-                head_dim=head_dim,
                 k_ratios=tuple(k_ratio),
                 sink=sink,
                 recent=recent,
-                dtype=getattr(torch, dtype),
                 layouts=layouts,
             )
         )
@@ -180,7 +179,7 @@ def generate(
         AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent, bits=bits)
         for ratio, bits in (*kinds, *([(min(k_ratio), 8)] if int8 else []))
     )
-    model = make_model(layers=layers, dtype=getattr(torch, dtype))
+    model = make_model(num_hidden_layers=layers, dtype=getattr(torch, dtype))
     results = []
     with compiled(model) if compile else nullcontext():
         for batch, length in sizes:

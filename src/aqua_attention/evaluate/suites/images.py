@@ -17,8 +17,16 @@ from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.setting import Setting, attachments
 from aqua_attention.evaluate.suites.retention import evaluate_retention
 from aqua_attention.model.capture import evaluation_mode
-from aqua_attention.model.inputs import check_unpadded
-from aqua_attention.model.sides import IMAGES, Inputs, accepted, first_tensor, placed, runner, sides
+from aqua_attention.model.sides import (
+    IMAGES,
+    Inputs,
+    accepted,
+    check_unpadded,
+    first_tensor,
+    placed,
+    runner,
+    sides,
+)
 
 BATCH = 8
 """Images in a forward pass, where a model takes any number of them."""

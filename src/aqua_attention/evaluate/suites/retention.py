@@ -22,8 +22,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.setting import check_covered
 from aqua_attention.model.capture import attention_layers, observe_windows
-from aqua_attention.model.inputs import check_unpadded, given_sides
-from aqua_attention.model.sides import TEXT, Inputs
+from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides
 from aqua_attention.ops.select import rotate, select_dimensions
 
 K_RATIOS = (0.9, 0.75, 0.5, 0.25)
