@@ -15,7 +15,8 @@ from aqua_attention.cache.window import WindowStore
 from aqua_attention.calibration.projections import LayerProjection
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.model.fingerprint import WEIGHT_TOLERANCE, weight_difference
+from aqua_attention.io.state import weight_difference
+from aqua_attention.model.fingerprint import WEIGHT_TOLERANCE
 from aqua_attention.ops.api import rotate
 from aqua_attention.ops.layout import Rounding
 

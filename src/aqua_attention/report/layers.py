@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from aqua_attention.evaluate.record import Record, number, numbers
 from aqua_attention.report.document import Block, Section, commands_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.losses import mean_k_rows
-from aqua_attention.report.record import Record, number, numbers
 from aqua_attention.report.runs import runs_of
 
 HEAT_RATIO = 0.5

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from aqua_attention.evaluate.record import Record, number, numbers
 from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves
-from aqua_attention.report.record import Record, number, numbers
 from aqua_attention.report.runs import facts_of_run, runs_of, same_model, told_apart
 from aqua_attention.report.tables import Table, describe_setting
 

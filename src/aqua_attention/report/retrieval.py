@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from aqua_attention.evaluate.record import Record, number
 from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
-from aqua_attention.report.record import Record, number
 from aqua_attention.report.runs import runs_of
 from aqua_attention.report.tables import Table
 

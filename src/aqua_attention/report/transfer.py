@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from aqua_attention.evaluate.record import Record, number
 from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
-from aqua_attention.report.record import Record, number
 from aqua_attention.report.runs import facts_of_run, told_apart
 from aqua_attention.report.tables import Table
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.run import Progress, Steps
 from aqua_attention.evaluate.setting import Setting, as_attached, attachments
 from aqua_attention.evaluate.suites.retrieval import paired_p_value
 from aqua_attention.evaluate.tasks.answers import Answer, answer_items, check_items
@@ -36,7 +37,7 @@ def evaluate_tasks(
     *,
     batch: int = 8,
     state: Path | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Ask every question of every task dense and under every setting, and test the pairs.
 
@@ -74,24 +75,21 @@ def evaluate_tasks(
     # All of them before the first answer: what cannot be asked is known now, not after hours.
     lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
     answers = Answers(_run(model, projections, settings, tasks, batch), state)
-    done, total = 0, sum(len(task.items) for task in tasks) * len(columns)
+    known = sum(len(answers.of_task.get(task.name, [])) for task in tasks)
+    steps = Steps(progress, sum(len(task.items) for task in tasks) * len(columns), known * len(columns))
     try:
         for task in tasks:
             first = len(answers.of_task.get(task.name, []))
-            done += first * len(columns)
             for start in range(first, len(task.items), batch):
                 part = task.items[start : start + batch]
                 given, answered = [], answer_items(model, tokenizer, part, columns)
                 for _ in columns:
-                    if progress:
-                        progress(done, total)
+                    steps.next(len(part))
                     given.append(next(answered))
-                    done += len(part)
                 answers.add(task.name, [list(row) for row in zip(*given, strict=True)])
     finally:
         answers.save()
-    if progress:
-        progress(total, total)
+    steps.end()
     figures = {
         (task.name, metric): [
             [METRICS[metric](item, answer) for answer in row]
