@@ -95,11 +95,9 @@ class Record:
             Unusable: another version of the format, or a field is missing or of the wrong kind.
         """
         check_schema(value)
-        for name, kind in (("suite", str), ("model", str), ("options", dict)):
+        for name, kind, words in (("suite", str, "a text"), ("model", str, "a text"), ("options", dict, "an object")):
             if not isinstance(value.get(name), kind):
-                raise Unusable(
-                    f"its {name} is {short(value.get(name))}, not {'a text' if kind is str else 'an object'}"
-                )
+                raise Unusable(f"its {name} is {short(value.get(name))}, not {words}")
         result, error = value.get("result"), value.get("error")
         if (result is None) == (error is None):
             raise Unusable("it must have either a result or an error")
@@ -217,29 +215,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or abs(value) < 2**63
 
 
-def record_key(
-    suite: str,
-    *,
-    model: str,
-    dtype: str,
-    config: dict[str, Any] | None,
-    basis: str = "aqua",
-    options: dict[str, Any],
-    projections_sha256: str | None = None,
-    text_sha256: str | None = None,
-    seed: int | None = None,
-) -> Key:
+def record_key(suite: str, *, model: str, dtype: str, config: dict[str, Any] | None, **others: Any) -> Key:
     """What identifies a measurement.
 
     Args:
         model: as the user named it. dtype: of its weights, such as "float32".
         config: the AquaConfig's fields, or None for the dense model.
-        options: the suite's own, as JSON values.
-        projections_sha256: of the file; left out of the key by suites that calibrate.
-        text_sha256: of the text that is read; None when the suite writes its own.
+        others: the rest of KEY_FIELDS, where there is such: `basis` ("aqua" when left out), the suite's own `options`,
+            digests of the projections' file (not for suites that calibrate) and of the text read, `seed`.
     """
-    values = suite, model, config, basis, options, projections_sha256, text_sha256, dtype, seed
-    key = _without_own_projections(dict(zip(KEY_FIELDS, values, strict=True)))
+    given = {"basis": "aqua"} | others | {"suite": suite, "model": model, "dtype": dtype, "config": config}
+    assert given.keys() <= set(KEY_FIELDS)
+    key = _without_own_projections({name: given.get(name) for name in KEY_FIELDS})
     return json.loads(json.dumps(key))  # as it will be read: lists, no tuples
 
 

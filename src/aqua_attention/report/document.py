@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from aqua_attention.evaluate.record import Record
+from aqua_attention.evaluate.record import Record, number
 from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.report.tables import Table, describe_setting, written
 
@@ -61,6 +62,12 @@ def percent(value: float, digits: int = 1, *, sign: bool = False) -> str:
 def plain(value: float, form: str = ".3g") -> str:
     """A number; NaN and infinity as such, and no minus before what is rounded to zero."""
     return written(value, f"z{form}")
+
+
+def loss_cells(result: dict[str, Any]) -> list[str]:
+    """Perplexity, its change and KL divergence."""
+    change = percent(number(result["perplexity_change"]), 2, sign=True)
+    return [plain(number(result["perplexity"]), ".3f"), change, plain(number(result["kl"]), ".4f")]
 
 
 def name_of(record: Record) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aqua_attention.evaluate.record import Record, number, numbers
-from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, percent, plain
+from aqua_attention.report.document import Block, Panel, Section, commands_of, loss_cells, name_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves
 from aqua_attention.report.runs import facts_of_run, runs_of, same_model, told_apart
 from aqua_attention.report.tables import Table, describe_setting
@@ -99,7 +99,7 @@ def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record],
     for record in settings:
         assert record.result is not None and record.setting is not None
         measured = record.suite == "perplexity"
-        losses = [*_loss_cells(record.result), percent(number(record.result.get("top1")))] if measured else [""] * 4
+        losses = [*loss_cells(record.result), percent(number(record.result.get("top1")))] if measured else [""] * 4
         shares = ["" if math.isnan(share) else percent(share, 0) for share in _shares(record)]
         rows.append([name_of(record), *shares, *losses, *(_right(run, name_of(record)) for run in runs)])
     used = [*group, *(record for run in runs for record in run)]
@@ -109,11 +109,6 @@ def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record],
 def _shares(record: Record) -> tuple[float, float, float]:
     assert record.setting is not None
     return work_share(record), key_share(record.setting), cache_share(record.setting)
-
-
-def _loss_cells(result: dict[str, Any]) -> list[str]:
-    change = percent(number(result["perplexity_change"]), 2, sign=True)
-    return [plain(number(result["perplexity"]), ".3f"), change, plain(number(result["kl"]), ".4f")]
 
 
 def _dense_perplexity(record: Record) -> float:
@@ -188,7 +183,7 @@ def _numbers(records: Sequence[Record]) -> Table:
     rows = []
     for record in records:
         assert record.result is not None
-        rows.append([name_of(record), *(percent(share) for share in _shares(record)), *_loss_cells(record.result)])
+        rows.append([name_of(record), *(percent(share) for share in _shares(record)), *loss_cells(record.result)])
     return titles, rows
 
 

@@ -117,48 +117,37 @@ def _record(suite: str, value: _File, source: str, result: Any, **fields: Any) -
     ).checked()
 
 
-def _of_setting(suite: str, value: _File, source: str, row: _File) -> Record:
-    """A row that has its own `setting` and `basis`."""
-    setting = read_setting(row.get("setting", row.get("config")))
-    return _record(suite, value, source, row, setting=setting, basis=str(row.get("basis") or "aqua"))
+def _rows(suite: str, value: _File, source: str) -> list[Record]:
+    """A record for each row, and before them those of the dense model, if there are any."""
+    dense, tasks = value.get("dense"), value.get("tasks")
+    rows: list[_File] = value["rows"]
+    if suite == "perplexity":
+        if not isinstance(dense, dict):
+            raise Unusable(f"its dense is {short(dense)}, not an object: it has nothing to compare with")
+        rows = [dense, *(row | {"dense": dense} for row in rows)]
+    elif isinstance(dense, list):
+        rows = [*(row for row in dense if isinstance(row, dict)), *rows]
+    found = []
+    for row in rows:
+        setting = read_setting(row.get("setting", row.get("config")))
+        basis = str(row.get("basis") or value.get("basis") or "aqua")
+        record = _record(suite, value, source, row, setting=setting, basis=basis)
+        # A task's own options: file, digest of its questions and examples given.
+        task: Any = tasks.get(row.get("task")) if isinstance(tasks, dict) else None
+        names = {"few_shot": "few_shot", "path": "file", "sha256": "file_sha256"} if isinstance(task, dict) else {}
+        own = {word: task[name] for name, word in names.items() if task.get(name) is not None}
+        found.append(replace(record, options=record.options | own))
+    return found
 
 
 def _whole(suite: str, value: _File, source: str) -> list[Record]:
     return [_record(suite, value, source, value)]
 
 
-def _retention(suite: str, value: _File, source: str) -> list[Record]:
-    layers = value["rows"] if suite == "retention" else value.get("retention")
-    layers = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
-    basis = value.get("basis") or "aqua"
-    return [_record("retention", value, source, row, basis=str(row.get("basis") or basis)) for row in layers]
-
-
 def _images(suite: str, value: _File, source: str) -> list[Record]:
-    rows = [_of_setting(suite, value, source, row) for row in value["rows"]]
-    return [*rows, *_retention(suite, value, source)]
-
-
-def _perplexity(suite: str, value: _File, source: str) -> list[Record]:
-    dense = value.get("dense")
-    if not isinstance(dense, dict):
-        raise Unusable(f"its dense is {short(dense)}, not an object: it has nothing to compare with")
-    rows = [_of_setting(suite, value, source, row | {"dense": dense}) for row in value["rows"]]
-    return [_record(suite, value, source, dense), *rows]
-
-
-def _tasks(suite: str, value: _File, source: str) -> list[Record]:
-    dense, tasks = value.get("dense"), value.get("tasks")
-    dense = [row for row in dense if isinstance(row, dict)] if isinstance(dense, list) else []
-    found = []
-    for row in (*dense, *value["rows"]):
-        record = _of_setting(suite, value, source, row)
-        task: Any = tasks.get(row["task"]) if isinstance(tasks, dict) else None
-        # The task's own options: file, digest of its questions and examples given.
-        names = {"few_shot": "few_shot", "path": "file", "sha256": "file_sha256"} if isinstance(task, dict) else {}
-        own = {word: task[name] for name, word in names.items() if task.get(name) is not None}
-        found.append(replace(record, options=record.options | own))
-    return found
+    layers = value.get("retention")
+    layers = [row for row in layers if isinstance(row, dict)] if isinstance(layers, list) else []
+    return [*_rows(suite, value, source), *_rows("retention", value | {"rows": layers}, source)]
 
 
 def _retrieval(suite: str, value: _File, source: str) -> list[Record]:
@@ -172,24 +161,21 @@ def _retrieval(suite: str, value: _File, source: str) -> list[Record]:
             raise Unusable(f"a question has length, depth or lines {short(odd[0])}, not a number")
         if any(len(row) != len(rows) + 1 for row in marks):
             raise Unusable("its questions have not an answer for each setting")
-        if not marks:
-            raise Unusable("its questions are damaged")
     except (TypeError, KeyError, IndexError, AttributeError):
         raise Unusable("its questions are damaged") from None
+    if not marks:
+        raise Unusable("its questions are damaged")
 
     def result(place: int) -> _File:
         cells = {label: [0, 0] for label in labels}
         for label, row in zip(labels, marks, strict=True):
             cells[label][0] += bool(row[place])
             cells[label][1] += 1
-        counted = [
-            {column: at, "depth": depth, "right": right, "asked": asked}
-            for (at, depth), (right, asked) in cells.items()
-        ]
+        counted = [{column: at, "depth": depth, "right": n, "asked": m} for (at, depth), (n, m) in cells.items()]
         return {"cells": counted, "right": sum(bool(row[place]) for row in marks), "asked": len(marks)}
 
-    dense = _record(suite, value, source, result(0))
-    return [dense, *(_of_setting(suite, value, source, row | result(at)) for at, row in enumerate(rows, 1))]
+    counted = [row | result(place) for place, row in enumerate(rows, 1)]
+    return _rows(suite, value | {"dense": [result(0)], "rows": counted}, source)
 
 
 def _memory(suite: str, value: _File, source: str) -> list[Record]:
@@ -203,12 +189,9 @@ def _memory(suite: str, value: _File, source: str) -> list[Record]:
 
 
 READERS: dict[str, Callable[[str, _File, str], list[Record]]] = {
-    "retention": _retention,
+    **dict.fromkeys(("perplexity", "retention", "tasks"), _rows),
+    **dict.fromkeys(("needle", "lines"), _retrieval),
     "images": _images,
-    "perplexity": _perplexity,
-    "tasks": _tasks,
-    "needle": _retrieval,
-    "lines": _retrieval,
     "memory": _memory,
 }
 """By suite; of the others, the whole file is one result."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aqua_attention.evaluate.record import Record, number
-from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, percent, plain
+from aqua_attention.report.document import Block, Panel, Section, commands_of, loss_cells, name_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.runs import facts_of_run, told_apart
 from aqua_attention.report.tables import Table
@@ -235,9 +235,8 @@ def _calibration_size(records: Sequence[Record], kind: _Kind) -> list[Block]:
         ):
             result, tokens = record.result or {}, _calibration_tokens(record)
             name = f"windows of {calibrated}, tested at {tested}"
-            losses = [number(result["perplexity_change"]), number(result["kl"])]
-            lines.setdefault(name, []).append((tokens, losses))
-            rows.append([name, plain(tokens, ".0f"), percent(losses[0], 2, sign=True), plain(losses[1], ".4f")])
+            lines.setdefault(name, []).append((tokens, [number(result["perplexity_change"]), number(result["kl"])]))
+            rows.append([name, plain(tokens, ".0f"), *loss_cells(result)[1:]])
         axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
         drawn = [Curve(name, points) for name, points in lines.items()]
         alt = "Perplexity change and KL divergence by the number of tokens calibrated on"
@@ -265,9 +264,7 @@ def _transfer_table(matrix: _Matrix, kind: _Kind) -> Table:
     titles = [kind.down, kind.across, "perplexity", "change", "KL to dense", *(["distance"] if distances else [])]
     rows = []
     for calibrated, tested, record in matrix.cells:
-        assert record.result is not None
-        result = record.result
-        row = [calibrated, tested, plain(number(result["perplexity"]), ".3f")]
-        row += [percent(number(result["perplexity_change"]), 2, sign=True), plain(number(result["kl"]), ".4f")]
-        rows.append(row + ([plain(number(result.get("distance")), ".3f")] if distances else []))
+        result = record.result or {}
+        distance = [plain(number(result.get("distance")), ".3f")] if distances else []
+        rows.append([calibrated, tested, *loss_cells(result), *distance])
     return titles, rows

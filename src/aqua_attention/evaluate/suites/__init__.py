@@ -61,71 +61,44 @@ class Suite:
 
 _HERE = "aqua_attention.evaluate.suites"
 _LOSSES, _NEWER = ("perplexity", "perplexity_change", "kl"), ("top1", "mean_k", "tokens")
-_RETRIEVAL, _COUNTS = ("right", "asked", "lost", "gained", "p_value"), ("right", "asked")
+_COUNTS = ("right", "asked")
+_PAIRED = ("lost", "gained", "p_value")
+_DECODE = ("k_ratio", "seconds", "step_seconds", "ratio", "step_ratio", "ceiling", "share")
+_GENERATE = ("k_ratio", "seconds", "tokens_per_second", "ratio", "roofline_seconds", "share")
+_HEADS = Rows("per_layer", ("layer",), ("score_loss", "softmax_loss"))
+_LENGTHS = Rows("rows", ("length", "dense", "whole"), ("aqua",))
+
+
+def _retrieval(name: str, cells: str, *labels: str) -> Suite:
+    rows = (Rows("cells", (*labels, *_COUNTS)),)
+    return Suite((*_COUNTS, *_PAIRED), rows=rows, of_dense=_COUNTS, cells=cells, jobs=f"{_HERE}.{name}:{name}_jobs")
+
+
+def _benchmark(command: str, *rows: Rows) -> Suite:
+    return Suite(rows=rows, command=f"aqua {command}")
+
 
 SUITES = {
     "perplexity": Suite(_LOSSES, newer=_NEWER, of_dense=("perplexity",), jobs=f"{_HERE}.perplexity:perplexity_jobs"),
     "retention": Suite(
-        ("k_ratio", "score_loss", "softmax_loss"),
-        ("selection",),
-        (Rows("per_layer", ("layer",), ("score_loss", "softmax_loss")),),
+        *(("k_ratio", "score_loss", "softmax_loss"), ("selection",), (_HEADS,)),
         apart=True,
         jobs=f"{_HERE}.retention:retention_jobs",
     ),
-    "needle": Suite(
-        _RETRIEVAL,
-        rows=(Rows("cells", ("length", "depth", *_COUNTS)),),
-        of_dense=_COUNTS,
-        cells="length",
-        jobs=f"{_HERE}.needle:needle_jobs",
-    ),
-    "lines": Suite(
-        _RETRIEVAL,
-        rows=(Rows("cells", ("lines", *_COUNTS)),),
-        of_dense=_COUNTS,
-        cells="lines",
-        jobs=f"{_HERE}.lines:lines_jobs",
-    ),
+    "needle": _retrieval("needle", "length", "length", "depth"),
+    "lines": _retrieval("lines", "lines", "lines"),
     "tasks": Suite(
-        ("value", "stderr", "count", "dense", "lost", "gained", "p_value"),
-        ("task", "metric"),
-        of_dense=("value",),
-        apart=True,
+        ("value", "stderr", "count", "dense", *_PAIRED), ("task", "metric"), of_dense=("value",), apart=True
     ),
     "transfer": Suite(_LOSSES, ("calibrated", "tested"), newer=(*_NEWER, "distance"), calibrates=True),
     "context": Suite(("calibrated_length", "tested_length", *_LOSSES), newer=_NEWER, calibrates=True),
     "images": Suite(("mean_cosine", "lowest_cosine", "same_neighbour", "mean_k")),
-    "spectrum": Suite(rows=(Rows("layers", ("layer", "head_dim"), ("dims_90", "dims_99")),), command="aqua inspect"),
-    "memory": Suite(
-        rows=(Rows("rows", ("bytes", "ratio", "peak_bytes", "peak_ratio"), title="setting"),),
-        command="aqua bench memory",
-    ),
-    "decode": Suite(
-        rows=(
-            Rows(
-                "rows",
-                ("k_ratio", "seconds", "step_seconds", "ratio", "step_ratio", "ceiling", "share"),
-                title="name",
-            ),
-        ),
-        command="aqua bench decode",
-    ),
-    "generate": Suite(
-        rows=(
-            Rows(
-                "rows",
-                ("k_ratio", "seconds", "tokens_per_second", "ratio", "roofline_seconds", "share"),
-                title="name",
-            ),
-        ),
-        command="aqua bench generate",
-    ),
-    "breakeven": Suite(
-        rows=(
-            Rows("rows", ("length", "dense", "whole"), ("aqua",)),
-            Rows("breakeven", ("k_ratio", "k", "dense", "whole", "paper", "theory")),
-        ),
-        command="aqua bench breakeven",
+    "spectrum": _benchmark("inspect", Rows("layers", ("layer", "head_dim"), ("dims_90", "dims_99"))),
+    "memory": _benchmark("bench memory", Rows("rows", ("bytes", "ratio", "peak_bytes", "peak_ratio"), title="setting")),
+    "decode": _benchmark("bench decode", Rows("rows", _DECODE, title="name")),
+    "generate": _benchmark("bench generate", Rows("rows", _GENERATE, title="name")),
+    "breakeven": _benchmark(
+        "bench breakeven", _LENGTHS, Rows("breakeven", ("k_ratio", "k", "dense", "whole", "paper", "theory"))
     ),
 }
 """By name. A new suite is a line here and a module."""

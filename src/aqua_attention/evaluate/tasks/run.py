@@ -132,7 +132,7 @@ def check_request(names: Sequence[str], batch: int) -> None:
 
 def _accuracy(item: Item, answer: Answer) -> float:
     right, scores = _given(item, answer)
-    return float(_largest(scores, range(len(scores))) == right.right)
+    return float(_largest(scores, right.offered or range(len(scores))) == right.right)
 
 
 def _normalised_accuracy(item: Item, answer: Answer) -> float:
@@ -141,11 +141,6 @@ def _normalised_accuracy(item: Item, answer: Answer) -> float:
     bytes_of = [max(1, len(text.removeprefix(" ").encode())) for text in right.continuations]
     per_byte = [score / length for score, length in zip(scores, bytes_of, strict=True)]
     return float(_largest(per_byte, range(len(scores))) == right.right)
-
-
-def _single_true(item: Item, answer: Answer) -> float:
-    right, scores = _given(item, answer)
-    return float(_largest(scores, right.offered or range(len(scores))) == right.right)
 
 
 def _true_mass(item: Item, answer: Answer) -> float:
@@ -165,7 +160,7 @@ def _exact_match(item: Item, answer: Answer) -> float:
 METRICS: dict[str, Callable[[Item, Answer], float]] = {
     "acc": _accuracy,
     "acc_norm": _normalised_accuracy,
-    "mc1": _single_true,
+    "mc1": _accuracy,
     "mc2": _true_mass,
     "exact_match": _exact_match,
 }
