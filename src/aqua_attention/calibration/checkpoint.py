@@ -17,7 +17,7 @@ KIND = "aqua_attention_checkpoint"
 
 
 class Checkpoint(RunState):
-    """Sums over the windows done so far, written at most every few seconds.
+    """Sums over the windows done so far, and their number: the content to `keep` or `save`.
 
     The sums of whole windows are kept, in float64, and added in the same order after a resume: the projections are
     those of an uninterrupted run, bit for bit (on the same machine and number of threads).
@@ -43,7 +43,7 @@ class Checkpoint(RunState):
         Raises:
             AquaError: the file is damaged, or of another run; the message says in what they differ.
         """
-        if (content := self.load_content()) is None:
+        if (content := self.found()) is None:
             return {}, 0
         stored, done = content
         layers = self.run["shape"]["layers"]
@@ -51,22 +51,15 @@ class Checkpoint(RunState):
         stored.finish()
         return statistics, done
 
-    def keep(self, statistics: Statistics, done: int) -> None:
-        """Save, if the last time is long enough ago and there is something to save."""
-        self.save(statistics, done, now=False)
-
-    def save(self, statistics: Statistics, done: int, *, now: bool = True) -> None:
-        """Write the statistics of the first `done` windows, whole or not at all; nothing when there are none."""
-        if done:
-            self.save_content((statistics, done), now=now)
-
     def _read(self, path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
         stored, run, done = _opened(path)
         return run, (stored, done)
 
     def _write(self, path: Path, content: tuple[Statistics, int]) -> None:
+        """Nothing while no window is done."""
         statistics, done = content
-        write_tensors(path, KIND, {"run": self.run, "windows_done": done}, named_tensors(statistics))
+        if done:
+            write_tensors(path, KIND, {"run": self.run, "windows_done": done}, named_tensors(statistics))
 
     def _differences(self, run: dict[str, Any]) -> list[str]:
         names = super()._differences(run)

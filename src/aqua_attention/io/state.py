@@ -17,7 +17,7 @@ Digest = list[list[float]]
 
 
 class RunState:
-    """A file that belongs to one run, and keeps what the run has done. A subclass says how the file is written.
+    """A file that belongs to one run, and keeps what the run has done. A subclass reads and writes its content.
 
     Attributes:
         run: JSON values that tell this run from others. `key_weights`, if there, is a digest of the model's weights.
@@ -37,7 +37,7 @@ class RunState:
         self.run: Run = json.loads(json.dumps(run))  # as it will be read: lists, no tuples
         self._saved = time.monotonic()
 
-    def load_content(self) -> Any:
+    def found(self) -> Any:
         """What the file holds, None when there is none.
 
         Raises:
@@ -53,18 +53,22 @@ class RunState:
             )
         return content
 
-    def save_content(self, content: Any, *, now: bool = True) -> None:
-        """Write the file, whole or not at all; unless `now`, only if the last time is long enough ago."""
-        if self.path is not None and (now or time.monotonic() - self._saved >= self.seconds):
+    def keep(self, *content: Any) -> None:
+        """Save, if the last time is long enough ago."""
+        if time.monotonic() - self._saved >= self.seconds:
+            self.save(*content)
+
+    def save(self, *content: Any) -> None:
+        """Write the file, whole or not at all."""
+        if self.path is not None:
             self._write(self.path, content)
             remove_leftovers(self.path)
             self._saved = time.monotonic()
 
     def _read(self, path: Path) -> tuple[Run, Any]:
-        """The run and the content of a file, checked."""
         raise NotImplementedError
 
-    def _write(self, path: Path, content: Any) -> None:
+    def _write(self, path: Path, content: tuple[Any, ...]) -> None:
         raise NotImplementedError
 
     def _differences(self, run: Run) -> list[str]:

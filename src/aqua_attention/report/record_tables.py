@@ -20,26 +20,26 @@ def record_table(records: Sequence[Record]) -> Table:
 
 def transfer_tables(records: Sequence[Record]) -> list[Table]:
     """For each setting: loss by domain of calibration (rows) and of test (columns), and the subspaces' distances."""
+
+    def names(record: Record) -> tuple[str, str]:
+        return record.options["calibrated"]["name"], record.options["tested"]["name"]
+
     tables = []
     for setting, group in _by_setting(records).items():
-        loss, distance = f"{setting}; calibrated on", "distance of the leading dimensions"
-        pairs = [(record.options["calibrated"]["name"], record.options["tested"]["name"]) for record in group]
-        tables.append(_matrix(loss, "tested on", pairs, group, _loss))
-        tables.append(_matrix(distance, "from", pairs, group, _distance))
+        tables.append(_matrix(f"{setting}; calibrated on", "tested on", names, group, _loss))
+        tables.append(_matrix("distance of the leading dimensions", "from", names, group, _distance))
     return tables
 
 
 def context_tables(records: Sequence[Record]) -> list[Table]:
     """For each setting: loss by calibration (length, tokens) in rows, and length tested in columns."""
-    tables = []
-    for setting, group in _by_setting(records).items():
-        pairs = []
-        for record in group:
-            learned = record.options["calibrated"]
-            row = f"{learned['tokens']} tokens in windows of {learned['context']}"
-            pairs.append((row, str(record.options["context"])))
-        tables.append(_matrix(f"{setting}; calibrated on", "windows of", pairs, group, _loss))
-    return tables
+
+    def names(record: Record) -> tuple[str, str]:
+        learned = record.options["calibrated"]
+        return f"{learned['tokens']} tokens in windows of {learned['context']}", str(record.options["context"])
+
+    groups = _by_setting(records).items()
+    return [_matrix(f"{setting}; calibrated on", "windows of", names, group, _loss) for setting, group in groups]
 
 
 def reasons(records: Sequence[Record]) -> list[str]:
@@ -64,12 +64,12 @@ def _by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
 def _matrix(
     title: str,
     across: str,
-    pairs: Sequence[tuple[str, str]],
+    names: Callable[[Record], tuple[str, str]],
     records: Sequence[Record],
     cell: Callable[[Record], str],
 ) -> Table:
-    cells = {pair: cell(record) for pair, record in zip(pairs, records, strict=True)}
-    rows, columns = (list(dict.fromkeys(names)) for names in zip(*pairs, strict=True))
+    cells = {names(record): cell(record) for record in records}
+    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*map(names, records), strict=True))
     return [title, *(f"{across} {column}" for column in columns)], [
         [row, *(cells.get((row, column), "") for column in columns)] for row in rows
     ]

@@ -20,11 +20,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of each row, and how it is written.
-
-    Attributes:
-        form: as Python formats the figure, which is multiplied by `times` and divided by `per` before.
-    """
+    """A figure of each row, and how it is written: in Python's format, multiplied by `times` and divided by `per`."""
 
     title: str
     key: str
@@ -33,16 +29,14 @@ class Column:
     per: float = 1
 
     def cell(self, row: Row) -> str:
-        """The figure in words; nothing where there is none, and NaN as such."""
+        """The figure in words; nothing where there is none."""
         value = row.get(self.key)
-        return "" if value is None else written(number(value), self.form, self.times, self.per)
+        return "" if value is None else written(number(value) * self.times / self.per, self.form)
 
 
-def written(value: float, form: str, times: float = 1, per: float = 1) -> str:
+def written(value: float, form: str) -> str:
     """A figure in a format; NaN and infinity as such."""
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{value}".replace("inf", "infinite")
-    return f"{value * times / per:{form}}"
+    return "NaN" if math.isnan(value) else f"{value:{form if math.isfinite(value) else ''}}".replace("inf", "infinite")
 
 
 SHARE = Column("products outside the window", "mean_k", ".0%")

@@ -37,21 +37,17 @@ class Answers(RunState):
         """
         super().__init__(path, run, seconds=seconds)
         self.of_task: dict[str, list[list[Answer]]]
-        self.of_task, earlier = self.load_content() or ({}, {})
+        self.of_task, earlier = self.found() or ({}, {})
         self.run["tasks"] = earlier | self.run["tasks"]
 
     def add(self, task: str, answers: list[list[Answer]]) -> None:
         """Add the answers to a task's next questions."""
         # One assignment, so that an interrupt finds all of them or none.
         self.of_task[task] = [*self.of_task.get(task, []), *answers]
-        self.save_content(self.of_task, now=False)
+        self.keep()
 
-    def save(self) -> None:
-        """Write the file, whole or not at all."""
-        self.save_content(self.of_task)
-
-    def _write(self, path: Path, content: dict[str, list[list[Answer]]]) -> None:
-        whole = {KIND: FORMAT_VERSION, "run": self.run, "answers": content}
+    def _write(self, path: Path, content: tuple[()]) -> None:
+        whole = {KIND: FORMAT_VERSION, "run": self.run, "answers": self.of_task}
         whole["sha256"] = _digest(whole)
         write_atomically(path, (json.dumps(whole, allow_nan=False) + "\n").encode())
 
