@@ -115,6 +115,16 @@ class Record:
         return {"schema": SCHEMA, **mine, "options": self.options, **self.details, **outcome}
 
     @property
+    def figures(self) -> dict[str, Any]:
+        """The result; empty where it failed."""
+        return self.result or {}
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The setting; empty for dense attention."""
+        return self.setting or {}
+
+    @property
     def command(self) -> str | None:
         """The command line that made it, None where the file does not say."""
         command = self.details.get("command")

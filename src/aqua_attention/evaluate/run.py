@@ -144,23 +144,16 @@ def facts_of(model: PreTrainedModel, command: str) -> dict[str, Any]:
     }
 
 
-class Steps:
-    """Counts what is done of a measurement, and tells it before each step and at the end."""
+def counting(progress: Progress | None, total: int, done: int = 0) -> Callable[[int], None]:
+    """A function to be called before each step with its size, and with 0 when all is done; it tells what is done."""
 
-    def __init__(self, progress: Progress | None, total: int, done: int = 0) -> None:
-        """Nothing is told yet."""
-        self._progress, self._total, self._done = progress, total, done
+    def step(size: int) -> None:
+        nonlocal done
+        if progress:
+            progress(done, total)
+        done += size
 
-    def next(self, count: int = 1) -> None:
-        """A step of so many begins."""
-        if self._progress:
-            self._progress(self._done, self._total)
-        self._done += count
-
-    def end(self) -> None:
-        """All is done."""
-        if self._progress:
-            self._progress(self._total, self._total)
+    return step
 
 
 def damaged(what: str) -> AquaError:

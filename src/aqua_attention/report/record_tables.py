@@ -78,7 +78,7 @@ def _matrix(
 def _figures(record: Record) -> list[str]:
     if record.error is not None:
         return [failure(record), "", record.error["message"]]
-    result = record.result or {}
+    result = record.figures
     if "score_loss" in result:
         return [f"scores {result['score_loss']:.2%} lost", "", f"softmax {result['softmax_loss']:.2%} lost"]
     if "cells" in result:
@@ -99,8 +99,8 @@ def _figures(record: Record) -> list[str]:
 def _loss(record: Record) -> str:
     if record.result is None:
         return failure(record)
-    return f"{record.result['perplexity_change']:+.2%} (KL {record.result['kl']:.4f})"
+    return f"{record.figures['perplexity_change']:+.2%} (KL {record.figures['kl']:.4f})"
 
 
 def _distance(record: Record) -> str:
-    return failure(record) if record.result is None else f"{record.result['distance']:.3f}"
+    return failure(record) if record.result is None else f"{record.figures['distance']:.3f}"

@@ -26,7 +26,7 @@ def facts_of_run(record: Record) -> dict[str, str]:
     Names of nested options are joined by dots. What was counted is taken from the result where each kind of file says
     it in words of its own: predictions (perplexity), and the cells of retrieval.
     """
-    result, given = record.result or {}, dict(record.options)
+    result, given = record.figures, dict(record.options)
     if record.suite == "perplexity":
         given.pop("tokens", None)
         dense = result.get("dense")

@@ -27,7 +27,7 @@ def task_sections(records: Sequence[Record]) -> list[Section]:
     titles = ["task", "metric", "setting", "items", "score", "dense", "difference", "lost", "gained", "p (paired)"]
     blocks = []
     for title, group in runs_of(records, "tasks").items():
-        outside = any(record.result and "outside_window" in record.result for record in group)
+        outside = any("outside_window" in record.figures for record in group)
         named = sorted(zip(_tasks(group), group, strict=True), key=lambda pair: pair[0])
         rows = [_row(name, record)[: None if outside else -1] for name, record in named]
         used = [*titles, "outside the window"] if outside else titles
@@ -43,7 +43,7 @@ def image_sections(records: Sequence[Record]) -> list[Section]:
         rows = []
         for record in group:
             names = ("mean_k", "mean_cosine", "lowest_cosine", "same_neighbour")
-            kept, mean, lowest, same = (number((record.result or {}).get(name)) for name in names)
+            kept, mean, lowest, same = (number(record.figures.get(name)) for name in names)
             rows.append([name_of(record), percent(kept, 0), plain(mean, ".4f"), plain(lowest, ".4f"), percent(same)])
         blocks.append(Block(title or "Images", "", (titles, rows), commands_of(group)))
     return [Section("Images", IMAGES_NOTE, blocks)] if blocks else []
@@ -55,9 +55,7 @@ def other_sections(records: Sequence[Record], drawn: Sequence[str]) -> list[Sect
     for suite in dict.fromkeys(record.suite for record in records if record.suite not in drawn):
         figures, blocks = SUITES[suite].figures, []
         for title, group in runs_of(records, suite).items():
-            rows = [
-                [name_of(r), *(plain(number((r.result or {}).get(name)), ".4g") for name in figures)] for r in group
-            ]
+            rows = [[name_of(r), *(plain(number(r.figures.get(name)), ".4g") for name in figures)] for r in group]
             titles = ["setting", *(name.replace("_", " ") for name in figures)]
             blocks.append(Block(title or suite, "", (titles, rows), commands_of(group)))
         sections.append(Section(suite.replace("_", " ").capitalize(), "", blocks))
@@ -69,16 +67,14 @@ def _tasks(group: Sequence[Record]) -> list[str]:
     own = []
     for record in group:
         facts = facts_of_run(record)
-        own.append(
-            {"task": str((record.result or {})["task"])} | {name: facts[name] for name in OF_A_TASK if name in facts}
-        )
+        own.append({"task": str(record.figures["task"])} | {name: facts[name] for name in OF_A_TASK if name in facts})
     distinct = list({tuple(facts.items()): facts for facts in own}.values())
     names = told_apart([facts["task"] for facts in distinct], distinct)
     return [names[distinct.index(facts)] for facts in own]
 
 
 def _row(name: str, record: Record) -> list[str]:
-    result = record.result
+    result = record.figures
     assert result is not None
     score, error, dense = (number(result.get(name)) for name in ("value", "stderr", "dense"))
     words = [name, result["metric"], name_of(record), plain(number(result.get("count")), ".0f")]

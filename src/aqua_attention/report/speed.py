@@ -62,7 +62,7 @@ def speed_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def _measured(place: int, record: Record) -> Block:
-    kind, result = BENCHMARKS[record.suite], _result(record)
+    kind, result = BENCHMARKS[record.suite], record.figures
     is_memory = record.suite == "memory"
     words = [record.model] if is_memory and record.model else []
     rows = [(row["setting"] if is_memory else row_name(row), row) for row in result["rows"]]
@@ -72,7 +72,7 @@ def _measured(place: int, record: Record) -> Block:
 
 
 def _breakeven(place: int, record: Record) -> list[Block]:
-    result = _result(record)
+    result = record.figures
     size, commands = _size(result), commands_of([record])
     names = [
         "fastest dense",
@@ -115,11 +115,6 @@ def _crossing(length: Any) -> str:
 
 def _theory(row: dict[str, Any]) -> list[str]:
     return [plain(number(row.get(key)), ".0f") for key in ("paper", "theory")]
-
-
-def _result(record: Record) -> dict[str, Any]:
-    assert record.result is not None
-    return record.result
 
 
 def _size(result: dict[str, Any]) -> str:

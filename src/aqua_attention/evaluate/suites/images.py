@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from aqua_attention.attach.apply import Attachment
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.run import Progress, Steps, damaged
+from aqua_attention.evaluate.run import Progress, counting, damaged
 from aqua_attention.evaluate.setting import Setting, attachments
 from aqua_attention.evaluate.suites.retention import evaluate_retention
 from aqua_attention.model.capture import evaluation_mode
@@ -61,13 +61,13 @@ def evaluate_images(
     check_unpadded(inputs)
     runs = attachments(model, projections, settings, IMAGES)
     batches = _batches(inputs)
-    steps = Steps(progress, len(inputs) * (1 + len(runs)))
+    step = counting(progress, len(inputs) * (1 + len(runs)))
 
     def embed(attachment: Attachment | None) -> Tensor:
         parts = []
         with attachment or nullcontext(), torch.no_grad(), evaluation_mode(model):
             for count, batch in batches:
-                steps.next(count)
+                step(count)
                 parts.append(_embedding(model, batch, count))
         found = torch.cat(parts).float().cpu()
         if not bool(torch.isfinite(found).all()):
@@ -91,7 +91,7 @@ def evaluate_images(
                 "mean_k_per_layer": multiplied.share_per_layer(),
             }
         )
-    steps.end()
+    step(0)
     return {
         "images": len(inputs),
         "dense": _yardstick(dense),

@@ -18,7 +18,7 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import check_predicts, check_tokens
 from aqua_attention.data.text import text_digest
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.run import Job, Progress, Steps, damaged
+from aqua_attention.evaluate.run import Job, Progress, counting, damaged
 from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
 from aqua_attention.evaluate.suites.grid import Sizes, Subject
 from aqua_attention.model.capture import input_device
@@ -109,19 +109,19 @@ def evaluate_perplexity(
         raise AquaError(f"windows have {windows.shape[1]} tokens: h2o_ratio needs at least four, half of them to score")
     reference = dense_logits or DenseLogits(most_bytes=0)
     dense, sums = _Sums(), [_Sums() for _ in settings]
-    steps = Steps(progress, len(windows) * (1 + len(runs)))
+    step = counting(progress, len(windows) * (1 + len(runs)))
     device = input_device(model)
     with torch.no_grad():  # not inference_mode: offloaded quantised weights may fail under it
         for index, window in enumerate(windows):
             tokens = window[None].to(device)
-            steps.next()
+            step(1)
             expected, targets = reference.of(model, windows, index)[half:], tokens[0, half + 1 :]
             _score(dense, expected, expected, targets)
             for (attachment, _), row in zip(runs, sums, strict=True):
-                steps.next()
+                step(1)
                 found = _continued(model, tokens, half, attachment) if half else _logits(model, tokens, attachment)
                 _score(row, found, expected, targets)
-    steps.end()
+    step(0)
     dense_perplexity = _perplexity(dense, "dense attention")
     return {
         "dense": {"perplexity": dense_perplexity, "tokens": dense.tokens},

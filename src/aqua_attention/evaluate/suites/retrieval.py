@@ -16,7 +16,7 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import Continuation, continue_tokens, encode_prompt
-from aqua_attention.evaluate.run import Job, Progress, Steps
+from aqua_attention.evaluate.run import Job, Progress, counting
 from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
 from aqua_attention.evaluate.suites.grid import Subject
 
@@ -79,11 +79,11 @@ def evaluate_retrieval(
     known = {} if dense_answers is None else dense_answers
     answers: list[list[str]] = []
     same = [0] * len(runs)
-    steps = Steps(progress, len(questions) * (1 + len(runs)))
+    step = counting(progress, len(questions) * (1 + len(runs)))
     for index, (prompt, budget) in enumerate(encoded):
         written = []
         for attachment in (None, *(attachment for attachment, _ in runs)):
-            steps.next()
+            step(1)
             if attachment is None and index in known:
                 written.append(known[index])
             else:
@@ -93,7 +93,7 @@ def evaluate_retrieval(
         same = [
             count + (other.token_ids == written[0].token_ids) for count, other in zip(same, written[1:], strict=True)
         ]
-    steps.end()
+    step(0)
     correct = [
         [is_correct(answer, question.expected) for answer in row]
         for question, row in zip(questions, answers, strict=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.run import Progress, Steps
+from aqua_attention.evaluate.run import Progress, counting
 from aqua_attention.evaluate.setting import Setting, as_attached, attachments
 from aqua_attention.evaluate.suites.retrieval import paired_p_value
 from aqua_attention.evaluate.tasks.answers import Answer, answer_items, check_items
@@ -76,7 +76,7 @@ def evaluate_tasks(
     lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
     answers = Answers(_run(model, projections, settings, tasks, batch), state)
     known = sum(len(answers.of_task.get(task.name, [])) for task in tasks)
-    steps = Steps(progress, sum(len(task.items) for task in tasks) * len(columns), known * len(columns))
+    step = counting(progress, sum(len(task.items) for task in tasks) * len(columns), known * len(columns))
     try:
         for task in tasks:
             first = len(answers.of_task.get(task.name, []))
@@ -84,12 +84,12 @@ def evaluate_tasks(
                 part = task.items[start : start + batch]
                 given, answered = [], answer_items(model, tokenizer, part, columns)
                 for _ in columns:
-                    steps.next(len(part))
+                    step(len(part))
                     given.append(next(answered))
                 answers.add(task.name, [list(row) for row in zip(*given, strict=True)])
     finally:
         answers.save()
-    steps.end()
+    step(0)
     figures = {
         (task.name, metric): [
             [METRICS[metric](item, answer) for answer in row]
