@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from aqua_attention.evaluate.record import Record, number, numbers
-from aqua_attention.report.document import Block, Panel, Section, commands_of, loss_cells, name_of, percent, plain
-from aqua_attention.report.figures import Axis, Curve, curves
+from aqua_attention.report.document import Block, Section, commands_of, loss_cells, name_of, percent, plain
+from aqua_attention.report.figures import Axis, loss_curves
 from aqua_attention.report.runs import facts_of_run, runs_of, same_model, told_apart
 from aqua_attention.report.tables import Table, describe_setting
 
@@ -130,28 +130,12 @@ def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:
     panels = []
     for number_of_axis, (name, (share, label, joined)) in enumerate(shares.items()):
         if len({round(share(record), 6) for record in settings}) > 1:
-            panels.append(_panel(f"loss{place}-{number_of_axis}", name, settings, share, label, joined))
+            identity, alt = f"loss{place}-{number_of_axis}", f"against the share of {name}, {len(settings)} settings"
+            points = [(label(record), share(record), record.figures) for record in settings]
+            panels.append(loss_curves(identity, alt, Axis(f"share of {name}", "percent"), points, joined))
     if not panels:
         return None
     return Block(title, "", _numbers(settings), commands_of(settings), panels)
-
-
-def _panel(
-    identity: str,
-    name: str,
-    records: Sequence[Record],
-    share: Callable[[Record], float],
-    label: Callable[[Record], str],
-    joined: bool,
-) -> Panel:
-    lines: dict[str, list[tuple[float, list[float]]]] = {}
-    for record in records:
-        losses = [number(record.figures[key]) for key in ("perplexity_change", "kl")]
-        lines.setdefault(label(record), []).append((share(record), losses))
-    alt = f"Perplexity change and KL divergence against the share of {name}, {len(records)} settings"
-    axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
-    drawn = [Curve(family, points, joined) for family, points in lines.items()]
-    return curves(identity, alt, Axis(f"share of {name}", "percent"), axes, drawn)
 
 
 def _family(record: Record) -> str:
@@ -173,10 +157,10 @@ def _means(record: Record) -> str:
 
 def _numbers(records: Sequence[Record]) -> Table:
     titles = ["setting", "dot-product work", "key bytes", "cache bytes", "perplexity", "change", "KL to dense"]
-    rows = []
-    for record in records:
-        rows.append([name_of(record), *(percent(share) for share in _shares(record)), *loss_cells(record.figures)])
-    return titles, rows
+    return titles, [
+        [name_of(record), *(percent(share) for share in _shares(record)), *loss_cells(record.figures)]
+        for record in records
+    ]
 
 
 def mean_k_rows(records: Sequence[Record]) -> list[tuple[str, list[float]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from aqua_attention.evaluate.record import Record, number
 from aqua_attention.report.document import Block, Panel, Section, commands_of, loss_cells, name_of, percent, plain
-from aqua_attention.report.figures import Axis, Curve, curves, heat
+from aqua_attention.report.figures import Axis, heat, loss_curves
 from aqua_attention.report.runs import facts_of_run, told_apart
 from aqua_attention.report.tables import Table
 
@@ -226,20 +226,15 @@ def _calibration_size(records: Sequence[Record], kind: _Kind) -> list[Block]:
         group = [record for _, _, record in matrix.cells]
         if len({tokens for tokens in map(_calibration_tokens, group) if math.isfinite(tokens)}) < 2:
             continue
-        lines: dict[str, list[tuple[float, list[float]]]] = {}
-        rows = []
         places = {cell[:2]: place for place, cell in enumerate(matrix.cells)}
-        for calibrated, tested, record in sorted(
-            matrix.cells, key=lambda cell: (places[cell[:2]], _calibration_tokens(cell[2]))
-        ):
-            result, tokens = record.figures, _calibration_tokens(record)
-            name = f"windows of {calibrated}, tested at {tested}"
-            lines.setdefault(name, []).append((tokens, [number(result["perplexity_change"]), number(result["kl"])]))
-            rows.append([name, plain(tokens, ".0f"), *loss_cells(result)[1:]])
-        axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
-        drawn = [Curve(name, points) for name, points in lines.items()]
-        alt = "Perplexity change and KL divergence by the number of tokens calibrated on"
-        panel = curves(f"size{place}", alt, Axis("tokens calibrated on", "log2"), axes, drawn)
+        cells = sorted(matrix.cells, key=lambda cell: (places[cell[:2]], _calibration_tokens(cell[2])))
+        points = [
+            (f"windows of {calibrated}, tested at {tested}", _calibration_tokens(record), record.figures)
+            for calibrated, tested, record in cells
+        ]
+        rows = [[name, plain(tokens, ".0f"), *loss_cells(result)[1:]] for name, tokens, result in points]
+        alt = "by the number of tokens calibrated on"
+        panel = loss_curves(f"size{place}", alt, Axis("tokens calibrated on", "log2"), points)
         table = (["calibration", "tokens", "change", "KL to dense"], rows)
         blocks.append(Block(f"Calibration size: {matrix.title}", "", table, commands_of(group), [panel]))
     return blocks
