@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,28 @@ print("unchanged")
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'aquarium'"):
         _ = aqua_attention.aquarium
+
+
+@pytest.mark.parametrize("name", ["report.page", "report.collect", "report.record_tables", "evaluate.record"])
+def test_what_reads_records_loads_neither_torch_nor_transformers(name):
+    code = f"import sys, aqua_attention.{name}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    assert run(code) == "set()"
+
+
+def test_the_report_is_made_without_torch(tmp_path):
+    """`aqua report` of a record, with torch and transformers blocked."""
+    pytest.importorskip("matplotlib")
+    record = {"schema": 1, "suite": "perplexity", "model": "m", "config": None, "options": {}, "command": "aqua"}
+    (tmp_path / "a.json").write_text(json.dumps(record | {"result": {"perplexity": 2.0}}))
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from aqua_attention.cli import main
+sys.argv = ["aqua", "report", {str(tmp_path)!r}]
+try:
+    main.main()
+except SystemExit as leaving:
+    assert not leaving.code
+"""
+    assert "settings: 1 perplexity" in run(code)
+    assert "2.000" in (tmp_path / "report.md").read_text()

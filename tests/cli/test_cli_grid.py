@@ -15,7 +15,7 @@ import torch
 from aqua_attention import AquaError
 from aqua_attention.cli import grid as cli_grid
 from aqua_attention.cli import transfer as cli_transfer
-from aqua_attention.evaluate.suites import grid as suites
+from aqua_attention.evaluate.suites import perplexity as suites
 from conftest import make_llama
 
 

@@ -11,7 +11,8 @@ from aqua_attention.cache.quantized import Quantized
 from aqua_attention.cache.store import Growing, Store
 from aqua_attention.cache.window import WindowStore
 from aqua_attention.config import AquaConfig
-from aqua_attention.model.fingerprint import WEIGHT_TOLERANCE, weight_difference
+from aqua_attention.io.state import weight_difference
+from aqua_attention.model.fingerprint import WEIGHT_TOLERANCE
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.plan import LayerPlan
 

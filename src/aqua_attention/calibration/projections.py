@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, named_tensors, take_layer
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.io.state import weight_difference
 from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model.capture import AttentionLayer
 from aqua_attention.model.fingerprint import (
@@ -23,7 +24,6 @@ from aqua_attention.model.fingerprint import (
     key_weight_digest,
     layer_rows,
     shape_of,
-    weight_difference,
 )
 from aqua_attention.model.sides import TEXT
 from aqua_attention.ops.plan import LayerPlan
@@ -104,6 +104,11 @@ class Projections:
     def with_basis(self, basis: str) -> Projections:
         """The same calibration in another basis: "aqua", "none" (not rotated, as SparQ) or "key-pca" (as Loki)."""
         return Projections.from_statistics(self.statistics, self.model, self.calibration, basis)
+
+    @property
+    def fits(self) -> str:
+        """The model that these are for, in a readable line."""
+        return describe_shape(self.model["shape"])
 
     def merged(self, other: Projections) -> Projections:
         """As if one calibration had read both texts: the sums are added and decomposed again.
@@ -238,6 +243,20 @@ class Projections:
             layers[index] = _layer_projection(statistics[index], rotation)
         stored.finish()
         return cls(layers, statistics, model, calibration, str(basis))
+
+
+def spectrum(projections: Projections) -> list[dict[str, Any]]:
+    """How few dimensions could hold 90% and 99% of the energy of queries and keys, whatever the basis.
+
+    Returns:
+        A row a layer: `layer`, `head_dim`, and for each key-value head `dims_90` and `dims_99`.
+    """
+    rows = []
+    for index, layer in projections.layers.items():
+        cumulated = layer.energy.double().sort(-1, descending=True).values.cumsum(-1)
+        dims = {f"dims_{share}": ((cumulated < share / 100).sum(-1) + 1).tolist() for share in (90, 99)}
+        rows.append({"layer": index, "head_dim": layer.energy.shape[-1], **dims})
+    return rows
 
 
 def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:

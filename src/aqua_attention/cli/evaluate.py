@@ -34,14 +34,12 @@ from aqua_attention.cli.options import (
     aqua_config,
     load_model,
 )
-from aqua_attention.cli.terminal import check_writable, print_table, progress_bars
+from aqua_attention.cli.terminal import check_writable, command_line, print_table, progress_bars
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from aqua_attention.calibration.projections import Projections
     from aqua_attention.config import AquaConfig
+    from aqua_attention.evaluate.suites.grid import Subject
     from aqua_attention.evaluate.suites.retrieval import Question
 
 PAPER_K_RATIO = [0.75]
@@ -89,34 +87,25 @@ def perplexity(
     ]
     check_writable(json)
     from aqua_attention.calibration.projections import Projections
-    from aqua_attention.data.text import load_text, text_digest, token_windows, tokenize
-    from aqua_attention.evaluate.record import dtype_of
+    from aqua_attention.data.text import load_text
+    from aqua_attention.evaluate.record import write_result
     from aqua_attention.evaluate.setting import Setting
-    from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
-    from aqua_attention.io.files import write_json
+    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.perplexity import measure_perplexity
     from aqua_attention.report.tables import perplexity_table
 
     learned, text = Projections.load(projections), load_text(data)
     settings = [Setting(config, basis) for config in configs]
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    ids, prefix = tokenize(tokenizer, text)
-    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+    subject, sizes = Subject(model, loaded, tokenizer, learned, data, text), Sizes(context=context, tokens=tokens)
     with progress_bars() as report:
-        result = evaluate_perplexity(
-            loaded,
-            learned,
-            settings,
-            windows,
-            progress=lambda done, total: report("evaluate", done, total),
-        )
-    source = {"model": model, "dtype": dtype_of(loaded), "data": data, "text_sha256": text_digest(text)}
-    result |= source | {"context": windows.shape[1]}
+        result = measure_perplexity(subject, settings, sizes, lambda done, total: report("evaluate", done, total))
     if json:
-        write_json(json, result)
+        write_result(json, "perplexity", result, command_line())
     print_table(perplexity_table(result))
     scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
     typer.echo(
-        f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens{scored}"
+        f"{result['dense']['tokens']} predictions in {result['windows']} windows of {result['context']} tokens{scored}"
     )
 
 
@@ -143,28 +132,22 @@ def retention(
     """
     check_writable(json)
     from aqua_attention.calibration.projections import Projections
-    from aqua_attention.data.text import load_text, text_digest, token_windows, tokenize
-    from aqua_attention.evaluate.record import dtype_of
-    from aqua_attention.evaluate.suites.retention import K_RATIOS, evaluate_retention
-    from aqua_attention.io.files import write_json
+    from aqua_attention.data.text import load_text
+    from aqua_attention.evaluate.record import write_result
+    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.retention import K_RATIOS, measure_retention
     from aqua_attention.report.tables import retention_table
 
     learned, text = Projections.load(projections).with_basis(basis), load_text(data)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, predicts=False)
-    ids, prefix = tokenize(tokenizer, text)
-    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+    subject = Subject(model, loaded, tokenizer, learned, data, text)
+    sizes = Sizes(context=context, retention_tokens=tokens)
     with progress_bars() as report:
-        result = evaluate_retention(
-            loaded,
-            learned,
-            windows,
-            k_ratios=k_ratio or K_RATIOS,
-            progress=lambda done, total: report("retention", done, total),
+        result = measure_retention(
+            subject, k_ratio or K_RATIOS, sizes, lambda done, total: report("retention", done, total)
         )
-    source = {"model": model, "dtype": dtype_of(loaded), "data": data, "text_sha256": text_digest(text)}
-    result |= source | {"basis": basis, "context": windows.shape[1]}
     if json:
-        write_json(json, result)
+        write_result(json, "retention", result, command_line())
     print_table(retention_table(result))
 
 
@@ -210,20 +193,17 @@ def lines(
     ]
     check_writable(json)
     from aqua_attention.calibration.projections import Projections
-    from aqua_attention.evaluate.suites.lines import lines_questions, read_lines_questions
+    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.lines import sized_questions
 
     if data is not None and lines:
         raise AquaError(f"--lines generates questions, --data {data} reads them: give one of the two")
     learned = Projections.load(projections)
-    if data is not None:
-        questions = read_lines_questions(data, count=count)
-    else:
-        each = 50 if count is None else count
-        # A number given twice would count the same questions twice.
-        questions = [q for n in dict.fromkeys(lines or LINES) for q in lines_questions(n, count=each, seed=seed)]
+    questions = sized_questions(Sizes(lines=tuple(lines or LINES), count=count, lines_file=data), seed)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    source = {"model": model, "data": "generated" if data is None else str(data), "seed": None if data else seed}
-    _retrieve(loaded, tokenizer, learned, configs, basis, questions, chat, source, json)
+    read = "generated" if data is None else str(data)
+    subject = Subject(model, loaded, tokenizer, learned, read, seed=seed, chat=chat)
+    _retrieve("lines", subject, configs, basis, questions, {"seed": None if data else seed}, json)
 
 
 @evaluations.command()
@@ -270,55 +250,36 @@ def needle(
     ]
     check_writable(json)
     from aqua_attention.calibration.projections import Projections
-    from aqua_attention.data.text import load_text, text_digest
-    from aqua_attention.evaluate.suites.needle import needle_questions
+    from aqua_attention.data.text import load_text
+    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.needle import subject_questions
 
     learned, text = Projections.load(projections), load_text(data)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    questions = needle_questions(
-        tokenizer,
-        text,
-        lengths=length,
-        depths=depth,
-        needles=needles,
-        repeats=repeats,
-        seed=seed,
-        chat=chat,
-    )
-    source = {"model": model, "data": data, "text_sha256": text_digest(text), "seed": seed, "needles": needles}
-    _retrieve(loaded, tokenizer, learned, configs, basis, questions, chat, source, json)
+    subject = Subject(model, loaded, tokenizer, learned, data, text, seed=seed, chat=chat)
+    sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
+    _retrieve("needle", subject, configs, basis, subject_questions(subject, sizes), {"needles": needles}, json)
 
 
 def _retrieve(
-    loaded: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    learned: Projections,
+    suite: str,
+    subject: Subject,
     configs: list[AquaConfig],
     basis: str,
     questions: list[Question],
-    chat: bool,
     source: dict[str, Any],
     json: Path | None,
 ) -> None:
     """Ask, write and print: the same for every kind of question."""
-    from aqua_attention.evaluate.record import dtype_of
+    from aqua_attention.evaluate.record import write_result
     from aqua_attention.evaluate.setting import Setting
-    from aqua_attention.evaluate.suites.retrieval import evaluate_retrieval
-    from aqua_attention.io.files import write_json
+    from aqua_attention.evaluate.suites.retrieval import measure_retrieval
     from aqua_attention.report.tables import retrieval_grid, retrieval_table
 
+    settings = [Setting(config, basis) for config in configs]
     with progress_bars() as report:
-        result = evaluate_retrieval(
-            loaded,
-            tokenizer,
-            learned,
-            [Setting(config, basis) for config in configs],
-            questions,
-            chat=chat,
-            progress=lambda done, total: report("answers", done, total),
-        )
-    result |= source | {"dtype": dtype_of(loaded), "chat": chat}
+        result = measure_retrieval(subject, settings, questions, lambda done, total: report("answers", done, total))
     if json:
-        write_json(json, result)
+        write_result(json, suite, result | source, command_line())
     print_table(retrieval_table(result))
     print_table(retrieval_grid(result))

@@ -133,7 +133,8 @@ def grid(
     learned, text = Projections.load(projections), load_text(data)
     loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
     subject = Subject(
-        *(model_name(model, gguf_file), loaded, tokenizer, learned, file_digest(projections)),
+        *(model_name(model, gguf_file), loaded, tokenizer, learned),
+        projections_sha256=file_digest(projections),
         data=data,
         text=text,
         seed=seed,

@@ -102,9 +102,10 @@ def calibrate(
     partial = output.with_name(f"{output.name}.partial")
     check_writable(output, partial, json)
     from aqua_attention.calibration.checkpoint import check_finished, check_seconds, discard
+    from aqua_attention.calibration.projections import spectrum
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers, write_json
-    from aqua_attention.report.tables import provenance_table, spectrum
+    from aqua_attention.report.tables import provenance_table
 
     check_seconds(checkpoint_seconds)
     if not resume:
@@ -161,16 +162,16 @@ def inspect(
     Example: `aqua inspect smollm2.safetensors`
     """
     check_writable(json)
-    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.calibration.projections import Projections, spectrum
     from aqua_attention.io.files import write_json
-    from aqua_attention.report.tables import provenance_table, spectrum, spectrum_table
+    from aqua_attention.report.tables import provenance_table, spectrum_table
 
     projections = Projections.load(file)
     if json:
         model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
         write_json(json, {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)})
     print_table(provenance_table(projections))
-    print_table(spectrum_table(projections))
+    print_table(spectrum_table(spectrum(projections)))
 
 
 @app.command("merge")
@@ -185,9 +186,9 @@ def merge_files(
     Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
     """
     check_writable(output, json)
-    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.calibration.projections import Projections, spectrum
     from aqua_attention.io.files import write_json
-    from aqua_attention.report.tables import provenance_table, spectrum
+    from aqua_attention.report.tables import provenance_table
 
     projections = Projections.load(first).merged(Projections.load(second))
     projections.save(output)

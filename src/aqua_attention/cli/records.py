@@ -3,20 +3,19 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aqua_attention.cli.terminal import check_folder, check_writable, print_table, progress_bars
+from aqua_attention.cli.terminal import check_folder, check_writable, command_line, print_table, progress_bars
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from aqua_attention.evaluate.record import Record
     from aqua_attention.evaluate.run import Job
     from aqua_attention.report.tables import Table
 
@@ -28,20 +27,20 @@ def run_and_print(
     folder: Path,
     jobs: Sequence[Job],
     loaded: PreTrainedModel,
-    tables: Callable[[list[dict[str, Any]]], list[Table]],
+    tables: Callable[[list[Record]], list[Table]],
     json: Path | None,
     explained: bool = False,
 ) -> None:
     """Measure, write and print: the same for every kind of job. `explained`: the tables say why figures are missing."""
-    from aqua_attention.evaluate.record import facts_of, make_folder
-    from aqua_attention.evaluate.run import run_jobs
+    from aqua_attention.evaluate.record import make_folder
+    from aqua_attention.evaluate.run import facts_of, run_jobs
     from aqua_attention.io.files import write_json
     from aqua_attention.report.record_tables import reasons
 
     make_folder(folder)
     if json:
         make_folder(json.absolute().parent)
-    facts = facts_of(loaded, shlex.join(["aqua", *sys.argv[1:]]))
+    facts = facts_of(loaded, command_line())
     try:
         with progress_bars() as report:
             records = run_jobs(
@@ -51,12 +50,12 @@ def run_and_print(
         typer.echo(f"stopped: {folder} keeps what is done, the same command goes on", err=True)
         raise typer.Exit(130) from None
     if json:
-        write_json(json, {"records": records})
+        write_json(json, {"records": [record.to_dict() for record in records]})
     for table in tables(records):
         print_table(table)
     for line in [] if explained else reasons(records):
         typer.echo(line)
-    failed = sum("error" in record for record in records)
+    failed = sum(record.error is not None for record in records)
     missing = f", {failed} of them without figures" if failed else ""
     typer.echo(f"{len(records)} records{missing} in {folder / 'records'}")
     if failed == len(records):

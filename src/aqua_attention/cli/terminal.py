@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,11 @@ def check_writable(*paths: Path | None) -> None:
         folder = path.absolute().parent
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
+
+
+def command_line() -> str:
+    """How this command was called, for records."""
+    return shlex.join(["aqua", *sys.argv[1:]])
 
 
 def check_folder(folder: Path) -> None:
