@@ -145,7 +145,7 @@ class AquaConfig:
     ] = 0
 
     def __post_init__(self) -> None:
-        for name, knob in knobs(type(self)).items():  # type: ignore[arg-type]
+        for name, knob in knobs(type(self)).items():
             if not knob.allows(value := getattr(self, name)):
                 raise AquaError(f"{name} is {value!r}: it must be {knob.allowed()}")
 
@@ -182,14 +182,18 @@ class AquaConfig:
         return dataclasses.asdict(self)
 
 
+def knobs(config: Any = AquaConfig) -> dict[str, Knob]:
+    """The knobs that a class declares, `AquaConfig` or one that adds to it, by name."""
+    return _declared(config)
+
+
 @cache
-def knobs(config: type[Any] = AquaConfig) -> dict[str, Knob]:
-    """The declared knobs by name, in the order of the fields."""
+def _declared(config: Any) -> dict[str, Knob]:
     hints, found = get_type_hints(config, include_extras=True), {}
     for field in dataclasses.fields(config):
-        kind, declared = get_args(hints[field.name])
+        kind, knob = get_args(hints[field.name])
         number = next((one for one in (float, int) if one in (get_args(kind) or (kind,))), str)
-        found[field.name] = dataclasses.replace(declared, type=number, default=field.default)
+        found[field.name] = dataclasses.replace(knob, type=number, default=field.default)
     return found
 
 

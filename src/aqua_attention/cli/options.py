@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands share, and what they make together: a model, a configuration, settings."""
+"""Options that several commands share, and what they make together: a model, windows of a text, settings."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aqua_attention.cli.spread import Knobs
+from aqua_attention.config import AquaConfig, knobs
+
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from aqua_attention.config import AquaConfig
+    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.evaluate.setting import Setting
 
 Model = Annotated[str, typer.Argument(help="smollm2 (fetched once), a local folder, a .gguf file, or a hub id.")]
 GgufFile = Annotated[str | None, typer.Option(help="A GGUF file's name inside the folder or hub repository.")]
@@ -22,75 +29,82 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the figure
 ProjectionsFile = Annotated[Path, typer.Option("--projections", "-p", help="File made by `aqua calibrate`.")]
 Context = Annotated[int, typer.Option(help="Tokens in a window.")]
 EvaluationData = Annotated[str, typer.Option("--data", help="Text: builtin:evaluation, a file or folder, hub:name.")]
-KRatios = Annotated[
-    list[float], typer.Option("--k-ratio", help="Share of dimensions multiplied; repeat for a row each.")
-]
-SRatio = Annotated[float, typer.Option(help="Share of trailing key dimensions never stored, in [0, 1).")]
-Selection = Annotated[str, typer.Option(help="magnitude (the paper), weighted (ours) or static (PCA slice).")]
-Share = Annotated[str, typer.Option(help="head: each query head its own dimensions; group: one set a KV head.")]
-Sink = Annotated[int, typer.Option(help="First tokens scored with every dimension.")]
-Recent = Annotated[int, typer.Option(help="Last tokens scored with every dimension.")]
-LogitError = Annotated[
-    float | None, typer.Option(help="Adaptive k: variance of the logit error allowed to a query; replaces --k-ratio.")
-]
-Bits = Annotated[
-    int | None, typer.Option(help="8 or 4: keys and values are stored in int8 or int4 (default: as computed).")
-]
-H2ORatio = Annotated[float, typer.Option("--h2o-ratio", help="Share of the tokens that stays in the cache, in (0, 1].")]
-H2OQueries = Annotated[
-    int | None, typer.Option("--h2o-queries", help="Only the last so many queries say which (default: all, H2O).")
-]
-MinLength = Annotated[
-    str, typer.Option(help="Queries that see fewer tokens multiply every dimension; auto: see `aqua bench breakeven`.")
-]
-Basis = Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")]
+Tokens = Annotated[int, typer.Option(help="How many tokens to read, from the start of the text.")]
 Chat = Annotated[bool, typer.Option(help="Use the model's chat template.")]
 
-
-def aqua_config(
-    k_ratio: float,
-    s_ratio: float,
-    selection: str,
-    share: str,
-    sink: int,
-    recent: int,
-    logit_error: float | None,
-    bits: int | None,
-    h2o_ratio: float,
-    h2o_queries: int | None,
-    min_length: str,
-) -> AquaConfig:
-    """The configuration that the options name."""
-    from aqua_attention.config import AquaConfig
-
-    knobs = k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries
-    return AquaConfig(*knobs, min_length_of(min_length))
+Rows = Annotated[dict[str, list[Any]], Knobs(repeat=("k_ratio",))]
+"""A row a `k_ratio`; the other knobs are the same in all."""
+# `h2o_queries` is for what evicts, whatever its share.
+Grid = Annotated[dict[str, list[Any]], Knobs(repeat=(*(name for name in knobs() if name != "h2o_queries"), "basis"))]
+"""Every combination of all knobs."""
+PAPER_K_RATIO = [knobs()["k_ratio"].default]
 
 
-def min_length_of(given: str) -> int | Literal["auto"]:
-    """A `min_length` as it is typed; AquaConfig refuses what is neither a number nor "auto"."""
-    return int(given) if given.isdecimal() else given  # type: ignore[return-value]
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model, and how it is loaded."""
+
+    model: Model
+    gguf_file: GgufFile = None
+    dtype: Dtype = "auto"
+    device: Device = None
+    trust_remote_code: RemoteCode = False
+
+    @property
+    def name(self) -> str:
+        """The model in a record: a folder may hold several GGUF files."""
+        return f"{self.model}:{self.gguf_file}" if self.gguf_file else self.model
+
+    def load(self, predicts: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer.
+
+        Args:
+            predicts: whether it has to predict next tokens, which an encoder does not.
+        """
+        from aqua_attention.calibration.run import check_predicts
+        from aqua_attention.data.models import load_model
+
+        given = dict(vars(self))
+        loaded, tokenizer = load_model(given.pop("model"), **given)
+        if predicts:
+            check_predicts(loaded)
+        return loaded, tokenizer
 
 
-def load_model(
-    model: str,
-    gguf_file: str | None,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
-    predicts: bool = True,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that the options name.
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a text, from its start."""
 
-    Args:
-        predicts: whether it has to predict next tokens, which an encoder does not.
-    """
-    from aqua_attention.calibration.run import check_predicts
-    from aqua_attention.data import models
+    data: EvaluationData = "builtin:evaluation"
+    context: Context = 2048
+    tokens: Tokens = 8192
 
-    loaded, tokenizer = models.load_model(
-        model, gguf_file=gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
-    if predicts:
-        check_predicts(loaded)
-    return loaded, tokenizer
+    def load(self) -> str:
+        """The text."""
+        from aqua_attention.data.text import load_text
+
+        return load_text(self.data)
+
+    def of(self, text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, dict[str, Any]]:
+        """Token ids [windows, context], and what a result says of the text."""
+        from aqua_attention.data.text import text_digest, token_windows, tokenize
+
+        ids, prefix = tokenize(tokenizer, text)
+        windows = token_windows(ids, tokens=self.tokens, context=self.context, seed=None, prefix=prefix)
+        return windows, {"data": self.data, "text_sha256": text_digest(text)}
+
+
+def load_projections(path: Path) -> Projections:
+    """The projections of a file."""
+    from aqua_attention.calibration.projections import Projections
+
+    return Projections.load(path)
+
+
+def settings_of(given: dict[str, list[Any]]) -> list[Setting]:
+    """A setting for every combination, the first knobs varying slowest."""
+    *values, bases = given.values()
+    combinations = [AquaConfig(**dict(zip(given, each, strict=False))) for each in product(*values)]
+    from aqua_attention.evaluate.setting import Setting
+
+    return [Setting(config, basis) for config in combinations for basis in bases]

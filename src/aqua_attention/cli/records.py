@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.terminal import check_folder, check_writable, print_table, progress_bars
+from aqua_attention.cli.terminal import check_folder, check_writable, progress_bar, show
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def run_and_print(
     """Measure, write and print: the same for every kind of job. `explained`: the tables say why figures are missing."""
     from aqua_attention.evaluate.record import facts_of, make_folder
     from aqua_attention.evaluate.run import run_jobs
-    from aqua_attention.io.files import write_json
     from aqua_attention.report.record_tables import reasons
 
     make_folder(folder)
@@ -43,17 +42,12 @@ def run_and_print(
         make_folder(json.absolute().parent)
     facts = facts_of(loaded, shlex.join(["aqua", *sys.argv[1:]]))
     try:
-        with progress_bars() as report:
-            records = run_jobs(
-                folder, jobs, facts, progress=lambda done, total: report("settings", done, total), notice=print_notice
-            )
+        with progress_bar("settings") as progress:
+            records = run_jobs(folder, jobs, facts, progress=progress, notice=print_notice)
     except KeyboardInterrupt:
         typer.echo(f"stopped: {folder} keeps what is done, the same command goes on", err=True)
         raise typer.Exit(130) from None
-    if json:
-        write_json(json, {"records": records})
-    for table in tables(records):
-        print_table(table)
+    show({"records": records}, json, *tables(records))
     for line in [] if explained else reasons(records):
         typer.echo(line)
     failed = sum("error" in record for record in records)
@@ -75,8 +69,3 @@ def check_places(folder: Path, json: Path | None) -> None:
 def print_notice(message: str) -> None:
     """Say something that is no result."""
     typer.echo(message, err=True)
-
-
-def model_name(model: str, gguf_file: str | None) -> str:
-    """The model in a record: a folder may hold several GGUF files."""
-    return f"{model}:{gguf_file}" if gguf_file else model

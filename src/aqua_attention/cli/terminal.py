@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,23 @@ def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
             bars.update(tasks[name], completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[float, int], None]]:
+    """One bar, moved by progress(done, total)."""
+    with progress_bars() as report:
+        yield partial(report, name)
+
+
+def show(result: dict[str, Any], json: Path | None, *tables: Table) -> None:
+    """Write a result, if there is a file for it, and print its tables."""
+    if json:
+        from aqua_attention.io.files import write_json
+
+        write_json(json, result)
+    for table in tables:
+        print_table(table)
 
 
 def print_table(table: Table) -> None:
