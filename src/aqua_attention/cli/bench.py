@@ -24,8 +24,8 @@ GENERATE_SIZES = [f"{batch}x{length}" for batch in (1, 8) for length in (4096, 1
 GENERATE_K_RATIOS = [1.0, 0.5]
 BREAKEVEN_K_RATIOS = [0.75, 0.5]
 
-Size = Annotated[list[str], typer.Option(help="Sequences and tokens in each, such as 8x32768; repeat.")]
-Half = Annotated[str, typer.Option(help="bfloat16 or float16.")]
+Size = Annotated[list[str], "Sequences and tokens in each, such as 8x32768; repeat."]
+Half = Annotated[str, "bfloat16 or float16."]
 
 benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
 
@@ -34,9 +34,9 @@ benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
 class Heads:
     """The shape of an attention layer: that of Llama-3.1-8B."""
 
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 32
-    groups: Annotated[int, typer.Option(help="Key-value heads.")] = 8
-    head_dim: Annotated[int, typer.Option(help="Dimensions of a head.")] = 128
+    heads: Annotated[int, "Query heads."] = 32
+    groups: Annotated[int, "Key-value heads."] = 8
+    head_dim: Annotated[int, "Dimensions of a head."] = 128
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def memory(
     model: NarrowModel,
     projections: ProjectionsFile,
     exact: ExactWindow,
-    length: Annotated[int, typer.Option(help="Tokens in the cache.")] = 8192,
-    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    length: Annotated[int, "Tokens in the cache."] = 8192,
+    batch: Annotated[int, "Sequences."] = 1,
     s_ratio: list[float] = S_RATIOS,
     h2o_ratio: list[float] = H2O_RATIOS,
     json: Json = None,
@@ -92,10 +92,8 @@ def decode(
     size: Size = SIZES,
     k_ratio: list[float] = K_RATIOS,
     dtype: Half = "bfloat16",
-    int8: Annotated[bool, typer.Option(help="Keys and values in int8 too, beside dense kernels in fp8.")] = False,
-    page: Annotated[
-        list[int] | None, typer.Option(help="In pages of so many tokens too: 32, 64 or 128; repeat.")
-    ] = None,
+    int8: Annotated[bool, "Keys and values in int8 too, beside dense kernels in fp8."] = False,
+    page: Annotated[list[int] | None, "In pages of so many tokens too: 32, 64 or 128; repeat."] = None,
     json: Json = None,
 ) -> None:
     """One decoding attention step on a CUDA GPU, checked and timed: AQUA's kernel beside every dense one installed.
@@ -124,12 +122,10 @@ def decode(
 def generate(
     exact: ExactWindow,
     size: Size = GENERATE_SIZES,
-    layers: Annotated[int, typer.Option(help="Layers of the model, which else has the shape of Llama-3.1-8B.")] = 32,
+    layers: Annotated[int, "Layers of the model, which else has the shape of Llama-3.1-8B."] = 32,
     k_ratio: list[float] = GENERATE_K_RATIOS,
-    int8: Annotated[bool, typer.Option(help="The smallest k_ratio with keys and values in int8 too.")] = True,
-    compile: Annotated[
-        bool, typer.Option(help="Norms, rotary embeddings and activations by torch.compile, in every row.")
-    ] = True,
+    int8: Annotated[bool, "The smallest k_ratio with keys and values in int8 too."] = True,
+    compile: Annotated[bool, "Norms, rotary embeddings and activations by torch.compile, in every row."] = True,
     dtype: Half = "bfloat16",
     json: Json = None,
 ) -> None:
@@ -169,11 +165,10 @@ def breakeven(
     exact: ExactWindow,
     device: Device = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (default: the first)."),
+        str | None, "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (default: the first)."
     ] = None,
     k_ratio: list[float] = BREAKEVEN_K_RATIOS,
-    lengths: Annotated[str | None, typer.Option(help="FIRST..LAST tokens, doubled (default: 64..65536).")] = None,
+    lengths: Annotated[str | None, "FIRST..LAST tokens, doubled (default: 64..65536)."] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Lengths up to 4096 only.")] = False,
     json: Json = None,
 ) -> None:

@@ -80,9 +80,7 @@ def retention(
     model: ModelOptions,
     projections: ProjectionsFile,
     read: FewerWindows,
-    k_ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of dimensions; repeat (0.9 0.75 0.5 0.25).")
-    ] = None,
+    k_ratio: Annotated[list[float] | None, "Share of dimensions; repeat (0.9 0.75 0.5 0.25)."] = None,
     basis: str = "aqua",
     json: Json = None,
 ) -> None:
@@ -111,12 +109,10 @@ def lines(
     model: ModelOptions,
     projections: ProjectionsFile,
     knobs: Rows,
-    data: Annotated[
-        Path | None, typer.Option(help="LongEval's .jsonl of line questions; generated when left out.")
-    ] = None,
-    count: Annotated[int | None, typer.Option(help="How many questions (a file: all of them; generated: 50).")] = None,
-    lines: Annotated[list[int] | None, typer.Option(help="Lines in a generated question; repeat (100 200).")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the generated questions.")] = 0,
+    data: Annotated[Path | None, "LongEval's .jsonl of line questions; generated when left out."] = None,
+    count: Annotated[int | None, "How many questions (a file: all of them; generated: 50)."] = None,
+    lines: Annotated[list[int] | None, "Lines in a generated question; repeat (100 200)."] = None,
+    seed: Annotated[int, "Chooses the generated questions."] = 0,
     chat: Chat = True,
     json: Json = None,
 ) -> None:
@@ -149,13 +145,11 @@ def needle(
     projections: ProjectionsFile,
     knobs: Rows,
     data: EvaluationData = "builtin:evaluation",
-    length: Annotated[list[int], typer.Option(help="Tokens of the prompt; repeat.")] = LENGTHS,
-    depth: Annotated[
-        list[float], typer.Option(help="Where the needle is, 0 the beginning, 1 the end; repeat.")
-    ] = DEPTHS,
-    needles: Annotated[int, typer.Option(help="How many are hidden, and asked for.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Haystacks for each length and depth.")] = 1,
-    seed: Annotated[int, typer.Option(help="Chooses needles and haystacks.")] = 0,
+    length: Annotated[list[int], "Tokens of the prompt; repeat."] = LENGTHS,
+    depth: Annotated[list[float], "Where the needle is, 0 the beginning, 1 the end; repeat."] = DEPTHS,
+    needles: Annotated[int, "How many are hidden, and asked for."] = 1,
+    repeats: Annotated[int, "Haystacks for each length and depth."] = 1,
+    seed: Annotated[int, "Chooses needles and haystacks."] = 0,
     chat: Chat = True,
     json: Json = None,
 ) -> None:

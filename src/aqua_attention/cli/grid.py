@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from aqua_attention.cli.options import (
     PAPER_K_RATIO,
     Chat,
@@ -17,6 +15,7 @@ from aqua_attention.cli.options import (
     Json,
     ModelOptions,
     ProjectionsFile,
+    Quick,
     load_projections,
 )
 from aqua_attention.cli.records import Folder, check_places, run_and_print
@@ -33,24 +32,16 @@ SUITES = ["perplexity"]
 class SizeOptions:
     """How much each suite reads; what is not given is that of a full or a quick grid."""
 
-    quick: Annotated[bool, typer.Option("--quick", help="Short texts: minutes for the default model.")] = False
-    context: Annotated[int | None, typer.Option(help="Tokens in a window (2048; quick 1024).")] = None
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens to read (perplexity 8192, retention 4096; quick 2048, 1024).")
-    ] = None
-    length: Annotated[
-        list[int] | None, typer.Option(help="Needle: tokens of the prompt; repeat (1024 2048 4096; quick 512 1024).")
-    ] = None
-    depth: Annotated[
-        list[float] | None, typer.Option(help="Needle: where it is; repeat (0 0.25 0.5 0.75 1; quick 0 0.5 1).")
-    ] = None
-    needles: Annotated[int | None, typer.Option(help="Needle: how many are hidden, and asked for (1).")] = None
-    repeats: Annotated[int | None, typer.Option(help="Needle: haystacks for each length and depth (1).")] = None
-    lines: Annotated[list[int] | None, typer.Option(help="Lines in a question; repeat (100 200; quick 10 20).")] = None
-    lines_file: Annotated[
-        Path | None, typer.Option(help="LongEval's .jsonl of line questions; generated when left out.")
-    ] = None
-    count: Annotated[int | None, typer.Option(help="Questions for each number of lines (50; quick 4).")] = None
+    quick: Quick = False
+    context: Annotated[int | None, "Tokens in a window (2048; quick 1024)."] = None
+    tokens: Annotated[int | None, "Tokens to read (perplexity 8192, retention 4096; quick 2048, 1024)."] = None
+    length: Annotated[list[int] | None, "Needle: tokens of the prompt; repeat (1024 2048 4096; quick 512 1024)."] = None
+    depth: Annotated[list[float] | None, "Needle: where it is; repeat (0 0.25 0.5 0.75 1; quick 0 0.5 1)."] = None
+    needles: Annotated[int | None, "Needle: how many are hidden, and asked for (1)."] = None
+    repeats: Annotated[int | None, "Needle: haystacks for each length and depth (1)."] = None
+    lines: Annotated[list[int] | None, "Lines in a question; repeat (100 200; quick 10 20)."] = None
+    lines_file: Annotated[Path | None, "LongEval's .jsonl of line questions; generated when left out."] = None
+    count: Annotated[int | None, "Questions for each number of lines (50; quick 4)."] = None
 
     def sizes(self) -> Sizes:
         """What the suites take; a size given twice counts once.
@@ -81,13 +72,11 @@ def grid(
     projections: ProjectionsFile,
     knobs: Grid,
     given: SizeOptions,
-    suite: Annotated[list[str], typer.Option(help="perplexity, retention, needle, lines; repeat.")] = SUITES,
-    k_ratio: Annotated[list[float] | None, typer.Option(help="Share of dimensions multiplied; repeat (0.75).")] = None,
-    logit_error: Annotated[
-        list[float] | None, typer.Option(help="Adaptive k, beside the k_ratios given; repeat.")
-    ] = None,
+    suite: Annotated[list[str], "perplexity, retention, needle, lines; repeat."] = SUITES,
+    k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.75)."] = None,
+    logit_error: Annotated[list[float] | None, "Adaptive k, beside the k_ratios given; repeat."] = None,
     data: EvaluationData = "builtin:evaluation",
-    seed: Annotated[int, typer.Option(help="Chooses needles, haystacks and lines.")] = 0,
+    seed: Annotated[int, "Chooses needles, haystacks and lines."] = 0,
     chat: Chat = True,
     json: Json = None,
 ) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,13 +24,10 @@ if TYPE_CHECKING:
 
     from aqua_attention.calibration.projections import Projections
 
-Images = Annotated[int, typer.Option(help="How many images at most, spread over the folder.")]
-Layers = Annotated[
-    str | None, typer.Option(help="Only layers whose name matches, such as 'vision_tower.*' (default: all).")
-]
+Images = Annotated[int, "How many images at most, spread over the folder."]
+Layers = Annotated[str | None, "Only layers whose name matches, such as 'vision_tower.*' (default: all)."]
 Side = Annotated[
-    str | None,
-    typer.Option(help="text or images, for a model that reads both (default: images if --data is images, else text)."),
+    str | None, "text or images, for a model that reads both (default: images if --data is images, else text)."
 ]
 GRID = [0.9, 0.75, 0.5, 0.25]
 METHODS = [("magnitude", "aqua"), ("weighted", "aqua"), ("static", "aqua"), ("magnitude", "none")]
@@ -49,14 +47,11 @@ def images(
     model: ImageModel,
     projections: ProjectionsFile,
     data: Annotated[
-        str, typer.Option(help="A folder of images, an image, hub:name, or builtin:evaluation-photographs.")
+        str, "A folder of images, an image, hub:name, or builtin:evaluation-photographs."
     ] = "builtin:evaluation-photographs",
-    k_ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of dimensions multiplied; repeat (0.9 0.75 0.5 0.25).")
-    ] = None,
+    k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.9 0.75 0.5 0.25)."] = None,
     selection: Annotated[
-        list[str] | None,
-        typer.Option(help="magnitude, weighted or static; repeat (default: these three, and not rotated)."),
+        list[str] | None, "magnitude, weighted or static; repeat (default: these three, and not rotated)."
     ] = None,
     basis: str = "aqua",
     share: str = "head",
@@ -85,9 +80,7 @@ def images(
     learned, settings = load_projections(projections), [Setting(*each) for each in configs]
     with progress_bars() as report:
         loaded, inputs = _load(model, data, images, report)
-        result = evaluate_images(
-            loaded, learned, settings, inputs, progress=lambda done, total: report("embed", done, total)
-        )
+        result = evaluate_images(loaded, learned, settings, inputs, progress=partial(report, "embed"))
     result |= {"model": model.model, "dtype": dtype_of(loaded), "data": data, "inputs_sha256": inputs_digest(inputs)}
     result["projections_sha256"] = file_digest(projections)
     paper = any((row["selection"], row["basis"]) == METHODS[0] for row in result["retention"])
@@ -111,7 +104,7 @@ def _load(
         model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
     )
     reader = image_reader(loaded, processor)
-    inputs, _ = read_images(data, reader, most=most, progress=lambda done, total: report("read images", done, total))
+    inputs, _ = read_images(data, reader, most=most, progress=partial(report, "read images"))
     return loaded, inputs
 
 
@@ -166,10 +159,5 @@ def calibrate_on_images(model: ModelOptions, data: str, most: int, **options: An
 
     with progress_bars() as report:
         loaded, inputs = _load(model, data, most, report)
-        return calibrate_inputs(
-            loaded,
-            inputs,
-            facts={"images": len(inputs)},
-            progress=lambda done, total: report("calibrate", done, total),
-            **options,
-        )
+        facts = {"images": len(inputs)}
+        return calibrate_inputs(loaded, inputs, facts=facts, progress=partial(report, "calibrate"), **options)

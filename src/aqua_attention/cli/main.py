@@ -14,14 +14,7 @@ from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.grid import grid
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
-from aqua_attention.cli.options import (
-    Chat,
-    Context,
-    Json,
-    ModelOptions,
-    ProjectionsFile,
-    load_projections,
-)
+from aqua_attention.cli.options import Chat, Context, Json, ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.report import report
 from aqua_attention.cli.spread import spread
 from aqua_attention.cli.tasks import lm_eval, tasks
@@ -68,24 +61,23 @@ def calibrate(
     model: ModelOptions,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the projections here (.safetensors).")],
     data: Annotated[
-        str | None,
-        typer.Option(help="A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."),
+        str | None, "A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to read.")] = 32768,
+    tokens: Annotated[int, "How many tokens to read."] = 32768,
     context: Context = 2048,
-    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    seed: Annotated[int, "Chooses the windows."] = 0,
     side: Side = None,
     images: Images = 256,
     layers: Layers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
-    checkpoint_seconds: Annotated[float, typer.Option(help="How often the state is kept, in OUTPUT.partial.")] = 10.0,
+    checkpoint_seconds: Annotated[float, "How often the state is kept, in OUTPUT.partial."] = 10.0,
     json: Json = None,
 ) -> None:
     """Learn a model's projections from a text, or from images, once. Stopped or killed, it goes on with --resume.
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
-    check_writable(output, json)
+    check_writable(output, json)  # before what has no name, such as ".", is given another
     partial = output.with_name(f"{output.name}.partial")
     check_writable(output, partial, json)
     from aqua_attention.calibration.checkpoint import check_finished, check_seconds, discard
@@ -119,10 +111,8 @@ def calibrate(
 
 
 @app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
-    json: Json = None,
-) -> None:
+@spread
+def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")], json: Json = None) -> None:
     """Check a projections file and show what is in it.
 
     Example: `aqua inspect smollm2.safetensors`
@@ -137,6 +127,7 @@ def inspect(
 
 
 @app.command("merge")
+@spread
 def merge_files(
     first: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
     second: Annotated[Path, typer.Argument(help="Another one, of the same model, from other text.")],
@@ -166,9 +157,9 @@ def _show_made(projections: Projections, output: Path, json: Path | None) -> Non
 def generate(
     model: ModelOptions,
     projections: ProjectionsFile,
-    prompt: Annotated[str, typer.Option(help="What to continue; put into the model's chat template if it has one.")],
+    prompt: Annotated[str, "What to continue; put into the model's chat template if it has one."],
     config: AquaConfig,
-    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 64,
+    max_new_tokens: Annotated[int, "How many tokens to write at most."] = 64,
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
     chat: Chat = True,
     json: Json = None,
@@ -186,12 +177,9 @@ def generate(
     loaded, tokenizer = model.load()
     attachment = apply(loaded, learned, config)
     result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
-    for name, attached in {"dense": None, "aqua": attachment}.items():
-        if compare or attached:
-            found = continue_prompt(
-                *(loaded, tokenizer, prompt), max_new_tokens=max_new_tokens, attachment=attached, chat=chat
-            )
-            result[name] = found.text
+    for name, attached in (("dense", None),) * compare + (("aqua", attachment),):
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "attachment": attached, "chat": chat}
+        result[name] = continue_prompt(loaded, tokenizer, prompt, **options).text
     show(result, json)
     if compare:
         typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
@@ -199,8 +187,9 @@ def generate(
 
 
 @app.command()
+@spread
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for projections, table.md and summary.json.")] = Path("demo-out"),
+    out: Annotated[Path, "Folder for projections, table.md and summary.json."] = Path("demo-out"),
     json: Json = None,
 ) -> None:
     """Fetch a small model, calibrate it, measure gain and loss, and let it write: everything in one go.

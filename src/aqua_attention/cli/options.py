@@ -20,17 +20,15 @@ if TYPE_CHECKING:
     from aqua_attention.calibration.projections import Projections
     from aqua_attention.evaluate.setting import Setting
 
-Model = Annotated[str, typer.Argument(help="smollm2 (fetched once), a local folder, a .gguf file, or a hub id.")]
-GgufFile = Annotated[str | None, typer.Option(help="A GGUF file's name inside the folder or hub repository.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda when there is one).")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Dtype = Annotated[str, "auto, float32, bfloat16 or float16."]
+Device = Annotated[str | None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)."]
+Json = Annotated[Path | None, "Also write the figures to this file."]
 ProjectionsFile = Annotated[Path, typer.Option("--projections", "-p", help="File made by `aqua calibrate`.")]
-Context = Annotated[int, typer.Option(help="Tokens in a window.")]
-EvaluationData = Annotated[str, typer.Option("--data", help="Text: builtin:evaluation, a file or folder, hub:name.")]
-Tokens = Annotated[int, typer.Option(help="How many tokens to read, from the start of the text.")]
-Chat = Annotated[bool, typer.Option(help="Use the model's chat template.")]
+Context = Annotated[int, "Tokens in a window."]
+EvaluationData = Annotated[str, "Text: builtin:evaluation, a file or folder, hub:name."]
+Tokens = Annotated[int, "How many tokens to read, from the start of the text."]
+Chat = Annotated[bool, "Use the model's chat template."]
+Quick = Annotated[bool, typer.Option("--quick", help="Short texts: minutes for the default model.")]
 
 Rows = Annotated[dict[str, list[Any]], Knobs(repeat=("k_ratio",))]
 """A row a `k_ratio`; the other knobs are the same in all."""
@@ -44,11 +42,13 @@ PAPER_K_RATIO = [knobs()["k_ratio"].default]
 class ModelOptions:
     """A model, and how it is loaded."""
 
-    model: Model
-    gguf_file: GgufFile = None
+    model: Annotated[str, typer.Argument(help="smollm2 (fetched once), a local folder, a .gguf file, or a hub id.")]
+    gguf_file: Annotated[str | None, "A GGUF file's name inside the folder or hub repository."] = None
     dtype: Dtype = "auto"
     device: Device = None
-    trust_remote_code: RemoteCode = False
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False
 
     @property
     def name(self) -> str:

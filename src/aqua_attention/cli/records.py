@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from aqua_attention.report.tables import Table
 
 Folder = Annotated[Path, typer.Argument(help="Results folder; made if missing, gone on with if not.")]
-Seed = Annotated[int, typer.Option(help="Chooses the windows calibrated on.")]
+Seed = Annotated[int, "Chooses the windows calibrated on."]
 
 
 def run_and_print(

@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from aqua_attention.cli.options import Json
+from aqua_attention.cli.spread import spread
 from aqua_attention.cli.terminal import check_writable, progress_bar, show
 
 
+@spread
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Results: what `aqua eval grid` wrote, or --json of other commands.")

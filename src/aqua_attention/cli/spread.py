@@ -39,7 +39,8 @@ class Option:
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for each field of its dataclasses, and for each knob.
 
-    An option of its own stands for the knob of that name, and has the knob's help if its type says nothing else.
+    An option of its own stands for the knob of that name. `Annotated[type, "help"]` is an option with that help, a bare
+    type has the knob's.
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     parts = {each.name: part for each in parameters if (part := _part(each.annotation))}
@@ -111,8 +112,11 @@ def _knob_option(name: str, knob: Knob, repeated: bool = False) -> Option:
 
 
 def _explained(annotation: Any, knob: Knob | None) -> Any:
-    """A bare type with a knob's help; one that has its own stays."""
-    if knob is None or get_origin(annotation) is Annotated:
+    """A type with an option's help: the string beside it, else the knob's; what is an option already stays."""
+    kind, *beside = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if beside:
+        return Annotated[kind, typer.Option(help=beside[0])] if isinstance(beside[0], str) else annotation
+    if knob is None:
         return annotation
     text = f"{knob.help}, {knob.range}" if "<" in knob.range else knob.help
     if "list[" in str(annotation):

@@ -30,21 +30,16 @@ def tasks(
             "arc_challenge, truthfulqa, mmlu or gsm8k."
         ),
     ],
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first so many questions of a task (MMLU: of a subject).")
-    ] = None,
+    limit: Annotated[int | None, "Only the first so many questions of a task (MMLU: of a subject)."] = None,
     few_shot: Annotated[
-        int | None,
-        typer.Option(help="Examples before each question (default: gsm8k 5, others 0; truthfulqa always 0)."),
+        int | None, "Examples before each question (default: gsm8k 5, others 0; truthfulqa always 0)."
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the examples.")] = 0,
+    seed: Annotated[int, "Draws the examples."] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Only {QUICK_CHOICES} questions of a task, {QUICK_WRITTEN} of gsm8k.")
     ] = False,
-    state: Annotated[
-        Path | None, typer.Option(help="Keep the answers in this file; after Ctrl-C or a kill, go on from it.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    state: Annotated[Path | None, "Keep the answers in this file; after Ctrl-C or a kill, go on from it."] = None,
+    batch: Annotated[int, "Questions at once."] = 8,
     json: Json = None,
 ) -> None:
     """Multiple choice and arithmetic from local files, dense and AQUA on the same questions.

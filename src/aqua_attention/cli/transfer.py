@@ -5,9 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from aqua_attention.cli.options import EvaluationData, Json, ModelOptions, Rows
+from aqua_attention.cli.options import EvaluationData, Json, ModelOptions, Quick, Rows
 from aqua_attention.cli.records import Folder, Seed, check_places, print_notice, run_and_print
 from aqua_attention.cli.spread import spread
 from aqua_attention.errors import AquaError
@@ -21,25 +19,20 @@ TEST_TOKENS = 8192, 1024
 CONTEXT = 2048, 512
 WINDOWS = [512, 2048], [256, 512]
 
-Quick = Annotated[bool, typer.Option("--quick", help="Short texts: minutes for the default model.")]
-TestTokens = Annotated[
-    int | None,
-    typer.Option("--tokens", help="Tokens that each is tested on ({}; quick {}).".format(*TEST_TOKENS)),
-]
+TestTokens = Annotated[int | None, "Tokens that each is tested on ({}; quick {}).".format(*TEST_TOKENS)]
 
 
 @spread
 def transfer(
     folder: Folder,
     model: ModelOptions,
-    domain: Annotated[list[str], typer.Option(help="NAME=TEXT, a text as --data takes; repeat, at least two.")],
+    domain: Annotated[list[str], "NAME=TEXT, a text as --data takes; repeat, at least two."],
     knobs: Rows,
     calibration_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens that each projection is calibrated on ({}; quick {}).".format(*CALIBRATION_TOKENS)),
+        int | None, "Tokens that each projection is calibrated on ({}; quick {}).".format(*CALIBRATION_TOKENS)
     ] = None,
     tokens: TestTokens = None,
-    context: Annotated[int | None, typer.Option(help="Tokens in a window ({}; quick {}).".format(*CONTEXT))] = None,
+    context: Annotated[int | None, "Tokens in a window ({}; quick {}).".format(*CONTEXT)] = None,
     quick: Quick = False,
     seed: Seed = 0,
     json: Json = None,
@@ -83,20 +76,16 @@ def context(
     model: ModelOptions,
     knobs: Rows,
     calibrated_length: Annotated[
-        list[int] | None, typer.Option(help="Tokens in a window of calibration; repeat (512 2048; quick 256 512).")
+        list[int] | None, "Tokens in a window of calibration; repeat (512 2048; quick 256 512)."
     ] = None,
     tested_length: Annotated[
-        list[int] | None, typer.Option(help="Tokens in a window of the test; repeat (512 2048; quick 256 512).")
+        list[int] | None, "Tokens in a window of the test; repeat (512 2048; quick 256 512)."
     ] = None,
     calibration_tokens: Annotated[
         list[int] | None,
-        typer.Option(
-            help="Tokens to calibrate on; repeat, to see how many are enough ({}; quick {}).".format(
-                *CALIBRATION_TOKENS
-            )
-        ),
+        "Tokens to calibrate on; repeat, to see how many are enough ({}; quick {}).".format(*CALIBRATION_TOKENS),
     ] = None,
-    calibration_data: Annotated[str, typer.Option(help="Text to calibrate on.")] = "builtin:calibration",
+    calibration_data: Annotated[str, "Text to calibrate on."] = "builtin:calibration",
     data: EvaluationData = "builtin:evaluation",
     tokens: TestTokens = None,
     quick: Quick = False,
