@@ -64,7 +64,7 @@ def test_one_declaration_is_an_option_of_every_command_that_has_knobs(library, c
     (line,) = [line for line in done.stdout.splitlines() if "--dummy" in line]
     assert "Nothing at all, 0 <= dummy < 1" in line
     assert ("repeat" in line) == (command == "eval grid")
-    assert "[default: 0.25]" in line
+    assert "[default: 0.25]" in done.stdout
 
 
 def test_one_declaration_is_a_range_error_words_in_tables_and_settings_of_a_grid(library):

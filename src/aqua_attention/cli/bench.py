@@ -57,13 +57,14 @@ class NarrowModel(ModelOptions):
 @benchmarks.command()
 @spread
 def memory(
-    model: NarrowModel,
+    *,
     projections: ProjectionsFile,
-    exact: ExactWindow,
     length: Annotated[int, "Tokens in the cache."] = 8192,
     batch: Annotated[int, "Sequences."] = 1,
     s_ratio: list[float] = S_RATIOS,
     h2o_ratio: list[float] = H2O_RATIOS,
+    exact: ExactWindow,
+    model: NarrowModel,
     json: Json = None,
 ) -> None:
     """Bytes of the cache as allocated, and the peak of the whole generation: transformers' caches and ours.
@@ -87,10 +88,11 @@ def memory(
 @benchmarks.command()
 @spread
 def decode(
-    shape: Heads,
-    exact: ExactWindow,
+    *,
     size: Size = SIZES,
+    shape: Heads,
     k_ratio: list[float] = K_RATIOS,
+    exact: ExactWindow,
     dtype: Half = "bfloat16",
     int8: Annotated[bool, "Keys and values in int8 too, beside dense kernels in fp8."] = False,
     page: Annotated[list[int] | None, "In pages of so many tokens too: 32, 64 or 128; repeat."] = None,
@@ -120,12 +122,13 @@ def decode(
 @benchmarks.command()
 @spread
 def generate(
-    exact: ExactWindow,
+    *,
     size: Size = GENERATE_SIZES,
     layers: Annotated[int, "Layers of the model, which else has the shape of Llama-3.1-8B."] = 32,
     k_ratio: list[float] = GENERATE_K_RATIOS,
     int8: Annotated[bool, "The smallest k_ratio with keys and values in int8 too."] = True,
     compile: Annotated[bool, "Norms, rotary embeddings and activations by torch.compile, in every row."] = True,
+    exact: ExactWindow,
     dtype: Half = "bfloat16",
     json: Json = None,
 ) -> None:
@@ -161,15 +164,16 @@ def generate(
 @benchmarks.command()
 @spread
 def breakeven(
-    shape: Heads,
-    exact: ExactWindow,
+    *,
     device: Device = None,
+    shape: Heads,
     dtype: Annotated[
         str | None, "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (default: the first)."
     ] = None,
     k_ratio: list[float] = BREAKEVEN_K_RATIOS,
     lengths: Annotated[str | None, "FIRST..LAST tokens, doubled (default: 64..65536)."] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Lengths up to 4096 only.")] = False,
+    exact: ExactWindow,
     json: Json = None,
 ) -> None:
     """From which length on choosing dimensions is faster than using all: checked, timed, kept for min_length="auto".

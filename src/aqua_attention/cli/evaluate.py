@@ -42,7 +42,7 @@ evaluations = typer.Typer(no_args_is_help=True, help="Measure what AQUA loses ag
 @evaluations.command()
 @spread
 def perplexity(
-    model: ModelOptions, projections: ProjectionsFile, read: Windows, knobs: Rows, json: Json = None
+    *, projections: ProjectionsFile, read: Windows, knobs: Rows, model: ModelOptions, json: Json = None
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement, dense and AQUA in one run.
 
@@ -77,11 +77,12 @@ class FewerWindows(Windows):
 @evaluations.command()
 @spread
 def retention(
-    model: ModelOptions,
+    *,
     projections: ProjectionsFile,
     read: FewerWindows,
     k_ratio: Annotated[list[float] | None, "Share of dimensions; repeat (0.9 0.75 0.5 0.25)."] = None,
     basis: str = "aqua",
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """How much of scores and softmax is lost, per layer and head: static, dynamic and weighted choice of dimensions.
@@ -106,14 +107,15 @@ def retention(
 @evaluations.command()
 @spread
 def lines(
-    model: ModelOptions,
+    *,
     projections: ProjectionsFile,
-    knobs: Rows,
     data: Annotated[Path | None, "LongEval's .jsonl of line questions; generated when left out."] = None,
     count: Annotated[int | None, "How many questions (a file: all of them; generated: 50)."] = None,
     lines: Annotated[list[int] | None, "Lines in a generated question; repeat (100 200)."] = None,
     seed: Annotated[int, "Chooses the generated questions."] = 0,
+    knobs: Rows,
     chat: Chat = True,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Line retrieval (LongEval): find one of hundreds of numbered lines; dense and AQUA on the same questions.
@@ -141,16 +143,17 @@ def lines(
 @evaluations.command()
 @spread
 def needle(
-    model: ModelOptions,
+    *,
     projections: ProjectionsFile,
-    knobs: Rows,
     data: EvaluationData = "builtin:evaluation",
     length: Annotated[list[int], "Tokens of the prompt; repeat."] = LENGTHS,
     depth: Annotated[list[float], "Where the needle is, 0 the beginning, 1 the end; repeat."] = DEPTHS,
     needles: Annotated[int, "How many are hidden, and asked for."] = 1,
     repeats: Annotated[int, "Haystacks for each length and depth."] = 1,
     seed: Annotated[int, "Chooses needles and haystacks."] = 0,
+    knobs: Rows,
     chat: Chat = True,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Needle in a haystack: secret numbers hidden at each depth of texts of each length, dense and AQUA.

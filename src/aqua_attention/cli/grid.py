@@ -67,17 +67,18 @@ class SizeOptions:
 
 @spread
 def grid(
+    *,
     folder: Folder,
-    model: ModelOptions,
     projections: ProjectionsFile,
-    knobs: Grid,
-    given: SizeOptions,
     suite: Annotated[list[str], "perplexity, retention, needle, lines; repeat."] = SUITES,
     k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.75)."] = None,
     logit_error: Annotated[list[float] | None, "Adaptive k, beside the k_ratios given; repeat."] = None,
+    knobs: Grid,
     data: EvaluationData = "builtin:evaluation",
+    given: SizeOptions,
     seed: Annotated[int, "Chooses needles, haystacks and lines."] = 0,
     chat: Chat = True,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Every combination of the repeated options under every suite, a record each; stopped, the same command goes on.

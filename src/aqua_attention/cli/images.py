@@ -44,7 +44,7 @@ class ImageModel(ModelOptions):
 
 @spread
 def images(
-    model: ImageModel,
+    *,
     projections: ProjectionsFile,
     data: Annotated[
         str, "A folder of images, an image, hub:name, or builtin:evaluation-photographs."
@@ -57,6 +57,7 @@ def images(
     share: str = "head",
     sink: int = 0,
     images: Images = 256,
+    model: ImageModel,
     json: Json = None,
 ) -> None:
     """How far embeddings turn under AQUA, how many nearest neighbours stay, and what each layer loses.

@@ -58,7 +58,7 @@ def _root(
 @app.command()
 @spread
 def calibrate(
-    model: ModelOptions,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the projections here (.safetensors).")],
     data: Annotated[
         str | None, "A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."
@@ -71,6 +71,7 @@ def calibrate(
     layers: Layers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     checkpoint_seconds: Annotated[float, "How often the state is kept, in OUTPUT.partial."] = 10.0,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Learn a model's projections from a text, or from images, once. Stopped or killed, it goes on with --resume.
@@ -155,13 +156,14 @@ def _show_made(projections: Projections, output: Path, json: Path | None) -> Non
 @app.command()
 @spread
 def generate(
-    model: ModelOptions,
+    *,
     projections: ProjectionsFile,
     prompt: Annotated[str, "What to continue; put into the model's chat template if it has one."],
-    config: AquaConfig,
     max_new_tokens: Annotated[int, "How many tokens to write at most."] = 64,
+    config: AquaConfig,
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
     chat: Chat = True,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Continue a prompt with AQUA attention (greedy).

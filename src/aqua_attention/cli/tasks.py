@@ -20,9 +20,8 @@ QUICK_CHOICES, QUICK_WRITTEN = 10, 2
 
 @spread
 def tasks(
-    model: ModelOptions,
+    *,
     projections: ProjectionsFile,
-    knobs: Rows,
     task: Annotated[
         list[str],
         typer.Option(
@@ -40,6 +39,8 @@ def tasks(
     ] = False,
     state: Annotated[Path | None, "Keep the answers in this file; after Ctrl-C or a kill, go on from it."] = None,
     batch: Annotated[int, "Questions at once."] = 8,
+    knobs: Rows,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Multiple choice and arithmetic from local files, dense and AQUA on the same questions.

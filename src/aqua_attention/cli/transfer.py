@@ -24,8 +24,8 @@ TestTokens = Annotated[int | None, "Tokens that each is tested on ({}; quick {})
 
 @spread
 def transfer(
+    *,
     folder: Folder,
-    model: ModelOptions,
     domain: Annotated[list[str], "NAME=TEXT, a text as --data takes; repeat, at least two."],
     knobs: Rows,
     calibration_tokens: Annotated[
@@ -35,6 +35,7 @@ def transfer(
     context: Annotated[int | None, "Tokens in a window ({}; quick {}).".format(*CONTEXT)] = None,
     quick: Quick = False,
     seed: Seed = 0,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Projections calibrated on each kind of text, tested on each: loss, and how far the rotations are apart.
@@ -72,9 +73,8 @@ def transfer(
 
 @spread
 def context(
+    *,
     folder: Folder,
-    model: ModelOptions,
-    knobs: Rows,
     calibrated_length: Annotated[
         list[int] | None, "Tokens in a window of calibration; repeat (512 2048; quick 256 512)."
     ] = None,
@@ -87,9 +87,11 @@ def context(
     ] = None,
     calibration_data: Annotated[str, "Text to calibrate on."] = "builtin:calibration",
     data: EvaluationData = "builtin:evaluation",
+    knobs: Rows,
     tokens: TestTokens = None,
     quick: Quick = False,
     seed: Seed = 0,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Calibrated on windows of one length and tested at another; calibrated on few tokens and on many.
