@@ -54,7 +54,7 @@ class Knob:
         if not self.range or isinstance(value, bool) or not isinstance(value, (int, self.type)):
             return False
         if "<" not in self.range:
-            return float(self.range.split()[-3]) <= value < math.inf
+            return float(self.range.removesuffix(" or more").split()[-1]) <= value < math.inf
         low, above, _, below, high = self.range.split()
         return bool(_LESS[above](float(low), value) and _LESS[below](value, float(high)))
 
@@ -145,7 +145,8 @@ class AquaConfig:
     ] = 0
 
     def __post_init__(self) -> None:
-        for name, knob in knobs(type(self)).items():
+        config: Any = type(self)
+        for name, knob in knobs(config).items():
             if not knob.allows(value := getattr(self, name)):
                 raise AquaError(f"{name} is {value!r}: it must be {knob.allowed()}")
 
@@ -182,13 +183,9 @@ class AquaConfig:
         return dataclasses.asdict(self)
 
 
+@cache
 def knobs(config: Any = AquaConfig) -> dict[str, Knob]:
     """The knobs that a class declares, `AquaConfig` or one that adds to it, by name."""
-    return _declared(config)
-
-
-@cache
-def _declared(config: Any) -> dict[str, Knob]:
     hints, found = get_type_hints(config, include_extras=True), {}
     for field in dataclasses.fields(config):
         kind, knob = get_args(hints[field.name])

@@ -25,7 +25,7 @@ class Knobs:
     """Marks a parameter that takes every knob, and the basis, as {name: values}. Options not in `repeat` have one."""
 
     repeat: tuple[str, ...] = ()
-    config: type[AquaConfig] = AquaConfig
+    config: Any = AquaConfig
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,9 @@ def _part(annotation: Any) -> tuple[list[Option], Callable[..., Any]] | None:
             return [_knob_option(name, knob, name in mark.repeat) for name, knob in declared.items()], _as_lists
     if not isinstance(annotation, type) or not dataclasses.is_dataclass(annotation):
         return None
+    declared_in: Any = annotation
     if issubclass(annotation, AquaConfig):
-        return [_knob_option(name, knob) for name, knob in knobs(annotation).items()], annotation
+        return [_knob_option(name, knob) for name, knob in knobs(declared_in).items()], annotation
     hints = get_type_hints(annotation, include_extras=True)
     fields = [field for field in dataclasses.fields(annotation) if field.init]
     return [Option(_parameter(field.name, hints[field.name], field.default)) for field in fields], annotation
