@@ -18,7 +18,7 @@ from aqua_attention.cli.options import Chat, Context, Json, ModelOptions, Projec
 from aqua_attention.cli.report import report
 from aqua_attention.cli.spread import spread
 from aqua_attention.cli.tasks import lm_eval, tasks
-from aqua_attention.cli.terminal import check_writable, progress_bar, progress_bars, show
+from aqua_attention.cli.terminal import check_writable, progress_bar, progress_bars, show, stoppable
 from aqua_attention.cli.transfer import context as across_contexts
 from aqua_attention.cli.transfer import transfer
 from aqua_attention.config import AquaConfig
@@ -92,7 +92,12 @@ def calibrate(
         typer.echo(f"there is no {partial}: beginning at the first window", err=True)
     kept_in: dict[str, Any] = {"checkpoint": partial, "checkpoint_seconds": checkpoint_seconds, "resume": resume}
     kept_in |= {"name": model.model, "layers": layers}
-    try:
+
+    def kept() -> str:
+        goes_on = f"{partial} keeps what is done, the same command with --resume goes on"
+        return goes_on if partial.exists() else "nothing was kept yet"
+
+    with stoppable(kept):
         if wants_images(model, data, side):
             projections = calibrate_on_images(model, data or "builtin:photographs", images, **kept_in)
         else:
@@ -102,10 +107,6 @@ def calibrate(
             with progress_bar("calibrate") as progress:
                 projections = run(loaded, tokenizer, text, **windows, progress=progress, **kept_in)
         projections.save(output)
-    except KeyboardInterrupt:
-        kept = f"{partial} keeps what is done, the same command with --resume goes on"
-        typer.echo(f"stopped: {kept if partial.exists() else 'nothing was kept yet'}", err=True)
-        raise typer.Exit(130) from None
     discard(partial)
     remove_leftovers(output)
     _show_made(projections, output, json)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.terminal import check_folder, check_writable, progress_bar, show
+from aqua_attention.cli.terminal import check_folder, check_writable, progress_bar, show, stoppable
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -41,12 +41,9 @@ def run_and_print(
     if json:
         make_folder(json.absolute().parent)
     facts = facts_of(loaded, shlex.join(["aqua", *sys.argv[1:]]))
-    try:
-        with progress_bar("settings") as progress:
-            records = run_jobs(folder, jobs, facts, progress=progress, notice=print_notice)
-    except KeyboardInterrupt:
-        typer.echo(f"stopped: {folder} keeps what is done, the same command goes on", err=True)
-        raise typer.Exit(130) from None
+    kept = f"{folder} keeps what is done, the same command goes on"
+    with stoppable(lambda: kept), progress_bar("settings") as progress:
+        records = run_jobs(folder, jobs, facts, progress=progress, notice=print_notice)
     show({"records": records}, json, *tables(records))
     for line in [] if explained else reasons(records):
         typer.echo(line)

@@ -22,7 +22,12 @@ BASIS = Knob("aqua; to compare: none (not rotated) or key-pca (keys alone)", def
 
 @dataclass(frozen=True)
 class Knobs:
-    """Marks a parameter that takes every knob, and the basis, as {name: values}. Options not in `repeat` have one."""
+    """Marks a parameter that takes every knob, and the basis, as {name: [values]}: `Annotated[dict, Knobs()]`.
+
+    Attributes:
+        repeat: the options that may be given several times; the others have one value.
+        config: the class that declares the knobs.
+    """
 
     repeat: tuple[str, ...] = ()
     config: Any = AquaConfig
@@ -37,10 +42,10 @@ class Option:
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of its dataclasses, and for each knob.
+    """The command with its dataclasses spread into options, one a field, and `AquaConfig` and `Knobs` into one a knob.
 
-    An option of its own stands for the knob of that name. `Annotated[type, "help"]` is an option with that help, a bare
-    type has the knob's.
+    An option that the command has itself stands for the knob of that name. `Annotated[type, "help"]` is an option with
+    that help; a bare type has that of the knob with its name.
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     parts = {each.name: part for each in parameters if (part := _part(each.annotation))}
@@ -91,7 +96,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
 
 
 def _knob_option(name: str, knob: Knob, repeated: bool = False) -> Option:
-    """A knob as an option; typed as a word where some of its values are none of its numbers."""
+    """A knob as an option. It is typed as a word if some of its values are words, or None among several."""
     words = {str(choice).lower(): choice for choice in knob.choices if isinstance(choice, str) or repeated}
     in_words = knob.type is not str and bool(words)
     kind, default = (str, str(knob.default).lower()) if in_words else (knob.type, knob.default)

@@ -11,7 +11,7 @@ import typer
 
 from aqua_attention.cli.options import Json, ModelOptions, ProjectionsFile, Rows, load_projections, settings_of
 from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, progress_bar, show
+from aqua_attention.cli.terminal import check_writable, progress_bar, show, stoppable
 from aqua_attention.errors import AquaError
 
 QUICK_CHOICES, QUICK_WRITTEN = 10, 2
@@ -68,15 +68,11 @@ def tasks(
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
     learned = load_projections(projections)
     loaded, tokenizer = model.load()
-    try:
-        with progress_bar("answers") as progress:
-            result = evaluate_tasks(
-                *(loaded, tokenizer, learned, settings, asked), batch=batch, state=state, progress=progress
-            )
-    except KeyboardInterrupt:
-        kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
-        typer.echo(f"stopped: {kept}", err=True)
-        raise typer.Exit(130) from None
+    kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
+    with stoppable(lambda: kept), progress_bar("answers") as progress:
+        result = evaluate_tasks(
+            *(loaded, tokenizer, learned, settings, asked), batch=batch, state=state, progress=progress
+        )
     result |= {"model": model.model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
     show(result, json, tasks_table(result))
     for name, entry in result["tasks"].items():
@@ -109,10 +105,8 @@ def lm_eval(context: typer.Context) -> None:
         ) from error
     sys.argv = ["lm-eval", *context.args]
     try:
-        cli_evaluate()
-    except KeyboardInterrupt:
-        typer.echo("stopped: with --use_cache, the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        with stoppable(lambda: "with --use_cache, the same command goes on"):
+            cli_evaluate()
     except AquaError:
         raise
     except ValueError as error:  # what it raises for a task that it does not know

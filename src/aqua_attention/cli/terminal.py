@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -60,6 +62,16 @@ def progress_bar(name: str) -> Iterator[Callable[[float, int], None]]:
     """One bar, moved by progress(done, total)."""
     with progress_bars() as report:
         yield partial(report, name)
+
+
+@contextmanager
+def stoppable(kept: Callable[[], str]) -> Iterator[None]:
+    """After Ctrl-C, say what is kept and how to go on, and leave with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: {kept()}", err=True)
+        raise typer.Exit(130) from None
 
 
 def show(result: dict[str, Any], json: Path | None, *tables: Table) -> None:
