@@ -67,7 +67,7 @@ def test_imports_point_one_way(path):
 
 
 def test_the_root_is_small():
-    modules = [path for path in SOURCE.glob("*.py")]
+    modules = list(SOURCE.glob("*.py"))
     assert len(modules) <= MOST_ROOT_MODULES, sorted(map(name_of, modules))
 
 

@@ -46,20 +46,22 @@ def subject(llama, word_tokenizer):
 
 
 def settings_of(**knobs):
-    return grid_settings(**{"k_ratio": [0.5]} | knobs)
+    return grid_settings({"k_ratio": [0.5]} | knobs)
 
 
 # Settings
 
 
 def test_settings_are_every_combination_once():
-    settings = settings_of(k_ratio=[1, 0.5, 0.5], logit_error=[0.1], h2o_ratio=[1, 0.5], h2o_queries=8, bits=[None, 8])
+    settings = settings_of(
+        k_ratio=[1, 0.5, 0.5], logit_error=[0.1], h2o_ratio=[1, 0.5], h2o_queries=[8], bits=[None, 8]
+    )
     assert len(settings) == 3 * 2 * 2 == len(set(settings))
     assert {s.config.h2o_queries for s in settings if s.config.h2o_ratio == 1} == {None}
     assert {s.config.h2o_queries for s in settings if s.config.h2o_ratio < 1} == {8}
     assert [s.config.logit_error for s in settings[:3]] == [None, None, 0.1]
     with pytest.raises(aqua.AquaError, match="no setting to measure"):
-        grid_settings()
+        grid_settings({})
     with pytest.raises(aqua.AquaError, match="s_ratio is 1"):
         settings_of(s_ratio=[1])
 
@@ -380,7 +382,7 @@ def test_a_suite_that_cannot_be_is_an_error_at_once(subject, llama):
         grid_jobs(subject, ["speed"], settings_of(), sizes_of(False))
     for suites_given in (["retention"], ["perplexity", "retention"]):
         with pytest.raises(aqua.AquaError, match="retention measures k_ratios only, and every setting has a logit_e"):
-            grid_jobs(subject, suites_given, grid_settings(logit_error=[0.1]), sizes_of(False, **SMALL))
+            grid_jobs(subject, suites_given, grid_settings({"logit_error": [0.1]}), sizes_of(False, **SMALL))
     with pytest.raises(aqua.AquaError, match="fewer than one window of 2048"):
         grid_jobs(subject, ["perplexity"], settings_of(), sizes_of(False))
     other = aqua.Projections(

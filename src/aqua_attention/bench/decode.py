@@ -28,6 +28,7 @@ from aqua_attention.ops.backends.triton.decode import decode
 from aqua_attention.ops.backends.triton.prepare import prepare
 from aqua_attention.ops.backends.triton.step import decode_step
 from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
 Layout = tuple[int | None, int | None]
@@ -126,16 +127,24 @@ def _empty_cache(problem: Problem, bits: int | None, page: int | None) -> TiledC
     """With room for one token more than `problem` has: in the step that is checked a full cache appends nothing."""
     keys = problem.keys
     batch, kv_heads, length, head_dim = keys.shape
-    pages = rounding = None
+    pages = quantization = None
     if page is not None:
         blocks = -(-(length + ROOM) // TILE) * TILE // page
         generator = torch.Generator(keys.device).manual_seed(0)
         block_table = torch.randperm(batch * blocks, generator=generator, device=keys.device).view(batch, blocks)
         pages = Pages(block_table.to(torch.int32), page, batch * blocks)
     if bits:
-        rounding = Quantization(scale=problem.key_rms.square() + 0.5, mean=0.5 - problem.key_rms)
+        quantization = Quantization(problem.key_rms.square() + 0.5, 0.5 - problem.key_rms)
     return TiledCache(
-        batch, kv_heads, head_dim, head_dim, length + ROOM, keys.dtype, keys.device, quantization=rounding, pages=pages
+        batch,
+        kv_heads,
+        head_dim,
+        head_dim,
+        length + ROOM,
+        keys.dtype,
+        keys.device,
+        quantization=quantization,
+        pages=pages,
     )
 
 
@@ -144,8 +153,10 @@ def _measure_ours(problem: Problem, cache: TiledCache, config: AquaConfig) -> di
     batch, kv_heads, length, head_dim = problem.keys.shape
     lengths = torch.full((batch,), length)
 
+    plan = LayerPlan.of(problem.rotation, problem.key_rms, config)
+
     def given(cache: TiledCache) -> tuple[Any, ...]:
-        return problem.query, *problem.new, cache, problem.rotation, problem.key_rms, config
+        return problem.query, *problem.new, cache, plan, plan.scaling
 
     def fill(lengths: Tensor) -> None:
         cache.fill(problem.keys, problem.values, lengths)
@@ -155,13 +166,13 @@ def _measure_ours(problem: Problem, cache: TiledCache, config: AquaConfig) -> di
     _close(turned, rotate(problem.query[:, :, None], problem.rotation)[:, :, 0], "rotated query")
     appended = rotate(problem.new[0][:, :, None], problem.rotation)[:, :, 0]
     _close(cache.tail[:, :, length % (2 * TILE)], appended, "appended key")
-    selected = select_dimensions(turned[:, :, None], config, head_dim, problem.key_rms)
+    selected = select_dimensions(turned[:, :, None], plan)
     _check_cache(found, turned, cache, selected, config)
     turned, chosen = prepare(*given(cache))
     fill(lengths)
 
     def run() -> Tensor:
-        return decode(turned, chosen, cache, sink=config.sink, recent=config.recent)
+        return decode(turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
 
     _check_cache(run(), turned, cache, selected, config)
     seconds = seconds_of(run)

@@ -25,6 +25,7 @@ from aqua_attention.machine import Shape
 from aqua_attention.ops.backends.cpu.decode import decode
 from aqua_attention.ops.backends.cpu.step import decode_step
 from aqua_attention.ops.layout import TILE, Chosen, TiledCache
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
 SETTLED, MOST_SECONDS = 15, 30.0
@@ -50,13 +51,13 @@ class Way(NamedTuple):
     attention: Callable[[], Any]
     step: Callable[[], Any]
     cache: TiledCache | None = None
-    plan: Any = None
+    fixed: Any = None
 
     def run(self, part: str, length: int) -> float:
         """Seconds of "attention" alone, or of a "step", as the newest of `length` tokens."""
         if self.cache is not None:
             self.cache.lengths.fill_(length - (part == "step"))
-            self.cache.plan = self.plan
+            self.cache.fixed = self.fixed
         call = getattr(self, part)
         start = time.perf_counter()
         call()
@@ -135,21 +136,23 @@ def _our_ways(problem: Problem, configs: list[AquaConfig]) -> list[Way]:
         return cache
 
     def way(config: AquaConfig, cache: TiledCache) -> Way:
+        plan = LayerPlan.of(rotation, key_rms, config)
+
         def step() -> tuple[Tensor, Tensor, Chosen | None]:
-            return decode_step(query, *newest, cache, rotation, key_rms, config)
+            return decode_step(query, *newest, cache, plan, plan.scaling)
 
         def attention() -> Tensor:
-            return decode(turned, chosen, cache, sink=config.sink, recent=config.recent)
+            return decode(turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
 
         cache.lengths.fill_(keys.shape[2] - 1)
         found, turned, chosen = step()
         name, k_ratio, seen, selected = "aqua, short", 1.0, keys, None
         if not config.min_length:
             name, k_ratio, seen = "aqua", config.k_ratio, rotated
-            selected = select_dimensions(turned[:, :, None], config, keys.shape[3], key_rms)
+            selected = select_dimensions(turned[:, :, None], plan)
         right = Attended(turned, seen, values, selected, config.sink, config.recent)
         _check(f"{name}, k_ratio {k_ratio:g}", found, right, LEAST_ERROR)
-        return Way(name, k_ratio, attention, step, cache, cache.plan)
+        return Way(name, k_ratio, attention, step, cache, cache.fixed)
 
     shared = filled()
     return [way(config, filled(int(config.min_length)) if config.min_length else shared) for config in configs]

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.apply import Attachment, apply
-from aqua_attention.cache.spec import CacheSpec
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import check_tokens
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import GREEDY
 from aqua_attention.model.capture import input_device
+from aqua_attention.ops.plan import LayerPlan
 
 NEW_TOKENS = 8
 PREFILL_CHUNK = 512
@@ -108,7 +108,7 @@ def storage_bytes(cache: Any) -> int:
     pending: list[Any] = [cache]
     while pending:
         value = pending.pop()
-        if id(value) in seen or isinstance(value, CacheSpec):
+        if id(value) in seen or isinstance(value, LayerPlan):
             continue
         seen[id(value)] = value
         if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):

@@ -6,18 +6,18 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
 
-from aqua_attention.config import AquaConfig
+from aqua_attention.config import AquaConfig, knobs
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import Key, Record, commit, find_record, make_folder, record_path, write_record
 from aqua_attention.evaluate.setting import Setting
@@ -184,47 +184,35 @@ def failure_kind(error: Exception) -> str | None:
     return "out_of_memory" if isinstance(error, RuntimeError) and any(word in str(error) for word in words) else None
 
 
-def grid_settings(
-    *,
-    k_ratio: Iterable[float] = (),
-    logit_error: Iterable[float] = (),
-    s_ratio: Iterable[float] = (0.0,),
-    h2o_ratio: Iterable[float] = (1.0,),
-    h2o_queries: int | None = None,
-    bits: Iterable[int | None] = (None,),
-    selection: Iterable[str] = ("magnitude",),
-    share: Iterable[str] = ("head",),
-    sink: Iterable[int] = (0,),
-    recent: Iterable[int] = (0,),
-    min_length: Iterable[int | Literal["auto"]] = (0,),
-    basis: Iterable[str] = ("aqua",),
-) -> list[Setting]:
-    """Every combination, each once. `k_ratio` and `logit_error` are one list: a setting has either.
+_FASTEST = ("min_length", "bits", "h2o_ratio", "h2o_queries", "s_ratio")
+"""The knobs that vary fastest in a grid, but for k; before them the others, in the order of their declaration."""
+
+
+def grid_settings(values: Mapping[str, Iterable[Any]]) -> list[Setting]:
+    """Every combination, each once.
+
+    Args:
+        values: of each knob, and of `basis`; what is left out has its default. `k_ratio` and `logit_error` are one
+            list: a setting has either. None is no `logit_error`. `h2o_queries` is for an `h2o_ratio` below 1.
 
     Raises:
         AquaError: a value that no setting can have.
     """
-    amounts: list[dict[str, Any]] = [{"k_ratio": float(value)} for value in k_ratio]
-    amounts += [{"logit_error": float(value)} for value in logit_error]
-    combinations = product(basis, selection, share, sink, recent, min_length, bits, h2o_ratio, s_ratio, amounts)
-    settings = [
-        Setting(
-            AquaConfig(
-                **amount,
-                s_ratio=float(narrow),
-                selection=which,
-                share=shared,
-                sink=first,
-                recent=last,
-                min_length=short,
-                bits=stored,
-                h2o_ratio=float(kept),
-                h2o_queries=h2o_queries if kept < 1 else None,
-            ),
-            base,
-        )
-        for base, which, shared, first, last, short, stored, kept, narrow, amount in combinations
-    ]
+    declared, either = knobs(), ("k_ratio", "logit_error")
+
+    def of(name: str) -> list[Any]:
+        is_float = declared[name].type is float
+        return [float(value) if is_float and value is not None else value for value in values.get(name, ())]
+
+    amounts = [{name: value} for name in either for value in of(name) if value is not None]
+    names = [name for name in declared if name in values and name not in either]
+    names.sort(key=lambda name: _FASTEST.index(name) if name in _FASTEST else -1)
+    settings = []
+    for basis, *chosen, amount in product(values.get("basis", ["aqua"]), *map(of, names), amounts):
+        given = dict(zip(names, chosen, strict=True)) | amount
+        if not given.get("h2o_ratio", 1) < 1:
+            given.pop("h2o_queries", None)
+        settings.append(Setting(AquaConfig(**given), basis))
     if not settings:
         raise AquaError("there is no setting to measure: give at least one k_ratio or logit_error")
     return list(dict.fromkeys(settings))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from aqua_attention.config import knobs
 from aqua_attention.evaluate.record import number
 
 if TYPE_CHECKING:
@@ -117,27 +118,31 @@ def perplexity_table(result: dict[str, Any]) -> Table:
 
 
 def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
-    """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64"."""
-    adaptive = setting.get("logit_error") is not None
-    words = [f"logit_error {setting['logit_error']:g}" if adaptive else f"k_ratio {setting['k_ratio']:g}"]
-    if setting["s_ratio"]:
-        words.append(f"s_ratio {setting['s_ratio']:g}")
-    if setting.get("bits") is not None:
-        words.append(f"int{setting['bits']}")
-    if setting.get("h2o_ratio", 1) < 1:
-        queries = setting.get("h2o_queries")
-        words.append(f"h2o_ratio {setting['h2o_ratio']:g}" + (f" by {queries} queries" if queries else ""))
+    """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64".
+
+    A knob without words of its own here is "name value".
+    """
+    declared = {name: knob.default for name, knob in knobs().items()}
+    given = {name: setting[name] for name in declared if setting.get(name, declared[name]) != declared[name]}
+    error, queries = given.pop("logit_error", None), given.pop("h2o_queries", None)
+    words = [f"k_ratio {setting['k_ratio']:g}" if error is None else f"logit_error {error:g}"]
+    given.pop("k_ratio", None)
+    if "s_ratio" in given:
+        words.append(f"s_ratio {given.pop('s_ratio'):g}")
+    if "bits" in given:
+        words.append(f"int{given.pop('bits')}")
+    if "h2o_ratio" in given:
+        words.append(f"h2o_ratio {given.pop('h2o_ratio'):g}" + (f" by {queries} queries" if queries else ""))
     if basis != "aqua":
         words.append("not rotated" if basis == "none" else f"basis {basis}")
-    if setting["selection"] != "magnitude":
-        words.append(setting["selection"])
-    if setting["share"] != "head":
-        words.append("shared by group")
-    if setting["sink"] or setting["recent"]:
-        words.append(f"exact {setting['sink']} + {setting['recent']}")
-    if setting.get("min_length"):
-        words.append(f"min_length {setting['min_length']}")
-    return ", ".join(words)
+    if "selection" in given:
+        words.append(given.pop("selection"))
+    if "share" in given:
+        words.append(f"shared by {given.pop('share')}")
+    sink, recent = given.pop("sink", 0), given.pop("recent", 0)
+    if sink or recent:
+        words.append(f"exact {sink} + {recent}")
+    return ", ".join([*words, *(f"{name} {value}" for name, value in given.items())])
 
 
 def memory_table(result: dict[str, Any]) -> Table:

@@ -25,6 +25,7 @@ from aqua_attention.evaluate.setting import Setting, check_covered
 from aqua_attention.evaluate.suites.grid import Sizes, Subject
 from aqua_attention.model.capture import attention_layers, observe_windows
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
 K_RATIOS = (0.9, 0.75, 0.5, 0.25)
@@ -94,14 +95,14 @@ def evaluate_retention(
         length = key.shape[2]
         first = length // 2 if layer.causal else 0
         places = torch.linspace(first, length - 1, min(queries, length), device=key.device).long()
-        rotation = projection.rotation.to(key.device)
+        rotation, key_rms = projection.rotation.to(key.device), projection.key_rms.to(key.device)
         q, k = rotate(query[:, :, places].float(), rotation), rotate(key.float(), rotation)
         last = places if layer.causal else torch.full_like(places, length - 1)
         visible = torch.arange(length, device=key.device) <= last[:, None]
         dense = _scores(q, k, scaling)
         dense_centred, dense_softmax = _centred(dense, visible), _softmax(dense, visible)
         for setting, config in settings.items():
-            selected = select_dimensions(q, config, layer.head_dim, projection.key_rms.to(key.device))
+            selected = select_dimensions(q, LayerPlan.of(rotation, key_rms, config))
             scores = dense if selected is None else _scores(torch.where(selected, q, 0), k, scaling)
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
             score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
