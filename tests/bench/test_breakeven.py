@@ -139,7 +139,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
     def wrong(*given):
         _, turned, chosen = right(*given)
-        return decode_cpu.decode(turned, None, given[3]), turned, chosen
+        return decode_cpu.decode(turned, None, given[3], scaling=given[5]), turned, chosen
 
     monkeypatch.setattr(decode_cpu, "decode_step", wrong)
     with pytest.raises(aqua.AquaError, match=r"a kernel is wrong: aqua, k_ratio 0.75 is"):

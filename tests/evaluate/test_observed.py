@@ -21,7 +21,7 @@ CONFIGS = [
     aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=2, recent=5),
     aqua.AquaConfig(logit_error=0.2, min_length=9),
 ]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 
 
 def windows():

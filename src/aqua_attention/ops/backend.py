@@ -6,7 +6,6 @@ A backend is a module in `ops.backends`. It is loaded when it is first asked, an
 
 from __future__ import annotations
 
-import functools
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -93,12 +92,16 @@ class Backend:
         raise NotImplementedError
 
 
-@functools.cache
+_loaded: dict[str, Backend] = {}
+"""A dictionary, and no cached function, because `torch.compile` looks into it without a break."""
+
+
 def load(name: str) -> Backend:
     """A backend by its name in `BACKENDS`."""
-    module, _, backend = BACKENDS[name].partition(":")
-    found: Backend = getattr(import_module(module), backend)()
-    return found
+    if name not in _loaded:
+        module, _, backend = BACKENDS[name].partition(":")
+        _loaded[name] = getattr(import_module(module), backend)()
+    return _loaded[name]
 
 
 def names(*, rotated: bool = False) -> list[str]:

@@ -122,7 +122,7 @@ class LayerPlan:
         self.is_adaptive = config.logit_error is not None
         self.k = self.kept if self.is_adaptive else min(config.selected_dims(self.head_dim), self.kept)
         self.selects = self.is_adaptive or self.k < self.kept
-        self.has_window_store = self.kept < self.head_dim and self.sink + self.recent > 0
+        self.has_window_store = self.kept < self.rotation.shape[2]
 
     @classmethod
     def of(cls, rotation: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float | None = None) -> LayerPlan:
