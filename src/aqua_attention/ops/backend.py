@@ -122,8 +122,10 @@ def choose(call: Call, plan: LayerPlan | None, impl: str = "auto") -> Backend:
     """
     known = names(rotated=plan is None)
     if impl == "auto":
-        candidates = (load(name) for name in known)
-        return next(each for each in candidates if each.is_automatic(call) and each.why_not(call, plan) is None)
+        for name in known:
+            backend = load(name)
+            if backend.is_automatic(call) and backend.why_not(call, plan) is None:
+                return backend
     if impl not in known:
         raise AquaError(f"impl is {impl!r}: it must be one of {', '.join(['auto', *known])}")
     backend = load(impl)
