@@ -90,6 +90,10 @@ class Subject:
         """Windows from the text's start, [count, context]."""
         return first_windows(self.model, tokenize(self.tokenizer, self.text), tokens, context)
 
+    def read(self, windows: Tensor) -> dict[str, Any]:
+        """What the options of a record say of windows of the subject's text."""
+        return {"data": self.data, "context": windows.shape[1], "tokens": windows.numel()}
+
     def source(self) -> dict[str, Any]:
         """What a command says of it beside the figures."""
         digest = {"text_sha256": text_digest(self.text)} if self.text else {}

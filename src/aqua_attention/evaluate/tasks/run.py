@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Progress, counting
-from aqua_attention.evaluate.setting import Setting, as_attached, attachments
-from aqua_attention.evaluate.suites.retrieval import paired_p_value
+from aqua_attention.evaluate.setting import Run, Setting, runs_of
+from aqua_attention.evaluate.suites.retrieval import paired
 from aqua_attention.evaluate.tasks.answers import Answer, answer_items, check_items
 from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, WrittenItem, final_number
 from aqua_attention.evaluate.tasks.prompts import Task
@@ -67,14 +67,13 @@ def evaluate_tasks(
         KeyboardInterrupt: after `state` was written.
     """
     check_request([task.name for task in tasks], batch)
-    made = attachments(model, projections, settings)
-    settings = as_attached(settings, made)
-    for attachment, _ in made:
-        attachment.on_selection = None  # what is multiplied is not asked here, and counting costs
-    columns = [None, *(attachment for attachment, _ in made)]
+    runs = runs_of(model, projections, settings)
+    for run in runs:
+        run.attachment.on_selection = None  # what is multiplied is not asked here, and counting costs
+    columns = [None, *(run.attachment for run in runs)]
     # All of them before the first answer: what cannot be asked is known now, not after hours.
     lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
-    answers = Answers(_run(model, projections, settings, tasks, batch), state)
+    answers = Answers(_identity(model, projections, runs, tasks, batch), state)
     known = sum(len(answers.of_task.get(task.name, [])) for task in tasks)
     step = counting(progress, sum(len(task.items) for task in tasks) * len(columns), known * len(columns))
     try:
@@ -101,10 +100,10 @@ def evaluate_tasks(
     return {
         "dense": [_mean(task, metric, [row[0] for row in rows]) for (task, metric), rows in figures.items()],
         "rows": [
-            {"setting": setting.config.to_dict(), "basis": setting.basis}
+            run.head()
             | _compared(task, metric, [(row[0], row[place]) for row in rows])
-            | {"outside_window": _outside(setting, lengths[task])}
-            for place, setting in enumerate(settings, 1)
+            | {"outside_window": _outside(run.setting, lengths[task])}
+            for place, run in enumerate(runs, 1)
             for (task, metric), rows in figures.items()
         ],
         "tasks": {
@@ -184,13 +183,8 @@ def _mean(task: str, metric: str, values: list[float]) -> dict[str, Any]:
 
 
 def _compared(task: str, metric: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    lost, gained = (sum(sign * (aqua - dense) >= SAME_MASS for dense, aqua in pairs) for sign in (-1, 1))
-    return _mean(task, metric, [aqua for _, aqua in pairs]) | {
-        "dense": statistics.fmean(dense for dense, _ in pairs),
-        "lost": lost,
-        "gained": gained,
-        "p_value": paired_p_value(lost, gained),
-    }
+    dense = statistics.fmean(dense for dense, _ in pairs)
+    return _mean(task, metric, [aqua for _, aqua in pairs]) | {"dense": dense} | paired(pairs, SAME_MASS)
 
 
 def _outside(setting: Setting, lengths: list[int]) -> float:
@@ -204,8 +198,8 @@ def _pairs(tokens: int) -> int:
     return max(0, tokens) * max(0, tokens + 1) // 2
 
 
-def _run(
-    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting], tasks: Sequence[Task], batch: int
+def _identity(
+    model: PreTrainedModel, projections: Projections, runs: Sequence[Run], tasks: Sequence[Task], batch: int
 ) -> dict[str, Any]:
     """What answers depend on, for `Answers`."""
     layers = attention_layers(model)
@@ -216,7 +210,7 @@ def _run(
         "model": {"shape": shape_of(model, layers), "dtype": str(model.dtype)},
         "key_weights": key_weight_digest(layers),
         "projections": rotations.hexdigest(),
-        "settings": [setting.config.to_dict() | {"basis": setting.basis} for setting in settings],
+        "settings": [run.setting.config.to_dict() | {"basis": run.setting.basis} for run in runs],
         "tasks": {task.name: task.digest() for task in tasks},
         "batch": batch,
     }
