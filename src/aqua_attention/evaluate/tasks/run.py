@@ -17,10 +17,8 @@ from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Progress, counting
 from aqua_attention.evaluate.setting import Run, Setting, runs_of
 from aqua_attention.evaluate.suites.retrieval import paired
-from aqua_attention.evaluate.tasks.answers import Answer, answer_items, check_items
-from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, WrittenItem, final_number
-from aqua_attention.evaluate.tasks.prompts import Task
-from aqua_attention.evaluate.tasks.state import Answers
+from aqua_attention.evaluate.tasks.answers import Answer, Answers, answer_items, check_items
+from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, Task, WrittenItem, final_number
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 
