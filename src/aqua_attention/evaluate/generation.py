@@ -86,7 +86,6 @@ def continue_tokens(
     """
     if max_new_tokens < 1:
         raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
-    check_generates(model)
     length = token_ids.shape[1]
     check_tokens(model, token_ids, context=length + max_new_tokens)
     options = {"max_new_tokens": max_new_tokens, "output_logits": True, "return_dict_in_generate": True}
@@ -104,10 +103,14 @@ def generate(
     attachment: Attachment | None,
     **options: Any,
 ) -> Any:
-    """What the model's own `generate` gives for prompts in one left-padded batch, greedy, with its `options`."""
+    """What the model's own `generate` gives for prompts in one left-padded batch, greedy, with its `options`.
+
+    Raises:
+        AquaError: the model cannot generate.
+    """
+    check_generates(model)
     width = max(map(len, prompts))
-    known = (each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if each is not None)
-    pad = next(known)
+    pad = next(each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if each is not None)
     tokens = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=input_device(model))
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=tokens.device)
     with attachment or nullcontext(), torch.no_grad():

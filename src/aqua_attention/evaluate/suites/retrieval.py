@@ -66,7 +66,7 @@ def evaluate_retrieval(
     Returns:
         `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: that of `Run.head`,
         `accuracy` (exact match), `lost` and `gained` (questions that only dense, only AQUA got right), `p_value` (see
-        `paired_p_value`; one for each setting over all questions, not corrected for asking several times),
+        `paired`; one for each setting over all questions, not corrected for asking several times),
         `same_answer` (share of answers that are dense's, token for token), `mean_k`. An entry a question: its labels,
         `tokens`, `expected`, and the lists `answers` and `correct`, dense first.
 

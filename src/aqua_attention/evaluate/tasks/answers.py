@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from aqua_attention.attach.apply import Attachment
-from aqua_attention.calibration.run import check_generates, check_tokens, position_limit
+from aqua_attention.calibration.run import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import generate
 from aqua_attention.evaluate.run import damaged
@@ -188,13 +188,8 @@ def _sum(logits: Tensor, pair: _Pair) -> float:
 
 
 def _written(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    attachment: Attachment | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], attachment: Attachment | None
 ) -> list[str]:
-    """Greedy continuations of all prompts, in one left-padded batch."""
-    check_generates(model)
     width = max(map(len, prompts))
     stops = [_Stops(tokenizer, width)]
     output = generate(model, tokenizer, prompts, attachment, max_new_tokens=NEW_TOKENS, stopping_criteria=stops)

@@ -274,8 +274,11 @@ def load_task(
     for place, item in enumerate(items):
         counts[item.group] = counts.get(item.group, 0) + 1
         if limit is None or counts[item.group] <= limit:
-            rng = random.Random(f"{seed}/{place}") if form.draws_examples else None
-            chosen = _examples(examples.get(item.group, []), item, shots, rng)
+            of_group = examples.get(item.group, []) if shots else []
+            # One more, because the question may be among them.
+            most = min(shots + 1, len(of_group))
+            drawn = random.Random(f"{seed}/{place}").sample(of_group, most) if form.draws_examples else of_group[:most]
+            chosen = [other.example for other in drawn if other is not item][:shots]
             if len(chosen) < shots:
                 raise AquaError(f"{path} has {len(chosen)} examples for a question of {name}: ask for fewer (few_shot)")
             prompts.append(item.after(item.preface + "".join(f"{example}\n\n" for example in chosen)))
@@ -286,16 +289,6 @@ def _read(form: Format, path: Path | str, splits: Sequence[str]) -> tuple[tuple[
     files = question_files(path, splits, by_subject=form.by_subject)
     items = [replace(form.parse(row), where=row.where) for row in read_rows(files, form.columns)]
     return tuple(map(str, files)), items
-
-
-def _examples(pool: list[Item], item: Item, count: int, rng: random.Random | None) -> list[str]:
-    """Examples for `item`, which is none itself: drawn, or the first ones."""
-    if not count:
-        return []
-    # One more, because it may be among them.
-    taken = min(count + 1, len(pool))
-    chosen = rng.sample(pool, taken) if rng else pool[:taken]
-    return [other.example for other in chosen if other is not item][:count]
 
 
 def _choice(row: Row, context: str, texts: list[str], right: int) -> ChoiceItem:

@@ -51,14 +51,13 @@ def evaluate_tasks(
         progress: called as progress(answers done, answers in all).
 
     Returns:
-        `{"dense": [...], "rows": [...], "tasks": {...}}`. A row for each setting, task and metric: `setting`, `basis`,
-        `task`, `metric`, `value` (mean over the questions), `stderr` (its standard error), `count`, `dense` (the value
-        without AQUA), `lost` and `gained` (questions on which only dense, only AQUA is right; for mc2, on which AQUA
-        gives less, more probability to the true answers, by 1e-4 or more), `p_value` (the exact McNemar test of these
-        two numbers, which for mc2 is a sign test; not corrected for asking several times), and `outside_window`: the
-        share of the prompts' query-key pairs outside the exact window, without those of queries that see fewer than
-        `min_length` tokens; where it is 0, AQUA leaves nothing out. An entry of `dense` has the same without the
-        comparison. An entry of `tasks` says which files were read.
+        `{"dense": [...], "rows": [...], "tasks": {...}}`. An entry of `dense` for each task and metric: `task`,
+        `metric`, `value` (mean over the questions), `stderr` (its standard error), `count`. A row for each setting,
+        task and metric: that of `Run.head`, the same figures, `dense` (the value without AQUA), `lost`, `gained` and
+        `p_value` (see `paired`; for mc2 of the probability of the true answers, so that the test is a sign test), and
+        `outside_window`: the share of the prompts' query-key pairs outside the exact window, without those of queries
+        that see fewer than `min_length` tokens; where it is 0, AQUA leaves nothing out. An entry of `tasks` says which
+        files were read.
 
     Raises:
         AquaError: no tasks, one given twice, a prompt too long, NaN, a state of another run.
@@ -72,12 +71,12 @@ def evaluate_tasks(
     # All of them before the first answer: what cannot be asked is known now, not after hours.
     lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
     answers = Answers(_identity(model, projections, runs, tasks, batch), state)
-    known = sum(len(answers.of_task.get(task.name, [])) for task in tasks)
-    step = counting(progress, sum(len(task.items) for task in tasks) * len(columns), known * len(columns))
+    known = {task.name: len(answers.of_task.get(task.name, [])) for task in tasks}
+    total = sum(len(task.items) for task in tasks)
+    step = counting(progress, total * len(columns), sum(known.values()) * len(columns))
     try:
         for task in tasks:
-            first = len(answers.of_task.get(task.name, []))
-            for start in range(first, len(task.items), batch):
+            for start in range(known[task.name], len(task.items), batch):
                 part = task.items[start : start + batch]
                 given, answered = [], answer_items(model, tokenizer, part, columns)
                 for _ in columns:
