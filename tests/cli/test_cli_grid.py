@@ -219,7 +219,7 @@ def test_quick_is_short_but_for_what_is_given(aqua, tiny_folder, texts, tmp_path
         return note
 
     monkeypatch.setattr("aqua_attention.evaluate.suites.transfer.transfer_jobs", jobs("transfer"))
-    monkeypatch.setattr("aqua_attention.evaluate.suites.context.context_jobs", jobs("context"))
+    monkeypatch.setattr("aqua_attention.evaluate.suites.transfer.context_jobs", jobs("context"))
     for given, calibration, context in ((["--quick"], 2048, 512), ([], 16384, 2048)):
         aqua("eval", "transfer", tmp_path / "results", tiny_folder, *two, *given, "--tokens", 77)
         sizes = {"calibration_tokens": calibration, "tokens": 77, "context": context, "seed": 0}

@@ -21,8 +21,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from aqua_attention.evaluate.lm_eval import AquaLM  # noqa: E402
 from aqua_attention.evaluate.tasks.answers import answer_items  # noqa: E402
-from aqua_attention.evaluate.tasks.formats import ChoiceItem  # noqa: E402
-from aqua_attention.evaluate.tasks.prompts import load_task  # noqa: E402
+from aqua_attention.evaluate.tasks.formats import ChoiceItem, load_task  # noqa: E402
 from aqua_attention.evaluate.tasks.run import evaluate_tasks  # noqa: E402
 
 CHOICE = """

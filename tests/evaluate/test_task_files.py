@@ -10,8 +10,7 @@ import pytest
 
 import aqua_attention as aqua
 from aqua_attention.evaluate.tasks import files as task_files
-from aqua_attention.evaluate.tasks.formats import FORMATS, final_number
-from aqua_attention.evaluate.tasks.prompts import load_task
+from aqua_attention.evaluate.tasks.formats import FORMATS, final_number, load_task
 
 HELLASWAG = {
     "activity_label": "Baking",

@@ -15,11 +15,9 @@ import aqua_attention as aqua
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.tasks import answers as task_answers
 from aqua_attention.evaluate.tasks import run as tasks
-from aqua_attention.evaluate.tasks.answers import answer_items, check_items
-from aqua_attention.evaluate.tasks.formats import ChoiceItem, WrittenItem
-from aqua_attention.evaluate.tasks.prompts import Task
+from aqua_attention.evaluate.tasks.answers import Answers, answer_items, check_items
+from aqua_attention.evaluate.tasks.formats import ChoiceItem, Task, WrittenItem
 from aqua_attention.evaluate.tasks.run import METRICS, evaluate_tasks
-from aqua_attention.evaluate.tasks.state import Answers
 from aqua_attention.machine import Shape, write_profile
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.report.tables import tasks_table

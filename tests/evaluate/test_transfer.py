@@ -18,9 +18,14 @@ from aqua_attention.evaluate.record import FACTS as FACT_NAMES
 from aqua_attention.evaluate.record import file_digest
 from aqua_attention.evaluate.run import facts_of, run_jobs
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.evaluate.suites.context import context_jobs
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
-from aqua_attention.evaluate.suites.transfer import leading_dims, split_domain, subspace_distance, transfer_jobs
+from aqua_attention.evaluate.suites.transfer import (
+    context_jobs,
+    leading_dims,
+    split_domain,
+    subspace_distance,
+    transfer_jobs,
+)
 from aqua_attention.report.record_tables import context_tables, reasons, transfer_tables
 
 FACTS = {name: "" for name in FACT_NAMES if name not in ("started", "seconds")}

@@ -105,7 +105,7 @@ def context(
     from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.run import check_sizes
-    from aqua_attention.evaluate.suites.context import context_jobs
+    from aqua_attention.evaluate.suites.transfer import context_jobs
     from aqua_attention.report.record_tables import context_tables
 
     settings = _settings(knobs)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +42,11 @@ class Calibration:
     context: int
     seed: int
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What `calibrate` and `token_windows` call them."""
+        return {"tokens": self.tokens, "context": self.context, "seed": self.seed}
+
 
 class Calibrator:
     """Calibrates one model, and keeps each result in `FOLDER/projections` and in memory.
@@ -56,12 +62,7 @@ class Calibrator:
         tokenizer: PreTrainedTokenizerBase,
         notice: Callable[[str], None] | None = None,
     ) -> None:
-        """Nothing is read or written yet.
-
-        Args:
-            name: the model, as the user named it.
-            notice: told about a damaged file, or one of other weights, which is made again.
-        """
+        """`notice` is told about a damaged file, or one of other weights, which is made again."""
         self.folder, self.name, self.model, self.tokenizer = folder / "projections", name, model, tokenizer
         self._notice = notice or (lambda message: None)
         self._kept: dict[Calibration, tuple[Projections, str]] = {}
@@ -76,11 +77,8 @@ class Calibrator:
     ) -> tuple[Projections, str]:
         """Projections, and the SHA-256 of their file.
 
-        Args:
-            text: the one that `calibration` means.
-
         Raises:
-            AquaError: as `calibrate`; the text is another one, or has fewer tokens than asked for.
+            AquaError: as `calibrate`; `text` is not the one of `calibration`, or has fewer tokens than asked for.
         """
         if calibration not in self._kept:
             path = self._path(calibration)
@@ -117,18 +115,8 @@ class Calibrator:
         if partial.exists() and not same_digest(calibrated_weights(partial), self._weights):
             self._notice(f"{partial} is of other weights of {self.name}; it is begun anew now")
             discard(partial)
-        projections = calibrate(
-            self.model,
-            self.tokenizer,
-            text,
-            tokens=calibration.tokens,
-            context=calibration.context,
-            seed=calibration.seed,
-            name=self.name,
-            checkpoint=partial,
-            resume=True,
-            progress=progress,
-        )
+        kept: dict[str, Any] = {"name": self.name, "checkpoint": partial, "resume": True}
+        projections = calibrate(self.model, self.tokenizer, text, **calibration.sizes, **kept, progress=progress)
         projections.save(path)
         discard(partial)
         remove_leftovers(path)
@@ -143,9 +131,7 @@ def check_enough(tokenizer: PreTrainedTokenizerBase, calibration: Calibration, t
             "tokens or shorter windows"
         )
     ids, prefix = tokenize(tokenizer, text)
-    windows = token_windows(
-        ids, tokens=calibration.tokens, context=calibration.context, seed=calibration.seed, prefix=prefix
-    )
+    windows = token_windows(ids, prefix=prefix, **calibration.sizes)
     if len(windows) < calibration.tokens // calibration.context:
         raise AquaError(
             f"the text {calibration.name!r} has {len(ids)} tokens to calibrate on, {calibration.tokens} are asked for: "

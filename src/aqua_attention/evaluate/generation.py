@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,22 +86,32 @@ def continue_tokens(
     """
     if max_new_tokens < 1:
         raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
-    check_generates(model)
     length = token_ids.shape[1]
     check_tokens(model, token_ids, context=length + max_new_tokens)
-    token_ids = token_ids.to(input_device(model))
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with attachment or nullcontext(), torch.no_grad():
-        output = model.generate(
-            input_ids=token_ids,
-            attention_mask=torch.ones_like(token_ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=padding,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **GREEDY,
-        )
+    options = {"max_new_tokens": max_new_tokens, "output_logits": True, "return_dict_in_generate": True}
+    output = generate(model, tokenizer, token_ids.tolist(), attachment, **options)
     if bool(torch.stack(output.logits).isnan().any()):
         raise damaged("the model gives NaN")
     new = output.sequences[0, length:].tolist()
     return Continuation(text=str(tokenizer.decode(new, skip_special_tokens=True)), token_ids=new)
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    attachment: Attachment | None,
+    **options: Any,
+) -> Any:
+    """What the model's own `generate` gives for prompts in one left-padded batch, greedy, with its `options`.
+
+    Raises:
+        AquaError: the model cannot generate.
+    """
+    check_generates(model)
+    width = max(map(len, prompts))
+    pad = next(each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if each is not None)
+    tokens = torch.tensor([[pad] * (width - len(ids)) + ids for ids in prompts], device=input_device(model))
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=tokens.device)
+    with attachment or nullcontext(), torch.no_grad():
+        return model.generate(input_ids=tokens, attention_mask=mask, pad_token_id=pad, **options, **GREEDY)

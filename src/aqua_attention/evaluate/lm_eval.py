@@ -20,6 +20,7 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig, knobs
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.setting import in_basis
 
 
 @register_model("aqua")
@@ -63,7 +64,7 @@ class AquaLM(HFLM):
                 DEFAULT_MODEL, dtype=kwargs.pop("dtype", None) or "auto", device=device
             )
         super().__init__(pretrained, device=device, **kwargs)
-        self.attachment = apply(self.model, learned if basis == learned.basis else learned.with_basis(basis), config)
+        self.attachment = apply(self.model, in_basis(learned, basis), config)
         self.attachment.attach()
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

@@ -89,7 +89,7 @@ class Record:
 
     @classmethod
     def read(cls, value: dict[str, Any], source: str = "") -> Record:
-        """The same as the report takes it: also of an older version, and without what a page can do without.
+        """The same as the report takes it, also where it lacks what a page can do without.
 
         Raises:
             Unusable: another version of the format, or a field is missing or of the wrong kind.

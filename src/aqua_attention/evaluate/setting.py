@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.attach.apply import Attachment, apply, layer_shape
+from aqua_attention.attach.apply import apply, layer_shape
 from aqua_attention.calibration.projections import Projections, check_basis
 from aqua_attention.config import AUTO, AquaConfig
 from aqua_attention.errors import AquaError
@@ -30,39 +31,47 @@ class Setting:
         check_basis(self.basis)
 
 
-@dataclass
-class Multiplied:
-    """Counts the dimensions that an attachment multiplies, outside the exact window; see `Attachment.on_selection`.
+class Run:
+    """A setting ready to be attached, and how many dimensions it multiplies, see `Attachment.on_selection`.
 
     Attributes:
-        selected: by layer, dimensions multiplied, summed over queries; on the model's device, so that counting never
-            waits for a GPU.
-        selectable: by layer, head_dim summed over queries.
+        setting: as it is attached: a `min_length` of "auto" is a number.
+        attachment: not attached yet.
     """
 
-    selected: dict[int, Tensor | int] = field(default_factory=dict)
-    selectable: dict[int, int] = field(default_factory=dict)
+    def __init__(self, model: PreTrainedModel, projections: Projections, setting: Setting) -> None:
+        """`projections` are in the setting's basis."""
+        self.attachment = apply(model, projections, setting.config)
+        self.attachment.on_selection = self._count
+        self.setting = replace(setting, config=self.attachment.config)
+        # By layer, summed over queries; the first on the model's device, so that counting never waits for a GPU.
+        self._selected: dict[int, Tensor | int] = {}
+        self._selectable: dict[int, int] = {}
 
-    def count(self, layer: int, selected: Tensor | None, queries: torch.Size, head_dim: int) -> None:
-        """Add one attention call."""
+    def _count(self, layer: int, selected: Tensor | None, queries: torch.Size, head_dim: int) -> None:
         rows = queries.numel() // queries[-1]
         chosen = rows * queries[-1] if selected is None else selected.sum()
-        self.selected[layer] = self.selected.get(layer, 0) + chosen
-        self.selectable[layer] = self.selectable.get(layer, 0) + rows * head_dim
+        self._selected[layer] = self._selected.get(layer, 0) + chosen
+        self._selectable[layer] = self._selectable.get(layer, 0) + rows * head_dim
 
-    def share(self) -> float:
-        """Dimensions multiplied over head_dim, mean over all queries of all layers."""
-        return sum(int(count) for count in self.selected.values()) / sum(self.selectable.values())
+    def head(self) -> dict[str, Any]:
+        """How the row of every evaluation begins: `setting` (the AquaConfig's fields) and `basis`."""
+        return {"setting": self.setting.config.to_dict(), "basis": self.setting.basis}
 
-    def share_per_layer(self) -> list[float]:
-        """The same for each layer, by layer index."""
-        return [int(self.selected[layer]) / self.selectable[layer] for layer in sorted(self.selected)]
+    def mean_k(self) -> float:
+        """Share of head_dim that was multiplied outside the exact window, mean over all queries of all layers."""
+        return sum(int(count) for count in self._selected.values()) / sum(self._selectable.values())
+
+    def mean_ks(self) -> dict[str, Any]:
+        """`mean_k`, and `mean_k_per_layer`, the same for each layer as a list."""
+        layers = [int(self._selected[layer]) / self._selectable[layer] for layer in sorted(self._selected)]
+        return {"mean_k": self.mean_k(), "mean_k_per_layer": layers}
 
 
-def attachments(
+def runs_of(
     model: PreTrainedModel, projections: Projections, settings: Sequence[Setting], side: str = TEXT
-) -> list[tuple[Attachment, Multiplied]]:
-    """An attachment for each setting, not attached yet, and the counter that it reports to.
+) -> list[Run]:
+    """A run for each setting.
 
     Args:
         side: what is read under them, see `sides`.
@@ -70,15 +79,17 @@ def attachments(
     Raises:
         AquaError: as `apply`; projections of a vision-language model without the layers of that side.
     """
-    others = {setting.basis for setting in settings} - {projections.basis}
-    by_basis = {projections.basis: projections} | {basis: projections.with_basis(basis) for basis in others}
-    made = []
+    by_basis = {basis: in_basis(projections, basis) for basis in {setting.basis for setting in settings}}
+    runs = []
     for setting in settings:
-        attachment, multiplied = apply(model, by_basis[setting.basis], setting.config), Multiplied()
-        attachment.on_selection = multiplied.count
-        made.append((attachment, multiplied))
-        check_covered(model, attachment.sides, (side,))
-    return made
+        runs.append(Run(model, by_basis[setting.basis], setting))
+        check_covered(model, runs[-1].attachment.sides, (side,))
+    return runs
+
+
+def in_basis(projections: Projections, basis: str) -> Projections:
+    """Projections in a basis; themselves, if that is theirs."""
+    return projections if basis == projections.basis else projections.with_basis(basis)
 
 
 def check_covered(model: PreTrainedModel, covered: Collection[str], read: Collection[str]) -> None:
@@ -89,11 +100,6 @@ def check_covered(model: PreTrainedModel, covered: Collection[str], read: Collec
             f"the projections have no layers that read {side}: calibrate {type(model).__name__} on {side}, and "
             "join the two files by `aqua merge`"
         )
-
-
-def as_attached(settings: Sequence[Setting], runs: Sequence[tuple[Attachment, Multiplied]]) -> list[Setting]:
-    """The settings with what `apply` has made of them: a `min_length` of "auto" is a number."""
-    return [replace(setting, config=run.config) for setting, (run, _) in zip(settings, runs, strict=True)]
 
 
 def resolved_settings(model: PreTrainedModel, settings: Sequence[Setting]) -> list[Setting]:

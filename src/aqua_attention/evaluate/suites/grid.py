@@ -51,7 +51,6 @@ class Sizes:
     lines_file: Path | None = None
 
 
-FULL = Sizes()
 QUICK = Sizes(
     context=1024,
     tokens=2048,
@@ -90,6 +89,10 @@ class Subject:
         """Windows from the text's start, [count, context]."""
         return first_windows(self.model, tokenize(self.tokenizer, self.text), tokens, context)
 
+    def read(self, windows: Tensor) -> dict[str, Any]:
+        """What the options of a record say of windows of the subject's text."""
+        return {"data": self.data, "context": windows.shape[1], "tokens": windows.numel()}
+
     def source(self) -> dict[str, Any]:
         """What a command says of it beside the figures."""
         digest = {"text_sha256": text_digest(self.text)} if self.text else {}
@@ -110,22 +113,16 @@ class Subject:
             options, other: of the record's key.
             measure: called as measure(setting, progress).
         """
-        digests = [None if setting is None else self.projections_sha256 for setting in settings]
-        return [
-            Job(
-                measured_key(suite, self.name, self.model, setting, options, projections_sha256=digest, **other),
-                partial(measure, setting),
-            )
-            for setting, digest in zip(settings, digests, strict=True)
-        ]
+        jobs = []
+        for setting in settings:
+            digest = None if setting is None else self.projections_sha256
+            key = measured_key(suite, self.name, self.model, setting, options, projections_sha256=digest, **other)
+            jobs.append(Job(key, partial(measure, setting)))
+        return jobs
 
 
 def first_windows(model: PreTrainedModel, tokenized: tuple[list[int], list[int]], tokens: int, context: int) -> Tensor:
-    """Windows from a text's start, [count, context], checked.
-
-    Args:
-        tokenized: see `text.tokenize`.
-    """
+    """Windows from the start of a text, [count, context], checked; see `text.tokenize` for `tokenized`."""
     ids, prefix = tokenized
     windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
@@ -169,4 +166,4 @@ def check_suites(suites: Sequence[str], settings: Sequence[Setting]) -> None:
 
 def sizes_of(quick: bool, **given: Any) -> Sizes:
     """The sizes of a quick or full grid, but for those that are given."""
-    return replace(QUICK if quick else FULL, **{name: value for name, value in given.items() if value is not None})
+    return replace(QUICK if quick else Sizes(), **{name: value for name, value in given.items() if value is not None})

@@ -15,19 +15,10 @@ from aqua_attention.attach.apply import Attachment
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Progress, counting, damaged
-from aqua_attention.evaluate.setting import Setting, attachments
-from aqua_attention.evaluate.suites.retention import evaluate_retention
+from aqua_attention.evaluate.setting import Setting, runs_of
+from aqua_attention.evaluate.suites.retention import retention_rows
 from aqua_attention.model.capture import evaluation_mode
-from aqua_attention.model.sides import (
-    IMAGES,
-    Inputs,
-    accepted,
-    check_unpadded,
-    first_tensor,
-    placed,
-    runner,
-    sides,
-)
+from aqua_attention.model.sides import IMAGES, Inputs, accepted, check_unpadded, first_tensor, placed, runner, sides
 
 BATCH = 8
 """Images in a forward pass, where a model takes any number of them."""
@@ -52,10 +43,9 @@ def evaluate_images(
     Returns:
         `{"images": count, "dense": {...}, "rows": [...], "retention": [...]}`. `dense`, as a yardstick: `others` and
         `nearest`, the mean cosine of two different images, and of an image and the nearest other one. A row a setting:
-        `setting` (the AquaConfig's fields), `basis`, `mean_cosine` and `lowest_cosine` of the embeddings to the dense
-        ones, `same_neighbour` (the share of images whose nearest other image is the same), `mean_k` and
-        `mean_k_per_layer` (share of head_dim that was multiplied, measured, outside the exact window). `retention`: the
-        rows of `evaluate_retention` on some of the images, each with its `basis`, without an exact window.
+        that of `Run.head`, `mean_cosine` and `lowest_cosine` of the embeddings to the dense ones, `same_neighbour`
+        (the share of images whose nearest other image is the same), and what `Run.mean_ks` says. `retention`: the rows
+        of `evaluate_retention` on some of the images, each with its `basis`, without an exact window.
 
     Raises:
         AquaError: fewer than two images, a model that does not read images, padding, projections without its image
@@ -67,7 +57,7 @@ def evaluate_images(
     if len(inputs) < 2:
         raise AquaError(f"there is {len(inputs)} image: nearest neighbours need two or more")
     check_unpadded(inputs)
-    runs = attachments(model, projections, settings, IMAGES)
+    runs = runs_of(model, projections, settings, IMAGES)
     batches = _batches(inputs)
     step = counting(progress, len(inputs) * (1 + len(runs)))
 
@@ -85,38 +75,30 @@ def evaluate_images(
     dense = embed(None)
     expected = _neighbours(dense)
     rows = []
-    for setting, (attachment, multiplied) in zip(settings, runs, strict=True):
-        found = embed(attachment)
+    for run in runs:
+        found = embed(run.attachment)
         cosines = (found * dense).sum(-1)
-        rows.append(
-            {
-                "setting": setting.config.to_dict(),
-                "basis": setting.basis,
-                "mean_cosine": float(cosines.mean()),
-                "lowest_cosine": float(cosines.min()),
-                "same_neighbour": float((_neighbours(found) == expected).float().mean()),
-                "mean_k": multiplied.share(),
-                "mean_k_per_layer": multiplied.share_per_layer(),
-            }
-        )
+        figures = {
+            "mean_cosine": float(cosines.mean()),
+            "lowest_cosine": float(cosines.min()),
+            "same_neighbour": float((_neighbours(found) == expected).float().mean()),
+        }
+        rows.append(run.head() | figures | run.mean_ks())
     step(0)
+    some = inputs[:: -(-len(inputs) // RETENTION_IMAGES)]
     return {
         "images": len(inputs),
         "dense": _yardstick(dense),
         "rows": rows,
-        "retention": _retention(model, projections, settings, inputs),
+        "retention": retention_rows(model, projections, settings, some),
     }
 
 
 def _batches(inputs: Sequence[Inputs]) -> list[tuple[int, Inputs]]:
     """How many images, and what the model is called with for them."""
     shapes = {tuple(each["pixel_values"].shape) for each in inputs}
-    if (
-        len(shapes) > 1
-        or len(shape := next(iter(shapes))) != 4
-        or shape[0] != 1
-        or any(len(each) > 1 for each in inputs)
-    ):
+    first, *others = shapes
+    if others or len(first) != 4 or first[0] != 1 or any(len(each) > 1 for each in inputs):
         return [(1, each) for each in inputs]
     return [
         (len(part), {"pixel_values": torch.cat([each["pixel_values"] for each in part])})
@@ -158,21 +140,3 @@ def _yardstick(embeddings: Tensor) -> dict[str, float]:
     others = (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
     nearest = cosines.fill_diagonal_(-torch.inf).amax(-1).mean()
     return {"others": float(others), "nearest": float(nearest)}
-
-
-def _retention(
-    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting], inputs: Sequence[Inputs]
-) -> list[dict[str, Any]]:
-    some = inputs[:: -(-len(inputs) // RETENTION_IMAGES)]
-    rows = []
-    for basis in dict.fromkeys(setting.basis for setting in settings):
-        of_basis = [setting.config for setting in settings if setting.basis == basis]
-        found = evaluate_retention(
-            model,
-            projections if basis == projections.basis else projections.with_basis(basis),
-            some,
-            k_ratios=list(dict.fromkeys(config.k_ratio for config in of_basis)),
-            selections=list(dict.fromkeys(config.selection for config in of_basis)),
-        )
-        rows += [row | {"basis": basis} for row in found["rows"]]
-    return rows

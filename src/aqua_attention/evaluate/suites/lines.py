@@ -13,7 +13,6 @@ import random
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import file_digest
@@ -89,11 +88,11 @@ def read_lines_questions(path: Path | str, *, count: int | None = None) -> list[
 def lines_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
     """One of many numbered lines, generated or from a file, see `lines_questions` and `read_lines_questions`."""
     questions, file = sized_questions(sizes, subject.seed), sizes.lines_file
-    options: dict[str, Any] = {"data": "generated", "lines": sizes.lines, "count": sizes.count}
-    if file is not None:
-        options = {"data": str(file), "count": len(questions)}
-    digest = None if file is None else file_digest(file)
-    return retrieval_jobs("lines", subject, settings, questions, options, digest)
+    if file is None:
+        options = {"data": "generated", "lines": sizes.lines, "count": sizes.count}
+        return retrieval_jobs("lines", subject, settings, questions, options, None)
+    options = {"data": str(file), "count": len(questions)}
+    return retrieval_jobs("lines", subject, settings, questions, options, file_digest(file))
 
 
 def sized_questions(sizes: Sizes, seed: int) -> list[Question]:
@@ -130,20 +129,12 @@ def _parsed(line: str, where: str) -> Question:
         raise AquaError(f"{where} has no field {error}: it is no LongEval line question") from error
     name = name[0] if isinstance(name, list) and name else name
     for field, value in (("prompt", prompt), ("random_idx", name)):
-        if not (isinstance(value, str) and value.strip() and _is_text(value)):
+        # Half of a surrogate pair is what no tokenizer takes.
+        if not (isinstance(value, str) and value.strip() and value.encode(errors="ignore").decode() == value):
             raise AquaError(f"{where}: its {field} is no text: mend or drop it")
     if type(number) is not int or number < 0:
         raise AquaError(f"{where}: its expected_number is {number!r}, not a whole number: mend or drop it")
     return _question(prompt, name, number, prompt.count("REGISTER_CONTENT is <"))
-
-
-def _is_text(value: str) -> bool:
-    """Whether it has no half of a surrogate pair, which no tokenizer takes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _question(prompt: str, name: str, number: int, lines: int) -> Question:

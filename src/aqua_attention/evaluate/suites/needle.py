@@ -25,7 +25,6 @@ CITIES = (
     "Riga Samarkand Tbilisi Utrecht Valencia Warsaw Yerevan Zagreb"
 ).split()
 TRIES = 1000
-SHAPE = ("lengths", "depths", "needles", "repeats")
 # White space stays with the sentence behind it, so that joining the pieces gives the text back.
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？।])|(?=\n[ \t\r]*\n)")
 
@@ -88,15 +87,17 @@ def needle_questions(
 
 def needle_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
     """A needle at each depth of texts of each length, see `needle_questions`."""
-    shape: dict[str, Any] = {name: getattr(sizes, name) for name in SHAPE}
-    questions, digest = subject_questions(subject, sizes), text_digest(subject.text)
-    return retrieval_jobs("needle", subject, settings, questions, shape | {"data": subject.data}, digest)
+    questions, options = subject_questions(subject, sizes), _shape(sizes) | {"data": subject.data}
+    return retrieval_jobs("needle", subject, settings, questions, options, text_digest(subject.text))
 
 
 def subject_questions(subject: Subject, sizes: Sizes) -> list[Question]:
     """The questions about the subject's text."""
-    shape: dict[str, Any] = {name: getattr(sizes, name) for name in SHAPE}
-    return needle_questions(subject.tokenizer, subject.text, **shape, seed=subject.seed, chat=subject.chat)
+    return needle_questions(subject.tokenizer, subject.text, **_shape(sizes), seed=subject.seed, chat=subject.chat)
+
+
+def _shape(sizes: Sizes) -> dict[str, Any]:
+    return {name: getattr(sizes, name) for name in ("lengths", "depths", "needles", "repeats")}
 
 
 def _needles(cities: Sequence[str], numbers: Sequence[str]) -> list[str]:

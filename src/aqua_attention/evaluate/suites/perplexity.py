@@ -19,7 +19,7 @@ from aqua_attention.calibration.run import check_predicts, check_tokens
 from aqua_attention.data.text import text_digest
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Job, Progress, counting, damaged
-from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
+from aqua_attention.evaluate.setting import Run, Setting, runs_of
 from aqua_attention.evaluate.suites.grid import Sizes, Subject
 from aqua_attention.model.capture import input_device
 
@@ -29,6 +29,8 @@ ROWS_AT_ONCE = 256
 """Positions whose next-token distributions are compared at once; bounds the float32 copies of the logits."""
 KEPT_BYTES = 4 << 30
 """Dense logits that `DenseLogits` keeps."""
+SCORED = {False: "all", True: "second half"}
+"""What of a window is scored, by whether it is read as a conversation."""
 
 
 @dataclass
@@ -37,6 +39,25 @@ class _Sums:
     kl: float = 0.0
     agree: int = 0
     tokens: int = 0
+
+    def add(self, logits: Tensor, dense_logits: Tensor, targets: Tensor) -> None:
+        for start in range(0, len(targets), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            log_p = logits[part].float().log_softmax(-1)
+            self.loss -= float(log_p.gather(-1, targets[part, None]).sum())
+            self.tokens += len(log_p)
+            if logits is dense_logits:
+                self.agree += len(log_p)
+                continue
+            dense_log_p = dense_logits[part].float().log_softmax(-1)
+            self.kl += float((dense_log_p.exp() * (dense_log_p - log_p)).sum())
+            self.agree += int((log_p.argmax(-1) == dense_log_p.argmax(-1)).sum())
+
+    def perplexity(self, what: str) -> float:
+        mean = self.loss / self.tokens
+        if not math.isfinite(mean):
+            raise damaged(f"the model gives NaN or infinite logits with {what}")
+        return math.exp(min(mean, 700.0))
 
 
 class DenseLogits:
@@ -81,18 +102,16 @@ def evaluate_perplexity(
 
     Args:
         windows: token ids, [count, context]; each window predicts context - 1 tokens.
-        continued: read windows as conversations whatever the settings, so that the figures can be compared with those
-            of settings that evict.
-        dense_logits: keeps the dense model's part for further calls over the same windows.
+        continued: read windows as conversations whatever the settings, to be comparable with settings that evict.
+        dense_logits: keeps the dense model's logits for further calls.
         progress: called as progress(forward passes done, forward passes in all).
 
     Returns:
-        `{"dense": {"perplexity", "tokens"}, "rows": [...], "scored": "all" or "second half"}`, a row a setting:
-        `setting` (the AquaConfig's fields), `basis`, `effective_ratio` (E = k_ratio * (1 - s_ratio)), `perplexity`,
-        `perplexity_change` (relative to dense: 0.01 is one per cent), `kl` (mean KL divergence of the next-token
-        distribution from the dense one, nats), `top1` (share of positions with the dense model's most likely token),
-        `mean_k` (share of head_dim that was multiplied, measured, outside the exact window), `mean_k_per_layer` (the
-        same, a list), `tokens` (predictions scored).
+        `{"dense": {"perplexity", "tokens"}, "rows": [...], "scored": "all" or "second half"}`, a row a setting: that
+        of `Run.head`, `effective_ratio` (E = k_ratio * (1 - s_ratio)), `perplexity`, `perplexity_change` (relative to
+        dense: 0.01 is one per cent), `kl` (mean KL divergence of the next-token distribution from the dense one,
+        nats), `top1` (share of positions with the dense model's most likely token), what `Run.mean_ks` says, `tokens`
+        (predictions scored).
 
     Raises:
         AquaError: no windows, tokens that the model does not know, AQUA already attached, NaN or infinite logits.
@@ -101,14 +120,13 @@ def evaluate_perplexity(
         raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
     check_predicts(model)
     check_tokens(model, windows, context=windows.shape[1])
-    runs = attachments(model, projections, settings)
-    settings = as_attached(settings, runs)
+    runs = runs_of(model, projections, settings)
     continued = continued or any(setting.config.h2o_ratio < 1 for setting in settings)
     half = windows.shape[1] // 2 if continued else 0
     if half and windows.shape[1] < 4:
         raise AquaError(f"windows have {windows.shape[1]} tokens: h2o_ratio needs at least four, half of them to score")
     reference = dense_logits or DenseLogits(most_bytes=0)
-    dense, sums = _Sums(), [_Sums() for _ in settings]
+    dense, sums = _Sums(), [_Sums() for _ in runs]
     step = counting(progress, len(windows) * (1 + len(runs)))
     device = input_device(model)
     with torch.no_grad():  # not inference_mode: offloaded quantised weights may fail under it
@@ -116,20 +134,17 @@ def evaluate_perplexity(
             tokens = window[None].to(device)
             step(1)
             expected, targets = reference.of(model, windows, index)[half:], tokens[0, half + 1 :]
-            _score(dense, expected, expected, targets)
-            for (attachment, _), row in zip(runs, sums, strict=True):
+            dense.add(expected, expected, targets)
+            for run, row in zip(runs, sums, strict=True):
                 step(1)
-                found = _continued(model, tokens, half, attachment) if half else _logits(model, tokens, attachment)
-                _score(row, found, expected, targets)
+                given = model, tokens, run.attachment
+                row.add(_continued(*given, half) if half else _logits(*given), expected, targets)
     step(0)
-    dense_perplexity = _perplexity(dense, "dense attention")
+    perplexity = dense.perplexity("dense attention")
     return {
-        "dense": {"perplexity": dense_perplexity, "tokens": dense.tokens},
-        "rows": [
-            _row(setting, row, multiplied, dense_perplexity)
-            for setting, row, (_, multiplied) in zip(settings, sums, runs, strict=True)
-        ],
-        "scored": "second half" if half else "all",
+        "dense": {"perplexity": perplexity, "tokens": dense.tokens},
+        "rows": [_row(run, row, perplexity) for run, row in zip(runs, sums, strict=True)],
+        "scored": SCORED[continued],
     }
 
 
@@ -146,39 +161,22 @@ def perplexity_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes)
     """`evaluate_perplexity`, a job a setting. As soon as one evicts, all score second halves, to be comparable."""
     windows = subject.windows(sizes.tokens, sizes.context)
     continued = any(setting.config.h2o_ratio < 1 for setting in settings)
-    options = {
-        "data": subject.data,
-        "context": windows.shape[1],
-        "tokens": windows.numel(),
-        "scored": "second half" if continued else "all",
-    }
-    dense_logits = DenseLogits()
+    shared: dict[str, Any] = {"continued": continued, "dense_logits": DenseLogits()}
 
     def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
-        return perplexity_figures(
-            *(subject.model, subject.projections, setting, windows, dense_logits),
-            continued=continued,
-            progress=progress,
-        )
+        given = subject.model, subject.projections, setting, windows
+        return perplexity_figures(*given, progress=progress, **shared)
 
+    options = subject.read(windows) | {"scored": SCORED[continued]}
     return subject.jobs("perplexity", (None, *settings), options, measure, text_sha256=text_digest(subject.text))
 
 
 def perplexity_figures(
-    model: PreTrainedModel,
-    projections: Projections,
-    setting: Setting | None,
-    windows: Tensor,
-    dense_logits: DenseLogits,
-    *,
-    continued: bool = False,
-    progress: Progress | None = None,
+    model: PreTrainedModel, projections: Projections, setting: Setting | None, windows: Tensor, **options: Any
 ) -> dict[str, Any]:
     """What `evaluate_perplexity` says of one setting, with `dense` and `scored`; without a setting, of dense itself."""
     settings = [] if setting is None else [setting]
-    found = evaluate_perplexity(
-        model, projections, settings, windows, continued=continued, dense_logits=dense_logits, progress=progress
-    )
+    found = evaluate_perplexity(model, projections, settings, windows, **options)
     reference = {"dense": found["dense"], "scored": found["scored"]}
     if setting is None:
         itself = {"perplexity_change": 0.0, "kl": 0.0, "top1": 1.0, "mean_k": 1.0}
@@ -192,7 +190,7 @@ def _logits(model: PreTrainedModel, tokens: Tensor, attachment: Attachment | Non
         return model(input_ids=tokens, use_cache=False).logits[0, :-1]
 
 
-def _continued(model: PreTrainedModel, tokens: Tensor, half: int, attachment: Attachment) -> Tensor:
+def _continued(model: PreTrainedModel, tokens: Tensor, attachment: Attachment, half: int) -> Tensor:
     """The same for the tokens from `half` on, read after those before it are in the cache."""
     logits, end = [], tokens.shape[1] - 1
     with attachment:
@@ -204,38 +202,14 @@ def _continued(model: PreTrainedModel, tokens: Tensor, half: int, attachment: At
     return torch.cat(logits)
 
 
-def _score(sums: _Sums, logits: Tensor, dense_logits: Tensor, targets: Tensor) -> None:
-    for start in range(0, len(targets), ROWS_AT_ONCE):
-        part = slice(start, start + ROWS_AT_ONCE)
-        log_p = logits[part].float().log_softmax(-1)
-        sums.loss -= float(log_p.gather(-1, targets[part, None]).sum())
-        sums.tokens += len(log_p)
-        if logits is dense_logits:
-            sums.agree += len(log_p)
-            continue
-        dense_log_p = dense_logits[part].float().log_softmax(-1)
-        sums.kl += float((dense_log_p.exp() * (dense_log_p - log_p)).sum())
-        sums.agree += int((log_p.argmax(-1) == dense_log_p.argmax(-1)).sum())
-
-
-def _row(setting: Setting, sums: _Sums, multiplied: Multiplied, dense_perplexity: float) -> dict[str, Any]:
-    perplexity = _perplexity(sums, str(setting.config))
-    return {
-        "setting": setting.config.to_dict(),
-        "basis": setting.basis,
-        "effective_ratio": setting.config.effective_ratio,
+def _row(run: Run, sums: _Sums, dense_perplexity: float) -> dict[str, Any]:
+    perplexity = sums.perplexity(str(run.setting.config))
+    return run.head() | {
+        "effective_ratio": run.setting.config.effective_ratio,
         "perplexity": perplexity,
         "perplexity_change": perplexity / dense_perplexity - 1,
         "kl": sums.kl / sums.tokens,
         "top1": sums.agree / sums.tokens,
-        "mean_k": multiplied.share(),
-        "mean_k_per_layer": multiplied.share_per_layer(),
+        **run.mean_ks(),
         "tokens": sums.tokens,
     }
-
-
-def _perplexity(sums: _Sums, what: str) -> float:
-    mean = sums.loss / sums.tokens
-    if not math.isfinite(mean):
-        raise damaged(f"the model gives NaN or infinite logits with {what}")
-    return math.exp(min(mean, 700.0))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from aqua_attention.calibration.run import check_tokens
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.text import text_digest
 from aqua_attention.evaluate.run import Job, Progress, damaged
-from aqua_attention.evaluate.setting import Setting, check_covered
+from aqua_attention.evaluate.setting import Setting, check_covered, in_basis
 from aqua_attention.evaluate.suites.grid import Sizes, Subject
 from aqua_attention.model.capture import attention_layers, observe_windows
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides
@@ -29,15 +28,6 @@ from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
 K_RATIOS = (0.9, 0.75, 0.5, 0.25)
-
-
-@dataclass
-class _Loss:
-    """Sums over queries, one entry a query head."""
-
-    scores: Tensor = field(default_factory=lambda: torch.zeros(()))
-    softmax: Tensor = field(default_factory=lambda: torch.zeros(()))
-    count: int = 0
 
 
 def evaluate_retention(
@@ -85,7 +75,8 @@ def evaluate_retention(
         check_unpadded(windows)
         given = given_sides(windows)
     check_covered(model, {layer.side for layer in layers.values()}, given)
-    losses: dict[tuple[str, float], dict[int, _Loss]] = {setting: {} for setting in settings}
+    # By setting and layer: both losses of every query head, [2, heads], summed over so many calls.
+    losses: dict[tuple[str, float], dict[int, tuple[Tensor | int, int]]] = {setting: {} for setting in settings}
 
     def measure(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
         layer = layers.get(module)
@@ -107,12 +98,9 @@ def evaluate_retention(
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
             score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
             softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean((0, -1)) / 2
-            sums = losses[setting].setdefault(layer.index, _Loss())
-            sums.scores, sums.softmax = (
-                sums.scores + score_loss.double().cpu(),
-                sums.softmax + softmax_loss.double().cpu(),
-            )
-            sums.count += 1
+            total, count = losses[setting].get(layer.index, (0, 0))
+            both = torch.stack((score_loss.double().cpu(), softmax_loss.double().cpu()))
+            losses[setting][layer.index] = total + both, count + 1
 
     observe_windows(model, found, windows, measure, progress)
     return {"rows": [_row(selection, ratio, losses[selection, ratio]) for selection, ratio in settings]}
@@ -133,7 +121,6 @@ def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) 
     All of a basis are measured at once, by the first of its jobs.
     """
     windows = subject.windows(sizes.retention_tokens, sizes.context)
-    options = {"data": subject.data, "context": windows.shape[1], "tokens": windows.numel()}
     distinct = dict.fromkeys(
         Setting(AquaConfig(k_ratio=setting.config.k_ratio, selection=setting.config.selection), setting.basis)
         for setting in settings
@@ -144,19 +131,35 @@ def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) 
     def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
         if setting not in known:
             same = [other for other in distinct if other.basis == setting.basis]
-            found = evaluate_retention(
-                subject.model,
-                subject.projections.with_basis(setting.basis),
-                windows,
-                k_ratios=list(dict.fromkeys(other.config.k_ratio for other in same)),
-                selections=list(dict.fromkeys(other.config.selection for other in same)),
-                progress=progress,
-            )
-            for row in found["rows"]:
-                known[Setting(AquaConfig(k_ratio=row["k_ratio"], selection=row["selection"]), setting.basis)] = row
+            for row in retention_rows(subject.model, subject.projections, same, windows, progress):
+                basis = row.pop("basis")
+                known[Setting(AquaConfig(k_ratio=row["k_ratio"], selection=row["selection"]), basis)] = row
         return known[setting]
 
-    return subject.jobs("retention", list(distinct), options, measure, text_sha256=text_digest(subject.text))
+    return subject.jobs(
+        "retention", list(distinct), subject.read(windows), measure, text_sha256=text_digest(subject.text)
+    )
+
+
+def retention_rows(
+    model: PreTrainedModel,
+    projections: Projections,
+    settings: Sequence[Setting],
+    windows: Tensor | Sequence[Inputs],
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of `evaluate_retention` for the k_ratios and selections of each basis, with `basis` in each."""
+    rows = []
+    for basis in dict.fromkeys(setting.basis for setting in settings):
+        configs = [setting.config for setting in settings if setting.basis == basis]
+        found = evaluate_retention(
+            *(model, in_basis(projections, basis), windows),
+            k_ratios=list(dict.fromkeys(config.k_ratio for config in configs)),
+            selections=list(dict.fromkeys(config.selection for config in configs)),
+            progress=progress,
+        )
+        rows += [row | {"basis": basis} for row in found["rows"]]
+    return rows
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -174,22 +177,18 @@ def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
     return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
-def _row(selection: str, ratio: float, layers: dict[int, _Loss]) -> dict[str, Any]:
-    scores = {index: (loss.scores / loss.count).tolist() for index, loss in layers.items()}
-    softmax = {index: (loss.softmax / loss.count).tolist() for index, loss in layers.items()}
-    if not all(math.isfinite(value) for heads in (*scores.values(), *softmax.values()) for value in heads):
+def _row(selection: str, ratio: float, losses: dict[int, tuple[Any, int]]) -> dict[str, Any]:
+    layers = {index: (total / count).tolist() for index, (total, count) in sorted(losses.items())}
+    score_loss, softmax_loss = ([value for both in layers.values() for value in both[place]] for place in (0, 1))
+    if not all(map(math.isfinite, (*score_loss, *softmax_loss))):
         raise damaged("the model gives NaN or infinite scores")
-
-    def mean(per_layer: dict[int, list[float]]) -> float:
-        values = [value for heads in per_layer.values() for value in heads]
-        return sum(values) / len(values)
-
     return {
         "selection": selection,
         "k_ratio": ratio,
-        "score_loss": mean(scores),
-        "softmax_loss": mean(softmax),
+        "score_loss": sum(score_loss) / len(score_loss),
+        "softmax_loss": sum(softmax_loss) / len(softmax_loss),
         "per_layer": [
-            {"layer": index, "score_loss": scores[index], "softmax_loss": softmax[index]} for index in sorted(layers)
+            {"layer": index, "score_loss": scores, "softmax_loss": softmax}
+            for index, (scores, softmax) in layers.items()
         ],
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from aqua_attention.calibration.run import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import Continuation, continue_tokens, encode_prompt
 from aqua_attention.evaluate.run import Job, Progress, counting
-from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
+from aqua_attention.evaluate.setting import Setting, runs_of
 from aqua_attention.evaluate.suites.grid import Subject
 
 SPARE_TOKENS = 4
@@ -64,50 +64,49 @@ def evaluate_retrieval(
         progress: called as progress(answers done, answers in all).
 
     Returns:
-        `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: `setting`, `basis`,
+        `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: that of `Run.head`,
         `accuracy` (exact match), `lost` and `gained` (questions that only dense, only AQUA got right), `p_value` (see
-        `paired_p_value`), `same_answer` (share of answers that are dense's, token for token), `mean_k`. An entry a
-        question: its labels, `tokens`, `expected`, and the lists `answers` and `correct`, dense first.
-        The p-values are one for each setting over all questions, not corrected for asking several times.
+        `paired`; one for each setting over all questions, not corrected for asking several times),
+        `same_answer` (share of answers that are dense's, token for token), `mean_k`. An entry a question: its labels,
+        `tokens`, `expected`, and the lists `answers` and `correct`, dense first.
 
     Raises:
         AquaError: no questions, one longer than the model's positions, NaN.
     """
     encoded = encode_questions(model, tokenizer, questions, chat=chat)
-    runs = attachments(model, projections, settings)
-    settings = as_attached(settings, runs)
+    runs = runs_of(model, projections, settings)
     known = {} if dense_answers is None else dense_answers
-    answers: list[list[str]] = []
-    same = [0] * len(runs)
+    written: list[list[Continuation]] = []
     step = counting(progress, len(questions) * (1 + len(runs)))
     for index, (prompt, budget) in enumerate(encoded):
-        written = []
-        for attachment in (None, *(attachment for attachment, _ in runs)):
+        written.append([])
+        for attachment in (None, *(run.attachment for run in runs)):
             step(1)
-            if attachment is None and index in known:
-                written.append(known[index])
-            else:
-                written.append(continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment))
-        known[index] = written[0]
-        answers.append([answer.text for answer in written])
-        same = [
-            count + (other.token_ids == written[0].token_ids) for count, other in zip(same, written[1:], strict=True)
-        ]
+            answer = known.get(index) if attachment is None else None
+            written[-1].append(
+                answer or continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment)
+            )
+        known[index] = written[-1][0]
     step(0)
     correct = [
-        [is_correct(answer, question.expected) for answer in row]
-        for question, row in zip(questions, answers, strict=True)
+        [is_correct(answer.text, question.expected) for answer in answers]
+        for question, answers in zip(questions, written, strict=True)
     ]
+    rows = []
+    for place, run in enumerate(runs, 1):
+        compared = paired([(marks[0], marks[place]) for marks in correct])
+        same = sum(answers[place].token_ids == answers[0].token_ids for answers in written)
+        accuracy = sum(marks[place] for marks in correct) / len(questions)
+        figures = {"same_answer": same / len(questions), "mean_k": run.mean_k()}
+        rows.append(run.head() | {"accuracy": accuracy} | compared | figures)
     return {
-        "dense": {"accuracy": sum(row[0] for row in correct) / len(questions), "questions": len(questions)},
-        "rows": [
-            _row(setting, multiplied, [(row[0], row[place]) for row in correct], same[place - 1])
-            for place, (setting, (_, multiplied)) in enumerate(zip(settings, runs, strict=True), 1)
-        ],
+        "dense": {"accuracy": sum(marks[0] for marks in correct) / len(questions), "questions": len(questions)},
+        "rows": rows,
         "questions": [
             question.labels
-            | {"tokens": prompt.shape[1], "expected": list(question.expected), "answers": texts, "correct": marks}
-            for question, (prompt, _), texts, marks in zip(questions, encoded, answers, correct, strict=True)
+            | {"tokens": prompt.shape[1], "expected": list(question.expected)}
+            | {"answers": [answer.text for answer in answers], "correct": marks}
+            for question, (prompt, _), answers, marks in zip(questions, encoded, written, correct, strict=True)
         ],
     }
 
@@ -135,30 +134,22 @@ def retrieval_jobs(
         options: what the questions are made from.
         digest: of the text that they are made from; None where there is none.
     """
-    encode_questions(subject.model, subject.tokenizer, questions, chat=subject.chat)
+    model, tokenizer = subject.model, subject.tokenizer
+    shared: dict[str, Any] = {"chat": subject.chat}
+    encode_questions(model, tokenizer, questions, **shared)
     answers: dict[int, Continuation] = {}
+    itself = {"lost": 0, "gained": 0, "p_value": 1.0, "same_answer": 1.0, "mean_k": None}
 
     def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
-        found = evaluate_retrieval(
-            *(subject.model, subject.tokenizer, subject.projections),
-            *([] if setting is None else [setting], questions),
-            chat=subject.chat,
-            dense_answers=answers,
-            progress=progress,
-        )
-        row = found["rows"][0] if setting else {"lost": 0, "gained": 0, "p_value": 1.0, "same_answer": 1.0}
+        given = model, tokenizer, subject.projections, [] if setting is None else [setting], questions
+        found = evaluate_retrieval(*given, dense_answers=answers, progress=progress, **shared)
+        row = found["rows"][0] if setting else itself
         # The dense model's answer comes first, and is the only one when there is no setting.
         right = [question["correct"][-1] for question in found["questions"]]
-        return {
-            "cells": _cells(questions, right),
-            "right": sum(right),
-            "asked": len(right),
-            **{name: row[name] for name in ("lost", "gained", "p_value", "same_answer")},
-            "mean_k": row.get("mean_k"),
-        }
+        counted = {"cells": _cells(questions, right), "right": sum(right), "asked": len(right)}
+        return counted | {name: row[name] for name in itself}
 
-    options = options | {"chat": subject.chat}
-    return subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
+    return subject.jobs(suite, (None, *settings), options | shared, measure, text_sha256=digest, seed=subject.seed)
 
 
 def _cells(questions: Sequence[Question], right: Sequence[bool]) -> list[dict[str, Any]]:
@@ -180,10 +171,11 @@ def encode_questions(
     """
     if not questions:
         raise AquaError("there are no questions to ask: give at least one")
-    prompts = [encode_prompt(tokenizer, q.prompt, chat=chat, answer_start=q.answer_start) for q in questions]
-    budgets = [_answer_tokens(tokenizer, question) for question in questions]
-    limit = position_limit(model)
-    for question, prompt, budget in zip(questions, prompts, budgets, strict=True):
+    limit, encoded = position_limit(model), []
+    for question in questions:
+        prompt = encode_prompt(tokenizer, question.prompt, chat=chat, answer_start=question.answer_start)
+        numbers: list[int] = tokenizer(", ".join(question.expected), add_special_tokens=False)["input_ids"]
+        budget = len(numbers) + SPARE_TOKENS + WORDS_BETWEEN * (len(question.expected) - 1)
         needed = prompt.shape[1] + budget
         if limit is not None and needed > limit:
             where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
@@ -192,12 +184,20 @@ def encode_questions(
                 "shorter ones"
             )
         check_tokens(model, prompt, context=needed)
-    return list(zip(prompts, budgets, strict=True))
+        encoded.append((prompt, budget))
+    return encoded
 
 
 def is_correct(answer: str, expected: Sequence[str]) -> bool:
     """Whether the first numbers in `answer` are the expected ones, in their order."""
     return re.findall("[0-9]+", answer)[: len(expected)] == list(expected)
+
+
+def paired(pairs: Iterable[tuple[float, float]], tie: float = 1.0) -> dict[str, Any]:
+    """`lost`, `gained` and `p_value` of what dense and AQUA reach on each question; less than `tie` is equal."""
+    differences = [aqua - dense for dense, aqua in pairs]
+    lost, gained = (sum(sign * difference >= tie for difference in differences) for sign in (-1, 1))
+    return {"lost": lost, "gained": gained, "p_value": paired_p_value(lost, gained)}
 
 
 def paired_p_value(lost: int, gained: int) -> float:
@@ -211,23 +211,3 @@ def paired_p_value(lost: int, gained: int) -> float:
     if changed == 0:
         return 1.0
     return min(1.0, 2 * sum(math.comb(changed, count) for count in range(fewer + 1)) / 2**changed)
-
-
-def _answer_tokens(tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
-    expected: list[int] = tokenizer(", ".join(question.expected), add_special_tokens=False)["input_ids"]
-    return len(expected) + SPARE_TOKENS + WORDS_BETWEEN * (len(question.expected) - 1)
-
-
-def _row(setting: Setting, multiplied: Multiplied, pairs: list[tuple[bool, bool]], same: int) -> dict[str, Any]:
-    lost = sum(dense and not aqua for dense, aqua in pairs)
-    gained = sum(aqua and not dense for dense, aqua in pairs)
-    return {
-        "setting": setting.config.to_dict(),
-        "basis": setting.basis,
-        "accuracy": sum(aqua for _, aqua in pairs) / len(pairs),
-        "lost": lost,
-        "gained": gained,
-        "p_value": paired_p_value(lost, gained),
-        "same_answer": same / len(pairs),
-        "mean_k": multiplied.share(),
-    }

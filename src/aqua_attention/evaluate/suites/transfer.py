@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projections of one kind of text tested on others: what is lost, and how far the rotations are apart."""
+"""Projections of one text tested on another: what is lost, how far the rotations are apart, how much text is enough.
+
+Transfer: of one kind of text on others. Context: of windows of one length at others, and of so many tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,7 +21,7 @@ from aqua_attention.data.text import text_digest, tokenize
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.calibrated import Calibration, Calibrator, check_enough
 from aqua_attention.evaluate.run import Job, Progress, check_sizes, halves
-from aqua_attention.evaluate.setting import Setting, resolved_settings
+from aqua_attention.evaluate.setting import Setting, in_basis, resolved_settings
 from aqua_attention.evaluate.suites.grid import first_windows, measured_key
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, perplexity_figures
 
@@ -70,6 +74,54 @@ def check_domains(domains: Sequence[Domain]) -> None:
             )
 
 
+_Source = tuple[Calibration, str]
+"""How projections are calibrated, and its text."""
+
+
+@dataclass(frozen=True)
+class _Cross:
+    """Projections of `source` tested on `windows` of the text `tested`.
+
+    Attributes:
+        options: of the record's key.
+        labels: how the result begins.
+        own: those of the tested domain, whose distance is told.
+    """
+
+    source: _Source
+    windows: Tensor
+    tested: str
+    options: dict[str, Any]
+    labels: dict[str, Any]
+    own: _Source | None = None
+
+
+def _jobs(
+    suite: str, calibrator: Calibrator, settings: Sequence[Setting], crosses: Sequence[_Cross], seed: int
+) -> list[Job]:
+    """A job for each of `crosses` and setting; its result is what `perplexity_figures` gives, and more."""
+    dense_logits, model = DenseLogits(), calibrator.model
+
+    def measure(cross: _Cross, setting: Setting, progress: Progress) -> dict[str, Any]:
+        calibrating, testing = halves(progress)
+        projections, sha256 = calibrator.projections(*cross.source, calibrating)
+        own = calibrator.projections(*cross.own, calibrating)[0] if cross.own else None
+        figures = perplexity_figures(
+            model, projections, setting, cross.windows, dense_logits=dense_logits, progress=testing
+        )
+        distance = {} if own is None else _distance(setting, projections, own)
+        read = {"calibration_tokens": projections.calibration["tokens"], "projections_sha256": sha256}
+        return cross.labels | figures | distance | read
+
+    jobs = []
+    for cross, setting in product(crosses, settings):
+        windows = {"context": cross.windows.shape[1], "tokens": cross.windows.numel()}
+        read = {"text_sha256": text_digest(cross.tested), "seed": seed}
+        key = measured_key(suite, calibrator.name, model, setting, cross.options | windows, **read)
+        jobs.append(Job(key, partial(measure, cross, setting)))
+    return jobs
+
+
 def transfer_jobs(
     calibrator: Calibrator,
     domains: Sequence[Domain],
@@ -95,56 +147,74 @@ def transfer_jobs(
     """
     check_domains(domains)
     check_sizes(calibration_tokens=calibration_tokens, tokens=tokens, context=context)
-    settings = resolved_settings(calibrator.model, settings)
-    dense_logits, model = DenseLogits(), calibrator.model
-    sources = {
-        domain.name: Calibration(
-            domain.name, text_digest(domain.calibration), tokens=calibration_tokens, context=context, seed=seed
-        )
-        for domain in domains
-    }
-
-    def learned(domain: Domain, progress: Progress) -> tuple[Projections, str]:
-        return calibrator.projections(sources[domain.name], domain.calibration, progress)
-
-    def measure(
-        calibrated: Domain, tested: Domain, windows: Tensor, setting: Setting, progress: Progress
-    ) -> dict[str, Any]:
-        calibrating, testing = halves(progress)
-        projections, sha256 = learned(calibrated, calibrating)
-        own, _ = learned(tested, calibrating)
-        figures = perplexity_figures(model, projections, setting, windows, dense_logits, progress=testing)
-        dims = {
-            index: leading_dims(setting.config, layer.rotation.shape[-1]) for index, layer in projections.layers.items()
-        }
-        return {
-            "calibrated": calibrated.name,
-            "tested": tested.name,
-            **figures,
-            "distance": subspace_distance(projections.with_basis(setting.basis), own.with_basis(setting.basis), dims),
-            "distance_dims": max(dims.values()),
-            "calibration_tokens": projections.calibration["tokens"],
-            "projections_sha256": sha256,
-        }
-
+    settings, model, tokenizer = resolved_settings(calibrator.model, settings), calibrator.model, calibrator.tokenizer
+    sources, crosses = [], []
     for domain in domains:
-        check_enough(calibrator.tokenizer, sources[domain.name], domain.calibration)
-    jobs = []
-    for tested in domains:
-        windows = first_windows(model, tokenize(calibrator.tokenizer, tested.test), tokens, context)
-        read = {"text_sha256": text_digest(tested.test), "seed": seed}
-        for calibrated in domains:
+        digest = text_digest(domain.calibration)
+        learn = Calibration(domain.name, digest, tokens=calibration_tokens, context=context, seed=seed)
+        check_enough(tokenizer, learn, domain.calibration)
+        sources.append((learn, domain.calibration))
+    for tested, own in zip(domains, sources, strict=True):
+        windows = first_windows(model, tokenize(tokenizer, tested.test), tokens, context)
+        for calibrated, source in zip(domains, sources, strict=True):
             options = {
-                "calibrated": asdict(sources[calibrated.name]) | {"data": calibrated.data},
+                "calibrated": asdict(source[0]) | {"data": calibrated.data},
                 "tested": {"name": tested.name, "data": tested.data},
                 "split": SPLIT,
-                "context": windows.shape[1],
-                "tokens": windows.numel(),
             }
-            for setting in settings:
-                key = measured_key("transfer", calibrator.name, model, setting, options, **read)
-                jobs.append(Job(key, partial(measure, calibrated, tested, windows, setting)))
-    return jobs
+            labels = {"calibrated": calibrated.name, "tested": tested.name}
+            crosses.append(_Cross(source, windows, tested.test, options, labels, own))
+    return _jobs("transfer", calibrator, settings, crosses, seed)
+
+
+def context_jobs(
+    calibrator: Calibrator,
+    calibration: tuple[str, str],
+    test: tuple[str, str],
+    settings: Sequence[Setting],
+    *,
+    calibrated_lengths: Sequence[int],
+    tested_lengths: Sequence[int],
+    calibration_tokens: Sequence[int],
+    tokens: int,
+    seed: int,
+) -> list[Job]:
+    """A job for every length tested, length calibrated, number of calibration tokens, and setting.
+
+    Its result is what `perplexity_figures` gives, with `calibrated_length`, `tested_length` and `calibration_tokens`
+    (those really read).
+
+    Args:
+        calibration, test: names and texts, different ones.
+        calibrated_lengths, tested_lengths: tokens in a window.
+        calibration_tokens: numbers of tokens, each a calibration of its own for each length.
+        tokens: how many tokens are tested, the same for all lengths.
+
+    Raises:
+        AquaError: the test text is shorter than a window, a window longer than the model's positions, sizes below 2, a
+            `min_length` of "auto" where nothing is known of this machine.
+    """
+    lengths = {"calibrated_length": calibrated_lengths, "tested_length": tested_lengths}
+    check_sizes(**lengths, calibration_tokens=calibration_tokens, tokens=tokens)
+    settings = resolved_settings(calibrator.model, settings)
+    (source, source_text), (data, text) = calibration, test
+    digest, tokenized = text_digest(source_text), tokenize(calibrator.tokenizer, text)
+    crosses = []
+    for length in dict.fromkeys(tested_lengths):
+        windows = first_windows(calibrator.model, tokenized, max(tokens, length), length)
+        for context, count in product(dict.fromkeys(calibrated_lengths), dict.fromkeys(calibration_tokens)):
+            learn = Calibration(source, digest, tokens=count, context=context, seed=seed)
+            options = {"data": data, "calibrated": asdict(learn)}
+            labels = {"calibrated_length": context, "tested_length": length, "calibration_tokens": count}
+            crosses.append(_Cross((learn, source_text), windows, text, options, labels))
+    return _jobs("context", calibrator, settings, crosses, seed)
+
+
+def _distance(setting: Setting, projections: Projections, own: Projections) -> dict[str, Any]:
+    heads = {index: layer.rotation.shape[-1] for index, layer in projections.layers.items()}
+    dims = {index: leading_dims(setting.config, head_dim) for index, head_dim in heads.items()}
+    ours, theirs = (in_basis(each, setting.basis) for each in (projections, own))
+    return {"distance": subspace_distance(ours, theirs, dims), "distance_dims": max(dims.values())}
 
 
 def leading_dims(config: AquaConfig, head_dim: int) -> int:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model answers: how likely it finds given answers, and what it writes."""
+"""What a model answers: how likely it finds given answers, what it writes, and a file that keeps both."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +18,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from aqua_attention.attach.apply import Attachment
-from aqua_attention.calibration.run import check_generates, check_tokens, position_limit
+from aqua_attention.calibration.run import check_tokens, position_limit
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.generation import GREEDY
+from aqua_attention.evaluate.generation import generate
 from aqua_attention.evaluate.run import damaged
-from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, WrittenItem
-from aqua_attention.evaluate.tasks.prompts import Task
+from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, Task, WrittenItem
+from aqua_attention.io.files import write_atomically
+from aqua_attention.io.state import RunState
 from aqua_attention.model.capture import input_device
 
 NEW_TOKENS = 256
@@ -29,6 +33,8 @@ STOPS = ("Question:", "</s>", "<|im_end|>")
 """What ends a written answer, besides the model's own end token; as lm-evaluation-harness ends GSM8K's."""
 TOKENS_AT_ONCE, TOKENS_AT_ONCE_GPU = 2048, 16384
 """Tokens of one forward pass, padding included, unless one sequence alone has more; bounds the memory."""
+KIND, FORMAT_VERSION = "aqua_attention_answers", 1
+"""Of a file of answers."""
 Answer = list[float] | str
 """Log-likelihoods of all given answers, or what was written."""
 
@@ -182,28 +188,12 @@ def _sum(logits: Tensor, pair: _Pair) -> float:
 
 
 def _written(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    attachment: Attachment | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], attachment: Attachment | None
 ) -> list[str]:
-    """Greedy continuations of all prompts, in one left-padded batch."""
-    check_generates(model)
     width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    filler = [0 if pad is None else pad]
-    tokens = torch.tensor([filler * (width - len(ids)) + ids for ids in prompts], device=input_device(model))
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=tokens.device)
-    with attachment or nullcontext(), torch.no_grad():
-        output = model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            max_new_tokens=NEW_TOKENS,
-            pad_token_id=filler[0],
-            stopping_criteria=[_Stops(tokenizer, width)],
-            **GREEDY,
-        )
-    return [_cut(str(tokenizer.decode(row, skip_special_tokens=True))) for row in output[:, width:].tolist()]
+    stops = [_Stops(tokenizer, width)]
+    output = generate(model, tokenizer, prompts, attachment, max_new_tokens=NEW_TOKENS, stopping_criteria=stops)
+    return [_cut(str(text)) for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
 class _Stops(StoppingCriteria):
@@ -222,3 +212,62 @@ class _Stops(StoppingCriteria):
 
 def _cut(text: str) -> str:
     return text[: min([len(text), *(text.index(stop) for stop in STOPS if stop in text)])]
+
+
+class Answers(RunState):
+    """Answers to each task's questions, in their order: for each question dense's, then each setting's.
+
+    Kept in a JSON file, when there is a path, at most every few seconds and when `save` is called.
+    """
+
+    instead = "give another --state"
+
+    def __init__(self, run: dict[str, Any], path: Path | str | None = None, *, seconds: float = 10.0) -> None:
+        """Go on with what `path` holds, if it is there.
+
+        Args:
+            run: JSON values that tell this run from others; `tasks` among them, a dict of which each entry tells a task
+                from others of its name. Tasks of earlier runs stay in the file, and new ones may join.
+
+        Raises:
+            AquaError: the file is damaged, or of another run; the message says in what they differ.
+        """
+        super().__init__(path, run, seconds=seconds)
+        self.of_task: dict[str, list[list[Answer]]]
+        self.of_task, earlier = self.found() or ({}, {})
+        self.run["tasks"] = earlier | self.run["tasks"]
+
+    def add(self, task: str, answers: list[list[Answer]]) -> None:
+        """Add the answers to a task's next questions."""
+        # One assignment, so that an interrupt finds all of them or none.
+        self.of_task[task] = [*self.of_task.get(task, []), *answers]
+        self.keep()
+
+    def _write(self, path: Path, content: tuple[()]) -> None:
+        whole = {KIND: FORMAT_VERSION, "run": self.run, "answers": self.of_task}
+        whole["sha256"] = _digest(whole)
+        write_atomically(path, (json.dumps(whole, allow_nan=False) + "\n").encode())
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], tuple[dict[str, list[list[Answer]]], dict[str, Any]]]:
+        try:
+            content = json.loads(path.read_bytes())
+            version, run, answers, claimed = content[KIND], content["run"], content["answers"], content.pop("sha256")
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise AquaError(
+                f"{path} holds no answers of `aqua eval tasks` ({error!r}): give another --state, or delete it"
+            ) from error
+        if version != FORMAT_VERSION:
+            raise AquaError(f"{path} has format version {version!r}, this library reads {FORMAT_VERSION}: delete it")
+        if claimed != _digest(content):
+            raise AquaError(f"{path} was changed after it was written: delete it, or give another --state")
+        return run, (answers, run["tasks"])
+
+    def _differences(self, run: dict[str, Any]) -> list[str]:
+        ours, theirs = self.run["tasks"], run["tasks"]
+        names = [name for name in super()._differences(run) if name != "tasks"]
+        asked = sorted(ours.keys() & theirs.keys())
+        return names + [f"the questions of {task}" for task in asked if ours[task] != theirs[task]]
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -47,21 +47,19 @@ def question_files(path: Path | str, splits: Sequence[str], *, by_subject: bool 
         AquaError: no such file or split, or more than one file of it; the message names them and the remedy.
     """
     path = Path(path).expanduser()
-    if path.is_dir():
-        files = _of_split(path, splits)
-        if len(files) > 1 and not by_subject:
-            seen = ", ".join(str(file.relative_to(path)) for file in files[:8])
-            more = f" and {len(files) - 8} more" if len(files) > 8 else ""
-            raise AquaError(
-                f"the folder {path} has {len(files)} files of one split ({seen}{more}), which may be different data "
-                "sets, or one twice: name one of them, or a folder that holds only one"
-            )
-    elif path.is_file():
+    if path.is_file():
         if _suffix(path) not in SUFFIXES:
             raise AquaError(f"{path} is no file of questions: it must end in {', '.join(SUFFIXES)} (or these and .gz)")
-        files = [path]
-    else:
+        return [path]
+    if not path.is_dir():
         raise AquaError(f"{path}: no such file or folder of questions: check the path")
+    files = _of_split(path, splits)
+    if len(files) > 1 and not by_subject:
+        more = f" and {len(files) - 8} more" if len(files) > 8 else ""
+        raise AquaError(
+            f"the folder {path} has {len(files)} files of one split ({_some_of(files, path)}{more}), which may be "
+            "different data sets, or one twice: name one of them, or a folder that holds only one"
+        )
     return files
 
 
@@ -102,11 +100,15 @@ def _of_split(folder: Path, splits: Sequence[str]) -> list[Path]:
             return of_split
     if len(files) == 1 and not _words(files[0], folder) & set(SPLITS):
         return files
-    seen = ", ".join(str(file.relative_to(folder)) for file in files[:8]) or f"no file ending in {', '.join(SUFFIXES)}"
+    seen = _some_of(files, folder) or f"no file ending in {', '.join(SUFFIXES)}"
     raise AquaError(
         f"the folder {folder} has no {' or '.join(splits)} split (it holds {seen}): name a file after its split, or "
         "give the file itself"
     )
+
+
+def _some_of(files: Sequence[Path], folder: Path) -> str:
+    return ", ".join(str(file.relative_to(folder)) for file in files[:8])
 
 
 def _words(file: Path, folder: Path) -> set[str]:
@@ -114,12 +116,16 @@ def _words(file: Path, folder: Path) -> set[str]:
 
 
 def _suffix(path: Path) -> str:
-    name = path.stem if path.suffix.lower() == ".gz" else path.name
-    return Path(name).suffix.lower()
+    return _unpacked(path).suffix.lower()
 
 
 def _stem(path: Path) -> str:
-    return Path(path.stem).stem if path.suffix.lower() == ".gz" else path.stem
+    return _unpacked(path).stem
+
+
+def _unpacked(path: Path) -> Path:
+    """The name without .gz."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name)
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:

@@ -15,12 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Progress, counting
-from aqua_attention.evaluate.setting import Setting, as_attached, attachments
-from aqua_attention.evaluate.suites.retrieval import paired_p_value
-from aqua_attention.evaluate.tasks.answers import Answer, answer_items, check_items
-from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, WrittenItem, final_number
-from aqua_attention.evaluate.tasks.prompts import Task
-from aqua_attention.evaluate.tasks.state import Answers
+from aqua_attention.evaluate.setting import Run, Setting, runs_of
+from aqua_attention.evaluate.suites.retrieval import paired
+from aqua_attention.evaluate.tasks.answers import Answer, Answers, answer_items, check_items
+from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, Task, WrittenItem, final_number
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 
@@ -53,34 +51,32 @@ def evaluate_tasks(
         progress: called as progress(answers done, answers in all).
 
     Returns:
-        `{"dense": [...], "rows": [...], "tasks": {...}}`. A row for each setting, task and metric: `setting`, `basis`,
-        `task`, `metric`, `value` (mean over the questions), `stderr` (its standard error), `count`, `dense` (the value
-        without AQUA), `lost` and `gained` (questions on which only dense, only AQUA is right; for mc2, on which AQUA
-        gives less, more probability to the true answers, by 1e-4 or more), `p_value` (the exact McNemar test of these
-        two numbers, which for mc2 is a sign test; not corrected for asking several times), and `outside_window`: the
-        share of the prompts' query-key pairs outside the exact window, without those of queries that see fewer than
-        `min_length` tokens; where it is 0, AQUA leaves nothing out. An entry of `dense` has the same without the
-        comparison. An entry of `tasks` says which files were read.
+        `{"dense": [...], "rows": [...], "tasks": {...}}`. An entry of `dense` for each task and metric: `task`,
+        `metric`, `value` (mean over the questions), `stderr` (its standard error), `count`. A row for each setting,
+        task and metric: that of `Run.head`, the same figures, `dense` (the value without AQUA), `lost`, `gained` and
+        `p_value` (see `paired`; for mc2 of the probability of the true answers, so that the test is a sign test), and
+        `outside_window`: the share of the prompts' query-key pairs outside the exact window, without those of queries
+        that see fewer than `min_length` tokens; where it is 0, AQUA leaves nothing out. An entry of `tasks` says which
+        files were read.
 
     Raises:
         AquaError: no tasks, one given twice, a prompt too long, NaN, a state of another run.
         KeyboardInterrupt: after `state` was written.
     """
     check_request([task.name for task in tasks], batch)
-    made = attachments(model, projections, settings)
-    settings = as_attached(settings, made)
-    for attachment, _ in made:
-        attachment.on_selection = None  # what is multiplied is not asked here, and counting costs
-    columns = [None, *(attachment for attachment, _ in made)]
+    runs = runs_of(model, projections, settings)
+    for run in runs:
+        run.attachment.on_selection = None  # what is multiplied is not asked here, and counting costs
+    columns = [None, *(run.attachment for run in runs)]
     # All of them before the first answer: what cannot be asked is known now, not after hours.
     lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
-    answers = Answers(_run(model, projections, settings, tasks, batch), state)
-    known = sum(len(answers.of_task.get(task.name, [])) for task in tasks)
-    step = counting(progress, sum(len(task.items) for task in tasks) * len(columns), known * len(columns))
+    answers = Answers(_identity(model, projections, runs, tasks, batch), state)
+    known = {task.name: len(answers.of_task.get(task.name, [])) for task in tasks}
+    total = sum(len(task.items) for task in tasks)
+    step = counting(progress, total * len(columns), sum(known.values()) * len(columns))
     try:
         for task in tasks:
-            first = len(answers.of_task.get(task.name, []))
-            for start in range(first, len(task.items), batch):
+            for start in range(known[task.name], len(task.items), batch):
                 part = task.items[start : start + batch]
                 given, answered = [], answer_items(model, tokenizer, part, columns)
                 for _ in columns:
@@ -101,10 +97,10 @@ def evaluate_tasks(
     return {
         "dense": [_mean(task, metric, [row[0] for row in rows]) for (task, metric), rows in figures.items()],
         "rows": [
-            {"setting": setting.config.to_dict(), "basis": setting.basis}
+            run.head()
             | _compared(task, metric, [(row[0], row[place]) for row in rows])
-            | {"outside_window": _outside(setting, lengths[task])}
-            for place, setting in enumerate(settings, 1)
+            | {"outside_window": _outside(run.setting, lengths[task])}
+            for place, run in enumerate(runs, 1)
             for (task, metric), rows in figures.items()
         ],
         "tasks": {
@@ -184,13 +180,8 @@ def _mean(task: str, metric: str, values: list[float]) -> dict[str, Any]:
 
 
 def _compared(task: str, metric: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    lost, gained = (sum(sign * (aqua - dense) >= SAME_MASS for dense, aqua in pairs) for sign in (-1, 1))
-    return _mean(task, metric, [aqua for _, aqua in pairs]) | {
-        "dense": statistics.fmean(dense for dense, _ in pairs),
-        "lost": lost,
-        "gained": gained,
-        "p_value": paired_p_value(lost, gained),
-    }
+    dense = statistics.fmean(dense for dense, _ in pairs)
+    return _mean(task, metric, [aqua for _, aqua in pairs]) | {"dense": dense} | paired(pairs, SAME_MASS)
 
 
 def _outside(setting: Setting, lengths: list[int]) -> float:
@@ -204,8 +195,8 @@ def _pairs(tokens: int) -> int:
     return max(0, tokens) * max(0, tokens + 1) // 2
 
 
-def _run(
-    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting], tasks: Sequence[Task], batch: int
+def _identity(
+    model: PreTrainedModel, projections: Projections, runs: Sequence[Run], tasks: Sequence[Task], batch: int
 ) -> dict[str, Any]:
     """What answers depend on, for `Answers`."""
     layers = attention_layers(model)
@@ -216,7 +207,7 @@ def _run(
         "model": {"shape": shape_of(model, layers), "dtype": str(model.dtype)},
         "key_weights": key_weight_digest(layers),
         "projections": rotations.hexdigest(),
-        "settings": [setting.config.to_dict() | {"basis": setting.basis} for setting in settings],
+        "settings": [run.setting.config.to_dict() | {"basis": run.setting.basis} for run in runs],
         "tasks": {task.name: task.digest() for task in tasks},
         "batch": batch,
     }
