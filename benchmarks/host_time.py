@@ -42,6 +42,7 @@ def step_seconds(model, cache) -> tuple[torch.Tensor, list[float]]:
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     given = parser.parse_args()

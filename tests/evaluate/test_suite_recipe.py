@@ -33,7 +33,8 @@ def dummy(monkeypatch):
 
 def test_a_suite_runs_in_a_grid_and_is_in_the_report(dummy, llama, word_tokenizer, words, tmp_path):
     subject = Subject("tiny", llama[0], word_tokenizer, llama[1], "words", words, "0" * 64)
-    jobs = grid_jobs(subject, ["dummy"], grid_settings({"k_ratio": [0.5, 0.25], "basis": ["aqua"]}), sizes_of(False, context=64, tokens=128))
+    settings = grid_settings({"k_ratio": [0.5, 0.25], "basis": ["aqua"]})
+    jobs = grid_jobs(subject, ["dummy"], settings, sizes_of(False, context=64, tokens=128))
     records = run_jobs(tmp_path, jobs, FACTS)
     assert [record.result["products"] for record in records] == [64, 32]
     assert record_table(records)[1][0] == ["dummy", "k_ratio 0.5", "products 64, tokens_read 128", "", ""]
