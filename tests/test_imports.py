@@ -95,6 +95,23 @@ def test_only_one_place_loads_backends(path):
     assert not named or path == SOURCE / "ops" / "backend.py"
 
 
+MOST_PARAMETERS = 12
+
+
+def is_kernel(function):
+    """Whether Triton compiles it: what a kernel reads must be named in its signature."""
+    return any("jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_functions_have_few_parameters(path):
+    functions = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef))
+    for function in functions:
+        given = function.args
+        count = len([*given.posonlyargs, *given.args, *given.kwonlyargs])
+        assert count <= MOST_PARAMETERS or is_kernel(function), f"{function.name} has {count} parameters"
+
+
 def run(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -103,6 +120,12 @@ def run(code):
 
 def test_importing_the_package_loads_neither_torch_nor_transformers():
     code = "import sys, aqua_attention.cli.main; print({'torch', 'transformers'} & set(sys.modules))"
+    assert run(code) == "set()"
+
+
+@pytest.mark.parametrize("module", ["report.page", "evaluate.record", "evaluate.suites", "cli.report"])
+def test_what_reads_results_loads_no_torch(module):
+    code = f"import sys, aqua_attention.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"
     assert run(code) == "set()"
 
 
