@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqua_attention.ops.layout import TILE, TiledCache
+from aqua_attention.ops import layout
+from aqua_attention.ops.layout import TiledCache
 
 LOG2_E = 1.4426950408889634
 """Kernels take powers of 2: scores are multiplied by this."""
+TILE = tl.constexpr(layout.TILE)
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 """Of triton. 3.4 cannot start kernels early, and below 3.6 there is no way to place registers by hand."""
 LEAST_SIZE = 16
@@ -71,13 +73,12 @@ def cache_constants(cache: TiledCache, group: int) -> dict[str, int]:
         "KEPT_PADDED": padded(kept),
         "VALUE_DIM": value_dim,
         "VALUE_PADDED": padded(value_dim),
-        "TILE": TILE,
         "BLOCK": cache.block_size,
     }
 
 
 @triton.jit
-def token_blocks(block_table_ptr, first, stride, tile, table_width, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def token_blocks(block_table_ptr, first, stride, tile, table_width, BLOCK: tl.constexpr):
     """The block of a tile, see `ops.layout`; with pages, that of each of its tokens, [TILE]."""
     if block_table_ptr is None:
         block_ids = first + tile * stride
@@ -102,7 +103,6 @@ def key_pointers(
     dims,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     """Some dimensions of the tokens of a tile, [dims, TILE]."""
     tokens = tl.arange(0, TILE)
@@ -114,7 +114,7 @@ def key_pointers(
 
 
 @triton.jit
-def token_pointers(pointer, block_table_ptr, block_ids, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def token_pointers(pointer, block_table_ptr, block_ids, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """What belongs to the tokens of a tile, [TILE]: the first of WIDTH numbers of each."""
     tokens = tl.arange(0, TILE)
     if block_table_ptr is None:
