@@ -20,21 +20,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import aqua_attention as aqua
+from aqua_attention.bench.random_llama import LLAMA_8B
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import collect
 from aqua_attention.io.files import write_json
 from aqua_attention.model.capture import attention_layers, innermost_decoder
 from aqua_attention.model.fingerprint import shape_of
-
-LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-}
 
 
 def main() -> None:

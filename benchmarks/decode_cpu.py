@@ -12,6 +12,7 @@ import torch
 
 from aqua_attention.bench.decode_cpu import DENSE, measure_decode_cpu
 from aqua_attention.io.files import write_json
+from aqua_attention.machine import Shape
 from aqua_attention.report.tables import markdown
 
 SHAPES = [(32, 8, 128), (9, 3, 64)]
@@ -29,9 +30,8 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for heads, groups, dim in SHAPES:
             for length in options.length or (4096, 16384):
-                measured = measure_decode_cpu(
-                    length=length, heads=heads, groups=groups, head_dim=dim, k_ratios=RATIOS, dtype=dtype
-                )
+                shape = Shape(torch.device("cpu"), heads, groups, dim, dtype)
+                measured = measure_decode_cpu(shape, length=length, k_ratios=RATIOS)
                 dense = {row["name"]: 1e3 * row["seconds"] for row in measured if row["k_ratio"] is None}
                 ours = {row["k_ratio"]: 1e3 * row["seconds"] for row in measured if row["k_ratio"] is not None}
                 step = next(1e3 * row["step_seconds"] for row in measured if row["k_ratio"] == 0.5)

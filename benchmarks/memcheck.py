@@ -55,7 +55,9 @@ def main(only_int8: bool, part: int, parts: int) -> None:
                 if page:
                     table[2, 1:] = 1 << 30  # of tokens that never exist: not to be looked at
                 pages = Pages(table, page, table.numel()) if page else None
-                cache = TiledCache(3, groups, kept, value_dim, 512, torch.bfloat16, "cuda", quantization=given, pages=pages)
+                cache = TiledCache(
+                    3, groups, kept, value_dim, 512, torch.bfloat16, "cuda", quantization=given, pages=pages
+                )
                 cache.fill(random(3, groups, 509, kept), random(3, groups, 509, value_dim), lengths)
                 mass = torch.empty(3, groups, cache.count * TILE, device="cuda")
                 for step in range(8):

@@ -20,10 +20,12 @@ import triton.language as tl
 from aqua_attention.bench.decode import measure_decode
 from aqua_attention.bench.timing import seconds_of
 from aqua_attention.io.files import write_json
+from aqua_attention.machine import Shape
 from aqua_attention.ops.backends.triton.blocks import key_pointers, token_blocks, token_pointers
 from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
 from aqua_attention.report.tables import markdown
 
+SHAPE = Shape(torch.device("cuda"), 32, 8, 128, torch.bfloat16)
 LAYOUTS = ((None, None), (None, 64), (None, 32), (8, None), (8, 64), (8, 32))
 SWEEP = ((16, 8, 1), (32, 8, 3), (32, 8, 2), (32, 4, 2), (32, 16, 1))
 """Programs for each sequence and head, their warps, and stages of their loads."""
@@ -59,7 +61,7 @@ def main():
         times = {"reading alone": result["reads"]}
         if not given.reads_only:
             measured = measure_decode(
-                batch=given.batch, length=given.length, k_ratios=(given.k_ratio,), layouts=LAYOUTS
+                SHAPE, batch=given.batch, length=given.length, k_ratios=(given.k_ratio,), layouts=LAYOUTS
             )
             result |= measured
             ours = [row for row in measured["rows"] if row["k_ratio"] is not None]
@@ -118,7 +120,7 @@ def reads(batch, length, k_ratio, heads=8, dim=128):
 def _read(
     tiles_ptr,
     values_ptr,
-    block_table_ptr,
+    table_ptr,
     dims_ptr,
     sums_ptr,
     each,
@@ -135,15 +137,15 @@ def _read(
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place = row * tl.num_programs(1) + group
     first_cell = row.to(tl.int64) * row_stride + group.to(tl.int64) * group_stride
-    if block_table_ptr is not None:
-        block_table_ptr += row * blocks
+    if table_ptr is not None:
+        table_ptr += row * blocks
     dims = tl.load(dims_ptr + place * CHOSEN + tl.arange(0, CHOSEN))
     columns = tl.arange(0, DIM)
     keys, values = tl.zeros([CHOSEN, TILE], tl.float32), tl.zeros([TILE, DIM], tl.float32)
     for tile in tl.range(split * each, split * each + each, num_stages=STAGES):
-        cells = token_blocks(block_table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-        keys += tl.load(key_pointers(tiles_ptr, block_table_ptr, cells, dims, DIM, BLOCK, TILE)).to(tl.float32)
-        values_at = token_pointers(values_ptr, block_table_ptr, cells, DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        cells = token_blocks(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
+        keys += tl.load(key_pointers(tiles_ptr, table_ptr, cells, dims, DIM, BLOCK, TILE)).to(tl.float32)
+        values_at = token_pointers(values_ptr, table_ptr, cells, DIM, BLOCK, TILE)[:, None] + columns[None, :]
         values += tl.load(values_at).to(tl.float32)
     tl.store(sums_ptr + place * tl.num_programs(0) + split, tl.sum(tl.sum(keys, 0), 0) + tl.sum(tl.sum(values, 0), 0))
 

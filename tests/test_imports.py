@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,19 +34,65 @@ ORDER = [
 """The data's way through the library; a module imports only from itself and from what stands before it."""
 
 
+MOST_ROOT_MODULES = 8
+BACKENDS = SOURCE / "ops" / "backends"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
 def imported(path):
-    """Names of our own modules that a file imports, at the top level of our package."""
+    """Names of modules that a file imports, wherever in it."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aqua_attention."):
-            yield node.module.split(".")[1]
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+            # `from package import module` names the module too.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda path: str(path.relative_to(SOURCE)))
+def name_of(path):
+    return str(path.relative_to(SOURCE))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_imports_point_one_way(path):
     place = path.relative_to(SOURCE).with_suffix("").parts[0]
     if place == "__init__":
         return
-    assert set(imported(path)) <= set(ORDER[: ORDER.index(place) + 1])
+    ours = {name.split(".")[1] for name in imported(path) if name.startswith("aqua_attention.")}
+    assert ours & set(ORDER) <= set(ORDER[: ORDER.index(place) + 1])
+    known = {path.stem for path in SOURCE.glob("*.py")} | {path.name for path in SOURCE.iterdir() if path.is_dir()}
+    assert ours & known <= set(ORDER), "a package that ORDER does not name"
+
+
+def test_the_root_is_small():
+    modules = list(SOURCE.glob("*.py"))
+    assert len(modules) <= MOST_ROOT_MODULES, sorted(map(name_of, modules))
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "ops").rglob("*.py")), ids=name_of)
+def test_ops_knows_no_transformers(path):
+    assert not any(name.split(".")[0] == "transformers" for name in imported(path))
+
+
+@pytest.mark.parametrize("path", sorted(BACKENDS.rglob("*.py")), ids=name_of)
+def test_backends_never_import_each_other(path):
+    own = path.relative_to(BACKENDS).with_suffix("").parts[0]
+    others = {each.stem if each.is_file() else each.name for each in BACKENDS.iterdir()} - {own, "__init__"}
+    prefix = "aqua_attention.ops.backends."
+    found = {name.removeprefix(prefix).split(".")[0] for name in imported(path) if name.startswith(prefix)}
+    assert not found & others
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_only_one_place_loads_backends(path):
+    """Benchmarks time kernels, so they may name them."""
+    if BACKENDS in path.parents or "bench" in path.parts:
+        return
+    assert not any(name.startswith("aqua_attention.ops.backends") for name in imported(path))
+    named = "aqua_attention.ops.backends." in path.read_text()
+    assert not named or path == SOURCE / "ops" / "backend.py"
 
 
 def run(code):
@@ -79,3 +126,28 @@ print("unchanged")
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'aquarium'"):
         _ = aqua_attention.aquarium
+
+
+@pytest.mark.parametrize("name", ["report.page", "report.collect", "report.record_tables", "evaluate.record"])
+def test_what_reads_records_loads_neither_torch_nor_transformers(name):
+    code = f"import sys, aqua_attention.{name}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    assert run(code) == "set()"
+
+
+def test_the_report_is_made_without_torch(tmp_path):
+    """`aqua report` of a record, with torch and transformers blocked."""
+    pytest.importorskip("matplotlib")
+    record = {"schema": 1, "suite": "perplexity", "model": "m", "config": None, "options": {}, "command": "aqua"}
+    (tmp_path / "a.json").write_text(json.dumps(record | {"result": {"perplexity": 2.0}}))
+    code = f"""
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None
+from aqua_attention.cli import main
+sys.argv = ["aqua", "report", {str(tmp_path)!r}]
+try:
+    main.main()
+except SystemExit as leaving:
+    assert not leaving.code
+"""
+    assert "settings: 1 perplexity" in run(code)
+    assert "2.000" in (tmp_path / "report.md").read_text()

@@ -59,14 +59,19 @@ def test_a_profile_is_of_one_device_shape_and_dtype():
         "lengths": [64, 4096],
         "torch": "2",
     }
-    for changes in ({"heads": 8}, {"groups": 1}, {"head_dim": 32}, {"dtype": torch.bfloat16}):
+    for changes in (
+        {"num_attention_heads": 8},
+        {"num_key_value_heads": 1},
+        {"head_dim": 32},
+        {"dtype": torch.bfloat16},
+    ):
         with pytest.raises(aqua.AquaError, match="has no profile of such layers"):
             min_length([SHAPE._replace(**changes)], k_ratio=0.5)
     with pytest.raises(aqua.AquaError, match=r"no profiles for torch\.float16 on cpu"):
         min_length([SHAPE._replace(dtype=torch.float16)], k_ratio=0.5)
     assert min_length([SHAPE._replace(head_dim=2)], k_ratio=0.9) == 0, "no dimension is left out"
     with pytest.raises(aqua.AquaError, match=r"--k-ratio 0\.3333333333333333"):
-        min_length([SHAPE._replace(heads=8)], k_ratio=1 / 3)
+        min_length([SHAPE._replace(num_attention_heads=8)], k_ratio=1 / 3)
     with pytest.raises(aqua.AquaError, match="for cpu and cuda, not for meta"):
         min_length([SHAPE._replace(device=torch.device("meta"))], k_ratio=0.5)
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The knobs of AQUA attention: one frozen dataclass, checked on construction."""
+"""The knobs of AQUA attention: one frozen dataclass, checked on construction. Each is declared here alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from aqua_attention.errors import AquaError
 
@@ -15,6 +17,46 @@ SHARES = ("head", "group")
 BITS = (None, 8, 4)
 AUTO = "auto"
 """A `min_length` that `apply` reads from the machine's profile."""
+_LESS = {"<": operator.lt, "<=": operator.le}
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What a field of `AquaConfig` does and may be: checks, options and tables are made from this.
+
+    Attributes:
+        help: what it does, in a line.
+        range: its numbers, such as "0 < k_ratio <= 1", "0 or more" or "of tokens, 0 or more".
+        choices: its values that are in no range, besides a default of None.
+        causal: why it means nothing to a bidirectional model; empty where it does.
+        type, default: the field's, filled in by `knobs`; the type is that of its numbers, or str.
+    """
+
+    help: str
+    range: str = ""
+    choices: tuple[Any, ...] = ()
+    causal: str = ""
+    type: Any = str
+    default: Any = None
+
+    def allowed(self) -> str:
+        """Its values in words."""
+        if not self.range:
+            return f"one of {', '.join(map(str, self.choices))}"
+        joined = " with " if "<" in self.range else " " if "," in self.range else ", "
+        others = "".join(f', or "{choice}"' for choice in self.choices) + (", or None" if self.default is None else "")
+        return f"a {'number' if self.type is float else 'whole number'}{joined}{self.range}{others}"
+
+    def allows(self, value: Any) -> bool:
+        """Whether it may have a value. Truth values, NaN and infinity are no numbers."""
+        if any(type(value) is type(choice) and value == choice for choice in (*self.choices, self.default)):
+            return True
+        if not self.range or isinstance(value, bool) or not isinstance(value, (int, self.type)):
+            return False
+        if "<" not in self.range:
+            return float(self.range.removesuffix(" or more").split()[-1]) <= value < math.inf
+        low, above, _, below, high = self.range.split()
+        return bool(_LESS[above](float(low), value) and _LESS[below](value, float(high)))
 
 
 @dataclass(frozen=True)
@@ -59,42 +101,54 @@ class AquaConfig:
         AquaError: a value is out of range; the message names the field, the value and the range.
     """
 
-    k_ratio: float = 0.75
-    s_ratio: float = 0.0
-    selection: str = "magnitude"
-    share: str = "head"
-    sink: int = 0
-    recent: int = 0
-    logit_error: float | None = None
-    bits: int | None = None
-    h2o_ratio: float = 1.0
-    h2o_queries: int | None = None
-    min_length: int | Literal["auto"] = 0
+    k_ratio: Annotated[float, Knob("Share of dimensions multiplied", "0 < k_ratio <= 1")] = 0.75
+    s_ratio: Annotated[float, Knob("Share of trailing key dimensions never stored", "0 <= s_ratio < 1")] = 0.0
+    selection: Annotated[
+        str, Knob("magnitude (the paper), weighted (ours) or static (PCA slice)", choices=SELECTIONS)
+    ] = "magnitude"
+    share: Annotated[
+        str, Knob("head: each query head its own dimensions; group: one set a KV head", choices=SHARES)
+    ] = "head"
+    sink: Annotated[int, Knob("First tokens scored with every dimension", "of tokens, 0 or more")] = 0
+    recent: Annotated[
+        int,
+        Knob(
+            "Last tokens scored with every dimension", "of tokens, 0 or more", causal="no token is the most recent one"
+        ),
+    ] = 0
+    logit_error: Annotated[
+        float | None,
+        Knob("Adaptive k: variance of the logit error allowed to a query; replaces k_ratio", "0 or more"),
+    ] = None
+    bits: Annotated[
+        int | None,
+        Knob(
+            "8 or 4: keys and values are stored in int8 or int4 (default: as computed)",
+            choices=BITS,
+            causal="it has no cache",
+        ),
+    ] = None
+    h2o_ratio: Annotated[
+        float, Knob("Share of the tokens that stays in the cache", "0 < h2o_ratio <= 1", causal="it has no cache")
+    ] = 1.0
+    h2o_queries: Annotated[
+        int | None, Knob("Only the last so many queries say which (default: all, H2O)", "1 or more")
+    ] = None
+    min_length: Annotated[
+        int | Literal["auto"],
+        Knob(
+            "Queries that see fewer tokens multiply every dimension; auto: see `aqua bench breakeven`",
+            "of tokens, 0 or more",
+            choices=(AUTO,),
+            causal="all queries of a sequence see as many tokens",
+        ),
+    ] = 0
 
     def __post_init__(self) -> None:
-        if not _is_number(self.k_ratio) or not 0 < self.k_ratio <= 1:
-            raise AquaError(f"k_ratio is {self.k_ratio!r}: it must be a number with 0 < k_ratio <= 1")
-        if not _is_number(self.s_ratio) or not 0 <= self.s_ratio < 1:
-            raise AquaError(f"s_ratio is {self.s_ratio!r}: it must be a number with 0 <= s_ratio < 1")
-        if self.selection not in SELECTIONS:
-            raise AquaError(f"selection is {self.selection!r}: it must be one of {', '.join(SELECTIONS)}")
-        if self.share not in SHARES:
-            raise AquaError(f"share is {self.share!r}: it must be one of {', '.join(SHARES)}")
-        if self.logit_error is not None and not (_is_number(self.logit_error) and self.logit_error >= 0):
-            raise AquaError(f"logit_error is {self.logit_error!r}: it must be a number, 0 or more, or None")
-        if self.bits not in BITS or type(self.bits) not in (int, type(None)):
-            raise AquaError(f"bits is {self.bits!r}: it must be one of {', '.join(map(str, BITS))}")
-        if not _is_number(self.h2o_ratio) or not 0 < self.h2o_ratio <= 1:
-            raise AquaError(f"h2o_ratio is {self.h2o_ratio!r}: it must be a number with 0 < h2o_ratio <= 1")
-        if self.h2o_queries is not None and (type(self.h2o_queries) is not int or self.h2o_queries < 1):
-            raise AquaError(f"h2o_queries is {self.h2o_queries!r}: it must be a whole number, 1 or more, or None")
-        for name in ("sink", "recent", "min_length"):
-            value, is_length = getattr(self, name), name == "min_length"
-            if is_length and value == AUTO:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                other = ', or "auto"' if is_length else ""
-                raise AquaError(f"{name} is {value!r}: it must be a whole number of tokens, 0 or more{other}")
+        config: Any = type(self)
+        for name, knob in knobs(config).items():
+            if not knob.allows(value := getattr(self, name)):
+                raise AquaError(f"{name} is {value!r}: it must be {knob.allowed()}")
 
     def kept_dims(self, head_dim: int) -> int:
         """Number of leading rotated key dimensions that are stored, of `head_dim`."""
@@ -129,23 +183,26 @@ class AquaConfig:
         return dataclasses.asdict(self)
 
 
+@cache
+def knobs(config: Any = AquaConfig) -> dict[str, Knob]:
+    """The knobs that a class declares, `AquaConfig` or one that adds to it, by name."""
+    hints, found = get_type_hints(config, include_extras=True), {}
+    for field in dataclasses.fields(config):
+        kind, knob = get_args(hints[field.name])
+        number = next((one for one in (float, int) if one in (get_args(kind) or (kind,))), str)
+        found[field.name] = dataclasses.replace(knob, type=number, default=field.default)
+    return found
+
+
 def check_bidirectional(model_name: str, config: AquaConfig) -> None:
     """Raise AquaError for a setting that means nothing where every token sees every other one and there is no cache."""
-    for name, meaning in (
-        ("recent", "no token is the most recent one"),
-        ("min_length", "all queries of a sequence see as many tokens"),
-        ("bits", "it has no cache"),
-        ("h2o_ratio", "it has no cache"),
-    ):
+    for name, knob in knobs().items():
         value = getattr(config, name)
-        if value != getattr(AquaConfig, name):
-            raise AquaError(f"{name} is {value!r}, but {model_name} is bidirectional ({meaning}): leave it out")
+        if knob.causal and value != knob.default:
+            raise AquaError(f"{name} is {value!r}, but {model_name} is bidirectional ({knob.causal}): leave it out")
 
 
 def encoder_config(config: AquaConfig) -> AquaConfig:
     """What of a configuration is for the bidirectional layers of a model that has causal ones too."""
-    return dataclasses.replace(config, recent=0, min_length=0, bits=None, h2o_ratio=1.0, h2o_queries=None)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    causal = {name: knob.default for name, knob in knobs().items() if knob.causal}
+    return dataclasses.replace(config, h2o_queries=None, **causal)

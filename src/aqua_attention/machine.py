@@ -35,17 +35,22 @@ class Shape(NamedTuple):
     """What a profile is for: one attention layer on one device."""
 
     device: torch.device
-    heads: int
-    groups: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
     dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """Such as "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def command(self) -> str:
         """What measures it."""
         return (
-            f"aqua bench breakeven --device {self.device} --heads {self.heads} --groups {self.groups} "
-            f"--head-dim {self.head_dim} --dtype {str(self.dtype).removeprefix('torch.')}"
+            f"aqua bench breakeven --device {self.device} --heads {self.num_attention_heads} "
+            f"--groups {self.num_key_value_heads} --head-dim {self.head_dim} --dtype {self.dtype_name}"
         )
 
 
@@ -64,7 +69,7 @@ def profile_path(shape: Shape) -> Path:
     """Where the profile is kept: `profiles` in the user's cache folder, or in `AQUA_CACHE_DIR`."""
     folder = Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")) / "profiles"
     name = re.sub(r"[^a-z0-9]+", "-", device_name(shape.device).lower()).strip("-")
-    size = f"{shape.heads}q-{shape.groups}kv-{shape.head_dim}d-{str(shape.dtype).removeprefix('torch.')}"
+    size = f"{shape.num_attention_heads}q-{shape.num_key_value_heads}kv-{shape.head_dim}d-{shape.dtype_name}"
     return folder / f"breakeven-{name}-{size}.json"
 
 
@@ -88,10 +93,8 @@ def write_profile(
     except OSError as error:
         raise AquaError(f"cannot make {path.parent}: {error.strerror}; set AQUA_CACHE_DIR to another folder") from error
     rows = [{"k_ratio": ratio, "min_length": length} for ratio, length in sorted(thresholds.items())]
-    write_json(
-        path,
-        {"format": FORMAT, "device": device_name(shape.device), "thresholds": rows, "lengths": list(lengths)} | facts,
-    )
+    profile = {"format": FORMAT, "device": device_name(shape.device), "thresholds": rows, "lengths": list(lengths)}
+    write_json(path, profile | facts)
     return path
 
 
@@ -107,12 +110,13 @@ def resolved(config: AquaConfig, shapes: Iterable[Shape]) -> AquaConfig:
     """
     if config.min_length != AUTO:
         return config
-    choosing = [
-        shape
-        for shape in set(shapes)
-        if config.logit_error is not None or config.selected_dims(shape.head_dim) < config.kept_dims(shape.head_dim)
-    ]
-    return dataclasses.replace(config, min_length=max((_look_up(config, shape) for shape in choosing), default=0))
+
+    def chooses(shape: Shape) -> bool:
+        dim = shape.head_dim
+        return config.logit_error is not None or config.selected_dims(dim) < config.kept_dims(dim)
+
+    known = (_look_up(config, shape) for shape in set(shapes) if chooses(shape))
+    return dataclasses.replace(config, min_length=max(known, default=0))
 
 
 def _look_up(config: AquaConfig, shape: Shape) -> int:
@@ -122,28 +126,24 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
         raise AquaError(
             f'min_length is "auto": there are no profiles for {shape.dtype} on {shape.device.type}, give a number'
         )
-    path, ratio = profile_path(shape), "" if config.logit_error is not None else f" --k-ratio {config.k_ratio!r}"
-    remedy = f"run: {shape.command}{ratio}"
+    path, any_ratio = profile_path(shape), config.logit_error is not None
+    remedy = f"run: {shape.command}" + ("" if any_ratio else f" --k-ratio {config.k_ratio!r}")
     try:
         profile = json.loads(path.read_text())
         known = {float(row["k_ratio"]): row["min_length"] for row in profile["thresholds"]}
-        sound = profile["format"] == FORMAT and all(
-            length is None or (type(length) is int and length >= 0) for length in [*known.values(), *profile["lengths"]]
-        )
+        numbers = [length for length in [*known.values(), *profile["lengths"]] if length is not None]
+        if profile["format"] != FORMAT or not all(type(length) is int and length >= 0 for length in numbers):
+            raise ValueError
     except FileNotFoundError:
         raise AquaError(
             f'min_length is "auto", but this machine has no profile of such layers ({path}): {remedy}'
         ) from None
     except (OSError, ValueError, KeyError, TypeError):
-        sound, known = False, {}
-    if not sound:
-        raise AquaError(f"the machine profile {path} is damaged or of another version: {remedy}")
-    measured = sorted(known)
-    if config.logit_error is None:
-        measured = [one for one in measured if one >= config.k_ratio - 1e-9]
+        raise AquaError(f"the machine profile {path} is damaged or of another version: {remedy}") from None
+    measured = sorted(ratio for ratio in known if any_ratio or ratio >= config.k_ratio - 1e-9)
     if not measured:
         raise AquaError(f"the machine profile {path} knows no k_ratio of {config.k_ratio:g} or more: {remedy}")
-    length = known[measured[-1 if config.logit_error is not None else 0]]
+    length = known[measured[-1 if any_ratio else 0]]
     if length is None:
         raise AquaError(
             f'min_length is "auto", but choosing dimensions was not faster up to {max(profile["lengths"])} tokens, the '

@@ -161,7 +161,7 @@ def test_a_prompt_in_pieces_crosses_the_length_in_a_tiled_cache_on_a_cpu(llama, 
                 for more in (1, 2):
                     longer = torch.nn.functional.pad(seen, (0, more), value=1)
                     model(ids[:, :1], attention_mask=longer, past_key_values=cache)
-                    plans.append(held.plan)
+                    plans.append(held.fixed)
                 assert plans[0] is plans[1] is not None, "found out once"
         assert torch.allclose(results[1], results[0], rtol=0, atol=2e-4)
 

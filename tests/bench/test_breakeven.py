@@ -22,6 +22,7 @@ from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 
 compiled = pytest.mark.skipif(no_kernel_reason() is not None, reason=str(no_kernel_reason()))
 CPU = torch.device("cpu")
+SMALL = Shape(CPU, 4, 2, 32, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_a_small_measurement_writes_what_auto_reads(small, tmp_path, monkeypatch
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
     seen = []
     result = measure_breakeven(
-        Shape(CPU, 4, 2, 32, torch.float32),
+        SMALL,
         k_ratios=(0.75, 0.25),
         lengths=[64, 128, 300],
         progress=lambda *given: seen.append(given),
@@ -111,12 +112,12 @@ def test_a_small_measurement_writes_what_auto_reads(small, tmp_path, monkeypatch
 
 @compiled
 def test_every_way_is_timed_alone_and_with_its_step(small):
-    given = {"length": 130, "heads": 4, "groups": 2, "head_dim": 32, "k_ratios": (1.0, 0.5)}
-    rows = decode_cpu.measure_decode_cpu(**given, short=True)
+    given = {"length": 130, "k_ratios": (1.0, 0.5)}
+    rows = decode_cpu.measure_decode_cpu(SMALL, **given, short=True)
     ours = [("aqua, short", 1.0), ("aqua", 1.0), ("aqua", 0.5)]
     assert [(row["name"], row["k_ratio"]) for row in rows] == [(name, None) for name in decode_cpu.DENSE] + ours
     assert all(0 < row["seconds"] < 1 and 0 < row["step_seconds"] < 1 for row in rows)
-    assert set(decode_cpu.measure_decode_cpu(**given, parts=("step",))[0]) == {"name", "k_ratio", "step_seconds"}
+    assert set(decode_cpu.measure_decode_cpu(SMALL, **given, parts=("step",))[0]) == {"name", "k_ratio", "step_seconds"}
 
 
 def test_the_largest_cache_is_read_where_it_is_said(tmp_path, monkeypatch):
@@ -132,7 +133,7 @@ def test_the_largest_cache_is_read_where_it_is_said(tmp_path, monkeypatch):
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setitem(decode_cpu.DENSE, "SDPA", lambda *given: 1.01 * decode_cpu.matmul(*given))
     with pytest.raises(aqua.AquaError, match="a kernel is wrong: SDPA is"):
-        decode_cpu.measure_decode_cpu(length=64, heads=4, groups=2, head_dim=32)
+        decode_cpu.measure_decode_cpu(SMALL, length=64)
     monkeypatch.undo()
     right = decode_cpu.decode_step
 
@@ -142,7 +143,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 
     monkeypatch.setattr(decode_cpu, "decode_step", wrong)
     with pytest.raises(aqua.AquaError, match=r"a kernel is wrong: aqua, k_ratio 0.75 is"):
-        decode_cpu.measure_decode_cpu(length=200, heads=4, groups=2, head_dim=32)
+        decode_cpu.measure_decode_cpu(SMALL, length=200)
 
 
 @pytest.mark.parametrize(
@@ -151,8 +152,8 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         (Shape(CPU, 4, 2, 32, torch.float16), (0.5,), "dtype torch.float16: it must be cpu with float32 or bfloat16"),
         (Shape(torch.device("meta"), 4, 2, 32, torch.float32), (0.5,), "device is meta"),
         (Shape(CPU, 4, 3, 32, torch.float32), (0.5,), "4 query heads do not divide into 3 key-value heads"),
-        (Shape(CPU, 4, 2, 32, torch.float32), (0.5, 1.0), "k_ratio is 0.5, 1: each must leave out some dimensions"),
-        (Shape(CPU, 4, 2, 32, torch.float32), (1.5,), "k_ratio is 1.5"),
+        (SMALL, (0.5, 1.0), "k_ratio is 0.5, 1: each must leave out some dimensions"),
+        (SMALL, (1.5,), "k_ratio is 1.5"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(shape, ratios, words):
@@ -172,8 +173,8 @@ def test_on_a_gpu_the_steps_of_bench_decode_are_compared(monkeypatch):
 
     from aqua_attention.bench import breakeven, decode
 
-    def measured(**given):
-        assert (given["batch"], given["k_ratios"], given["dtype"]) == (1, (1.0, 0.5), torch.bfloat16)
+    def measured(shape, **given):
+        assert (given["batch"], given["k_ratios"], shape.dtype) == (1, (1.0, 0.5), torch.bfloat16)
         rows = [("flash", None, 5.0), ("cuDNN", None, 3.0), ("aqua", 1.0, 4.0), ("aqua", 0.5, 2.0)]
         rows = [{"name": name, "k_ratio": ratio, "step_seconds": seconds} for name, ratio, seconds in rows]
         return {"rows": [{"name": "FlashInfer", "k_ratio": None, "absent": "no module"}, *rows]}

@@ -10,7 +10,8 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.reference import attention_reference
 
 pytest.importorskip("triton")
-from aqua_attention.bench.decode import LOUD, _check, _close, read_sizes
+from aqua_attention.bench.decode import _check, _close, read_sizes
+from aqua_attention.bench.problem import LOUD, Attended
 
 LENGTH = 4096
 
@@ -34,8 +35,8 @@ def result(query, keys, values, selected, **window):
 
 def test_the_gate_lets_the_reference_through(problem):
     query, keys, values, selected = problem
-    _check(result(*problem, sink=4, recent=64), query[:, :, 0], keys, values, selected, 4, 64)
-    _check(result(query, keys, values, None), query[:, :, 0], keys, values, None, 0, 0)
+    _check(result(*problem, sink=4, recent=64), Attended(query[:, :, 0], keys, values, selected, 4, 64))
+    _check(result(query, keys, values, None), Attended(query[:, :, 0], keys, values))
 
 
 FAULTS = {
@@ -56,7 +57,7 @@ def test_the_gate_stops_a_kernel_that_misses_something(problem, fault):
     query, keys, values, selected = problem
     wrong = FAULTS[fault](*problem)
     with pytest.raises(AquaError, match="a kernel is wrong: row"):
-        _check(wrong, query[:, :, 0], keys, values, selected, 4, 64)
+        _check(wrong, Attended(query[:, :, 0], keys, values, selected, 4, 64))
 
 
 def test_only_the_last_sequence_wrong_is_seen(problem):
@@ -64,10 +65,10 @@ def test_only_the_last_sequence_wrong_is_seen(problem):
     found = result(*problem, sink=4, recent=64)
     found[1] = 0
     with pytest.raises(AquaError, match="row 1"):
-        _check(found, query[:, :, 0], keys, values, selected, 4, 64)
+        _check(found, Attended(query[:, :, 0], keys, values, selected, 4, 64))
     found[1] = torch.nan
     with pytest.raises(AquaError, match="row 1"):
-        _check(found, query[:, :, 0], keys, values, selected, 4, 64)
+        _check(found, Attended(query[:, :, 0], keys, values, selected, 4, 64))
 
 
 def test_a_wrong_rotation_is_seen():

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import aqua_attention as aqua
+from aqua_attention.cache.cache import AquaCache
 from aqua_attention.cli import main as cli
 from aqua_attention.report.tables import generate_table
 from conftest import VOCABULARY, calibrated, make_llama
@@ -19,6 +20,14 @@ from aqua_attention.bench import generate as bench
 from aqua_attention.bench import random_llama
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
 EXACT = aqua.AquaConfig(k_ratio=1, share="group", sink=4, recent=64)
 HALF = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64)
 INT8 = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64, bits=8)
@@ -27,29 +36,29 @@ INT8 = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4,
 @pytest.fixture(scope="module")
 def model():
     """A tiny Llama from the function that makes the large one, in float32."""
-    shape = {"layers": 2, "hidden": 64, "intermediate": 96, "heads": 4, "groups": 2, "head_dim": 16}
-    return random_llama.make_model(**shape, vocabulary=VOCABULARY, dtype=torch.float32, device=DEVICE)
+    return random_llama.make_model(**SHAPE, vocab_size=VOCABULARY, dtype=torch.float32, device=DEVICE)
 
 
 def test_the_model_is_the_same_each_time_and_leaves_the_random_state(model):
     before = torch.get_rng_state()
-    twin = random_llama.make_model(layers=1, hidden=64, intermediate=96, heads=4, groups=2, head_dim=16, device=DEVICE)
+    twin = random_llama.make_model(**SHAPE | {"num_hidden_layers": 1}, device=DEVICE)
     assert twin.dtype == torch.bfloat16
     assert twin.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(aqua.AquaError, match="heads must divide"):
-        random_llama.make_model(heads=4, groups=3, device=DEVICE)
+        random_llama.make_model(num_attention_heads=4, num_key_value_heads=3, device=DEVICE)
 
 
 def test_bytes_are_those_of_the_weights_but_the_embeddings_and_of_the_chosen_dimensions(model):
     attention, mlp, norms = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 96, 2 * 64
-    assert bench.weight_bytes(model) == 4 * (2 * (attention + mlp + norms) + 64 + 64 * VOCABULARY)
+    weights = bench.weight_bytes(model)
+    assert weights == 4 * (2 * (attention + mlp + norms) + 64 + 64 * VOCABULARY)
     # Two layers, three sequences, two heads, 100 tokens.
     tokens = 2 * 3 * 2 * 100
-    assert bench.cache_bytes(model, 3, 100, None) == tokens * (16 + 16) * 4
-    assert bench.cache_bytes(model, 3, 100, EXACT) == tokens * (16 + 16) * 4
-    assert bench.cache_bytes(model, 3, 100, HALF) == tokens * (16 + 8) * 4
-    assert bench.cache_bytes(model, 3, 100, INT8) == tokens * (16 + 8 + 4)
+    assert bench.step_bytes(model, 3, 100, None) - weights == tokens * (16 + 16) * 4
+    assert bench.step_bytes(model, 3, 100, EXACT) - weights == tokens * (16 + 16) * 4
+    assert bench.step_bytes(model, 3, 100, HALF) - weights == tokens * (16 + 8) * 4
+    assert bench.step_bytes(model, 3, 100, INT8) - weights == tokens * (16 + 8 + 4)
 
 
 def test_rows_are_compared_with_the_fastest_dense_one_and_with_the_bandwidth():
@@ -129,7 +138,7 @@ def test_the_gate_refuses_what_is_wrong(model, monkeypatch, fault):
     fill = bench.fill_cache
 
     def wrong(cache, states):
-        is_ours = isinstance(cache, aqua.cache.AquaCache)
+        is_ours = isinstance(cache, AquaCache)
         fill(cache, (FAULTS[fault](*each) if is_ours else each for each in states))
 
     monkeypatch.setattr(bench, "fill_cache", wrong)
@@ -153,7 +162,7 @@ def test_a_dense_kernel_takes_the_place_of_transformers_own_and_leaves_it(model,
         )[:, :, 0]
 
     monkeypatch.setitem(bench.BASELINES, "plain", plain)
-    steps = bench.Steps(model, StaticCache(config=model.config, max_cache_len=50), 2, 40)
+    steps = bench.Steps(model, 2, 40)
     expected = steps()
     for length, is_right in ((41, True), (30, False)):
         steps.restart()
@@ -200,7 +209,7 @@ def test_all_but_the_times_is_measured_without_a_gpu_too(model, monkeypatch):
 
 
 def test_steps_that_fill_the_cache_are_not_reported(model, monkeypatch):
-    steps = bench.Steps(model, StaticCache(config=model.config, max_cache_len=10 + bench.ROOM), 2, 10)
+    steps = bench.Steps(model, 2, 10)
     monkeypatch.setattr(bench, "seconds_of", lambda run: [run() for _ in range(bench.ROOM)] and 1.0)
     with torch.no_grad(), pytest.raises(aqua.AquaError, match="take a larger model"):
         steps.seconds()
@@ -208,7 +217,7 @@ def test_steps_that_fill_the_cache_are_not_reported(model, monkeypatch):
 
 @pytest.mark.gpu
 def test_a_small_model_is_measured():
-    model = random_llama.make_model(layers=2)
+    model = random_llama.make_model(num_hidden_layers=2)
     result = bench.measure_generate(model, batch=2, length=1000, settings=(EXACT, HALF, INT8))
     rows = [row for row in result["rows"] if "absent" not in row]
     assert [row["name"] for row in rows[-3:]] == ["aqua", "aqua", "aqua, int8"]

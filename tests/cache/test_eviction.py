@@ -14,7 +14,6 @@ from transformers import DynamicCache
 import aqua_attention as aqua
 from aqua_attention.cache.eviction import NEIGHBOURS, Eviction
 from aqua_attention.cache.growing import LEAST_EVICTED, RotatedLayer
-from aqua_attention.cache.spec import CacheSpec
 from aqua_attention.cache.store import SLACK
 from aqua_attention.calibration.projections import LayerProjection
 from conftest import VOCABULARY, calibrated, make_gemma3, make_llama
@@ -154,7 +153,7 @@ class Lists:
 def make_layer(config):
     ones = torch.ones(GROUPS, DIM)
     rotation = torch.eye(DIM).expand(GROUPS, DIM, DIM)
-    return RotatedLayer(CacheSpec(LayerProjection(rotation, ones, 0 * ones, ones, ones, ones), config))
+    return RotatedLayer(LayerProjection(rotation, ones, 0 * ones, ones, ones, ones).plan(config))
 
 
 OPERATIONS = st.lists(
@@ -193,9 +192,8 @@ def test_any_sequence_of_operations_is_what_lists_do(operations, ratio, window, 
             columns, rows = torch.arange(stored) + offset, torch.arange(first, first + value)
             mask = (columns <= rows[:, None])[None, None].repeat(batch, 1, 1, 1)
             mask[..., stored - value :] &= real[:, None, None]
-            found = layer.attend(
-                query, *layer.update(keys, values), None, mask=mask, is_sliding=False, sink=window[0], recent=window[1]
-            )
+            call = layer.plan.call(query, *layer.update(keys, values), mask)
+            found = layer.attend(call, is_sliding=False).output
             shown = real[:, None, :, None].expand_as(found)
             assert torch.allclose(found[shown], expected[shown], rtol=0, atol=1e-4)
         elif name == "crop":

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aqua_attention as aqua
-from aqua_attention.cache.quantized import UNQUANTISED_RECENT, Rounded
+from aqua_attention.cache.quantized import UNQUANTIZED_RECENT, Quantized
 from aqua_attention.cache.store import SLACK, Growing
 
 HEADS, WIDTH = 2, 5
@@ -78,15 +78,15 @@ def test_a_rounding_store_holds_it_to_half_a_step_and_the_last_tokens_exactly(op
         whole = store._tail.length
         assert torch.equal(read[:, :, store.length - whole :], plain[:, :, store.length - whole :])
 
-    follow(Rounded(bits, recent=0), operations, close)
+    follow(Quantized(bits, recent=0), operations, close)
 
 
 def test_the_last_tokens_are_whole_and_their_number_is_bounded():
-    store = Rounded(8, recent=100)
+    store = Quantized(8, recent=100)
     for count in [1] * 50 + [500] + [1] * 300:
         store.append(states(count))
         assert min(store.length, 100) <= store._tail.length <= 200
-    assert Rounded(8, recent=3).recent == UNQUANTISED_RECENT
+    assert Quantized(8, recent=3).recent == UNQUANTIZED_RECENT
 
 
 def test_calibrated_scales_save_small_channels_beside_large_ones():
@@ -96,10 +96,10 @@ def test_calibrated_scales_save_small_channels_beside_large_ones():
         torch.tensor([[500.0, 0, 0, 0, 0]]).expand(HEADS, 5),
     )
     keys = states(400) * scale[:, None] + mean[:, None]
-    calibrated, plain = Rounded(8, 0, scale, mean), Rounded(8, 0)
+    calibrated, plain = Quantized(8, 0, scale, mean), Quantized(8, 0)
     calibrated.append(keys)
     plain.append(keys)
-    old = slice(0, 400 - UNQUANTISED_RECENT)
+    old = slice(0, 400 - UNQUANTIZED_RECENT)
     errors = [(store.read() - keys)[:, :, old].square().mean((0, 1, 2)).sqrt() for store in (calibrated, plain)]
     assert (errors[0] < 0.02 * scale[0]).all()
     assert errors[1][1] > 0.5, "without them the small channels are lost"
@@ -119,24 +119,24 @@ def test_a_token_is_written_in_place_and_little_room_is_left():
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.56), (4, 0.34)])
 def test_bits_are_what_is_held(bits, share):
-    store = Rounded(bits, 0)
+    store = Quantized(bits, 0)
     keys = torch.randn(1, 3, 8192, 64, dtype=torch.bfloat16)
     store.append(keys)
-    held = sum(part.read().untyped_storage().nbytes() for part in (*store._rounded_stores(), store._tail))
+    held = sum(part.read().untyped_storage().nbytes() for part in (*store._code_stores(), store._tail))
     assert held < share * keys.nbytes
     assert store.read().dtype == torch.bfloat16
 
 
 def test_steps_follow_what_is_stored_for_tiny_and_zero_states():
     for size in (0.0, 1e-20, 1e-8, 1e8):
-        store = Rounded(8, 0)
+        store = Quantized(8, 0)
         keys = states(300) * size
         store.append(keys)
         assert torch.isfinite(store.read()).all()
         assert torch.allclose(store.read(), keys, rtol=0, atol=size * 0.03 + 1e-30)
 
 
-@pytest.mark.parametrize("make", [Growing, lambda: Rounded(8, 0)])
+@pytest.mark.parametrize("make", [Growing, lambda: Quantized(8, 0)])
 def test_an_emptied_store_takes_another_batch(make):
     store = make()
     store.append(states(300))
@@ -157,7 +157,7 @@ def test_growing_keeps_gradients_and_int8_refuses_them():
     assert torch.allclose(first.grad, 2 + 2 * first)
     assert torch.allclose(second.grad, 2 * second)
     with pytest.raises(aqua.AquaError, match="int8 storage has no gradient"):
-        Rounded(8, 0).append(first)
+        Quantized(8, 0).append(first)
 
 
 def test_what_was_filled_in_inference_mode_goes_on_outside():

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from aqua_attention import AquaError
-from aqua_attention.cli import grid as cli_grid
-from aqua_attention.cli import transfer as cli_transfer
-from aqua_attention.evaluate.suites import grid as suites
+from aqua_attention.cli.options import ModelOptions
+from aqua_attention.evaluate.suites import perplexity as suites
 from conftest import make_llama
 
 
@@ -257,8 +256,7 @@ def test_a_mistake_is_one_line_before_anything_is_measured(case, aqua, grid, tmp
 def test_mistakes_are_known_before_the_model_is_loaded(
     aqua, tiny_folder, projections_file, texts, tmp_path, monkeypatch
 ):
-    for module in (cli_grid, cli_transfer):
-        monkeypatch.setattr(module, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(ModelOptions, "load", lambda *_: pytest.fail("the model was loaded"))
     folder, one, blocked = tmp_path / "results", texts / "one.txt", tmp_path / "file"
     blocked.write_text("")
     grid = ("grid", folder, tiny_folder, "-p", projections_file, "--data", one)

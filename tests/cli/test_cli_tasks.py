@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from aqua_attention.cli import tasks as cli_tasks
+from aqua_attention.cli.options import ModelOptions
 from aqua_attention.evaluate.tasks import answers as task_answers
 from aqua_attention.evaluate.tasks import run as tasks
 from conftest import calibrated, make_llama
@@ -113,7 +113,7 @@ def test_mistakes_are_one_line(aqua, given, tmp_path):
 
 
 def test_mistakes_are_known_before_the_model_is_loaded(aqua, given, monkeypatch):
-    monkeypatch.setattr(cli_tasks, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(ModelOptions, "load", lambda *_: pytest.fail("the model was loaded"))
     for options, message in (
         (("--batch", 0), "batch is 0"),
         (("--batch", -1), "batch is -1"),

@@ -11,10 +11,9 @@ import torch
 import aqua_attention as aqua
 from aqua_attention.attach.apply import layer_shape
 from aqua_attention.evaluate import record as records
-from aqua_attention.evaluate.record import facts_of, find_record, read_record, record_key, record_path, write_record
-from aqua_attention.evaluate.run import Job, failure_kind, grid_settings, run_jobs
-from aqua_attention.evaluate.suites import grid as suites
-from aqua_attention.evaluate.suites import perplexity, retrieval
+from aqua_attention.evaluate.record import Record, find_record, read_record, record_key, record_path, write_record
+from aqua_attention.evaluate.run import Job, facts_of, failure_kind, grid_settings, run_jobs
+from aqua_attention.evaluate.suites import SUITES, perplexity, retention, retrieval
 from aqua_attention.evaluate.suites.grid import Subject, grid_jobs, sizes_of
 from aqua_attention.evaluate.suites.lines import lines_questions
 from aqua_attention.evaluate.suites.needle import needle_questions
@@ -37,30 +36,32 @@ def key_of(number, suite="perplexity"):
 
 def figures(number):
     """A result of the suite "perplexity"."""
-    return dict.fromkeys(records.FIGURES["perplexity"], number)
+    return dict.fromkeys(SUITES["perplexity"].figures, number)
 
 
 @pytest.fixture
 def subject(llama, word_tokenizer):
     model, projections = llama
-    return Subject("tiny", model, word_tokenizer, projections, "0" * 64, data="essay", text=ESSAY, chat=False)
+    return Subject("tiny", model, word_tokenizer, projections, "essay", ESSAY, "0" * 64, chat=False)
 
 
 def settings_of(**knobs):
-    return grid_settings(**{"k_ratio": [0.5]} | knobs)
+    return grid_settings({"k_ratio": [0.5]} | knobs)
 
 
 # Settings
 
 
 def test_settings_are_every_combination_once():
-    settings = settings_of(k_ratio=[1, 0.5, 0.5], logit_error=[0.1], h2o_ratio=[1, 0.5], h2o_queries=8, bits=[None, 8])
+    settings = settings_of(
+        k_ratio=[1, 0.5, 0.5], logit_error=[0.1], h2o_ratio=[1, 0.5], h2o_queries=[8], bits=[None, 8]
+    )
     assert len(settings) == 3 * 2 * 2 == len(set(settings))
     assert {s.config.h2o_queries for s in settings if s.config.h2o_ratio == 1} == {None}
     assert {s.config.h2o_queries for s in settings if s.config.h2o_ratio < 1} == {8}
     assert [s.config.logit_error for s in settings[:3]] == [None, None, 0.1]
     with pytest.raises(aqua.AquaError, match="no setting to measure"):
-        grid_settings()
+        grid_settings({})
     with pytest.raises(aqua.AquaError, match="s_ratio is 1"):
         settings_of(s_ratio=[1])
 
@@ -77,8 +78,8 @@ def test_a_record_is_found_by_its_key_and_refused_when_damaged(tmp_path):
     assert path == record_path(tmp_path, dict(reversed(key.items()))), "the order of fields is no part of a key"
     assert find_record(tmp_path, key) is None
     whole = {"schema": 1} | key | dict.fromkeys(records.FACTS, "") | {"result": figures(2)}
-    write_record(tmp_path, whole, key)
-    assert find_record(tmp_path, key) == whole
+    write_record(tmp_path, Record.of(whole))
+    assert find_record(tmp_path, key).to_dict() == whole
     for damage, words in (
         (json.dumps(whole)[:50], "is no whole record"),
         ("[]", "holds no JSON object"),
@@ -150,17 +151,17 @@ def test_only_what_is_missing_failed_or_damaged_is_measured(tmp_path):
     assert calls == [1, 2, 3, 4], "a failure does not end the grid"
     assert ticks[:4] == [(0, 4), (0.5, 4), (1, 4), (1, 4)]
     assert ticks[-1] == (4, 4)
-    assert first[0]["result"] == figures(1)
-    assert first[1]["error"] == {"kind": "out_of_memory", "message": "CUDA out of memory. Tried to allocate 2 GiB"}
-    assert first[2]["error"] == {"kind": "error", "message": "impossible here"}
-    assert all("result" not in record for record in first[1:3])
+    assert first[0].result == figures(1)
+    assert first[1].error == {"kind": "out_of_memory", "message": "CUDA out of memory. Tried to allocate 2 GiB"}
+    assert first[2].error == {"kind": "error", "message": "impossible here"}
+    assert all("result" not in record.to_dict() for record in first[1:3])
     assert [read_record(record_path(tmp_path, key_of(n))) for n in (1, 2, 3, 4)] == first
     record_path(tmp_path, key_of(4)).write_text('{"schema": 1,')
     second = run([job(n) for n in (1, 2, 3, 4)])
     assert calls == [2, 3, 4]
     assert "is no whole record" in notices[0] and "measured again" in notices[0]
     assert f"1 of 4 measurements are in {tmp_path} already" in notices[1]
-    assert [record["result"]["perplexity"] for record in second] == [1, 2, 3, 4]
+    assert [record.result["perplexity"] for record in second] == [1, 2, 3, 4]
     assert second[0] == first[0]
     run([job(n) for n in (1, 2, 3, 4)])
     assert (calls, ticks) == ([], [])
@@ -175,18 +176,18 @@ def test_a_record_without_its_figures_or_of_other_weights_is_measured_again(tmp_
         return run_jobs(tmp_path, jobs, FACTS | {"key_weights": key_weights}, notice=notices.append)
 
     first = run(1, weights)
-    assert first[0]["key_weights"] == weights
+    assert first[0].details["key_weights"] == weights
     rounded = [[number + 1e-6 for number in row] for row in weights]
     assert run(2, rounded) == first, "the last digit depends on the number of threads"
     assert run(2, None) == first, "where weights cannot be read, nothing is known"
     other = [[0.25, -0.5], [0.125, 0.9]]
     again = run(3, other)
-    assert [record["result"]["kl"] for record in again] == [3, 3]
+    assert [record.result["kl"] for record in again] == [3, 3]
     assert notices == [f"2 of 2 measurements in {tmp_path} are of other weights; they are made again now"]
-    assert run(4, other[:1])[0]["result"]["kl"] == 4, "another number of layers"
+    assert run(4, other[:1])[0].result["kl"] == 4, "another number of layers"
     path = record_path(tmp_path, key_of(1))
     path.write_text(path.read_text().replace('"kl"', '"lk"'))
-    assert [record["result"]["kl"] for record in run(5, other[:1])] == [5, 4]
+    assert [record.result["kl"] for record in run(5, other[:1])] == [5, 4]
     assert "no figure kl" in notices[0] and "measured again" in notices[0]
 
 
@@ -245,15 +246,15 @@ def test_perplexity_records_are_the_rows_of_one_evaluation_and_dense_is_computed
     monkeypatch.setattr(perplexity, "_logits", counted)
     dense, *found = run_suite(tmp_path, subject, "perplexity", settings)
     assert len(dense_passes) == 2, "one for each window"
-    assert (dense["config"], dense["projections_sha256"]) == (None, None)
-    assert dense["result"]["perplexity"] == expected["dense"]["perplexity"]
-    assert dense["options"] == {"data": "essay", "context": 64, "tokens": 128, "scored": "all"}
+    assert (dense.setting, dense.details["projections_sha256"]) == (None, None)
+    assert dense.result["perplexity"] == expected["dense"]["perplexity"]
+    assert dense.options == {"data": "essay", "context": 64, "tokens": 128, "scored": "all"}
     for record, row in zip(found, expected["rows"], strict=True):
-        assert (record["config"], record["basis"]) == (row["setting"], row["basis"])
-        result = record["result"] | {"setting": row["setting"], "basis": row["basis"]}
+        assert (record.setting, record.basis) == (row["setting"], row["basis"])
+        result = record.result | {"setting": row["setting"], "basis": row["basis"]}
         assert result == row | {"dense": expected["dense"], "scored": "all"}
-        assert record["projections_sha256"] == "0" * 64
-    assert found[1]["result"]["kl"] > 0.1
+        assert record.details["projections_sha256"] == "0" * 64
+    assert found[1].result["kl"] > 0.1
 
 
 def test_dense_logits_are_kept_within_their_bytes_and_of_the_windows_asked_for(llama):
@@ -278,11 +279,11 @@ def test_min_length_is_a_knob_and_auto_a_number_in_the_key(tmp_path, subject, mo
     write_profile(shape, {0.25: 40}, [32, 64], {})
     settings = settings_of(k_ratio=[0.25], min_length=[0, 40, "auto"])
     _, whole, short = run_suite(tmp_path, subject, "perplexity", settings)
-    assert [record["config"]["min_length"] for record in (whole, short)] == [0, 40], "auto is 40, and each once"
-    assert short["result"]["kl"] < whole["result"]["kl"]
+    assert [record.setting["min_length"] for record in (whole, short)] == [0, 40], "auto is 40, and each once"
+    assert short.result["kl"] < whole.result["kl"]
     write_profile(shape, {0.25: 64}, [32, 64], {})
     found = run_suite(tmp_path, subject, "perplexity", settings_of(k_ratio=[0.25], min_length=["auto"]))
-    assert found[1]["config"]["min_length"] == 64
+    assert found[1].setting["min_length"] == 64
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path / "none"))
     with pytest.raises(aqua.AquaError, match='min_length is "auto", but this machine has no profile'):
         grid_jobs(subject, ["perplexity"], settings_of(min_length=["auto"]), sizes_of(False, **SMALL))
@@ -291,11 +292,11 @@ def test_min_length_is_a_knob_and_auto_a_number_in_the_key(tmp_path, subject, mo
 def test_where_one_setting_evicts_all_are_scored_alike(tmp_path, subject):
     alone = run_suite(tmp_path, subject, "perplexity", settings_of())
     dense, whole, evicting = run_suite(tmp_path, subject, "perplexity", settings_of(h2o_ratio=[1, 0.25]))
-    assert {record["options"]["scored"] for record in (dense, whole, evicting)} == {"second half"}
-    assert {record["result"]["tokens"] for record in (dense, whole, evicting)} == {2 * 31}
-    assert whole["result"]["dense"] == evicting["result"]["dense"]
-    assert alone[1]["result"]["tokens"] == 2 * 63
-    assert evicting["result"]["kl"] > whole["result"]["kl"]
+    assert {record.options["scored"] for record in (dense, whole, evicting)} == {"second half"}
+    assert {record.result["tokens"] for record in (dense, whole, evicting)} == {2 * 31}
+    assert whole.result["dense"] == evicting.result["dense"]
+    assert alone[1].result["tokens"] == 2 * 63
+    assert evicting.result["kl"] > whole.result["kl"]
 
 
 def test_retention_records_are_the_rows_of_one_pass(tmp_path, subject, monkeypatch):
@@ -305,7 +306,7 @@ def test_retention_records_are_the_rows_of_one_pass(tmp_path, subject, monkeypat
         passes.append(options)
         return evaluate_retention(*args, **options)
 
-    monkeypatch.setattr(suites, "evaluate_retention", counted)
+    monkeypatch.setattr(retention, "evaluate_retention", counted)
     settings = settings_of(k_ratio=[0.75, 0.25], selection=["magnitude", "weighted"], h2o_ratio=[1, 0.5])
     found = run_suite(tmp_path, subject, "retention", settings)
     assert len(passes) == 1
@@ -314,8 +315,8 @@ def test_retention_records_are_the_rows_of_one_pass(tmp_path, subject, monkeypat
         k_ratios=[0.75, 0.25],
         selections=["magnitude", "weighted"],
     )["rows"]
-    assert [record["result"] for record in found] == expected, "eviction is nothing that retention looks at"
-    assert {record["config"]["h2o_ratio"] for record in found} == {1.0}
+    assert [record.result for record in found] == expected, "eviction is nothing that retention looks at"
+    assert {record.setting["h2o_ratio"] for record in found} == {1.0}
 
 
 @pytest.mark.parametrize("suite", ["needle", "lines"])
@@ -339,18 +340,18 @@ def test_retrieval_records_count_cells_and_dense_answers_once(suite, tmp_path, s
     monkeypatch.setattr(retrieval, "continue_tokens", answer)
     dense, half, evicting = run_suite(tmp_path, subject, suite, settings_of(h2o_ratio=[1, 0.5]))
     assert asked == {None: 2, "aqua": 4}
-    assert (dense["result"]["right"], dense["result"]["asked"]) == (2, 2)
-    assert half["config"]["h2o_ratio"] == 1
-    assert evicting["config"]["h2o_ratio"] == 0.5
+    assert (dense.result["right"], dense.result["asked"]) == (2, 2)
+    assert half.setting["h2o_ratio"] == 1
+    assert evicting.setting["h2o_ratio"] == 0.5
     figures = {"right": 1, "asked": 2, "lost": 1, "gained": 0, "p_value": 1.0}
-    assert figures.items() <= half["result"].items()
+    assert figures.items() <= half.result.items()
     if suite == "lines":
-        assert half["result"]["cells"] == [{"lines": 3, "depth": None, "right": 1, "asked": 2}]
-        assert half["text_sha256"] is None
+        assert half.result["cells"] == [{"lines": 3, "depth": None, "right": 1, "asked": 2}]
+        assert half.details["text_sha256"] is None
     else:
         cells = [{"length": 150, "depth": depth, "right": right, "asked": 1} for depth, right in ((0.0, 1), (1.0, 0))]
-        assert half["result"]["cells"] == cells
-    assert half["seed"] == 0
+        assert half.result["cells"] == cells
+    assert half.details["seed"] == 0
 
 
 def test_the_needle_under_eviction_is_what_the_suite_measures_by_itself(tmp_path, subject):
@@ -360,20 +361,20 @@ def test_the_needle_under_eviction_is_what_the_suite_measures_by_itself(tmp_path
         subject.model, subject.tokenizer, subject.projections, settings, questions, chat=False
     )["rows"]
     _, full, evicting = run_suite(tmp_path, subject, "needle", settings)
-    assert full["result"]["same_answer"] == expected[0]["same_answer"] == 1
-    assert evicting["result"]["same_answer"] == expected[1]["same_answer"] < 1
+    assert full.result["same_answer"] == expected[0]["same_answer"] == 1
+    assert evicting.result["same_answer"] == expected[1]["same_answer"] < 1
 
 
 def test_an_impossible_setting_is_recorded_and_the_table_says_so(tmp_path, subject):
     dense, good, refused = run_suite(tmp_path, subject, "perplexity", settings_of(s_ratio=[0, 0.99]))
-    assert "result" in dense and "result" in good
-    assert refused["error"]["kind"] == "error"
-    assert "s_ratio 0.99 stores none of 16 key dimensions" in refused["error"]["message"]
+    assert dense.result and good.result
+    assert refused.error["kind"] == "error"
+    assert "s_ratio 0.99 stores none of 16 key dimensions" in refused.error["message"]
     _, rows = record_table([dense, good, refused])
     assert rows[0][:2] == ["perplexity", "dense"]
-    assert f"{good['result']['perplexity']:.3f}" in rows[1][2]
-    assert f"{good['result']['perplexity_change']:+.2%}" == rows[1][3]
-    assert rows[2][1:] == ["k_ratio 0.5, s_ratio 0.99", "refused", "", refused["error"]["message"]]
+    assert f"{good.result['perplexity']:.3f}" in rows[1][2]
+    assert f"{good.result['perplexity_change']:+.2%}" == rows[1][3]
+    assert rows[2][1:] == ["k_ratio 0.5, s_ratio 0.99", "refused", "", refused.error["message"]]
 
 
 def test_a_suite_that_cannot_be_is_an_error_at_once(subject, llama):
@@ -381,13 +382,13 @@ def test_a_suite_that_cannot_be_is_an_error_at_once(subject, llama):
         grid_jobs(subject, ["speed"], settings_of(), sizes_of(False))
     for suites_given in (["retention"], ["perplexity", "retention"]):
         with pytest.raises(aqua.AquaError, match="retention measures k_ratios only, and every setting has a logit_e"):
-            grid_jobs(subject, suites_given, grid_settings(logit_error=[0.1]), sizes_of(False, **SMALL))
+            grid_jobs(subject, suites_given, grid_settings({"logit_error": [0.1]}), sizes_of(False, **SMALL))
     with pytest.raises(aqua.AquaError, match="fewer than one window of 2048"):
         grid_jobs(subject, ["perplexity"], settings_of(), sizes_of(False))
     other = aqua.Projections(
         llama[1].layers, llama[1].statistics, {**llama[1].model, "shape": {"model_type": "other", "layers": []}}
     )
-    wrong = Subject("tiny", llama[0], subject.tokenizer, other, "", data="essay", text=ESSAY)
+    wrong = Subject("tiny", llama[0], subject.tokenizer, other, data="essay", text=ESSAY)
     with pytest.raises(aqua.AquaError, match="these projections are for other"):
         grid_jobs(wrong, ["perplexity"], settings_of(), sizes_of(False, **SMALL))
 

@@ -15,8 +15,8 @@ from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.evaluate import calibrated
 from aqua_attention.evaluate.calibrated import Calibration, Calibrator
 from aqua_attention.evaluate.record import FACTS as FACT_NAMES
-from aqua_attention.evaluate.record import facts_of, file_digest
-from aqua_attention.evaluate.run import run_jobs
+from aqua_attention.evaluate.record import file_digest
+from aqua_attention.evaluate.run import facts_of, run_jobs
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.context import context_jobs
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
@@ -119,7 +119,7 @@ def test_every_pair_is_tested_with_the_projections_of_its_calibration_part(calib
     jobs = transfer_jobs(calibrator, domains, [HALF], **SIZES)
     folder = calibrator.folder.parent
     records = run_jobs(folder, jobs, FACTS)
-    pairs = [(record["result"]["calibrated"], record["result"]["tested"]) for record in records]
+    pairs = [(record.result["calibrated"], record.result["tested"]) for record in records]
     assert pairs == [("low", "low"), ("high", "low"), ("low", "high"), ("high", "high")]
     learned = aqua.calibrate(
         llama[0], word_tokenizer, domains[0].calibration, tokens=256, context=64, seed=0, name="tiny"
@@ -127,19 +127,19 @@ def test_every_pair_is_tested_with_the_projections_of_its_calibration_part(calib
     ids, prefix = tokenize(word_tokenizer, domains[1].test)
     windows = token_windows(ids, tokens=128, context=64, seed=None, prefix=prefix)
     expected = evaluate_perplexity(llama[0], learned, [HALF], windows)
-    result = records[2]["result"]
+    result = records[2].result
     assert result["perplexity"] == expected["rows"][0]["perplexity"]
     assert result["dense"] == expected["dense"]
     assert result["calibration_tokens"] == 256
-    assert records[2]["text_sha256"] == text_digest(domains[1].test)
-    options = records[2]["options"]
+    assert records[2].details["text_sha256"] == text_digest(domains[1].test)
+    options = records[2].options
     assert options["calibrated"]["text_sha256"] == text_digest(domains[0].calibration)
     assert "no character is in both" in options["split"]
     files = sorted((folder / "projections").iterdir())
     assert [path.name.split("-")[0] for path in files] == ["high", "low"]
-    assert [record["projections_sha256"] for record in records] == [file_digest(files[i]) for i in (1, 0, 1, 0)]
-    own, far = records[0]["result"], records[1]["result"]
-    assert max(own["distance"], records[3]["result"]["distance"]) < 1e-5
+    assert [record.details["projections_sha256"] for record in records] == [file_digest(files[i]) for i in (1, 0, 1, 0)]
+    own, far = records[0].result, records[1].result
+    assert max(own["distance"], records[3].result["distance"]) < 1e-5
     assert 0.01 < far["distance"] < 1
     assert far["distance"] == pytest.approx(result["distance"]), "a distance is the same both ways"
     assert far["distance_dims"] == 8
@@ -220,8 +220,10 @@ def test_projections_of_other_weights_are_made_again(calibrator, domains, other_
     assert set((folder / "projections").iterdir()) == set(old)
     assert all(path.read_bytes() != content for path, content in old.items())
     learned = aqua.Projections.load(next(path for path in old if path.name.startswith("low")))
-    assert records[0]["projections_sha256"] == file_digest(next(path for path in old if path.name.startswith("low")))
-    assert learned.model["key_weights"] == records[0]["key_weights"]
+    assert records[0].details["projections_sha256"] == file_digest(
+        next(path for path in old if path.name.startswith("low"))
+    )
+    assert learned.model["key_weights"] == records[0].details["key_weights"]
     assert not recwarn.list, "no projections of other weights were used"
 
 
@@ -241,7 +243,7 @@ def test_a_stopped_calibration_of_other_weights_is_begun_anew(calibrator, domain
         run_jobs(folder, transfer_jobs(calibrator, domains, [HALF], **SIZES), FACTS)
     changed = Calibrator(folder, "tiny", other_weights, calibrator.tokenizer, notices.append)
     records = run_jobs(folder, transfer_jobs(changed, domains, [HALF], **SIZES), FACTS)
-    assert all("result" in record for record in records)
+    assert all(record.result for record in records)
     assert len(notices) == 1 and "it is begun anew now" in notices[0]
 
 
@@ -287,15 +289,15 @@ def contexts(calibrator, **changes):
 
 def test_lengths_are_calibrated_and_tested_crosswise(calibrator, llama, word_tokenizer):
     records = run_jobs(calibrator.folder.parent, contexts(calibrator), FACTS)
-    lengths = [(record["result"]["calibrated_length"], record["result"]["tested_length"]) for record in records]
+    lengths = [(record.result["calibrated_length"], record.result["tested_length"]) for record in records]
     assert lengths == [(32, 32), (64, 32), (32, 128), (64, 128)]
     learned = aqua.calibrate(llama[0], word_tokenizer, numbers(1, 0, 90), tokens=256, context=64, seed=0)
     assert learned.calibration["context"] == 64
     ids, prefix = tokenize(word_tokenizer, numbers(2, 0, 90))
     windows = token_windows(ids, tokens=128, context=128, seed=None, prefix=prefix)
     row = evaluate_perplexity(llama[0], learned, [HALF], windows)["rows"][0]
-    assert records[3]["result"]["perplexity"] == row["perplexity"]
-    assert len({record["projections_sha256"] for record in records}) == 2
+    assert records[3].result["perplexity"] == row["perplexity"]
+    assert len({record.details["projections_sha256"] for record in records}) == 2
     ((titles, rows),) = context_tables(records)
     assert titles == ["k_ratio 0.5; calibrated on", "windows of 32", "windows of 128"]
     assert [cells[0] for cells in rows] == ["256 tokens in windows of 32", "256 tokens in windows of 64"]
@@ -305,12 +307,12 @@ def test_lengths_are_calibrated_and_tested_crosswise(calibrator, llama, word_tok
 def test_more_calibration_tokens_than_there_are_is_one_refused_row(calibrator):
     jobs = contexts(calibrator, calibrated_lengths=[64], tested_lengths=[64], calibration_tokens=[32, 64, 512, 1024])
     records = run_jobs(calibrator.folder.parent, jobs, FACTS)
-    assert ["error" in record for record in records] == [True, False, False, True]
-    assert [records[place]["result"]["calibration_tokens"] for place in (1, 2)] == [64, 512]
-    assert "fewer than one window of 64" in records[0]["error"]["message"]
-    messages = [f"refused: {records[place]['error']['message']}" for place in (0, 3)]
+    assert [record.error is not None for record in records] == [True, False, False, True]
+    assert [records[place].result["calibration_tokens"] for place in (1, 2)] == [64, 512]
+    assert "fewer than one window of 64" in records[0].error["message"]
+    messages = [f"refused: {records[place].error['message']}" for place in (0, 3)]
     assert reasons([*records, records[0]]) == [f"{messages[0]} (2 records)", messages[1]]
-    assert "'one.txt' has 600 tokens to calibrate on, 1024 are asked for" in records[3]["error"]["message"]
+    assert "'one.txt' has 600 tokens to calibrate on, 1024 are asked for" in records[3].error["message"]
     assert [row[1] for row in context_tables(records)[0][1]][::3] == ["refused", "refused"]
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
+from aqua_attention.io.state import weight_difference
 from aqua_attention.model.capture import AttentionLayer, attention_layers
 from aqua_attention.model.fingerprint import (
     KEY_WEIGHT_NAMES,
@@ -19,7 +20,6 @@ from aqua_attention.model.fingerprint import (
     describe_shape,
     key_weight_digest,
     shape_of,
-    weight_difference,
 )
 
 

@@ -10,6 +10,7 @@ import samples
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.record import write_result
 from aqua_attention.report.collect import collect
 
 HALF = AquaConfig(k_ratio=0.5)
@@ -163,3 +164,18 @@ def test_retrieval_figures_are_counted_by_cell(tmp_path):
     assert (dense.result["right"], dense.result["asked"]) == (4, 4)
     assert (aqua.result["right"], aqua.result["asked"]) == (2, 4)
     assert aqua.result["cells"][-1] == {"length": 128, "depth": 1.0, "right": 0, "asked": 1}
+
+
+def test_a_command_s_file_is_known_by_its_suite_and_one_of_another_version_is_not_read(tmp_path):
+    row = {"setting": HALF.to_dict(), "basis": "aqua", "score_loss": 0.1} | samples.losses(0.5)
+    result = {"model": "tiny", "dense": samples.DENSE, "rows": [row]}
+    write_result(tmp_path / "rows.json", "perplexity", result, "aqua eval perplexity tiny")
+    (tmp_path / "newer.json").write_text(json.dumps(result | {"schema": 2, "suite": "perplexity"}))
+    (tmp_path / "unknown.json").write_text(json.dumps(result | {"schema": 1, "suite": "speed"}))
+    found = collect(tmp_path)
+    assert [(record.suite, record.command) for record in found.records] == [
+        ("perplexity", "aqua eval perplexity tiny")
+    ] * 2, "its keys alone would be those of retention"
+    assert [name for name, _ in found.unused] == ["newer.json", "unknown.json"]
+    assert found.unused[0][1] == "its schema is 2, this version reads 1"
+    assert found.unused[1][1].startswith("its suite is 'speed': it must be one of perplexity, ")

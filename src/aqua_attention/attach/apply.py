@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.coverage import Coverage, attend_dense
-from aqua_attention.attach.new_cache import LAYOUTS, make_cache, needs_own_cache, why_untiled
 from aqua_attention.attach.stacks import check_stacks, install_stack
-from aqua_attention.cache.cache import AquaCache, check_cache, rotate_on_write
+from aqua_attention.cache.cache import AquaCache, Plans, check_cache, make_cache, rotate_on_write
 from aqua_attention.cache.file import load_cache, save_cache
-from aqua_attention.cache.growing import RotatedLayer, layer_of
-from aqua_attention.cache.spec import CacheSpec
+from aqua_attention.cache.growing import RotatedLayer
+from aqua_attention.cache.layer import layer_of
+from aqua_attention.cache.stored import needs_own_cache
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig, check_bidirectional, encoder_config
@@ -28,23 +27,13 @@ from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
 from aqua_attention.model.interface import as_aqua_mask, check_call, check_detached, mask_builder
-from aqua_attention.ops.api import attend, attention, rotate
-from aqua_attention.ops.mask import bidirectional, short_queries
-from aqua_attention.ops.select import select_dimensions
+from aqua_attention.ops.backend import why_not_tiled
+from aqua_attention.ops.mask import bidirectional
+from aqua_attention.ops.plan import Call, LayerPlan
 
 OWN_CACHES = (DynamicCache, AquaCache)
 """Caches whose layers can be ours."""
 SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
-
-
-@dataclass(frozen=True)
-class _AttachedLayer:
-    index: int
-    head_dim: int
-    spec: CacheSpec
-    key_rms: Tensor
-    causal: bool
-    config: AquaConfig
 
 
 class Attachment:
@@ -61,6 +50,7 @@ class Attachment:
             take them, as an nn.MultiheadAttention (the pooling head of SigLIP), or they were not found, for a reason.
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
+            It is told what was chosen, and changes no route.
     """
 
     def __init__(
@@ -100,7 +90,7 @@ class Attachment:
             )
         if needs and any(coverage.left.values()):
             raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
-        self._layers: dict[nn.Module, _AttachedLayer] = {}
+        self._plans: dict[nn.Module, LayerPlan] = {}
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> Attachment:
@@ -110,16 +100,16 @@ class Attachment:
             AquaError: AQUA is attached to this model already.
         """
         check_detached(self.model)
-        self._layers = {layer.module: self._attached(layer) for layer in self._found}
+        self._plans = {layer.module: self._plan(layer) for layer in self._found}
+        self._undo = []
         self._can_tile = False
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
-        self._undo = []
         stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
         check_stacks(self.model, stacks)
         try:
             for stack in stacks:
-                config = self._layers[stack[0].module].config
-                builder = mask_builder(config.sink, config.recent, config.threshold)
+                plan = self._plans[stack[0].module]
+                builder = mask_builder(plan.sink, plan.recent, plan.min_length)
                 alone = len(stacks) == 1 and self._coverage.alone
                 self._undo += install_stack(self.model, stack, alone, self._attend, builder, self._before_forward)
         except BaseException:
@@ -129,11 +119,11 @@ class Attachment:
 
     def detach(self) -> None:
         """Leave the model as it was found. Caches that AQUA filled cannot be used by the model afterwards."""
-        for layer in self._layers.values():
-            layer.spec.active = False
+        for plan in self._plans.values():
+            plan.active = False
         while self._undo:
             self._undo.pop()()
-        self._layers = {}
+        self._plans = {}
 
     def __enter__(self) -> Attachment:
         return self.attach()
@@ -159,13 +149,14 @@ class Attachment:
         Raises:
             AquaError: not attached, or a setting that a cache of fixed size or its layout cannot store.
         """
-        if layout not in LAYOUTS:
-            raise AquaError(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
-        if not self._layers:
+        if not self._plans:
             raise AquaError("AQUA is not attached: make its cache inside `apply`, or after attach()")
         if not self._rotates_on_write:
             raise AquaError(f"{type(self.model).__name__} does not take its keys straight from its cache")
-        return make_cache(self._decoder, self._causal, self._specs(), self.config, max_length, offloading, layout)
+        untiled = self._why_not_tiled() if max_length is not None else None
+        return make_cache(
+            self._decoder.config, self._cached(), max_length, offloading=offloading, layout=layout, untiled=untiled
+        )
 
     def save_cache(self, cache: Cache, path: Path | str) -> None:
         """Write a growing cache that this attachment has filled to one safetensors file, whole or not at all.
@@ -173,7 +164,7 @@ class Attachment:
         Raises:
             AquaError: another kind of cache, an empty one, or the file cannot be written.
         """
-        save_cache(path, cache, self._specs(), self.config, self._model_facts())
+        save_cache(path, cache, self._cached(), self.config, self._model_facts())
 
     def load_cache(self, path: Path | str) -> AquaCache:
         """A cache from a file, to go on with: same model, projections, and settings of what is stored.
@@ -182,26 +173,32 @@ class Attachment:
             AquaError: the file is damaged, or of another model, other projections or settings.
         """
         cache = self.new_cache()
-        load_cache(path, cache, self._specs(), self.config, self._model_facts())
+        load_cache(path, cache, self._cached(), self.config, self._model_facts())
         return cache
 
     def _model_facts(self) -> dict[str, Any]:
         return {"shape": self.projections.model["shape"], "dtype": str(self.model.dtype)}
 
-    def _specs(self) -> dict[int, CacheSpec]:
-        return {layer.index: layer.spec for layer in self._layers.values() if layer.causal}
+    def _cached(self) -> Plans:
+        """The plans of the layers that share a cache."""
+        return {plan.index: plan for plan in self._plans.values() if plan.causal}
 
-    def _attached(self, layer: AttentionLayer) -> _AttachedLayer:
-        projection, kept = self.projections.layers[layer.index], self.config.kept_dims(layer.head_dim)
+    def _plan(self, layer: AttentionLayer) -> LayerPlan:
+        """All that is known of a layer before its first call."""
         config = self.config if layer.causal else encoder_config(self.config)
-        return _AttachedLayer(
-            index=layer.index,
-            head_dim=layer.head_dim,
-            spec=CacheSpec(projection, config, layer.device, self._key_weights[layer.module]),
-            key_rms=projection.key_rms[..., :kept].contiguous().to(layer.device),
-            causal=layer.causal,
-            config=config,
-        )
+        weights = self._key_weights[layer.module]
+        facts: dict[str, Any] = {"index": layer.index, "causal": layer.causal, "key_weights": weights}
+        return self.projections.layers[layer.index].plan(config, layer.device, **facts)
+
+    def _why_not_tiled(self) -> str | None:
+        """Why there can be no cache for the decoding kernels; None when there can."""
+        if getattr(self._decoder.config, "attn_logit_softcapping", None) or any(
+            getattr(layer.module, "sinks", None) is not None for layer in self._causal
+        ):
+            return "the kernel knows neither softcap nor extra softmax logits"
+        dtype = self._decoder.dtype
+        reasons = (why_not_tiled(self._plans[f.module], f.num_attention_heads, dtype) for f in self._causal)
+        return next(filter(None, reasons), None)
 
     def _before_forward(
         self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -226,7 +223,7 @@ class Attachment:
                 "the two out"
             )
         if type(cache) in OWN_CACHES and not _is_captured():
-            rotate_on_write(cache, self._specs(), self._decoder.config)
+            rotate_on_write(cache, self._cached(), self._decoder.config)
             self._check(cache, given)
         return args, kwargs
 
@@ -234,11 +231,11 @@ class Attachment:
         """Raise AquaError for a forward pass that some layer would refuse after others have written their tokens."""
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if isinstance(tokens, Tensor):
-            check_cache(cache, self._specs(), tokens.shape[0], tokens.shape[1])
+            check_cache(cache, self._cached(), tokens.shape[0], tokens.shape[1])
         mask = given.get("attention_mask")
         tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
         if tiled and not self._can_tile:
-            if reason := why_untiled(self._decoder, self._causal, self._specs(), self.config, 1):
+            if reason := self._why_not_tiled():
                 raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
             self._can_tile = True
         if tiled:
@@ -270,90 +267,28 @@ class Attachment:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """The attention function that transformers calls; query and key arrive after rotary embedding."""
-        layer = self._layers.get(module)
+        plan = self._plans.get(module)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        self._coverage.check_call(module, causal, dropout, None if layer is None else layer.causal)
+        self._coverage.check_call(module, causal, dropout, None if plan is None else plan.causal)
         check_call(type(self.model).__name__, kwargs)
-        mask = as_aqua_mask(attention_mask)
+        mask, sink = as_aqua_mask(attention_mask), 0 if plan is None else plan.sink
         if mask is None and not causal:
-            sink = 0 if layer is None else layer.config.sink
             mask = bidirectional(query.shape[2], key.shape[2], sink=sink, device=query.device)
-        options: dict[str, Any] = {"softcap": softcap, "s_aux": s_aux}
-        if layer is None:
-            output = attend_dense(query, key, value, mask, scaling=scaling, **options)
-            return output.transpose(1, 2).contiguous(), None
-        config = layer.config
-        sliding_window = kwargs.get("sliding_window")
-        needs_codes = config.sink + config.recent + config.threshold > 0
-        if needs_codes and mask is not None and mask.dtype == torch.bool and sliding_window:
-            raise AquaError(
-                "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
-            )
-        scaling = layer.head_dim**-0.5 if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
-            cached = layer_of(key, layer.spec)
-            if isinstance(cached, TiledLayer):
-                if sliding_window or softcap or s_aux is not None:
-                    raise AquaError(
-                        "the tiled layout knows neither sliding windows, softcap nor extra softmax logits: make the "
-                        "cache with layout='plain'"
-                    )
-                if cached.decodes(query.shape[2]):
-                    output, query, chosen = cached.decode(query, layer.key_rms, self.config, scaling)
-                    if self.on_selection is not None:
-                        selected = None if chosen is None else chosen.selected(query.shape[1])
-                        self.on_selection(layer.index, selected, query.shape, layer.head_dim)
-                    return output.transpose(1, 2).contiguous(), None
-            queries = query.shape[2]
-            if mask is None and 1 < queries < key.shape[2] and not isinstance(cached, (RotatedLayer, TiledLayer)):
-                # Without a mask, keys behind the queries are the empty end of a static cache.
-                key, value = key[:, :, :queries], value[:, :, :queries]
-            if cached is None:
-                key, value = self._uncached(layer.spec, key, value, queries, bool(sliding_window))
-            options |= {"mask": mask, "scaling": scaling}
-            # A tiled layer rounds, if at all, what it stores afterwards.
-            if (layer.spec.is_plain or isinstance(cached, TiledLayer)) and self.on_selection is None:
-                query, key = query.to(value.dtype), key.to(value.dtype)
-                output = attend(query, key, value, layer.spec.matrix, layer.key_rms, config, **options)
+            if plan is None:
+                output = attend_dense(query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
             else:
-                query = rotate(query, layer.spec.matrix).to(value.dtype)
-                selected = self._selected(layer, query, scaling, mask, key.shape[2])
-                options |= {"sink": config.sink, "recent": config.recent}
-                if isinstance(cached, RotatedLayer):
-                    output = cached.attend(query, key, value, selected, is_sliding=bool(sliding_window), **options)
-                else:
-                    output = attention(query, key.to(value.dtype), value, selected, **options)
-            if isinstance(cached, TiledLayer):
-                cached.store(mask)
+                is_sliding = bool(kwargs.get("sliding_window"))
+                if is_sliding and mask is not None and mask.dtype == torch.bool and plan.needs_codes:
+                    raise AquaError(
+                        "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
+                    )
+                scaling, observer = plan.scaling if scaling is None else scaling, self.on_selection
+                call = Call(query, key, value, mask, sink, plan.recent, scaling, softcap, s_aux, observer is not None)
+                output, selected, rotated = layer_of(key, plan).attend(call, is_sliding)
+                if observer is not None:
+                    observer(plan.index, selected, rotated, plan.head_dim)
         return output.transpose(1, 2).contiguous(), None
-
-    def _selected(
-        self, layer: _AttachedLayer, query: Tensor, scaling: float, mask: Tensor | None, keys: int
-    ) -> Tensor | None:
-        """The dimensions that each query multiplies outside the exact window; shape of `query`, or None for all."""
-        kept, min_length = layer.spec.kept, layer.config.threshold
-        leading = query[..., :kept]
-        short = short_queries(mask, min_length, queries=query.shape[2], keys=keys, device=query.device)
-        selected = select_dimensions(leading, layer.config, layer.head_dim, layer.key_rms, scaling, short)
-        if self.on_selection is not None:
-            self.on_selection(layer.index, selected, leading.shape, layer.head_dim)
-        if kept == query.shape[-1]:
-            return selected
-        selected = leading.new_ones(leading.shape, dtype=torch.bool) if selected is None else selected
-        return torch.nn.functional.pad(selected, (0, query.shape[-1] - kept))
-
-    def _uncached(
-        self, spec: CacheSpec, key: Tensor, value: Tensor, queries: int, is_sliding: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Rotate keys that no cache of ours has rotated: scoring without a cache, or another kind of cache.
-
-        With `bits`, keys and values are what a cache would give back, so that the loss of rounding is seen.
-        """
-        key = spec.rotated(key)
-        needs = None if is_sliding else needs_own_cache(self.config)
-        if needs and (key.shape[2] > queries or spec.eviction):
-            raise AquaError(f"{needs} needs a cache that AQUA has filled from its first token: start with a new one")
-        return (key, value) if is_sliding else spec.rounded(key, value)
 
 
 def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:

@@ -47,7 +47,7 @@ def crossing(lengths: Sequence[int], ours: Sequence[float], other: Sequence[floa
     ours is faster everywhere, None where it is not at the longest.
     """
     gains = [theirs - mine for mine, theirs in zip(ours, other, strict=True)]
-    last = max((place for place, gain in enumerate(gains) if gain <= 0), default=-1)
+    last = max((index for index, gain in enumerate(gains) if gain <= 0), default=-1)
     if last == len(gains) - 1:
         return None
     if last < 0:
@@ -96,16 +96,7 @@ def measure_breakeven(
         AquaError: a device, shape, dtype or k_ratio that cannot be measured, a kernel that is wrong, or no place for
             the profile.
     """
-    allowed = DTYPES.get(shape.device.type)
-    if allowed is None or str(shape.dtype).removeprefix("torch.") not in allowed:
-        raise AquaError(
-            f"device is {shape.device.type} and dtype {shape.dtype}: it must be "
-            + ", or ".join(f"{device} with {' or '.join(names)}" for device, names in DTYPES.items())
-        )
-    if shape.device.type == "cuda" and not torch.cuda.is_available():
-        raise AquaError("device is cuda: there is no CUDA GPU here; measure the processor with cpu")
-    if min(shape.heads, shape.groups) < 1 or shape.heads % shape.groups:
-        raise AquaError(f"{shape.heads} query heads do not divide into {shape.groups} key-value heads")
+    _check_shape(shape)
     # Also refuses what is no ratio at all.
     counts = [AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim) for ratio in k_ratios]
     if not counts or max(counts) >= shape.head_dim:
@@ -115,25 +106,10 @@ def measure_breakeven(
         progress(done, len(lengths))
         rows.append(_row(shape, length, k_ratios, sink, recent))
     progress(len(lengths), len(lengths))
-    found: list[dict[str, Any]] = []
-    for place, (ratio, k) in enumerate(zip(k_ratios, counts, strict=True)):
-        ours = [row["aqua"][place] for row in rows]
-        low, high = PAPER_LENGTHS
-        gains = [row["whole"] / row["aqua"][place] for row in rows if low <= row["length"] <= high]
-        found.append(
-            {
-                "k_ratio": ratio,
-                "k": k,
-                "whole": crossing(lengths, ours, [row["whole"] for row in rows]),
-                "dense": crossing(lengths, ours, [row["dense"] for row in rows]),
-                "paper": paper_breakeven(shape.head_dim, k),
-                "theory": grouped_breakeven(shape.head_dim, k, shape.heads // shape.groups),
-                "paper_experiment": [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None,
-            }
-        )
+    found = [_breakeven(shape, rows, index, ratio) for index, ratio in enumerate(k_ratios)]
     facts = {
-        "heads": shape.heads,
-        "groups": shape.groups,
+        "heads": shape.num_attention_heads,
+        "groups": shape.num_key_value_heads,
         "head_dim": shape.head_dim,
         "dtype": str(shape.dtype),
         "sink": sink,
@@ -143,36 +119,55 @@ def measure_breakeven(
     }
     thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
     path = write_profile(shape, thresholds, lengths, facts)
-    return (
-        {"device": device_name(shape.device), "lengths": list(lengths)}
-        | facts
-        | {"rows": rows, "breakeven": found, "profile": str(path)}
-    )
+    known = {"device": device_name(shape.device), "lengths": list(lengths)} | facts
+    return known | {"rows": rows, "breakeven": found, "profile": str(path)}
+
+
+def _check_shape(shape: Shape) -> None:
+    """Raise AquaError for a device, dtype or number of heads that cannot be measured."""
+    if shape.dtype_name not in DTYPES.get(shape.device.type, ()):
+        raise AquaError(
+            f"device is {shape.device.type} and dtype {shape.dtype}: it must be "
+            + ", or ".join(f"{device} with {' or '.join(names)}" for device, names in DTYPES.items())
+        )
+    if shape.device.type == "cuda" and not torch.cuda.is_available():
+        raise AquaError("device is cuda: there is no CUDA GPU here; measure the processor with cpu")
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    if min(heads, kv_heads) < 1 or heads % kv_heads:
+        raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
+
+
+def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: float) -> dict[str, Any]:
+    """Of the k_ratio with this index; see `measure_breakeven`."""
+    k, (low, high) = AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim), PAPER_LENGTHS
+    lengths, ours = [row["length"] for row in rows], [row["aqua"][index] for row in rows]
+    gains = [row["whole"] / row["aqua"][index] for row in rows if low <= row["length"] <= high]
+    return {
+        "k_ratio": ratio,
+        "k": k,
+        "whole": crossing(lengths, ours, [row["whole"] for row in rows]),
+        "dense": crossing(lengths, ours, [row["dense"] for row in rows]),
+        "paper": paper_breakeven(shape.head_dim, k),
+        "theory": grouped_breakeven(shape.head_dim, k, shape.num_attention_heads // shape.num_key_value_heads),
+        "paper_experiment": [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None,
+    }
 
 
 def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, recent: int) -> dict[str, Any]:
     """One length, by the benchmark of the device."""
-    given: dict[str, Any] = {
-        "length": length,
-        "heads": shape.heads,
-        "groups": shape.groups,
-        "head_dim": shape.head_dim,
-        "dtype": shape.dtype,
-        "sink": sink,
-        "recent": recent,
-    }
+    given: dict[str, Any] = {"length": length, "sink": sink, "recent": recent}
     if shape.device.type == "cpu":
         from aqua_attention.bench.decode_cpu import measure_decode_cpu
 
         # Below `min_length` nothing is rotated: that is k = d on a CPU.
-        measured = measure_decode_cpu(**given, k_ratios=k_ratios, parts=("step",), short=True)
+        measured = measure_decode_cpu(shape, k_ratios=k_ratios, parts=("step",), short=True, **given)
     else:
         try:
             from aqua_attention.bench.decode import measure_decode
         except ModuleNotFoundError as error:
             raise AquaError("on a GPU this needs triton, which CUDA builds of torch bring along") from error
         with torch.cuda.device(shape.device):
-            rows = measure_decode(batch=1, k_ratios=(1.0, *k_ratios), **given)["rows"]
+            rows = measure_decode(shape, batch=1, k_ratios=(1.0, *k_ratios), **given)["rows"]
         measured = [row for row in rows if "absent" not in row]
     dense = {row["name"]: row["step_seconds"] for row in measured if row["k_ratio"] is None}
     if not dense:

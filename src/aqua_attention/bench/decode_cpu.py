@@ -10,19 +10,22 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from aqua_attention.bench.dense import Attend, matmul, sdpa, sdpa_packed
+from aqua_attention.bench.problem import Attended, Problem
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.machine import Shape
 from aqua_attention.ops.backends.cpu.decode import decode
 from aqua_attention.ops.backends.cpu.step import decode_step
 from aqua_attention.ops.layout import TILE, Chosen, TiledCache
-from aqua_attention.ops.reference import attention_reference
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
 SETTLED, MOST_SECONDS = 15, 30.0
@@ -33,37 +36,11 @@ LEAST_FLUSHED = 128 << 20
 """Bytes that are read before each run, or twice the largest cache of the processor where that is known to be more."""
 FEW_TOKENS = 64
 """Of another sequence, with which each way runs just before it is timed."""
-LOUD = 4.0
-"""Keys of the first and the last token are so many times as large: among many, one that is missed would not be seen."""
 TOLERANCE, LEAST_ERROR = 4.0, 1e-5
 """A result may be so many times as far from float64 as the reference in the same dtype is, and so far for its size."""
 DENSE_ROUNDINGS = 16
 """So many units in the last place for those of torch, some of which round scores and weights to bfloat16 too."""
-
-
-def sdpa(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """`scaled_dot_product_attention` as it comes: slow here, because it reads keys once for each query head."""
-    return F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-
-
-def sdpa_packed(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """The same with the heads of a group as the queries of one head."""
-    packed = query.reshape(1, keys.shape[1], -1, query.shape[-1])
-    return F.scaled_dot_product_attention(packed, keys, values).reshape(query.shape)
-
-
-def matmul(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Two products and a softmax."""
-    packed = query.reshape(1, keys.shape[1], -1, query.shape[-1])
-    scores = (packed @ keys.transpose(-1, -2)) * query.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ values).reshape(query.shape)
-
-
-DENSE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "SDPA": sdpa,
-    "SDPA, packed": sdpa_packed,
-    "matmul": matmul,
-}
+DENSE: dict[str, Attend] = {"SDPA": sdpa, "SDPA, packed": sdpa_packed, "matmul": matmul}
 
 
 class Way(NamedTuple):
@@ -73,13 +50,14 @@ class Way(NamedTuple):
     k_ratio: float | None
     attention: Callable[[], Any]
     step: Callable[[], Any]
-    cache: TiledCache
-    plan: Any = None
+    cache: TiledCache | None = None
+    fixed: Any = None
 
     def run(self, part: str, length: int) -> float:
         """Seconds of "attention" alone, or of a "step", as the newest of `length` tokens."""
-        self.cache.lengths.fill_(length - (part == "step"))
-        self.cache.plan = self.plan
+        if self.cache is not None:
+            self.cache.lengths.fill_(length - (part == "step"))
+            self.cache.fixed = self.fixed
         call = getattr(self, part)
         start = time.perf_counter()
         call()
@@ -87,15 +65,12 @@ class Way(NamedTuple):
 
 
 def measure_decode_cpu(
+    shape: Shape,
     *,
     length: int,
-    heads: int = 32,
-    groups: int = 8,
-    head_dim: int = 128,
     k_ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25),
     sink: int = 4,
     recent: int = 64,
-    dtype: torch.dtype = torch.float32,
     parts: tuple[str, ...] = ("attention", "step"),
     short: bool = False,
 ) -> list[dict[str, Any]]:
@@ -113,86 +88,74 @@ def measure_decode_cpu(
     Raises:
         AquaError: a way is wrong, or there is no compiler.
     """
-    given: dict[str, Any] = {"k_ratios": k_ratios, "sink": sink, "recent": recent, "dtype": dtype, "short": short}
-    shape = heads, groups, head_dim
-    ways, others = _ways(length, *shape, **given), _ways(min(length, FEW_TOKENS), *shape, **given)
-    times = _fastest_seconds(ways, others, length, parts)
+
+    def every_way(length: int) -> list[Way]:
+        problem = Problem.random(shape, batch=1, length=length)
+        chosen = AquaConfig(selection="weighted", share="group", sink=sink, recent=recent)
+        settings = [replace(chosen, k_ratio=min(k_ratios), min_length=length + 1)] if short else []
+        settings += [replace(chosen, k_ratio=ratio) for ratio in k_ratios]
+        dense = [_dense_way(problem, name, attend) for name, attend in DENSE.items()]
+        return dense + _our_ways(problem, settings)
+
+    ways = every_way(length)
+    times = _fastest_seconds(ways, every_way(min(length, FEW_TOKENS)), length, parts)
     names = {"attention": "seconds", "step": "step_seconds"}
     return [
-        {"name": way.name, "k_ratio": way.k_ratio} | {names[part]: times[place, part] for part in parts}
-        for place, way in enumerate(ways)
+        {"name": way.name, "k_ratio": way.k_ratio} | {names[part]: times[index, part] for part in parts}
+        for index, way in enumerate(ways)
     ]
 
 
-def _ways(
-    length: int,
-    heads: int,
-    groups: int,
-    head_dim: int,
-    *,
-    k_ratios: tuple[float, ...],
-    sink: int,
-    recent: int,
-    dtype: torch.dtype,
-    short: bool,
-) -> list[Way]:
-    """Every way, checked, with keys and values of its own for the dense ones, in a cache for ours."""
-    generator = torch.Generator().manual_seed(0)
+def _dense_way(problem: Problem, name: str, attend: Attend) -> Way:
+    """A baseline, checked."""
+    query, newest, keys, values = problem.query[:, :, None], *problem[1:4]
+    least = max(LEAST_ERROR, DENSE_ROUNDINGS * torch.finfo(query.dtype).eps)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
+    def attention() -> Tensor:
+        return attend(query, keys, values)
 
-    query, keys, values = normal(1, heads, 1, head_dim), *(normal(1, groups, length, head_dim) for _ in range(2))
-    for place in (0, -1):
-        keys[:, :, place] *= LOUD
-    newest = keys[:, :, -1].clone(), values[:, :, -1].clone()
-    rotation = torch.linalg.qr(torch.randn(groups, head_dim, head_dim, generator=generator)).Q.contiguous()
-    key_rms = torch.rand(groups, head_dim, generator=generator) + 0.1
+    def step() -> Tensor:
+        keys[:, :, -1], values[:, :, -1] = newest
+        return attend(query, keys, values)
+
+    _check(name, attention()[:, :, 0], Attended(problem.query, keys, values), least)
+    return Way(name, None, attention, step)
+
+
+def _our_ways(problem: Problem, configs: list[AquaConfig]) -> list[Way]:
+    """AQUA by each setting, checked; below `min_length` with keys that are not rotated, in a cache of their own."""
+    query, newest, keys, values, rotation, key_rms = problem
     rotated = rotate(keys, rotation)
-    window: dict[str, Any] = {"sink": sink, "recent": recent}
 
-    def filled(held: Tensor, rotated_from: int = 0) -> TiledCache:
-        cache = TiledCache(1, groups, head_dim, head_dim, length + TILE, dtype, "cpu", rotated_from=rotated_from)
+    def filled(rotated_from: int = 0) -> TiledCache:
+        _, kv_heads, length, head_dim = keys.shape
+        sizes = 1, kv_heads, head_dim, head_dim, length + TILE
+        cache = TiledCache(*sizes, keys.dtype, "cpu", rotated_from=rotated_from)
+        held = keys if rotated_from else rotated
         cache.fill(held[:, :, :-1], values[:, :, :-1], torch.tensor([length - 1]))
         return cache
 
-    cache = filled(rotated)
-    dense_error = max(LEAST_ERROR, DENSE_ROUNDINGS * torch.finfo(dtype).eps)
-    ways = []
-    for name, attend in DENSE.items():
-        _check(name, dense_error, attend(query, keys, values), query, keys, values)
+    def way(config: AquaConfig, cache: TiledCache) -> Way:
+        plan = LayerPlan.of(rotation, key_rms, config)
 
-        def dense(attend: Callable[..., Tensor] = attend) -> Tensor:
-            return attend(query, keys, values)
+        def step() -> tuple[Tensor, Tensor, Chosen | None]:
+            return decode_step(query, *newest, cache, plan, plan.scaling)
 
-        def dense_step(attend: Callable[..., Tensor] = attend) -> Tensor:
-            keys[:, :, -1], values[:, :, -1] = newest
-            return attend(query, keys, values)
+        def attention() -> Tensor:
+            return decode(turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
 
-        ways.append(Way(name, None, dense, dense_step, cache))
-    settings = [("aqua, short", 1.0, min(k_ratios), length + 1)] if short else []
-    settings += [("aqua", ratio, ratio, 0) for ratio in k_ratios]
-    for name, multiplied, ratio, min_length in settings:
-        config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", min_length=min_length, **window)
-        held = filled(keys, min_length) if min_length else cache
-
-        def step(config: AquaConfig = config, held: TiledCache = held) -> tuple[Tensor, Tensor, Chosen | None]:
-            return decode_step(query[:, :, 0], *newest, held, rotation, key_rms, config)
-
-        held.lengths.fill_(length - 1)
+        cache.lengths.fill_(keys.shape[2] - 1)
         found, turned, chosen = step()
-        wide = turned[:, :, None]
-        selected = None if min_length else select_dimensions(wide, config, head_dim, key_rms)
-        seen = keys if min_length else rotated
-        _check(
-            f"{name}, k_ratio {multiplied:g}", LEAST_ERROR, found[:, :, None], wide, seen, values, selected, **window
-        )
+        name, k_ratio, seen, selected = "aqua, short", 1.0, keys, None
+        if not config.min_length:
+            name, k_ratio, seen = "aqua", config.k_ratio, rotated
+            selected = select_dimensions(turned[:, :, None], plan)
+        right = Attended(turned, seen, values, selected, config.sink, config.recent)
+        _check(f"{name}, k_ratio {k_ratio:g}", found, right, LEAST_ERROR)
+        return Way(name, k_ratio, attention, step, cache, cache.fixed)
 
-        def attention(turned: Tensor = turned, chosen: Chosen | None = chosen, held: TiledCache = held) -> Tensor:
-            return decode(turned, chosen, held, **window)
-
-        ways.append(Way(name, multiplied, attention, step, held, held.plan))
-    return ways
+    shared = filled()
+    return [way(config, filled(int(config.min_length)) if config.min_length else shared) for config in configs]
 
 
 def _fastest_seconds(
@@ -205,18 +168,18 @@ def _fastest_seconds(
     All run in turn, so that a slow time of the machine slows all, in another order each time.
     """
     flushed = torch.ones(max(LEAST_FLUSHED, 2 * largest_cache()) // 4)
-    shuffle, order = random.Random(0), [(place, part) for place in range(len(ways)) for part in parts]
+    shuffle, order = random.Random(0), [(index, part) for index in range(len(ways)) for part in parts]
     fastest = dict.fromkeys(order, math.inf)
     settled, began = 0, time.perf_counter()
     while settled < SETTLED and time.perf_counter() - began < MOST_SECONDS:
         shuffle.shuffle(order)
         settled += 1
-        for place, part in order:
+        for index, part in order:
             flushed.sum()
-            others[place].run(part, min(length, FEW_TOKENS))
-            seconds = ways[place].run(part, length)
-            settled = 0 if seconds < 0.99 * fastest[place, part] else settled
-            fastest[place, part] = min(fastest[place, part], seconds)
+            others[index].run(part, min(length, FEW_TOKENS))
+            seconds = ways[index].run(part, length)
+            settled = 0 if seconds < 0.99 * fastest[index, part] else settled
+            fastest[index, part] = min(fastest[index, part], seconds)
     return fastest
 
 
@@ -229,27 +192,10 @@ def largest_cache() -> int:
     return max(known, default=0)
 
 
-def _check(
-    name: str,
-    least_error: float,
-    found: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    selected: Tensor | None = None,
-    **window: Any,
-) -> None:
+def _check(name: str, found: Tensor, right: Attended, least: float) -> None:
     """Against float64, with the error of the reference in the same dtype as yardstick; a group at a time."""
-    groups = keys.shape[1]
-    each = query.shape[1] // groups
-    for group in range(groups):
-        heads, one = slice(group * each, (group + 1) * each), slice(group, group + 1)
-        given = query[:, heads], keys[:, one], values[:, one]
-        mask = None if selected is None else selected[:, heads]
-        wide = query[:, heads].double(), keys[:, one].double(), values[:, one].double()
-        exact = attention_reference(wide[0], wide[1], wide[2], mask, **window)
-        plain = attention_reference(given[0], given[1], given[2], mask, **window).double()
-        limit = TOLERANCE * float((plain - exact).norm()) + least_error * float(exact.norm())
-        error = float((found[:, heads].double() - exact).norm())
+    kv_heads = right.keys.shape[1]
+    for head, part in enumerate(found.chunk(kv_heads, 1)):
+        error, limit = right.part(slice(None), slice(head, head + 1)).error_and_limit(part, TOLERANCE, least)
         if not error <= limit:
             raise AquaError(f"a kernel is wrong: {name} is {error:.2e} from float64, {limit:.2e} is allowed")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, StaticCache
 
-from aqua_attention.attach.apply import apply
+from aqua_attention.attach.apply import Attachment, apply
 from aqua_attention.bench.dense import BASELINES
 from aqua_attention.bench.random_llama import need_gpu, random_projections, random_states
 from aqua_attention.bench.timing import read_bandwidth, seconds_of
@@ -64,12 +64,7 @@ def measure_generate(
     projections = random_projections(model)
     limit = check_logits(model, projections, settings, batch)
     rows: list[dict[str, Any]] = []
-    weights = weight_bytes(model)
-
-    def read(config: AquaConfig | None) -> int:
-        return weights + cache_bytes(model, batch, length, config)
-
-    steps = Steps(model, StaticCache(config=model.config, max_cache_len=length + ROOM), batch, length)
+    steps = Steps(model, batch, length)
     expected: Tensor | None = None
     for name, kernel in (("transformers, sdpa", None), *((name, name) for name in DENSE_KERNELS)):
         row: dict[str, Any] = {"name": name, "k_ratio": None, "bits": None}
@@ -77,31 +72,23 @@ def measure_generate(
             with _dense_kernel(model, kernel, length + 1):
                 steps.restart()
                 found = steps()
-                if expected is None:
-                    _check_finite(found, name)
-                    expected = found
                 check_near(found, expected, f"{name}, {length} tokens", limit)
-                rows.append(row | {"seconds": steps.seconds(), "bytes": read(None)})
+                expected = found if expected is None else expected
+                rows.append(row | {"seconds": steps.seconds(), "bytes": step_bytes(model, batch, length, None)})
         except (RuntimeError, ImportError) as error:
             rows.append(row | {"absent": f"failed: {str(error).splitlines()[0][:120]}"})
     del steps
     for config in settings:
         # What the caches before held, graphs and all, makes room first.
-        gc.collect()
-        torch.cuda.empty_cache()
+        _free()
         name = "aqua, int8" if config.bits else "aqua"
         with apply(model, projections, config) as attachment:
-            cache = attachment.new_cache(max_length=length + ROOM, layout="tiled")
-            steps = Steps(model, cache, batch, length)
-            found = steps()
-            if expected is not None and is_exact(config):
-                check_near(found, expected, f"{name}, {length} tokens", limit)
-            _check_finite(found, name)
-            rows.append({"name": name, "k_ratio": config.k_ratio, "bits": config.bits, "seconds": steps.seconds()})
-            rows[-1]["bytes"] = read(config)
-        del steps, cache
-    gc.collect()
-    torch.cuda.empty_cache()
+            steps = Steps(model, batch, length, attachment)
+            check_near(steps(), expected if is_exact(config) else None, f"{name}, {length} tokens", limit)
+            row = {"name": name, "k_ratio": config.k_ratio, "bits": config.bits, "seconds": steps.seconds()}
+            rows.append(row | {"bytes": step_bytes(model, batch, length, config)})
+        del steps
+    _free()
     bandwidth = read_bandwidth()
     compare(rows, batch, bandwidth)
     shape = model.config
@@ -117,7 +104,7 @@ def measure_generate(
         "head_dim": shape.head_dim,
         "vocabulary": shape.vocab_size,
         "dtype": str(model.dtype),
-        "weight_bytes": weights,
+        "weight_bytes": weight_bytes(model),
         "read_bandwidth": bandwidth,
         "rows": rows,
     }
@@ -126,9 +113,19 @@ def measure_generate(
 class Steps:
     """Greedy decoding of random sequences: each call appends a token of each to the cache and chooses the next."""
 
-    def __init__(self, model: PreTrainedModel, cache: Cache, batch: int, length: int) -> None:
-        """Fill `cache`, which has room for more than `length` tokens, with `random_states`."""
-        self.model, self.cache, self.batch, self.length = model, cache, batch, length
+    def __init__(self, model: PreTrainedModel, batch: int, length: int, attachment: Attachment | None = None) -> None:
+        """Fill a cache that has `ROOM` for more than `length` tokens with `random_states`.
+
+        Args:
+            attachment: of AQUA, whose tiled cache it is; None: a static one of transformers.
+        """
+        room = length + ROOM
+        self.model, self.batch, self.length = model, batch, length
+        self.cache: Cache = (
+            StaticCache(config=model.config, max_cache_len=room)
+            if attachment is None
+            else attachment.new_cache(max_length=room, layout="tiled")
+        )
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.restart()
 
@@ -143,22 +140,6 @@ class Steps:
         logits: Tensor = self.model(self.token, past_key_values=self.cache).logits[:, -1]
         self.token.copy_(logits.argmax(-1, keepdim=True))
         return logits
-
-    def replayed(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Logits of steps from a CUDA graph that are given these tokens, after a first one that is not recorded."""
-        self()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self()
-        found = []
-        for token in tokens:
-            self.token.copy_(token)
-            graph.replay()
-            found.append(logits.clone())
-            if not torch.equal(self.token, logits.argmax(-1, keepdim=True)):
-                raise AquaError("a decoding step is wrong: as a CUDA graph it does not choose the likeliest token")
-        return found
 
     def seconds(self) -> float:
         """Median time of a step.
@@ -195,9 +176,9 @@ def check_logits(
     Returns:
         The relative difference of logits that is allowed.
     """
-    steps = Steps(model, StaticCache(config=model.config, max_cache_len=SHORT + ROOM), batch, SHORT)
+    steps = Steps(model, batch, SHORT)
     expected = steps()
-    _check_finite(expected, "dense")
+    check_near(expected, None, "dense", 0)
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     steps.restart()
@@ -210,11 +191,8 @@ def check_logits(
     for config in dict.fromkeys((exact, *settings)):
         name = f"aqua, k_ratio {config.k_ratio:g}" + (f", int{config.bits}" if config.bits else "")
         with apply(model, projections, config) as attachment:
-            steps = Steps(model, attachment.new_cache(max_length=SHORT + ROOM, layout="tiled"), batch, SHORT)
-            found = steps()
-            _check_finite(found, name)
-            if is_exact(config):
-                check_near(found, expected, name, limit)
+            steps = Steps(model, batch, SHORT, attachment)
+            check_near(steps(), expected if is_exact(config) else None, name, limit)
             check_graph(steps, name, limit)
     return limit
 
@@ -229,14 +207,29 @@ def check_graph(steps: Steps, name: str, limit: float) -> None:
         tokens.append(steps.token.clone())
         expected.append(steps().clone())
     steps.restart()
+    steps()  # what is made once is made before the recording
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = steps()
     # The same tokens: of two that are equally likely, rounding would choose, and all that follows be another text.
-    for found, right in zip(steps.replayed(tokens[1:]), expected[1:], strict=True):
-        check_near(found, right, f"{name}, as a CUDA graph", limit)
+    for token, right in zip(tokens[1:], expected[1:], strict=True):
+        steps.token.copy_(token)
+        graph.replay()
+        if not torch.equal(steps.token, logits.argmax(-1, keepdim=True)):
+            raise AquaError("a decoding step is wrong: as a CUDA graph it does not choose the likeliest token")
+        check_near(logits, right, f"{name}, as a CUDA graph", limit)
 
 
-def check_near(found: Tensor, expected: Tensor, name: str, limit: float) -> None:
-    """Raise AquaError when logits, [batch, vocabulary], are further from the expected ones than `limit`."""
-    error = difference(found, expected)
+def check_near(found: Tensor, expected: Tensor | None, name: str, limit: float) -> None:
+    """Raise AquaError when logits, [batch, vocabulary], are further from the expected ones than `limit`.
+
+    Args:
+        expected: None where it is not known: then they must be finite.
+    """
+    if expected is None and not bool(torch.isfinite(found).all()):
+        raise AquaError(f"a decoding step is wrong: the logits of {name} are not all finite")
+    error = 0.0 if expected is None else difference(found, expected)
     if not error <= limit:
         raise AquaError(
             f"a decoding step is wrong: the logits of {name} are off by {error:.2g}, {limit:.2g} is allowed"
@@ -256,21 +249,22 @@ def is_exact(config: AquaConfig) -> bool:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of the weights that a step reads: all but the table of input embeddings, of which it reads a few rows."""
-    table = model.get_input_embeddings().weight
-    return sum(each.nbytes for each in model.parameters() if each is not table)
+    embeddings = model.get_input_embeddings().weight
+    return sum(each.nbytes for each in model.parameters() if each is not embeddings)
 
 
-def cache_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConfig | None) -> int:
-    """Bytes of keys and values that a step reads: of keys the chosen dimensions; None: dense.
+def step_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConfig | None) -> int:
+    """Bytes of weights, keys and values that a step reads; of keys the chosen dimensions; None: dense.
 
-    The few tokens of the exact window, read whole, are counted as the others; with 8 bits, two steps of two bytes for
+    The few tokens of the exact window, read whole, are counted as the others; with 8 bits, two scales of two bytes for
     each token and head.
     """
-    shape, size, steps = model.config, model.dtype.itemsize, 0
+    shape, size, scales = model.config, model.dtype.itemsize, 0
     read = 2 * shape.head_dim if config is None else shape.head_dim + config.selected_dims(shape.head_dim)
     if config is not None and config.bits == 8:
-        size, steps = 1, 4
-    return int(shape.num_hidden_layers * batch * shape.num_key_value_heads * length * (read * size + steps))
+        size, scales = 1, 4
+    tokens = shape.num_hidden_layers * batch * shape.num_key_value_heads * length
+    return weight_bytes(model) + int(tokens * (read * size + scales))
 
 
 def compare(rows: list[dict[str, Any]], batch: int, bandwidth: float) -> None:
@@ -308,6 +302,6 @@ def _dense_kernel(model: PreTrainedModel, kernel: str | None, length: int) -> Ex
     return restore
 
 
-def _check_finite(logits: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(logits).all()):
-        raise AquaError(f"a decoding step is wrong: the logits of {name} are not all finite")
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.apply import Attachment, apply
-from aqua_attention.cache.spec import CacheSpec
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import check_tokens
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import GREEDY
 from aqua_attention.model.capture import input_device
+from aqua_attention.ops.plan import LayerPlan
 
 NEW_TOKENS = 8
 PREFILL_CHUNK = 512
@@ -35,7 +35,7 @@ def measure_memory(
     *,
     length: int = 8192,
     batch: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Generate a few tokens after random ones until `length` are in the cache, with each cache in turn.
 
@@ -59,30 +59,29 @@ def measure_memory(
     prompt = length - NEW_TOKENS + 1
     tokens = torch.randint(0, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(input_device(model))
+
+    def dynamic() -> DynamicCache:
+        return DynamicCache(config=model.config)
+
     runs: list[tuple[Any, Callable[[], Any], Attachment | None]] = [
-        ("DynamicCache", lambda: DynamicCache(config=model.config), None),
+        ("DynamicCache", dynamic, None),
         ("QuantizedCache int8", lambda: _quantized(model, "hqq", 8), None),
         ("QuantizedCache int4", lambda: _quantized(model, "quanto", 4), None),
     ]
     for config in configs:
         setting = config.to_dict() | {"effective_ratio": config.effective_ratio}
-        runs.append((setting, lambda: DynamicCache(config=model.config), apply(model, projections, config)))
+        runs.append((setting, dynamic, apply(model, projections, config)))
     rows: list[dict[str, Any]] = []
-    _generate(model, tokens[:, :64], DynamicCache(config=model.config))  # allocators and threads are there afterwards
+    _generate(model, tokens[:, :64], dynamic())  # allocators and threads are there afterwards
     for done, (setting, make, attachment) in enumerate(runs):
-        if progress:
-            progress(done, len(runs))
+        progress(done, len(runs))
         try:
             cache = make()
-        except (ImportError, ValueError) as error:
-            rows.append({"setting": setting, "absent": str(error).splitlines()[0]})
-            continue
-        before = _memory(model.device, reset=True)
-        try:
+            before = _memory(model.device, reset=True)
             with attachment or nullcontext():
                 _generate(model, tokens, cache)
-        except (RuntimeError, AssertionError, TypeError) as error:
-            if attachment is not None or setting == "DynamicCache":
+        except (ImportError, ValueError, RuntimeError, AssertionError, TypeError) as error:
+            if make is dynamic:
                 raise
             rows.append({"setting": setting, "absent": str(error).splitlines()[0]})
             continue
@@ -90,8 +89,7 @@ def measure_memory(
         added = None if peak is None or before is None else peak - before
         rows.append({"setting": setting, "bytes": storage_bytes(cache), "peak_bytes": added})
         del cache
-    if progress:
-        progress(len(runs), len(runs))
+    progress(len(runs), len(runs))
     for row in rows:
         if "absent" not in row:
             row["ratio"] = row["bytes"] / rows[0]["bytes"]
@@ -106,29 +104,23 @@ def storage_bytes(cache: Any) -> int:
     Rotations are left out: they belong to the attached model, and every cache shares them.
     """
     storages: dict[int, int] = {}
-    seen: set[int] = set()
-
-    def visit(value: Any) -> None:
-        if id(value) in seen or isinstance(value, CacheSpec):
-            return
-        seen.add(id(value))
+    seen: dict[int, Any] = {}  # the values too, so that no other gets the id of one of them
+    pending: list[Any] = [cache]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, LayerPlan):
+            continue
+        seen[id(value)] = value
         if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
             # A quantised tensor of another library: a name for several others.
-            for name in value.__tensor_flatten__()[0]:
-                visit(getattr(value, name))
-            return
+            pending += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+            continue
         if isinstance(value, Tensor):
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, dict):
-            for each in value.values():
-                visit(each)
-        elif isinstance(value, (list, tuple)):
-            for each in value:
-                visit(each)
+        elif isinstance(value, (dict, list, tuple)):
+            pending += value.values() if isinstance(value, dict) else value
         if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
-            visit(vars(value))
-
-    visit(cache)
+            pending.append(vars(value))
     return sum(storages.values())
 
 
@@ -159,18 +151,12 @@ def _memory(device: torch.device, *, reset: bool = False) -> int | None:
         return torch.cuda.max_memory_allocated(device)
     try:
         if reset:
-            _return_freed_memory()
+            # What earlier runs have freed goes back to the system, so that it cannot hide what the next one takes.
+            gc.collect()
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda pad: None)(0)
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
     field = "VmRSS" if reset else "VmHWM"
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
-
-
-def _return_freed_memory() -> None:
-    """Give what earlier runs have freed back to the system, so that it cannot hide what the next one takes."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

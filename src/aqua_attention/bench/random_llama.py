@@ -20,44 +20,37 @@ KEY_SCALE = 2.0
 """Standard deviation of the random keys: with less, attention averages over all tokens and no longer matters."""
 
 
-def make_model(
-    *,
-    layers: int = 32,
-    hidden: int = 4096,
-    intermediate: int = 14336,
-    heads: int = 32,
-    groups: int = 8,
-    head_dim: int = 128,
-    vocabulary: int = 128256,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
-) -> PreTrainedModel:
-    """A Llama of random weights, by default in the shape of Llama-3.1-8B; the same one each time.
+LLAMA_8B = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+
+
+def make_model(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **changes: int) -> PreTrainedModel:
+    """A Llama of random weights in the shape of Llama-3.1-8B; the same one each time.
 
     Args:
-        groups: key-value heads.
+        changes: to `LLAMA_8B`, by the names of transformers' `LlamaConfig`.
 
     Raises:
         AquaError: no such device, or sizes that do not fit each other.
     """
     if device == "cuda":
         need_gpu()
-    if layers < 1 or heads % groups:
+    shape = LLAMA_8B | changes
+    layers, heads, kv_heads = (shape[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads"))
+    if layers < 1 or heads % kv_heads:
         raise AquaError(
-            f"{layers} layers with {heads} query heads for {groups} key-value heads: there must be a layer, and heads "
-            "must divide"
+            f"{layers} layers with {heads} query heads for {kv_heads} key-value heads: there must be a layer, and "
+            "heads must divide"
         )
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=head_dim,
-        max_position_embeddings=131072,
-        tie_word_embeddings=False,
-    )
+    config = LlamaConfig(**shape, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
         torch.manual_seed(0)
         # Made where it is used: 8B random numbers take minutes on a CPU.
@@ -72,10 +65,10 @@ def random_projections(model: PreTrainedModel) -> Projections:
     generator = torch.Generator().manual_seed(0)
     projections = {}
     for layer in layers:
-        groups, dim = layer.num_key_value_heads, layer.head_dim
-        ones = torch.ones(groups, dim)
+        kv_heads, dim = layer.num_key_value_heads, layer.head_dim
+        ones = torch.ones(kv_heads, dim)
         projections[layer.index] = LayerProjection(
-            rotation=torch.linalg.qr(torch.randn(groups, dim, dim, generator=generator)).Q.contiguous(),
+            rotation=torch.linalg.qr(torch.randn(kv_heads, dim, dim, generator=generator)).Q.contiguous(),
             key_rms=KEY_SCALE * ones,
             key_mean=0 * ones,
             key_std=KEY_SCALE * ones,

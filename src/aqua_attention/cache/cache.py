@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches that rotate keys once, when they are written, and store less of them: dimensions, bits, tokens.
+"""Whole caches that rotate keys once, when they are written, and store less of them: dimensions, bits, tokens.
 
-Growing full-attention layers are in `rotated_layer.py`. Sliding-window layers are bounded, and stay as they are but for
-the rotation; so do layers of a fixed size.
+Growing full-attention layers are in `growing.py`. Sliding-window layers are bounded, and stay as they are but for the
+rotation (`static.py`); so do layers of a fixed size, unless they are tiled for the decoding kernels (`tiled.py`).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import (
@@ -20,76 +17,17 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from aqua_attention.cache.growing import (
-    OTHER_SETTINGS,
-    RotatedLayer,
-    check_active,
-    rotated_keys,
-    tagged,
-    wait_for_offloading,
-)
-from aqua_attention.cache.spec import CacheSpec
+from aqua_attention.cache.growing import RotatedLayer
+from aqua_attention.cache.layer import OTHER_SETTINGS, check_active
+from aqua_attention.cache.static import RotatedSlidingLayer, RotatedStaticLayer, RotatedStaticSlidingLayer
+from aqua_attention.cache.stored import needs_own_cache, stores_the_same
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.plan import LayerPlan
 
-
-class _RotatesOnWrite:
-    """What our variants of transformers' bounded layers add to them."""
-
-    spec: CacheSpec
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Rotate and write; returns the rotated keys and values to attend to, as transformers' layer does."""
-        written = super().update(rotated_keys(self.spec, key_states), value_states, *args, **kwargs)  # type: ignore[misc]
-        return tagged(written[0], self), written[1]
-
-    def prefetch(self) -> None:
-        """Move back to the device of the model, if it was offloaded."""
-        if self.is_initialized and self.keys.device != self.device:  # type: ignore[attr-defined]
-            wait_for_offloading(self.device)  # type: ignore[attr-defined]
-        super().prefetch()  # type: ignore[misc]
-
-
-class RotatedSlidingLayer(_RotatesOnWrite, DynamicSlidingWindowLayer):
-    """A sliding-window cache layer whose `keys` are rotated."""
-
-    def __init__(self, spec: CacheSpec, sliding_window: int) -> None:
-        super().__init__(sliding_window=sliding_window)
-        self.spec = spec
-
-    @property
-    def batch(self) -> int:
-        """Sequences stored; 0 before the first token."""
-        return self.keys.shape[0] if self.is_initialized and self.keys is not None else 0
-
-    def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
-        """All that is held, to be written to a file: numbers and tensors by name."""
-        assert self.keys is not None and self.values is not None
-        return {"cumulative_length": self.cumulative_length}, {"keys": self.keys, "values": self.values}
-
-    def restore(self, numbers: dict[str, int], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
-        """Hold what `state` once returned, of a model in `dtype`."""
-        if {tensors["keys"].dtype, tensors["values"].dtype} != {dtype}:
-            raise ValueError(f"keys and values are not {dtype}")
-        self.lazy_initialization(tensors["keys"], tensors["values"])
-        self.keys, self.values = tensors["keys"], tensors["values"]
-        self.cumulative_length = int(numbers["cumulative_length"])
-
-
-class RotatedStaticLayer(_RotatesOnWrite, StaticLayer):
-    """A cache layer of fixed size, for `torch.compile` and CUDA graphs: rotated keys, `kept` wide, and values."""
-
-    def __init__(self, spec: CacheSpec, max_cache_len: int) -> None:
-        super().__init__(max_cache_len=max_cache_len)
-        self.spec = spec
-
-
-class RotatedStaticSlidingLayer(_RotatesOnWrite, StaticSlidingWindowLayer):
-    """A sliding-window cache layer of fixed size whose `keys` are rotated."""
-
-    def __init__(self, spec: CacheSpec, max_cache_len: int, sliding_window: int) -> None:
-        super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
-        self.spec = spec
+LAYOUTS = ("auto", "tiled", "plain")
+Plans = dict[int, LayerPlan]
+"""Of the layers that share a cache, by layer index."""
 
 
 class AquaCache(Cache):
@@ -105,7 +43,7 @@ class AquaCache(Cache):
     def __init__(
         self,
         config: PreTrainedConfig,
-        specs: dict[int, CacheSpec],
+        plans: Plans,
         max_length: int | None = None,
         offloading: bool = False,
         layout: str = "plain",
@@ -117,7 +55,7 @@ class AquaCache(Cache):
         else:
             layers = StaticCache(config=config, max_cache_len=max_length).layers
         super().__init__(layers=layers, offloading=offloading)
-        rotate_on_write(self, specs, config)
+        rotate_on_write(self, plans, config)
 
     @property
     def is_compileable(self) -> bool:
@@ -169,10 +107,10 @@ class AquaCache(Cache):
             raise AquaError("a static cache cannot repeat or select sequences: make it without max_length")
 
 
-def rotate_on_write(cache: Cache, specs: dict[int, CacheSpec], config: PreTrainedConfig) -> None:
+def rotate_on_write(cache: Cache, plans: Plans, config: PreTrainedConfig) -> None:
     """Make the layers of `cache` rotate what is written to them, as far as that keeps their content right.
 
-    Empty layers are replaced. Layers that an earlier attachment filled under the same spec go on under this one.
+    Empty layers are replaced. Layers that an earlier attachment filled go on under this one, if they store the same.
     Everything else (ordinary layers with content, other kinds of layer) stays as it is.
 
     Args:
@@ -180,48 +118,48 @@ def rotate_on_write(cache: Cache, specs: dict[int, CacheSpec], config: PreTraine
     """
     if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(DynamicCache(config=config).layers)
-    for index, spec in specs.items():
+    for index, plan in plans.items():
         layer = cache.layers[index] if index < len(cache.layers) else None
-        mine = getattr(layer, "spec", None)
-        if layer is None or mine is spec:
+        mine = getattr(layer, "plan", None)
+        if layer is None or mine is plan:
             continue
         if int(layer.get_seq_length()) == 0:
-            cache.layers[index] = _empty(layer, spec, getattr(cache, "layout", None)) or layer
-        elif mine is not None and spec.same_as(mine):
-            layer.spec = spec
+            cache.layers[index] = _empty(layer, plan, getattr(cache, "layout", None)) or layer
+        elif mine is not None and stores_the_same(plan, mine):
+            layer.plan = plan
 
 
-def _empty(layer: CacheLayerMixin, spec: CacheSpec, layout: str | None) -> CacheLayerMixin | None:
+def _empty(layer: CacheLayerMixin, plan: LayerPlan, layout: str | None) -> CacheLayerMixin | None:
     """The rotated layer that takes the place of an empty one; None where there is none.
 
     Args:
         layout: of an `AquaCache`, whose layers of a fixed size are replaced too; None: another cache.
     """
     if type(layer) in (DynamicLayer, RotatedLayer):
-        return RotatedLayer(spec)
+        return RotatedLayer(plan)
     if type(layer) in (DynamicSlidingWindowLayer, RotatedSlidingLayer):
-        sliding = RotatedSlidingLayer(spec, layer.sliding_window)
+        sliding = RotatedSlidingLayer(plan, layer.sliding_window)
         sliding.record_past = layer.record_past
         return sliding
     if layout and type(layer) in (StaticLayer, RotatedStaticLayer, TiledLayer):
-        return (TiledLayer if layout == "tiled" else RotatedStaticLayer)(spec, layer.max_cache_len)
+        return (TiledLayer if layout == "tiled" else RotatedStaticLayer)(plan, layer.max_cache_len)
     if layout and type(layer) in (StaticSlidingWindowLayer, RotatedStaticSlidingLayer):
         # The layer's own length is its window, or the whole cache where that is shorter.
-        return RotatedStaticSlidingLayer(spec, layer.max_cache_len, layer.max_cache_len)
+        return RotatedStaticSlidingLayer(plan, layer.max_cache_len, layer.max_cache_len)
     return None
 
 
-def check_cache(cache: Cache, specs: dict[int, CacheSpec], batch: int, new: int) -> None:
+def check_cache(cache: Cache, plans: Plans, batch: int, new: int) -> None:
     """Raise AquaError when `new` tokens of `batch` sequences cannot go on with what `cache` holds.
 
     Before any layer has run, so that the cache stays as it is.
     """
-    for index, spec in specs.items():
+    for index, plan in plans.items():
         layer = cache.layers[index] if index < len(cache.layers) else None
-        mine = getattr(layer, "spec", None)
+        mine = getattr(layer, "plan", None)
         if layer is None or mine is None:
             continue
-        if mine is not spec:
+        if mine is not plan:
             check_active(mine)
             raise AquaError(OTHER_SETTINGS)
         held = layer.batch_size if isinstance(layer, StaticLayer) and layer.is_initialized else 0
@@ -237,3 +175,45 @@ def check_cache(cache: Cache, specs: dict[int, CacheSpec], batch: int, new: int)
             f"the static cache has room for {room} tokens and holds {held}, {new} more do not fit: make it with a "
             "larger max_length"
         )
+
+
+def make_cache(
+    config: PreTrainedConfig,
+    plans: Plans,
+    max_length: int | None = None,
+    *,
+    offloading: bool = False,
+    layout: str = "auto",
+    untiled: str | None = None,
+) -> AquaCache:
+    """An empty cache, see `Attachment.new_cache`.
+
+    Args:
+        config: of the decoder.
+        untiled: why its layers cannot be tiled; None when they can.
+    """
+    if layout not in LAYOUTS:
+        raise AquaError(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
+    if max_length is not None and max_length < 1:
+        raise AquaError(f"max_length is {max_length}: it must be 1 or more")
+    any_plan = next(iter(plans.values()))
+    needs = needs_own_cache(any_plan.config)
+    if max_length is None or offloading:
+        untiled = "it has a fixed size and stays where it is (give max_length, no offloading)"
+    on_gpu = all(plan.rotation.is_cuda for plan in plans.values())
+    tiled = not untiled and (layout == "tiled" or (layout == "auto" and on_gpu))
+    if not tiled and max_length is not None and (needs or any_plan.has_window_store):
+        raise AquaError(
+            f"a static cache cannot store {needs or 's_ratio with an exact window (sink, recent)'}: leave out "
+            "max_length, or that" + ("; in the tiled layout bits=8 is possible" if not untiled else "")
+        )
+    if layout == "tiled" and untiled:
+        raise AquaError(f"a cache in the tiled layout is impossible here, because {untiled}: use auto or plain")
+    cache = AquaCache(config, plans, max_length, offloading, "tiled" if tiled else "plain")
+    if not any(isinstance(layer, TiledLayer) for layer in cache.layers):
+        if needs and max_length is not None:
+            raise AquaError(f"a static cache cannot store {needs}: leave out max_length, or that")
+        if layout == "tiled":
+            raise AquaError("a cache in the tiled layout is impossible here, because all layers have sliding windows")
+        cache.layout = "plain"
+    return cache

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from aqua_attention.cache.cache import AquaCache, RotatedSlidingLayer
+from aqua_attention.cache.cache import AquaCache, Plans
 from aqua_attention.cache.growing import RotatedLayer
-from aqua_attention.cache.spec import CacheSpec, same_weights
+from aqua_attention.cache.static import RotatedSlidingLayer
+from aqua_attention.cache.stored import same_weights, stores_the_same, tensors_of
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored, write_tensors
@@ -25,13 +26,11 @@ DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.f
 DTYPES |= {str(dtype): dtype for dtype in (torch.uint8, torch.bool, torch.int64)}
 
 
-def save_cache(
-    path: Path | str, cache: Any, specs: dict[int, CacheSpec], config: AquaConfig, model: dict[str, Any]
-) -> None:
+def save_cache(path: Path | str, cache: Any, plans: Plans, config: AquaConfig, model: dict[str, Any]) -> None:
     """Write a growing cache, whole or not at all; see `Attachment.save_cache`.
 
     Args:
-        specs: of the attachment that filled it, by layer index.
+        plans: of the attachment that filled it, by layer index.
         model: `shape` (see `fingerprint.shape_of`) and `dtype`.
 
     Raises:
@@ -45,9 +44,9 @@ def save_cache(
     layers: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for index, layer in enumerate(cache.layers):
-        spec = specs.get(index)
+        plan = plans.get(index)
         ours = isinstance(layer, (RotatedLayer, RotatedSlidingLayer))
-        if not ours or spec is None or not spec.same_as(layer.spec):
+        if not ours or plan is None or not stores_the_same(plan, layer.plan):
             raise AquaError("this cache was not filled under this AQUA: save it before AQUA leaves the model")
         if layer.batch == 0:
             raise AquaError("this cache is empty: there is nothing to save")
@@ -57,17 +56,15 @@ def save_cache(
         tensors |= {f"layers.{index}.{name}": tensor.cpu() for name, tensor in held.items()}
     header = {
         "model": model,
-        "key_weights": [specs[index].key_weights for index in sorted(specs)],
+        "key_weights": [plans[index].key_weights for index in sorted(plans)],
         "settings": _settings(config),
-        "rotations": _rotation_digest(specs),
+        "rotations": _rotation_digest(plans),
         "layers": layers,
     }
     write_tensors(path, KIND, header, tensors)
 
 
-def load_cache(
-    path: Path | str, cache: AquaCache, specs: dict[int, CacheSpec], config: AquaConfig, model: dict[str, Any]
-) -> None:
+def load_cache(path: Path | str, cache: AquaCache, plans: Plans, config: AquaConfig, model: dict[str, Any]) -> None:
     """Fill an empty growing cache from a file; see `Attachment.load_cache`.
 
     Raises:
@@ -79,7 +76,7 @@ def load_cache(
     stored = Stored(path, KIND, what="an AQUA cache", remedy="fill a new cache and save it again")
     try:
         header = stored.header
-        weights = zip(header["key_weights"], (specs[index].key_weights for index in sorted(specs)), strict=True)
+        weights = zip(header["key_weights"], (plans[index].key_weights for index in sorted(plans)), strict=True)
         if header["model"]["shape"] != model["shape"] or not all(same_weights(*pair) for pair in weights):
             raise stored.error("it was made for another model")
         if header["model"]["dtype"] != model["dtype"]:
@@ -91,7 +88,7 @@ def load_cache(
                 f"{name} {there[name]}, not {settings[name]}" for name in settings if there[name] != settings[name]
             ]
             raise stored.error(f"it was filled with {', '.join(changed)}", "apply the same settings, or ")
-        if header["rotations"] != _rotation_digest(specs):
+        if header["rotations"] != _rotation_digest(plans):
             raise stored.error("it was made with other projections")
         if len(header["layers"]) != len(cache.layers):
             raise stored.error(f"it has {len(header['layers'])} layers, the model {len(cache.layers)}")
@@ -104,7 +101,7 @@ def load_cache(
             filled.append((described["numbers"], held))
         stored.finish()
         for layer, (numbers, held) in zip(cache.layers, filled, strict=True):
-            held = {name: tensor.to(layer.spec.matrix.device) for name, tensor in held.items()}
+            held = {name: tensor.to(layer.plan.rotation.device) for name, tensor in held.items()}
             layer.restore(numbers, held, DTYPES[model["dtype"]])
     except AquaError:
         raise
@@ -118,10 +115,10 @@ def _settings(config: AquaConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name in STORED_SETTINGS}
 
 
-def _rotation_digest(specs: dict[int, CacheSpec]) -> str:
+def _rotation_digest(plans: Plans) -> str:
     digest = hashlib.sha256()
-    for index in sorted(specs):
-        for tensor in specs[index].tensors():
+    for index in sorted(plans):
+        for tensor in tensors_of(plans[index]):
             digest.update(f"{index} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -7,31 +7,29 @@ After an eviction it stores fewer tokens than its length says; positions and mas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from aqua_attention.cache.spec import CacheSpec
+from aqua_attention.cache.layer import attend_by_token, real_tokens, rotated_keys, tagged, wait_for_offloading
 from aqua_attention.cache.store import SLACK
+from aqua_attention.cache.stored import eviction_of, stores
 from aqua_attention.cache.window import WindowStore
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.api import attention
-from aqua_attention.ops.mask import HIDDEN
+from aqua_attention.ops.api import attention, rotate
+from aqua_attention.ops.mask import HIDDEN, short_queries
 from aqua_attention.ops.mass import attention_mass, group_mass
+from aqua_attention.ops.plan import Attended, Call, LayerPlan
 from aqua_attention.ops.reference import attention_probabilities, weighted_values
+from aqua_attention.ops.select import select_dimensions
 
 FEW_QUERIES = 16
 """So many queries multiply with stored codes; for more, the codes are widened into keys and values first."""
 LEAST_EVICTED = 16
 """Eviction waits for so many new tokens, or one part in `SLACK` of the stored ones: then it moves these."""
 
-
-OTHER_SETTINGS = (
-    "this cache was filled under other AQUA projections or settings, or by a model with other weights: start with a "
-    "new cache"
-)
 NUMBERS = ("evicted", "after_eviction", "evict_from", "has_padding")
 """What a `RotatedLayer` counts, for `state` and `restore`."""
 
@@ -42,14 +40,15 @@ class RotatedLayer(DynamicLayer):
     Its length is the number of tokens it was given; it may store fewer of them.
     """
 
-    def __init__(self, spec: CacheSpec) -> None:
+    def __init__(self, plan: LayerPlan) -> None:
         # Not DynamicLayer's: `keys` and `values` are read from the stores here.
         self.is_initialized = False
-        self.spec = spec
+        self.plan = plan
+        self._eviction = eviction_of(plan)
         self._clear()
 
     def _clear(self) -> None:
-        self._keys, self._values = self.spec.stores()
+        self._keys, self._values = stores(self.plan)
         self._evicted = 0
         self._after_eviction = 0
         """Tokens that the last eviction left."""
@@ -98,68 +97,61 @@ class RotatedLayer(DynamicLayer):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        rotated = rotated_keys(self.spec, key_states)
+        rotated = rotated_keys(self.plan, key_states)
         self._keys.append(rotated)
         self._values.append(value_states)
-        if self.spec.is_plain:
+        if self.plan.is_plain:
             return tagged(self._keys.read(), self), self._values.read()
         nothing = rotated.new_full((1,), torch.nan)
         keys = nothing.expand(*rotated.shape[:2], self.stored, rotated.shape[3])
         return tagged(keys, self), nothing.to(value_states).expand(*keys.shape[:3], value_states.shape[3])
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        selected: Tensor | None,
-        *,
-        mask: Tensor | None,
-        is_sliding: bool,
-        **options: Any,
-    ) -> Tensor:
-        """AQUA attention to what `update` has stored, as `ops.api.attention`; then evict, if that is due.
+    def attend(self, call: Call, is_sliding: bool) -> Attended:
+        """Attention to what `update` has stored; then evict, if that is due. See `CacheLayer`.
 
-        Args:
-            key, value: what `update` returned.
-            is_sliding: the attention layer has a sliding window; its tokens are never evicted.
-            options: further arguments of `ops.api.attention`.
+        Tokens of an attention layer with a sliding window are never evicted.
         """
-        if self.spec.is_plain:
-            return attention(query, key.to(value.dtype), value, selected, mask=mask, **options)
+        if self.plan.is_plain:
+            return attend_by_token(call, self.plan)
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        query = rotate(call.query, self.plan.rotation).to(call.value.dtype)
+        short = short_queries(call.mask, self.plan.min_length, queries=queries, keys=keys, device=query.device)
+        selected = select_dimensions(query, self.plan, short, scaling=call.scaling)
         if offloaded := self._is_offloaded:
             self.prefetch()
-        mask = self._visible(mask, query.shape[2])
-        groups, mass = key.shape[1], None
-        eviction = None if is_sliding else self.spec.eviction
+        eviction = None if is_sliding else self._eviction
         watched = eviction is not None or isinstance(self._keys, WindowStore)
-        real = self._new_real(mask, query.shape[2]) if watched else None
-        if query.shape[2] <= FEW_QUERIES:
-            probabilities = attention_probabilities(
-                query, self._keys.products, selected, groups=groups, keys=self.stored, mask=mask, **options
-            )
-            output = weighted_values(probabilities, self._values.mixture, groups).to(value.dtype)
-            if eviction is not None and real is not None:
-                mass = group_mass(probabilities, groups, eviction.counted(real))
-        else:
-            key = self._keys.read().to(value.dtype)
-            output = attention(query, key, self._values.read(), selected, mask=mask, **options)
-            if eviction is not None and real is not None:
-                # Without padding it is known without a look at the mask that only the last queries count.
-                last = slice(-eviction.queries if eviction.queries and mask is None else None, None)
-                mass = attention_mass(
-                    query[:, :, last],
-                    key,
-                    None if selected is None else selected[:, :, last],
-                    eviction.counted(real)[:, last],
-                    None if mask is None else mask[:, :, last],
-                    **options,
-                )
+        call = call._replace(query=query, mask=self._visible(call.mask, queries))
+        real = self._new_real(call.mask, queries) if watched else None
+        counted = eviction.counted(real) if eviction is not None and real is not None else None
+        attend = self._attend_few if queries <= FEW_QUERIES else self._attend_many
+        output, mass = attend(call, selected, counted)
         if real is not None:
             self._attended(real, mass)
         if offloaded:
             self.offload()
-        return output
+        return Attended(output, selected, query.shape)
+
+    def _attend_few(self, call: Call, selected: Tensor | None, counted: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Output of a few rotated queries, multiplied with what is stored, and what `counted` ones give each token."""
+        heads = call.value.shape[1]
+        probabilities = attention_probabilities(
+            call.query, self._keys.products, selected, groups=heads, keys=self.stored, **call.options
+        )
+        output = weighted_values(probabilities, self._values.mixture, heads).to(call.value.dtype)
+        return output, None if counted is None else group_mass(probabilities, heads, counted)
+
+    def _attend_many(self, call: Call, selected: Tensor | None, counted: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The same, with keys and values made of what is stored."""
+        query, key, options = call.query, self._keys.read().to(call.value.dtype), call.options
+        output = attention(query, key, self._values.read(), selected, **options)
+        if counted is None:
+            return output, None
+        # Without padding it is known without a look at the mask that only the last queries count.
+        limit, mask = self._eviction.queries if self._eviction else None, options.pop("mask")
+        last = slice(-limit if limit and mask is None else None, None)
+        chosen, seen = (None if each is None else each[:, :, last] for each in (selected, mask))
+        return output, attention_mass(query[:, :, last], key, chosen, counted[:, last], seen, **options)
 
     def get_seq_length(self) -> int:
         """Tokens given so far, evicted ones too: the position of the next one."""
@@ -267,7 +259,7 @@ class RotatedLayer(DynamicLayer):
             raise ValueError(f"{self._keys.length} keys, {self._values.length} values")
         if isinstance(self._keys, WindowStore) and self._real is not None:
             self._keys.settle(self._real)
-        nothing = self.spec.matrix.new_empty(0, dtype=dtype)
+        nothing = self.plan.rotation.new_empty(0, dtype=dtype)
         self.lazy_initialization(nothing, nothing)
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -304,13 +296,8 @@ class RotatedLayer(DynamicLayer):
 
     def _new_real(self, mask: Tensor | None, queries: int) -> Tensor:
         """Which of the new tokens are no padding, boolean [batch, queries]."""
-        if mask is None:
-            return torch.ones(self._keys.batch, queries, dtype=torch.bool, device=self.device)
-        self._has_padding = True
-        # A real token sees itself, a padding token is seen by none.
-        places = torch.arange(queries, device=mask.device)
-        seen = mask[:, :, places, mask.shape[3] - queries + places] != HIDDEN
-        return seen.any(1).expand(self._keys.batch, -1)
+        self._has_padding = self._has_padding or mask is not None
+        return real_tokens(mask, self._keys.batch, queries, self.device)
 
     def _attended(self, new: Tensor, mass: Tensor | None) -> None:
         """Note which of the new tokens are real and who was attended to; trim the window store; evict."""
@@ -319,16 +306,16 @@ class RotatedLayer(DynamicLayer):
         if isinstance(self._keys, WindowStore):
             self._keys.settle(self._real)
         if mass is not None:
-            assert self.spec.eviction is not None
+            assert self._eviction is not None
             known = self._mass
             if known is not None:
                 known = torch.nn.functional.pad(known, (0, self.stored - known.shape[-1]))
-                mass = self.spec.eviction.added(known, mass, new)
+                mass = self._eviction.added(known, mass, new)
             self._mass = mass
             self._evict()
 
     def _evict(self) -> None:
-        eviction, stored = self.spec.eviction, self.stored
+        eviction, stored = self._eviction, self.stored
         assert eviction is not None and self._mass is not None and self._real is not None and self._lengths is not None
         if stored < self._evict_from or stored <= eviction.at_most(self.get_seq_length()):
             return
@@ -344,55 +331,3 @@ class RotatedLayer(DynamicLayer):
             self._keys.settle(real)
         self._evicted += stored - self.stored
         self._after_eviction = self.stored
-
-
-class HasSpec(Protocol):
-    """A cache layer of ours, of any kind."""
-
-    spec: CacheSpec
-
-
-def layer_of(key: Tensor, spec: CacheSpec) -> HasSpec | None:
-    """The cache layer that rotated `key`, as it enters attention; None when it is not rotated.
-
-    The tensor itself says so: only it is the same in every thread, and under gradient checkpointing, where the model
-    drops its cache in silence.
-
-    Raises:
-        AquaError: it was rotated for other projections, another s_ratio or another layer.
-    """
-    layer: HasSpec | None = getattr(key, "_aqua_layer", None)
-    if layer is not None and layer.spec is not spec:
-        raise AquaError(OTHER_SETTINGS)
-    return layer
-
-
-def tagged(keys: Tensor, layer: HasSpec) -> Tensor:
-    """The same keys, marked as rotated in `layer`."""
-    keys._aqua_layer = layer  # type: ignore[attr-defined]
-    return keys
-
-
-def rotated_keys(spec: CacheSpec, key_states: Tensor) -> Tensor:
-    """Keys in the basis of `spec`, while AQUA is in the model."""
-    check_active(spec)
-    return spec.rotated(key_states)
-
-
-def check_active(spec: CacheSpec) -> None:
-    """Raise AquaError when AQUA has left the model."""
-    if not spec.active:
-        raise AquaError(
-            "this cache holds AQUA-rotated keys, but the AQUA that filled it has left the model: apply the same "
-            "projections and settings again, or start with a new cache"
-        )
-
-
-def wait_for_offloading(device: torch.device) -> None:
-    """The current stream waits until copies to the CPU have ended, and until what lay there before has been read.
-
-    transformers fetches layers in a stream of its own, which up to 5.17 at least did not wait for either. Like it we
-    take for granted that the model runs in the default stream.
-    """
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A store in int8 or int4: codes of a byte or half a byte, a step and a middle for each group of channels."""
+"""A store in int8 or int4: codes of a byte or half a byte, a scale and a zero point for each group of channels."""
 
 from __future__ import annotations
 
@@ -13,51 +13,53 @@ from aqua_attention.cache.store import Growing
 from aqua_attention.errors import AquaError
 
 GROUP = 32
-"""Channels that share a step, in 4 bits. In 8 bits, all do."""
+"""Channels that share a scale, in 4 bits. In 8 bits, all do."""
 LEADING_SHARE = 4
 """With 4 bits, one part in so many of the key dimensions, those of largest variance, has 8 bits: they decide most of a
 score."""
 TOKENS_AT_ONCE = 2048
-"""Rounded tokens that are in float32 at once while a store is read."""
-UNQUANTISED_RECENT = 64
-"""Last tokens that a rounding store keeps as they are, at least; at most twice as many are."""
+"""Quantized tokens that are in float32 at once while a store is read."""
+UNQUANTIZED_RECENT = 64
+"""Last tokens that a quantizing store keeps as they are, at least; at most twice as many are."""
 
 
 NAMES = ("bytes", "nibbles", "steps", "middles", "tail")
 """What is held, for a file."""
 
 
-class Rounded:
+class Quantized:
     """A store (see `store.Store`) in int8 or int4, except for the last tokens.
 
-    A state is `(code * step + middle) * scale + mean`: one bfloat16 step and middle for each token, head and group of
-    channels, and for keys a scale and a mean for each channel, fixed by calibration (some channels are a hundred times
-    as large as others, and far from zero; a step for the token alone would round all others to nothing). Codes lie
-    half a step off the middle, so that as many are below it as above.
+    A state is `(code * scale + zero_point) * channel_scale + channel_mean`. There is one bfloat16 scale and zero point
+    for each token, head and group of channels. For keys each channel has a scale and a mean, fixed by calibration: some
+    channels are a hundred times as large as others, and far from zero, and would round all others to nothing. Codes
+    lie half a scale off the zero point, so that as many are below it as above.
     """
 
-    def __init__(self, bits: int, recent: int, scale: Tensor | None = None, mean: Tensor | None = None) -> None:
+    def __init__(
+        self, bits: int, recent: int, channel_scale: Tensor | None = None, channel_mean: Tensor | None = None
+    ) -> None:
         """An empty store.
 
         Args:
             bits: 8 or 4; two codes of 4 bits share a byte.
-            recent: so many last tokens stay as they are; up to twice as many do, between two roundings.
-            scale, mean: of rotated keys by falling variance, [heads, width], float32; None: values.
+            recent: so many last tokens stay as they are; up to twice as many do, between two quantizations.
+            channel_scale, channel_mean: of rotated keys by falling variance, [heads, width], float32; None: values.
         """
         self.length = 0
-        self.bits, self.recent = bits, max(recent, UNQUANTISED_RECENT)
-        self._scale, self._mean = scale, mean
+        self.bits, self.recent = bits, max(recent, UNQUANTIZED_RECENT)
+        self._channel_scale, self._channel_mean = channel_scale, channel_mean
         self._clear()
 
     def _clear(self) -> None:
         self._bytes, self._nibbles = Growing(), Growing()
         """Codes of 8 bits, and pairs of 4: those of the first half of the channels are the low bits."""
-        self._steps, self._middles = Growing(), Growing()
+        self._scales, self._zero_points = Growing(), Growing()
         self._tail = Growing()
 
     @property
     def batch(self) -> int:  # noqa: D102 (see Store, here and below)
-        return self._steps.batch or self._tail.batch
+        return self._scales.batch or self._tail.batch
 
     @property
     def whole(self) -> int:  # noqa: D102
@@ -73,18 +75,18 @@ class Rounded:
         tail = states if self._tail.length == 0 else torch.cat([self._tail.read(), states], 2)
         old = tail.shape[2] - self.recent
         for start in range(0, old, TOKENS_AT_ONCE):
-            rounded = self._rounded(tail[:, :, start : min(start + TOKENS_AT_ONCE, old)])
-            for store, part in zip(self._rounded_stores(), rounded, strict=True):
+            quantized = self._quantized(tail[:, :, start : min(start + TOKENS_AT_ONCE, old)])
+            for store, part in zip(self._code_stores(), quantized, strict=True):
                 store.append(part)
         self._tail = Growing()
         self._tail.append(tail[:, :, old:])
 
     def read(self) -> Tensor:  # noqa: D102
         tail = self._tail.read()
-        if self._steps.length == 0:
+        if self._scales.length == 0:
             return tail
         states = tail.new_empty((*tail.shape[:2], self.length, tail.shape[3]))
-        states[:, :, self._steps.length :] = tail
+        states[:, :, self._scales.length :] = tail
         groups = self._affine(tail.shape[3])
         for part, codes in self._parts(tail.shape[3]):
             wide = torch.cat(
@@ -94,42 +96,42 @@ class Rounded:
                 ],
                 -1,
             )
-            if self._scale is not None and self._mean is not None:
-                wide = wide * self._scale[:, None].to(wide) + self._mean[:, None].to(wide)
+            if self._channel_scale is not None and self._channel_mean is not None:
+                wide = wide * self._channel_scale[:, None].to(wide) + self._channel_mean[:, None].to(wide)
             states[:, :, part] = wide
         return states
 
     def products(self, tall: Tensor) -> Tensor:  # noqa: D102
         last = self._tail.products(tall)
-        if self._steps.length == 0:
+        if self._scales.length == 0:
             return last
         tall = tall.float()
-        total = tall.new_zeros((*tall.shape[:3], self._steps.length))
-        if self._scale is not None and self._mean is not None:
+        total = tall.new_zeros((*tall.shape[:3], self._scales.length))
+        if self._channel_scale is not None and self._channel_mean is not None:
             # Scale and mean go into the few queries, not into the many keys.
-            total += tall @ self._mean[..., None].to(tall)
-            tall = tall * self._scale[:, None].to(tall)
+            total += tall @ self._channel_mean[..., None].to(tall)
+            tall = tall * self._channel_scale[:, None].to(tall)
         groups = self._affine(tall.shape[3])
         products: list[list[Tensor]] = [[] for _ in groups]
         for _, codes in self._parts(tall.shape[3]):
             for (channels, _, _), some, product in zip(groups, codes, products, strict=True):
                 product.append(tall[..., channels] @ some.transpose(-1, -2))
-        for (channels, step, shift), product in zip(groups, products, strict=True):
-            total.addcmul_(torch.cat(product, -1), step.transpose(-1, -2))
+        for (channels, scale, shift), product in zip(groups, products, strict=True):
+            total.addcmul_(torch.cat(product, -1), scale.transpose(-1, -2))
             total.addcmul_(tall[..., channels].sum(-1, keepdim=True), shift.transpose(-1, -2))
         return torch.cat([total.to(last.dtype), last], -1)
 
     def mixture(self, weights: Tensor) -> Tensor:
         """See `Store`; of values only, which have no scale and mean."""
-        assert self._scale is None
-        result = self._tail.mixture(weights[..., self._steps.length :])
-        weights = weights[..., : self._steps.length].float()
+        assert self._channel_scale is None
+        result = self._tail.mixture(weights[..., self._scales.length :])
+        weights = weights[..., : self._scales.length].float()
         groups = self._affine(result.shape[3])
-        stepped = [weights * step.transpose(-1, -2) for _, step, _ in groups]
+        scaled = [weights * scale.transpose(-1, -2) for _, scale, _ in groups]
         for channels, _, shift in groups:
             result[..., channels] += weights @ shift
         for part, codes in self._parts(result.shape[3]):
-            for (channels, _, _), some, share in zip(groups, codes, stepped, strict=True):
+            for (channels, _, _), some, share in zip(groups, codes, scaled, strict=True):
                 result[..., channels] += share[..., part] @ some
         return result
 
@@ -137,51 +139,51 @@ class Rounded:
         self.length = min(self.length, max(0, length))
         if self.length == 0:
             self._clear()
-        self._tail.keep(self.length - self._steps.length)
-        for store in self._rounded_stores():
+        self._tail.keep(self.length - self._scales.length)
+        for store in self._code_stores():
             store.keep(self.length)
 
     def gather(self, places: Tensor) -> None:  # noqa: D102
         old = places[..., : places.shape[2] - self._tail.length]
-        if self._steps.length:
-            for store in self._rounded_stores():
+        if self._scales.length:
+            for store in self._code_stores():
                 store.gather(old)
         self.length = places.shape[2]
 
     def change(self, function: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
-        for store in (*self._rounded_stores(), self._tail):
+        for store in (*self._code_stores(), self._tail):
             store.change(function)
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        stores = dict(zip(NAMES, (*self._rounded_stores(), self._tail), strict=True))
+        stores = dict(zip(NAMES, (*self._code_stores(), self._tail), strict=True))
         return {name: store.read() for name, store in stores.items() if store.length}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:  # noqa: D102
-        for name, store in zip(NAMES, (*self._rounded_stores(), self._tail), strict=True):
+        for name, store in zip(NAMES, (*self._code_stores(), self._tail), strict=True):
             store.restore({"states": tensors[name]} if name in tensors else {})
-        self.length = self._steps.length + self._tail.length
+        self.length = self._scales.length + self._tail.length
 
-    def _rounded_stores(self) -> tuple[Growing, Growing, Growing, Growing]:
-        return self._bytes, self._nibbles, self._steps, self._middles
+    def _code_stores(self) -> tuple[Growing, Growing, Growing, Growing]:
+        return self._bytes, self._nibbles, self._scales, self._zero_points
 
     def _affine(self, width: int) -> list[tuple[slice, Tensor, Tensor]]:
-        """Groups of channels, and what makes states of their codes: step and shift, float32 [batch, heads, rounded, 1].
+        """Groups of channels, and what makes states of their codes, each float32 [batch, heads, quantized tokens, 1].
 
-        A state is code * step + shift.
+        A state is code * scale + shift.
         """
-        if self._steps.length == 0:
+        if self._scales.length == 0:
             return []
-        steps, middles = (store.read().float().split(1, -1) for store in (self._steps, self._middles))
+        scales, zero_points = (store.read().float().split(1, -1) for store in (self._scales, self._zero_points))
         return [
-            (channels, step, torch.add(middle, step, alpha=0.5 - 2 ** (bits - 1)))
-            for (channels, bits), step, middle in zip(self._groups(width), steps, middles, strict=True)
+            (channels, scale, torch.add(zero_point, scale, alpha=0.5 - 2 ** (bits - 1)))
+            for (channels, bits), scale, zero_point in zip(self._groups(width), scales, zero_points, strict=True)
         ]
 
     def _parts(self, width: int) -> Iterator[tuple[slice, list[Tensor]]]:
-        """The rounded tokens, some at a time, and the codes of each group, float32 [batch, heads, some, channels]."""
+        """The quantized tokens, some at a time, and the codes of each group, float32 [batch, heads, some, channels]."""
         leading, half = self._leading(width), self._half(width)
-        for start in range(0, self._steps.length, TOKENS_AT_ONCE):
-            part = slice(start, min(start + TOKENS_AT_ONCE, self._steps.length))
+        for start in range(0, self._scales.length, TOKENS_AT_ONCE):
+            part = slice(start, min(start + TOKENS_AT_ONCE, self._scales.length))
             # Whole contiguous rows are converted, and the groups taken from the result: narrow slices are slow.
             codes, groups = {}, []
             if leading:
@@ -199,14 +201,14 @@ class Rounded:
         """How many of the channels have 8 bits."""
         if self.bits == 8:
             return width
-        return 0 if self._scale is None else -(-width // LEADING_SHARE)
+        return 0 if self._channel_scale is None else -(-width // LEADING_SHARE)
 
     def _half(self, width: int) -> int:
         """Half of the others: their codes are the low bits of a byte, those of the other half the high ones."""
         return -(-(width - self._leading(width)) // 2)
 
     def _groups(self, width: int) -> list[tuple[slice, int]]:
-        """Channels that share a step and a middle, and their bits; no group is in both halves."""
+        """Channels that share a scale and a zero point, and their bits; no group is in both halves."""
         leading, half = self._leading(width), self._half(width)
         found = [(slice(0, leading), 8)] if leading else []
         for start, stop in ((leading, leading + half), (leading + half, width)):
@@ -214,23 +216,24 @@ class Rounded:
             found += [(slice(at, min(at + size, stop)), 4) for at in range(start, stop, max(1, size))]
         return found
 
-    def _rounded(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Codes of 8 bits, pairs of 4 bits, steps and middles: [batch, heads, tokens, any], as they are stored."""
+    def _quantized(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes of 8 bits, pairs of 4 bits, scales and zero points: [batch, heads, tokens, any], as they are stored."""
         states = states.float()
-        if self._scale is not None and self._mean is not None:
-            states = (states - self._mean[:, None].to(states.device)) / self._scale[:, None].to(states.device)
-        codes, steps, middles = [], [], []
+        if self._channel_scale is not None and self._channel_mean is not None:
+            scale, mean = (each[:, None].to(states.device) for each in (self._channel_scale, self._channel_mean))
+            states = (states - mean) / scale
+        codes, scales, zero_points = [], [], []
         for channels, bits in self._groups(states.shape[-1]):
             some, most = states[..., channels], 2 ** (bits - 1)
-            # Everything follows step and middle as they are stored, so that rounding these shifts nothing.
-            middle = ((some.amax(-1, keepdim=True) + some.amin(-1, keepdim=True)) / 2).to(torch.bfloat16)
-            some = some - middle.float()
-            step = (some.abs().amax(-1, keepdim=True) / (most - 0.5)).clamp_min(1e-30).to(torch.bfloat16)
-            codes.append((some / step.float()).floor().add_(most).clamp_(0, 2 * most - 1).to(torch.uint8))
-            steps.append(step)
-            middles.append(middle)
+            # Everything follows scale and zero point as they are stored, so that rounding these shifts nothing.
+            zero_point = ((some.amax(-1, keepdim=True) + some.amin(-1, keepdim=True)) / 2).to(torch.bfloat16)
+            some = some - zero_point.float()
+            scale = (some.abs().amax(-1, keepdim=True) / (most - 0.5)).clamp_min(1e-30).to(torch.bfloat16)
+            codes.append((some / scale.float()).floor().add_(most).clamp_(0, 2 * most - 1).to(torch.uint8))
+            scales.append(scale)
+            zero_points.append(zero_point)
         leading, half = self._leading(states.shape[-1]), self._half(states.shape[-1])
         each = torch.cat(codes, -1)
         low, high = each[..., leading : leading + half], each[..., leading + half :]
         nibbles = low | (F.pad(high, (0, low.shape[-1] - high.shape[-1])) << 4)
-        return each[..., :leading], nibbles, torch.cat(steps, -1), torch.cat(middles, -1)
+        return each[..., :leading], nibbles, torch.cat(scales, -1), torch.cat(zero_points, -1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cache layer of fixed size in the layout of the decoding kernels (`ops.triton`, `ops.cpu`).
+"""A cache layer of fixed size in the layout of the decoding kernels (`ops.backend.tiled_backend`).
 
 A decoded token is rotated, appended and attended to by few kernels, which look at no mask and no length on the CPU, so
 that a step can be recorded as a CUDA graph. Padding is not stored: each sequence has its own length.
@@ -15,52 +15,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from aqua_attention.cache.growing import check_active, tagged
-from aqua_attention.cache.spec import CacheSpec
-from aqua_attention.config import AquaConfig
+from aqua_attention.cache.layer import attend_by_token, check_active, real_tokens, tagged
+from aqua_attention.cache.stored import quantization_of
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.api import KERNEL_DTYPES, is_interpreted, no_kernels_reason
-from aqua_attention.ops.backends.cpu.build import no_kernel_reason
-from aqua_attention.ops.layout import LARGEST_QUANTIZED, TILE, WIDEST, Chosen, TiledCache
-from aqua_attention.ops.mask import HIDDEN
-
-LARGEST_FLOAT32_HEAD = 128
-
-
-def untiled_reason(config: AquaConfig, spec: CacheSpec, query_heads: int, dtype: torch.dtype) -> str | None:
-    """Why a layer cannot be stored for the decoding kernel; None when it can."""
-    groups, head_dim, _ = spec.matrix.shape
-    device = spec.matrix.device
-    on_cpu = device.type == "cpu" and not is_interpreted(device)
-    if reason := no_kernel_reason() if on_cpu else no_kernels_reason(device):
-        return reason
-    if on_cpu and dtype not in (torch.float32, torch.bfloat16):
-        return f"the model is {dtype}, and the CPU kernel takes float32 and bfloat16"
-    if config.share != "group" and query_heads != groups:
-        return f"share is {config.share!r}, and the kernel reads the same dimensions for a group (share='group')"
-    if spec.bits == 4 or spec.eviction is not None or spec.has_window_store:
-        return "it stores neither bits=4, h2o_ratio nor s_ratio with an exact window"
-    if spec.bits is not None and on_cpu:
-        return "the CPU kernel reads no bits=8"
-    if spec.bits is not None and head_dim > LARGEST_QUANTIZED:
-        return f"heads have {head_dim} dimensions, and with bits=8 it takes {LARGEST_QUANTIZED} at most"
-    if max(config.sink, config.recent) > TILE:
-        return f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
-    if dtype not in KERNEL_DTYPES:
-        return f"the model is {dtype}, and it takes bfloat16, float16 and float32"
-    if dtype == torch.float32 and head_dim > LARGEST_FLOAT32_HEAD and spec.matrix.is_cuda:
-        return f"heads have {head_dim} dimensions, and in float32 it takes {LARGEST_FLOAT32_HEAD} at most"
-    if head_dim > WIDEST:
-        return f"heads have {head_dim} dimensions, and it takes {WIDEST} at most"
-    return None
+from aqua_attention.ops.api import rotate
+from aqua_attention.ops.backend import tiled_backend
+from aqua_attention.ops.layout import TiledCache
+from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 
 class TiledLayer(StaticLayer):
     """A cache layer of fixed size: keys in tiles by dimension, values by token, see `TiledCache`."""
 
-    def __init__(self, spec: CacheSpec, max_cache_len: int) -> None:
+    def __init__(self, plan: LayerPlan, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
-        self.spec = spec
+        self.plan = plan
         self.cache: TiledCache | None = None
         self.mask_is_known = True
         """Whether the mask of the coming forward pass hides nothing but the padding of a prompt; else tokens are
@@ -78,20 +47,20 @@ class TiledLayer(StaticLayer):
         """Allocate for the batch, dtype and device of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
-        shape = (self.batch_size, self.num_heads, self.spec.kept, value_states.shape[3], self.max_cache_len)
+        shape = (self.batch_size, self.num_heads, self.plan.kept, value_states.shape[3], self.max_cache_len)
         held = self.cache
         if held is None or (held.shape, held.dtype, held.tail.device) != (shape, self.dtype, self.device):
             self.cache = held = None  # the old one makes room first
-            self.cache = TiledCache(*shape, self.dtype, self.device, quantization=self.spec.quantization)
+            self.cache = TiledCache(*shape, self.dtype, self.device, quantization=quantization_of(self.plan))
             self._padding = torch.zeros((), dtype=torch.long, device=self.device)
             """Padding tokens of the first sequence, which are given but not stored."""
         else:
             held.clear()
             self._padding.zero_()
-        on_cpu = self.device.type == "cpu" and not is_interpreted(self.device)
-        whole = self.spec.kept == key_states.shape[3]
+        self._backend = tiled_backend(self.device)
+        whole = self.plan.kept == key_states.shape[3]
         assert self.cache is not None
-        self.cache.rotated_from = self.spec.min_length if on_cpu and whole else 0
+        self.cache.rotated_from = self.plan.min_length if self._backend.keeps_short_unrotated and whole else 0
         self._real = torch.ones(self.batch_size, 0, dtype=torch.bool, device=self.device)
         """Which of the tokens given at once were no padding, [batch, so many]; decoded ones all are."""
         self.is_initialized = True
@@ -106,15 +75,15 @@ class TiledLayer(StaticLayer):
         Raises:
             AquaError: AQUA has left the model.
         """
-        check_active(self.spec)
+        check_active(self.plan)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.decodes(key_states.shape[2]):
             self._new = key_states, key_states, value_states
             nothing = key_states.new_full((1,), torch.nan)
-            keys = nothing.expand(*key_states.shape[:3], self.spec.kept)
+            keys = nothing.expand(*key_states.shape[:3], self.plan.kept)
             return tagged(keys, self), nothing.expand(value_states.shape)
-        keys, values = self.spec.rotated(key_states), value_states
+        keys, values = rotate(key_states, self.plan.rotation), value_states
         self._new = key_states, keys, values
         if self._is_filled:
             _, old_keys, old_values = self._given()
@@ -125,29 +94,35 @@ class TiledLayer(StaticLayer):
         """Whether so many new tokens are a decoding step for the kernel."""
         return queries == 1 and self._is_filled and self.mask_is_known
 
-    @torch.compiler.disable
-    def decode(
-        self, query: Tensor, key_rms: Tensor, config: AquaConfig, scaling: float
-    ) -> tuple[Tensor, Tensor, Chosen | None]:
-        """Rotate, choose, append what `update` took, attend.
+    def attend(self, call: Call, is_sliding: bool) -> Attended:
+        """A decoding step by the kernel; or attention to what `update` returned, stored afterwards. See `CacheLayer`.
 
-        Args:
-            query: as the model computes it, [batch, num_attention_heads, 1, head_dim].
-            key_rms: float32 [num_key_value_heads, kept].
-
-        Returns:
-            Output [batch, num_attention_heads, 1, value_dim], the query as keys were multiplied with it, [batch,
-            num_attention_heads, 1, kept], and what of it (None: every dimension).
+        Raises:
+            AquaError: a sliding window, softcap or extra softmax logits, which the kernels do not know.
         """
+        if is_sliding or call.softcap or call.s_aux is not None:
+            raise AquaError(
+                "the tiled layout knows neither sliding windows, softcap nor extra softmax logits: make the "
+                "cache with layout='plain'"
+            )
+        if self.decodes(call.query.shape[2]):
+            return self._decode(call)
+        attended = attend_by_token(call, self.plan)
+        # What is stored may be quantized; what was attended to is not.
+        self.store(call.mask)
+        return attended
+
+    @torch.compiler.disable
+    def _decode(self, call: Call) -> Attended:
+        """Rotate, choose, append what `update` took, attend."""
         key, _, value = self._taken()
         assert self.cache is not None
-        given = query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.spec.matrix, key_rms, config
-        if query.device.type == "cpu" and not is_interpreted(query.device):
-            from aqua_attention.ops.backends.cpu.step import decode_step
-        else:
-            from aqua_attention.ops.backends.triton.step import decode_step
-        output, multiplied, chosen = decode_step(*given, scaling=scaling)
-        return output[:, :, None], multiplied[:, :, None], chosen
+        query = call.query
+        output, rotated, chosen = self._backend.decode(
+            query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.plan, call.scaling
+        )
+        selected = chosen.selected(query.shape[1]) if call.is_observed and chosen is not None else None
+        return Attended(output[:, :, None], selected, rotated[:, :, None].shape)
 
     @torch.compiler.disable
     def store(self, mask: Tensor | None) -> None:
@@ -155,12 +130,7 @@ class TiledLayer(StaticLayer):
         raw, keys, values = self._taken()
         assert self.cache is not None
         batch, new = self.batch_size, keys.shape[2]
-        real = torch.ones(batch, new, dtype=torch.bool, device=self.device)
-        if mask is not None:
-            # A real token sees itself, a padding token is seen by none.
-            places = torch.arange(new, device=self.device)
-            seen = mask[:, :, places, mask.shape[3] - new + places] != HIDDEN
-            real = seen.any(1).expand(batch, -1)
+        real = real_tokens(mask, batch, new, self.device)
         if self._is_filled:
             held, old_keys, old_values = self._given()
             keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
@@ -233,4 +203,4 @@ class TiledLayer(StaticLayer):
         # A GPU is not asked: there all are rotated.
         if not self.cache.rotated_from or not bool((short := self.cache.lengths < self.cache.rotated_from).any()):
             return keys, keys, values
-        return keys, torch.where(short[:, None, None, None], self.spec.rotated(keys), keys), values
+        return keys, torch.where(short[:, None, None, None], rotate(keys, self.plan.rotation), keys), values

@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 from aqua_attention.calibration.statistics import Statistics, named_tensors, take_layer
 from aqua_attention.errors import AquaError
 from aqua_attention.io.files import remove_leftovers
+from aqua_attention.io.state import RunState
 from aqua_attention.io.tensors import Stored, write_tensors
-from aqua_attention.model.fingerprint import same_digest
 
 KIND = "aqua_attention_checkpoint"
 
 
-class Checkpoint:
-    """Sums over the windows done so far, written at most every few seconds.
+class Checkpoint(RunState):
+    """Sums over the windows done so far, and their number: the content to `keep` or `save`.
 
     The sums of whole windows are kept, in float64, and added in the same order after a resume: the projections are
     those of an uninterrupted run, bit for bit (on the same machine and number of threads).
@@ -37,9 +35,7 @@ class Checkpoint:
             AquaError: `seconds` is negative, infinite or NaN.
         """
         check_seconds(seconds)
-        self.path, self.seconds = Path(path), seconds
-        self.run: dict[str, Any] = json.loads(json.dumps(run))  # as it will be read: lists, no tuples
-        self._saved = time.monotonic()
+        super().__init__(path, run, seconds=seconds)
 
     def load(self) -> tuple[Statistics, int]:
         """Statistics and number of windows done; nothing and 0 when there is no file.
@@ -47,37 +43,32 @@ class Checkpoint:
         Raises:
             AquaError: the file is damaged, or of another run; the message says in what they differ.
         """
-        if not self.path.exists():
+        if (content := self.found()) is None:
             return {}, 0
-        stored, run, done = _opened(self.path)
-        if different := self._differences(run):
-            raise AquaError(
-                f"{self.path} is of another run, which differs in {', '.join(different)}: repeat the options of that "
-                "run, or delete the file to begin anew"
-            )
-        statistics = {index: take_layer(stored, index, groups, dim) for index, _, groups, dim in run["shape"]["layers"]}
+        stored, done = content
+        layers = self.run["shape"]["layers"]
+        statistics = {index: take_layer(stored, index, groups, dim) for index, _, groups, dim in layers}
         stored.finish()
         return statistics, done
 
-    def keep(self, statistics: Statistics, done: int) -> None:
-        """Save, if the last time is long enough ago and there is something to save."""
-        if done and time.monotonic() - self._saved >= self.seconds:
-            self.save(statistics, done)
+    def _read(self, path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
+        stored, run, done = _opened(path)
+        return run, (stored, done)
 
-    def save(self, statistics: Statistics, done: int) -> None:
-        """Write the statistics of the first `done` windows, whole or not at all; nothing when there are none."""
+    def _write(self, path: Path, content: tuple[Statistics, int]) -> None:
+        """Nothing while no window is done."""
+        statistics, done = content
         if done:
-            write_tensors(self.path, KIND, {"run": self.run, "windows_done": done}, named_tensors(statistics))
-            self._saved = time.monotonic()
+            write_tensors(path, KIND, {"run": self.run, "windows_done": done}, named_tensors(statistics))
 
     def _differences(self, run: dict[str, Any]) -> list[str]:
-        ours, theirs = dict(self.run), dict(run)
-        weights = ours.pop("key_weights", None), theirs.pop("key_weights", None)
-        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        if names or weights[0] == weights[1]:
-            options = [name for name in names if name in ("model", "tokens", "context", "seed", "dtype")]
-            return [f"{name} ({theirs.get(name)}, now {ours.get(name)})" for name in options] or names
-        return [] if all(weights) and same_digest(*weights) else ["key_weights"]
+        names = super()._differences(run)
+        if names == ["key_weights"]:
+            return names
+        # Other options say enough: other weights follow from another model.
+        options = [name for name in names if name in ("model", "tokens", "context", "seed", "dtype")]
+        words = [f"{name} ({run.get(name)}, now {self.run.get(name)})" for name in options]
+        return words or [name for name in names if name != "key_weights"]
 
 
 def calibrated_weights(path: Path) -> list[list[float]] | None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, named_tensors, take_layer
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.io.state import weight_difference
 from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model.capture import AttentionLayer
 from aqua_attention.model.fingerprint import (
@@ -22,9 +24,9 @@ from aqua_attention.model.fingerprint import (
     key_weight_digest,
     layer_rows,
     shape_of,
-    weight_difference,
 )
 from aqua_attention.model.sides import TEXT
+from aqua_attention.ops.plan import LayerPlan
 
 KIND = "aqua_attention"
 BASES = ("aqua", "none", "key-pca")
@@ -51,6 +53,22 @@ class LayerProjection:
     key_std: Tensor
     query_rms: Tensor
     energy: Tensor
+
+    def plan(self, config: AquaConfig, device: torch.device | str = "cpu", **facts: Any) -> LayerPlan:
+        """What AQUA does in this layer under a configuration, with its tensors on a device.
+
+        Args:
+            facts: further fields of `LayerPlan`, such as `index`, `causal` and `key_weights`.
+        """
+        head_dim = self.rotation.shape[-1]
+        kept = config.kept_dims(head_dim)
+        # Tokens of an exact window keep every dimension.
+        width = head_dim if config.sink + config.recent > 0 else kept
+        rotation = self.rotation[..., :width].contiguous().to(device)
+        key_rms, scale, mean = (
+            each[..., :kept].contiguous().to(device) for each in (self.key_rms, self.key_std, self.key_mean)
+        )
+        return LayerPlan(rotation, key_rms, config, head_dim**-0.5, key_scale=scale, key_mean=mean, **facts)
 
 
 @dataclass(frozen=True)
@@ -87,6 +105,11 @@ class Projections:
         """The same calibration in another basis: "aqua", "none" (not rotated, as SparQ) or "key-pca" (as Loki)."""
         return Projections.from_statistics(self.statistics, self.model, self.calibration, basis)
 
+    @property
+    def fits(self) -> str:
+        """The model that these are for, in a readable line."""
+        return describe_shape(self.model["shape"])
+
     def merged(self, other: Projections) -> Projections:
         """As if one calibration had read both texts: the sums are added and decomposed again.
 
@@ -96,57 +119,51 @@ class Projections:
             AquaError: the two are not of the same model, or not in the same basis.
         """
         shapes = [part.model["shape"] for part in (self, other)]
-        if _are_parts(*shapes):
-            return self._joined(other)
-        if any(shapes[0].get(key) != shapes[1].get(key) for key in ("model_type", "layers")) or (
-            all("names" in shape for shape in shapes) and shapes[0]["names"] != shapes[1]["names"]
-        ):
+        are_parts = _are_parts(*shapes)
+        if not are_parts and not _are_equal(*shapes):
             said = [describe_shape(shape) for shape in shapes]
             if said[0] == said[1]:
                 said = [f"{text} (layers {_listed(shape)})" for text, shape in zip(said, shapes, strict=True)]
             raise AquaError(f"projections of different models cannot be merged: {' and '.join(said)}")
         if self.basis != other.basis:
-            raise AquaError(f"projections in different bases cannot be merged: {self.basis} and {other.basis}")
+            verb = "joined" if are_parts else "merged"
+            raise AquaError(f"projections in different bases cannot be {verb}: {self.basis} and {other.basis}")
+        parts = [self.calibration, other.calibration]
+        read = _summed(parts) | {"merged": parts}
+        if are_parts:
+            return self._joined(other, read)
         ours, theirs = self.model.get("key_weights"), other.model.get("key_weights")
         if ours and theirs and (difference := weight_difference(ours, theirs)) > WEIGHT_TOLERANCE:
             raise AquaError(
                 f"projections of different weights cannot be merged: the key weights differ by {min(difference, 1):.1%}"
             )
-        parts = [self.calibration, other.calibration]
-        calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value}
-        calibration |= _summed(parts) | {"merged": parts}
+        calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value} | read
         # A file of all layers may name them or not.
         named = other.model if "names" in shapes[1] else self.model
         return Projections.from_statistics(merge(self.statistics, other.statistics), named, calibration, self.basis)
 
-    def _joined(self, other: Projections) -> Projections:
+    def _joined(self, other: Projections, read: dict[str, Any]) -> Projections:
         """The layers of both, which are parts of one model."""
-        if self.basis != other.basis:
-            raise AquaError(f"projections in different bases cannot be joined: {self.basis} and {other.basis}")
-        models = [part.model.get("name") for part in (self, other)]
-        if all(models) and models[0] != models[1]:
+        names = [part.model.get("name") for part in (self, other)]
+        if all(names) and names[0] != names[1]:
             # Nothing else tells: they have no layer in common. A model can go by two names, so that this is no error.
             warnings.warn(
-                f"the projections joined were calibrated on {models[0]!r} and on {models[1]!r}: they are for one model "
+                f"the projections joined were calibrated on {names[0]!r} and on {names[1]!r}: they are for one model "
                 "only if these are the same",
                 stacklevel=3,
             )
-        pairs = []
+        layers: list[tuple[Any, ...]] = []
         for part in (self, other):
             shape = part.model["shape"]
             weights = part.model.get("key_weights") or [None] * len(shape["layers"])
-            pairs += list(zip(shape["layers"], shape["names"], weights, strict=True))
-        rows, names, weights = (list(column) for column in zip(*sorted(pairs, key=lambda row: row[0][0]), strict=True))
+            layers += zip(shape["layers"], shape["names"], weights, strict=True)
+        rows, names, weights = map(list, zip(*sorted(layers, key=lambda layer: layer[0][0]), strict=True))
         shape = {"model_type": self.model["shape"]["model_type"], "layers": rows, "names": names}
-        model = self.model | {"shape": shape, "key_weights": None if None in weights else weights}
-        parts = [self.calibration, other.calibration]
-        calibration = _summed(parts) | {"merged": parts}
-        layers, statistics = self.layers | other.layers, self.statistics | other.statistics
         return Projections(
-            {index: layers[index] for index in sorted(layers)},
-            {index: statistics[index] for index in sorted(statistics)},
-            model,
-            calibration,
+            dict(sorted((self.layers | other.layers).items())),
+            dict(sorted((self.statistics | other.statistics).items())),
+            self.model | {"shape": shape, "key_weights": None if None in weights else weights},
+            read,
             self.basis,
         )
 
@@ -212,37 +229,54 @@ class Projections:
             raise AquaError(f"{path}: no such projections file: make one with `aqua calibrate MODEL -o {path}`")
         stored = Stored(path, KIND, what="AQUA projections", remedy=RECALIBRATE)
         try:
-            model, calibration, basis = (
-                stored.header["model"],
-                stored.header["calibration"],
-                str(stored.header["basis"]),
-            )
-            shapes = [(int(i), int(groups), int(dim)) for i, _, groups, dim in model["shape"]["layers"]]
+            model, calibration, basis = (stored.header[key] for key in ("model", "calibration", "basis"))
+            shapes = [(int(index), int(kv_heads), int(dim)) for index, _, kv_heads, dim in model["shape"]["layers"]]
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise stored.error(f"its metadata is incomplete ({error!r})") from error
         layers, statistics = {}, {}
-        for index, groups, dim in shapes:
-            rotation = stored.take(f"layers.{index}.rotation", torch.float32, groups, dim, dim)
+        for index, kv_heads, dim in shapes:
+            rotation = stored.take(f"layers.{index}.rotation", torch.float32, kv_heads, dim, dim)
             deviation = float((rotation.transpose(-1, -2) @ rotation - torch.eye(dim)).abs().max())
             if deviation > ORTHOGONALITY_TOLERANCE:
                 raise stored.error(f"the rotation of layer {index} is not orthogonal ({deviation:.1e})")
-            statistics[index] = take_layer(stored, index, groups, dim)
+            statistics[index] = take_layer(stored, index, kv_heads, dim)
             layers[index] = _layer_projection(statistics[index], rotation)
         stored.finish()
-        return cls(layers, statistics, model, calibration, basis)
+        return cls(layers, statistics, model, calibration, str(basis))
+
+
+def spectrum(projections: Projections) -> list[dict[str, Any]]:
+    """How few dimensions could hold 90% and 99% of the energy of queries and keys, whatever the basis.
+
+    Returns:
+        A row a layer: `layer`, `head_dim`, and for each key-value head `dims_90` and `dims_99`.
+    """
+    rows = []
+    for index, layer in projections.layers.items():
+        cumulated = layer.energy.double().sort(-1, descending=True).values.cumsum(-1)
+        dims = {f"dims_{share}": ((cumulated < share / 100).sum(-1) + 1).tolist() for share in (90, 99)}
+        rows.append({"layer": index, "head_dim": layer.energy.shape[-1], **dims})
+    return rows
 
 
 def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:
     """How much several calibrations have read."""
-    counts = [
-        name for name in ("tokens", "inputs", "images") if name == "tokens" or any(name in part for part in parts)
-    ]
-    return {name: sum(part.get(name, 0) for part in parts) for name in counts}
+    return {
+        name: sum(part.get(name, 0) for part in parts)
+        for name in ("tokens", "inputs", "images")
+        if name == "tokens" or any(name in part for part in parts)
+    }
 
 
 def _listed(shape: dict[str, Any]) -> str:
     """The layers of a shape: their names, or indices where it has none."""
     return ", ".join(map(str, shape.get("names") or [row[0] for row in shape["layers"]]))
+
+
+def _are_equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two shapes are of the same layers, as far as both name them."""
+    known = {"model_type", "layers", *(first.keys() & second.keys())}
+    return all(first.get(key) == second.get(key) for key in known)
 
 
 def _are_parts(first: dict[str, Any], second: dict[str, Any]) -> bool:

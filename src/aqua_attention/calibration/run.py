@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from aqua_attention.model.capture import (
     observe_windows,
 )
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
-from aqua_attention.model.inputs import check_unpadded, given_sides
-from aqua_attention.model.sides import TEXT, Inputs, inputs_digest
+from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides, inputs_digest
 from aqua_attention.version import __version__
 
 
@@ -67,7 +67,7 @@ def calibrate(
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
             checkpoint of another run, or one that exists though `resume` was not asked for.
     """
-    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume)
+    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
@@ -80,7 +80,7 @@ def calibrate(
     }
     # The windows' digest stands for the tokenizer.
     read = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
-    return run.learn(windows, {TEXT}, facts, read, progress)
+    return run.learn(windows, {TEXT}, facts, read)
 
 
 def calibrate_inputs(
@@ -109,43 +109,40 @@ def calibrate_inputs(
     Raises:
         AquaError: as `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
     """
-    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume)
+    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
     if not inputs:
         raise AquaError("there is nothing to calibrate on: give at least one input")
     check_unpadded(inputs)
     known = {"inputs": len(inputs), "inputs_sha256": inputs_digest(inputs), "library_version": __version__}
-    return run.learn(inputs, given_sides(inputs), known | (facts or {}), {}, progress)
+    return run.learn(inputs, given_sides(inputs), known | (facts or {}))
 
 
+@dataclass
 class Run:
-    """One calibration: of which layers, and where its state is kept."""
+    """One calibration: of which layers, and where its state is kept; see `calibrate` for fields and errors."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        name: str,
-        pattern: str | None,
-        checkpoint: Path | str | None,
-        checkpoint_seconds: float,
-        resume: bool,
-    ) -> None:
-        """Find the layers; nothing is read yet. See `calibrate` for arguments and errors."""
-        if resume and checkpoint is None:
+    model: PreTrainedModel
+    name: str
+    layers: str | None
+    checkpoint: Path | str | None
+    checkpoint_seconds: float
+    resume: bool
+    progress: Callable[[int, int], None] | None
+
+    def __post_init__(self) -> None:
+        """Find the layers; nothing is read yet."""
+        if self.resume and self.checkpoint is None:
             raise AquaError("resume takes a checkpoint: name the file to go on from")
-        if checkpoint is not None and not resume:
-            check_finished(Path(checkpoint))
-        self.model, self.pattern = model, pattern
-        self.name = name or model.config._name_or_path
-        self.layers, self._gaps = layers_and_gaps(model)
-        self._checkpoint, self._seconds = checkpoint, checkpoint_seconds
+        if self.checkpoint is not None and not self.resume:
+            check_finished(Path(self.checkpoint))
+        self.found, self.gaps = layers_and_gaps(self.model)
 
     def learn(
         self,
         windows: Tensor | Sequence[Inputs],
         given: Collection[str],
         facts: dict[str, Any],
-        read: dict[str, Any],
-        progress: Callable[[int, int], None] | None,
+        read: dict[str, Any] | None = None,
     ) -> Projections:
         """The projections.
 
@@ -155,22 +152,22 @@ class Run:
             facts: the provenance to record.
             read: JSON values that tell what is read from other data, beyond `facts`.
         """
-        reached = [layer for layer in self.layers if layer.side in given]
+        reached = [layer for layer in self.found if layer.side in given]
         if not reached:
-            reason = "; ".join(self._gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
+            reason = "; ".join(self.gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
             raise AquaError(f"{type(self.model).__name__} cannot be calibrated on this: {reason}")
-        chosen = chosen_layers(reached, self.pattern, self._gaps)
-        shape = shape_of(self.model, chosen, named=len(chosen) < len(self.layers))
-        key_weights = key_weight_digest(chosen)
-        identity = {"name": self.name, "shape": shape, "key_weights": key_weights}
+        chosen = chosen_layers(reached, self.layers, self.gaps)
+        name, key_weights = self.name or self.model.config._name_or_path, key_weight_digest(chosen)
+        shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
         keeper = None
-        if self._checkpoint is not None:
+        if self.checkpoint is not None:
             # The name tells models apart whose key weights cannot be read (quantised, offloaded).
-            run = {"model": self.name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
-            keeper = Checkpoint(self._checkpoint, run | facts | read, seconds=self._seconds)
-        statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=progress)
+            run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
+            keeper = Checkpoint(self.checkpoint, run | facts | (read or {}), seconds=self.checkpoint_seconds)
+        statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=self.progress)
         tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
-        return Projections.from_statistics(statistics, model=identity, calibration=tokens | facts)
+        identity = {"name": name, "shape": shape, "key_weights": key_weights}
+        return Projections.from_statistics(statistics, identity, tokens | facts)
 
 
 def collect(

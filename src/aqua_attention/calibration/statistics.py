@@ -7,7 +7,7 @@ basis; everything else (rotation, root mean squares, means) is derived from them
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -44,15 +44,15 @@ class LayerStatistics:
                 head_dim], as they enter the attention scores; any float dtype.
         """
         batch, heads, length, head_dim = query.shape
-        groups = key.shape[1]
+        kv_heads = key.shape[1]
         # One Gram a sequence in float32, summed in float64: the result does not depend on how windows are batched.
-        tall = query.float().reshape(batch, groups, heads // groups * length, head_dim)
+        tall = query.float().reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
         key = key.float()
         return cls(
             query_gram=(tall.transpose(-1, -2) @ tall).double().sum(0).cpu(),
             key_gram=(key.transpose(-1, -2) @ key).double().sum(0).cpu(),
             key_sum=key.double().sum((0, 2)).cpu(),
-            query_count=batch * heads // groups * length,
+            query_count=batch * heads // kv_heads * length,
             key_count=batch * length,
         )
 
@@ -61,13 +61,7 @@ class LayerStatistics:
         if self.key_gram.shape != other.key_gram.shape:
             shapes = f"{tuple(self.key_gram.shape)} and {tuple(other.key_gram.shape)}"
             raise AquaError(f"statistics of layers of different shapes cannot be merged: {shapes}")
-        return LayerStatistics(
-            query_gram=self.query_gram + other.query_gram,
-            key_gram=self.key_gram + other.key_gram,
-            key_sum=self.key_sum + other.key_sum,
-            query_count=self.query_count + other.query_count,
-            key_count=self.key_count + other.key_count,
-        )
+        return LayerStatistics(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
     def check_finite(self, layer: int) -> None:
         """Raise AquaError when the model produced NaN or infinite queries or keys."""
@@ -93,26 +87,19 @@ def named_tensors(statistics: Statistics) -> dict[str, Tensor]:
     """As a file holds them: `layers.I.query_gram`, `.key_gram`, `.key_sum` (float64) and `.counts` (int64)."""
     tensors: dict[str, Tensor] = {}
     for index, layer in statistics.items():
-        tensors[f"layers.{index}.query_gram"] = layer.query_gram
-        tensors[f"layers.{index}.key_gram"] = layer.key_gram
-        tensors[f"layers.{index}.key_sum"] = layer.key_sum
+        tensors |= {f"layers.{index}.{name}": getattr(layer, name) for name in ("query_gram", "key_gram", "key_sum")}
         tensors[f"layers.{index}.counts"] = torch.tensor([layer.query_count, layer.key_count])
     return tensors
 
 
-def take_layer(stored: Stored, index: int, groups: int, dim: int) -> LayerStatistics:
-    """Take one layer's sums out of a file, checked.
-
-    Args:
-        groups: num_key_value_heads. dim: head_dim.
-    """
+def take_layer(stored: Stored, index: int, num_key_value_heads: int, head_dim: int) -> LayerStatistics:
+    """Take one layer's sums out of a file, checked."""
     queries, keys = stored.take(f"layers.{index}.counts", torch.int64, 2).tolist()
     if min(queries, keys) < 1:
         raise stored.error(f"layer {index} counts {queries} queries and {keys} keys")
-    return LayerStatistics(
-        query_gram=stored.take(f"layers.{index}.query_gram", torch.float64, groups, dim, dim),
-        key_gram=stored.take(f"layers.{index}.key_gram", torch.float64, groups, dim, dim),
-        key_sum=stored.take(f"layers.{index}.key_sum", torch.float64, groups, dim),
-        query_count=queries,
-        key_count=keys,
-    )
+
+    def take(name: str, *shape: int) -> Tensor:
+        return stored.take(f"layers.{index}.{name}", torch.float64, num_key_value_heads, *shape)
+
+    grams = take("query_gram", head_dim, head_dim), take("key_gram", head_dim, head_dim)
+    return LayerStatistics(*grams, take("key_sum", head_dim), queries, keys)

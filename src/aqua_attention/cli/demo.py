@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +70,15 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
         tokens=CALIBRATION_TOKENS,
         context=CONTEXT,
         name=DEFAULT_MODEL,
-        progress=lambda done, total: progress("calibrate", done, total),
+        progress=partial(progress, "calibrate"),
     )
     projections.save(out / "smollm2.safetensors")
     lap("calibrate")
     ids, prefix = tokenize(tokenizer, load_text("builtin:evaluation"))
     windows = token_windows(ids, tokens=EVALUATION_TOKENS, context=CONTEXT, seed=None, prefix=prefix)
     configs = [AquaConfig(k_ratio=ratio) for ratio in RATIOS] + [ours(ratio) for ratio in RATIOS]
-    result = evaluate_perplexity(
-        model,
-        projections,
-        [Setting(config) for config in configs],
-        windows,
-        progress=lambda done, total: progress("evaluate", done, total),
-    )
+    settings = [Setting(config) for config in configs]
+    result = evaluate_perplexity(model, projections, settings, windows, progress=partial(progress, "evaluate"))
     lap("evaluate")
     progress("generate", 0, 2)
     dense = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)

@@ -3,48 +3,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aqua_attention.cli.options import (
-    Basis,
-    Bits,
     Chat,
-    Context,
-    Device,
-    Dtype,
     EvaluationData,
-    GgufFile,
-    H2OQueries,
-    H2ORatio,
     Json,
-    KRatios,
-    LogitError,
-    MinLength,
-    Model,
+    ModelOptions,
     ProjectionsFile,
-    Recent,
-    RemoteCode,
-    Selection,
-    Share,
-    Sink,
-    SRatio,
-    aqua_config,
-    load_model,
+    Rows,
+    Tokens,
+    Windows,
+    load_projections,
+    settings_of,
 )
-from aqua_attention.cli.terminal import check_writable, print_table, progress_bars
+from aqua_attention.cli.spread import spread
+from aqua_attention.cli.terminal import check_writable, progress_bar, show
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from aqua_attention.calibration.projections import Projections
-    from aqua_attention.config import AquaConfig
+    from aqua_attention.evaluate.setting import Setting
+    from aqua_attention.evaluate.suites.grid import Subject
     from aqua_attention.evaluate.suites.retrieval import Question
 
-PAPER_K_RATIO = [0.75]
 LINES = [100, 200]
 LENGTHS = [1024, 2048, 4096]
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -53,88 +38,46 @@ evaluations = typer.Typer(no_args_is_help=True, help="Measure what AQUA loses ag
 
 
 @evaluations.command()
+@spread
 def perplexity(
-    model: Model,
-    projections: ProjectionsFile,
-    data: EvaluationData = "builtin:evaluation",
-    k_ratio: KRatios = PAPER_K_RATIO,
-    s_ratio: SRatio = 0.0,
-    selection: Selection = "magnitude",
-    share: Share = "head",
-    sink: Sink = 0,
-    recent: Recent = 0,
-    logit_error: LogitError = None,
-    bits: Bits = None,
-    h2o_ratio: H2ORatio = 1.0,
-    h2o_queries: H2OQueries = None,
-    min_length: MinLength = "0",
-    basis: Basis = "aqua",
-    context: Context = 2048,
-    tokens: Annotated[int, typer.Option(help="How many tokens to evaluate, from the start of the text.")] = 8192,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
-    json: Json = None,
+    *, projections: ProjectionsFile, read: Windows, knobs: Rows, model: ModelOptions, json: Json = None
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement, dense and AQUA in one run.
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
-    configs = [
-        aqua_config(
-            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
-        )
-        for ratio in k_ratio
-    ]
+    settings = settings_of(knobs)
     check_writable(json)
-    from aqua_attention.calibration.projections import Projections
-    from aqua_attention.data.text import load_text, text_digest, token_windows, tokenize
-    from aqua_attention.evaluate.record import dtype_of
-    from aqua_attention.evaluate.setting import Setting
-    from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
-    from aqua_attention.io.files import write_json
+    from aqua_attention.evaluate.suites.grid import Sizes
+    from aqua_attention.evaluate.suites.perplexity import measure_perplexity
     from aqua_attention.report.tables import perplexity_table
 
-    learned, text = Projections.load(projections), load_text(data)
-    settings = [Setting(config, basis) for config in configs]
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    ids, prefix = tokenize(tokenizer, text)
-    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
-    with progress_bars() as report:
-        result = evaluate_perplexity(
-            loaded,
-            learned,
-            settings,
-            windows,
-            progress=lambda done, total: report("evaluate", done, total),
-        )
-    source = {"model": model, "dtype": dtype_of(loaded), "data": data, "text_sha256": text_digest(text)}
-    result |= source | {"context": windows.shape[1]}
-    if json:
-        write_json(json, result)
-    print_table(perplexity_table(result))
+    subject, sizes = read.subject(projections, model), Sizes(context=read.context, tokens=read.tokens)
+    with progress_bar("evaluate") as progress:
+        result = measure_perplexity(subject, settings, sizes, progress)
+    show(result, json, perplexity_table(result), suite="perplexity")
     scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
     typer.echo(
-        f"{result['dense']['tokens']} predictions in {len(windows)} windows of {windows.shape[1]} tokens{scored}"
+        f"{result['dense']['tokens']} predictions in {result['windows']} windows of {result['context']} tokens{scored}"
     )
 
 
+@dataclass(frozen=True)
+class FewerWindows(Windows):
+    """Half as many: retention looks at every layer."""
+
+    tokens: Tokens = 4096
+
+
 @evaluations.command()
+@spread
 def retention(
-    model: Model,
+    *,
     projections: ProjectionsFile,
-    data: EvaluationData = "builtin:evaluation",
-    k_ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of dimensions; repeat (0.9 0.75 0.5 0.25).")
-    ] = None,
-    basis: Basis = "aqua",
-    context: Context = 2048,
-    tokens: Annotated[int, typer.Option(help="How many tokens to read, from the start of the text.")] = 4096,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
+    read: FewerWindows,
+    k_ratio: Annotated[list[float] | None, "Share of dimensions; repeat (0.9 0.75 0.5 0.25)."] = None,
+    basis: str = "aqua",
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """How much of scores and softmax is lost, per layer and head: static, dynamic and weighted choice of dimensions.
@@ -142,59 +85,29 @@ def retention(
     Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
     """
     check_writable(json)
-    from aqua_attention.calibration.projections import Projections
-    from aqua_attention.data.text import load_text, text_digest, token_windows, tokenize
-    from aqua_attention.evaluate.record import dtype_of
-    from aqua_attention.evaluate.suites.retention import K_RATIOS, evaluate_retention
-    from aqua_attention.io.files import write_json
+    from aqua_attention.evaluate.suites.grid import Sizes
+    from aqua_attention.evaluate.suites.retention import K_RATIOS, measure_retention
     from aqua_attention.report.tables import retention_table
 
-    learned, text = Projections.load(projections).with_basis(basis), load_text(data)
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, predicts=False)
-    ids, prefix = tokenize(tokenizer, text)
-    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
-    with progress_bars() as report:
-        result = evaluate_retention(
-            loaded,
-            learned,
-            windows,
-            k_ratios=k_ratio or K_RATIOS,
-            progress=lambda done, total: report("retention", done, total),
-        )
-    source = {"model": model, "dtype": dtype_of(loaded), "data": data, "text_sha256": text_digest(text)}
-    result |= source | {"basis": basis, "context": windows.shape[1]}
-    if json:
-        write_json(json, result)
-    print_table(retention_table(result))
+    subject = read.subject(projections, model, predicts=False, basis=basis)
+    sizes = Sizes(context=read.context, retention_tokens=read.tokens)
+    with progress_bar("retention") as progress:
+        result = measure_retention(subject, k_ratio or K_RATIOS, sizes, progress)
+    show(result, json, retention_table(result), suite="retention")
 
 
 @evaluations.command()
+@spread
 def lines(
-    model: Model,
+    *,
     projections: ProjectionsFile,
-    data: Annotated[
-        Path | None, typer.Option(help="LongEval's .jsonl of line questions; generated when left out.")
-    ] = None,
-    count: Annotated[int | None, typer.Option(help="How many questions (a file: all of them; generated: 50).")] = None,
-    lines: Annotated[list[int] | None, typer.Option(help="Lines in a generated question; repeat (100 200).")] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the generated questions.")] = 0,
-    k_ratio: KRatios = PAPER_K_RATIO,
-    s_ratio: SRatio = 0.0,
-    selection: Selection = "magnitude",
-    share: Share = "head",
-    sink: Sink = 0,
-    recent: Recent = 0,
-    logit_error: LogitError = None,
-    bits: Bits = None,
-    h2o_ratio: H2ORatio = 1.0,
-    h2o_queries: H2OQueries = None,
-    min_length: MinLength = "0",
-    basis: Basis = "aqua",
+    data: Annotated[Path | None, "LongEval's .jsonl of line questions; generated when left out."] = None,
+    count: Annotated[int | None, "How many questions (a file: all of them; generated: 50)."] = None,
+    lines: Annotated[list[int] | None, "Lines in a generated question; repeat (100 200)."] = None,
+    seed: Annotated[int, "Chooses the generated questions."] = 0,
+    knobs: Rows,
     chat: Chat = True,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Line retrieval (LongEval): find one of hundreds of numbered lines; dense and AQUA on the same questions.
@@ -202,59 +115,34 @@ def lines(
     Example: `aqua eval lines smollm2 -p smollm2.safetensors --lines 100 --count 50 --k-ratio 0.75 --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --json lines.json`
     """
-    configs = [
-        aqua_config(
-            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
-        )
-        for ratio in k_ratio
-    ]
+    settings = settings_of(knobs)
     check_writable(json)
-    from aqua_attention.calibration.projections import Projections
-    from aqua_attention.evaluate.suites.lines import lines_questions, read_lines_questions
+    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.lines import sized_questions
 
     if data is not None and lines:
         raise AquaError(f"--lines generates questions, --data {data} reads them: give one of the two")
-    learned = Projections.load(projections)
-    if data is not None:
-        questions = read_lines_questions(data, count=count)
-    else:
-        each = 50 if count is None else count
-        # A number given twice would count the same questions twice.
-        questions = [q for n in dict.fromkeys(lines or LINES) for q in lines_questions(n, count=each, seed=seed)]
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    source = {"model": model, "data": "generated" if data is None else str(data), "seed": None if data else seed}
-    _retrieve(loaded, tokenizer, learned, configs, basis, questions, chat, source, json)
+    learned = load_projections(projections)
+    questions = sized_questions(Sizes(lines=tuple(lines or LINES), count=count, lines_file=data), seed)
+    read = "generated" if data is None else str(data)
+    subject = Subject(model.model, *model.load(), learned, read, seed=seed, chat=chat)
+    _retrieve("lines", subject, settings, questions, {"seed": None if data else seed}, json)
 
 
 @evaluations.command()
+@spread
 def needle(
-    model: Model,
+    *,
     projections: ProjectionsFile,
     data: EvaluationData = "builtin:evaluation",
-    length: Annotated[list[int], typer.Option(help="Tokens of the prompt; repeat.")] = LENGTHS,
-    depth: Annotated[
-        list[float], typer.Option(help="Where the needle is, 0 the beginning, 1 the end; repeat.")
-    ] = DEPTHS,
-    needles: Annotated[int, typer.Option(help="How many are hidden, and asked for.")] = 1,
-    repeats: Annotated[int, typer.Option(help="Haystacks for each length and depth.")] = 1,
-    seed: Annotated[int, typer.Option(help="Chooses needles and haystacks.")] = 0,
-    k_ratio: KRatios = PAPER_K_RATIO,
-    s_ratio: SRatio = 0.0,
-    selection: Selection = "magnitude",
-    share: Share = "head",
-    sink: Sink = 0,
-    recent: Recent = 0,
-    logit_error: LogitError = None,
-    bits: Bits = None,
-    h2o_ratio: H2ORatio = 1.0,
-    h2o_queries: H2OQueries = None,
-    min_length: MinLength = "0",
-    basis: Basis = "aqua",
+    length: Annotated[list[int], "Tokens of the prompt; repeat."] = LENGTHS,
+    depth: Annotated[list[float], "Where the needle is, 0 the beginning, 1 the end; repeat."] = DEPTHS,
+    needles: Annotated[int, "How many are hidden, and asked for."] = 1,
+    repeats: Annotated[int, "Haystacks for each length and depth."] = 1,
+    seed: Annotated[int, "Chooses needles and haystacks."] = 0,
+    knobs: Rows,
     chat: Chat = True,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Needle in a haystack: secret numbers hidden at each depth of texts of each length, dense and AQUA.
@@ -262,63 +150,30 @@ def needle(
     Example: `aqua eval needle smollm2 -p smollm2.safetensors --data essays/ --length 2048 --length 4096 --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --json needle.json`
     """
-    configs = [
-        aqua_config(
-            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
-        )
-        for ratio in k_ratio
-    ]
+    settings = settings_of(knobs)
     check_writable(json)
-    from aqua_attention.calibration.projections import Projections
-    from aqua_attention.data.text import load_text, text_digest
-    from aqua_attention.evaluate.suites.needle import needle_questions
+    from aqua_attention.data.text import load_text
+    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.needle import subject_questions
 
-    learned, text = Projections.load(projections), load_text(data)
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    questions = needle_questions(
-        tokenizer,
-        text,
-        lengths=length,
-        depths=depth,
-        needles=needles,
-        repeats=repeats,
-        seed=seed,
-        chat=chat,
-    )
-    source = {"model": model, "data": data, "text_sha256": text_digest(text), "seed": seed, "needles": needles}
-    _retrieve(loaded, tokenizer, learned, configs, basis, questions, chat, source, json)
+    learned, text = load_projections(projections), load_text(data)
+    subject = Subject(model.model, *model.load(), learned, data, text, seed=seed, chat=chat)
+    sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
+    _retrieve("needle", subject, settings, subject_questions(subject, sizes), {"needles": needles}, json)
 
 
 def _retrieve(
-    loaded: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    learned: Projections,
-    configs: list[AquaConfig],
-    basis: str,
+    suite: str,
+    subject: Subject,
+    settings: list[Setting],
     questions: list[Question],
-    chat: bool,
     source: dict[str, Any],
     json: Path | None,
 ) -> None:
     """Ask, write and print: the same for every kind of question."""
-    from aqua_attention.evaluate.record import dtype_of
-    from aqua_attention.evaluate.setting import Setting
-    from aqua_attention.evaluate.suites.retrieval import evaluate_retrieval
-    from aqua_attention.io.files import write_json
+    from aqua_attention.evaluate.suites.retrieval import measure_retrieval
     from aqua_attention.report.tables import retrieval_grid, retrieval_table
 
-    with progress_bars() as report:
-        result = evaluate_retrieval(
-            loaded,
-            tokenizer,
-            learned,
-            [Setting(config, basis) for config in configs],
-            questions,
-            chat=chat,
-            progress=lambda done, total: report("answers", done, total),
-        )
-    result |= source | {"dtype": dtype_of(loaded), "chat": chat}
-    if json:
-        write_json(json, result)
-    print_table(retrieval_table(result))
-    print_table(retrieval_grid(result))
+    with progress_bar("answers") as progress:
+        result = measure_retrieval(subject, settings, questions, progress) | source
+    show(result, json, retrieval_table(result), retrieval_grid(result), suite=suite)

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-import hashlib
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import Basis, Device, Dtype, Json, ProjectionsFile, RemoteCode, Share, Sink
-from aqua_attention.cli.terminal import check_writable, print_table, progress_bars
+from aqua_attention.cli.options import Json, ModelOptions, ProjectionsFile, load_projections
+from aqua_attention.cli.spread import spread
+from aqua_attention.cli.terminal import check_writable, progress_bars, show
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -19,39 +22,42 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-Images = Annotated[int, typer.Option(help="How many images at most, spread over the folder.")]
-Layers = Annotated[
-    str | None, typer.Option(help="Only layers whose name matches, such as 'vision_tower.*' (default: all).")
-]
+    from aqua_attention.calibration.projections import Projections
+
+Images = Annotated[int, "How many images at most, spread over the folder."]
+Layers = Annotated[str | None, "Only layers whose name matches, such as 'vision_tower.*' (default: all)."]
 Side = Annotated[
-    str | None,
-    typer.Option(help="text or images, for a model that reads both (default: images if --data is images, else text)."),
+    str | None, "text or images, for a model that reads both (default: images if --data is images, else text)."
 ]
 GRID = [0.9, 0.75, 0.5, 0.25]
 METHODS = [("magnitude", "aqua"), ("weighted", "aqua"), ("static", "aqua"), ("magnitude", "none")]
 """Selection and basis: the paper, ours, a fixed slice, not rotated."""
 
 
+@dataclass(frozen=True)
+class ImageModel(ModelOptions):
+    """A model that reads images, which no GGUF file holds."""
+
+    model: Annotated[str, typer.Argument(help="A local folder, or a hub id, of a model that reads images.")]
+    gguf_file: str | None = field(default=None, init=False)
+
+
+@spread
 def images(
-    model: Annotated[str, typer.Argument(help="A local folder, or a hub id, of a model that reads images.")],
+    *,
     projections: ProjectionsFile,
     data: Annotated[
-        str, typer.Option(help="A folder of images, an image, hub:name, or builtin:evaluation-photographs.")
+        str, "A folder of images, an image, hub:name, or builtin:evaluation-photographs."
     ] = "builtin:evaluation-photographs",
-    k_ratio: Annotated[
-        list[float] | None, typer.Option(help="Share of dimensions multiplied; repeat (0.9 0.75 0.5 0.25).")
-    ] = None,
+    k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.9 0.75 0.5 0.25)."] = None,
     selection: Annotated[
-        list[str] | None,
-        typer.Option(help="magnitude, weighted or static; repeat (default: these three, and not rotated)."),
+        list[str] | None, "magnitude, weighted or static; repeat (default: these three, and not rotated)."
     ] = None,
-    basis: Basis = "aqua",
-    share: Share = "head",
-    sink: Sink = 0,
+    basis: str = "aqua",
+    share: str = "head",
+    sink: int = 0,
     images: Images = 256,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
+    model: ImageModel,
     json: Json = None,
 ) -> None:
     """How far embeddings turn under AQUA, how many nearest neighbours stay, and what each layer loses.
@@ -59,38 +65,27 @@ def images(
     Example: `aqua eval images clip-vit-base-patch16/ -p clip.safetensors --data pictures/ --k-ratio 0.75 --k-ratio 0.5
     --json images.json`
     """
-    from aqua_attention.config import AquaConfig
-
-    methods = (
-        METHODS if selection is None and basis == "aqua" else [(name, basis) for name in selection or ["magnitude"]]
-    )
+    default = selection is None and basis == "aqua"
+    methods = METHODS if default else [(name, basis) for name in selection or ["magnitude"]]
     configs = [
         (AquaConfig(k_ratio=ratio, selection=name, share=share, sink=sink), its_basis)
         for ratio, (name, its_basis) in product(k_ratio or GRID, methods)
     ]
     check_writable(json)
-    from aqua_attention.calibration.projections import Projections
-    from aqua_attention.evaluate.record import dtype_of
+    from aqua_attention.evaluate.record import dtype_of, file_digest
     from aqua_attention.evaluate.setting import Setting
     from aqua_attention.evaluate.suites.images import evaluate_images
-    from aqua_attention.io.files import write_json
     from aqua_attention.model.sides import inputs_digest
     from aqua_attention.report.tables import images_table, layers_table
 
-    learned = Projections.load(projections)
-    settings = [Setting(config, its_basis) for config, its_basis in configs]
+    learned, settings = load_projections(projections), [Setting(*each) for each in configs]
     with progress_bars() as report:
-        loaded, inputs = model_and_images(model, data, images, dtype, device, trust_remote_code, report)
-        result = evaluate_images(
-            loaded, learned, settings, inputs, progress=lambda done, total: report("embed", done, total)
-        )
-    result |= {"model": model, "dtype": dtype_of(loaded), "data": data, "inputs_sha256": inputs_digest(inputs)}
-    result["projections_sha256"] = hashlib.sha256(projections.read_bytes()).hexdigest()
-    if json:
-        write_json(json, result)
-    print_table(images_table(result))
-    if any((row["selection"], row["basis"]) == ("magnitude", "aqua") for row in result["retention"]):
-        print_table(layers_table(result))
+        loaded, inputs = _load(model, data, images, report)
+        result = evaluate_images(loaded, learned, settings, inputs, progress=partial(report, "embed"))
+    result |= {"model": model.model, "dtype": dtype_of(loaded), "data": data, "inputs_sha256": inputs_digest(inputs)}
+    result["projections_sha256"] = file_digest(projections)
+    paper = any((row["selection"], row["basis"]) == METHODS[0] for row in result["retention"])
+    show(result, json, images_table(result), *([layers_table(result)] if paper else []), suite="images")
     dense = result["dense"]
     typer.echo(
         f"{result['images']} images; dense, two of them have a cosine of {dense['others']:.4f}, nearest ones of "
@@ -98,29 +93,23 @@ def images(
     )
 
 
-def model_and_images(
-    name: str,
-    data: str,
-    most: int,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
-    report: Callable[[str, float, int], None],
+def _load(
+    model: ModelOptions, data: str, most: int, report: Callable[[str, float, int], None]
 ) -> tuple[PreTrainedModel, list[dict[str, Tensor]]]:
     """A model that reads images, and the images as it reads them."""
     from aqua_attention.data.images import check_pillow, image_reader, read_images
     from aqua_attention.data.models import load_image_model
 
     check_pillow()
-    loaded, processor = load_image_model(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, processor = load_image_model(
+        model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
+    )
     reader = image_reader(loaded, processor)
-    inputs, _ = read_images(data, reader, most=most, progress=lambda done, total: report("read images", done, total))
+    inputs, _ = read_images(data, reader, most=most, progress=partial(report, "read images"))
     return loaded, inputs
 
 
-def wants_images(
-    model: str, data: str | None, side: str | None, gguf_file: str | None, trust_remote_code: bool
-) -> bool:
+def wants_images(model: ModelOptions, data: str | None, side: str | None) -> bool:
     """Whether a calibration of `model` on `data` reads images: as `side` says; without it where the model reads nothing
     else, or the data are images.
 
@@ -134,18 +123,20 @@ def wants_images(
 
     if side not in (None, TEXT, IMAGES):
         raise AquaError(f"side is {side!r}: it must be {TEXT} or {IMAGES}")
-    if side == IMAGES and gguf_file:
-        raise AquaError(f"{gguf_file} is a GGUF file, which holds text models alone: side cannot be {IMAGES}")
+    if side == IMAGES and model.gguf_file:
+        raise AquaError(f"{model.gguf_file} is a GGUF file, which holds text models alone: side cannot be {IMAGES}")
     if side:
         return side == IMAGES
-    takes_images, takes_text = reads_images(model, gguf_file=gguf_file, trust_remote_code=trust_remote_code)
+    takes_images, takes_text = reads_images(
+        model.model, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
+    )
     if not (takes_images and takes_text):
         return takes_images
     if data is None or not is_images(data):
         return False
     if holds_text(data):
         raise AquaError(
-            f"{data!r} holds images and text, and model {model!r} reads both: say --side {IMAGES} or {TEXT}"
+            f"{data!r} holds images and text, and model {model.model!r} reads both: say --side {IMAGES} or {TEXT}"
         )
     return True
 
@@ -163,26 +154,11 @@ def text_for(model: str, data: str) -> str:
         raise
 
 
-def calibrate_on_images(
-    model: str,
-    data: str | None,
-    most: int,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
-    report: Callable[[str, float, int], None],
-    **options: Any,
-) -> Any:
+def calibrate_on_images(model: ModelOptions, data: str, most: int, **options: Any) -> Projections:
     """Projections from images; `options` are those of `calibration.calibrate_inputs`."""
     from aqua_attention.calibration.run import calibrate_inputs
 
-    data = data or "builtin:photographs"
-    loaded, inputs = model_and_images(model, data, most, dtype, device, trust_remote_code, report)
-    return calibrate_inputs(
-        loaded,
-        inputs,
-        facts={"images": len(inputs)},
-        name=model,
-        progress=lambda done, total: report("calibrate", done, total),
-        **options,
-    )
+    with progress_bars() as report:
+        loaded, inputs = _load(model, data, most, report)
+        facts = {"images": len(inputs)}
+        return calibrate_inputs(loaded, inputs, facts=facts, progress=partial(report, "calibrate"), **options)

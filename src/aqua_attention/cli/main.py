@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,36 +14,19 @@ from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.grid import grid
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
-from aqua_attention.cli.options import (
-    Bits,
-    Chat,
-    Context,
-    Device,
-    Dtype,
-    GgufFile,
-    H2OQueries,
-    H2ORatio,
-    Json,
-    LogitError,
-    MinLength,
-    Model,
-    ProjectionsFile,
-    Recent,
-    RemoteCode,
-    Selection,
-    Share,
-    Sink,
-    SRatio,
-    aqua_config,
-    load_model,
-)
+from aqua_attention.cli.options import Chat, Context, Json, ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.report import report
+from aqua_attention.cli.spread import spread
 from aqua_attention.cli.tasks import lm_eval, tasks
-from aqua_attention.cli.terminal import check_writable, print_table, progress_bars
+from aqua_attention.cli.terminal import check_writable, progress_bar, progress_bars, show, stoppable
 from aqua_attention.cli.transfer import context as across_contexts
 from aqua_attention.cli.transfer import transfer
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.version import __version__
+
+if TYPE_CHECKING:
+    from aqua_attention.calibration.projections import Projections
 
 app = typer.Typer(
     name="aqua",
@@ -73,107 +56,82 @@ def _root(
 
 
 @app.command()
+@spread
 def calibrate(
-    model: Model,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the projections here (.safetensors).")],
     data: Annotated[
-        str | None,
-        typer.Option(help="A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."),
+        str | None, "A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to read.")] = 32768,
+    tokens: Annotated[int, "How many tokens to read."] = 32768,
     context: Context = 2048,
-    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    seed: Annotated[int, "Chooses the windows."] = 0,
     side: Side = None,
     images: Images = 256,
     layers: Layers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
-    checkpoint_seconds: Annotated[float, typer.Option(help="How often the state is kept, in OUTPUT.partial.")] = 10.0,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
+    checkpoint_seconds: Annotated[float, "How often the state is kept, in OUTPUT.partial."] = 10.0,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Learn a model's projections from a text, or from images, once. Stopped or killed, it goes on with --resume.
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
-    check_writable(output, json)
+    check_writable(output, json)  # before what has no name, such as ".", is given another
     partial = output.with_name(f"{output.name}.partial")
     check_writable(output, partial, json)
     from aqua_attention.calibration.checkpoint import check_finished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run
-    from aqua_attention.io.files import remove_leftovers, write_json
-    from aqua_attention.report.tables import provenance_table, spectrum
+    from aqua_attention.io.files import remove_leftovers
 
     check_seconds(checkpoint_seconds)
     if not resume:
         check_finished(partial)
     elif not partial.exists():
         typer.echo(f"there is no {partial}: beginning at the first window", err=True)
-    kept_in: dict[str, Any] = {
-        "layers": layers,
-        "checkpoint": partial,
-        "checkpoint_seconds": checkpoint_seconds,
-        "resume": resume,
-    }
-    try:
-        if wants_images(model, data, side, gguf_file, trust_remote_code):
-            with progress_bars() as report:
-                projections = calibrate_on_images(
-                    model, data, images, dtype, device, trust_remote_code, report, **kept_in
-                )
+    kept_in: dict[str, Any] = {"checkpoint": partial, "checkpoint_seconds": checkpoint_seconds, "resume": resume}
+    kept_in |= {"name": model.model, "layers": layers}
+
+    def kept() -> str:
+        goes_on = f"{partial} keeps what is done, the same command with --resume goes on"
+        return goes_on if partial.exists() else "nothing was kept yet"
+
+    with stoppable(kept):
+        if wants_images(model, data, side):
+            projections = calibrate_on_images(model, data or "builtin:photographs", images, **kept_in)
         else:
-            text = text_for(model, data or "builtin:calibration")
-            loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code, predicts=False)
-            with progress_bars() as report:
-                projections = run(
-                    loaded,
-                    tokenizer,
-                    text,
-                    tokens=tokens,
-                    context=context,
-                    seed=seed,
-                    name=model,
-                    progress=lambda done, total: report("calibrate", done, total),
-                    **kept_in,
-                )
+            text = text_for(model.model, data or "builtin:calibration")
+            loaded, tokenizer = model.load(predicts=False)
+            windows: dict[str, Any] = {"tokens": tokens, "context": context, "seed": seed}
+            with progress_bar("calibrate") as progress:
+                projections = run(loaded, tokenizer, text, **windows, progress=progress, **kept_in)
         projections.save(output)
-    except KeyboardInterrupt:
-        kept = f"{partial} keeps what is done, the same command with --resume goes on"
-        typer.echo(f"stopped: {kept if partial.exists() else 'nothing was kept yet'}", err=True)
-        raise typer.Exit(130) from None
     discard(partial)
     remove_leftovers(output)
-    if json:
-        write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
-    print_table(provenance_table(projections))
-    typer.echo(f"wrote {output}")
+    _show_made(projections, output, json)
 
 
 @app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
-    json: Json = None,
-) -> None:
+@spread
+def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")], json: Json = None) -> None:
     """Check a projections file and show what is in it.
 
     Example: `aqua inspect smollm2.safetensors`
     """
     check_writable(json)
-    from aqua_attention.calibration.projections import Projections
-    from aqua_attention.io.files import write_json
-    from aqua_attention.report.tables import provenance_table, spectrum, spectrum_table
+    from aqua_attention.calibration.projections import spectrum
+    from aqua_attention.report.tables import provenance_table, spectrum_table
 
-    projections = Projections.load(file)
-    if json:
-        model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
-        write_json(json, {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)})
-    print_table(provenance_table(projections))
-    print_table(spectrum_table(projections))
+    projections = load_projections(file)
+    model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
+    rows = spectrum(projections)
+    result = {"model": model, "calibration": projections.calibration, "layers": rows}
+    show(result, json, provenance_table(projections), spectrum_table(rows), suite="spectrum")
 
 
 @app.command("merge")
+@spread
 def merge_files(
     first: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
     second: Annotated[Path, typer.Argument(help="Another one, of the same model, from other text.")],
@@ -185,41 +143,31 @@ def merge_files(
     Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
     """
     check_writable(output, json)
-    from aqua_attention.calibration.projections import Projections
-    from aqua_attention.io.files import write_json
-    from aqua_attention.report.tables import provenance_table, spectrum
-
-    projections = Projections.load(first).merged(Projections.load(second))
+    projections = load_projections(first).merged(load_projections(second))
     projections.save(output)
-    if json:
-        write_json(json, {"calibration": projections.calibration, "layers": spectrum(projections)})
-    print_table(provenance_table(projections))
+    _show_made(projections, output, json)
+
+
+def _show_made(projections: Projections, output: Path, json: Path | None) -> None:
+    from aqua_attention.calibration.projections import spectrum
+    from aqua_attention.report.tables import provenance_table
+
+    result = {"calibration": projections.calibration, "layers": spectrum(projections)}
+    show(result, json, provenance_table(projections))
     typer.echo(f"wrote {output}")
 
 
 @app.command()
+@spread
 def generate(
-    model: Model,
+    *,
     projections: ProjectionsFile,
-    prompt: Annotated[str, typer.Option(help="What to continue; put into the model's chat template if it has one.")],
-    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to write at most.")] = 64,
-    k_ratio: Annotated[float, typer.Option(help="Share of dimensions multiplied, in (0, 1].")] = 0.75,
-    s_ratio: SRatio = 0.0,
-    selection: Selection = "magnitude",
-    share: Share = "head",
-    sink: Sink = 0,
-    recent: Recent = 0,
-    logit_error: LogitError = None,
-    bits: Bits = None,
-    h2o_ratio: H2ORatio = 1.0,
-    h2o_queries: H2OQueries = None,
-    min_length: MinLength = "0",
+    prompt: Annotated[str, "What to continue; put into the model's chat template if it has one."],
+    max_new_tokens: Annotated[int, "How many tokens to write at most."] = 64,
+    config: AquaConfig,
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
     chat: Chat = True,
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Continue a prompt with AQUA attention (greedy).
@@ -227,38 +175,27 @@ def generate(
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --compare`
     """
-    config = aqua_config(
-        k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
-    )
     check_writable(json)
-    from aqua_attention.attach.apply import Attachment, apply
-    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.attach.apply import apply
     from aqua_attention.evaluate.generation import continue_prompt
-    from aqua_attention.io.files import write_json
 
-    learned = Projections.load(projections)
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-
-    def run(attachment: Attachment | None) -> str:
-        return continue_prompt(
-            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, attachment=attachment, chat=chat
-        ).text
-
+    learned = load_projections(projections)
+    loaded, tokenizer = model.load()
     attachment = apply(loaded, learned, config)
     result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
-    if compare:
-        result["dense"] = run(None)
-    result["aqua"] = run(attachment)
-    if json:
-        write_json(json, result)
+    for name, attached in (("dense", None),) * compare + (("aqua", attachment),):
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "attachment": attached, "chat": chat}
+        result[name] = continue_prompt(loaded, tokenizer, prompt, **options).text
+    show(result, json)
     if compare:
         typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
     typer.echo(result["aqua"])
 
 
 @app.command()
+@spread
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for projections, table.md and summary.json.")] = Path("demo-out"),
+    out: Annotated[Path, "Folder for projections, table.md and summary.json."] = Path("demo-out"),
     json: Json = None,
 ) -> None:
     """Fetch a small model, calibrate it, measure gain and loss, and let it write: everything in one go.
@@ -267,14 +204,11 @@ def demo(
     """
     check_writable(json)
     from aqua_attention.cli.demo import run_demo
-    from aqua_attention.io.files import write_json
     from aqua_attention.report.tables import perplexity_table
 
     with progress_bars() as report:
         summary = run_demo(out, report)
-    if json:
-        write_json(json, summary)
-    print_table(perplexity_table(summary))
+    show(summary, json, perplexity_table(summary))
     generation = summary["generation"]
     typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
     typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")

@@ -1,96 +1,105 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that several commands share, and what they make together: a model, a configuration, settings."""
+"""Options that several commands share, and what they make together: a model, windows of a text, settings."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from aqua_attention.cli.spread import Knobs
+from aqua_attention.config import AquaConfig, knobs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from aqua_attention.config import AquaConfig
+    from aqua_attention.calibration.projections import Projections
+    from aqua_attention.evaluate.setting import Setting
+    from aqua_attention.evaluate.suites.grid import Subject
 
-Model = Annotated[str, typer.Argument(help="smollm2 (fetched once), a local folder, a .gguf file, or a hub id.")]
-GgufFile = Annotated[str | None, typer.Option(help="A GGUF file's name inside the folder or hub repository.")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... (default: cuda when there is one).")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")]
+Dtype = Annotated[str, "auto, float32, bfloat16 or float16."]
+Device = Annotated[str | None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)."]
+Json = Annotated[Path | None, "Also write the figures to this file."]
 ProjectionsFile = Annotated[Path, typer.Option("--projections", "-p", help="File made by `aqua calibrate`.")]
-Context = Annotated[int, typer.Option(help="Tokens in a window.")]
-EvaluationData = Annotated[str, typer.Option("--data", help="Text: builtin:evaluation, a file or folder, hub:name.")]
-KRatios = Annotated[
-    list[float], typer.Option("--k-ratio", help="Share of dimensions multiplied; repeat for a row each.")
-]
-SRatio = Annotated[float, typer.Option(help="Share of trailing key dimensions never stored, in [0, 1).")]
-Selection = Annotated[str, typer.Option(help="magnitude (the paper), weighted (ours) or static (PCA slice).")]
-Share = Annotated[str, typer.Option(help="head: each query head its own dimensions; group: one set a KV head.")]
-Sink = Annotated[int, typer.Option(help="First tokens scored with every dimension.")]
-Recent = Annotated[int, typer.Option(help="Last tokens scored with every dimension.")]
-LogitError = Annotated[
-    float | None, typer.Option(help="Adaptive k: variance of the logit error allowed to a query; replaces --k-ratio.")
-]
-Bits = Annotated[
-    int | None, typer.Option(help="8 or 4: keys and values are stored in int8 or int4 (default: as computed).")
-]
-H2ORatio = Annotated[float, typer.Option("--h2o-ratio", help="Share of the tokens that stays in the cache, in (0, 1].")]
-H2OQueries = Annotated[
-    int | None, typer.Option("--h2o-queries", help="Only the last so many queries say which (default: all, H2O).")
-]
-MinLength = Annotated[
-    str, typer.Option(help="Queries that see fewer tokens multiply every dimension; auto: see `aqua bench breakeven`.")
-]
-Basis = Annotated[str, typer.Option(help="aqua; to compare: none (not rotated) or key-pca (keys alone).")]
-Chat = Annotated[bool, typer.Option(help="Use the model's chat template.")]
+Context = Annotated[int, "Tokens in a window."]
+EvaluationData = Annotated[str, "Text: builtin:evaluation, a file or folder, hub:name."]
+Tokens = Annotated[int, "How many tokens to read, from the start of the text."]
+Chat = Annotated[bool, "Use the model's chat template."]
+Quick = Annotated[bool, typer.Option("--quick", help="Short texts: minutes for the default model.")]
+
+Rows = Annotated[dict[str, list[Any]], Knobs(repeat=("k_ratio",))]
+"""A row a `k_ratio`; the other knobs are the same in all."""
+# `h2o_queries` is for what evicts, whatever its share.
+Grid = Annotated[dict[str, list[Any]], Knobs(repeat=(*(name for name in knobs() if name != "h2o_queries"), "basis"))]
+"""Every combination of all knobs."""
+PAPER_K_RATIO = [knobs()["k_ratio"].default]
 
 
-def aqua_config(
-    k_ratio: float,
-    s_ratio: float,
-    selection: str,
-    share: str,
-    sink: int,
-    recent: int,
-    logit_error: float | None,
-    bits: int | None,
-    h2o_ratio: float,
-    h2o_queries: int | None,
-    min_length: str,
-) -> AquaConfig:
-    """The configuration that the options name."""
-    from aqua_attention.config import AquaConfig
+@dataclass(frozen=True)
+class ModelOptions:
+    """A model, and how it is loaded."""
 
-    knobs = k_ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries
-    return AquaConfig(*knobs, min_length_of(min_length))
+    model: Annotated[str, typer.Argument(help="smollm2 (fetched once), a local folder, a .gguf file, or a hub id.")]
+    gguf_file: Annotated[str | None, "A GGUF file's name inside the folder or hub repository."] = None
+    dtype: Dtype = "auto"
+    device: Device = None
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+    ] = False
+
+    @property
+    def name(self) -> str:
+        """The model in a record: a folder may hold several GGUF files."""
+        return f"{self.model}:{self.gguf_file}" if self.gguf_file else self.model
+
+    def load(self, predicts: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer.
+
+        Args:
+            predicts: whether it has to predict next tokens, which an encoder does not.
+        """
+        from aqua_attention.calibration.run import check_predicts
+        from aqua_attention.data.models import load_model
+
+        given = dict(vars(self))
+        loaded, tokenizer = load_model(given.pop("model"), **given)
+        if predicts:
+            check_predicts(loaded)
+        return loaded, tokenizer
 
 
-def min_length_of(given: str) -> int | Literal["auto"]:
-    """A `min_length` as it is typed; AquaConfig refuses what is neither a number nor "auto"."""
-    return int(given) if given.isdecimal() else given  # type: ignore[return-value]
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a text, from its start."""
+
+    data: EvaluationData = "builtin:evaluation"
+    context: Context = 2048
+    tokens: Tokens = 8192
+
+    def subject(self, projections: Path, model: ModelOptions, *, predicts: bool = True, basis: str = "") -> Subject:
+        """The text, a model, and its projections from a file, in another basis where one is named."""
+        from aqua_attention.data.text import load_text
+        from aqua_attention.evaluate.suites.grid import Subject
+
+        learned, text = load_projections(projections), load_text(self.data)
+        learned = learned.with_basis(basis) if basis else learned
+        return Subject(model.model, *model.load(predicts=predicts), learned, self.data, text)
 
 
-def load_model(
-    model: str,
-    gguf_file: str | None,
-    dtype: str,
-    device: str | None,
-    trust_remote_code: bool,
-    predicts: bool = True,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model and tokenizer that the options name.
+def load_projections(path: Path) -> Projections:
+    """The projections of a file."""
+    from aqua_attention.calibration.projections import Projections
 
-    Args:
-        predicts: whether it has to predict next tokens, which an encoder does not.
-    """
-    from aqua_attention.calibration.run import check_predicts
-    from aqua_attention.data import models
+    return Projections.load(path)
 
-    loaded, tokenizer = models.load_model(
-        model, gguf_file=gguf_file, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
-    if predicts:
-        check_predicts(loaded)
-    return loaded, tokenizer
+
+def settings_of(given: dict[str, list[Any]]) -> list[Setting]:
+    """A setting for every combination, the first knobs varying slowest."""
+    *values, bases = given.values()
+    combinations = [AquaConfig(**dict(zip(given, each, strict=False))) for each in product(*values)]
+    from aqua_attention.evaluate.setting import Setting
+
+    return [Setting(config, basis) for config in combinations for basis in bases]

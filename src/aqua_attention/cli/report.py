@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 
 from aqua_attention.cli.options import Json
-from aqua_attention.cli.terminal import check_writable, progress_bars
+from aqua_attention.cli.spread import spread
+from aqua_attention.cli.terminal import check_writable, progress_bar, show
 
 
+@spread
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Results: what `aqua eval grid` wrote, or --json of other commands.")
@@ -27,23 +29,21 @@ def report(
     Example: `aqua report results`
     """
     check_writable(json)
-    from aqua_attention.io.files import write_json
     from aqua_attention.report.collect import collect
     from aqua_attention.report.page import write_report
 
     collected = collect(folder)
     check_writable(folder / "report.html", folder / "report.md", json)
-    with progress_bars() as bar:
-        paths = write_report(folder, collected, lambda done, total: bar("report", done, total))
-    suites = Counter(record.suite for record in collected.records)
-    if json:
-        failed = [
-            {"suite": record.suite, "source": record.source, "setting": record.setting, "error": record.error}
-            for record in collected.failed
-        ]
-        unused = [{"file": name, "reason": reason} for name, reason in collected.unused]
-        written = [str(path) for path in paths]
-        write_json(json, {"settings": dict(suites), "failed": failed, "unused": unused, "written": written})
+    with progress_bar("report") as progress:
+        paths = write_report(folder, collected, progress)
+    suites, about = Counter(record.suite for record in collected.records), ("suite", "source", "setting", "error")
+    result = {
+        "settings": dict(suites),
+        "failed": [{name: getattr(record, name) for name in about} for record in collected.failed],
+        "unused": [{"file": name, "reason": reason} for name, reason in collected.unused],
+        "written": [str(path) for path in paths],
+    }
+    show(result, json)
     for name, reason in collected.unused:
         typer.echo(f"not used: {name}: {reason}", err=True)
     counts = ", ".join(f"{count} {suite}" for suite, count in suites.items()) or "none"

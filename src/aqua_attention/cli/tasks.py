@@ -9,39 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from aqua_attention.cli.evaluate import PAPER_K_RATIO
-from aqua_attention.cli.options import (
-    Basis,
-    Bits,
-    Device,
-    Dtype,
-    GgufFile,
-    H2OQueries,
-    H2ORatio,
-    Json,
-    KRatios,
-    LogitError,
-    MinLength,
-    Model,
-    ProjectionsFile,
-    Recent,
-    RemoteCode,
-    Selection,
-    Share,
-    Sink,
-    SRatio,
-    aqua_config,
-    load_model,
-)
-from aqua_attention.cli.terminal import check_writable, print_table, progress_bars
+from aqua_attention.cli.options import Json, ModelOptions, ProjectionsFile, Rows, load_projections, settings_of
+from aqua_attention.cli.spread import spread
+from aqua_attention.cli.terminal import check_writable, progress_bar, show, stoppable
 from aqua_attention.errors import AquaError
 
 QUICK_CHOICES, QUICK_WRITTEN = 10, 2
 """Questions of a task under --quick: written answers take the longest."""
 
 
+@spread
 def tasks(
-    model: Model,
+    *,
     projections: ProjectionsFile,
     task: Annotated[
         list[str],
@@ -50,37 +29,18 @@ def tasks(
             "arc_challenge, truthfulqa, mmlu or gsm8k."
         ),
     ],
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first so many questions of a task (MMLU: of a subject).")
-    ] = None,
+    limit: Annotated[int | None, "Only the first so many questions of a task (MMLU: of a subject)."] = None,
     few_shot: Annotated[
-        int | None,
-        typer.Option(help="Examples before each question (default: gsm8k 5, others 0; truthfulqa always 0)."),
+        int | None, "Examples before each question (default: gsm8k 5, others 0; truthfulqa always 0)."
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the examples.")] = 0,
+    seed: Annotated[int, "Draws the examples."] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Only {QUICK_CHOICES} questions of a task, {QUICK_WRITTEN} of gsm8k.")
     ] = False,
-    state: Annotated[
-        Path | None, typer.Option(help="Keep the answers in this file; after Ctrl-C or a kill, go on from it.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Questions at once.")] = 8,
-    k_ratio: KRatios = PAPER_K_RATIO,
-    s_ratio: SRatio = 0.0,
-    selection: Selection = "magnitude",
-    share: Share = "head",
-    sink: Sink = 0,
-    recent: Recent = 0,
-    logit_error: LogitError = None,
-    bits: Bits = None,
-    h2o_ratio: H2ORatio = 1.0,
-    h2o_queries: H2OQueries = None,
-    min_length: MinLength = "0",
-    basis: Basis = "aqua",
-    gguf_file: GgufFile = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    trust_remote_code: RemoteCode = False,
+    state: Annotated[Path | None, "Keep the answers in this file; after Ctrl-C or a kill, go on from it."] = None,
+    batch: Annotated[int, "Questions at once."] = 8,
+    knobs: Rows,
+    model: ModelOptions,
     json: Json = None,
 ) -> None:
     """Multiple choice and arithmetic from local files, dense and AQUA on the same questions.
@@ -88,24 +48,15 @@ def tasks(
     Example: `aqua eval tasks smollm2 -p smollm2.safetensors --task hellaswag=hellaswag_val.jsonl --task gsm8k=gsm8k/
     --limit 100 --k-ratio 0.5 --selection weighted --sink 4 --recent 64 --state tasks.state --json tasks.json`
     """
-    configs = [
-        aqua_config(
-            ratio, s_ratio, selection, share, sink, recent, logit_error, bits, h2o_ratio, h2o_queries, min_length
-        )
-        for ratio in k_ratio
-    ]
+    settings = settings_of(knobs)
     check_writable(state, json)
-    from aqua_attention.calibration.projections import Projections
     from aqua_attention.evaluate.record import dtype_of
-    from aqua_attention.evaluate.setting import Setting
     from aqua_attention.evaluate.tasks.prompts import load_task
     from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks
-    from aqua_attention.io.files import write_json
     from aqua_attention.report.tables import tasks_table
 
     if quick and limit is not None:
         raise AquaError(f"--quick asks few questions, --limit {limit} says how many: give one of the two")
-    settings = [Setting(config, basis) for config in configs]
     if unnamed := [given for given in task if "=" not in given]:
         raise AquaError(f"--task {unnamed[0]} names no file: write NAME=PATH, such as hellaswag=hellaswag_val.jsonl")
     paths = [given.split("=", 1) for given in task]
@@ -115,28 +66,15 @@ def tasks(
         examples = None if name == "truthfulqa" else few_shot
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
-    learned = Projections.load(projections)
-    loaded, tokenizer = load_model(model, gguf_file, dtype, device, trust_remote_code)
-    try:
-        with progress_bars() as report:
-            result = evaluate_tasks(
-                loaded,
-                tokenizer,
-                learned,
-                settings,
-                asked,
-                batch=batch,
-                state=state,
-                progress=lambda done, total: report("answers", done, total),
-            )
-    except KeyboardInterrupt:
-        kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
-        typer.echo(f"stopped: {kept}", err=True)
-        raise typer.Exit(130) from None
-    result |= {"model": model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
-    if json:
-        write_json(json, result)
-    print_table(tasks_table(result))
+    learned = load_projections(projections)
+    loaded, tokenizer = model.load()
+    kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
+    with stoppable(lambda: kept), progress_bar("answers") as progress:
+        result = evaluate_tasks(
+            *(loaded, tokenizer, learned, settings, asked), batch=batch, state=state, progress=progress
+        )
+    result |= {"model": model.model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
+    show(result, json, tasks_table(result), suite="tasks")
     for name, entry in result["tasks"].items():
         beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""
         typer.echo(f"{name}: {entry['questions']} questions of {_some_of(entry['files'])}{beside}")
@@ -167,10 +105,8 @@ def lm_eval(context: typer.Context) -> None:
         ) from error
     sys.argv = ["lm-eval", *context.args]
     try:
-        cli_evaluate()
-    except KeyboardInterrupt:
-        typer.echo("stopped: with --use_cache, the same command goes on", err=True)
-        raise typer.Exit(130) from None
+        with stoppable(lambda: "with --use_cache, the same command goes on"):
+            cli_evaluate()
     except AquaError:
         raise
     except ValueError as error:  # what it raises for a task that it does not know

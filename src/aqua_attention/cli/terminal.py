@@ -4,10 +4,15 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from aqua_attention.errors import AquaError
 
@@ -24,6 +29,11 @@ def check_writable(*paths: Path | None) -> None:
         folder = path.absolute().parent
         if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
+
+
+def command_line() -> str:
+    """How this command was called, for records."""
+    return shlex.join(["aqua", *sys.argv[1:]])
 
 
 def check_folder(folder: Path) -> None:
@@ -52,6 +62,41 @@ def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
             bars.update(tasks[name], completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[float, int], None]]:
+    """One bar, moved by progress(done, total)."""
+    with progress_bars() as report:
+        yield partial(report, name)
+
+
+@contextmanager
+def stoppable(kept: Callable[[], str]) -> Iterator[None]:
+    """After Ctrl-C, say what is kept and how to go on, and leave with exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: {kept()}", err=True)
+        raise typer.Exit(130) from None
+
+
+def show(result: dict[str, Any], json: Path | None, *tables: Table, suite: str | None = None) -> None:
+    """Write a result, if there is a file for it, and print its tables.
+
+    Args:
+        suite: of a measurement, which is written as a record is.
+    """
+    if json and suite:
+        from aqua_attention.evaluate.record import write_result
+
+        write_result(json, suite, result, command_line())
+    elif json:
+        from aqua_attention.io.files import write_json
+
+        write_json(json, result)
+    for table in tables:
+        print_table(table)
 
 
 def print_table(table: Table) -> None:

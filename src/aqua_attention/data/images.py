@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.data.pictures import SETS, VISION_EXTRA
+from aqua_attention.data.sources import first_line, hub_rows, local_path
 from aqua_attention.errors import AquaError
-from aqua_attention.model.inputs import padding
-from aqua_attention.model.sides import IMAGES, runner, sides
+from aqua_attention.model.sides import IMAGES, padding, runner, sides
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,7 +74,7 @@ def read_images(
         if progress:
             progress(done, len(pictures))
         try:
-            inputs.append(_read(reader, picture()))
+            inputs.append(_read(reader, picture))
             names.append(name)
         except _Unreadable as error:
             unread.append(f"{name} ({error})")
@@ -102,44 +102,34 @@ class _Unreadable(Exception):
     """This image cannot be decoded, or the model's image processor does not take it whole and alone."""
 
 
-def _read(reader: Reader, picture: Image) -> dict[str, Tensor]:
+def _read(reader: Reader, picture: Image | Path) -> dict[str, Tensor]:
+    picture = _decoded(picture) if isinstance(picture, Path) else picture
     try:
         inputs = reader(picture)
     except Exception as error:  # processors refuse pictures, as too narrow ones, in their own ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise _Unreadable(reason) from error
+        raise _Unreadable(first_line(error)) from error
     if mask := padding(inputs):
         raise _Unreadable(f"its processor pads it: {mask} is not all ones")
     return inputs
 
 
-def _pictures(spec: str, most: int) -> Sequence[tuple[str, Callable[[], Image]]]:
-    """Names, and how to get each picture; decoded one by one, because many do not fit in memory."""
+def _pictures(spec: str, most: int) -> Sequence[tuple[str, Image | Path]]:
+    """Names and pictures; files are decoded one by one, because many do not fit in memory."""
     kind, _, rest = spec.partition(":")
     if kind == "builtin":
         if rest not in SETS:
             raise AquaError(f"{spec!r} names no images: they are one of {FORMS}")
-        made = _spread(list(SETS[rest]()), most)
-        return [(name, partial(_same, picture)) for name, picture in made]
+        return _spread(list(SETS[rest]()), most)
     if kind == "hub":
-        return [(name, partial(_same, picture)) for name, picture in islice(_hub_pictures(rest), most)]
-    try:
-        path = Path(spec).expanduser()
-        exists, is_folder = path.exists(), path.is_dir()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise AquaError(f"{spec[:100]!r} is no usable path ({error}): images are one of {FORMS}") from error
-    if not exists:
-        raise AquaError(f"there is no file or folder {spec!r}: images are one of {FORMS}")
-    if not is_folder and path.suffix.lower() not in SUFFIXES:
+        found = enumerate(islice(hub_rows(rest, partial(_row_picture, spec)), most))
+        return [(f"{rest.partition(':')[0]}#{number}", picture) for number, picture in found]
+    path = local_path(spec, f"images are one of {FORMS}")
+    if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
         raise AquaError(f"{spec!r} is no image: images are one of {FORMS}, ending in {', '.join(SUFFIXES)}")
-    files = _files(path) if is_folder else [path]
+    files = _files(path) if path.is_dir() else [path]
     if not files:
         raise AquaError(f"the folder {spec!r} holds no image: none ends in {', '.join(SUFFIXES)}")
-    return [(str(file), partial(_decoded, file)) for file in _spread(files, most)]
-
-
-def _same(picture: Image) -> Image:
-    return picture
+    return [(str(file), file) for file in _spread(files, most)]
 
 
 def _files(folder: Path) -> list[Path]:
@@ -159,36 +149,18 @@ def _decoded(file: Path) -> Image:
         with Image.open(file) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # decoders of damaged files raise anything
-        known = {"UnidentifiedImageError": "not an image"}
-        raise _Unreadable(known.get(type(error).__name__, str(error) or type(error).__name__)) from error
+        unknown = type(error).__name__ == "UnidentifiedImageError"
+        raise _Unreadable("not an image" if unknown else first_line(error)) from error
 
 
-def _hub_pictures(rest: str) -> Iterator[tuple[str, Image]]:
+def _row_picture(spec: str, row: dict[str, Any]) -> Image:
+    """The first image of a row of a dataset."""
     from PIL.Image import Image
 
-    name, *more = rest.split(":")
-    if not name or len(more) > 2:
-        raise AquaError(f"cannot read 'hub:{rest}': write hub:dataset[:config[:split]]")
-    config, split = [*more, "", ""][:2]
-    try:
-        import datasets
-    except ImportError as error:
-        raise AquaError(
-            f"reading 'hub:{rest}' takes the datasets package: pip install 'aqua-attention[data]'"
-        ) from error
-    try:
-        for number, row in enumerate(
-            datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-        ):
-            found = next((value for value in row.values() if isinstance(value, Image)), None)
-            if found is None:
-                raise AquaError(f"hub:{rest} has no images in its columns {', '.join(row)}")
-            yield f"{name}#{number}", found.convert("RGB")
-    except AquaError:
-        raise
-    except Exception as error:  # loading scripts and servers fail in any way they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise AquaError(f"cannot read 'hub:{rest}' ({reason}): check the name and the network") from error
+    found = next((value for value in row.values() if isinstance(value, Image)), None)
+    if found is None:
+        raise AquaError(f"{spec} has no images in its columns {', '.join(row)}")
+    return found.convert("RGB")
 
 
 def image_reader(model: PreTrainedModel, processor: Any | None) -> Reader:

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_dir
 
+from aqua_attention.data.sources import first_line
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -144,34 +145,26 @@ def load_model(
     Raises:
         AquaError: an argument is wrong, or the model cannot be loaded whole.
     """
-    place = _checked(dtype, device)
+    target = _device(dtype, device)
     if name == DEFAULT_MODEL:
         name = str(default_model_path())
         if dtype == "auto":
-            dtype = "bfloat16" if place.type == "cuda" else "float32"
+            dtype = "bfloat16" if target.type == "cuda" else "float32"
     source, gguf_file = _source(name, gguf_file)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if gguf_file is not None:
         options["gguf_file"] = gguf_file
-    try:
+    with _loading(name, gguf_file):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         from aqua_attention.model.sides import TEXT, sides
 
-        with _quiet():
-            found = None if gguf_file else _encoder_class(source, options)
-            if found is not None and TEXT not in sides(found):
-                raise AquaError(
-                    f"model {name!r} reads images, not text: calibrate it on images, or use `aqua eval images`"
-                )
-            model = _loaded(name, found or AutoModelForCausalLM, source, dtype, options)
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = model.to(place).eval()
-    except AquaError:
-        raise
-    except Exception as error:  # the loaders pass on whatever their parsers raise
-        raise AquaError(_explain(name, gguf_file, error)) from error
-    return model, tokenizer
+        found = None if gguf_file else _encoder_class(source, options)
+        if found is not None and TEXT not in sides(found):
+            raise AquaError(f"model {name!r} reads images, not text: calibrate it on images, or use `aqua eval images`")
+        model = _loaded(name, found or AutoModelForCausalLM, source, dtype, options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        return model.to(target).eval(), tokenizer
 
 
 def load_image_model(
@@ -185,32 +178,26 @@ def load_image_model(
     Raises:
         AquaError: as `load_model`; a model that does not read images.
     """
-    place = _checked(dtype, device)
+    target = _device(dtype, device)
     if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
         raise AquaError(f"model {name!r} reads text, not images: give --data a text")
     source, _ = _source(name, None)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    try:
+    with _loading(name):
         from transformers import AutoImageProcessor
 
         from aqua_attention.model.sides import IMAGES, sides
 
-        with _quiet():
-            found = _encoder_class(source, options)
-            if found is None or IMAGES not in sides(found):
-                raise AquaError(f"model {name!r} reads text, not images: give --data a text")
-            model = _loaded(name, found, source, dtype, options).to(place).eval()
-            try:
-                processor = AutoImageProcessor.from_pretrained(source, **options)
-            except OSError:
-                if any(Path(source, file).exists() for file in ("preprocessor_config.json", "processor_config.json")):
-                    raise
-                processor = None
-    except AquaError:
-        raise
-    except Exception as error:  # as above
-        raise AquaError(_explain(name, None, error)) from error
-    return model, processor
+        found = _encoder_class(source, options)
+        if found is None or IMAGES not in sides(found):
+            raise AquaError(f"model {name!r} reads text, not images: give --data a text")
+        model = _loaded(name, found, source, dtype, options).to(target).eval()
+        try:
+            return model, AutoImageProcessor.from_pretrained(source, **options)
+        except OSError:
+            if any(Path(source, file).exists() for file in ("preprocessor_config.json", "processor_config.json")):
+                raise
+            return model, None
 
 
 def reads_images(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> tuple[bool, bool]:
@@ -263,23 +250,19 @@ def _loaded(name: str, loader: Any, source: str, dtype: str, options: dict[str, 
     return model
 
 
-def _checked(dtype: str, device: str | torch.device | None) -> torch.device:
+def _device(dtype: str, device: str | torch.device | None) -> torch.device:
     """The device, after a look at both."""
-    if dtype not in DTYPES:
-        raise AquaError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    return _device(device)
-
-
-def _device(device: str | torch.device | None) -> torch.device:
     import torch
 
+    if dtype not in DTYPES:
+        raise AquaError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(device)
+        target = torch.device(device)
         # A device can be well named and still not be there.
-        if torch.empty(1, device=place).device.type != "meta":
-            return place
+        if torch.empty(1, device=target).device.type != "meta":
+            return target
     except (RuntimeError, AssertionError, ImportError):
         pass
     found = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
@@ -309,12 +292,23 @@ def _source(name: str, gguf_file: str | None) -> tuple[str, str | None]:
 
 
 def _explain(name: str, gguf_file: str | None, error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
     remedy = "check the name, and that a local folder holds config.json, the weights and the tokenizer"
     if gguf_file is not None:
         remedy = "check that the file is there, complete, and of a model type transformers reads from GGUF"
-    remedy = next((known for needle, known in _REMEDIES if needle in text), remedy)
-    return f"model {name!r} cannot be loaded ({text.splitlines()[0][:200].rstrip('.: ')}): {remedy}"
+    remedy = next((known for needle, known in _REMEDIES if needle in str(error)), remedy)
+    return f"model {name!r} cannot be loaded ({first_line(error).rstrip('.: ')}): {remedy}"
+
+
+@contextmanager
+def _loading(name: str, gguf_file: str | None = None) -> Iterator[None]:
+    """While open, loaders are quiet, and what they raise becomes an AquaError."""
+    try:
+        with _quiet():
+            yield
+    except AquaError:
+        raise
+    except Exception as error:  # the loaders pass on whatever their parsers raise
+        raise AquaError(_explain(name, gguf_file, error)) from error
 
 
 @contextmanager
@@ -324,27 +318,18 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub.utils import logging as hub_log
     from transformers.utils import logging as log
 
-    bars, hub_bars = log.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    level, hub_level = log.get_verbosity(), hub_log.get_verbosity()
-    log.disable_progress_bar()
-    if hub_bars:
-        enable_progress_bars()
-    log.set_verbosity_error()
-    hub_log.set_verbosity_error()
-    reader: Any = None
-    with suppress(ImportError):  # it draws a bar that heeds no setting; other releases may lack it
-        reader = import_module("transformers.modeling_gguf_pytorch_utils")
-    gguf_bar = getattr(reader, "tqdm", None)
-    if gguf_bar is not None:
-        reader.tqdm = partial(gguf_bar, disable=True)
-    try:
+    with ExitStack() as restore:
+        set_hub_bars = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
+        restore.callback(set_hub_bars)
+        if log.is_progress_bar_enabled():
+            restore.callback(log.enable_progress_bar)
+        for each in (log, hub_log):
+            restore.callback(each.set_verbosity, each.get_verbosity())
+            each.set_verbosity_error()
+        log.disable_progress_bar()
+        set_hub_bars()  # transformers switches the hub's with its own
+        with suppress(ImportError, AttributeError):  # it draws a bar that heeds no setting; other releases may lack it
+            reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
+            restore.callback(setattr, reader, "tqdm", reader.tqdm)
+            reader.tqdm = partial(reader.tqdm, disable=True)
         yield
-    finally:
-        if gguf_bar is not None:
-            reader.tqdm = gguf_bar
-        if bars:
-            log.enable_progress_bar()
-        if not hub_bars:
-            disable_progress_bars()
-        log.set_verbosity(level)
-        hub_log.set_verbosity(hub_level)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aqua_attention.data.sources import first_line, hub_rows, local_path
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ FORMS = (
     f"or a file ending in {', '.join(SUFFIXES)} (all but .parquet may end in .gz too)"
 )
 _FIELDS = ("text", "content")
-_DATA_EXTRA = "pip install 'aqua-attention[data]'"
 
 
 def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
@@ -49,7 +49,7 @@ def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
     if kind == "builtin":
         text = _builtin(rest)[:max_characters]
     elif kind == "hub":
-        text = _join(_hub_rows(rest), max_characters)
+        text = _join(hub_rows(rest, lambda row: _row_text(row, spec)), max_characters)
     else:
         text = _local(spec, max_characters)
     if not text.strip():
@@ -86,19 +86,12 @@ def _builtin(name: str) -> str:
 
 
 def _local(spec: str, limit: int) -> str:
-    try:
-        path = Path(spec).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AquaError(f"{spec[:100]!r} is no usable path ({reason}): a text is one of {FORMS}") from error
-    if is_folder:
+    path = local_path(spec, f"a text is one of {FORMS}")
+    if path.is_dir():
         files = _files(path)
         if not files:
             raise AquaError(f"the folder {spec!r} holds no file ending in {', '.join(SUFFIXES)}")
         return _join((_read(file, limit) for file in files), limit)
-    if not exists:
-        raise AquaError(f"there is no file or folder {spec!r}: a text is one of {FORMS}")
     if _suffix(path) not in SUFFIXES:
         raise AquaError(f"cannot tell what {spec!r} holds from its name: a text is one of {FORMS}")
     return _read(path, limit)
@@ -161,7 +154,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise AquaError(f"reading {path} takes pyarrow: {_DATA_EXTRA}") from error
+        raise AquaError(f"reading {path} takes pyarrow: pip install 'aqua-attention[data]'") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -174,26 +167,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
                         raise AquaError(f"{path} has no strings in its column {column!r}: give a text column")
                     yield text or ""
     except (pyarrow.ArrowException, OSError) as error:
-        raise AquaError(f"{path} is not a whole parquet file ({_first_line(error)}): fetch it again") from error
-
-
-def _hub_rows(rest: str) -> Iterator[str]:
-    name, *more = rest.split(":")
-    if not name or len(more) > 2:
-        raise AquaError(f"cannot read 'hub:{rest}': write hub:dataset[:config[:split]]")
-    config, split = [*more, "", ""][:2]
-    try:
-        import datasets
-    except ImportError as error:
-        raise AquaError(f"reading 'hub:{rest}' takes the datasets package: {_DATA_EXTRA}") from error
-    try:
-        for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
-            yield _row_text(row, f"hub:{rest}")
-    except AquaError:
-        raise
-    except Exception as error:  # loading scripts and servers fail in any way they like
-        reason = _first_line(error)
-        raise AquaError(f"cannot read 'hub:{rest}' ({reason}): check the name and the network") from error
+        raise AquaError(f"{path} is not a whole parquet file ({first_line(error)}): fetch it again") from error
 
 
 def _row_text(row: dict[str, Any], where: str) -> str:
@@ -201,10 +175,6 @@ def _row_text(row: dict[str, Any], where: str) -> str:
         if isinstance(row.get(field), str):
             return str(row[field])
     raise AquaError(f"{where} has no string in a field 'text' or 'content': its fields are {', '.join(row)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def text_digest(text: str) -> str:

@@ -20,8 +20,9 @@ from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import dtype_of, file_digest, make_folder
 from aqua_attention.evaluate.run import Progress
 from aqua_attention.io.files import remove_leftovers
+from aqua_attention.io.state import same_digest
 from aqua_attention.model.capture import attention_layers
-from aqua_attention.model.fingerprint import key_weight_digest, same_digest
+from aqua_attention.model.fingerprint import key_weight_digest
 
 
 @dataclass(frozen=True)

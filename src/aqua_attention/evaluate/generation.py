@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from aqua_attention.attach.apply import Attachment
 from aqua_attention.calibration.run import check_generates, check_tokens
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.run import damaged
 from aqua_attention.model.capture import input_device
 
 # Some models ship a generation config with penalties or beams, which would hide what attention does.
@@ -99,6 +100,6 @@ def continue_tokens(
             **GREEDY,
         )
     if bool(torch.stack(output.logits).isnan().any()):
-        raise AquaError("the model gives NaN: its weights are damaged or the dtype is too narrow (try --dtype float32)")
+        raise damaged("the model gives NaN")
     new = output.sequences[0, length:].tolist()
     return Continuation(text=str(tokenizer.decode(new, skip_special_tokens=True)), token_ids=new)

@@ -6,7 +6,6 @@ It needs the extra: `pip install 'aqua-attention[lm-eval]'`.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from transformers import PreTrainedModel
 
 from aqua_attention.attach.apply import apply
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.config import AquaConfig
+from aqua_attention.config import AquaConfig, knobs
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
 from aqua_attention.errors import AquaError
-
-KNOBS = tuple(field.name for field in dataclasses.fields(AquaConfig))
 
 
 @register_model("aqua")
@@ -53,7 +50,7 @@ class AquaLM(HFLM):
         Raises:
             AquaError: no projections, or not of this model; a bad setting; a model that AQUA cannot be attached to.
         """
-        config = AquaConfig(**{name: kwargs.pop(name) for name in KNOBS if name in kwargs})
+        config = AquaConfig(**{name: kwargs.pop(name) for name in knobs() if name in kwargs})
         if projections is None:
             raise AquaError(
                 "model_args has no projections: make them with `aqua calibrate`, and add projections=FILE to model_args"

@@ -1,85 +1,252 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One JSON file for each measurement of a results folder: what was measured, with what, and the figures or why not.
+"""What was measured, with what, and the figures or why not: one `Record`, in the files of a grid and of every command.
 
-`FOLDER/records/SUITE-DIGEST.json`, where DIGEST is the first 12 hexadecimal digits of the key's SHA-256. The key is
-what makes two measurements the same one, so that a stopped run finds what it has done.
+A grid has a file for each measurement, `FOLDER/records/SUITE-DIGEST.json`, with its figures in `result`. DIGEST is the
+first 12 hexadecimal digits of the key's SHA-256. The key is what makes two measurements the same one, so that a stopped
+run finds what it has done.
+
+A command that measures several settings at once has one file for all. Its figures stay at the top level (`rows`,
+`results`, `questions`, `layers`), where scripts look for them, and `write_result` puts the record's own fields beside
+them: `schema`, `suite`, `command`, `version`. The report knows such a file by its suite, and one of an older version by
+its keys. To nest the figures would gain nothing and break every script. To write the options twice would let the two
+disagree.
+
+This module loads neither torch nor transformers: the report needs it without them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-import platform
 import subprocess
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from transformers import PreTrainedModel
-
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.suites import SUITES, Rows, Suite
 from aqua_attention.io.files import remove_leftovers, write_json
-from aqua_attention.model.capture import attention_layers, input_device
-from aqua_attention.model.fingerprint import key_weight_digest
 from aqua_attention.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SCHEMA = 1
 KEY_FIELDS = ("suite", "model", "config", "basis", "options", "projections_sha256", "text_sha256", "dtype", "seed")
-CALIBRATING = ("transfer", "context")
-"""Suites that calibrate by themselves: their options say how, and so the projections are a result, not part of the key.
-"""
 FACTS = ("command", "commit", "version", "versions", "device", "started", "seconds")
-FAILURES = ("out_of_memory", "error")
-LOSSES = ("perplexity", "perplexity_change", "kl", "top1", "mean_k", "tokens")
-RETRIEVAL = ("right", "asked", "lost", "gained", "p_value")
-FIGURES = {
-    "perplexity": LOSSES,
-    "retention": ("score_loss", "softmax_loss"),
-    "needle": RETRIEVAL,
-    "lines": RETRIEVAL,
-    "transfer": (*LOSSES, "distance"),
-    "context": LOSSES,
-}
-"""Numbers that a suite's result must have: without them, a record is none."""
+_FIELDS = ("schema", "suite", "model", "config", "basis", "options", "result", "error")
 
 Key = dict[str, Any]
 
 
-def record_key(
-    suite: str,
-    *,
-    model: str,
-    dtype: str,
-    config: dict[str, Any] | None,
-    basis: str = "aqua",
-    options: dict[str, Any],
-    projections_sha256: str | None = None,
-    text_sha256: str | None = None,
-    seed: int | None = None,
-) -> Key:
+class Unusable(Exception):
+    """Why a file, or a part of it, is not used: a reason in words."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One setting of one suite, measured or failed.
+
+    Attributes:
+        setting: the AquaConfig's fields; None for dense attention, and where the suite has no setting.
+        options: the suite's own.
+        result: what was measured, None where it failed.
+        error: `{"kind", "message"}` where it failed.
+        details: all else that a file says, such as `dtype`, `seed`, digests, and program and machine.
+        key: the same for all records of one measurement; None where the file does not say what that is.
+        source: name of the file, in the results directory.
+    """
+
+    suite: str
+    model: str
+    setting: dict[str, Any] | None = None
+    basis: str = "aqua"
+    options: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] | None = None
+    error: dict[str, str] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    key: Key | None = None
+    source: str = ""
+
+    @classmethod
+    def of(cls, value: dict[str, Any], source: str = "") -> Record:
+        """The record that a file of a grid holds, not checked."""
+        return cls(
+            suite=value["suite"],
+            model=value["model"],
+            setting=value.get("config"),
+            basis=value.get("basis", "aqua"),
+            options=value["options"],
+            result=value.get("result"),
+            error=value.get("error"),
+            details={name: each for name, each in value.items() if name not in _FIELDS},
+            key=_without_own_projections({name: value.get(name) for name in KEY_FIELDS}),
+            source=source,
+        )
+
+    @classmethod
+    def read(cls, value: dict[str, Any], source: str = "") -> Record:
+        """The same as the report takes it: also of an older version, and without what a page can do without.
+
+        Raises:
+            Unusable: another version of the format, or a field is missing or of the wrong kind.
+        """
+        check_schema(value)
+        for name, kind, words in (("suite", str, "a text"), ("model", str, "a text"), ("options", dict, "an object")):
+            if not isinstance(value.get(name), kind):
+                raise Unusable(f"its {name} is {short(value.get(name))}, not {words}")
+        result, error = value.get("result"), value.get("error")
+        if (result is None) == (error is None):
+            raise Unusable("it must have either a result or an error")
+        if error is not None:
+            if not isinstance(error, dict) or not isinstance(error.get("message"), str):
+                raise Unusable("its error has no message")
+            error = {"kind": str(error.get("kind", "error")), "message": error["message"]}
+        setting, basis = read_setting(value.get("config")), str(value.get("basis") or "aqua")
+        return replace(cls.of(value, source), setting=setting, basis=basis, error=error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a grid's file holds it."""
+        outcome = {"result": self.result} if self.error is None else {"error": self.error}
+        mine = {"suite": self.suite, "model": self.model, "config": self.setting, "basis": self.basis}
+        return {"schema": SCHEMA, **mine, "options": self.options, **self.details, **outcome}
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The result; empty where it failed."""
+        return self.result or {}
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The setting; empty for dense attention."""
+        return self.setting or {}
+
+    @property
+    def command(self) -> str | None:
+        """The command line that made it, None where the file does not say."""
+        command = self.details.get("command")
+        return command if isinstance(command, str) else None
+
+    def checked(self) -> Record:
+        """The record, whose result has what its suite must have.
+
+        Raises:
+            Unusable: it has not.
+        """
+        if self.suite not in SUITES:
+            raise Unusable(f"its suite is {short(self.suite)}: it must be one of {', '.join(SUITES)}")
+        result, suite = self.result, SUITES[self.suite]
+        if result is None:
+            return self
+        if not isinstance(result, dict):
+            raise Unusable(f"its result is {short(result)}, not an object")
+        # Dense attention has nothing to compare with.
+        for name in suite.of_dense if self.setting is None and suite.of_dense else suite.numbers:
+            if name not in result:
+                raise Unusable(f"its result has no {name}")
+            if not _is_number(result[name]):
+                raise Unusable(f"its {name} is {short(result[name])}, not a number")
+        for name in suite.words:
+            if not isinstance(result.get(name), str):
+                raise Unusable(f"its {name} is {short(result.get(name))}, not a text")
+        for rows in suite.rows:
+            _check_rows(rows, result.get(rows.name))
+        return self
+
+
+def check_schema(value: dict[str, Any]) -> None:
+    """Raise Unusable for a file of another version."""
+    if value.get("schema") != SCHEMA:
+        raise Unusable(f"its schema is {value.get('schema')!r}, this version reads {SCHEMA}")
+
+
+def read_setting(value: Any) -> dict[str, Any] | None:
+    """The fields of an AquaConfig, all of them, also where an older version wrote fewer.
+
+    Raises:
+        Unusable: they are none, or a value is out of range.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise Unusable(f"its config is {short(value)}, not an object")
+    fields = {name: each for name, each in value.items() if name != "effective_ratio"}
+    try:
+        return AquaConfig(**fields).to_dict()
+    except AquaError as error:
+        raise Unusable(f"its config is wrong: {error}") from error
+    except TypeError:
+        unknown = ", ".join(sorted(set(fields) - set(AquaConfig().to_dict()))) or "of the wrong kind"
+        raise Unusable(f"its config has fields that this version does not know: {unknown}") from None
+
+
+def number(value: Any) -> float:
+    """A figure as a float; NaN where a file holds null, which is how JSON says it, or no number at all."""
+    return float(value) if value is not None and _is_number(value) else math.nan
+
+
+def numbers(value: Any) -> list[float]:
+    """A list of figures; of one where there is a single one."""
+    return [number(each) for each in value] if isinstance(value, list) else [number(value)]
+
+
+def short(value: Any) -> str:
+    """A value in the words of a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _check_rows(kind: Rows, rows: Any) -> None:
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
+        raise Unusable(f"its {kind.name} is {short(rows)}, not a list of objects")
+    for row in rows:
+        if kind.title:
+            if not isinstance(row.get(kind.title), str):
+                raise Unusable(f"a row of its {kind.name} has {kind.title} {short(row.get(kind.title))}, not a text")
+            if "absent" in row:
+                continue
+        for key in kind.numbers:
+            if not _is_number(row.get(key)):
+                raise Unusable(f"a row of its {kind.name} has {key} {short(row[key])}, not a number")
+        for key in kind.lists:
+            values = row.get(key)
+            if not (isinstance(values, list) and values and all(_is_number(value) for value in values)):
+                raise Unusable(f"a row of its {kind.name} has {key} {short(values)}, not a list of numbers")
+
+
+def _is_number(value: Any) -> bool:
+    if value is None:
+        return True
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or abs(value) < 2**63
+
+
+def record_key(suite: str, *, model: str, dtype: str, config: dict[str, Any] | None, **others: Any) -> Key:
     """What identifies a measurement.
 
     Args:
         model: as the user named it. dtype: of its weights, such as "float32".
         config: the AquaConfig's fields, or None for the dense model.
-        options: the suite's own, as JSON values.
-        projections_sha256: of the file; left out of the key by suites that calibrate (`CALIBRATING`).
-        text_sha256: of the text that is read; None when the suite writes its own.
+        others: the rest of KEY_FIELDS, where there is such: `basis` ("aqua" when left out), the suite's own `options`,
+            digests of the projections' file (not for suites that calibrate) and of the text read, `seed`.
     """
-    key = {
-        "suite": suite,
-        "model": model,
-        "config": config,
-        "basis": basis,
-        "options": options,
-        "projections_sha256": None if suite in CALIBRATING else projections_sha256,
-        "text_sha256": text_sha256,
-        "dtype": dtype,
-        "seed": seed,
-    }
+    given = {"basis": "aqua"} | others | {"suite": suite, "model": model, "dtype": dtype, "config": config}
+    assert given.keys() <= set(KEY_FIELDS)
+    key = _without_own_projections({name: given.get(name) for name in KEY_FIELDS})
     return json.loads(json.dumps(key))  # as it will be read: lists, no tuples
+
+
+def _without_own_projections(key: Key) -> Key:
+    return key | {"projections_sha256": None} if _suite(key["suite"]).calibrates else key
+
+
+def _suite(name: Any) -> Suite:
+    """What is known of a suite; nothing is required of one that is not known."""
+    return SUITES.get(str(name)) or Suite()
 
 
 def record_path(folder: Path, key: Key) -> Path:
@@ -88,43 +255,48 @@ def record_path(folder: Path, key: Key) -> Path:
     return folder / "records" / f"{key['suite']}-{digest[:12]}.json"
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read and check one record.
+def read_record(path: Path) -> Record:
+    """Read and check one record of a grid.
 
     Raises:
         AquaError: not readable, not whole, or of another version; the message names the file.
     """
     try:
-        record = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except OSError as error:
         raise AquaError(f"cannot read {path} ({error.strerror or error}): check the file") from error
     except (ValueError, RecursionError) as error:
         raise AquaError(f"{path} is no whole record ({error}): delete it or measure again") from error
-    if not isinstance(record, dict):
+    if not isinstance(value, dict):
         raise AquaError(f"{path} is no record (it holds no JSON object): delete it or measure again")
-    if record.get("schema") != SCHEMA:
-        raise AquaError(f"{path} has schema {record.get('schema')!r}, not {SCHEMA}: delete it or measure again")
-    if missing := [name for name in (*KEY_FIELDS, *FACTS) if name not in record]:
-        raise AquaError(f"{path} is no whole record (it has no {', '.join(missing)}): delete it or measure again")
-    figures = [record.get(name) for name in ("result", "error") if name in record]
-    if len(figures) != 1 or not isinstance(figures[0], dict):
-        raise AquaError(f"{path} is no whole record (it has neither result nor error): delete it or measure again")
-    weights = record.get("key_weights")
-    if weights is not None and not (isinstance(weights, list) and all(map(_is_numbers, weights))):
-        raise AquaError(f"{path} is no whole record (its key_weights are no numbers): delete it or measure again")
-    needed = FIGURES.get(str(record["suite"]), ()) if "result" in record else ()
-    if lacking := [name for name in needed if type(figures[0].get(name)) not in (int, float)]:
-        raise AquaError(f"{path} is no whole record (no figure {', '.join(lacking)}): delete it or measure again")
-    if "error" in record and not {"kind", "message"} <= figures[0].keys():
-        raise AquaError(f"{path} is no whole record (its error says no reason): delete it or measure again")
-    return record
+    if value.get("schema") != SCHEMA:
+        raise AquaError(f"{path} has schema {value.get('schema')!r}, not {SCHEMA}: delete it or measure again")
+    if problem := _lacking(value):
+        raise AquaError(f"{path} is no whole record ({problem}): delete it or measure again")
+    return Record.of(value)
 
 
-def _is_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(number) in (int, float) for number in value)
+def _lacking(value: dict[str, Any]) -> str | None:
+    """What a record must have to count as measured, and this one has not."""
+    if missing := [name for name in (*KEY_FIELDS, *FACTS) if name not in value]:
+        return f"it has no {', '.join(missing)}"
+    outcomes = [value.get(name) for name in ("result", "error") if name in value]
+    if len(outcomes) != 1 or not isinstance(outcomes[0], dict):
+        return "it has neither result nor error"
+    weights = value.get("key_weights")
+    if weights is not None and not (isinstance(weights, list) and all(map(_are_numbers, weights))):
+        return "its key_weights are no numbers"
+    needed = _suite(value["suite"]).figures if "result" in value else ()
+    if lacking := [name for name in needed if type(outcomes[0].get(name)) not in (int, float)]:
+        return f"no figure {', '.join(lacking)}"
+    return "its error says no reason" if "error" in value and not {"kind", "message"} <= outcomes[0].keys() else None
 
 
-def find_record(folder: Path, key: Key) -> dict[str, Any] | None:
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) in (int, float) for each in value)
+
+
+def find_record(folder: Path, key: Key) -> Record | None:
     """The record of `key`, or None where there is none yet.
 
     Raises:
@@ -134,12 +306,28 @@ def find_record(folder: Path, key: Key) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = read_record(path)
-    found = {name: record[name] for name in KEY_FIELDS}
-    if key["suite"] in CALIBRATING:
-        found["projections_sha256"] = None
-    if found != key:
+    if record.key != key:
         raise AquaError(f"{path} holds another measurement than its name says: delete it or measure again")
     return record
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write a record that has a key to its place, whole or not at all."""
+    assert record.key is not None
+    path = record_path(folder, record.key)
+    make_folder(path.parent)
+    remove_leftovers(path)
+    write_json(path, record.to_dict())
+
+
+def write_result(path: Path, suite: str, result: dict[str, Any], command: str | None = None) -> None:
+    """Write what a command measured: its figures at the top level, and beside them the fields of a record.
+
+    Args:
+        result: what the suite gives, with `model`, `dtype`, `data` and the like where there are such.
+        command: the command line.
+    """
+    write_json(path, {"schema": SCHEMA, "suite": suite, "command": command, "version": __version__} | result)
 
 
 def make_folder(folder: Path) -> None:
@@ -156,14 +344,6 @@ def make_folder(folder: Path) -> None:
         raise AquaError(f"cannot write into {folder}: give a folder that is writable")
 
 
-def write_record(folder: Path, record: dict[str, Any], key: Key) -> None:
-    """Write a record to its place, whole or not at all."""
-    path = record_path(folder, key)
-    make_folder(path.parent)
-    remove_leftovers(path)
-    write_json(path, record)
-
-
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
@@ -173,26 +353,6 @@ def file_digest(path: Path) -> str:
 def dtype_of(model: PreTrainedModel) -> str:
     """Such as "float32"."""
     return str(model.dtype).removeprefix("torch.")
-
-
-def facts_of(model: PreTrainedModel, command: str) -> dict[str, Any]:
-    """What a record says of program and machine: `command`, `commit`, `version`, `versions`, `device`, `key_weights`.
-
-    The last is the digest of the model's key weights, by which other weights of the same name are known.
-    """
-    device = input_device(model)
-    return {
-        "command": command,
-        "commit": commit(),
-        "version": __version__,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "key_weights": key_weight_digest(attention_layers(model)),
-    }
 
 
 def commit() -> str | None:

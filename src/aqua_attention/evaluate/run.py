@@ -4,21 +4,27 @@
 from __future__ import annotations
 
 import gc
+import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import transformers
+from transformers import PreTrainedModel
 
-from aqua_attention.config import AquaConfig
+from aqua_attention.config import AquaConfig, knobs
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.record import SCHEMA, Key, find_record, make_folder, record_path, write_record
+from aqua_attention.evaluate.record import Key, Record, commit, find_record, make_folder, record_path, write_record
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.model.fingerprint import same_digest
+from aqua_attention.io.state import same_digest
+from aqua_attention.model.capture import attention_layers, input_device
+from aqua_attention.model.fingerprint import key_weight_digest
+from aqua_attention.version import __version__
 
 Progress = Callable[[int, int], None]
 
@@ -28,7 +34,7 @@ class Job:
     """A measurement to make.
 
     Attributes:
-        key: what identifies it, see `records.record_key`.
+        key: what identifies it, see `record.record_key`.
         measure: called as measure(progress), with progress(steps done, steps in all); returns the record's `result`,
             and may add `projections_sha256` to it, which goes to its own place in the record.
     """
@@ -44,14 +50,14 @@ def run_jobs(
     *,
     progress: Callable[[float, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """Measure what `folder` has no record of yet, and write a record for each as soon as it is measured.
 
     A measurement that runs out of memory or is refused is recorded with the reason, and the others go on; when run
     again, such a one is tried again. A damaged record is measured again, and so is one of other weights of the model.
 
     Args:
-        facts: see `records.facts_of`.
+        facts: see `facts_of`.
         progress: called as progress(measurements done, measurements in all), of those that are not there yet; the
             first number grows in fractions.
         notice: told about records found, damaged ones, and those of other weights.
@@ -63,7 +69,7 @@ def run_jobs(
         AquaError: `folder` cannot be written into.
     """
     notice = notice or (lambda message: None)
-    records: dict[int, dict[str, Any]] = {}
+    records: dict[int, Record] = {}
     stale = 0
     for place, job in enumerate(jobs):
         try:
@@ -71,9 +77,9 @@ def run_jobs(
         except AquaError as error:
             notice(f"{error}; it is measured again now")
             found = None
-        if found is None or "error" in found:
+        if found is None or found.error is not None:
             continue
-        if same_digest(found.get("key_weights"), facts.get("key_weights")):
+        if same_digest(found.details.get("key_weights"), facts.get("key_weights")):
             records[place] = found
         else:
             stale += 1
@@ -93,12 +99,12 @@ def run_jobs(
 
         tell(0, 1)
         records[place] = _measured(jobs[place], facts, tell)
-        write_record(folder, records[place], jobs[place].key)
+        write_record(folder, records[place])
         tell(1, 1)
     return [records[place] for place in range(len(jobs))]
 
 
-def _measured(job: Job, facts: dict[str, Any], progress: Progress) -> dict[str, Any]:
+def _measured(job: Job, facts: dict[str, Any], progress: Progress) -> Record:
     started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     sha256, outcome = job.key["projections_sha256"], {}
     try:
@@ -115,7 +121,44 @@ def _measured(job: Job, facts: dict[str, Any], progress: Progress) -> dict[str, 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     timing = {"started": started, "seconds": round(time.perf_counter() - clock, 3)}
-    return {"schema": SCHEMA} | job.key | {"projections_sha256": sha256} | facts | timing | outcome
+    return Record.of(job.key | {"projections_sha256": sha256} | facts | timing | outcome)
+
+
+def facts_of(model: PreTrainedModel, command: str) -> dict[str, Any]:
+    """What a record says of program and machine: `command`, `commit`, `version`, `versions`, `device`, `key_weights`.
+
+    The last is the digest of the model's key weights, by which other weights of the same name are known.
+    """
+    device = input_device(model)
+    return {
+        "command": command,
+        "commit": commit(),
+        "version": __version__,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "key_weights": key_weight_digest(attention_layers(model)),
+    }
+
+
+def counting(progress: Progress | None, total: int, done: int = 0) -> Callable[[int], None]:
+    """A function to be called before each step with its size, and with 0 when all is done; it tells what is done."""
+
+    def step(size: int) -> None:
+        nonlocal done
+        if progress:
+            progress(done, total)
+        done += size
+
+    return step
+
+
+def damaged(what: str) -> AquaError:
+    """The error for a model whose numbers are none, with the remedy."""
+    return AquaError(f"{what}: its weights are damaged, or the dtype is too narrow (try --dtype float32)")
 
 
 def halves(progress: Progress) -> tuple[Progress, Progress]:
@@ -141,47 +184,35 @@ def failure_kind(error: Exception) -> str | None:
     return "out_of_memory" if isinstance(error, RuntimeError) and any(word in str(error) for word in words) else None
 
 
-def grid_settings(
-    *,
-    k_ratio: Iterable[float] = (),
-    logit_error: Iterable[float] = (),
-    s_ratio: Iterable[float] = (0.0,),
-    h2o_ratio: Iterable[float] = (1.0,),
-    h2o_queries: int | None = None,
-    bits: Iterable[int | None] = (None,),
-    selection: Iterable[str] = ("magnitude",),
-    share: Iterable[str] = ("head",),
-    sink: Iterable[int] = (0,),
-    recent: Iterable[int] = (0,),
-    min_length: Iterable[int | Literal["auto"]] = (0,),
-    basis: Iterable[str] = ("aqua",),
-) -> list[Setting]:
-    """Every combination, each once. `k_ratio` and `logit_error` are one list: a setting has either.
+_FASTEST = ("min_length", "bits", "h2o_ratio", "h2o_queries", "s_ratio")
+"""The knobs that vary fastest in a grid, but for k; before them the others, in the order of their declaration."""
+
+
+def grid_settings(values: Mapping[str, Iterable[Any]]) -> list[Setting]:
+    """Every combination, each once.
+
+    Args:
+        values: of each knob, and of `basis`; what is left out has its default. `k_ratio` and `logit_error` are one
+            list: a setting has either. None is no `logit_error`. `h2o_queries` is for an `h2o_ratio` below 1.
 
     Raises:
         AquaError: a value that no setting can have.
     """
-    amounts: list[dict[str, Any]] = [{"k_ratio": float(value)} for value in k_ratio]
-    amounts += [{"logit_error": float(value)} for value in logit_error]
-    combinations = product(basis, selection, share, sink, recent, min_length, bits, h2o_ratio, s_ratio, amounts)
-    settings = [
-        Setting(
-            AquaConfig(
-                **amount,
-                s_ratio=float(narrow),
-                selection=which,
-                share=shared,
-                sink=first,
-                recent=last,
-                min_length=short,
-                bits=stored,
-                h2o_ratio=float(kept),
-                h2o_queries=h2o_queries if kept < 1 else None,
-            ),
-            base,
-        )
-        for base, which, shared, first, last, short, stored, kept, narrow, amount in combinations
-    ]
+    declared, either = knobs(), ("k_ratio", "logit_error")
+
+    def of(name: str) -> list[Any]:
+        is_float = declared[name].type is float
+        return [float(value) if is_float and value is not None else value for value in values.get(name, ())]
+
+    amounts = [{name: value} for name in either for value in of(name) if value is not None]
+    names = [name for name in declared if name in values and name not in either]
+    names.sort(key=lambda name: _FASTEST.index(name) if name in _FASTEST else -1)
+    settings = []
+    for basis, *chosen, amount in product(values.get("basis", ["aqua"]), *map(of, names), amounts):
+        given = dict(zip(names, chosen, strict=True)) | amount
+        if not given.get("h2o_ratio", 1) < 1:
+            given.pop("h2o_queries", None)
+        settings.append(Setting(AquaConfig(**given), basis))
     if not settings:
         raise AquaError("there is no setting to measure: give at least one k_ratio or logit_error")
     return list(dict.fromkeys(settings))

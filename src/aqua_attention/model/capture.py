@@ -73,11 +73,8 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -90,17 +87,9 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
             raise AquaError(f"{type(model).__name__} makes one mask for all queries, which AQUA does not support")
         if mask is None and not causal:
             mask = bidirectional(query.shape[2], key.shape[2], sink=0, device=query.device)
+        options: dict[str, Any] = {"scaling": scaling, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
         with torch.autocast(query.device.type, enabled=False):
-            output = attention(
-                query.to(value.dtype),
-                key.to(value.dtype),
-                value,
-                None,
-                mask=mask,
-                scaling=scaling,
-                softcap=softcap,
-                s_aux=s_aux,
-            )
+            output = attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)
         return output.transpose(1, 2).contiguous(), None
 
     _, undo = install(model, dense, mask_builder(0, 0))
@@ -156,55 +145,102 @@ class _DoesNotRun(AquaError):
     reason = ""
 
 
+@dataclass
+class _Probed:
+    """What running one side of a model on a small input showed."""
+
+    run: Callable[..., Any]
+    inputs: dict[str, Tensor]
+    states: dict[nn.Module, tuple[Tensor, Tensor]]
+    """The query and key of each attention call, in the order of the calls."""
+    causal: dict[nn.Module, bool]
+    output: Any
+    """Under our dense attention, with a cache where the model takes one."""
+    expected: Tensor
+    """First tensor of the output under the model's own attention."""
+
+
 def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[AttentionLayer]:
     """The layers that run on one side; `first` is the first index that those of the other leave free."""
+    probed = _probed(model, side)
+    _check_finite(type(model).__name__, probed)
+    _check_same(model, probed)
+    return sorted(_described(model, side, probed, first), key=lambda layer: layer.index)
+
+
+def _probed(model: PreTrainedModel, side: str) -> _Probed:
+    """Run one side on the first of its `probes` that it takes, under our dense attention and under its own."""
     name, run = type(model).__name__, runner(model, side)
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}
+    states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     failed: Exception | None = None
     for probe in probes(model, side):
         inputs = {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else placed(probe, model)
-        seen.clear()
+        states.clear()
         try:
             with torch.no_grad(), evaluation_mode(model):
-                with observed(model, lambda module, query, key, scaling: seen.update({module: (query, key)})) as causal:
+                with observed(model, lambda module, query, key, _: states.update({module: (query, key)})) as causal:
                     output = run(**inputs, **cached)
-                expected = first_tensor(run(**inputs))
-            break
+                return _Probed(run, inputs, states, causal, output, first_tensor(run(**inputs)))
         except AquaError as error:
             raise error if name in str(error) else AquaError(f"{name}: {error}") from error
         except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError) as error:
             failed = failed or error
-    else:
-        reason = f"{type(failed).__name__}: {failed}".splitlines()[0][:200]
-        alone = "token ids" if side == TEXT else "images"
-        refusal = _DoesNotRun(f"{name} does not run on {alone} alone, so it is not supported ({reason})")
-        refusal.reason = reason
-        raise refusal from failed
-    found = first_tensor(output)
-    _check_finite(name, seen, expected)
+    reason = f"{type(failed).__name__}: {failed}".splitlines()[0][:200]
+    alone = "token ids" if side == TEXT else "images"
+    refusal = _DoesNotRun(f"{name} does not run on {alone} alone, so it is not supported ({reason})")
+    refusal.reason = reason
+    raise refusal from failed
+
+
+def _check_finite(name: str, probed: _Probed) -> None:
+    """No NaN may pass: compared with anything, it would look like no difference."""
+    remedy = "the weights are damaged or the dtype is too narrow (try --dtype float32)"
+    for module, states in probed.states.items():
+        if not all(bool(torch.isfinite(each).all()) for each in states):
+            layer = getattr(module, "layer_idx", None)
+            raise AquaError(f"layer {layer} of {name} gives NaN or infinite queries or keys: {remedy}")
+    if bool(torch.isnan(probed.expected).any()):
+        raise AquaError(f"{name} gives NaN: {remedy}")
+
+
+def _check_same(model: PreTrainedModel, probed: _Probed) -> None:
+    """Under our dense attention a model gives what it gives under its own, or scores hold more than q and k."""
+    name, found, expected = type(model).__name__, first_tensor(probed.output), probed.expected
     # A quantised model may round activations too: then the last bit of an attention output moves logits by percents.
     exact = found.dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
     tolerance = 1e-2 if exact else 0.2
-    if (difference := _difference(found, expected)) > tolerance:
-        with torch.no_grad(), evaluation_mode(model):
-            again = first_tensor(run(**inputs))
-        if _difference(again, expected) > tolerance:
-            raise AquaError(f"{name} gives something else each time it runs on the same input: it is not supported")
-        raise AquaError(
-            f"{name} computes more than softmax attention of queries and keys (its output changes by {difference:.0%} "
-            "under plain attention), which AQUA does not support"
-        )
-    cache = getattr(output, "past_key_values", None)
+    difference = _difference(found, expected)
+    if not difference > tolerance:
+        return
+    with torch.no_grad(), evaluation_mode(model):
+        again = first_tensor(probed.run(**probed.inputs))
+    if _difference(again, expected) > tolerance:
+        raise AquaError(f"{name} gives something else each time it runs on the same input: it is not supported")
+    raise AquaError(
+        f"{name} computes more than softmax attention of queries and keys (its output changes by {difference:.0%} "
+        "under plain attention), which AQUA does not support"
+    )
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """Relative."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
+
+
+def _described(model: PreTrainedModel, side: str, probed: _Probed, first: int) -> list[AttentionLayer]:
+    """The modules that called attention, in the order of their calls."""
+    cache = getattr(probed.output, "past_key_values", None)
     names = {module: path.removeprefix(f"{model.base_model_prefix}.") for path, module in model.named_modules()}
     layers: list[AttentionLayer] = []
-    for module, (query, key) in seen.items():
-        index = getattr(module, "layer_idx", None) if side == TEXT else None
+    for module, (query, key) in probed.states.items():
+        index, causal = getattr(module, "layer_idx", None) if side == TEXT else None, probed.causal[module]
         is_cached = index is not None and _is_cached(cache, index, key)
-        if is_cached and not causal[module] and (model.can_generate() or IMAGES in sides(model)):
+        if is_cached and not causal and (model.can_generate() or IMAGES in sides(model)):
             # PaliGemma: neither an encoder, nor a decoder whose tokens never see a later one.
             raise AquaError(
-                f"{name} is not causal, yet generates from a cache: only decoders and encoders are supported"
+                f"{type(model).__name__} is not causal, yet generates from a cache: only decoders and encoders are "
+                "supported"
             )
         layers.append(
             AttentionLayer(
@@ -214,13 +250,25 @@ def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[Attentio
                 num_key_value_heads=key.shape[1],
                 head_dim=query.shape[-1],
                 device=key.device,
-                reads_own_cache=is_cached and causal[module],
+                reads_own_cache=is_cached and causal,
                 name=names[module],
-                causal=causal[module],
+                causal=causal,
                 side=side,
             )
         )
-    return sorted(layers, key=lambda layer: layer.index)
+    return layers
+
+
+def _is_cached(cache: Any, index: int, key: Tensor) -> bool:
+    """Whether `key` is what layer `index` of an ordinary `DynamicCache` holds."""
+    if type(cache) is not DynamicCache or index >= len(cache.layers):
+        return False
+    stored = getattr(cache.layers[index], "keys", None)
+    return (
+        isinstance(stored, Tensor)
+        and stored.shape == key.shape
+        and stored.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+    )
 
 
 def _knows_cache(model: PreTrainedModel) -> bool:
@@ -308,34 +356,6 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def is_plain(weight: Tensor) -> bool:
     """Whether `weight` holds ordinary floats. Quantised ones are integers, float8, or of a class of their own."""
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype in PLAIN_DTYPES
-
-
-def _check_finite(name: str, seen: dict[nn.Module, tuple[Tensor, Tensor]], logits: Tensor) -> None:
-    """No NaN may pass: compared with anything, it would look like no difference."""
-    remedy = "the weights are damaged or the dtype is too narrow (try --dtype float32)"
-    for module, states in seen.items():
-        if not all(bool(torch.isfinite(each).all()) for each in states):
-            layer = getattr(module, "layer_idx", None)
-            raise AquaError(f"layer {layer} of {name} gives NaN or infinite queries or keys: {remedy}")
-    if bool(torch.isnan(logits).any()):
-        raise AquaError(f"{name} gives NaN: {remedy}")
-
-
-def _difference(found: Tensor, expected: Tensor) -> float:
-    """Relative: under our dense attention a model gives what it gives under its own, or scores hold more than q, k."""
-    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
-
-
-def _is_cached(cache: Any, index: int, key: Tensor) -> bool:
-    """Whether `key` is what layer `index` of an ordinary `DynamicCache` holds."""
-    if type(cache) is not DynamicCache or index >= len(cache.layers):
-        return False
-    stored = getattr(cache.layers[index], "keys", None)
-    return (
-        isinstance(stored, Tensor)
-        and stored.shape == key.shape
-        and stored.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
-    )
 
 
 def innermost_decoder(model: PreTrainedModel, layers: list[AttentionLayer]) -> PreTrainedModel:

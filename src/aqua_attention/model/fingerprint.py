@@ -63,24 +63,6 @@ def key_weight_digest(layers: list[AttentionLayer]) -> list[list[float]] | None:
     return digest
 
 
-def weight_difference(first: list[list[float]], second: list[list[float]]) -> float:
-    """Estimated relative difference between the key weights of two digests: 0 equal, above 1 unrelated."""
-    pairs = [(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True)]
-    return math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(pairs))
-
-
-def same_digest(first: list[list[float]] | None, second: list[list[float]] | None) -> bool:
-    """Whether two digests are of the same weights, as far as is known: one that is None says nothing.
-
-    The last digit does not count, because it depends on the number of threads.
-    """
-    if not first or not second:
-        return True
-    if [len(numbers) for numbers in first] != [len(numbers) for numbers in second]:
-        return False
-    return weight_difference(first, second) < 1e-5
-
-
 def _key_weight(layer: AttentionLayer) -> Tensor | None:
     for name, child in layer.module.named_modules():
         weight = getattr(child, "weight", None)

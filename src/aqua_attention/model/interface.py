@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.mask import window_codes
@@ -108,7 +108,6 @@ def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., T
         kv_length: int,
         q_offset: int | Tensor = 0,
         kv_offset: int | Tensor = 0,
-        mask_function: Callable[..., Tensor] = causal_mask_function,
         attention_mask: Tensor | None = None,
         device: torch.device | str = "cpu",
         **kwargs: Any,
@@ -126,7 +125,6 @@ def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., T
             kv_length=kv_length,
             q_offset=q_offset,
             kv_offset=kv_offset,
-            mask_function=mask_function,
             attention_mask=attention_mask,
             device=device,
             **kwargs,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sides of a model, text and images: how each is run without the other, and on what to try it."""
+"""The sides of a model, text and images: how each is run without the other, on what to try it, and what it reads."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from aqua_attention.errors import AquaError
 TEXT, IMAGES = "text", "images"
 Inputs = Mapping[str, Tensor]
 """What a model is called with: `input_ids`, or `pixel_values` and what goes with them, or both."""
+_KEYS = {TEXT: "input_ids", IMAGES: "pixel_values"}
+_MASKS = ("attention_mask", "pixel_attention_mask", "pixel_mask")
 
 
 def sides(model: PreTrainedModel) -> tuple[str, ...]:
@@ -108,3 +110,23 @@ def inputs_digest(inputs: Sequence[Inputs]) -> str:
             digest.update(f"{key} {tuple(each[key].shape)}".encode())
             digest.update(each[key].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def given_sides(inputs: Sequence[Inputs]) -> set[str]:
+    """The sides that have something to read in `inputs`, see `sides`."""
+    return {side for side, key in _KEYS.items() if any(key in each for each in inputs)}
+
+
+def padding(inputs: Inputs) -> str | None:
+    """Which of the masks in `inputs` says that there is padding; None where there is none."""
+    return next((name for name in _MASKS if name in inputs and not bool(inputs[name].all())), None)
+
+
+def check_unpadded(inputs: Sequence[Inputs]) -> None:
+    """Raise AquaError for padding, whose queries and keys would count like real ones."""
+    for number, each in enumerate(inputs):
+        if mask := padding(each):
+            raise AquaError(
+                f"input {number} is padded ({mask} is not all ones): "
+                "give sequences and images without padding, one by one"
+            )

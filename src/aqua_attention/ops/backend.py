@@ -37,11 +37,14 @@ class Backend:
         name: as `impl` says it.
         for_prompts: whether it attends to keys by token (`attend`); for_rotated: also with a choice that is made
             already (`attend_rotated`).
+        keeps_short_unrotated: whether it decodes sequences shorter than `min_length` from keys as they came: where
+            every dimension is multiplied, rotating cancels.
     """
 
     name = ""
     for_prompts = True
     for_rotated = False
+    keeps_short_unrotated = False
 
     def why_not(self, call: Call, plan: LayerPlan | None) -> str | None:
         """Why it cannot take this call; None when it can.

@@ -144,6 +144,11 @@ class LayerPlan:
         """Whether a cache gives back the very keys and values that it was given, rotated."""
         return self.config.bits is None and self.config.h2o_ratio == 1 and not self.has_window_store
 
+    @property
+    def needs_codes(self) -> bool:
+        """Whether a mask must say more than what is visible, see `ops.mask`."""
+        return self.sink + self.recent + self.min_length > 0
+
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Call:
         """A call of this layer, with its window and, unless `options` has another, its scaling."""
         return Call(query, key, value, mask, self.sink, self.recent, options.pop("scaling", self.scaling), **options)

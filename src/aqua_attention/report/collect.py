@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.record import Record, Unusable
 from aqua_attention.report.recognise import is_own_summary, records_of
-from aqua_attention.report.record import Record, Unusable
 
 LONGEST_TEXT = 2000
 LARGEST_FILE = 64 << 20
@@ -77,17 +77,18 @@ def _newest(found: list[Record]) -> list[Record]:
     def age(record: Record) -> tuple[str, bool]:
         return str(record.details.get("started", "")), record.error is None
 
+    keys = [None if record.key is None else json.dumps(record.key, sort_keys=True) for record in found]
     newest: dict[str, Record] = {}
-    for record in found:
-        if record.key is not None and (record.key not in newest or age(record) > age(newest[record.key])):
-            newest[record.key] = record
+    for key, record in zip(keys, found, strict=True):
+        if key is not None and (key not in newest or age(record) > age(newest[key])):
+            newest[key] = record
 
-    def stays(record: Record) -> bool:
+    def stays(key: str | None, record: Record) -> bool:
         # Of one measurement there can be several records, all from one file: a row for each task.
-        best = record if record.key is None else newest[record.key]
+        best = record if key is None else newest[key]
         return (age(record), record.source) == (age(best), best.source)
 
-    return [record for record in found if stays(record)]
+    return [record for key, record in zip(keys, found, strict=True) if stays(key, record)]
 
 
 def _order(record: Record) -> str:

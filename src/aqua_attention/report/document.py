@@ -3,18 +3,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from aqua_attention.report.record import Record
-from aqua_attention.report.tables import Table, describe_setting
-
-COMMANDS = {
-    "spectrum": "aqua inspect",
-    **{suite: f"aqua eval {suite}" for suite in ("perplexity", "retention", "needle", "lines", "tasks", "images")},
-    **{suite: f"aqua bench {suite}" for suite in ("memory", "decode", "generate", "breakeven")},
-}
+from aqua_attention.evaluate.record import Record, number
+from aqua_attention.evaluate.suites import SUITES
+from aqua_attention.report.tables import Table, describe_setting, written
 
 
 @dataclass(frozen=True)
@@ -59,25 +54,20 @@ class Section:
     blocks: list[Block] = field(default_factory=list)
 
 
-def grouped(records: Sequence[Record], suite: str, key: Callable[[Record], str]) -> dict[str, list[Record]]:
-    """The records of a suite by what `key` says of them, in their order."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        if record.suite == suite:
-            groups.setdefault(key(record), []).append(record)
-    return groups
-
-
 def percent(value: float, digits: int = 1, *, sign: bool = False) -> str:
-    """A share in per cent; NaN as such."""
-    if not math.isfinite(value):
-        return plain(value)
-    return f"{value:+z.{digits}%}" if sign else f"{value:z.{digits}%}"
+    """A share in per cent; NaN as such, and no minus before what is rounded to zero."""
+    return written(value, f"{'+' if sign else ''}z.{digits}%")
 
 
 def plain(value: float, form: str = ".3g") -> str:
     """A number; NaN and infinity as such, and no minus before what is rounded to zero."""
-    return "NaN" if math.isnan(value) else f"{value:z{form}}".replace("inf", "infinite")
+    return written(value, f"z{form}")
+
+
+def loss_cells(result: dict[str, Any]) -> list[str]:
+    """Perplexity, its change and KL divergence."""
+    change = percent(number(result["perplexity_change"]), 2, sign=True)
+    return [plain(number(result["perplexity"]), ".3f"), change, plain(number(result["kl"]), ".4f")]
 
 
 def name_of(record: Record) -> str:
@@ -101,8 +91,8 @@ def data_of(record: Record) -> str:
 
 def commands_of(records: Sequence[Record]) -> list[str]:
     """The command lines that made these, each once; where a file does not say, which command it was and which file."""
-    lines = [
-        record.command or f"{COMMANDS.get(record.suite, 'aqua')} ... --json {record.source}  # the rest is not recorded"
-        for record in records
-    ]
+    lines = []
+    for record in records:
+        command = (record.suite in SUITES and SUITES[record.suite].command) or f"aqua eval {record.suite}"
+        lines.append(record.command or f"{command} ... --json {record.source}  # the rest is not recorded")
     return list(dict.fromkeys(lines))

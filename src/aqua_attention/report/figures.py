@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aqua_attention.evaluate.record import number
 from aqua_attention.report import svg
 from aqua_attention.report.document import Panel, plain
+from aqua_attention.report.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,6 +79,21 @@ def curves(name: str, alt: str, x: Axis, ys: Sequence[Axis], lines: Sequence[Cur
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=1)
         return Panel(svg.drawing(figure, name, alt), alt)
+
+
+def loss_curves(name: str, alt: str, x: Axis, records: Iterable[tuple[str, float, Row]], joined: bool = True) -> Panel:
+    """Perplexity change and KL divergence over a common x.
+
+    Args:
+        records: label of the curve, x, and the figures of each point.
+    """
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
+    for label, place, figures in records:
+        losses = [number(figures[key]) for key in ("perplexity_change", "kl")]
+        lines.setdefault(label, []).append((place, losses))
+    axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
+    alt = f"Perplexity change and KL divergence {alt}"
+    return curves(name, alt, x, axes, [Curve(label, points, joined) for label, points in lines.items()])
 
 
 def heat(

@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from aqua_attention.evaluate.record import Record, number, numbers
 from aqua_attention.report.document import Block, Section, commands_of, percent, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
 from aqua_attention.report.losses import mean_k_rows
-from aqua_attention.report.record import Record, number, numbers
 from aqua_attention.report.runs import runs_of
 
 HEAT_RATIO = 0.5
@@ -32,9 +32,8 @@ def _retention(records: Sequence[Record]) -> list[Block]:
         lines: dict[str, list[tuple[float, list[float]]]] = {}
         rows = []
         for record in group:
-            assert record.result is not None
-            selection, ratio = _selection(record), number(record.result["k_ratio"])
-            losses = [number(record.result[key]) for key in ("score_loss", "softmax_loss")]
+            selection, ratio = _selection(record), number(record.figures["k_ratio"])
+            losses = [number(record.figures[key]) for key in ("score_loss", "softmax_loss")]
             lines.setdefault(selection, []).append((ratio, losses))
             rows.append([selection, plain(ratio), *(percent(loss, 2) for loss in losses)])
         axes = [Axis("score loss", "percent"), Axis("softmax loss", "percent")]
@@ -48,23 +47,21 @@ def _retention(records: Sequence[Record]) -> list[Block]:
 
 
 def _selection(record: Record) -> str:
-    assert record.result is not None
     basis = {"aqua": "", "none": ", not rotated"}.get(record.basis, f", basis {record.basis}")
-    return f"{record.result['selection']}{basis}"
+    return f"{record.figures['selection']}{basis}"
 
 
 def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Block]:
     """Softmax loss of each layer and head, all selections in the same colours."""
-    ratios = {number(record.result["k_ratio"]) for record in group if record.result}
+    ratios = {number(record.figures["k_ratio"]) for record in group}
     finite = sorted(ratio for ratio in ratios if math.isfinite(ratio))
     if not finite:
         return []
     ratio = min(finite, key=lambda each: abs(each - HEAT_RATIO))
-    used = [record for record in group if record.result and number(record.result["k_ratio"]) == ratio]
+    used = [record for record in group if number(record.figures["k_ratio"]) == ratio]
     grids: list[tuple[str, tuple[list[str], list[list[float]]]]] = []
     for record in used:
-        assert record.result is not None
-        layers = record.result["per_layer"]
+        layers = record.figures["per_layer"]
         losses = _padded([numbers(layer["softmax_loss"]) for layer in layers])
         grids.append((_selection(record), ([plain(number(layer.get("layer"))) for layer in layers], losses)))
     values = [value for _, (_, grid) in grids for row in grid for value in row if math.isfinite(value)]
@@ -114,10 +111,9 @@ def _spectra(records: Sequence[Record]) -> list[Block]:
     blocks = []
     note = "How many leading dimensions hold 90% and 99% of the energy of queries and keys; fewest and most over heads."
     for place, record in enumerate(record for record in records if record.suite == "spectrum"):
-        assert record.result is not None
         spans: dict[str, list[tuple[float, list[float]]]] = {}
         rows = []
-        for layer in record.result["layers"]:
+        for layer in record.figures["layers"]:
             index, dims = number(layer.get("layer")), number(layer.get("head_dim"))
             words = [plain(index), plain(dims)]
             for key, energy in (("dims_90", "90%"), ("dims_99", "99%")):

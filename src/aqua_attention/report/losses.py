@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, percent, plain
-from aqua_attention.report.figures import Axis, Curve, curves
-from aqua_attention.report.record import Record, number, numbers
+from aqua_attention.evaluate.record import Record, number, numbers
+from aqua_attention.report.document import Block, Section, commands_of, loss_cells, name_of, percent, plain
+from aqua_attention.report.figures import Axis, loss_curves
 from aqua_attention.report.runs import facts_of_run, runs_of, same_model, told_apart
 from aqua_attention.report.tables import Table, describe_setting
 
@@ -31,8 +31,7 @@ CURVES_NOTE = (
 
 def work_share(record: Record) -> float:
     """Dot products computed, to dense ones."""
-    assert record.setting is not None and record.result is not None
-    return number(record.result.get("mean_k")) * number(record.setting["h2o_ratio"])
+    return number(record.figures.get("mean_k")) * number(record.knobs["h2o_ratio"])
 
 
 def key_share(setting: dict[str, Any]) -> float:
@@ -97,9 +96,8 @@ def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record],
         shares = ["100%", "100%", "100%", plain(perplexity, ".3f") if group else "", "", "", ""]
         rows.append(["dense", *shares, *(_right(run, "dense") for run in runs)])
     for record in settings:
-        assert record.result is not None and record.setting is not None
         measured = record.suite == "perplexity"
-        losses = [*_loss_cells(record.result), percent(number(record.result.get("top1")))] if measured else [""] * 4
+        losses = [*loss_cells(record.figures), percent(number(record.figures.get("top1")))] if measured else [""] * 4
         shares = ["" if math.isnan(share) else percent(share, 0) for share in _shares(record)]
         rows.append([name_of(record), *shares, *losses, *(_right(run, name_of(record)) for run in runs)])
     used = [*group, *(record for run in runs for record in run)]
@@ -107,24 +105,17 @@ def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record],
 
 
 def _shares(record: Record) -> tuple[float, float, float]:
-    assert record.setting is not None
-    return work_share(record), key_share(record.setting), cache_share(record.setting)
-
-
-def _loss_cells(result: dict[str, Any]) -> list[str]:
-    change = percent(number(result["perplexity_change"]), 2, sign=True)
-    return [plain(number(result["perplexity"]), ".3f"), change, plain(number(result["kl"]), ".4f")]
+    return work_share(record), key_share(record.knobs), cache_share(record.knobs)
 
 
 def _dense_perplexity(record: Record) -> float:
-    assert record.result is not None
-    given = record.result if record.setting is None else record.result.get("dense")
+    given = record.figures if record.setting is None else record.figures.get("dense")
     return number(given.get("perplexity") if isinstance(given, dict) else given)
 
 
 def _right(run: Sequence[Record], name: str) -> str:
     """Right answers of all under a setting; each where it was asked twice, nothing where it was not asked."""
-    found = [record.result for record in run if name_of(record) == name and record.result]
+    found = [record.figures for record in run if name_of(record) == name]
     counts = [[plain(number(result[key]), ".0f") for key in ("right", "asked")] for result in found]
     return " | ".join(dict.fromkeys("/".join(pair) for pair in counts))
 
@@ -133,50 +124,31 @@ def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:
     settings = [record for record in group if record.setting is not None]
     shares: dict[str, tuple[Callable[[Record], float], Callable[[Record], str], bool]] = {
         "dot-product work": (work_share, _family, True),
-        "key bytes": (lambda record: key_share(record.setting or {}), _means, False),
-        "cache bytes": (lambda record: cache_share(record.setting or {}), _means, False),
+        "key bytes": (lambda record: key_share(record.knobs), _means, False),
+        "cache bytes": (lambda record: cache_share(record.knobs), _means, False),
     }
     panels = []
     for number_of_axis, (name, (share, label, joined)) in enumerate(shares.items()):
         if len({round(share(record), 6) for record in settings}) > 1:
-            panels.append(_panel(f"loss{place}-{number_of_axis}", name, settings, share, label, joined))
+            identity, alt = f"loss{place}-{number_of_axis}", f"against the share of {name}, {len(settings)} settings"
+            points = [(label(record), share(record), record.figures) for record in settings]
+            panels.append(loss_curves(identity, alt, Axis(f"share of {name}", "percent"), points, joined))
     if not panels:
         return None
     return Block(title, "", _numbers(settings), commands_of(settings), panels)
 
 
-def _panel(
-    identity: str,
-    name: str,
-    records: Sequence[Record],
-    share: Callable[[Record], float],
-    label: Callable[[Record], str],
-    joined: bool,
-) -> Panel:
-    lines: dict[str, list[tuple[float, list[float]]]] = {}
-    for record in records:
-        assert record.result is not None
-        losses = [number(record.result[key]) for key in ("perplexity_change", "kl")]
-        lines.setdefault(label(record), []).append((share(record), losses))
-    alt = f"Perplexity change and KL divergence against the share of {name}, {len(records)} settings"
-    axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
-    drawn = [Curve(family, points, joined) for family, points in lines.items()]
-    return curves(identity, alt, Axis(f"share of {name}", "percent"), axes, drawn)
-
-
 def _family(record: Record) -> str:
     """The setting without how many dimensions it keeps: what the points of one curve share."""
-    assert record.setting is not None
-    adaptive = record.setting["logit_error"] is not None
-    words = describe_setting(record.setting | {"k_ratio": 0.0, "logit_error": None}, record.basis)
+    adaptive = record.knobs["logit_error"] is not None
+    words = describe_setting(record.knobs | {"k_ratio": 0.0, "logit_error": None}, record.basis)
     rest = words.removeprefix("k_ratio 0").removeprefix(", ") or "magnitude (paper)"
     return f"adaptive, {rest}" if adaptive else rest
 
 
 def _means(record: Record) -> str:
     """By which means a setting stores less."""
-    assert record.setting is not None
-    setting = record.setting
+    setting = record.knobs
     words = [f"int{setting['bits']}"] if setting["bits"] else []
     words += ["s_ratio"] if setting["s_ratio"] else []
     words += ["h2o_ratio"] if setting["h2o_ratio"] < 1 else []
@@ -185,18 +157,17 @@ def _means(record: Record) -> str:
 
 def _numbers(records: Sequence[Record]) -> Table:
     titles = ["setting", "dot-product work", "key bytes", "cache bytes", "perplexity", "change", "KL to dense"]
-    rows = []
-    for record in records:
-        assert record.result is not None
-        rows.append([name_of(record), *(percent(share) for share in _shares(record)), *_loss_cells(record.result)])
-    return titles, rows
+    return titles, [
+        [name_of(record), *(percent(share) for share in _shares(record)), *loss_cells(record.figures)]
+        for record in records
+    ]
 
 
 def mean_k_rows(records: Sequence[Record]) -> list[tuple[str, list[float]]]:
     """Name and share of dimensions by layer of settings whose layers differ (adaptive k)."""
     rows = []
     for record in records:
-        shares = numbers(record.result.get("mean_k_per_layer")) if record.result else []
+        shares = numbers(record.figures.get("mean_k_per_layer"))
         if record.suite == "perplexity" and len({round(share, 3) for share in shares if math.isfinite(share)}) > 1:
             rows.append((name_of(record), shares))
     return rows

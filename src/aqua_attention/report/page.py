@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.record import Record
 from aqua_attention.io.files import write_atomically
 from aqua_attention.report import svg
 from aqua_attention.report.collect import Collected
 from aqua_attention.report.document import Block, Section, data_of, name_of
-from aqua_attention.report.embeddings import embedding_sections
 from aqua_attention.report.layers import layer_sections
 from aqua_attention.report.losses import loss_sections
-from aqua_attention.report.record import Record
+from aqua_attention.report.record_tables import failure
 from aqua_attention.report.retrieval import retrieval_sections
-from aqua_attention.report.scores import task_sections
+from aqua_attention.report.scores import image_sections, other_sections, task_sections
 from aqua_attention.report.speed import speed_sections
 from aqua_attention.report.tables import Table, markdown
 from aqua_attention.report.transfer import transfer_sections
@@ -29,15 +29,16 @@ TITLE = "AQUA attention: what was measured"
 IMAGES = "report_images"
 MOST_ROWS = 300
 """Of a table in HTML, which stays small enough to be sent about; the Markdown has all."""
-PARTS: tuple[Callable[[Sequence[Record]], list[Section]], ...] = (
-    loss_sections,
-    retrieval_sections,
-    task_sections,
-    transfer_sections,
-    embedding_sections,
-    layer_sections,
-    speed_sections,
+PARTS: tuple[tuple[Callable[[Sequence[Record]], list[Section]], str], ...] = (
+    (loss_sections, "perplexity"),
+    (retrieval_sections, "needle lines"),
+    (task_sections, "tasks"),
+    (transfer_sections, "transfer context"),
+    (image_sections, "images"),
+    (layer_sections, "retention spectrum"),
+    (speed_sections, "memory decode generate breakeven"),
 )
+"""What makes the sections, and of which suites. Any other suite has a table, see `other_sections`."""
 
 
 def sections_of(collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Section]:
@@ -47,10 +48,11 @@ def sections_of(collected: Collected, progress: Callable[[int, int], None] | Non
         progress: called as progress(parts done, parts in all).
     """
     sections = []
-    for done, part in enumerate(PARTS):
+    for done, (part, _) in enumerate(PARTS):
         if progress:
             progress(done, len(PARTS))
         sections += part(collected.records)
+    sections += other_sections(collected.records, [suite for _, suites in PARTS for suite in suites.split()])
     if progress:
         progress(len(PARTS), len(PARTS))
     if collected.failed:
@@ -58,7 +60,7 @@ def sections_of(collected: Collected, progress: Callable[[int, int], None] | Non
             [
                 r.suite,
                 f"{name_of(r)}; on {data_of(r)}",
-                f"{_kind(r)}: {(r.error or {})['message']}",
+                f"{failure(r)}: {(r.error or {})['message']}",
                 r.command or r.source,
             ]
             for r in collected.failed
@@ -76,11 +78,11 @@ def facts_of(collected: Collected) -> list[str]:
     """What the figures rest on, a line each: how many settings, when, by which versions, on what."""
     records = [*collected.records, *collected.failed]
     lines = [f"{len(collected.records)} settings measured, {len(collected.failed)} failed"]
-    if dates := sorted(str(record.details["started"])[:10] for record in records if "started" in record.details):
+    if dates := sorted(str(record.details["started"])[:10] for record in records if record.details.get("started")):
         lines[0] += f"; from {dates[0]} to {dates[-1]}" if dates[0] != dates[-1] else f"; on {dates[0]}"
     for title, values in (
         ("Models", [record.model for record in records]),
-        ("Devices", [str(record.details.get("device", "")) for record in records]),
+        ("Devices", [str(record.details.get("device") or "") for record in records]),
         ("Measured by", [_software(record) for record in records]),
     ):
         if known := list(dict.fromkeys(value for value in values if value)):
@@ -167,15 +169,10 @@ def _template() -> Any:
     return environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
 
 
-def _kind(record: Record) -> str:
-    kind = (record.error or {}).get("kind", "error")
-    return {"out_of_memory": "out of memory", "error": "refused"}.get(kind, kind)
-
-
 def _software(record: Record) -> str:
     details = record.details
-    words = [f"aqua-attention {details['version']}"] if "version" in details else []
-    if "commit" in details:
+    words = [f"aqua-attention {details['version']}"] if details.get("version") else []
+    if details.get("commit"):
         digest, *changed = str(details["commit"]).split("-")
         words.append("-".join([f"commit {digest[:12]}", *changed]))
     versions = details.get("versions")

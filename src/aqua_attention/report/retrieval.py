@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from aqua_attention.evaluate.record import Record, number
 from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, plain
 from aqua_attention.report.figures import Axis, Curve, curves, heat
-from aqua_attention.report.record import Record, number
 from aqua_attention.report.runs import runs_of
 from aqua_attention.report.tables import Table
 
@@ -36,9 +36,8 @@ def retrieval_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def _needle(identity: str, record: Record) -> Panel:
-    assert record.result is not None
     sums: dict[tuple[float, float], list[float]] = {}
-    for cell in record.result["cells"]:
+    for cell in record.figures["cells"]:
         place = number(cell.get("depth")), number(cell.get("length"))
         cell_sums = sums.setdefault(place, [0.0, 0.0])
         cell_sums[0] += number(cell.get("right"))
@@ -67,9 +66,8 @@ def _needle(identity: str, record: Record) -> Panel:
 def _lines(identity: str, group: Sequence[Record]) -> Panel:
     drawn = []
     for record in group:
-        assert record.result is not None
         cells = [
-            (number(c.get("lines")), number(c.get("right")), number(c.get("asked"))) for c in record.result["cells"]
+            (number(c.get("lines")), number(c.get("right")), number(c.get("asked"))) for c in record.figures["cells"]
         ]
         points = [(lines, [right / asked if asked else math.nan]) for lines, right, asked in cells]
         drawn.append(Curve(name_of(record), points))
@@ -80,24 +78,23 @@ def _lines(identity: str, group: Sequence[Record]) -> Panel:
 def _retrieval_table(group: Sequence[Record]) -> Table:
     """A row for each setting and depth, a column for each length or number of lines."""
     key = "lines" if group[0].suite == "lines" else "length"
-    cells = [cell for record in group if record.result for cell in record.result["cells"]]
+    cells = [cell for record in group for cell in record.figures["cells"]]
     columns = list(dict.fromkeys(sorted(plain(number(cell.get(key)), ".0f") for cell in cells)))
     columns.sort(key=lambda column: (len(column), column))
     titles = ["setting", *([] if key == "lines" else ["depth"]), *(f"{key} {column}" for column in columns)]
     rows = []
     for record in group:
-        assert record.result is not None
         found: dict[str, dict[str, str]] = {}
-        for cell in record.result["cells"]:
+        for cell in record.figures["cells"]:
             depth = plain(number(cell.get("depth")))
             found.setdefault(depth, {})[plain(number(cell.get(key)), ".0f")] = _of(cell)
         whole = [
-            plain(number(record.result.get(name)), form) if name in record.result else "" for name, form in _PAIRED
+            plain(number(record.figures.get(name)), form) if name in record.figures else "" for name, form in _PAIRED
         ]
         for place, (depth, by_column) in enumerate(found.items()):
             row = [name_of(record), *([] if key == "lines" else [depth])]
             row += [by_column.get(column, "") for column in columns]
-            rows.append([*row, *([_of(record.result), *whole] if place == 0 else [""] * 4)])
+            rows.append([*row, *([_of(record.figures), *whole] if place == 0 else [""] * 4)])
     return [*titles, "all", "lost", "gained", "p (paired)"], rows
 
 

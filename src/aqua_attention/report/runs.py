@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from aqua_attention.evaluate.record import Record, number
+from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.report.document import data_of
-from aqua_attention.report.record import COMPARED, RETRIEVAL_CELLS, Record, number
 
 DIGITS = 8
 """So much of a digest tells two apart."""
@@ -25,14 +26,14 @@ def facts_of_run(record: Record) -> dict[str, str]:
     Names of nested options are joined by dots. What was counted is taken from the result where each kind of file says
     it in words of its own: predictions (perplexity), and the cells of retrieval.
     """
-    result, given = record.result or {}, dict(record.options)
+    result, given = record.figures, dict(record.options)
     if record.suite == "perplexity":
         given.pop("tokens", None)
         dense = result.get("dense")
         known = result.get("tokens"), dense.get("tokens") if isinstance(dense, dict) else None
         given["predictions"] = next((each for each in known if each is not None), None)
         given["scored"] = given.get("scored") or result.get("scored")
-    if record.suite in RETRIEVAL_CELLS:
+    if SUITES[record.suite].cells:
         for name in ("lengths", "depths", "lines", "count", "repeats"):
             given.pop(name, None)
         given["cells"] = _cells(record.suite, result.get("cells"))
@@ -50,7 +51,7 @@ def runs_of(records: Sequence[Record], suite: str) -> dict[str, list[Record]]:
     of_suite = [record for record in records if record.suite == suite]
     for record in sorted(of_suite, key=lambda record: record.setting is None):
         facts = {name: value for name, value in facts_of_run(record).items() if name not in OF_A_TASK}
-        if dense := record.setting is None and suite in COMPARED:
+        if dense := record.setting is None and bool(SUITES[suite].of_dense):
             facts = _but_projections(facts)
         fitting = [group for known, group in groups if (_but_projections(known) if dense else known) == facts]
         for group in fitting:
@@ -117,7 +118,7 @@ def _cells(suite: str, cells: Any) -> str | None:
     """Which questions there were, such as "length 512, 1024, 3 depths, 6 asked"."""
     if not isinstance(cells, list):
         return None
-    key = RETRIEVAL_CELLS[suite]
+    key = SUITES[suite].cells
     columns = sorted({number(cell.get(key)) for cell in cells})
     depths = {number(cell.get("depth")) for cell in cells if cell.get("depth") is not None}
     words = [f"{key} {', '.join(f'{column:g}' for column in columns)}"]

@@ -5,84 +5,74 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from aqua_attention.report.document import Block, Panel, Section, commands_of, percent, plain
+from aqua_attention.evaluate.record import Record, number, numbers
+from aqua_attention.report.document import Block, Panel, Section, commands_of, plain
 from aqua_attention.report.figures import Axis, Curve, bars, curves
-from aqua_attention.report.record import Record, number, numbers
-from aqua_attention.report.tables import Table
+from aqua_attention.report.tables import DECODE, GENERATE, MEMORY, Column, Row, row_name, table_of
 
-Columns = dict[str, tuple[str, Callable[[float], str]]]
-"""By title: the field, and how it is written."""
+
+@dataclass(frozen=True)
+class _Benchmark:
+    """A benchmark with a bar for each row.
+
+    Attributes:
+        title: of the block, before the size.
+        first: title of the rows' names.
+        x, key: the axis, and the figure that is drawn; mark: one that is marked beside it.
+    """
+
+    title: str
+    note: str
+    first: str
+    columns: Sequence[Column]
+    x: str
+    key: str
+    mark: str = ""
+
+
+BENCHMARKS = {
+    "decode": _Benchmark(
+        "One attention step",
+        "Times faster than the fastest dense kernel of the same run, attention alone; whole step: with what comes "
+        "before it. The mark is what the bytes read would allow at most.",
+        *("kernel", DECODE, "to the best dense attention (higher is faster)", "ratio", "ceiling"),
+    ),
+    "generate": _Benchmark(
+        "A whole step",
+        "A whole decoding step of a model; roofline: what reading its bytes takes at the measured bandwidth.",
+        *("setting", GENERATE, "tokens a second (higher is faster)", "tokens_per_second"),
+    ),
+    "memory": _Benchmark(
+        "Memory",
+        "Bytes of the cache as allocated, and the most that the whole generation added.",
+        *("cache", MEMORY, "bytes to DynamicCache (lower is smaller)", "ratio"),
+    ),
+}
 
 
 def speed_sections(records: Sequence[Record]) -> list[Section]:
     """A block for each benchmark, in the order of the files."""
-    makers: dict[str, Callable[[int, Record], list[Block]]] = {
-        "decode": _decode,
-        "generate": _generate,
-        "memory": _memory,
-        "breakeven": _breakeven,
-    }
-    found = [record for record in records if record.suite in makers]
-    blocks = [block for place, record in enumerate(found) for block in makers[record.suite](place, record)]
+    blocks: list[Block] = []
+    for place, record in enumerate(r for r in records if r.suite in BENCHMARKS or r.suite == "breakeven"):
+        blocks += _breakeven(place, record) if record.suite == "breakeven" else [_measured(place, record)]
     return [Section("Time and memory", "", blocks)] if blocks else []
 
 
-def _decode(place: int, record: Record) -> list[Block]:
-    result = _result(record)
-    title = f"One attention step: {_size(result)}"
-    note = (
-        "Times faster than the fastest dense kernel of the same run, attention alone; whole step: with what comes "
-        "before it. The mark is what the bytes read would allow at most."
-    )
-    columns: Columns = {
-        "us": ("seconds", _micro),
-        "of the read bandwidth": ("share", percent),
-        "to the best dense": ("ratio", _two),
-        "ceiling": ("ceiling", _two),
-        "whole step: us": ("step_seconds", _micro),
-        "whole step: to the best dense": ("step_ratio", _two),
-    }
-    rows, table = _table("kernel", result["rows"], columns)
-    panel = _bars(f"speed{place}", "to the best dense attention (higher is faster)", rows, "ratio", "ceiling")
-    return [Block(title, note, table, commands_of([record]), panel)]
-
-
-def _generate(place: int, record: Record) -> list[Block]:
-    result = _result(record)
-    columns: Columns = {
-        "tokens/s": ("tokens_per_second", lambda value: plain(value, ".1f")),
-        "ms a token": ("seconds", lambda value: plain(1e3 * value, ".2f")),
-        "to the best dense": ("ratio", _two),
-        "roofline: ms": ("roofline_seconds", lambda value: plain(1e3 * value, ".2f")),
-        "of the roofline": ("share", percent),
-    }
-    rows, table = _table("setting", result["rows"], columns)
-    panel = _bars(f"speed{place}", "tokens a second (higher is faster)", rows, "tokens_per_second")
-    note = "A whole decoding step of a model; roofline: what reading its bytes takes at the measured bandwidth."
-    title = f"A whole step{', compiled' if result.get('compiled') else ''}: {_size(result)}"
-    return [Block(title, note, table, commands_of([record]), panel)]
-
-
-def _memory(place: int, record: Record) -> list[Block]:
-    result = _result(record)
-    columns: Columns = {
-        "MB": ("bytes", lambda value: plain(value / 1e6, ".1f")),
-        "to DynamicCache": ("ratio", lambda value: plain(value, ".3f")),
-        "peak MB": ("peak_bytes", lambda value: plain(value / 1e6, ".0f")),
-        "to its peak": ("peak_ratio", _two),
-    }
-    rows = [row | {"name": row["setting"]} for row in result["rows"]]
-    rows, table = _table("cache", rows, columns)
-    panel = _bars(f"speed{place}", "bytes to DynamicCache (lower is smaller)", rows, "ratio")
-    note = "Bytes of the cache as allocated, and the most that the whole generation added."
-    title = f"Memory: {', '.join(filter(None, [record.model, _size(result)]))}"
-    return [Block(title, note, table, commands_of([record]), panel)]
+def _measured(place: int, record: Record) -> Block:
+    kind, result = BENCHMARKS[record.suite], record.figures
+    is_memory = record.suite == "memory"
+    words = [record.model] if is_memory and record.model else []
+    rows = [(row["setting"] if is_memory else row_name(row), row) for row in result["rows"]]
+    title = f"{kind.title}{', compiled' if result.get('compiled') else ''}: {', '.join([*words, _size(result)])}"
+    panels = _bars(f"speed{place}", kind, [(name, row) for name, row in rows if "absent" not in row])
+    return Block(title, kind.note, table_of(kind.first, rows, kind.columns), commands_of([record]), panels)
 
 
 def _breakeven(place: int, record: Record) -> list[Block]:
-    result = _result(record)
+    result = record.figures
     size, commands = _size(result), commands_of([record])
     names = [
         "fastest dense",
@@ -127,11 +117,6 @@ def _theory(row: dict[str, Any]) -> list[str]:
     return [plain(number(row.get(key)), ".0f") for key in ("paper", "theory")]
 
 
-def _result(record: Record) -> dict[str, Any]:
-    assert record.result is not None
-    return record.result
-
-
 def _size(result: dict[str, Any]) -> str:
     words = [str(result["device"])] if "device" in result else []
     if "length" in result:
@@ -144,29 +129,14 @@ def _size(result: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def _table(first: str, rows: list[dict[str, Any]], columns: Columns) -> tuple[list[dict[str, Any]], Table]:
-    """Those that ran, each with its `name`, and the table of all."""
-    named = []
-    for row in rows:
-        ratio = row.get("k_ratio")
-        named.append(row | {"name": row["name"] if ratio is None else f"{row['name']}, k_ratio {plain(number(ratio))}"})
-    cells = []
-    for row in named:
-        if "absent" in row:
-            cells.append([row["name"], f"absent: {row['absent']}", *[""] * (len(columns) - 1)])
-        else:
-            cells.append([row["name"], *("" if row.get(k) is None else f(number(row[k])) for k, f in columns.values())])
-    return [row for row in named if "absent" not in row], ([first, *columns], cells)
-
-
-def _bars(identity: str, x: str, rows: list[dict[str, Any]], key: str, mark: str | None = None) -> list[Panel]:
-    shown = [row for row in rows if math.isfinite(number(row.get(key)))]
+def _bars(identity: str, kind: _Benchmark, rows: Sequence[tuple[str, Row]]) -> list[Panel]:
+    shown = [(name, row) for name, row in rows if math.isfinite(number(row.get(kind.key)))]
     if not shown:
         return []
-    marks = (mark, [number(row.get(mark)) for row in shown]) if mark else None
-    names, values = [row["name"] for row in shown], [number(row[key]) for row in shown]
-    alt = f"{x}, {len(shown)} rows"
-    return [bars(identity, alt, Axis(x), names, values, marks=marks, text=_two if key == "ratio" else plain)]
+    marks = (kind.mark, [number(row.get(kind.mark)) for _, row in shown]) if kind.mark else None
+    form: Callable[[float], str] = _two if kind.key == "ratio" else plain
+    names, values = [name for name, _ in shown], [number(row[kind.key]) for _, row in shown]
+    return [bars(identity, f"{kind.x}, {len(shown)} rows", Axis(kind.x), names, values, marks=marks, text=form)]
 
 
 def _micro(seconds: float) -> str:

@@ -1,107 +1,166 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results and projections as rows of words: one source for the terminal and for Markdown."""
+"""Results and projections as rows of words: one source for the terminal, for Markdown and for the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from aqua_attention.calibration.projections import Projections
-from aqua_attention.model.fingerprint import describe_shape
+from aqua_attention.config import knobs
+from aqua_attention.evaluate.record import number
+
+if TYPE_CHECKING:
+    from aqua_attention.calibration.projections import Projections
 
 Table = tuple[list[str], list[list[str]]]
 """Column titles, and the cells of each row."""
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of each row, and how it is written: in Python's format, multiplied by `times` and divided by `per`."""
+
+    title: str
+    key: str
+    form: str
+    times: float = 1
+    per: float = 1
+
+    def cell(self, row: Row) -> str:
+        """The figure in words; nothing where there is none."""
+        value = row.get(self.key)
+        return "" if value is None else written(number(value) * self.times / self.per, self.form)
+
+
+def written(value: float, form: str) -> str:
+    """A figure in a format; NaN and infinity as such."""
+    return "NaN" if math.isnan(value) else f"{value:{form if math.isfinite(value) else ''}}".replace("inf", "infinite")
+
+
+SHARE = Column("products outside the window", "mean_k", ".0%")
+PERPLEXITY = (
+    SHARE,
+    Column("perplexity", "perplexity", ".3f"),
+    Column("change", "perplexity_change", "+.2%"),
+    Column("KL to dense", "kl", ".4f"),
+    Column("same top token", "top1", ".1%"),
+)
+IMAGES = (
+    SHARE,
+    Column("mean cosine", "mean_cosine", ".4f"),
+    Column("lowest cosine", "lowest_cosine", ".4f"),
+    Column("same nearest neighbour", "same_neighbour", ".1%"),
+)
+RETRIEVAL = (
+    SHARE,
+    Column("right", "accuracy", ".1%"),
+    Column("only dense right", "lost", ".0f"),
+    Column("only AQUA right", "gained", ".0f"),
+    Column("p (paired)", "p_value", ".2g"),
+    Column("same answer", "same_answer", ".1%"),
+)
+MEMORY = (
+    Column("MB", "bytes", ".1f", per=1e6),
+    Column("to DynamicCache", "ratio", ".3f"),
+    Column("peak MB", "peak_bytes", ".0f", per=1e6),
+    Column("to its peak", "peak_ratio", ".2f"),
+)
+DECODE = (
+    Column("us", "seconds", ".1f", 1e6),
+    Column("of the read bandwidth", "share", ".1%"),
+    Column("to the best dense", "ratio", ".2f"),
+    Column("ceiling", "ceiling", ".2f"),
+    Column("whole step: us", "step_seconds", ".1f", 1e6),
+    Column("whole step: to the best dense", "step_ratio", ".2f"),
+)
+GENERATE = (
+    Column("tokens/s", "tokens_per_second", ".1f"),
+    Column("ms a token", "seconds", ".2f", 1e3),
+    Column("to the best dense", "ratio", ".2f"),
+    Column("roofline: ms", "roofline_seconds", ".2f", 1e3),
+    Column("of the roofline", "share", ".1%"),
+)
+
+
+def table_of(first: str, rows: Sequence[tuple[str, Row]], columns: Sequence[Column]) -> Table:
+    """A name and its figures in each row, or the reason why there are none (`absent`)."""
+    cells = []
+    for name, row in rows:
+        figures = [column.cell(row) for column in columns]
+        if "absent" in row:
+            figures = [f"absent: {row['absent']}", *[""] * (len(columns) - 1)]
+        cells.append([name, *figures])
+    return [first, *(column.title for column in columns)], cells
+
+
+def _by_setting(result: dict[str, Any]) -> list[tuple[str, Row]]:
+    return [(describe_setting(row["setting"], row["basis"]), row) for row in result["rows"]]
+
+
+def row_name(row: Row) -> str:
+    """Of a benchmark's row, with its k_ratio."""
+    ratio = row.get("k_ratio")
+    return str(row["name"]) if ratio is None else f"{row['name']}, k_ratio {written(number(ratio), 'g')}"
+
+
+def row_setting(setting: Any) -> Any:
+    """The setting of a memory benchmark's row in words, also where it is ours."""
+    return f"AQUA, {describe_setting(setting)}" if isinstance(setting, dict) else setting
 
 
 def perplexity_table(result: dict[str, Any]) -> Table:
     """What `evaluate_perplexity` returned: gain (products left out) and loss, a row a setting."""
-    titles = ["setting", "products outside the window", "perplexity", "change", "KL to dense", "same top token"]
-    rows = [["dense", "100%", f"{result['dense']['perplexity']:.3f}", "", "", ""]]
-    rows += [
-        [
-            describe_setting(row["setting"], row["basis"]),
-            f"{row['mean_k']:.0%}",
-            f"{row['perplexity']:.3f}",
-            f"{row['perplexity_change']:+.2%}",
-            f"{row['kl']:.4f}",
-            f"{row['top1']:.1%}",
-        ]
-        for row in result["rows"]
-    ]
-    return titles, rows
+    dense = {"mean_k": 1, "perplexity": result["dense"]["perplexity"]}
+    return table_of("setting", [("dense", dense), *_by_setting(result)], PERPLEXITY)
 
 
 def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
-    """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64"."""
-    adaptive = setting.get("logit_error") is not None
-    words = [f"logit_error {setting['logit_error']:g}" if adaptive else f"k_ratio {setting['k_ratio']:g}"]
-    if setting["s_ratio"]:
-        words.append(f"s_ratio {setting['s_ratio']:g}")
-    if setting.get("bits") is not None:
-        words.append(f"int{setting['bits']}")
-    if setting.get("h2o_ratio", 1) < 1:
-        queries = setting.get("h2o_queries")
-        words.append(f"h2o_ratio {setting['h2o_ratio']:g}" + (f" by {queries} queries" if queries else ""))
+    """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64".
+
+    A knob without words of its own here is "name value".
+    """
+    declared = {name: knob.default for name, knob in knobs().items()}
+    given = {name: setting[name] for name in declared if setting.get(name, declared[name]) != declared[name]}
+    error, queries = given.pop("logit_error", None), given.pop("h2o_queries", None)
+    words = [f"k_ratio {setting['k_ratio']:g}" if error is None else f"logit_error {error:g}"]
+    given.pop("k_ratio", None)
+    if "s_ratio" in given:
+        words.append(f"s_ratio {given.pop('s_ratio'):g}")
+    if "bits" in given:
+        words.append(f"int{given.pop('bits')}")
+    if "h2o_ratio" in given:
+        words.append(f"h2o_ratio {given.pop('h2o_ratio'):g}" + (f" by {queries} queries" if queries else ""))
     if basis != "aqua":
         words.append("not rotated" if basis == "none" else f"basis {basis}")
-    if setting["selection"] != "magnitude":
-        words.append(setting["selection"])
-    if setting["share"] != "head":
-        words.append("shared by group")
-    if setting["sink"] or setting["recent"]:
-        words.append(f"exact {setting['sink']} + {setting['recent']}")
-    if setting.get("min_length"):
-        words.append(f"min_length {setting['min_length']}")
-    return ", ".join(words)
+    if "selection" in given:
+        words.append(given.pop("selection"))
+    if "share" in given:
+        words.append(f"shared by {given.pop('share')}")
+    sink, recent = given.pop("sink", 0), given.pop("recent", 0)
+    if sink or recent:
+        words.append(f"exact {sink} + {recent}")
+    return ", ".join([*words, *(f"{name} {value}" for name, value in given.items())])
 
 
 def memory_table(result: dict[str, Any]) -> Table:
     """What `measure_memory` returned: a row a cache."""
-    titles = [
-        f"cache of {result['length']} tokens, {result['dtype']}",
-        "MB",
-        "to DynamicCache",
-        "peak MB",
-        "to its peak",
-    ]
-    rows = []
-    for row in result["rows"]:
-        name = row["setting"] if isinstance(row["setting"], str) else f"AQUA, {describe_setting(row['setting'])}"
-        if "absent" in row:
-            rows.append([name, f"absent: {row['absent']}", "", "", ""])
-            continue
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
-        share = "" if row["peak_ratio"] is None else f"{row['peak_ratio']:.2f}"
-        rows.append([name, f"{row['bytes'] / 1e6:.1f}", f"{row['ratio']:.3f}", peak, share])
-    return titles, rows
+    rows = [(row_setting(row["setting"]), row) for row in result["rows"]]
+    return table_of(f"cache of {result['length']} tokens, {result['dtype']}", rows, MEMORY)
 
 
 def decode_table(result: dict[str, Any]) -> Table:
     """What `measure_decode` returned: a row a kernel."""
-    titles = [
+    first = (
         f"{result['device']}, {result['batch']} x {result['length']} tokens, {result['heads']} query and "
-        f"{result['groups']} key-value heads of {result['head_dim']}, {result['dtype']}",
-        "us",
-        "of the read bandwidth",
-        "to the best dense",
-        "ceiling",
-        "whole step: us",
-        "to the best dense",
-    ]
-    low = any(row.get("low_ratio") for row in result["rows"])
-    if low:
-        titles.append("to the best in fp8")
-    rows = []
-    for row in result["rows"]:
-        name = row["name"] if row["k_ratio"] is None else f"{row['name']}, k_ratio {row['k_ratio']:g}"
-        if "absent" in row:
-            rows.append([name, f"absent: {row['absent']}", *[""] * (len(titles) - 2)])
-            continue
-        keys = ("ratio", "step_ratio", "low_step_ratio")[: 3 if low else 2]
-        ratio, *step_ratios = ("" if row[key] is None else f"{row[key]:.2f}" for key in keys)
-        times = [f"{1e6 * row[key]:.1f}" for key in ("seconds", "step_seconds")]
-        rows.append([name, times[0], f"{row['share']:.1%}", ratio, f"{row['ceiling']:.2f}", times[1], *step_ratios])
-    return titles, rows
+        f"{result['groups']} key-value heads of {result['head_dim']}, {result['dtype']}"
+    )
+    columns = [*DECODE[:-1], replace(DECODE[-1], title="to the best dense")]
+    if any(row.get("low_ratio") for row in result["rows"]):
+        columns.append(Column("to the best in fp8", "low_step_ratio", ".2f"))
+    return table_of(first, [(row_name(row), row) for row in result["rows"]], columns)
 
 
 def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:
@@ -141,25 +200,11 @@ def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:
 
 def generate_table(result: dict[str, Any]) -> Table:
     """What `measure_generate` returned: a row a setting."""
-    titles = [
+    first = (
         f"{result['device']}, {result['batch']} x {result['length']} tokens, {result['layers']} layers of "
-        f"{result['hidden']}, {result['dtype']}{', compiled' if result.get('compiled') else ''}",
-        "tokens/s",
-        "ms a token",
-        "to the best dense",
-        "roofline: ms",
-        "of the roofline",
-    ]
-    rows = []
-    for row in result["rows"]:
-        name = row["name"] if row["k_ratio"] is None else f"{row['name']}, k_ratio {row['k_ratio']:g}"
-        if "absent" in row:
-            rows.append([name, f"absent: {row['absent']}", *[""] * (len(titles) - 2)])
-            continue
-        times = [f"{1e3 * row[key]:.2f}" for key in ("seconds", "roofline_seconds")]
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        rows.append([name, f"{row['tokens_per_second']:.1f}", times[0], ratio, times[1], f"{row['share']:.1%}"])
-    return titles, rows
+        f"{result['hidden']}, {result['dtype']}{', compiled' if result.get('compiled') else ''}"
+    )
+    return table_of(first, [(row_name(row), row) for row in result["rows"]], GENERATE)
 
 
 def retention_table(result: dict[str, Any]) -> Table:
@@ -176,18 +221,7 @@ def retention_table(result: dict[str, Any]) -> Table:
 
 def images_table(result: dict[str, Any]) -> Table:
     """What `evaluate_images` returned: a row a setting."""
-    titles = ["setting", "products outside the window", "mean cosine", "lowest cosine", "same nearest neighbour"]
-    rows = [
-        [
-            describe_setting(row["setting"], row["basis"]),
-            f"{row['mean_k']:.0%}",
-            f"{row['mean_cosine']:.4f}",
-            f"{row['lowest_cosine']:.4f}",
-            f"{row['same_neighbour']:.1%}",
-        ]
-        for row in result["rows"]
-    ]
-    return titles, rows
+    return table_of("setting", _by_setting(result), IMAGES)
 
 
 def layers_table(result: dict[str, Any]) -> Table:
@@ -204,22 +238,8 @@ def layers_table(result: dict[str, Any]) -> Table:
 
 def retrieval_table(result: dict[str, Any]) -> Table:
     """What `evaluate_retrieval` returned: exact answers dense and under each setting, and the paired test."""
-    titles = ["setting", "products outside the window", "right"]
-    titles += ["only dense right", "only AQUA right", "p (paired)", "same answer"]
-    rows = [["dense", "100%", f"{result['dense']['accuracy']:.1%}", "", "", "", ""]]
-    rows += [
-        [
-            describe_setting(row["setting"], row["basis"]),
-            f"{row['mean_k']:.0%}",
-            f"{row['accuracy']:.1%}",
-            str(row["lost"]),
-            str(row["gained"]),
-            f"{row['p_value']:.2g}",
-            f"{row['same_answer']:.1%}",
-        ]
-        for row in result["rows"]
-    ]
-    return titles, rows
+    dense = {"mean_k": 1, "accuracy": result["dense"]["accuracy"]}
+    return table_of("setting", [("dense", dense), *_by_setting(result)], RETRIEVAL)
 
 
 def tasks_table(result: dict[str, Any]) -> Table:
@@ -267,7 +287,7 @@ def provenance_table(projections: Projections) -> Table:
         read.append(["only the layers", f"{names[0]} to {names[-1]}"])
     rows = [
         ["model", projections.model.get("name") or "not recorded"],
-        ["fits", describe_shape(projections.model["shape"])],
+        ["fits", projections.fits],
         *read,
         ["basis", projections.basis],
         ["library version", _versions(calibration)],
@@ -300,31 +320,18 @@ def _versions(calibration: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(found))
 
 
-def spectrum_table(projections: Projections) -> Table:
-    """How many leading dimensions hold 90% and 99% of the energy of queries and keys, least to most over heads."""
+def spectrum_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """How many leading dimensions hold 90% and 99% of the energy of queries and keys, least to most over heads.
+
+    Args:
+        rows: see `projections.spectrum`.
+    """
     titles = ["layer", "key-value heads", "head_dim", "dims for 90%", "dims for 99%"]
-    rows = []
-    for row in spectrum(projections):
-        spans = [f"{min(dims)}-{max(dims)}" for dims in (row["dims_90"], row["dims_99"])]
-        rows.append([str(row["layer"]), str(len(row["dims_90"])), str(row["head_dim"]), *spans])
-    return titles, rows
-
-
-def spectrum(projections: Projections) -> list[dict[str, Any]]:
-    """A row a layer: `layer`, `head_dim`, and for each key-value head `dims_90` and `dims_99`."""
-    rows = []
-    for index, layer in projections.layers.items():
-        # In descending order whatever the basis: "how few dimensions could hold it".
-        cumulated = layer.energy.double().sort(-1, descending=True).values.cumsum(-1)
-        rows.append(
-            {
-                "layer": index,
-                "head_dim": layer.energy.shape[-1],
-                "dims_90": ((cumulated < 0.90).sum(-1) + 1).tolist(),
-                "dims_99": ((cumulated < 0.99).sum(-1) + 1).tolist(),
-            }
-        )
-    return rows
+    spans = [[f"{min(dims)}-{max(dims)}" for dims in (row["dims_90"], row["dims_99"])] for row in rows]
+    return titles, [
+        [str(row["layer"]), str(len(row["dims_90"])), str(row["head_dim"]), *span]
+        for row, span in zip(rows, spans, strict=True)
+    ]
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from aqua_attention.report.document import Block, Panel, Section, commands_of, name_of, percent, plain
-from aqua_attention.report.figures import Axis, Curve, curves, heat
-from aqua_attention.report.record import Record, number
+from aqua_attention.evaluate.record import Record, number
+from aqua_attention.report.document import Block, Panel, Section, commands_of, loss_cells, name_of, percent, plain
+from aqua_attention.report.figures import Axis, heat, loss_curves
 from aqua_attention.report.runs import facts_of_run, told_apart
 from aqua_attention.report.tables import Table
 
@@ -163,12 +163,12 @@ def _matrix(title: str, part: Sequence[Record], kind: _Kind) -> _Matrix:
 def _identity(record: Record, key: str, names: Sequence[str]) -> tuple[str, ...]:
     """Of a row or column: its label, and what else makes it the same."""
     facts = facts_of_run(record)
-    return _label((record.result or {})[key]), *(facts.get(name, "") for name in names)
+    return _label(record.figures[key]), *(facts.get(name, "") for name in names)
 
 
 def _labels(part: Sequence[Record], key: str, names: Sequence[str]) -> dict[tuple[str, ...], str]:
     """A label for each row or column, in order: of numbers, or of the alphabet."""
-    values = {_identity(record, key, names): (record.result or {})[key] for record in part}
+    values = {_identity(record, key, names): record.figures[key] for record in part}
     words = any(isinstance(value, str) for value in values.values())
     ordered = sorted(values, key=lambda each: (0.0 if words else number(values[each]), each))
     facts = [{name: value for name, value in zip(names, each[1:], strict=True) if value} for each in ordered]
@@ -181,8 +181,8 @@ def _panels(identity: str, matrix: _Matrix, kind: _Kind) -> list[Panel]:
     for key, (what, unit, form) in MEASURES.items():
         found: dict[tuple[str, str], list[float]] = {}
         for row, column, record in matrix.cells:
-            if record.result and key in record.result:
-                found.setdefault((row, column), []).append(number(record.result[key]))
+            if key in record.figures:
+                found.setdefault((row, column), []).append(number(record.figures[key]))
         if not found:
             continue
         cells = [[found.get((row, column), []) for column in columns] for row in rows]
@@ -214,10 +214,9 @@ def _title(record: Record, apart: Sequence[str] = ()) -> str:
 
 def _calibration_tokens(record: Record) -> float:
     """As asked for, where the record says: how many are really read differs a little with the length of windows."""
-    assert record.result is not None
     asked = record.options.get("calibrated")
     given = asked.get("tokens") if isinstance(asked, dict) else None
-    return number(record.result.get("calibration_tokens") if given is None else given)
+    return number(record.figures.get("calibration_tokens") if given is None else given)
 
 
 def _calibration_size(records: Sequence[Record], kind: _Kind) -> list[Block]:
@@ -227,21 +226,15 @@ def _calibration_size(records: Sequence[Record], kind: _Kind) -> list[Block]:
         group = [record for _, _, record in matrix.cells]
         if len({tokens for tokens in map(_calibration_tokens, group) if math.isfinite(tokens)}) < 2:
             continue
-        lines: dict[str, list[tuple[float, list[float]]]] = {}
-        rows = []
         places = {cell[:2]: place for place, cell in enumerate(matrix.cells)}
-        for calibrated, tested, record in sorted(
-            matrix.cells, key=lambda cell: (places[cell[:2]], _calibration_tokens(cell[2]))
-        ):
-            result, tokens = record.result or {}, _calibration_tokens(record)
-            name = f"windows of {calibrated}, tested at {tested}"
-            losses = [number(result["perplexity_change"]), number(result["kl"])]
-            lines.setdefault(name, []).append((tokens, losses))
-            rows.append([name, plain(tokens, ".0f"), percent(losses[0], 2, sign=True), plain(losses[1], ".4f")])
-        axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
-        drawn = [Curve(name, points) for name, points in lines.items()]
-        alt = "Perplexity change and KL divergence by the number of tokens calibrated on"
-        panel = curves(f"size{place}", alt, Axis("tokens calibrated on", "log2"), axes, drawn)
+        cells = sorted(matrix.cells, key=lambda cell: (places[cell[:2]], _calibration_tokens(cell[2])))
+        points = [
+            (f"windows of {calibrated}, tested at {tested}", _calibration_tokens(record), record.figures)
+            for calibrated, tested, record in cells
+        ]
+        rows = [[name, plain(tokens, ".0f"), *loss_cells(result)[1:]] for name, tokens, result in points]
+        alt = "by the number of tokens calibrated on"
+        panel = loss_curves(f"size{place}", alt, Axis("tokens calibrated on", "log2"), points)
         table = (["calibration", "tokens", "change", "KL to dense"], rows)
         blocks.append(Block(f"Calibration size: {matrix.title}", "", table, commands_of(group), [panel]))
     return blocks
@@ -261,13 +254,11 @@ def _label(value: Any) -> str:
 
 
 def _transfer_table(matrix: _Matrix, kind: _Kind) -> Table:
-    distances = any(record.result and "distance" in record.result for _, _, record in matrix.cells)
+    distances = any("distance" in record.figures for _, _, record in matrix.cells)
     titles = [kind.down, kind.across, "perplexity", "change", "KL to dense", *(["distance"] if distances else [])]
     rows = []
     for calibrated, tested, record in matrix.cells:
-        assert record.result is not None
-        result = record.result
-        row = [calibrated, tested, plain(number(result["perplexity"]), ".3f")]
-        row += [percent(number(result["perplexity_change"]), 2, sign=True), plain(number(result["kl"]), ".4f")]
-        rows.append(row + ([plain(number(result.get("distance")), ".3f")] if distances else []))
+        result = record.figures
+        distance = [plain(number(result.get("distance")), ".3f")] if distances else []
+        rows.append([calibrated, tested, *loss_cells(result), *distance])
     return titles, rows

@@ -1,2 +1,104 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of a model: each suite turns settings into figures."""
+"""The suites: what each measures, and the one list of what its result must have.
+
+A suite is a module of this package and an entry in `SUITES`. The entry says what a result holds, which a grid's records
+and the report check alike, and by its `jobs` the suite becomes one of `aqua eval grid`. Nothing here loads torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A list of objects in a result.
+
+    Attributes:
+        numbers, lists: which of their fields are numbers, and which are lists of numbers.
+        title: a field that holds a text. Such rows may be `absent`, with a reason in place of the figures.
+    """
+
+    name: str
+    numbers: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite's result must have, and how the suite is run.
+
+    Attributes:
+        numbers, words, rows: the figures, texts and lists of a result. A record without them is none.
+        newer: figures that a grid measures again without, and that files of older versions may lack.
+        of_dense: the numbers that the dense model's record must have; empty where the dense model has none.
+        cells: what the columns of its cells are, for suites of retrieval.
+        calibrates: the suite calibrates by itself, as its options say, so that its projections are a result and no part
+            of the key.
+        apart: each of a result's `rows` is a measurement of its own.
+        command: what writes the suite's file; `aqua eval NAME` when empty.
+        jobs: "module:function", called as function(subject, settings, sizes), see `grid.grid_jobs`; empty for a suite
+            that is no part of a grid.
+    """
+
+    numbers: tuple[str, ...] = ()
+    words: tuple[str, ...] = ()
+    rows: tuple[Rows, ...] = ()
+    newer: tuple[str, ...] = ()
+    of_dense: tuple[str, ...] = ()
+    cells: str = ""
+    calibrates: bool = False
+    apart: bool = False
+    command: str = ""
+    jobs: str = ""
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """All numbers that a grid's record must have."""
+        return self.numbers + self.newer
+
+
+_HERE = "aqua_attention.evaluate.suites"
+_LOSSES, _NEWER = ("perplexity", "perplexity_change", "kl"), ("top1", "mean_k", "tokens")
+_COUNTS = ("right", "asked")
+_PAIRED = ("lost", "gained", "p_value")
+_DECODE = ("k_ratio", "seconds", "step_seconds", "ratio", "step_ratio", "ceiling", "share")
+_GENERATE = ("k_ratio", "seconds", "tokens_per_second", "ratio", "roofline_seconds", "share")
+_HEADS = Rows("per_layer", ("layer",), ("score_loss", "softmax_loss"))
+_LENGTHS = Rows("rows", ("length", "dense", "whole"), ("aqua",))
+
+
+def _retrieval(name: str, cells: str, *labels: str) -> Suite:
+    rows = (Rows("cells", (*labels, *_COUNTS)),)
+    return Suite((*_COUNTS, *_PAIRED), rows=rows, of_dense=_COUNTS, cells=cells, jobs=f"{_HERE}.{name}:{name}_jobs")
+
+
+def _benchmark(command: str, *rows: Rows) -> Suite:
+    return Suite(rows=rows, command=f"aqua {command}")
+
+
+SUITES = {
+    "perplexity": Suite(_LOSSES, newer=_NEWER, of_dense=("perplexity",), jobs=f"{_HERE}.perplexity:perplexity_jobs"),
+    "retention": Suite(
+        *(("k_ratio", "score_loss", "softmax_loss"), ("selection",), (_HEADS,)),
+        apart=True,
+        jobs=f"{_HERE}.retention:retention_jobs",
+    ),
+    "needle": _retrieval("needle", "length", "length", "depth"),
+    "lines": _retrieval("lines", "lines", "lines"),
+    "tasks": Suite(
+        ("value", "stderr", "count", "dense", *_PAIRED), ("task", "metric"), of_dense=("value",), apart=True
+    ),
+    "transfer": Suite(_LOSSES, ("calibrated", "tested"), newer=(*_NEWER, "distance"), calibrates=True),
+    "context": Suite(("calibrated_length", "tested_length", *_LOSSES), newer=_NEWER, calibrates=True),
+    "images": Suite(("mean_cosine", "lowest_cosine", "same_neighbour", "mean_k")),
+    "spectrum": _benchmark("inspect", Rows("layers", ("layer", "head_dim"), ("dims_90", "dims_99"))),
+    "memory": _benchmark("bench memory", Rows("rows", ("bytes", "ratio", "peak_bytes", "peak_ratio"), title="setting")),
+    "decode": _benchmark("bench decode", Rows("rows", _DECODE, title="name")),
+    "generate": _benchmark("bench generate", Rows("rows", _GENERATE, title="name")),
+    "breakeven": _benchmark(
+        "bench breakeven", _LENGTHS, Rows("breakeven", ("k_ratio", "k", "dense", "whole", "paper", "theory"))
+    ),
+}
+"""By name. A new suite is a line here and a module."""

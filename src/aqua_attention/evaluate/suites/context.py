@@ -11,14 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from aqua_attention.calibration.run import check_tokens
-from aqua_attention.data.text import text_digest, token_windows, tokenize
+from aqua_attention.data.text import text_digest, tokenize
 from aqua_attention.evaluate.calibrated import Calibration, Calibrator
-from aqua_attention.evaluate.record import dtype_of, record_key
 from aqua_attention.evaluate.run import Job, Progress, check_sizes, halves
 from aqua_attention.evaluate.setting import Setting, resolved_settings
-from aqua_attention.evaluate.suites.grid import perplexity_figures
-from aqua_attention.evaluate.suites.perplexity import DenseLogits
+from aqua_attention.evaluate.suites.grid import first_windows, measured_key
+from aqua_attention.evaluate.suites.perplexity import DenseLogits, perplexity_figures
 
 
 def context_jobs(
@@ -57,8 +55,8 @@ def context_jobs(
     settings = resolved_settings(calibrator.model, settings)
     dense_logits, model = DenseLogits(), calibrator.model
     (source, source_text), (data, text) = calibration, test
-    digests = text_digest(source_text), text_digest(text)
-    ids, prefix = tokenize(calibrator.tokenizer, text)
+    digest, read = text_digest(source_text), {"text_sha256": text_digest(text), "seed": seed}
+    tokenized = tokenize(calibrator.tokenizer, text)
 
     def measure(learn: Calibration, windows: Tensor, setting: Setting, progress: Progress) -> dict[str, Any]:
         calibrating, testing = halves(progress)
@@ -73,21 +71,11 @@ def context_jobs(
 
     jobs = []
     for length in dict.fromkeys(tested_lengths):
-        windows = token_windows(ids, tokens=max(tokens, length), context=length, seed=None, prefix=prefix)
-        check_tokens(model, windows, context=length)
+        windows = first_windows(model, tokenized, max(tokens, length), length)
         for context, count in product(dict.fromkeys(calibrated_lengths), dict.fromkeys(calibration_tokens)):
-            learn = Calibration(source, digests[0], tokens=count, context=context, seed=seed)
+            learn = Calibration(source, digest, tokens=count, context=context, seed=seed)
             options = {"data": data, "calibrated": asdict(learn), "context": length, "tokens": windows.numel()}
             for setting in settings:
-                key = record_key(
-                    "context",
-                    model=calibrator.name,
-                    dtype=dtype_of(model),
-                    config=setting.config.to_dict(),
-                    basis=setting.basis,
-                    options=options,
-                    text_sha256=digests[1],
-                    seed=seed,
-                )
+                key = measured_key("context", calibrator.name, model, setting, options, **read)
                 jobs.append(Job(key, partial(measure, learn, windows, setting)))
     return jobs

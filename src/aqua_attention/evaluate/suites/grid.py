@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suites of a grid: each turns a text and settings into jobs that share one dense reference."""
+"""What a grid measures, and how much of it; its suites turn that into jobs that share one dense reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import check_tokens
-from aqua_attention.config import AquaConfig
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.generation import Continuation
-from aqua_attention.evaluate.record import dtype_of, file_digest, record_key
+from aqua_attention.evaluate.record import Key, dtype_of, record_key
 from aqua_attention.evaluate.run import Job, Progress
 from aqua_attention.evaluate.setting import Setting, resolved_settings
-from aqua_attention.evaluate.suites.lines import lines_questions, read_lines_questions
-from aqua_attention.evaluate.suites.needle import needle_questions
-from aqua_attention.evaluate.suites.perplexity import DenseLogits, evaluate_perplexity
-from aqua_attention.evaluate.suites.retention import evaluate_retention
-from aqua_attention.evaluate.suites.retrieval import Question, encode_questions, evaluate_retrieval
+from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.model.capture import attention_layers
+
+QUESTIONS = 50
+"""For each number of lines, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Sizes:
         tokens: tokens of all windows of perplexity; retention_tokens: the same of retention.
         lengths, depths, needles, repeats: of the needle, see `needle_questions`.
         lines: lines in a question; count: questions for each number of lines.
-        lines_file: LongEval's questions, of which the first `count` are asked instead of generated ones.
+        lines_file: LongEval's questions, of which the first `count` (None: all) are asked instead of generated ones.
     """
 
     context: int = 2048
@@ -49,7 +47,7 @@ class Sizes:
     needles: int = 1
     repeats: int = 1
     lines: tuple[int, ...] = (100, 200)
-    count: int = 50
+    count: int | None = QUESTIONS
     lines_file: Path | None = None
 
 
@@ -72,8 +70,8 @@ class Subject:
 
     Attributes:
         name: the model, as the user named it.
+        data, text: the text, and what the user named it by; questions may have no text.
         projections_sha256: of the projections' file.
-        data, text: the text, and what the user named it by.
         seed: chooses needles, haystacks and lines.
         chat: put questions into the tokenizer's chat template.
     """
@@ -82,32 +80,64 @@ class Subject:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     projections: Projections
-    projections_sha256: str
     data: str
-    text: str
+    text: str = ""
+    projections_sha256: str = ""
     seed: int = 0
     chat: bool = True
 
     def windows(self, tokens: int, context: int) -> Tensor:
         """Windows from the text's start, [count, context]."""
-        ids, prefix = tokenize(self.tokenizer, self.text)
-        windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
-        check_tokens(self.model, windows, context=windows.shape[1])
-        return windows
+        return first_windows(self.model, tokenize(self.tokenizer, self.text), tokens, context)
 
-    def key(self, suite: str, setting: Setting | None, options: dict[str, Any], **other: Any) -> dict[str, Any]:
-        """The key of a record; without a setting, of the dense model."""
-        return record_key(
-            suite,
-            model=self.name,
-            dtype=dtype_of(self.model),
-            config=None if setting is None else setting.config.to_dict(),
-            basis="aqua" if setting is None else setting.basis,
-            options=options,
-            # The dense model's figures are the same whatever the projections.
-            projections_sha256=None if setting is None else self.projections_sha256,
-            **other,
-        )
+    def source(self) -> dict[str, Any]:
+        """What a command says of it beside the figures."""
+        digest = {"text_sha256": text_digest(self.text)} if self.text else {}
+        return {"model": self.name, "dtype": dtype_of(self.model), "data": self.data} | digest
+
+    def jobs(
+        self,
+        suite: str,
+        settings: Sequence[Setting | None],
+        options: dict[str, Any],
+        measure: Callable[[Any, Progress], dict[str, Any]],
+        **other: Any,
+    ) -> list[Job]:
+        """A job a setting.
+
+        Args:
+            settings: None is the dense model, whose figures are the same whatever the projections.
+            options, other: of the record's key.
+            measure: called as measure(setting, progress).
+        """
+        digests = [None if setting is None else self.projections_sha256 for setting in settings]
+        return [
+            Job(
+                measured_key(suite, self.name, self.model, setting, options, projections_sha256=digest, **other),
+                partial(measure, setting),
+            )
+            for setting, digest in zip(settings, digests, strict=True)
+        ]
+
+
+def first_windows(model: PreTrainedModel, tokenized: tuple[list[int], list[int]], tokens: int, context: int) -> Tensor:
+    """Windows from a text's start, [count, context], checked.
+
+    Args:
+        tokenized: see `text.tokenize`.
+    """
+    ids, prefix = tokenized
+    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+    check_tokens(model, windows, context=windows.shape[1])
+    return windows
+
+
+def measured_key(
+    suite: str, name: str, model: PreTrainedModel, setting: Setting | None, options: dict[str, Any], **other: Any
+) -> Key:
+    """The key of a record; without a setting, of the dense model. See `record_key` for the others."""
+    config, basis = (None, "aqua") if setting is None else (setting.config.to_dict(), setting.basis)
+    return record_key(suite, model=name, dtype=dtype_of(model), config=config, basis=basis, options=options, **other)
 
 
 def grid_jobs(subject: Subject, suites: Sequence[str], settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
@@ -121,176 +151,20 @@ def grid_jobs(subject: Subject, suites: Sequence[str], settings: Sequence[Settin
     settings = resolved_settings(subject.model, settings)
     # Otherwise every setting would be refused, one after the other.
     subject.projections.check_model(subject.model, attention_layers(subject.model))
-    return [job for name in dict.fromkeys(suites) for job in SUITES[name](subject, settings, sizes)]
+    jobs: list[Job] = []
+    for suite in dict.fromkeys(suites):
+        module, _, function = SUITES[suite].jobs.partition(":")
+        jobs += getattr(import_module(module), function)(subject, settings, sizes)
+    return jobs
 
 
 def check_suites(suites: Sequence[str], settings: Sequence[Setting]) -> None:
     """Raise AquaError for an unknown suite, and for one that has nothing to measure of these settings."""
-    if unknown := [name for name in suites if name not in SUITES]:
-        raise AquaError(f"suite is {unknown[0]!r}: it must be one of {', '.join(SUITES)}")
+    known = [name for name, suite in SUITES.items() if suite.jobs]
+    if unknown := [name for name in suites if name not in known]:
+        raise AquaError(f"suite is {unknown[0]!r}: it must be one of {', '.join(known)}")
     if "retention" in suites and all(setting.config.logit_error is not None for setting in settings):
         raise AquaError("suite retention measures k_ratios only, and every setting has a logit_error: give a k_ratio")
-
-
-def perplexity_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
-    """`evaluate_perplexity`, a job a setting. As soon as one evicts, all score second halves, to be comparable."""
-    windows = subject.windows(sizes.tokens, sizes.context)
-    continued = any(setting.config.h2o_ratio < 1 for setting in settings)
-    options = {
-        "data": subject.data,
-        "context": windows.shape[1],
-        "tokens": windows.numel(),
-        "scored": "second half" if continued else "all",
-    }
-    dense_logits = DenseLogits()
-
-    def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
-        return perplexity_figures(
-            *(subject.model, subject.projections, setting, windows, dense_logits),
-            continued=continued,
-            progress=progress,
-        )
-
-    digest = text_digest(subject.text)
-    return [
-        Job(subject.key("perplexity", setting, options, text_sha256=digest), partial(measure, setting))
-        for setting in (None, *settings)
-    ]
-
-
-def perplexity_figures(
-    model: PreTrainedModel,
-    projections: Projections,
-    setting: Setting | None,
-    windows: Tensor,
-    dense_logits: DenseLogits,
-    *,
-    continued: bool = False,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """What `evaluate_perplexity` says of one setting, with `dense` and `scored`; without a setting, of dense itself."""
-    settings = [] if setting is None else [setting]
-    found = evaluate_perplexity(
-        model, projections, settings, windows, continued=continued, dense_logits=dense_logits, progress=progress
-    )
-    reference = {"dense": found["dense"], "scored": found["scored"]}
-    if setting is None:
-        itself = {"perplexity_change": 0.0, "kl": 0.0, "top1": 1.0, "mean_k": 1.0}
-        return found["dense"] | itself | reference
-    return {name: value for name, value in found["rows"][0].items() if name not in ("setting", "basis")} | reference
-
-
-def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
-    """`evaluate_retention`, a job for each basis, selection and k_ratio; the other knobs are not looked at.
-
-    All of a basis are measured at once, by the first of its jobs.
-    """
-    windows = subject.windows(sizes.retention_tokens, sizes.context)
-    options = {"data": subject.data, "context": windows.shape[1], "tokens": windows.numel()}
-    distinct = dict.fromkeys(
-        Setting(AquaConfig(k_ratio=setting.config.k_ratio, selection=setting.config.selection), setting.basis)
-        for setting in settings
-        if setting.config.logit_error is None
-    )
-    known: dict[Setting, dict[str, Any]] = {}
-
-    def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
-        if setting not in known:
-            same = [other for other in distinct if other.basis == setting.basis]
-            found = evaluate_retention(
-                subject.model,
-                subject.projections.with_basis(setting.basis),
-                windows,
-                k_ratios=list(dict.fromkeys(other.config.k_ratio for other in same)),
-                selections=list(dict.fromkeys(other.config.selection for other in same)),
-                progress=progress,
-            )
-            for row in found["rows"]:
-                known[Setting(AquaConfig(k_ratio=row["k_ratio"], selection=row["selection"]), setting.basis)] = row
-        return known[setting]
-
-    digest = text_digest(subject.text)
-    return [
-        Job(subject.key("retention", setting, options, text_sha256=digest), partial(measure, setting))
-        for setting in distinct
-    ]
-
-
-def needle_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
-    """A needle at each depth of texts of each length, see `needle_questions`."""
-    shape: dict[str, Any] = {name: getattr(sizes, name) for name in ("lengths", "depths", "needles", "repeats")}
-    questions = needle_questions(*(subject.tokenizer, subject.text), **shape, seed=subject.seed, chat=subject.chat)
-    digest = text_digest(subject.text)
-    return _retrieval_jobs("needle", subject, settings, questions, shape | {"data": subject.data}, digest)
-
-
-def lines_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
-    """One of many numbered lines, generated or from a file, see `lines_questions` and `read_lines_questions`."""
-    if sizes.lines_file is not None:
-        questions = read_lines_questions(sizes.lines_file, count=sizes.count)
-        options = {"data": str(sizes.lines_file), "count": len(questions)}
-        return _retrieval_jobs("lines", subject, settings, questions, options, file_digest(sizes.lines_file))
-    questions = [
-        question
-        for lines in dict.fromkeys(sizes.lines)
-        for question in lines_questions(lines, count=sizes.count, seed=subject.seed)
-    ]
-    options = {"data": "generated", "lines": sizes.lines, "count": sizes.count}
-    return _retrieval_jobs("lines", subject, settings, questions, options, None)
-
-
-def _retrieval_jobs(
-    suite: str,
-    subject: Subject,
-    settings: Sequence[Setting],
-    questions: list[Question],
-    options: dict[str, Any],
-    digest: str | None,
-) -> list[Job]:
-    encode_questions(subject.model, subject.tokenizer, questions, chat=subject.chat)
-    answers: dict[int, Continuation] = {}
-
-    def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
-        found = evaluate_retrieval(
-            *(subject.model, subject.tokenizer, subject.projections),
-            *([] if setting is None else [setting], questions),
-            chat=subject.chat,
-            dense_answers=answers,
-            progress=progress,
-        )
-        row = found["rows"][0] if setting else {"lost": 0, "gained": 0, "p_value": 1.0, "same_answer": 1.0}
-        # The dense model's answer comes first, and is the only one when there is no setting.
-        right = [question["correct"][-1] for question in found["questions"]]
-        return {
-            "cells": _cells(questions, right),
-            "right": sum(right),
-            "asked": len(right),
-            **{name: row[name] for name in ("lost", "gained", "p_value", "same_answer")},
-            "mean_k": row.get("mean_k"),
-        }
-
-    options = options | {"chat": subject.chat}
-    return [
-        Job(subject.key(suite, setting, options, text_sha256=digest, seed=subject.seed), partial(measure, setting))
-        for setting in (None, *settings)
-    ]
-
-
-def _cells(questions: Sequence[Question], right: Sequence[bool]) -> list[dict[str, Any]]:
-    """Right answers of all, for each length (or number of lines) and depth."""
-    cells: dict[tuple[tuple[str, float | None], ...], list[bool]] = {}
-    for question, is_right in zip(questions, right, strict=True):
-        labels = {"depth": None} | question.labels
-        cells.setdefault(tuple(sorted(labels.items(), reverse=True)), []).append(is_right)
-    return [dict(labels) | {"right": sum(marks), "asked": len(marks)} for labels, marks in cells.items()]
-
-
-SUITES: dict[str, Callable[[Subject, Sequence[Setting], Sizes], list[Job]]] = {
-    "perplexity": perplexity_jobs,
-    "retention": retention_jobs,
-    "needle": needle_jobs,
-    "lines": lines_jobs,
-}
 
 
 def sizes_of(quick: bool, **given: Any) -> Sizes:

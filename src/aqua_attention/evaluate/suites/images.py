@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,11 +14,20 @@ from transformers import PreTrainedModel
 from aqua_attention.attach.apply import Attachment
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.run import Progress, counting, damaged
 from aqua_attention.evaluate.setting import Setting, attachments
 from aqua_attention.evaluate.suites.retention import evaluate_retention
 from aqua_attention.model.capture import evaluation_mode
-from aqua_attention.model.inputs import check_unpadded
-from aqua_attention.model.sides import IMAGES, Inputs, accepted, first_tensor, placed, runner, sides
+from aqua_attention.model.sides import (
+    IMAGES,
+    Inputs,
+    accepted,
+    check_unpadded,
+    first_tensor,
+    placed,
+    runner,
+    sides,
+)
 
 BATCH = 8
 """Images in a forward pass, where a model takes any number of them."""
@@ -32,7 +41,7 @@ def evaluate_images(
     settings: Sequence[Setting],
     inputs: Sequence[Inputs],
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Embed every image dense, then under every setting.
 
@@ -60,20 +69,17 @@ def evaluate_images(
     check_unpadded(inputs)
     runs = attachments(model, projections, settings, IMAGES)
     batches = _batches(inputs)
-    done, total = 0, len(inputs) * (1 + len(runs))
+    step = counting(progress, len(inputs) * (1 + len(runs)))
 
     def embed(attachment: Attachment | None) -> Tensor:
-        nonlocal done
         parts = []
         with attachment or nullcontext(), torch.no_grad(), evaluation_mode(model):
             for count, batch in batches:
-                if progress:
-                    progress(done, total)
+                step(count)
                 parts.append(_embedding(model, batch, count))
-                done += count
         found = torch.cat(parts).float().cpu()
         if not bool(torch.isfinite(found).all()):
-            raise AquaError(f"{name} gives NaN or infinity: its weights are damaged, or the dtype is too narrow")
+            raise damaged(f"{name} gives NaN or infinity")
         return torch.nn.functional.normalize(found, dim=-1)
 
     dense = embed(None)
@@ -93,8 +99,7 @@ def evaluate_images(
                 "mean_k_per_layer": multiplied.share_per_layer(),
             }
         )
-    if progress:
-        progress(total, total)
+    step(0)
     return {
         "images": len(inputs),
         "dense": _yardstick(dense),

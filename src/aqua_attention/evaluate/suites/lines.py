@@ -11,10 +11,16 @@ import gzip
 import json
 import random
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.suites.retrieval import Question
+from aqua_attention.evaluate.record import file_digest
+from aqua_attention.evaluate.run import Job
+from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.suites.grid import QUESTIONS, Sizes, Subject
+from aqua_attention.evaluate.suites.retrieval import Question, retrieval_jobs
 
 _ADJECTIVES = (
     "amber ancient autumn bitter blunt bold brave brief bright broken calm careful clever cold copper crisp curious "
@@ -78,6 +84,25 @@ def read_lines_questions(path: Path | str, *, count: int | None = None) -> list[
     if not questions:
         raise AquaError(f"{path} holds no questions: it is empty")
     return questions
+
+
+def lines_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
+    """One of many numbered lines, generated or from a file, see `lines_questions` and `read_lines_questions`."""
+    questions, file = sized_questions(sizes, subject.seed), sizes.lines_file
+    options: dict[str, Any] = {"data": "generated", "lines": sizes.lines, "count": sizes.count}
+    if file is not None:
+        options = {"data": str(file), "count": len(questions)}
+    digest = None if file is None else file_digest(file)
+    return retrieval_jobs("lines", subject, settings, questions, options, digest)
+
+
+def sized_questions(sizes: Sizes, seed: int) -> list[Question]:
+    """The questions of a file, or so many of each number of lines."""
+    if sizes.lines_file is not None:
+        return read_lines_questions(sizes.lines_file, count=sizes.count)
+    # A number given twice would count the same questions twice.
+    numbers, count = dict.fromkeys(sizes.lines), QUESTIONS if sizes.count is None else sizes.count
+    return [question for lines in numbers for question in lines_questions(lines, count=count, seed=seed)]
 
 
 def _generated(lines: int, rng: random.Random) -> Question:

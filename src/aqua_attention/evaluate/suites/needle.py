@@ -8,18 +8,24 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, product
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from aqua_attention.data.text import text_digest
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import encode_prompt
-from aqua_attention.evaluate.suites.retrieval import Question
+from aqua_attention.evaluate.run import Job
+from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.suites.grid import Sizes, Subject
+from aqua_attention.evaluate.suites.retrieval import Question, retrieval_jobs
 
 CITIES = (
     "Bergen Cusco Dakar Esfahan Fukuoka Granada Havana Innsbruck Jakarta Kyoto Lagos Mombasa Nairobi Oslo Porto Quito "
     "Riga Samarkand Tbilisi Utrecht Valencia Warsaw Yerevan Zagreb"
 ).split()
 TRIES = 1000
+SHAPE = ("lengths", "depths", "needles", "repeats")
 # White space stays with the sentence behind it, so that joining the pieces gives the text back.
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？।])|(?=\n[ \t\r]*\n)")
 
@@ -78,6 +84,19 @@ def needle_questions(
         hay = _hide(sentences[start:stop], _needles(cities, numbers), places)
         questions.append(_question(hay, cities, numbers, labels))
     return questions
+
+
+def needle_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
+    """A needle at each depth of texts of each length, see `needle_questions`."""
+    shape: dict[str, Any] = {name: getattr(sizes, name) for name in SHAPE}
+    questions, digest = subject_questions(subject, sizes), text_digest(subject.text)
+    return retrieval_jobs("needle", subject, settings, questions, shape | {"data": subject.data}, digest)
+
+
+def subject_questions(subject: Subject, sizes: Sizes) -> list[Question]:
+    """The questions about the subject's text."""
+    shape: dict[str, Any] = {name: getattr(sizes, name) for name in SHAPE}
+    return needle_questions(subject.tokenizer, subject.text, **shape, seed=subject.seed, chat=subject.chat)
 
 
 def _needles(cities: Sequence[str], numbers: Sequence[str]) -> list[str]:

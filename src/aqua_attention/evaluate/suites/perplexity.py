@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 from aqua_attention.attach.apply import Attachment
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import check_predicts, check_tokens
+from aqua_attention.data.text import text_digest
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.run import Job, Progress, counting, damaged
 from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
+from aqua_attention.evaluate.suites.grid import Sizes, Subject
 from aqua_attention.model.capture import input_device
 
 CHUNK = 128
@@ -68,7 +71,7 @@ def evaluate_perplexity(
     *,
     continued: bool = False,
     dense_logits: DenseLogits | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run every window dense, then under every setting, each from its first token on.
 
@@ -106,24 +109,19 @@ def evaluate_perplexity(
         raise AquaError(f"windows have {windows.shape[1]} tokens: h2o_ratio needs at least four, half of them to score")
     reference = dense_logits or DenseLogits(most_bytes=0)
     dense, sums = _Sums(), [_Sums() for _ in settings]
-    done, total = 0, len(windows) * (1 + len(runs))
+    step = counting(progress, len(windows) * (1 + len(runs)))
     device = input_device(model)
     with torch.no_grad():  # not inference_mode: offloaded quantised weights may fail under it
         for index, window in enumerate(windows):
             tokens = window[None].to(device)
-            if progress:
-                progress(done, total)
+            step(1)
             expected, targets = reference.of(model, windows, index)[half:], tokens[0, half + 1 :]
             _score(dense, expected, expected, targets)
-            done += 1
             for (attachment, _), row in zip(runs, sums, strict=True):
-                if progress:
-                    progress(done, total)
+                step(1)
                 found = _continued(model, tokens, half, attachment) if half else _logits(model, tokens, attachment)
                 _score(row, found, expected, targets)
-                done += 1
-    if progress:
-        progress(total, total)
+    step(0)
     dense_perplexity = _perplexity(dense, "dense attention")
     return {
         "dense": {"perplexity": dense_perplexity, "tokens": dense.tokens},
@@ -133,6 +131,59 @@ def evaluate_perplexity(
         ],
         "scored": "second half" if half else "all",
     }
+
+
+def measure_perplexity(
+    subject: Subject, settings: Sequence[Setting], sizes: Sizes, progress: Progress | None = None
+) -> dict[str, Any]:
+    """`evaluate_perplexity` of all settings over the subject's text, with what was read."""
+    windows = subject.windows(sizes.tokens, sizes.context)
+    found = evaluate_perplexity(subject.model, subject.projections, settings, windows, progress=progress)
+    return found | subject.source() | {"context": windows.shape[1], "windows": len(windows)}
+
+
+def perplexity_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
+    """`evaluate_perplexity`, a job a setting. As soon as one evicts, all score second halves, to be comparable."""
+    windows = subject.windows(sizes.tokens, sizes.context)
+    continued = any(setting.config.h2o_ratio < 1 for setting in settings)
+    options = {
+        "data": subject.data,
+        "context": windows.shape[1],
+        "tokens": windows.numel(),
+        "scored": "second half" if continued else "all",
+    }
+    dense_logits = DenseLogits()
+
+    def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
+        return perplexity_figures(
+            *(subject.model, subject.projections, setting, windows, dense_logits),
+            continued=continued,
+            progress=progress,
+        )
+
+    return subject.jobs("perplexity", (None, *settings), options, measure, text_sha256=text_digest(subject.text))
+
+
+def perplexity_figures(
+    model: PreTrainedModel,
+    projections: Projections,
+    setting: Setting | None,
+    windows: Tensor,
+    dense_logits: DenseLogits,
+    *,
+    continued: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """What `evaluate_perplexity` says of one setting, with `dense` and `scored`; without a setting, of dense itself."""
+    settings = [] if setting is None else [setting]
+    found = evaluate_perplexity(
+        model, projections, settings, windows, continued=continued, dense_logits=dense_logits, progress=progress
+    )
+    reference = {"dense": found["dense"], "scored": found["scored"]}
+    if setting is None:
+        itself = {"perplexity_change": 0.0, "kl": 0.0, "top1": 1.0, "mean_k": 1.0}
+        return found["dense"] | itself | reference
+    return {name: value for name, value in found["rows"][0].items() if name not in ("setting", "basis")} | reference
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, attachment: Attachment | None = None) -> Tensor:
@@ -186,8 +237,5 @@ def _row(setting: Setting, sums: _Sums, multiplied: Multiplied, dense_perplexity
 def _perplexity(sums: _Sums, what: str) -> float:
     mean = sums.loss / sums.tokens
     if not math.isfinite(mean):
-        raise AquaError(
-            f"the model gives NaN or infinite logits with {what}: its weights are damaged, or the dtype is too narrow "
-            "(try --dtype float32)"
-        )
+        raise damaged(f"the model gives NaN or infinite logits with {what}")
     return math.exp(min(mean, 700.0))

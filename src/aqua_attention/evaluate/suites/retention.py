@@ -8,7 +8,7 @@ for every query (magnitude, weighted).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import check_tokens
 from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.setting import check_covered
+from aqua_attention.data.text import text_digest
+from aqua_attention.evaluate.run import Job, Progress, damaged
+from aqua_attention.evaluate.setting import Setting, check_covered
+from aqua_attention.evaluate.suites.grid import Sizes, Subject
 from aqua_attention.model.capture import attention_layers, observe_windows
-from aqua_attention.model.inputs import check_unpadded, given_sides
-from aqua_attention.model.sides import TEXT, Inputs
+from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
 K_RATIOS = (0.9, 0.75, 0.5, 0.25)
@@ -46,7 +48,7 @@ def evaluate_retention(
     k_ratios: Sequence[float] = K_RATIOS,
     selections: Sequence[str] = ("static", "magnitude", "weighted"),
     queries: int = 128,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Loss of scores and of softmax for every layer, head, selection and ratio, on the model's own dense states.
 
@@ -93,14 +95,14 @@ def evaluate_retention(
         length = key.shape[2]
         first = length // 2 if layer.causal else 0
         places = torch.linspace(first, length - 1, min(queries, length), device=key.device).long()
-        rotation = projection.rotation.to(key.device)
+        rotation, key_rms = projection.rotation.to(key.device), projection.key_rms.to(key.device)
         q, k = rotate(query[:, :, places].float(), rotation), rotate(key.float(), rotation)
         last = places if layer.causal else torch.full_like(places, length - 1)
         visible = torch.arange(length, device=key.device) <= last[:, None]
         dense = _scores(q, k, scaling)
         dense_centred, dense_softmax = _centred(dense, visible), _softmax(dense, visible)
         for setting, config in settings.items():
-            selected = select_dimensions(q, config, layer.head_dim, projection.key_rms.to(key.device))
+            selected = select_dimensions(q, LayerPlan.of(rotation, key_rms, config))
             scores = dense if selected is None else _scores(torch.where(selected, q, 0), k, scaling)
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
             score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
@@ -114,6 +116,47 @@ def evaluate_retention(
 
     observe_windows(model, found, windows, measure, progress)
     return {"rows": [_row(selection, ratio, losses[selection, ratio]) for selection, ratio in settings]}
+
+
+def measure_retention(
+    subject: Subject, k_ratios: Sequence[float], sizes: Sizes, progress: Progress | None = None
+) -> dict[str, Any]:
+    """`evaluate_retention` over the subject's text, in the basis of its projections, with what was read."""
+    windows = subject.windows(sizes.retention_tokens, sizes.context)
+    found = evaluate_retention(subject.model, subject.projections, windows, k_ratios=k_ratios, progress=progress)
+    return found | subject.source() | {"basis": subject.projections.basis, "context": windows.shape[1]}
+
+
+def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
+    """`evaluate_retention`, a job for each basis, selection and k_ratio; the other knobs are not looked at.
+
+    All of a basis are measured at once, by the first of its jobs.
+    """
+    windows = subject.windows(sizes.retention_tokens, sizes.context)
+    options = {"data": subject.data, "context": windows.shape[1], "tokens": windows.numel()}
+    distinct = dict.fromkeys(
+        Setting(AquaConfig(k_ratio=setting.config.k_ratio, selection=setting.config.selection), setting.basis)
+        for setting in settings
+        if setting.config.logit_error is None
+    )
+    known: dict[Setting, dict[str, Any]] = {}
+
+    def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
+        if setting not in known:
+            same = [other for other in distinct if other.basis == setting.basis]
+            found = evaluate_retention(
+                subject.model,
+                subject.projections.with_basis(setting.basis),
+                windows,
+                k_ratios=list(dict.fromkeys(other.config.k_ratio for other in same)),
+                selections=list(dict.fromkeys(other.config.selection for other in same)),
+                progress=progress,
+            )
+            for row in found["rows"]:
+                known[Setting(AquaConfig(k_ratio=row["k_ratio"], selection=row["selection"]), setting.basis)] = row
+        return known[setting]
+
+    return subject.jobs("retention", list(distinct), options, measure, text_sha256=text_digest(subject.text))
 
 
 def _scores(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -134,12 +177,8 @@ def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
 def _row(selection: str, ratio: float, layers: dict[int, _Loss]) -> dict[str, Any]:
     scores = {index: (loss.scores / loss.count).tolist() for index, loss in layers.items()}
     softmax = {index: (loss.softmax / loss.count).tolist() for index, loss in layers.items()}
-
     if not all(math.isfinite(value) for heads in (*scores.values(), *softmax.values()) for value in heads):
-        raise AquaError(
-            "the model gives NaN or infinite scores: its weights are damaged or the dtype is too narrow "
-            "(try --dtype float32)"
-        )
+        raise damaged("the model gives NaN or infinite scores")
 
     def mean(per_layer: dict[int, list[float]]) -> float:
         values = [value for heads in per_layer.values() for value in heads]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,9 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.run import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import Continuation, continue_tokens, encode_prompt
+from aqua_attention.evaluate.run import Job, Progress, counting
 from aqua_attention.evaluate.setting import Multiplied, Setting, as_attached, attachments
+from aqua_attention.evaluate.suites.grid import Subject
 
 SPARE_TOKENS = 4
 """Tokens that an answer may have beyond those of the expected numbers, such as a space and a full stop."""
@@ -51,7 +53,7 @@ def evaluate_retrieval(
     *,
     chat: bool = True,
     dense_answers: dict[int, Continuation] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Answer every question dense and under every setting (greedy), and test the pairs.
 
@@ -77,24 +79,21 @@ def evaluate_retrieval(
     known = {} if dense_answers is None else dense_answers
     answers: list[list[str]] = []
     same = [0] * len(runs)
-    done, total = 0, len(questions) * (1 + len(runs))
+    step = counting(progress, len(questions) * (1 + len(runs)))
     for index, (prompt, budget) in enumerate(encoded):
         written = []
         for attachment in (None, *(attachment for attachment, _ in runs)):
-            if progress:
-                progress(done, total)
+            step(1)
             if attachment is None and index in known:
                 written.append(known[index])
             else:
                 written.append(continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment))
-            done += 1
         known[index] = written[0]
         answers.append([answer.text for answer in written])
         same = [
             count + (other.token_ids == written[0].token_ids) for count, other in zip(same, written[1:], strict=True)
         ]
-    if progress:
-        progress(total, total)
+    step(0)
     correct = [
         [is_correct(answer, question.expected) for answer in row]
         for question, row in zip(questions, answers, strict=True)
@@ -111,6 +110,64 @@ def evaluate_retrieval(
             for question, (prompt, _), texts, marks in zip(questions, encoded, answers, correct, strict=True)
         ],
     }
+
+
+def measure_retrieval(
+    subject: Subject, settings: Sequence[Setting], questions: Sequence[Question], progress: Progress | None = None
+) -> dict[str, Any]:
+    """`evaluate_retrieval` of all settings, with what was read."""
+    given = subject.model, subject.tokenizer, subject.projections, settings, questions
+    found = evaluate_retrieval(*given, chat=subject.chat, progress=progress)
+    return found | subject.source() | {"seed": subject.seed, "chat": subject.chat}
+
+
+def retrieval_jobs(
+    suite: str,
+    subject: Subject,
+    settings: Sequence[Setting],
+    questions: list[Question],
+    options: dict[str, Any],
+    digest: str | None,
+) -> list[Job]:
+    """`evaluate_retrieval`, a job a setting; its figures are counted by cell.
+
+    Args:
+        options: what the questions are made from.
+        digest: of the text that they are made from; None where there is none.
+    """
+    encode_questions(subject.model, subject.tokenizer, questions, chat=subject.chat)
+    answers: dict[int, Continuation] = {}
+
+    def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
+        found = evaluate_retrieval(
+            *(subject.model, subject.tokenizer, subject.projections),
+            *([] if setting is None else [setting], questions),
+            chat=subject.chat,
+            dense_answers=answers,
+            progress=progress,
+        )
+        row = found["rows"][0] if setting else {"lost": 0, "gained": 0, "p_value": 1.0, "same_answer": 1.0}
+        # The dense model's answer comes first, and is the only one when there is no setting.
+        right = [question["correct"][-1] for question in found["questions"]]
+        return {
+            "cells": _cells(questions, right),
+            "right": sum(right),
+            "asked": len(right),
+            **{name: row[name] for name in ("lost", "gained", "p_value", "same_answer")},
+            "mean_k": row.get("mean_k"),
+        }
+
+    options = options | {"chat": subject.chat}
+    return subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
+
+
+def _cells(questions: Sequence[Question], right: Sequence[bool]) -> list[dict[str, Any]]:
+    """Right answers of all, for each length (or number of lines) and depth."""
+    cells: dict[tuple[tuple[str, float | None], ...], list[bool]] = {}
+    for question, is_right in zip(questions, right, strict=True):
+        labels = {"depth": None} | question.labels
+        cells.setdefault(tuple(sorted(labels.items(), reverse=True)), []).append(is_right)
+    return [dict(labels) | {"right": sum(marks), "asked": len(marks)} for labels, marks in cells.items()]
 
 
 def encode_questions(

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor
 
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.calibration.run import check_tokens
 from aqua_attention.config import AquaConfig
-from aqua_attention.data.text import text_digest, token_windows, tokenize
+from aqua_attention.data.text import text_digest, tokenize
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.calibrated import Calibration, Calibrator, check_enough
-from aqua_attention.evaluate.record import dtype_of, record_key
 from aqua_attention.evaluate.run import Job, Progress, check_sizes, halves
 from aqua_attention.evaluate.setting import Setting, resolved_settings
-from aqua_attention.evaluate.suites.grid import perplexity_figures
-from aqua_attention.evaluate.suites.perplexity import DenseLogits
+from aqua_attention.evaluate.suites.grid import first_windows, measured_key
+from aqua_attention.evaluate.suites.perplexity import DenseLogits, perplexity_figures
 
 CALIBRATION_SHARE = 0.8
 SPLIT = "calibrated on the first 80% of the characters, tested on the rest; no character is in both"
@@ -133,9 +131,8 @@ def transfer_jobs(
         check_enough(calibrator.tokenizer, sources[domain.name], domain.calibration)
     jobs = []
     for tested in domains:
-        ids, prefix = tokenize(calibrator.tokenizer, tested.test)
-        windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
-        check_tokens(model, windows, context=windows.shape[1])
+        windows = first_windows(model, tokenize(calibrator.tokenizer, tested.test), tokens, context)
+        read = {"text_sha256": text_digest(tested.test), "seed": seed}
         for calibrated in domains:
             options = {
                 "calibrated": asdict(sources[calibrated.name]) | {"data": calibrated.data},
@@ -145,16 +142,7 @@ def transfer_jobs(
                 "tokens": windows.numel(),
             }
             for setting in settings:
-                key = record_key(
-                    "transfer",
-                    model=calibrator.name,
-                    dtype=dtype_of(model),
-                    config=setting.config.to_dict(),
-                    basis=setting.basis,
-                    options=options,
-                    text_sha256=text_digest(tested.test),
-                    seed=seed,
-                )
+                key = measured_key("transfer", calibrator.name, model, setting, options, **read)
                 jobs.append(Job(key, partial(measure, calibrated, tested, windows, setting)))
     return jobs
 

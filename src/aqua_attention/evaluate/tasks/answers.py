@@ -18,6 +18,7 @@ from aqua_attention.attach.apply import Attachment
 from aqua_attention.calibration.run import check_generates, check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import GREEDY
+from aqua_attention.evaluate.run import damaged
 from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, WrittenItem
 from aqua_attention.evaluate.tasks.prompts import Task
 from aqua_attention.model.capture import input_device
@@ -123,10 +124,7 @@ def _log_likelihoods(model: PreTrainedModel, pairs: list[_Pair], attachment: Att
             for batch in _batches(pairs, TOKENS_AT_ONCE if on_cpu else TOKENS_AT_ONCE_GPU):
                 scores |= _score_batch(model, batch)
     if not all(math.isfinite(score) for score in scores.values()):
-        raise AquaError(
-            "the model gives NaN or infinite logits: its weights are damaged, or the dtype is too narrow (try --dtype "
-            "float32)"
-        )
+        raise damaged("the model gives NaN or infinite logits")
     return scores
 
 

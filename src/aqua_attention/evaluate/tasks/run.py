@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.run import Progress, counting
 from aqua_attention.evaluate.setting import Setting, as_attached, attachments
 from aqua_attention.evaluate.suites.retrieval import paired_p_value
 from aqua_attention.evaluate.tasks.answers import Answer, answer_items, check_items
@@ -36,7 +37,7 @@ def evaluate_tasks(
     *,
     batch: int = 8,
     state: Path | str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Ask every question of every task dense and under every setting, and test the pairs.
 
@@ -74,24 +75,21 @@ def evaluate_tasks(
     # All of them before the first answer: what cannot be asked is known now, not after hours.
     lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
     answers = Answers(_run(model, projections, settings, tasks, batch), state)
-    done, total = 0, sum(len(task.items) for task in tasks) * len(columns)
+    known = sum(len(answers.of_task.get(task.name, [])) for task in tasks)
+    step = counting(progress, sum(len(task.items) for task in tasks) * len(columns), known * len(columns))
     try:
         for task in tasks:
             first = len(answers.of_task.get(task.name, []))
-            done += first * len(columns)
             for start in range(first, len(task.items), batch):
                 part = task.items[start : start + batch]
                 given, answered = [], answer_items(model, tokenizer, part, columns)
                 for _ in columns:
-                    if progress:
-                        progress(done, total)
+                    step(len(part))
                     given.append(next(answered))
-                    done += len(part)
                 answers.add(task.name, [list(row) for row in zip(*given, strict=True)])
     finally:
         answers.save()
-    if progress:
-        progress(total, total)
+    step(0)
     figures = {
         (task.name, metric): [
             [METRICS[metric](item, answer) for answer in row]
@@ -134,7 +132,7 @@ def check_request(names: Sequence[str], batch: int) -> None:
 
 def _accuracy(item: Item, answer: Answer) -> float:
     right, scores = _given(item, answer)
-    return float(_largest(scores, range(len(scores))) == right.right)
+    return float(_largest(scores, right.offered or range(len(scores))) == right.right)
 
 
 def _normalised_accuracy(item: Item, answer: Answer) -> float:
@@ -143,11 +141,6 @@ def _normalised_accuracy(item: Item, answer: Answer) -> float:
     bytes_of = [max(1, len(text.removeprefix(" ").encode())) for text in right.continuations]
     per_byte = [score / length for score, length in zip(scores, bytes_of, strict=True)]
     return float(_largest(per_byte, range(len(scores))) == right.right)
-
-
-def _single_true(item: Item, answer: Answer) -> float:
-    right, scores = _given(item, answer)
-    return float(_largest(scores, right.offered or range(len(scores))) == right.right)
 
 
 def _true_mass(item: Item, answer: Answer) -> float:
@@ -167,7 +160,7 @@ def _exact_match(item: Item, answer: Answer) -> float:
 METRICS: dict[str, Callable[[Item, Answer], float]] = {
     "acc": _accuracy,
     "acc_norm": _normalised_accuracy,
-    "mc1": _single_true,
+    "mc1": _accuracy,
     "mc2": _true_mass,
     "exact_match": _exact_match,
 }

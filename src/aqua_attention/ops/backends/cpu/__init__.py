@@ -16,6 +16,7 @@ class Cpu(Backend):
 
     name = "cpu"
     for_prompts = False
+    keeps_short_unrotated = True
 
     def serves_tiles(self, device: torch.device) -> bool:
         """See `Backend`."""

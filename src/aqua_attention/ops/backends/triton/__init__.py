@@ -32,6 +32,8 @@ class Triton(Backend):
             return reason
         if call.mask is not None:
             return "it knows no mask"
+        if plan.has_window_store:
+            return "it knows no tokens that keep more dimensions than others (s_ratio with an exact window)"
         if call.softcap is not None or call.s_aux is not None:
             return "it knows neither softcap nor extra softmax logits (s_aux)"
         queries, keys = call.query.shape[2], call.key.shape[2]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoding step of random tensors for the kernels, and how far a result is from float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aqua_attention.machine import Shape
+from aqua_attention.ops.reference import attention_reference
+
+LOUD = 4.0
+"""Keys of the first and the last token are so many times as large: among many, one that is missed would not be seen."""
+
+
+class Problem(NamedTuple):
+    """A token of each sequence, and what a cache holds.
+
+    Attributes:
+        query: [batch, num_attention_heads, head_dim].
+        new: key and value of the token, each [batch, num_key_value_heads, head_dim].
+        keys, values: [batch, num_key_value_heads, length, head_dim], those of the token last.
+        rotation: float32 [num_key_value_heads, head_dim, head_dim].
+        key_rms: float32 [num_key_value_heads, head_dim].
+    """
+
+    query: Tensor
+    new: tuple[Tensor, Tensor]
+    keys: Tensor
+    values: Tensor
+    rotation: Tensor
+    key_rms: Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, *, batch: int, length: int) -> Problem:
+        """The same one each time."""
+        device, heads, kv_heads, head_dim, dtype = shape
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*size, generator=generator, device=device, dtype=dtype)
+
+        keys, values = (normal(batch, kv_heads, length, head_dim) for _ in range(2))
+        for token in (0, -1):
+            keys[:, :, token] *= LOUD
+        return cls(
+            query=normal(batch, heads, head_dim),
+            new=(keys[:, :, -1].clone(), values[:, :, -1].clone()),
+            keys=keys,
+            values=values,
+            rotation=torch.linalg.qr(normal(kv_heads, head_dim, head_dim, dtype=torch.float32)).Q.contiguous(),
+            key_rms=normal(kv_heads, head_dim, dtype=torch.float32).abs() + 0.1,
+        )
+
+
+class Attended(NamedTuple):
+    """What a result should be attention of, see `attention_reference`; all in one basis.
+
+    Attributes:
+        query: [batch, num_attention_heads, dim], keys, values: [batch, num_key_value_heads, length, dim].
+        selected: boolean [batch, num_attention_heads, 1, dim]; None: every dimension.
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    selected: Tensor | None = None
+    sink: int = 0
+    recent: int = 0
+
+    def part(self, rows: slice, kv_heads: slice = slice(None)) -> Attended:
+        """Some sequences and key-value heads of it."""
+        each = self.query.shape[1] // self.keys.shape[1]
+        heads = slice(*(None if bound is None else bound * each for bound in (kv_heads.start, kv_heads.stop)))
+        return self._replace(
+            query=self.query[rows, heads],
+            keys=self.keys[rows, kv_heads],
+            values=self.values[rows, kv_heads],
+            selected=None if self.selected is None else self.selected[rows, heads],
+        )
+
+    def reference(self, dtype: torch.dtype) -> Tensor:
+        """Computed in `dtype`, then float64: [batch, num_attention_heads, dim]."""
+        query, keys, values = (states.to(dtype) for states in (self.query[:, :, None], self.keys, self.values))
+        found = attention_reference(query, keys, values, self.selected, sink=self.sink, recent=self.recent)
+        return found[:, :, 0].double()
+
+    def error_and_limit(self, found: Tensor, tolerance: float, least: float = 0.0) -> tuple[float, float]:
+        """How far `found` is from float64, and how far it may be.
+
+        Args:
+            tolerance: so many times as far as the reference in the query's dtype is,
+            least: and so far for its size.
+        """
+        exact = self.reference(torch.float64)
+        yardstick = float((self.reference(self.query.dtype) - exact).norm())
+        return float((found.double() - exact).norm()), tolerance * yardstick + least * float(exact.norm())

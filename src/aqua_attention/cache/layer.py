@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all cache layers of ours have in common: a plan, rotated keys that say whose they are, and `attend`."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from aqua_attention.cache.stored import as_stored, needs_own_cache
+from aqua_attention.errors import AquaError
+from aqua_attention.ops.api import attend, rotate
+from aqua_attention.ops.mask import HIDDEN
+from aqua_attention.ops.plan import Attended, Call, LayerPlan
+
+OTHER_SETTINGS = (
+    "this cache was filled under other AQUA projections or settings, or by a model with other weights: start with a "
+    "new cache"
+)
+
+
+class CacheLayer(Protocol):
+    """A cache layer of ours, of any kind.
+
+    Its `update` hands keys and values to the model, which passes them on to our attention function, which asks the
+    layer. So only the layer knows what it stores.
+    """
+
+    plan: LayerPlan
+
+    def attend(self, call: Call, is_sliding: bool) -> Attended:
+        """Attention of new queries to all that is stored; then what the layer does after it (evict, write).
+
+        Args:
+            call: with the keys and values that `update` returned.
+            is_sliding: the attention layer has a sliding window.
+        """
+
+
+def layer_of(key: Tensor, plan: LayerPlan) -> CacheLayer:
+    """The cache layer that rotated `key`, as it enters attention, or `Uncached` where none did.
+
+    The tensor itself says so: only it is the same in every thread, and under gradient checkpointing, where the model
+    drops its cache in silence.
+
+    Raises:
+        AquaError: it was rotated for other projections, another s_ratio or another layer.
+    """
+    layer: CacheLayer | None = getattr(key, "_aqua_layer", None)
+    if layer is None:
+        return Uncached(plan)
+    if layer.plan is not plan:
+        raise AquaError(OTHER_SETTINGS)
+    return layer
+
+
+def tagged(keys: Tensor, layer: Any) -> Tensor:
+    """The same keys, marked as rotated in `layer`."""
+    keys._aqua_layer = layer  # type: ignore[attr-defined]
+    return keys
+
+
+def rotated_keys(plan: LayerPlan, key_states: Tensor) -> Tensor:
+    """Keys in the basis of the plan, while AQUA is in the model."""
+    check_active(plan)
+    return rotate(key_states, plan.rotation)
+
+
+def check_active(plan: LayerPlan) -> None:
+    """Raise AquaError when AQUA has left the model."""
+    if not plan.active:
+        raise AquaError(
+            "this cache holds AQUA-rotated keys, but the AQUA that filled it has left the model: apply the same "
+            "projections and settings again, or start with a new cache"
+        )
+
+
+def attend_by_token(call: Call, plan: LayerPlan) -> Attended:
+    """Attention to rotated keys and values as they are handed out."""
+    key, value = call.key, call.value
+    return attend(call._replace(query=call.query.to(value.dtype), key=key.to(value.dtype)), plan)
+
+
+def without_empty_end(call: Call) -> Call:
+    """Without a mask, keys behind the queries are the empty end of a static cache."""
+    queries = call.query.shape[2]
+    if call.mask is None and 1 < queries < call.key.shape[2]:
+        return call._replace(key=call.key[:, :, :queries], value=call.value[:, :, :queries])
+    return call
+
+
+def real_tokens(mask: Tensor | None, batch: int, new: int, device: torch.device) -> Tensor:
+    """Which of the new tokens of a call are no padding, boolean [batch, new]."""
+    if mask is None:
+        return torch.ones(batch, new, dtype=torch.bool, device=device)
+    # A real token sees itself, a padding token is seen by none.
+    indices = torch.arange(new, device=mask.device)
+    seen = mask[:, :, indices, mask.shape[3] - new + indices] != HIDDEN
+    return seen.any(1).expand(batch, -1)
+
+
+class Uncached:
+    """Keys that no cache of ours has rotated: scoring without a cache, or another kind of cache."""
+
+    def __init__(self, plan: LayerPlan) -> None:
+        self.plan = plan
+
+    def attend(self, call: Call, is_sliding: bool) -> Attended:
+        """See `CacheLayer`. With `bits`, keys and values are what a cache would give back: the loss is seen."""
+        call, plan = without_empty_end(call), self.plan
+        key, value = rotate(call.key, plan.rotation), call.value
+        if not is_sliding:
+            needs = needs_own_cache(plan.config)
+            if needs and (key.shape[2] > call.query.shape[2] or plan.config.h2o_ratio < 1):
+                raise AquaError(
+                    f"{needs} needs a cache that AQUA has filled from its first token: start with a new one"
+                )
+            key, value = as_stored(plan, key, value)
+        return attend_by_token(call._replace(key=key, value=value), plan)
+
+
+class RotatesOnWrite:
+    """What our variants of transformers' bounded layers add to them."""
+
+    plan: LayerPlan
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Rotate and write; returns the rotated keys and values to attend to, as transformers' layer does."""
+        written = super().update(rotated_keys(self.plan, key_states), value_states, *args, **kwargs)  # type: ignore[misc]
+        return tagged(written[0], self), written[1]
+
+    def attend(self, call: Call, is_sliding: bool) -> Attended:
+        """See `CacheLayer`."""
+        return attend_by_token(without_empty_end(call), self.plan)
+
+    def prefetch(self) -> None:
+        """Move back to the device of the model, if it was offloaded."""
+        if self.is_initialized and self.keys.device != self.device:  # type: ignore[attr-defined]
+            wait_for_offloading(self.device)  # type: ignore[attr-defined]
+        super().prefetch()  # type: ignore[misc]
+
+
+def wait_for_offloading(device: torch.device) -> None:
+    """The current stream waits until copies to the CPU have ended, and until what lay there before has been read.
+
+    transformers fetches layers in a stream of its own, which up to 5.17 at least did not wait for either. Like it we
+    take for granted that the model runs in the default stream.
+    """
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache stores of one layer, as its plan says: rotated, sliced, quantized, evicted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aqua_attention.cache.eviction import Eviction
+from aqua_attention.cache.quantized import Quantized
+from aqua_attention.cache.store import Growing, Store
+from aqua_attention.cache.window import WindowStore
+from aqua_attention.config import AquaConfig
+from aqua_attention.io.state import weight_difference
+from aqua_attention.model.fingerprint import WEIGHT_TOLERANCE
+from aqua_attention.ops.layout import Quantization
+from aqua_attention.ops.plan import LayerPlan
+
+
+def needs_own_cache(config: AquaConfig) -> str:
+    """The setting that only a cache of ours can meet, in words; empty when any will do."""
+    if config.h2o_ratio < 1:
+        return f"h2o_ratio={config.h2o_ratio:g}"
+    return "" if config.bits is None else f"bits={config.bits}"
+
+
+def stores(plan: LayerPlan) -> tuple[Store, Store]:
+    """An empty store for rotated keys, and one for values."""
+    keys, values = _leading_store(plan), _value_store(plan)
+    if plan.has_window_store:
+        keys = WindowStore(keys, plan.kept, plan.sink, plan.recent)
+    return keys, values
+
+
+def eviction_of(plan: LayerPlan) -> Eviction | None:
+    """Which tokens stay; None: all."""
+    config = plan.config
+    if config.h2o_ratio == 1:
+        return None
+    return Eviction(config.h2o_ratio, config.h2o_queries, config.sink, config.recent)
+
+
+def quantization_of(plan: LayerPlan) -> Quantization | None:
+    """How a tiled cache quantizes keys to 8 bits; None where it does not."""
+    if plan.config.bits != 8:
+        return None
+    assert plan.key_scale is not None and plan.key_mean is not None
+    return Quantization(plan.key_scale, plan.key_mean)
+
+
+def as_stored(plan: LayerPlan, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values as `bits` would give them back; those of an exact window are quantized too."""
+    if plan.config.bits is None:
+        return keys, values
+    leading, value_store = _leading_store(plan), _value_store(plan)
+    leading.append(keys[..., : plan.kept])
+    value_store.append(values)
+    return torch.cat([leading.read(), keys[..., plan.kept :]], -1), value_store.read()
+
+
+def tensors_of(plan: LayerPlan) -> list[Tensor]:
+    """What stored states are made with."""
+    found = [plan.rotation, plan.key_scale, plan.key_mean] if plan.config.bits is not None else [plan.rotation]
+    return [tensor for tensor in found if tensor is not None]
+
+
+def stores_the_same(plan: LayerPlan, other: LayerPlan) -> bool:
+    """Whether a cache filled under the other plan can go on under this one."""
+    if plan is other:
+        return True
+    ours, theirs = (
+        (each.kept, each.config.bits, each.sink, each.recent, eviction_of(each), each.rotation.shape)
+        for each in (plan, other)
+    )
+    if ours != theirs or not same_weights(plan.key_weights, other.key_weights):
+        return False
+    pairs = zip(tensors_of(plan), tensors_of(other), strict=True)
+    return all(torch.equal(mine, its.to(mine.device)) for mine, its in pairs)
+
+
+def same_weights(first: list[float] | None, second: list[float] | None) -> bool:
+    """Whether two layers' key weights are the same as far as is known."""
+    return first is None or second is None or weight_difference([first], [second]) <= WEIGHT_TOLERANCE
+
+
+def _leading_store(plan: LayerPlan) -> Store:
+    bits = plan.config.bits
+    return Growing() if bits is None else Quantized(bits, plan.recent, plan.key_scale, plan.key_mean)
+
+
+def _value_store(plan: LayerPlan) -> Store:
+    return Growing() if plan.config.bits is None else Quantized(plan.config.bits, plan.recent)

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One declaration, many options: what a command takes as a dataclass, or as knobs, is spread into typer's options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from inspect import Parameter
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from aqua_attention.config import AquaConfig, Knob, knobs
+from aqua_attention.errors import AquaError
+
+BASIS = Knob("aqua; to compare: none (not rotated) or key-pca (keys alone)", default="aqua")
+"""No knob of `AquaConfig`: a setting has it beside them."""
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Marks a parameter that takes every knob, and the basis, as {name: [values]}: `Annotated[dict, Knobs()]`.
+
+    Attributes:
+        repeat: the options that may be given several times; the others have one value.
+        config: the class that declares the knobs.
+    """
+
+    repeat: tuple[str, ...] = ()
+    config: Any = AquaConfig
+
+
+@dataclass(frozen=True)
+class Option:
+    """What typer reads for a field, and what the field gets."""
+
+    parameter: Parameter
+    read: Callable[[Any], Any] = lambda value: value
+
+
+def spread(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its dataclasses spread into options, one a field, and `AquaConfig` and `Knobs` into one a knob.
+
+    An option that the command has itself stands for the knob of that name. `Annotated[type, "help"]` is an option with
+    that help; a bare type has that of the knob with its name.
+    """
+    parameters = inspect.signature(command, eval_str=True).parameters.values()
+    parts = {each.name: part for each in parameters if (part := _part(each.annotation))}
+    own = {each.name for each in parameters if each.name not in parts}
+    for options, _ in parts.values():
+        options[:] = [option for option in options if option.parameter.name not in own]
+    flat = [one for each in parameters for one in (parts[each.name][0] if each.name in parts else [Option(each)])]
+    declared, shown = knobs() | {"basis": BASIS}, []
+    for parameter in (option.parameter for option in flat):
+        explained = _explained(parameter.annotation, declared.get(parameter.name))
+        shown.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=explained))
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        made = {}
+        for name, (options, make) in parts.items():
+            made[name] = make(**{one.parameter.name: one.read(given.pop(one.parameter.name)) for one in options})
+        command(**given, **made)
+
+    with_options.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return with_options
+
+
+def _part(annotation: Any) -> tuple[list[Option], Callable[..., Any]] | None:
+    """The options that a parameter is spread into, and what makes it from their values; None if it is an option."""
+    for mark in get_args(annotation):
+        if isinstance(mark, Knobs):
+            declared = knobs(mark.config) | {"basis": BASIS}
+            return [_knob_option(name, knob, name in mark.repeat) for name, knob in declared.items()], _as_lists
+    if not isinstance(annotation, type) or not dataclasses.is_dataclass(annotation):
+        return None
+    declared_in: Any = annotation
+    if issubclass(annotation, AquaConfig):
+        return [_knob_option(name, knob) for name, knob in knobs(declared_in).items()], annotation
+    hints = get_type_hints(annotation, include_extras=True)
+    fields = [field for field in dataclasses.fields(annotation) if field.init]
+    return [Option(_parameter(field.name, hints[field.name], field.default)) for field in fields], annotation
+
+
+def _as_lists(**given: Any) -> dict[str, list[Any]]:
+    return {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
+    default = Parameter.empty if default is MISSING else default
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _knob_option(name: str, knob: Knob, repeated: bool = False) -> Option:
+    """A knob as an option. It is typed as a word if some of its values are words, or None among several."""
+    words = {str(choice).lower(): choice for choice in knob.choices if isinstance(choice, str) or repeated}
+    in_words = knob.type is not str and bool(words)
+    kind, default = (str, str(knob.default).lower()) if in_words else (knob.type, knob.default)
+
+    def read(value: Any) -> Any:
+        if not in_words or value in words:
+            return words.get(value, value)
+        if not knob.range:
+            raise AquaError(f"{name} is {value!r}: it must be one of {', '.join(words)}")
+        return knob.type(value) if value.isdecimal() else value
+
+    annotation: Any = list[kind] if repeated else kind  # type: ignore[valid-type]
+    if default is None:
+        annotation |= None
+    elif repeated:
+        default = [default]
+    option = _parameter(name, _explained(annotation, knob), default)
+    return Option(option, (lambda values: [read(value) for value in values or ()]) if repeated else read)
+
+
+def _explained(annotation: Any, knob: Knob | None) -> Any:
+    """A type with an option's help: the string beside it, else the knob's; what is an option already stays."""
+    kind, *beside = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if beside:
+        return Annotated[kind, typer.Option(help=beside[0])] if isinstance(beside[0], str) else annotation
+    if knob is None:
+        return annotation
+    text = f"{knob.help}, {knob.range}" if "<" in knob.range else knob.help
+    if "list[" in str(annotation):
+        text += ", or none; repeat" if None in knob.choices else "; repeat"
+    return Annotated[annotation, typer.Option(help=f"{text}.")]

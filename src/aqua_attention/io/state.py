@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of an unfinished run in a file, so that a killed run can go on; and what tells one run from another."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from aqua_attention.errors import AquaError
+from aqua_attention.io.files import remove_leftovers
+
+Run = dict[str, Any]
+Digest = list[list[float]]
+
+
+class RunState:
+    """A file that belongs to one run, and keeps what the run has done. A subclass reads and writes its content.
+
+    Attributes:
+        run: JSON values that tell this run from others. `key_weights`, if there, is a digest of the model's weights.
+        instead: what to do about a file of another run, beside repeating that run's options.
+    """
+
+    instead = "delete the file to begin anew"
+
+    def __init__(self, path: Path | str | None, run: Run, *, seconds: float = 10.0) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            path: None keeps nothing.
+            seconds: how old the file may get.
+        """
+        self.path, self.seconds = None if path is None else Path(path), seconds
+        self.run: Run = json.loads(json.dumps(run))  # as it will be read: lists, no tuples
+        self._saved = time.monotonic()
+
+    def found(self) -> Any:
+        """What the file holds, None when there is none.
+
+        Raises:
+            AquaError: the file is damaged, or of another run; the message says in what they differ.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        run, content = self._read(self.path)
+        if different := self._differences(run):
+            raise AquaError(
+                f"{self.path} is of another run, which differs in {', '.join(different)}: repeat the options of that "
+                f"run, or {self.instead}"
+            )
+        return content
+
+    def keep(self, *content: Any) -> None:
+        """Save, if the last time is long enough ago."""
+        if time.monotonic() - self._saved >= self.seconds:
+            self.save(*content)
+
+    def save(self, *content: Any) -> None:
+        """Write the file, whole or not at all."""
+        if self.path is not None:
+            self._write(self.path, content)
+            remove_leftovers(self.path)
+            self._saved = time.monotonic()
+
+    def _read(self, path: Path) -> tuple[Run, Any]:
+        raise NotImplementedError
+
+    def _write(self, path: Path, content: tuple[Any, ...]) -> None:
+        raise NotImplementedError
+
+    def _differences(self, run: Run) -> list[str]:
+        """Names of what differs between this run and another."""
+        names = [name for name in {**self.run, **run} if self.run.get(name) != run.get(name)]
+        ours, theirs = self.run.get("key_weights"), run.get("key_weights")
+        if "key_weights" in names and ours and theirs and same_digest(ours, theirs):
+            names.remove("key_weights")
+        return names
+
+
+def weight_difference(first: Digest, second: Digest) -> float:
+    """Estimated relative difference between the key weights of two digests: 0 equal, above 1 unrelated."""
+    pairs = [(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True)]
+    return math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(pairs))
+
+
+def same_digest(first: Digest | None, second: Digest | None) -> bool:
+    """Whether two digests are of the same weights, as far as is known: one that is None says nothing.
+
+    The last digit does not count, because it depends on the number of threads.
+    """
+    if not first or not second:
+        return True
+    if [len(numbers) for numbers in first] != [len(numbers) for numbers in second]:
+        return False
+    return weight_difference(first, second) < 1e-5
