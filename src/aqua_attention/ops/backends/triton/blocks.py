@@ -34,6 +34,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def sm_count(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the GPU; a number to go on with where there is none."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 64
+
+
 def shared_memory(tensor: Tensor) -> int:
     """Bytes of shared memory that a program can have; of an H100 where there is no GPU."""
     if not tensor.is_cuda:
@@ -48,7 +53,7 @@ def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
-def cache_pointers(cache: TiledCache) -> tuple[Tensor | None, ...]:
+def cache_pointers(cache: TiledCache) -> tuple[Any, ...]:
     """What kernels are given of a cache, in this order: tiles, tail, values, scales of keys and of values, scales and
     means of channels, the block table, lengths.
     """

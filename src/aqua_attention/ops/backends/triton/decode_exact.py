@@ -24,8 +24,7 @@ from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT
 
 @triton.jit
 def exact_block(
-    query_ptr,
-    mask_ptr,
+    chosen,
     tail_ptr,
     cache,
     parts,
@@ -50,6 +49,7 @@ def exact_block(
     Where dimensions are chosen, each head has two rows: one sees the exact window with every dimension, one the other
     tokens with the chosen ones: so one matrix product does.
     """
+    query_ptr, _, mask_ptr, _ = chosen
     tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = cache[:6]
     block_table_ptr, table_width, first_block, block_stride = cache[6:]
     partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts

@@ -53,10 +53,7 @@ def decoded(codes, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def quantized_tiles(
-    query_ptr,
-    dims_ptr,
-    mask_ptr,
-    counts_ptr,
+    chosen,
     cache,
     parts,
     scaling,
@@ -74,6 +71,7 @@ def quantized_tiles(
     ASSEMBLY: tl.constexpr,
 ):
     """Attention to the tiles from `begin` to before `end`, with the chosen dimensions."""
+    query_ptr, dims_ptr, mask_ptr, counts_ptr = chosen
     tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = cache[:6]
     block_table_ptr, table_width, first_block, block_stride = cache[6:]
     partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts

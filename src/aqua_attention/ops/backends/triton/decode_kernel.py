@@ -116,11 +116,11 @@ def decode_kernel(
         first_block,
         block_stride,
     )
+    chosen = (query_ptr, dims_ptr, mask_ptr, counts_ptr)
     parts = (partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count)
     if split < SPECIAL:
         exact_block(
-            query_ptr,
-            mask_ptr,
+            chosen,
             tail_ptr,
             cache,
             parts,
@@ -148,9 +148,7 @@ def decode_kernel(
             tl.extra.cuda.gdc_wait()
         if channel_scale_ptr is None:
             _tiles(
-                query_ptr,
-                dims_ptr,
-                counts_ptr,
+                chosen,
                 cache,
                 parts,
                 scaling,
@@ -170,10 +168,7 @@ def decode_kernel(
             )
         else:
             quantized_tiles(
-                query_ptr,
-                dims_ptr,
-                mask_ptr,
-                counts_ptr,
+                chosen,
                 cache,
                 parts,
                 scaling,
@@ -195,20 +190,8 @@ def decode_kernel(
         tl.debug_barrier()  # the whole program has written before it says so
         if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
             tl.store(arrived_ptr + row * (groups + 1) + group, 0)
-            merge(
-                partial_ptr,
-                lse_ptr,
-                output_ptr,
-                whole_lse_ptr,
-                splits,
-                first_head,
-                GROUP,
-                GROUP_PADDED,
-                VALUE_DIM,
-                VALUE_PADDED,
-                SPLITS_PADDED,
-                MERGED,
-            )
+            results = (partial_ptr, lse_ptr, output_ptr, whole_lse_ptr)
+            merge(results, splits, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
             if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
                 if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
                     # All programs of this sequence have read its length.
@@ -220,9 +203,7 @@ def decode_kernel(
 
 @triton.jit
 def _tiles(
-    query_ptr,
-    dims_ptr,
-    counts_ptr,
+    chosen,
     cache,
     parts,
     scaling,
@@ -244,6 +225,7 @@ def _tiles(
 
     Where there is a `min_length`, a loop for short sequences stands before that for others, and one of them is empty.
     """
+    query_ptr, dims_ptr, _, counts_ptr = chosen
     tiles_ptr, values_ptr = cache[:2]
     block_table_ptr, table_width, first_block, block_stride = cache[6:]
     partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts
@@ -278,7 +260,7 @@ def _tiles(
                 for start in tl.static_range(0, CHOSEN, DIMS_AT_ONCE):
                     indices = start + tl.arange(0, DIMS_AT_ONCE)
                     some = tl.load(dims_ptr + indices, indices < limit, 0)
-                    chosen = tl.load(
+                    queries = tl.load(
                         query_ptr + heads[:, None] * KEPT + some[None, :],
                         inside[:, None] & (indices[None, :] < limit),
                         0.0,
@@ -289,7 +271,7 @@ def _tiles(
                         keys = tl.load(keys_at)
                     else:
                         keys = tl.load(keys_at, (indices[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
-                    scores = tl.dot(chosen, keys, scores, input_precision="ieee")
+                    scores = tl.dot(queries, keys, scores, input_precision="ieee")
             scores = scores * scaling
             values_at = (
                 token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK)[:, None] + columns[None, :]

@@ -166,19 +166,9 @@ def decode_short_kernel(
                 )
                 scores = tl.dot(turned, keys, input_precision="ieee") * scaling
                 largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
+            so_far = (largest, total, output)
             largest, total, output = _tiles(
-                turned,
-                (largest, total, output),
-                cache,
-                0,
-                done,
-                scaling,
-                KEPT,
-                KEPT_PADDED,
-                VALUE_DIM,
-                VALUE_PADDED,
-                BLOCK,
-                STAGES,
+                turned, so_far, cache, 0, done, scaling, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK, STAGES
             )
     else:
         begin = (split - halves) * each
@@ -186,19 +176,9 @@ def decode_short_kernel(
         _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, count * TILE)
         if begin < end:
             turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
+            nothing = (largest, total, output)
             largest, total, output = _tiles(
-                turned,
-                (largest, total, output),
-                cache,
-                begin,
-                end,
-                scaling,
-                KEPT,
-                KEPT_PADDED,
-                VALUE_DIM,
-                VALUE_PADDED,
-                BLOCK,
-                STAGES,
+                turned, nothing, cache, begin, end, scaling, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK, STAGES
             )
 
     if split < used:
@@ -210,34 +190,13 @@ def decode_short_kernel(
                 inside[:, None] & column[None, :],
             )
         else:
-            store_part(
-                partial_ptr,
-                lse_ptr,
-                (first_head + heads) * used + split,
-                largest,
-                total,
-                output,
-                inside,
-                columns,
-                VALUE_DIM,
-            )
+            at = (first_head + heads) * used + split
+            store_part(partial_ptr, lse_ptr, at, largest, total, output, inside, columns, VALUE_DIM)
             tl.debug_barrier()  # the whole program has written before it says so
             if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == used - 1:
                 tl.store(arrived_ptr + row * (groups + 1) + group, 0)
-                merge(
-                    partial_ptr,
-                    lse_ptr,
-                    output_ptr,
-                    None,
-                    used,
-                    first_head,
-                    GROUP,
-                    GROUP_PADDED,
-                    VALUE_DIM,
-                    VALUE_PADDED,
-                    SPLITS_PADDED,
-                    MERGED,
-                )
+                results = (partial_ptr, lse_ptr, output_ptr, None)
+                merge(results, used, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
 
 
 @triton.jit
