@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""What several kernels share: sizes of blocks, early starts, rotations, and one step of an online softmax."""
+"""What several kernels share: what they are given of a cache, early starts, and one step of an online softmax.
+
+Functions that kernels call take as one what belongs together: `stored` (pointers to tiles, values, scales of keys and of
+values, scales and means of channels), `lookup` (block table, its columns, first block and stride, of a sequence and
+head), `chosen` (queries, their dimensions as a list and as a mask, counts), `parts` (where results go, which part of how
+many this is, the first head, tiles of a sequence).
+"""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ def decode(
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
     """
     (batch, kv_heads, kept, value_dim, _), count, heads = cache.shape, cache.count, query.shape[1]
-    _check(query, chosen, mass, cache, (sink, recent), splits)
+    _check(query, chosen, cache, mass, splits)
+    check_window(sink, recent)
     dims, chosen_mask, counts, min_length = (None, None, None, 0) if chosen is None else chosen
     most, group = kept if dims is None else dims.shape[2], heads // kv_heads
     by_hand = is_by_hand(query, cache)
@@ -242,14 +243,7 @@ def check_window(sink: int, recent: int) -> None:
         raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
 
 
-def _check(
-    query: Tensor,
-    chosen: Chosen | None,
-    mass: Tensor | None,
-    cache: TiledCache,
-    window: tuple[int, int],
-    splits: int | None,
-) -> None:
+def _check(query: Tensor, chosen: Chosen | None, cache: TiledCache, mass: Tensor | None, splits: int | None) -> None:
     cache.check_rotated()
     cache.check_query(query, chosen)
     batch, kv_heads, kept, value_dim, _ = cache.shape
@@ -259,7 +253,6 @@ def _check(
         raise AquaError(
             f"heads of {kept} dimensions in float32: the kernel takes {LARGEST_FLOAT32} at most, or 16 bits"
         )
-    check_window(*window)
     most = MOST_BY_HAND if is_by_hand(query, cache) else MOST_SPLITS
     if splits is not None and not 1 <= splits <= most:
         raise AquaError(f"splits is {splits}: it must be 1 to {most}, or None")

@@ -26,7 +26,8 @@ from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT
 def exact_block(
     chosen,
     tail_ptr,
-    cache,
+    stored,
+    lookup,
     parts,
     scaling,
     sink,
@@ -50,8 +51,8 @@ def exact_block(
     tokens with the chosen ones: so one matrix product does.
     """
     query_ptr, _, mask_ptr, _ = chosen
-    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = cache[:6]
-    block_table_ptr, table_width, first_block, block_stride = cache[6:]
+    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = stored
+    block_table_ptr, table_width, first_block, block_stride = lookup
     partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts
     tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, KEPT_PADDED)
     column = columns < VALUE_DIM

@@ -54,7 +54,8 @@ def decoded(codes, ASSEMBLY: tl.constexpr):
 @triton.jit
 def quantized_tiles(
     chosen,
-    cache,
+    stored,
+    lookup,
     parts,
     scaling,
     begin,
@@ -72,8 +73,8 @@ def quantized_tiles(
 ):
     """Attention to the tiles from `begin` to before `end`, with the chosen dimensions."""
     query_ptr, dims_ptr, mask_ptr, counts_ptr = chosen
-    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = cache[:6]
-    block_table_ptr, table_width, first_block, block_stride = cache[6:]
+    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = stored
+    block_table_ptr, table_width, first_block, block_stride = lookup
     partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts
     tokens, dim = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED)
     heads = tl.arange(0, ROWS)

@@ -104,25 +104,16 @@ def decode_kernel(
     if counts_ptr is not None:
         counts_ptr += place
     first_head = place * GROUP
-    cache = (
-        tiles_ptr,
-        values_ptr,
-        key_scales_ptr,
-        value_scales_ptr,
-        channel_scale_ptr,
-        channel_mean_ptr,
-        block_table_ptr,
-        table_width,
-        first_block,
-        block_stride,
-    )
+    stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
+    lookup = (block_table_ptr, table_width, first_block, block_stride)
     chosen = (query_ptr, dims_ptr, mask_ptr, counts_ptr)
     parts = (partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count)
     if split < SPECIAL:
         exact_block(
             chosen,
             tail_ptr,
-            cache,
+            stored,
+            lookup,
             parts,
             scaling,
             sink,
@@ -149,7 +140,8 @@ def decode_kernel(
         if channel_scale_ptr is None:
             _tiles(
                 chosen,
-                cache,
+                stored,
+                lookup,
                 parts,
                 scaling,
                 begin,
@@ -169,7 +161,8 @@ def decode_kernel(
         else:
             quantized_tiles(
                 chosen,
-                cache,
+                stored,
+                lookup,
                 parts,
                 scaling,
                 begin,
@@ -204,7 +197,8 @@ def decode_kernel(
 @triton.jit
 def _tiles(
     chosen,
-    cache,
+    stored,
+    lookup,
     parts,
     scaling,
     begin,
@@ -226,8 +220,8 @@ def _tiles(
     Where there is a `min_length`, a loop for short sequences stands before that for others, and one of them is empty.
     """
     query_ptr, dims_ptr, _, counts_ptr = chosen
-    tiles_ptr, values_ptr = cache[:2]
-    block_table_ptr, table_width, first_block, block_stride = cache[6:]
+    tiles_ptr, values_ptr = stored[:2]
+    block_table_ptr, table_width, first_block, block_stride = lookup
     partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts
     tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, KEPT_PADDED)
     column = columns < VALUE_DIM

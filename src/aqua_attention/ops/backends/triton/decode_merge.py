@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -11,6 +13,7 @@ MERGED_ROWS = 64
 """Partial results of so many splits and heads are merged at once."""
 
 
+@functools.cache
 def merging(group: int, splits: int) -> dict[str, int]:
     """Constants of kernels that merge so many parts."""
     heads, parts = triton.next_power_of_2(group), triton.next_power_of_2(splits)

@@ -96,18 +96,8 @@ def decode_short_kernel(
     lse_ptr += first_head * (splits - used)
     if block_table_ptr is not None:
         block_table_ptr += row * table_width
-    cache = (
-        tiles_ptr,
-        values_ptr,
-        key_scales_ptr,
-        value_scales_ptr,
-        channel_scale_ptr,
-        channel_mean_ptr,
-        block_table_ptr,
-        table_width,
-        first_block,
-        block_stride,
-    )
+    stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
+    lookup = (block_table_ptr, table_width, first_block, block_stride)
     heads, columns, tokens, dim = (
         tl.arange(0, ROWS),
         tl.arange(0, VALUE_PADDED),
@@ -124,7 +114,7 @@ def decode_short_kernel(
         newest = tl.where((halves == 2) & (position % TILE != 0), done + 1, done)
         tile = tl.where(split == 0, newest, 2 * done + 1 - newest)
         seen = tile * TILE + tokens < position
-        keys, values = _half(tail_ptr, cache, tile, seen, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK)
+        keys, values = _half(tail_ptr, stored, lookup, tile, seen, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK)
         value = tl.load(value_ptr + place * VALUE_DIM + columns, column, 0.0).to(tl.float32)
         _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, count * TILE)
         turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
@@ -149,13 +139,14 @@ def decode_short_kernel(
             )
         if is_new:
             tl.debug_barrier()  # the tail is read before it is written
-            append(new, value, tail_ptr, cache, position, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK)
+            append(new, value, tail_ptr, stored, lookup, position, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK)
         if TOGETHER:
             if halves == 2:
                 # All of its tokens are there.
                 keys, values = _half(
                     tail_ptr,
-                    cache,
+                    stored,
+                    lookup,
                     2 * done + 1 - newest,
                     tokens >= 0,
                     KEPT,
@@ -166,9 +157,9 @@ def decode_short_kernel(
                 )
                 scores = tl.dot(turned, keys, input_precision="ieee") * scaling
                 largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
-            so_far = (largest, total, output)
+            so_far = (turned, largest, total, output)
             largest, total, output = _tiles(
-                turned, so_far, cache, 0, done, scaling, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK, STAGES
+                so_far, stored, lookup, 0, done, scaling, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK, STAGES
             )
     else:
         begin = (split - halves) * each
@@ -176,9 +167,9 @@ def decode_short_kernel(
         _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, count * TILE)
         if begin < end:
             turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
-            nothing = (largest, total, output)
+            fresh = (turned, largest, total, output)
             largest, total, output = _tiles(
-                turned, nothing, cache, begin, end, scaling, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK, STAGES
+                fresh, stored, lookup, begin, end, scaling, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK, STAGES
             )
 
     if split < used:
@@ -214,7 +205,8 @@ def _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, longe
 @triton.jit
 def _half(
     tail_ptr,
-    cache,
+    stored,
+    lookup,
     tile,
     seen,
     KEPT: tl.constexpr,
@@ -224,8 +216,8 @@ def _half(
     BLOCK: tl.constexpr,
 ):
     """Keys, [KEPT_PADDED, TILE], and values, [TILE, VALUE_PADDED], of the tokens of a tile that are in the tail yet."""
-    _, values_ptr = cache[:2]
-    block_table_ptr, table_width, first_block, block_stride = cache[6:]
+    values_ptr = stored[1]
+    block_table_ptr, table_width, first_block, block_stride = lookup
     tokens, dim, columns = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     slot = (tile % 2) * TILE + tokens
     keys = tl.load(tail_ptr + slot[None, :] * KEPT + dim[:, None], (dim < KEPT)[:, None] & seen[None, :], 0.0)
@@ -236,9 +228,9 @@ def _half(
 
 @triton.jit
 def _tiles(
-    query,
     state,
-    cache,
+    stored,
+    lookup,
     begin,
     end,
     scaling,
@@ -250,9 +242,9 @@ def _tiles(
     STAGES: tl.constexpr,
 ):
     """An online softmax goes on over the tiles from `begin` to before `end`."""
-    largest, total, output = state
-    tiles_ptr, values_ptr = cache[:2]
-    block_table_ptr, table_width, first_block, block_stride = cache[6:]
+    query, largest, total, output = state
+    tiles_ptr, values_ptr = stored[:2]
+    block_table_ptr, table_width, first_block, block_stride = lookup
     tokens, dim, columns = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     for tile in tl.range(begin, end, num_stages=STAGES):
         block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK)

@@ -171,23 +171,17 @@ def _prepare(
         first_block = row.to(tl.int64) * row_stride + group.to(tl.int64) * head_stride
         if block_table_ptr is not None:
             block_table_ptr += row * table_width
-        cache = (
-            tiles_ptr,
-            values_ptr,
-            key_scales_ptr,
-            value_scales_ptr,
-            None if channel_scale_ptr is None else channel_scale_ptr + group * KEPT,
-            None if channel_mean_ptr is None else channel_mean_ptr + group * KEPT,
-            block_table_ptr,
-            table_width,
-            first_block,
-            block_stride,
-        )
+        if channel_scale_ptr is not None:
+            channel_scale_ptr += group * KEPT
+            channel_mean_ptr += group * KEPT
+        stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
+        lookup = (block_table_ptr, table_width, first_block, block_stride)
         append(
             new,
             value,
             tail_ptr + place * 2 * TILE * KEPT,
-            cache,
+            stored,
+            lookup,
             position,
             KEPT,
             KEPT_PADDED,
@@ -242,7 +236,8 @@ def append(
     key,
     value,
     tail_ptr,
-    cache,
+    stored,
+    lookup,
     position,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
@@ -251,8 +246,8 @@ def append(
     BLOCK: tl.constexpr,
 ):
     """Write a rotated key, [KEPT_PADDED], and a value, [VALUE_PADDED], of one sequence and key-value head."""
-    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = cache[:6]
-    block_table_ptr, table_width, first_block, block_stride = cache[6:]
+    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = stored
+    block_table_ptr, table_width, first_block, block_stride = lookup
     narrow, columns = tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     column = narrow < KEPT
     # The new token replaces one of the tile before last, which must be in its place by then.

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -13,6 +15,7 @@ LARGEST_CHUNK = 1 << 14
 """Numbers of a rotation that are multiplied at once: 64 KB of shared memory."""
 
 
+@functools.cache
 def turning(group: int, head_dim: int, kept: int) -> dict[str, int]:
     """Constants of kernels that rotate the query heads of a group and its key."""
     wide = padded(head_dim)
