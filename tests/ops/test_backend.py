@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from plain import identity
 
 import aqua_attention as aqua
+from aqua_attention import ops
 from aqua_attention.errors import AquaError
 from aqua_attention.ops import backend
 from aqua_attention.ops.api import attend, decode
@@ -117,7 +120,7 @@ def test_triton_has_no_gradient_and_keys_of_one_width():
     with torch.no_grad():
         assert load("triton").why_not(call, plan) is None
     wide = LayerPlan.of(identity(2, 16, 16, "cpu"), torch.ones(2, 12), aqua.AquaConfig(s_ratio=0.25, sink=2))
-    with pytest.raises(AquaError, match="some tokens keep more dimensions than others"):
+    with pytest.raises(AquaError, match="tokens that keep more dimensions than others"):
         choose(call_of(wide), wide, "triton")
     assert load("triton").why_not(call, None) == "its kernels rotate and choose by themselves"
 
@@ -203,3 +206,13 @@ def test_only_one_module_names_backends():
         if "ops.backends." in path.read_text() and path.relative_to(SOURCE).parts[:2] != ("ops", "backends")
     }
     assert {name for name in who if not name.startswith("bench/")} == {"ops/backend.py"}
+
+
+def test_the_names_of_ops_load_when_they_are_asked():
+    code = "import sys, aqua_attention.ops; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert all(getattr(ops, name) is not None for name in ops.__all__)
+    assert ops.attend is attend and ops.choose is choose
+    with pytest.raises(AttributeError, match="no attribute 'flash'"):
+        _ = ops.flash

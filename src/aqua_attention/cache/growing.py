@@ -136,7 +136,7 @@ class RotatedLayer(DynamicLayer):
         """Output of a few rotated queries, multiplied with what is stored, and what `counted` ones give each token."""
         heads = call.value.shape[1]
         probabilities = attention_probabilities(
-            call.query, self._keys.products, selected, groups=heads, keys=self.stored, **call.options
+            call.query, self._keys.products, selected, num_key_value_heads=heads, keys=self.stored, **call.options
         )
         output = weighted_values(probabilities, self._values.mixture, heads).to(call.value.dtype)
         return output, None if counted is None else group_mass(probabilities, heads, counted)

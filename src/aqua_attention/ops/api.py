@@ -96,15 +96,15 @@ def _check(call: Call, selected: Tensor | None, width: int, head_dim: int) -> No
         if tensor.ndim != 4 or tensor.shape[2] < 1:
             raise AquaError(f"{name} is {tuple(tensor.shape)}: it must be [batch, heads, tokens, width], not empty")
     batch, heads, queries, _ = query.shape
-    groups, keys = key.shape[1], key.shape[2]
+    kv_heads, keys = key.shape[1], key.shape[2]
     if query.shape[3] != head_dim:
         raise AquaError(f"query is {tuple(query.shape)}: its heads must have {head_dim} dimensions")
-    if key.shape != (batch, groups, keys, width):
+    if key.shape != (batch, kv_heads, keys, width):
         raise AquaError(f"key is {tuple(key.shape)}: query {tuple(query.shape)} needs its batch and width")
     if value.shape[:3] != key.shape[:3]:
         raise AquaError(f"value is {tuple(value.shape)}: it must have the heads and tokens of key {tuple(key.shape)}")
-    if heads % groups:
-        raise AquaError(f"{heads} query heads do not divide into {groups} key-value heads")
+    if heads % kv_heads:
+        raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
     if selected is not None and (selected.shape != query.shape or selected.dtype != torch.bool):
         raise AquaError(
             f"selected is {selected.dtype} {tuple(selected.shape)}: it must be boolean, in the shape of query "

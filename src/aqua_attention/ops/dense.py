@@ -20,18 +20,18 @@ SCORES_AT_ONCE = 1 << 24
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     """Dense attention through scaled_dot_product_attention; the mask is None (causal) or boolean."""
     batch, heads, queries, _ = query.shape
-    groups = key.shape[1]
+    kv_heads = key.shape[1]
     if mask is None and 1 < queries < key.shape[2]:
         positions = torch.arange(key.shape[2], device=query.device)
         mask = (positions <= positions[-queries:, None])[None, None]
     kernel_mask = mask
-    if queries == 1 and heads > groups:
+    if queries == 1 and heads > kv_heads:
         # One query a head: the heads of a group become the queries of one head, and no key is repeated.
-        query = query.reshape(batch, groups, heads // groups, -1)
+        query = query.reshape(batch, kv_heads, heads // kv_heads, -1)
         if mask is not None and mask.shape[1] > 1:
-            kernel_mask = mask.reshape(mask.shape[0], groups, heads // groups, -1)
-    elif heads > groups and query.device.type != "cpu" and mask is not None:
-        key, value = (states.repeat_interleave(heads // groups, dim=1) for states in (key, value))
+            kernel_mask = mask.reshape(mask.shape[0], kv_heads, heads // kv_heads, -1)
+    elif heads > kv_heads and query.device.type != "cpu" and mask is not None:
+        key, value = (states.repeat_interleave(heads // kv_heads, dim=1) for states in (key, value))
     output = F.scaled_dot_product_attention(
         query,
         key,
@@ -89,12 +89,12 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float
 def _chunked_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """`attention_with_lse` in plain torch, for devices and widths that no fused kernel takes."""
     batch, heads, length, width = query.shape
-    groups, dtype = key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    kv_heads, dtype = key.shape[1], torch.promote_types(query.dtype, torch.float32)
     rows = max(1, SCORES_AT_ONCE // max(1, batch * heads * length))
     outputs, lses = [], []
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        tall = query[:, :, start:stop].to(dtype).reshape(batch, groups, -1, width)
+        tall = query[:, :, start:stop].to(dtype).reshape(batch, kv_heads, -1, width)
         scores = (tall @ key[:, :, :stop].to(dtype).transpose(-1, -2)) * scaling
         scores = scores.reshape(batch, heads, stop - start, stop)
         visible, _ = visible_and_exact(
@@ -102,7 +102,7 @@ def _chunked_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float)
         )
         scores = scores.masked_fill(~visible, -torch.inf)
         lse = scores.logsumexp(-1)
-        probabilities = (scores - lse[..., None]).exp().reshape(batch, groups, -1, stop)
+        probabilities = (scores - lse[..., None]).exp().reshape(batch, kv_heads, -1, stop)
         output = probabilities @ value[:, :, :stop].to(dtype)
         outputs.append(output.reshape(batch, heads, stop - start, -1))
         lses.append(lse)

@@ -279,6 +279,14 @@ class TiledCache:
                 f"share is {plan.config.share!r}: the kernels read the same dimensions for a group, share='group'"
             )
 
+    def check_query(self, query: Tensor, chosen: Chosen | None) -> None:
+        """Raise AquaError for rotated queries, one token a sequence, or a choice, that do not fit what is held."""
+        batch, kv_heads, kept, _, _ = self.shape
+        if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % kv_heads:
+            raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {kv_heads}, {kept}]")
+        if chosen is not None:
+            chosen.check(batch, kv_heads, kept)
+
     def read(self, rows: list[int] | None = None, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values by token, [batch, num_key_value_heads, longest, ...]; behind the end of a row is nothing.
 

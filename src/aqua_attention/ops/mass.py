@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aqua_attention.ops.mask import mask_rows
-from aqua_attention.ops.reference import attention_probabilities, rows_at_once
+from aqua_attention.ops.reference import attention_probabilities, query_blocks
 
 
 def attention_mass(
@@ -25,34 +24,29 @@ def attention_mass(
     Returns:
         float32 [batch, num_key_value_heads, keys].
     """
-    batch, _, queries, _ = query.shape
-    groups, keys = key.shape[1], key.shape[2]
+    kv_heads, keys = key.shape[1], key.shape[2]
     tall_key = key.to(torch.promote_types(query.dtype, torch.float32)).transpose(-1, -2)
-    mass = query.new_zeros((batch, groups, keys), dtype=torch.float32)
-    rows = rows_at_once(query, keys)
-    for start in range(0, queries, rows):
-        block = slice(start, min(start + rows, queries))
-        # Causal: the keys after the block's last query are hidden from all of it.
-        seen = keys if mask is not None else keys - queries + block.stop
+    mass = query.new_zeros((query.shape[0], kv_heads, keys), dtype=torch.float32)
+    for block, seen, part in query_blocks(query, keys, mask, options.get("sink", 0), options.get("recent", 0)):
         probabilities = attention_probabilities(
             query[:, :, block],
             lambda tall, seen=seen: tall @ tall_key[..., :seen],  # type: ignore[misc]
             None if selected is None else selected[:, :, block],
-            groups=groups,
+            num_key_value_heads=kv_heads,
             keys=seen,
-            mask=mask_rows(mask, block, sink=options.get("sink", 0), recent=options.get("recent", 0)),
+            mask=part,
             **options,
         )
-        mass[:, :, :seen] += group_mass(probabilities, groups, counted[:, block])
+        mass[:, :, :seen] += group_mass(probabilities, kv_heads, counted[:, block])
     return mass
 
 
-def group_mass(probabilities: Tensor, groups: int, counted: Tensor) -> Tensor:
-    """What each key gets from the counted queries of all heads of its group, [batch, groups, keys].
+def group_mass(probabilities: Tensor, num_key_value_heads: int, counted: Tensor) -> Tensor:
+    """What each key gets from the counted queries of all heads of its group, [batch, num_key_value_heads, keys].
 
     Args:
         probabilities: [batch, num_attention_heads, queries, keys]; counted: boolean [batch, queries].
     """
     batch, _, _, keys = probabilities.shape
     given = probabilities.masked_fill(~counted[:, None, :, None], 0.0)
-    return given.reshape(batch, groups, -1, keys).sum(2).float()
+    return given.reshape(batch, num_key_value_heads, -1, keys).sum(2).float()

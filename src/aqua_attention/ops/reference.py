@@ -7,7 +7,8 @@ attention do not depend on each other, so it is the same function in bounded mem
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def attention_reference(
         query,
         lambda tall: tall @ tall_key,
         selected,
-        groups=key.shape[1],
+        num_key_value_heads=key.shape[1],
         keys=key.shape[2],
         mask=mask,
         sink=sink,
@@ -79,7 +80,7 @@ def attention_probabilities(
     products: Callable[[Tensor], Tensor],
     selected: Tensor | None,
     *,
-    groups: int,
+    num_key_value_heads: int,
     keys: int,
     mask: Tensor | None = None,
     sink: int = 0,
@@ -92,15 +93,14 @@ def attention_probabilities(
 
     Args:
         products: dot products with the keys, wherever they are kept: maps the queries of all heads of a group,
-            [batch, groups, any, kept], to [batch, groups, any, keys].
-        groups: num_key_value_heads.
+            [batch, num_key_value_heads, any, kept], to [batch, num_key_value_heads, any, keys].
         keys: how many there are.
     """
     batch, heads, queries, _ = query.shape
     dtype = torch.promote_types(query.dtype, torch.float32)
 
     def scores_of(states: Tensor) -> Tensor:
-        tall = states.to(dtype).reshape(batch, groups, heads // groups * queries, -1)
+        tall = states.to(dtype).reshape(batch, num_key_value_heads, heads // num_key_value_heads * queries, -1)
         scores = products(tall).reshape(batch, heads, queries, keys) * scaling
         return softcap * torch.tanh(scores / softcap) if softcap is not None else scores
 
@@ -121,23 +121,17 @@ def attention_probabilities(
     return scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
 
 
-def weighted_values(probabilities: Tensor, mixture: Callable[[Tensor], Tensor], groups: int) -> Tensor:
+def weighted_values(probabilities: Tensor, mixture: Callable[[Tensor], Tensor], num_key_value_heads: int) -> Tensor:
     """Sums of values by probabilities, [batch, num_attention_heads, queries, value_dim].
 
     Args:
         probabilities: [batch, num_attention_heads, queries, keys].
-        mixture: product with the values, wherever they are kept: maps [batch, groups, any, keys] to
-            [batch, groups, any, value_dim].
+        mixture: product with the values, wherever they are kept: maps [batch, num_key_value_heads, any, keys] to
+            [batch, num_key_value_heads, any, value_dim].
     """
     batch, heads, queries, keys = probabilities.shape
-    tall = probabilities.reshape(batch, groups, heads // groups * queries, keys)
+    tall = probabilities.reshape(batch, num_key_value_heads, heads // num_key_value_heads * queries, keys)
     return mixture(tall).reshape(batch, heads, queries, -1)
-
-
-def rows_at_once(query: Tensor, keys: int) -> int:
-    """Queries in a block, at least one, for so many keys."""
-    scores = CHUNK_SCORES * (1 if query.device.type == "cpu" else GPU_CHUNKS)
-    return max(1, scores // max(1, query.shape[0] * query.shape[1] * keys))
 
 
 def attention_chunked(
@@ -149,32 +143,28 @@ def attention_chunked(
     mask: Tensor | None = None,
     sink: int = 0,
     recent: int = 0,
-    scaling: float,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     """`attention_reference`, a block of queries at a time: no more than `CHUNK_SCORES` scores in memory."""
-    queries, keys = query.shape[2], key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     key, result_dtype, value = key.to(dtype), value.dtype, value.to(dtype)
-    rows = rows_at_once(query, keys)
     blocks = []
+    for block, seen, part in query_blocks(query, key.shape[2], mask, sink, recent):
+        given = query[:, :, block], key[:, :, :seen], value[:, :, :seen]
+        chosen = None if selected is None else selected[:, :, block]
+        blocks.append(attention_reference(*given, chosen, mask=part, sink=sink, recent=recent, **options))
+    return torch.cat(blocks, 2).to(result_dtype)
+
+
+def query_blocks(
+    query: Tensor, keys: int, mask: Tensor | None, sink: int, recent: int
+) -> Iterator[tuple[slice, int, Tensor | None]]:
+    """Blocks of as many queries as have room, how many keys from the first on each sees, and its part of the mask."""
+    queries = query.shape[2]
+    scores = CHUNK_SCORES * (1 if query.device.type == "cpu" else GPU_CHUNKS)
+    rows = max(1, scores // max(1, query.shape[0] * query.shape[1] * keys))
     for start in range(0, queries, rows):
         block = slice(start, min(start + rows, queries))
         # Causal: the keys after the block's last query are hidden from all of it.
         seen = keys if mask is not None else keys - queries + block.stop
-        blocks.append(
-            attention_reference(
-                query[:, :, block],
-                key[:, :, :seen],
-                value[:, :, :seen],
-                None if selected is None else selected[:, :, block],
-                mask=mask_rows(mask, block, sink=sink, recent=recent),
-                sink=sink,
-                recent=recent,
-                scaling=scaling,
-                softcap=softcap,
-                s_aux=s_aux,
-            )
-        )
-    return torch.cat(blocks, 2).to(result_dtype)
+        yield block, seen, mask_rows(mask, block, sink=sink, recent=recent)

@@ -23,10 +23,10 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
         [batch, heads, length, kept] in the dtype of `states`.
     """
     batch, heads, length, head_dim = states.shape
-    groups = rotation.shape[0]
+    kv_heads = rotation.shape[0]
     dtype = torch.promote_types(states.dtype, rotation.dtype)
     # The query heads of one key-value head lie next to each other, so they are one tall matrix for its rotation.
-    tall = states.to(dtype).reshape(batch, groups, heads // groups * length, head_dim)
+    tall = states.to(dtype).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
     with torch.autocast(states.device.type, enabled=False):
         return (tall @ rotation.to(dtype)).reshape(batch, heads, length, -1).to(states.dtype)
 
@@ -72,12 +72,12 @@ def select_dimensions(
 def _selected(query: Tensor, plan: LayerPlan, scaling: float) -> Tensor | None:
     """`select_dimensions`, whatever the length."""
     batch, heads, length, kept = query.shape
-    groups, config = plan.key_rms.shape[0], plan.config
+    kv_heads, config = plan.key_rms.shape[0], plan.config
     if not plan.selects:
         return None
     if config.selection == "static" and not plan.is_adaptive:
         return (torch.arange(kept, device=query.device) < plan.k).expand(query.shape)
-    size = query.float().reshape(batch, groups, heads // groups, length, kept).abs()
+    size = query.float().reshape(batch, kv_heads, heads // kv_heads, length, kept).abs()
     error = size * plan.key_rms.float()[:, None, None, :]
     size = error if config.selection == "weighted" else size
     if config.share == "group":
@@ -98,4 +98,4 @@ def _selected(query: Tensor, plan: LayerPlan, scaling: float) -> Tensor | None:
         chosen = ~(left <= config.logit_error)  # a NaN is kept
         chosen[..., 0] = True
     selected = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, order, chosen)
-    return selected.expand(batch, groups, heads // groups, length, kept).reshape(query.shape)
+    return selected.expand(batch, kv_heads, heads // kv_heads, length, kept).reshape(query.shape)

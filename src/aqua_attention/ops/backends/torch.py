@@ -79,26 +79,16 @@ class Fused(_Torch):
 
     def attend_rotated(self, call: Call, selected: Tensor | None) -> Tensor:
         """See `Backend`."""
-        options = {"mask": call.mask, "sink": call.sink, "recent": call.recent, "scaling": call.scaling}
-        return attention_fused(call.query, call.key, call.value, selected, **options)
+        return attention_fused(call, selected)
 
 
-def attention_fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    selected: Tensor | None,
-    *,
-    mask: Tensor | None = None,
-    sink: int = 0,
-    recent: int = 0,
-    scaling: float,
-) -> Tensor:
-    """Same arguments and result as `attention_reference`, for what `Fused` does not refuse.
+def attention_fused(call: Call, selected: Tensor | None) -> Tensor:
+    """`attention_reference`, for what `Fused` does not refuse.
 
     One difference, which dense fused kernels share: under a boolean mask, a NaN in a key that the mask hides may spoil
     queries that do not see it, because these kernels add minus infinity to its score.
     """
+    query, key, value, mask, sink, recent, scaling = call[:7]
     width = max(query.shape[-1], value.shape[-1])
     # Keys narrower than values push the fused kernels onto a slow path; zeros change no score.
     query, key = (F.pad(states, (0, width - states.shape[-1])) for states in (query, key))
@@ -129,7 +119,7 @@ def _window_attention(
     Returns float32 (or wider) output [batch, heads, length, value_dim] and log-sum-exp [batch, heads, length].
     """
     batch, heads, length, width = query.shape
-    groups, dtype = key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    kv_heads, dtype = key.shape[1], torch.promote_types(query.dtype, torch.float32)
     block = max(64, recent)
     count = -(-length // block)
     band = block + max(recent, 1) - 1
@@ -141,24 +131,24 @@ def _window_attention(
 
     key_blocks, value_blocks = blocks_of(key), blocks_of(value)
     first_key, first_value = key[:, :, None, :sink], value[:, :, None, :sink]
-    query_blocks = F.pad(query, (0, 0, 0, after)).reshape(batch, groups, heads // groups, count, block, width)
+    query_blocks = F.pad(query, (0, 0, 0, after)).reshape(batch, kv_heads, heads // kv_heads, count, block, width)
     outputs, lses = [], []
     blocks_at_once = max(1, dense.SCORES_AT_ONCE // (batch * heads * block * (band + sink)))
     for start in range(0, count, blocks_at_once):
         part = slice(start, min(start + blocks_at_once, count))
         size = part.stop - part.start
-        tall = query_blocks[:, :, :, part].transpose(2, 3).reshape(batch, groups, size, -1, width).to(dtype)
+        tall = query_blocks[:, :, :, part].transpose(2, 3).reshape(batch, kv_heads, size, -1, width).to(dtype)
         near = tall @ key_blocks[:, :, part].to(dtype)
         first = tall @ first_key.transpose(-1, -2).to(dtype)
-        scores = torch.cat([first, near], -1).reshape(batch, groups, size, heads // groups, block, -1) * scaling
+        scores = torch.cat([first, near], -1).reshape(batch, kv_heads, size, heads // kv_heads, block, -1) * scaling
         hidden = _hidden_in_window(part, block, band, before, sink, recent, query.device)
         scores = scores.masked_fill(hidden[:, None], -torch.inf)
         lse = scores.logsumexp(-1)
         # A query beyond the sequence (padding of the last block) may see nothing: its rows are cut off below.
-        probabilities = (scores - lse[..., None]).exp().reshape(batch, groups, size, -1, sink + band)
+        probabilities = (scores - lse[..., None]).exp().reshape(batch, kv_heads, size, -1, sink + band)
         output = probabilities[..., :sink] @ first_value.to(dtype)
         output += probabilities[..., sink:] @ value_blocks[:, :, part].to(dtype).transpose(-1, -2)
-        outputs.append(output.reshape(batch, groups, size, heads // groups, block, -1).transpose(2, 3))
+        outputs.append(output.reshape(batch, kv_heads, size, heads // kv_heads, block, -1).transpose(2, 3))
         lses.append(lse.transpose(2, 3))
     output = torch.cat(outputs, 3).reshape(batch, heads, count * block, -1)[:, :, :length]
     lse = torch.cat(lses, 3).reshape(batch, heads, count * block)[:, :, :length]

@@ -42,10 +42,7 @@ def decode(
     """
     check_cache(cache, recent)
     batch, kv_heads, kept, value_dim, _ = cache.shape
-    if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % kv_heads:
-        raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {kv_heads}, {kept}]")
-    if chosen is not None:
-        chosen.check(batch, kv_heads, kept)
+    cache.check_query(query, chosen)
     if parts is not None and parts < 1:
         raise AquaError(f"parts is {parts}: it must be 1 or more, or None")
     query, chosen = query.to(cache.dtype).contiguous(), chosen or everything(batch, kv_heads, kept)

@@ -32,7 +32,7 @@ class Triton(Backend):
             return reason
         if call.mask is not None:
             return "it knows no mask"
-        if plan.has_window_store:
+        if plan.rotation.shape[2] != plan.kept:
             return "it knows no tokens that keep more dimensions than others (s_ratio with an exact window)"
         if call.softcap is not None or call.s_aux is not None:
             return "it knows neither softcap nor extra softmax logits (s_aux)"
@@ -42,8 +42,6 @@ class Triton(Backend):
         widest = max(call.query.shape[3], call.key.shape[3], call.value.shape[3])
         if call.query.dtype not in DTYPES or widest > WIDEST:
             return f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
-        if plan.rotation.shape[2] != plan.kept:
-            return "some tokens keep more dimensions than others"
         if plan.rotation.dtype != torch.float32:
             return f"the rotation is {plan.rotation.dtype}, and it takes torch.float32"
         return "it has no gradient" if call.has_gradient else None

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""What several kernels share: sizes of blocks, early starts, rotations, and one step of an online softmax."""
+"""What several kernels share: what they are given of a cache, early starts, and one step of an online softmax.
+
+Functions that kernels call take as one what belongs together: `stored` (pointers to tiles, values, scales of keys and of
+values, scales and means of channels), `lookup` (block table, its columns, first block and stride, of a sequence and
+head), `chosen` (queries, their dimensions as a list and as a mask, counts), `parts` (where results go, which part of how
+many this is, the first head, tiles of a sequence).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqua_attention.ops.layout import TILE, TiledCache
+from aqua_attention.ops import layout
+from aqua_attention.ops.layout import TiledCache
 
 LOG2_E = 1.4426950408889634
 """Kernels take powers of 2: scores are multiplied by this."""
+TILE = tl.constexpr(layout.TILE)
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 """Of triton. 3.4 cannot start kernels early, and below 3.6 there is no way to place registers by hand."""
 LEAST_SIZE = 16
@@ -32,6 +40,11 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def sm_count(tensor: Tensor) -> int:
+    """Streaming multiprocessors of the GPU; a number to go on with where there is none."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 64
+
+
 def shared_memory(tensor: Tensor) -> int:
     """Bytes of shared memory that a program can have; of an H100 where there is no GPU."""
     if not tensor.is_cuda:
@@ -46,7 +59,7 @@ def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
-def cache_pointers(cache: TiledCache) -> tuple[Tensor | None, ...]:
+def cache_pointers(cache: TiledCache) -> tuple[Any, ...]:
     """What kernels are given of a cache, in this order: tiles, tail, values, scales of keys and of values, scales and
     means of channels, the block table, lengths.
     """
@@ -71,13 +84,12 @@ def cache_constants(cache: TiledCache, group: int) -> dict[str, int]:
         "KEPT_PADDED": padded(kept),
         "VALUE_DIM": value_dim,
         "VALUE_PADDED": padded(value_dim),
-        "TILE": TILE,
         "BLOCK": cache.block_size,
     }
 
 
 @triton.jit
-def token_blocks(block_table_ptr, first, stride, tile, table_width, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def token_blocks(block_table_ptr, first, stride, tile, table_width, BLOCK: tl.constexpr):
     """The block of a tile, see `ops.layout`; with pages, that of each of its tokens, [TILE]."""
     if block_table_ptr is None:
         block_ids = first + tile * stride
@@ -102,7 +114,6 @@ def key_pointers(
     dims,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     """Some dimensions of the tokens of a tile, [dims, TILE]."""
     tokens = tl.arange(0, TILE)
@@ -114,7 +125,7 @@ def key_pointers(
 
 
 @triton.jit
-def token_pointers(pointer, block_table_ptr, block_ids, WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr):
+def token_pointers(pointer, block_table_ptr, block_ids, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """What belongs to the tokens of a tile, [TILE]: the first of WIDTH numbers of each."""
     tokens = tl.arange(0, TILE)
     if block_table_ptr is None:

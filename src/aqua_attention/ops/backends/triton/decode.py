@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.backends.triton import LARGEST_FLOAT32
 from aqua_attention.ops.backends.triton.blocks import (
     LEAST_SIZE,
     LOG2_E,
@@ -18,6 +19,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     on_device_of,
     padded,
     shared_memory,
+    sm_count,
     starts_early,
 )
 from aqua_attention.ops.backends.triton.decode_kernel import decode_kernel
@@ -42,8 +44,6 @@ BY_HAND_TILES = 1024
 BY_HAND_EACH, BY_HAND_FULL, BY_HAND_LONG = 4, 0.9, 24
 """Tiles of one of its programs at least; how much of the GPU the programs must fill; and with how many tiles each there
 are two rounds of programs, in which sequences of different lengths share out better."""
-LARGEST_FLOAT32 = 128
-"""Dimensions of a head in float32, for the same reason."""
 SPECIAL = 3
 """Programs of each sequence and head for the blocks with an exact window."""
 MOST_SPLITS, MOST_BY_HAND = 64 - SPECIAL, 128 - SPECIAL
@@ -86,7 +86,8 @@ def decode(
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
     """
     (batch, kv_heads, kept, value_dim, _), count, heads = cache.shape, cache.count, query.shape[1]
-    _check(query, chosen, mass, cache, sink, recent, splits)
+    _check(query, chosen, cache, mass, splits)
+    check_window(sink, recent)
     dims, chosen_mask, counts, min_length = (None, None, None, 0) if chosen is None else chosen
     most, group = kept if dims is None else dims.shape[2], heads // kv_heads
     by_hand = is_by_hand(query, cache)
@@ -236,46 +237,29 @@ def splits_by_hand(rows: int, tiles: int, query: Tensor) -> int:
     return found
 
 
-def sm_count(query: Tensor) -> int:
-    """Streaming multiprocessors of the GPU; a number to go on with where there is none."""
-    return torch.cuda.get_device_properties(query.device).multi_processor_count if query.is_cuda else 64
-
-
 def check_window(sink: int, recent: int) -> None:
     """Raise AquaError for an exact window that the kernels do not take."""
     if not (0 <= sink <= TILE and 0 <= recent <= TILE):
         raise AquaError(f"sink is {sink} and recent {recent}: the kernel takes 0 to {TILE} of each")
 
 
-def _check(
-    query: Tensor,
-    chosen: Chosen | None,
-    mass: Tensor | None,
-    cache: TiledCache,
-    sink: int,
-    recent: int,
-    splits: int | None,
-) -> None:
+def _check(query: Tensor, chosen: Chosen | None, cache: TiledCache, mass: Tensor | None, splits: int | None) -> None:
     cache.check_rotated()
+    cache.check_query(query, chosen)
     batch, kv_heads, kept, value_dim, _ = cache.shape
-    if query.ndim != 3 or query.shape[0] != batch or query.shape[2] != kept or query.shape[1] % kv_heads:
-        raise AquaError(f"query is {tuple(query.shape)}: it must be [{batch}, a multiple of {kv_heads}, {kept}]")
     if query.dtype != cache.dtype or not query.is_contiguous():
         raise AquaError(f"query is {query.dtype}: it must be contiguous, in the cache's {cache.dtype}")
     if query.dtype == torch.float32 and query.is_cuda and max(kept, value_dim) > LARGEST_FLOAT32:
         raise AquaError(
             f"heads of {kept} dimensions in float32: the kernel takes {LARGEST_FLOAT32} at most, or 16 bits"
         )
-    check_window(sink, recent)
     most = MOST_BY_HAND if is_by_hand(query, cache) else MOST_SPLITS
     if splits is not None and not 1 <= splits <= most:
         raise AquaError(f"splits is {splits}: it must be 1 to {most}, or None")
-    if chosen is not None:
-        chosen.check(batch, kv_heads, kept)
-        if chosen.min_length > 0 and cache.quantization is not None:
-            raise AquaError(
-                f"chosen.min_length is {chosen.min_length}: over codes of 8 bits there must be counts instead, as "
-                "`prepare` gives"
-            )
+    if chosen is not None and chosen.min_length > 0 and cache.quantization is not None:
+        raise AquaError(
+            f"chosen.min_length is {chosen.min_length}: over codes of 8 bits there must be counts instead, as "
+            "`prepare` gives"
+        )
     if mass is not None:
         expect("mass", mass, torch.float32, (batch, kv_heads, cache.count * TILE))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import (
+    TILE,
     key_pointers,
     online_softmax,
     store_part,
@@ -23,31 +24,16 @@ from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT
 
 @triton.jit
 def exact_block(
-    query_ptr,
-    mask_ptr,
-    tiles_ptr,
+    chosen,
     tail_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    channel_scale_ptr,
-    channel_mean_ptr,
-    block_table_ptr,
-    partial_ptr,
-    lse_ptr,
-    scores_ptr,
+    stored,
+    lookup,
+    parts,
     scaling,
     sink,
     recent,
-    count,
-    table_width,
-    first_block,
-    block_stride,
-    split,
-    splits,
     length,
     done,
-    first_head,
     GROUP: tl.constexpr,
     COPIES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -55,7 +41,6 @@ def exact_block(
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     APPENDED: tl.constexpr,
     EARLY: tl.constexpr,
@@ -65,6 +50,10 @@ def exact_block(
     Where dimensions are chosen, each head has two rows: one sees the exact window with every dimension, one the other
     tokens with the chosen ones: so one matrix product does.
     """
+    query_ptr, _, mask_ptr, _ = chosen
+    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = stored
+    block_table_ptr, table_width, first_block, block_stride = lookup
+    partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts
     tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, KEPT_PADDED)
     column = columns < VALUE_DIM
     rows = tl.arange(0, ROWS)
@@ -76,18 +65,18 @@ def exact_block(
     # Without the new token, which is being written.
     old = seen & (position < length - APPENDED)
     there = (dim[:, None] < KEPT) & old[None, :]
-    block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
+    block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK)
     if split == 0:
         if EARLY:  # noqa: SIM102 (this is known when compiling, the other is not)
             if length == 2 * TILE + 1:
                 # The first tile is being moved from the tail.
                 tl.extra.cuda.gdc_wait()
         keys = tl.load(
-            key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK, TILE), there, 0, cache_modifier=".cg"
+            key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK), there, 0, cache_modifier=".cg"
         )
         if key_scales_ptr is not None:
             scales = tl.load(
-                token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE),
+                token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK),
                 old,
                 0.0,
                 cache_modifier=".cg",
@@ -103,15 +92,13 @@ def exact_block(
         keys = tl.load(
             tail_ptr + (position % (2 * TILE))[None, :] * KEPT + dim[:, None], there, 0.0, cache_modifier=".cg"
         )
-    values_at = (
-        token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
-    )
+    values_at = token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK)[:, None] + columns[None, :]
     values = tl.load(values_at, old[:, None] & column[None, :], 0, cache_modifier=".cg")
     value_scales = None
     if value_scales_ptr is not None:
         values = (values.to(tl.float32) - 128).to(tl.float16)
         scales = tl.load(
-            token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE), old, 0.0, cache_modifier=".cg"
+            token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK), old, 0.0, cache_modifier=".cg"
         )
         value_scales = scales.to(tl.float32) * VALUE_UNIT
     if EARLY:

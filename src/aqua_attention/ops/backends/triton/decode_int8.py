@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import (
+    TILE,
     key_pointers,
     online_softmax,
     store_part,
@@ -52,30 +53,13 @@ def decoded(codes, ASSEMBLY: tl.constexpr):
 
 @triton.jit
 def quantized_tiles(
-    query_ptr,
-    dims_ptr,
-    mask_ptr,
-    counts_ptr,
-    tiles_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    channel_scale_ptr,
-    channel_mean_ptr,
-    block_table_ptr,
-    partial_ptr,
-    lse_ptr,
-    scores_ptr,
+    chosen,
+    stored,
+    lookup,
+    parts,
     scaling,
-    count,
-    table_width,
-    first_block,
-    block_stride,
-    split,
-    splits,
     begin,
     end,
-    first_head,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -84,11 +68,14 @@ def quantized_tiles(
     VALUE_PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
     DIMS_AT_ONCE: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """Attention to the tiles from `begin` to before `end`, with the chosen dimensions."""
+    query_ptr, dims_ptr, mask_ptr, counts_ptr = chosen
+    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = stored
+    block_table_ptr, table_width, first_block, block_stride = lookup
+    partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts
     tokens, dim = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED)
     heads = tl.arange(0, ROWS)
     inside = heads < GROUP
@@ -119,33 +106,29 @@ def quantized_tiles(
     columns = tl.arange(0, VALUE_PADDED)
     values_wanted = (tokens[:, None] >= 0) & (columns < VALUE_DIM)[None, :]
     # Scales are too small for the compiler to load ahead.
-    block_ids = token_blocks(block_table_ptr, first_block, block_stride, begin, table_width, BLOCK, TILE)
+    block_ids = token_blocks(block_table_ptr, first_block, block_stride, begin, table_width, BLOCK)
     is_tile = begin * TILE + tokens < end * TILE
-    next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE), is_tile, 0.0)
-    next_value_scales = tl.load(
-        token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE), is_tile, 0.0
-    )
+    next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK), is_tile, 0.0)
+    next_value_scales = tl.load(token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK), is_tile, 0.0)
     for tile in range(begin, end):
-        block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
-        keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dims, KEPT, BLOCK, TILE)
+        block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK)
+        keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dims, KEPT, BLOCK)
         if counts_ptr is None and DIMS_AT_ONCE == CHOSEN:  # noqa: SIM108 (known when compiling)
             keys = tl.load(keys_at)
         else:
             keys = tl.load(keys_at, wanted, 0)
         key_scales, value_scales = next_key_scales.to(tl.float32), next_value_scales.to(tl.float32) * VALUE_UNIT
         scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * key_scales[None, :]) + mean[:, None]
-        values_at = (
-            token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
-        )
+        values_at = token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK)[:, None] + columns[None, :]
         if VALUE_DIM == VALUE_PADDED:  # noqa: SIM108
             values = tl.load(values_at)
         else:
             values = tl.load(values_at, values_wanted, 0)
         block_ids = token_blocks(
-            block_table_ptr, first_block, block_stride, tl.minimum(tile + 1, end - 1), table_width, BLOCK, TILE
+            block_table_ptr, first_block, block_stride, tl.minimum(tile + 1, end - 1), table_width, BLOCK
         )
-        next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE))
-        next_value_scales = tl.load(token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE))
+        next_key_scales = tl.load(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK))
+        next_value_scales = tl.load(token_pointers(value_scales_ptr, block_table_ptr, block_ids, 1, BLOCK))
         if scores_ptr is not None:
             there = inside[:, None] & (tokens[None, :] >= 0)
             scores_at = scores_ptr + (first_head + heads[:, None]) * count * TILE + tile * TILE + tokens[None, :]

@@ -16,6 +16,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from aqua_attention.ops import layout
+
+TILE = gl.constexpr(layout.TILE)
 HEADS = gl.constexpr(8)
 """Heads of a group that one product holds."""
 AHEAD = gl.constexpr(4)
@@ -101,18 +104,15 @@ def right_operands(weights):
 
 
 @gluon.jit
-def blocks_of(
-    block_table_ptr, first_block, block_stride, tile, tokens, table_width, BLOCK: gl.constexpr, TILE: gl.constexpr
-):
+def blocks_of(lookup, tile, tokens, BLOCK: gl.constexpr):
     """The blocks of some tokens of a tile, see `ops.layout`; without pages that of the tile."""
+    block_table_ptr, table_width, first_block, block_stride = lookup
     if block_table_ptr is None:
         block_ids = first_block + tile * block_stride
     else:
         at = tile * (TILE // BLOCK) + tokens // BLOCK
-        block_ids = (
-            first_block
-            + gl.load(block_table_ptr + at, at < table_width, 0, cache_modifier=".cg").to(gl.int64) * block_stride
-        )
+        block = gl.load(block_table_ptr + at, at < table_width, 0, cache_modifier=".cg").to(gl.int64)
+        block_ids = first_block + block * block_stride
     return block_ids
 
 
@@ -153,7 +153,6 @@ def decode_quantized_kernel(
     KEPT: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     CHOSEN: gl.constexpr,
-    TILE: gl.constexpr,
     BLOCK: gl.constexpr,
     EARLY: gl.constexpr,
 ):
@@ -185,6 +184,7 @@ def decode_quantized_kernel(
     channel_mean_ptr += group * KEPT
     if block_table_ptr is not None:
         block_table_ptr += row * table_width
+    lookup = (block_table_ptr, table_width, first_block, block_stride)
     if EARLY:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -238,13 +238,9 @@ def decode_quantized_kernel(
         wanted = wanted + ((chunk * 16 + key_row < limit)[:, None] & (key_word >= 0)[None, :],)  # noqa: RUF005
     value_at = (value_token % BLOCK)[:, None] * VALUE_WORDS + value_word[None, :]
     if begin < end:
-        key_blocks = blocks_of(
-            block_table_ptr, first_block, block_stride, begin, key_word * 4, table_width, BLOCK, TILE
-        )
-        value_blocks = blocks_of(
-            block_table_ptr, first_block, block_stride, begin, value_token, table_width, BLOCK, TILE
-        )
-        scale_blocks = blocks_of(block_table_ptr, first_block, block_stride, begin, sixteen, table_width, BLOCK, TILE)
+        key_blocks = blocks_of(lookup, begin, key_word * 4, BLOCK)
+        value_blocks = blocks_of(lookup, begin, value_token, BLOCK)
+        scale_blocks = blocks_of(lookup, begin, sixteen, BLOCK)
         keys_ptr = of_words(tiles_ptr, key_blocks, block_table_ptr, KEPT * BLOCK // 4)
         next_values_ptr = of_tokens(values_ptr, value_blocks, block_table_ptr, BLOCK * VALUE_WORDS)
         waiting = ()
@@ -265,15 +261,9 @@ def decode_quantized_kernel(
             )
             # Looked up early: the last blocks of a tile are waited for while the first of the next are asked for.
             after = gl.minimum(tile + 1, end - 1)
-            key_blocks = blocks_of(
-                block_table_ptr, first_block, block_stride, after, key_word * 4, table_width, BLOCK, TILE
-            )
-            value_blocks = blocks_of(
-                block_table_ptr, first_block, block_stride, after, value_token, table_width, BLOCK, TILE
-            )
-            scale_blocks = blocks_of(
-                block_table_ptr, first_block, block_stride, after, sixteen, table_width, BLOCK, TILE
-            )
+            key_blocks = blocks_of(lookup, after, key_word * 4, BLOCK)
+            value_blocks = blocks_of(lookup, after, value_token, BLOCK)
+            scale_blocks = blocks_of(lookup, after, sixteen, BLOCK)
             next_values_ptr = of_tokens(values_ptr, value_blocks, block_table_ptr, BLOCK * VALUE_WORDS)
             scores = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
             for chunk in gl.static_range(CHUNKS):

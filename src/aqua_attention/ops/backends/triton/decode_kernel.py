@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import (
+    TILE,
     key_pointers,
     online_softmax,
     store_part,
@@ -69,7 +70,6 @@ def decode_kernel(
     GROUP_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     SPECIAL: tl.constexpr,
     ALONE: tl.constexpr,
@@ -104,33 +104,22 @@ def decode_kernel(
     if counts_ptr is not None:
         counts_ptr += place
     first_head = place * GROUP
+    stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
+    lookup = (block_table_ptr, table_width, first_block, block_stride)
+    chosen = (query_ptr, dims_ptr, mask_ptr, counts_ptr)
+    parts = (partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count)
     if split < SPECIAL:
         exact_block(
-            query_ptr,
-            mask_ptr,
-            tiles_ptr,
+            chosen,
             tail_ptr,
-            values_ptr,
-            key_scales_ptr,
-            value_scales_ptr,
-            channel_scale_ptr,
-            channel_mean_ptr,
-            block_table_ptr,
-            partial_ptr,
-            lse_ptr,
-            scores_ptr,
+            stored,
+            lookup,
+            parts,
             scaling,
             sink,
             recent,
-            count,
-            table_width,
-            first_block,
-            block_stride,
-            split,
-            splits,
             length,
             done,
-            first_head,
             GROUP,
             COPIES,
             SPECIAL_ROWS,
@@ -138,7 +127,6 @@ def decode_kernel(
             KEPT_PADDED,
             VALUE_DIM,
             VALUE_PADDED,
-            TILE,
             BLOCK,
             APPENDED,
             EARLY and ALONE,
@@ -151,27 +139,15 @@ def decode_kernel(
             tl.extra.cuda.gdc_wait()
         if channel_scale_ptr is None:
             _tiles(
-                query_ptr,
-                dims_ptr,
-                counts_ptr,
-                tiles_ptr,
-                values_ptr,
-                block_table_ptr,
-                partial_ptr,
-                lse_ptr,
-                scores_ptr,
+                chosen,
+                stored,
+                lookup,
+                parts,
                 scaling,
-                count,
-                table_width,
-                first_block,
-                block_stride,
-                split,
-                splits,
                 begin,
                 end,
                 length,
                 min_length,
-                first_head,
                 GROUP,
                 ROWS,
                 KEPT,
@@ -180,35 +156,17 @@ def decode_kernel(
                 VALUE_PADDED,
                 CHOSEN,
                 DIMS_AT_ONCE,
-                TILE,
                 BLOCK,
             )
         else:
             quantized_tiles(
-                query_ptr,
-                dims_ptr,
-                mask_ptr,
-                counts_ptr,
-                tiles_ptr,
-                values_ptr,
-                key_scales_ptr,
-                value_scales_ptr,
-                channel_scale_ptr,
-                channel_mean_ptr,
-                block_table_ptr,
-                partial_ptr,
-                lse_ptr,
-                scores_ptr,
+                chosen,
+                stored,
+                lookup,
+                parts,
                 scaling,
-                count,
-                table_width,
-                first_block,
-                block_stride,
-                split,
-                splits,
                 begin,
                 end,
-                first_head,
                 GROUP,
                 ROWS,
                 KEPT,
@@ -217,7 +175,6 @@ def decode_kernel(
                 VALUE_PADDED,
                 CHOSEN,
                 DIMS_AT_ONCE,
-                TILE,
                 BLOCK,
                 ASSEMBLY,
             )
@@ -226,20 +183,8 @@ def decode_kernel(
         tl.debug_barrier()  # the whole program has written before it says so
         if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
             tl.store(arrived_ptr + row * (groups + 1) + group, 0)
-            merge(
-                partial_ptr,
-                lse_ptr,
-                output_ptr,
-                whole_lse_ptr,
-                splits,
-                first_head,
-                GROUP,
-                GROUP_PADDED,
-                VALUE_DIM,
-                VALUE_PADDED,
-                SPLITS_PADDED,
-                MERGED,
-            )
+            results = (partial_ptr, lse_ptr, output_ptr, whole_lse_ptr)
+            merge(results, splits, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
             if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
                 if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
                     # All programs of this sequence have read its length.
@@ -251,27 +196,15 @@ def decode_kernel(
 
 @triton.jit
 def _tiles(
-    query_ptr,
-    dims_ptr,
-    counts_ptr,
-    tiles_ptr,
-    values_ptr,
-    block_table_ptr,
-    partial_ptr,
-    lse_ptr,
-    scores_ptr,
+    chosen,
+    stored,
+    lookup,
+    parts,
     scaling,
-    count,
-    table_width,
-    first_block,
-    block_stride,
-    split,
-    splits,
     begin,
     end,
     length,
     min_length,
-    first_head,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -280,13 +213,16 @@ def _tiles(
     VALUE_PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
     DIMS_AT_ONCE: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Attention to the tiles from `begin` to before `end`, with the chosen dimensions.
 
     Where there is a `min_length`, a loop for short sequences stands before that for others, and one of them is empty.
     """
+    query_ptr, dims_ptr, _, counts_ptr = chosen
+    tiles_ptr, values_ptr = stored[:2]
+    block_table_ptr, table_width, first_block, block_stride = lookup
+    partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count = parts
     tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, KEPT_PADDED)
     column = columns < VALUE_DIM
     heads = tl.arange(0, ROWS)
@@ -305,9 +241,9 @@ def _tiles(
         change = tl.where(length < min_length, tl.maximum(begin, end), begin)
     for loop in tl.static_range(first, 2):
         for tile in range(begin if loop == 0 else change, change if loop == 0 else end):
-            block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
+            block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK)
             if dims_ptr is None or loop == 0:
-                keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK, TILE)
+                keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK)
                 if KEPT == KEPT_PADDED:
                     keys = tl.load(keys_at)
                 else:
@@ -318,22 +254,21 @@ def _tiles(
                 for start in tl.static_range(0, CHOSEN, DIMS_AT_ONCE):
                     indices = start + tl.arange(0, DIMS_AT_ONCE)
                     some = tl.load(dims_ptr + indices, indices < limit, 0)
-                    chosen = tl.load(
+                    queries = tl.load(
                         query_ptr + heads[:, None] * KEPT + some[None, :],
                         inside[:, None] & (indices[None, :] < limit),
                         0.0,
                     )
-                    keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, some, KEPT, BLOCK, TILE)
+                    keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, some, KEPT, BLOCK)
                     if counts_ptr is None:
                         # Where k is no multiple, the rest is dimension 0 again, times zero.
                         keys = tl.load(keys_at)
                     else:
                         keys = tl.load(keys_at, (indices[:, None] < limit) & (tokens[None, :] >= 0), 0.0)
-                    scores = tl.dot(chosen, keys, scores, input_precision="ieee")
+                    scores = tl.dot(queries, keys, scores, input_precision="ieee")
             scores = scores * scaling
             values_at = (
-                token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None]
-                + columns[None, :]
+                token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK)[:, None] + columns[None, :]
             )
             if VALUE_DIM == VALUE_PADDED:
                 values = tl.load(values_at)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -11,6 +13,7 @@ MERGED_ROWS = 64
 """Partial results of so many splits and heads are merged at once."""
 
 
+@functools.cache
 def merging(group: int, splits: int) -> dict[str, int]:
     """Constants of kernels that merge so many parts."""
     heads, parts = triton.next_power_of_2(group), triton.next_power_of_2(splits)
@@ -19,10 +22,7 @@ def merging(group: int, splits: int) -> dict[str, int]:
 
 @triton.jit
 def merge(
-    partial_ptr,
-    lse_ptr,
-    output_ptr,
-    whole_lse_ptr,
+    results,
     splits,
     first_head,
     GROUP: tl.constexpr,
@@ -32,7 +32,12 @@ def merge(
     SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
 ):
-    """The attention over all splits of the sequence, from that over each and its log-sum-exp."""
+    """The attention over all splits of the sequence, from that over each and its log-sum-exp.
+
+    Args:
+        results: pointers to both, to the output, and to the log-sum-exp of the whole or None.
+    """
+    partial_ptr, lse_ptr, output_ptr, whole_lse_ptr = results
     columns = tl.arange(0, VALUE_PADDED)
     column = columns < VALUE_DIM
     every, member = tl.arange(0, SPLITS_PADDED), tl.arange(0, GROUP_PADDED)
@@ -93,20 +98,9 @@ def merge_kernel(
     group, row = tl.program_id(0), tl.program_id(1)
     if EARLY:
         tl.extra.cuda.gdc_wait()
-    merge(
-        partial_ptr,
-        lse_ptr,
-        output_ptr,
-        whole_lse_ptr,
-        splits,
-        (row * tl.num_programs(0) + group).to(tl.int64) * GROUP,
-        GROUP,
-        GROUP_PADDED,
-        VALUE_DIM,
-        VALUE_PADDED,
-        SPLITS_PADDED,
-        MERGED,
-    )
+    results = (partial_ptr, lse_ptr, output_ptr, whole_lse_ptr)
+    first_head = (row * tl.num_programs(0) + group).to(tl.int64) * GROUP
+    merge(results, splits, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
     if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
         if group == 0:
             tl.store(lengths_ptr + row, tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + 1, longest))

@@ -34,14 +34,7 @@ LARGEST_SHORT = 128
 
 
 def decode_short(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cache: TiledCache,
-    rotation: Tensor,
-    *,
-    splits: int,
-    scaling: float,
+    query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, rotation: Tensor, *, splits: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Rotate one query and key token a sequence, append key and value, attend with every dimension.
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import (
+    TILE,
     key_pointers,
     online_softmax,
     store_part,
@@ -61,7 +62,6 @@ def decode_short_kernel(
     GROUP_PADDED: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     TOGETHER: tl.constexpr,
@@ -79,7 +79,8 @@ def decode_short_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(lengths_ptr + row, cache_modifier=".cg")
-    states = load_states(query_ptr, key_ptr, place, 0, GROUP, ROWS, HEAD_DIM, CHUNK)
+    source = (query_ptr, key_ptr, rotation_ptr, place)
+    loaded = (load_states(source, 0, GROUP, ROWS, HEAD_DIM, CHUNK), high, low)
     # Tiles that are read as such: not one to which this step moves tokens, whose place in the tail it needs.
     done = tl.maximum((position - 1) // TILE - 1, 0)
     halves = tl.where(position > TILE, 2, 1)
@@ -95,6 +96,8 @@ def decode_short_kernel(
     lse_ptr += first_head * (splits - used)
     if block_table_ptr is not None:
         block_table_ptr += row * table_width
+    stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
+    lookup = (block_table_ptr, table_width, first_block, block_stride)
     heads, columns, tokens, dim = (
         tl.arange(0, ROWS),
         tl.arange(0, VALUE_PADDED),
@@ -111,40 +114,10 @@ def decode_short_kernel(
         newest = tl.where((halves == 2) & (position % TILE != 0), done + 1, done)
         tile = tl.where(split == 0, newest, 2 * done + 1 - newest)
         seen = tile * TILE + tokens < position
-        keys, values = _half(
-            tail_ptr,
-            values_ptr,
-            block_table_ptr,
-            first_block,
-            block_stride,
-            tile,
-            seen,
-            table_width,
-            KEPT,
-            KEPT_PADDED,
-            VALUE_DIM,
-            VALUE_PADDED,
-            TILE,
-            BLOCK,
-        )
+        keys, values = _half(tail_ptr, stored, lookup, tile, seen, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK)
         value = tl.load(value_ptr + place * VALUE_DIM + columns, column, 0.0).to(tl.float32)
         _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, count * TILE)
-        turned = turn(
-            states,
-            high,
-            low,
-            query_ptr,
-            key_ptr,
-            rotation_ptr,
-            place,
-            GROUP,
-            ROWS,
-            HEAD_DIM,
-            HEAD_DIM_PADDED,
-            CHUNK,
-            KEPT,
-            KEPT_PADDED,
-        )
+        turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
         wide = turned.to(tl.float32)
         new = tl.sum(tl.where((heads == GROUP)[:, None], wide, 0.0), 0)
         is_new = (split == 0) & (position < count * TILE)
@@ -166,113 +139,37 @@ def decode_short_kernel(
             )
         if is_new:
             tl.debug_barrier()  # the tail is read before it is written
-            append(
-                new,
-                value,
-                tiles_ptr,
-                tail_ptr,
-                values_ptr,
-                key_scales_ptr,
-                value_scales_ptr,
-                channel_scale_ptr,
-                channel_mean_ptr,
-                block_table_ptr,
-                position,
-                table_width,
-                first_block,
-                block_stride,
-                KEPT,
-                KEPT_PADDED,
-                VALUE_DIM,
-                VALUE_PADDED,
-                TILE,
-                BLOCK,
-            )
+            append(new, value, tail_ptr, stored, lookup, position, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK)
         if TOGETHER:
             if halves == 2:
                 # All of its tokens are there.
                 keys, values = _half(
                     tail_ptr,
-                    values_ptr,
-                    block_table_ptr,
-                    first_block,
-                    block_stride,
+                    stored,
+                    lookup,
                     2 * done + 1 - newest,
                     tokens >= 0,
-                    table_width,
                     KEPT,
                     KEPT_PADDED,
                     VALUE_DIM,
                     VALUE_PADDED,
-                    TILE,
                     BLOCK,
                 )
                 scores = tl.dot(turned, keys, input_precision="ieee") * scaling
                 largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
+            so_far = (turned, largest, total, output)
             largest, total, output = _tiles(
-                turned,
-                largest,
-                total,
-                output,
-                tiles_ptr,
-                values_ptr,
-                block_table_ptr,
-                first_block,
-                block_stride,
-                0,
-                done,
-                table_width,
-                scaling,
-                KEPT,
-                KEPT_PADDED,
-                VALUE_DIM,
-                VALUE_PADDED,
-                TILE,
-                BLOCK,
-                STAGES,
+                so_far, stored, lookup, 0, done, scaling, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK, STAGES
             )
     else:
         begin = (split - halves) * each
         end = tl.minimum(begin + each, done)
         _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, count * TILE)
         if begin < end:
-            turned = turn(
-                states,
-                high,
-                low,
-                query_ptr,
-                key_ptr,
-                rotation_ptr,
-                place,
-                GROUP,
-                ROWS,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-                CHUNK,
-                KEPT,
-                KEPT_PADDED,
-            )
+            turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
+            fresh = (turned, largest, total, output)
             largest, total, output = _tiles(
-                turned,
-                largest,
-                total,
-                output,
-                tiles_ptr,
-                values_ptr,
-                block_table_ptr,
-                first_block,
-                block_stride,
-                begin,
-                end,
-                table_width,
-                scaling,
-                KEPT,
-                KEPT_PADDED,
-                VALUE_DIM,
-                VALUE_PADDED,
-                TILE,
-                BLOCK,
-                STAGES,
+                fresh, stored, lookup, begin, end, scaling, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK, STAGES
             )
 
     if split < used:
@@ -284,34 +181,13 @@ def decode_short_kernel(
                 inside[:, None] & column[None, :],
             )
         else:
-            store_part(
-                partial_ptr,
-                lse_ptr,
-                (first_head + heads) * used + split,
-                largest,
-                total,
-                output,
-                inside,
-                columns,
-                VALUE_DIM,
-            )
+            at = (first_head + heads) * used + split
+            store_part(partial_ptr, lse_ptr, at, largest, total, output, inside, columns, VALUE_DIM)
             tl.debug_barrier()  # the whole program has written before it says so
             if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == used - 1:
                 tl.store(arrived_ptr + row * (groups + 1) + group, 0)
-                merge(
-                    partial_ptr,
-                    lse_ptr,
-                    output_ptr,
-                    None,
-                    used,
-                    first_head,
-                    GROUP,
-                    GROUP_PADDED,
-                    VALUE_DIM,
-                    VALUE_PADDED,
-                    SPLITS_PADDED,
-                    MERGED,
-                )
+                results = (partial_ptr, lse_ptr, output_ptr, None)
+                merge(results, used, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
 
 
 @triton.jit
@@ -329,66 +205,55 @@ def _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, longe
 @triton.jit
 def _half(
     tail_ptr,
-    values_ptr,
-    block_table_ptr,
-    first_block,
-    block_stride,
+    stored,
+    lookup,
     tile,
     seen,
-    table_width,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Keys, [KEPT_PADDED, TILE], and values, [TILE, VALUE_PADDED], of the tokens of a tile that are in the tail yet."""
+    values_ptr = stored[1]
+    block_table_ptr, table_width, first_block, block_stride = lookup
     tokens, dim, columns = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     slot = (tile % 2) * TILE + tokens
     keys = tl.load(tail_ptr + slot[None, :] * KEPT + dim[:, None], (dim < KEPT)[:, None] & seen[None, :], 0.0)
-    block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
-    values_at = (
-        token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
-    )
+    block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK)
+    values_at = token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK)[:, None] + columns[None, :]
     return keys, tl.load(values_at, seen[:, None] & (columns < VALUE_DIM)[None, :], 0.0)
 
 
 @triton.jit
 def _tiles(
-    query,
-    largest,
-    total,
-    output,
-    tiles_ptr,
-    values_ptr,
-    block_table_ptr,
-    first_block,
-    block_stride,
+    state,
+    stored,
+    lookup,
     begin,
     end,
-    table_width,
     scaling,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """An online softmax goes on over the tiles from `begin` to before `end`."""
+    query, largest, total, output = state
+    tiles_ptr, values_ptr = stored[:2]
+    block_table_ptr, table_width, first_block, block_stride = lookup
     tokens, dim, columns = tl.arange(0, TILE), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     for tile in tl.range(begin, end, num_stages=STAGES):
-        block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK, TILE)
-        keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK, TILE)
+        block_ids = token_blocks(block_table_ptr, first_block, block_stride, tile, table_width, BLOCK)
+        keys_at = key_pointers(tiles_ptr, block_table_ptr, block_ids, dim, KEPT, BLOCK)
         if KEPT == KEPT_PADDED:
             keys = tl.load(keys_at)
         else:
             keys = tl.load(keys_at, (dim[:, None] < KEPT) & (tokens[None, :] >= 0), 0.0)
-        values_at = (
-            token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK, TILE)[:, None] + columns[None, :]
-        )
+        values_at = token_pointers(values_ptr, block_table_ptr, block_ids, VALUE_DIM, BLOCK)[:, None] + columns[None, :]
         if VALUE_DIM == VALUE_PADDED:
             values = tl.load(values_at)
         else:

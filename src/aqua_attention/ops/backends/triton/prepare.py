@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aqua_attention.ops.backends.triton.blocks import (
+    TILE,
     cache_constants,
     cache_extents,
     cache_pointers,
@@ -136,7 +137,6 @@ def _prepare(
     ADAPTIVE: tl.constexpr,
     SELECTION: tl.constexpr,
     SQUARED: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -155,23 +155,9 @@ def _prepare(
         tl.extra.cuda.gdc_launch_dependents()
     position = tl.load(lengths_ptr + row)
     value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
-    states = load_states(query_ptr, key_ptr, place, 0, GROUP, ROWS, HEAD_DIM, CHUNK)
-    turned = turn(
-        states,
-        high,
-        low,
-        query_ptr,
-        key_ptr,
-        rotation_ptr,
-        place,
-        GROUP,
-        ROWS,
-        HEAD_DIM,
-        HEAD_DIM_PADDED,
-        CHUNK,
-        KEPT,
-        KEPT_PADDED,
-    )
+    source = (query_ptr, key_ptr, rotation_ptr, place)
+    loaded = (load_states(source, 0, GROUP, ROWS, HEAD_DIM, CHUNK), high, low)
+    turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
     if does_query:
         tl.store(
             rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
@@ -185,26 +171,22 @@ def _prepare(
         first_block = row.to(tl.int64) * row_stride + group.to(tl.int64) * head_stride
         if block_table_ptr is not None:
             block_table_ptr += row * table_width
+        if channel_scale_ptr is not None:
+            channel_scale_ptr += group * KEPT
+            channel_mean_ptr += group * KEPT
+        stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
+        lookup = (block_table_ptr, table_width, first_block, block_stride)
         append(
             new,
             value,
-            tiles_ptr,
             tail_ptr + place * 2 * TILE * KEPT,
-            values_ptr,
-            key_scales_ptr,
-            value_scales_ptr,
-            None if channel_scale_ptr is None else channel_scale_ptr + group * KEPT,
-            None if channel_mean_ptr is None else channel_mean_ptr + group * KEPT,
-            block_table_ptr,
+            stored,
+            lookup,
             position,
-            table_width,
-            first_block,
-            block_stride,
             KEPT,
             KEPT_PADDED,
             VALUE_DIM,
             VALUE_PADDED,
-            TILE,
             BLOCK,
         )
 
@@ -253,26 +235,19 @@ def _prepare(
 def append(
     key,
     value,
-    tiles_ptr,
     tail_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    channel_scale_ptr,
-    channel_mean_ptr,
-    block_table_ptr,
+    stored,
+    lookup,
     position,
-    table_width,
-    first_block,
-    block_stride,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write a rotated key, [KEPT_PADDED], and a value, [VALUE_PADDED], of one sequence and key-value head."""
+    tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = stored
+    block_table_ptr, table_width, first_block, block_stride = lookup
     narrow, columns = tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
     column = narrow < KEPT
     # The new token replaces one of the tile before last, which must be in its place by then.
@@ -281,19 +256,17 @@ def append(
         tokens = tl.arange(0, TILE)
         there = column[:, None] & (tokens[None, :] >= 0)
         old = tl.load(tail_ptr + (slot + tokens[None, :]) * KEPT + narrow[:, None], there, 0.0)
-        block_ids = token_blocks(
-            block_table_ptr, first_block, block_stride, position // TILE - 2, table_width, BLOCK, TILE
-        )
+        block_ids = token_blocks(block_table_ptr, first_block, block_stride, position // TILE - 2, table_width, BLOCK)
         if channel_scale_ptr is not None:
             scale, mean = (
                 tl.load(channel_scale_ptr + narrow, column, 1.0),
                 tl.load(channel_mean_ptr + narrow, column, 0.0),
             )
             codes, scales = _quantized((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
-            tl.store(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK, TILE), scales)
+            tl.store(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK), scales)
         else:
             codes = old
-        tl.store(key_pointers(tiles_ptr, block_table_ptr, block_ids, narrow, KEPT, BLOCK, TILE), codes, there)
+        tl.store(key_pointers(tiles_ptr, block_table_ptr, block_ids, narrow, KEPT, BLOCK), codes, there)
         tl.debug_barrier()
     tl.store(tail_ptr + slot * KEPT + narrow, key.to(tail_ptr.dtype.element_ty), column)
     page = position // BLOCK

@@ -10,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.backends.triton.blocks import on_device_of, padded
+from aqua_attention.ops.backends.triton import DTYPES
+from aqua_attention.ops.backends.triton.blocks import on_device_of, padded, shared_memory, sm_count
 from aqua_attention.ops.backends.triton.search import largest, needed
 from aqua_attention.ops.backends.triton.turn import load_rotation
 from aqua_attention.ops.layout import WIDEST
 from aqua_attention.ops.plan import LayerPlan
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS, WARPS = 64, 4
 """Tokens of one head that a program rotates at once: 16 a warp, so that a row stays within four threads."""
 RESIDENT = 128
@@ -127,16 +127,13 @@ def _launch(
     together = group if squared and mode != "first" else 1
     states = by_token(states)
     wide, kept_padded = (padded(width) for width in (head_dim, kept))
-    size, sm_count, room = states.element_size(), 1, 1 << 18
-    if states.is_cuda:
-        device = torch.cuda.get_device_properties(states.device)
-        sm_count, room = device.multi_processor_count, getattr(device, "shared_memory_per_block_optin", 1 << 16)
+    size = states.element_size()
     # Both halves of a rotation, the states, and the matrix by which ranks are found.
     needed = size * (2 * wide * kept_padded + TOKENS * wide) + 2 * kept_padded**2
-    resident = max(wide, kept_padded) <= RESIDENT and needed <= room
+    resident = max(wide, kept_padded) <= RESIDENT and needed <= shared_memory(states)
     items = triton.cdiv(length, TOKENS) * (group // together)
     # Not one more than run at once: the last would wait for a whole round.
-    programs = min(items, max(1, PROGRAMS * sm_count // (kv_heads * batch)))
+    programs = min(items, max(1, PROGRAMS * sm_count(states) // (kv_heads * batch)))
     # The low bits of a half number are zero in float32, and need no search where nothing was multiplied to it.
     plain = selection == "magnitude" and not squared
     low_bits = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}[states.dtype] if plain else 0
@@ -187,13 +184,8 @@ def _times(states, high, low, turned, PRECISION: tl.constexpr):
 
 @triton.jit
 def _turn(
-    states_ptr,
-    there,
-    stride_token,
-    tokens,
-    rotation_ptr,
-    high,
-    low,
+    source,
+    rotation,
     HEAD_DIM: tl.constexpr,
     HEAD_DIM_PADDED: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -203,6 +195,8 @@ def _turn(
     PRECISION: tl.constexpr,
 ):
     """Rotated states of some tokens of one head, in their dtype."""
+    states_ptr, stride_token, tokens, there = source
+    rotation_ptr, high, low = rotation
     turned = tl.zeros([TOKENS, KEPT_PADDED], tl.float32)
     for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
         wide = start + tl.arange(0, CHUNK)
@@ -258,6 +252,7 @@ def _rotate_and_narrow(
     high, low = 0, 0
     if CHUNK == HEAD_DIM_PADDED:
         high, low = load_rotation(rotation_ptr, 0, states_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+    rotation = (rotation_ptr, high, low)
     weight = tl.load(key_rms_ptr + group * KEPT + dims, dims < KEPT, 0.0)[None, :]
     before = (dims[:, None] < dims[None, :]).to(tl.float16)
 
@@ -273,22 +268,9 @@ def _rotate_and_narrow(
         size = tl.zeros([TOKENS, KEPT_PADDED], tl.float32)
         variance = size
         for member in range(TOGETHER):
-            turned = _turn(
-                states_ptr + row * stride_batch + (first + member).to(tl.int64) * stride_head,
-                there,
-                stride_token,
-                tokens,
-                rotation_ptr,
-                high,
-                low,
-                HEAD_DIM,
-                HEAD_DIM_PADDED,
-                CHUNK,
-                KEPT,
-                KEPT_PADDED,
-                TOKENS,
-                PRECISION,
-            )
+            head_ptr = states_ptr + row * stride_batch + (first + member).to(tl.int64) * stride_head
+            source = (head_ptr, stride_token, tokens, there)
+            turned = _turn(source, rotation, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED, TOKENS, PRECISION)
             if BOTH or TOGETHER > 1 or MODE == "none":
                 tl.store(rotated_ptr + (start + member * length) * KEPT + offsets, turned, written)
             if MODE == "largest" or MODE == "error":

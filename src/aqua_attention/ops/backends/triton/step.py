@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from aqua_attention.ops.backends.triton.decode import check_window, decode, sm_count
+from aqua_attention.ops.backends.triton.blocks import sm_count
+from aqua_attention.ops.backends.triton.decode import check_window, decode
 from aqua_attention.ops.backends.triton.decode_short import decode_short, is_taken
 from aqua_attention.ops.backends.triton.prepare import prepare
 from aqua_attention.ops.layout import TILE, Chosen, TiledCache

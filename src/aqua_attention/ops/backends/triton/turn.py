@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -13,6 +15,7 @@ LARGEST_CHUNK = 1 << 14
 """Numbers of a rotation that are multiplied at once: 64 KB of shared memory."""
 
 
+@functools.cache
 def turning(group: int, head_dim: int, kept: int) -> dict[str, int]:
     """Constants of kernels that rotate the query heads of a group and its key."""
     wide = padded(head_dim)
@@ -33,17 +36,13 @@ def load_rotation(rotation_ptr, start, like, HEAD_DIM, KEPT, CHUNK: tl.constexpr
 
 
 @triton.jit
-def load_states(
-    query_ptr,
-    key_ptr,
-    place,
-    start,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """CHUNK dimensions of the query heads of a group, and of the key as the row behind them, [ROWS, CHUNK]."""
+def load_states(source, start, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, CHUNK: tl.constexpr):
+    """CHUNK dimensions of the query heads of a group, and of the key as the row behind them, [ROWS, CHUNK].
+
+    Args:
+        source: pointers to queries, keys and the rotation of the key-value head, and the number of sequence and head.
+    """
+    query_ptr, key_ptr, _, place = source
     heads, wide = tl.arange(0, ROWS), start + tl.arange(0, CHUNK)
     states = tl.load(
         query_ptr + (place * GROUP + heads[:, None]) * HEAD_DIM + wide[None, :],
@@ -56,13 +55,8 @@ def load_states(
 
 @triton.jit
 def turn(
-    states,
-    high,
-    low,
-    query_ptr,
-    key_ptr,
-    rotation_ptr,
-    place,
+    source,
+    loaded,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -74,13 +68,15 @@ def turn(
     """The rows of `load_states` rotated, [ROWS, KEPT_PADDED], in their dtype.
 
     Args:
-        states, high, low: what belongs to the first CHUNK dimensions, see `load_rotation`; the rest is loaded here.
+        loaded: states, and the rotation as two matrices, of the first CHUNK dimensions; the rest is loaded here.
     """
+    states, high, low = loaded
+    query_ptr, _, rotation_ptr, _ = source
     dtype = query_ptr.dtype.element_ty
     turned = tl.zeros([ROWS, KEPT_PADDED], tl.float32)
     for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
         if start > 0:
-            states = load_states(query_ptr, key_ptr, place, start, GROUP, ROWS, HEAD_DIM, CHUNK)
+            states = load_states(source, start, GROUP, ROWS, HEAD_DIM, CHUNK)
             high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
         if dtype == tl.float32:
             turned = tl.dot(states, high, turned, input_precision="ieee")
