@@ -44,16 +44,21 @@ class Launch:
         names = self.kernel.arg_names
         given = dict(zip(names, arguments)) | constants
         given |= {"ASSEMBLY": True} if "ASSEMBLY" in given else {}
-        signature, values = {}, {}
+        signature, values, aligned = {}, {}, {}
+
+        def kind_of(value, place, is_constant):
+            if isinstance(value, tuple):
+                return type(value)(*(kind_of(each, (*place, i), False) for i, each in enumerate(value)))
+            if is_constant or value is None:
+                values[place] = value
+                return "constexpr"
+            if hasattr(value, "dtype"):
+                aligned[place] = [["tt.divisibility", 16]]
+                return "*" + KINDS[str(value.dtype)]
+            return "fp32" if isinstance(value, float) else "i32"
+
         for name in names:
-            value = given[name]
-            if name.isupper() or value is None:
-                signature[name], values[(names.index(name),)] = "constexpr", value
-            elif hasattr(value, "dtype"):
-                signature[name] = "*" + KINDS[str(value.dtype)]
-            else:
-                signature[name] = "fp32" if isinstance(value, float) else "i32"
-        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in signature.items() if kind[0] == "*"}
+            signature[name] = kind_of(given[name], (names.index(name),), name.isupper())
         kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
         source = kind(fn=self.kernel, signature=signature, constexprs=values, attrs=aligned)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

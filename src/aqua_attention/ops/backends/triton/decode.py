@@ -13,9 +13,8 @@ from aqua_attention.ops.backends.triton.blocks import (
     LEAST_SIZE,
     LOG2_E,
     VERSION,
+    CacheArguments,
     cache_constants,
-    cache_extents,
-    cache_pointers,
     on_device_of,
     padded,
     shared_memory,
@@ -114,6 +113,7 @@ def decode(
         dims_at_once = padded(most)
         if not by_hand:
             warps, options = FEW_WARPS, QUANTIZED
+    arguments = CacheArguments.of(cache)
     shared, merged = cache_constants(cache, group), merging(group, splits)
     scaling *= LOG2_E
     early = starts_early(query, appended)
@@ -128,18 +128,15 @@ def decode(
             from aqua_attention.ops.backends.triton.decode_int8_mma import decode_quantized_kernel
 
             early = starts_early(query)
-            tiles, _, values, *rest = cache_pointers(cache)
             decode_quantized_kernel[(others, kv_heads, batch)](
                 query,
                 dims,
                 counts,
-                *(states.view(torch.int32) for states in (tiles, values)),
-                *rest,
+                arguments._replace(tiles=cache.tiles.view(torch.int32), value_tiles=cache.values.view(torch.int32)),
                 partial,
                 lse,
                 scores,
                 scaling,
-                *cache_extents(cache),
                 SPECIAL,
                 APPENDED=appended,
                 CHOSEN=most,
@@ -152,7 +149,7 @@ def decode(
             dims,
             chosen_mask,
             counts,
-            *cache_pointers(cache),
+            arguments,
             cache.arrived,
             partial,
             lse,
@@ -163,7 +160,6 @@ def decode(
             sink,
             recent,
             min_length or None,
-            *cache_extents(cache),
             others,
             APPENDED=appended,
             ROWS=padded(group),

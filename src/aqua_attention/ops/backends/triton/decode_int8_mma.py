@@ -130,23 +130,11 @@ def decode_quantized_kernel(
     query_ptr,
     dims_ptr,
     counts_ptr,
-    tiles_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    channel_scale_ptr,
-    channel_mean_ptr,
-    block_table_ptr,
-    lengths_ptr,
+    cache,
     partial_ptr,
     lse_ptr,
     scores_ptr,
     scaling,
-    count,
-    table_width,
-    row_stride,
-    head_stride,
-    block_stride,
     before,
     APPENDED: gl.constexpr,
     GROUP: gl.constexpr,
@@ -172,19 +160,20 @@ def decode_quantized_kernel(
     CHUNKS: gl.constexpr = (CHOSEN + 15) // 16
     VALUE_CHUNKS: gl.constexpr = TILE // 16
     split, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    length = gl.minimum(gl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
+    length = gl.minimum(gl.load(cache.lengths + row, cache_modifier=".cg") + APPENDED, cache.tile_count * TILE)
     done = gl.maximum((length - 1) // TILE - 1, 0)
     each = gl.cdiv(gl.maximum(done - 1, 0), gl.num_programs(0))
     begin = 1 + split * each
     end = gl.minimum(begin + each, done)
     place = (row * gl.num_programs(1) + group).to(gl.int64)
-    first_block = row.to(gl.int64) * row_stride + group.to(gl.int64) * head_stride
+    first_block = row.to(gl.int64) * cache.row_stride + group.to(gl.int64) * cache.head_stride
     query_ptr += place * GROUP * KEPT
-    channel_scale_ptr += group * KEPT
-    channel_mean_ptr += group * KEPT
+    tiles_ptr, values_ptr, block_table_ptr = cache.tiles, cache.value_tiles, cache.block_table
+    key_scales_ptr, value_scales_ptr = cache.key_scales, cache.value_scales
+    channel_scale_ptr, channel_mean_ptr = cache.channel_scale + group * KEPT, cache.channel_mean + group * KEPT
     if block_table_ptr is not None:
-        block_table_ptr += row * table_width
-    lookup = (block_table_ptr, table_width, first_block, block_stride)
+        block_table_ptr += row * cache.table_width
+    lookup = (block_table_ptr, cache.table_width, first_block, cache.block_stride)
     if EARLY:
         gl.inline_asm_elementwise(
             "griddepcontrol.launch_dependents; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
@@ -278,7 +267,7 @@ def decode_quantized_kernel(
             if scores_ptr is not None:
                 rows = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
                 heads = gl.arange(0, HEADS, gl.SliceLayout(0, MMA))
-                scores_at = (place * GROUP + heads)[None, :] * (count * TILE) + (
+                scores_at = (place * GROUP + heads)[None, :] * (cache.tile_count * TILE) + (
                     tile * TILE + TILE // 8 * (rows % 8) + rows // 8
                 )[:, None]
                 gl.store(scores_ptr + scores_at, scores, (heads < GROUP)[None, :] & (rows >= 0)[:, None])

@@ -31,15 +31,7 @@ def decode_kernel(
     dims_ptr,
     mask_ptr,
     counts_ptr,
-    tiles_ptr,
-    tail_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    channel_scale_ptr,
-    channel_mean_ptr,
-    block_table_ptr,
-    lengths_ptr,
+    cache,
     arrived_ptr,
     partial_ptr,
     lse_ptr,
@@ -50,11 +42,6 @@ def decode_kernel(
     sink,
     recent,
     min_length,
-    count,
-    table_width,
-    row_stride,
-    head_stride,
-    block_stride,
     others,
     APPENDED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -87,13 +74,14 @@ def decode_kernel(
     split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     splits, groups = tl.num_programs(0) + others, tl.num_programs(1)
     # Past the cache of this processor, where an earlier step's may lie.
-    length = tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + APPENDED, count * TILE)
+    length = tl.minimum(tl.load(cache.lengths + row, cache_modifier=".cg") + APPENDED, cache.tile_count * TILE)
     done = tl.maximum((length - 1) // TILE - 1, 0)
     place = (row * groups + group).to(tl.int64)
-    first_block = row.to(tl.int64) * row_stride + group.to(tl.int64) * head_stride
-    tail_ptr += place * 2 * TILE * KEPT
+    first_block = row.to(tl.int64) * cache.row_stride + group.to(tl.int64) * cache.head_stride
+    tail_ptr = cache.tail + place * 2 * TILE * KEPT
+    block_table_ptr, channel_scale_ptr, channel_mean_ptr = cache.block_table, cache.channel_scale, cache.channel_mean
     if block_table_ptr is not None:
-        block_table_ptr += row * table_width
+        block_table_ptr += row * cache.table_width
     if channel_scale_ptr is not None:
         channel_scale_ptr += group * KEPT
         channel_mean_ptr += group * KEPT
@@ -104,10 +92,11 @@ def decode_kernel(
     if counts_ptr is not None:
         counts_ptr += place
     first_head = place * GROUP
-    stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
-    lookup = (block_table_ptr, table_width, first_block, block_stride)
+    key_scales_ptr, value_scales_ptr = cache.key_scales, cache.value_scales
+    stored = (cache.tiles, cache.value_tiles, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
+    lookup = (block_table_ptr, cache.table_width, first_block, cache.block_stride)
     chosen = (query_ptr, dims_ptr, mask_ptr, counts_ptr)
-    parts = (partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, count)
+    parts = (partial_ptr, lse_ptr, scores_ptr, split, splits, first_head, cache.tile_count)
     if split < SPECIAL:
         exact_block(
             chosen,
@@ -189,7 +178,7 @@ def decode_kernel(
                 if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
                     # All programs of this sequence have read its length.
                     tl.store(arrived_ptr + row * (groups + 1) + groups, 0)
-                    tl.store(lengths_ptr + row, length)
+                    tl.store(cache.lengths + row, length)
     elif EARLY:
         tl.extra.cuda.gdc_wait()
 

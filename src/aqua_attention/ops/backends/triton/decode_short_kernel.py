@@ -30,26 +30,13 @@ def decode_short_kernel(
     key_ptr,
     value_ptr,
     rotation_ptr,
-    tiles_ptr,
-    tail_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    channel_scale_ptr,
-    channel_mean_ptr,
-    block_table_ptr,
-    lengths_ptr,
+    cache,
     arrived_ptr,
     partial_ptr,
     lse_ptr,
     rotated_ptr,
     output_ptr,
     scaling,
-    count,
-    table_width,
-    row_stride,
-    head_stride,
-    block_stride,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -78,7 +65,7 @@ def decode_short_kernel(
         # For what computes the query; a rotation is older.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    position = tl.load(lengths_ptr + row, cache_modifier=".cg")
+    position = tl.load(cache.lengths + row, cache_modifier=".cg")
     source = (query_ptr, key_ptr, rotation_ptr, place)
     loaded = (load_states(source, 0, GROUP, ROWS, HEAD_DIM, CHUNK), high, low)
     # Tiles that are read as such: not one to which this step moves tokens, whose place in the tail it needs.
@@ -89,15 +76,16 @@ def decode_short_kernel(
     else:
         each = tl.cdiv(done, tl.maximum(splits - 2, 1))
         used = halves + tl.cdiv(done, tl.maximum(each, 1))
-    first_block = row.to(tl.int64) * row_stride + group.to(tl.int64) * head_stride
+    first_block = row.to(tl.int64) * cache.row_stride + group.to(tl.int64) * cache.head_stride
     first_head = place * GROUP
     # Each head has room for all programs, and its parts lie together.
     partial_ptr += first_head * (splits - used) * VALUE_DIM
     lse_ptr += first_head * (splits - used)
+    block_table_ptr, scale_ptr, mean_ptr = cache.block_table, cache.channel_scale, cache.channel_mean
     if block_table_ptr is not None:
-        block_table_ptr += row * table_width
-    stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
-    lookup = (block_table_ptr, table_width, first_block, block_stride)
+        block_table_ptr += row * cache.table_width
+    stored = (cache.tiles, cache.value_tiles, cache.key_scales, cache.value_scales, scale_ptr, mean_ptr)
+    lookup = (block_table_ptr, cache.table_width, first_block, cache.block_stride)
     heads, columns, tokens, dim = (
         tl.arange(0, ROWS),
         tl.arange(0, VALUE_PADDED),
@@ -109,18 +97,18 @@ def decode_short_kernel(
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     if split < (1 if TOGETHER else halves):
-        tail_ptr += place * 2 * TILE * KEPT
+        tail_ptr = cache.tail + place * 2 * TILE * KEPT
         # The first program has the new token, and so the half of the tail in which that gets its place.
         newest = tl.where((halves == 2) & (position % TILE != 0), done + 1, done)
         tile = tl.where(split == 0, newest, 2 * done + 1 - newest)
         seen = tile * TILE + tokens < position
         keys, values = _half(tail_ptr, stored, lookup, tile, seen, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BLOCK)
         value = tl.load(value_ptr + place * VALUE_DIM + columns, column, 0.0).to(tl.float32)
-        _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, count * TILE)
+        _count_reader(cache.lengths, arrived_ptr, position, row, splits, groups, cache.tile_count * TILE)
         turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
         wide = turned.to(tl.float32)
         new = tl.sum(tl.where((heads == GROUP)[:, None], wide, 0.0), 0)
-        is_new = (split == 0) & (position < count * TILE)
+        is_new = (split == 0) & (position < cache.tile_count * TILE)
         score = tl.where(is_new, tl.sum(wide * new[None, :], 1) * scaling, float("-inf"))
         scores = tl.dot(turned, keys, input_precision="ieee") * scaling
         scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -164,7 +152,7 @@ def decode_short_kernel(
     else:
         begin = (split - halves) * each
         end = tl.minimum(begin + each, done)
-        _count_reader(lengths_ptr, arrived_ptr, position, row, splits, groups, count * TILE)
+        _count_reader(cache.lengths, arrived_ptr, position, row, splits, groups, cache.tile_count * TILE)
         if begin < end:
             turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
             fresh = (turned, largest, total, output)

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from aqua_attention.ops.backends.triton.blocks import (
     TILE,
+    CacheArguments,
     cache_constants,
-    cache_extents,
-    cache_pointers,
     key_pointers,
     on_device_of,
     starts_early,
@@ -74,10 +73,9 @@ def prepare(
             value.contiguous(),
             plan.rotation.contiguous(),
             plan.key_rms.contiguous(),
-            *cache_pointers(cache),
+            CacheArguments.of(cache),
             rotated,
             *((None, None, None) if chosen is None else chosen[:3]),
-            *cache_extents(cache),
             plan.config.logit_error or 0.0,
             scaling,
             plan.min_length or None,
@@ -102,24 +100,11 @@ def _prepare(
     value_ptr,
     rotation_ptr,
     rms_ptr,
-    tiles_ptr,
-    tail_ptr,
-    values_ptr,
-    key_scales_ptr,
-    value_scales_ptr,
-    channel_scale_ptr,
-    channel_mean_ptr,
-    block_table_ptr,
-    lengths_ptr,
+    cache,
     rotated_ptr,
     dims_ptr,
     mask_ptr,
     counts_ptr,
-    tiles,
-    table_width,
-    row_stride,
-    head_stride,
-    block_stride,
     logit_error,
     scaling,
     min_length,
@@ -153,7 +138,7 @@ def _prepare(
         # For what computes the query; a rotation is older.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    position = tl.load(lengths_ptr + row)
+    position = tl.load(cache.lengths + row)
     value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
     source = (query_ptr, key_ptr, rotation_ptr, place)
     loaded = (load_states(source, 0, GROUP, ROWS, HEAD_DIM, CHUNK), high, low)
@@ -166,20 +151,21 @@ def _prepare(
         )
     turned = turned.to(tl.float32)
 
-    if does_key & (position < tiles * TILE):
+    if does_key & (position < cache.tile_count * TILE):
         new = tl.sum(tl.where((heads == GROUP)[:, None], turned, 0.0), 0)
-        first_block = row.to(tl.int64) * row_stride + group.to(tl.int64) * head_stride
+        first_block = row.to(tl.int64) * cache.row_stride + group.to(tl.int64) * cache.head_stride
+        block_table_ptr, scale_ptr, mean_ptr = cache.block_table, cache.channel_scale, cache.channel_mean
         if block_table_ptr is not None:
-            block_table_ptr += row * table_width
-        if channel_scale_ptr is not None:
-            channel_scale_ptr += group * KEPT
-            channel_mean_ptr += group * KEPT
-        stored = (tiles_ptr, values_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr)
-        lookup = (block_table_ptr, table_width, first_block, block_stride)
+            block_table_ptr += row * cache.table_width
+        if scale_ptr is not None:
+            scale_ptr += group * KEPT
+            mean_ptr += group * KEPT
+        stored = (cache.tiles, cache.value_tiles, cache.key_scales, cache.value_scales, scale_ptr, mean_ptr)
+        lookup = (block_table_ptr, cache.table_width, first_block, cache.block_stride)
         append(
             new,
             value,
-            tail_ptr + place * 2 * TILE * KEPT,
+            cache.tail + place * 2 * TILE * KEPT,
             stored,
             lookup,
             position,
@@ -193,7 +179,7 @@ def _prepare(
     if dims_ptr is not None:
         if min_length is not None:
             # As many tokens as `decode` will count, the new one too.
-            is_short = tl.minimum(position + 1, tiles * TILE) < min_length
+            is_short = tl.minimum(position + 1, cache.tile_count * TILE) < min_length
             if does_query & is_short:
                 tl.store(mask_ptr + place * KEPT + narrow, tl.full([KEPT_PADDED], 1, tl.int8), column)
                 tl.store(dims_ptr + place * LISTED + narrow, narrow, narrow < LISTED)
