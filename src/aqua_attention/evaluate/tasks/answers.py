@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from aqua_attention.attach.apply import Attachment
-from aqua_attention.calibration.run import check_generates, check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import GREEDY
 from aqua_attention.evaluate.run import damaged
 from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, WrittenItem
 from aqua_attention.evaluate.tasks.prompts import Task
 from aqua_attention.model.capture import input_device
+from aqua_attention.model.limits import check_generates, check_tokens, position_limit
 
 NEW_TOKENS = 256
 """Tokens that a written answer may have."""
