@@ -27,7 +27,7 @@ from aqua_attention.ops.plan import Attended, Call, LayerPlan
 class TiledLayer(StaticLayer):
     """A cache layer of fixed size: keys in tiles by dimension, values by token, see `TiledCache`."""
 
-    def __init__(self, plan: LayerPlan, max_cache_len: int) -> None:
+    def __init__(self, plan: LayerPlan, *, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.plan = plan
         self.cache: TiledCache | None = None
@@ -35,6 +35,11 @@ class TiledLayer(StaticLayer):
         """Whether the mask of the coming forward pass hides nothing but the padding of a prompt; else tokens are
         attended to one by one in plain torch. Set before each pass, where nothing is being recorded."""
         self.reset()
+
+    @property
+    def batch(self) -> int:
+        """Sequences stored; 0 before the first token."""
+        return self.batch_size if self.is_initialized else 0
 
     def reset(self) -> None:
         """Forget everything; what is allocated stays, because recorded CUDA graphs know its addresses."""
@@ -67,13 +72,10 @@ class TiledLayer(StaticLayer):
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new tokens; `decode` or `store` writes them.
+        """Take new tokens; `attend` writes them. An AquaError once AQUA has left the model.
 
         Returns rotated keys and values of all tokens given, padding too; while decoding, NaN in place of them: AQUA's
         attention function asks the layer itself.
-
-        Raises:
-            AquaError: AQUA has left the model.
         """
         check_active(self.plan)
         if not self.is_initialized:
@@ -95,10 +97,9 @@ class TiledLayer(StaticLayer):
         return queries == 1 and self._is_filled and self.mask_is_known
 
     def attend(self, call: Call, is_sliding: bool) -> Attended:
-        """A decoding step by the kernel; or attention to what `update` returned, stored afterwards. See `CacheLayer`.
+        """See `CacheLayer`: a decoding step by the kernel, or attention to what `update` returned, stored afterwards.
 
-        Raises:
-            AquaError: a sliding window, softcap or extra softmax logits, which the kernels do not know.
+        An AquaError for a sliding window, softcap or extra softmax logits, which the kernels do not know.
         """
         if is_sliding or call.softcap or call.s_aux is not None:
             raise AquaError(
@@ -117,11 +118,9 @@ class TiledLayer(StaticLayer):
         """Rotate, choose, append what `update` took, attend."""
         key, _, value = self._taken()
         assert self.cache is not None
-        query = call.query
-        output, rotated, chosen = self._backend.decode(
-            query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.plan, call.scaling
-        )
-        selected = chosen.selected(query.shape[1]) if call.is_observed and chosen is not None else None
+        query, key, value = (states[:, :, 0] for states in (call.query, key, value))
+        output, rotated, chosen = self._backend.decode(query, key, value, self.cache, self.plan, call.scaling)
+        selected = chosen.selected(call.query.shape[1]) if call.is_observed and chosen is not None else None
         return Attended(output[:, :, None], selected, rotated[:, :, None].shape)
 
     @torch.compiler.disable
@@ -143,10 +142,7 @@ class TiledLayer(StaticLayer):
             keys = torch.where((real.sum(-1) < self.cache.rotated_from)[:, None, None, None], raw, keys)
         if not bool(real.all()):
             # The real ones first, in order.
-            order = (~real).to(torch.int8).sort(dim=-1, stable=True).indices[:, None, :, None]
-            keys, values = (
-                states.gather(2, order.expand(*states.shape[:2], -1, states.shape[3])) for states in (keys, values)
-            )
+            keys, values = _at((~real).to(torch.int8).sort(dim=-1, stable=True).indices, keys, values)
         self.cache.fill(keys, values, real.sum(-1))
         self._is_filled = True
 
@@ -196,11 +192,13 @@ class TiledLayer(StaticLayer):
         """Keys as held, keys rotated, and values of all tokens so far, at the places at which they were given."""
         assert self.cache is not None
         given = int(self.get_seq_length())
-        places = (self._known(given).cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
-        keys, values = (
-            states.gather(2, places.expand(*states.shape[:2], -1, states.shape[3])) for states in self.cache.read()
-        )
+        keys, values = _at((self._known(given).cumsum(-1) - 1).clamp(min=0), *self.cache.read())
         # A GPU is not asked: there all are rotated.
         if not self.cache.rotated_from or not bool((short := self.cache.lengths < self.cache.rotated_from).any()):
             return keys, keys, values
         return keys, torch.where(short[:, None, None, None], rotate(keys, self.plan.rotation), keys), values
+
+
+def _at(places: Tensor, *states: Tensor) -> list[Tensor]:
+    """The tokens at places [batch, tokens] of states [batch, heads, any, width]."""
+    return [each.gather(2, places[:, None, :, None].expand(*each.shape[:2], -1, each.shape[3])) for each in states]

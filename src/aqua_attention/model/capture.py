@@ -100,22 +100,20 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
-    """The attention layers of a model in order, found by running each of its sides on a small input and watching.
-
-    The run is compared with the model's own attention. Watching instead of reading class names means that a layer on
-    this list really sends its attention through the interface, and one that does not is never taken for rotated.
-
-    Raises:
-        AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
-            text or images.
-    """
+    """The layers of `layers_and_gaps`."""
     return layers_and_gaps(model)[0]
 
 
 def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[str]]:
-    """`attention_layers`, and why some of the model's could not be found, such as "its image layers could not ...".
+    """The attention layers of a model in order, and why some could not be found ("its image layers could not ...").
 
-    Then the model takes images in a form that AQUA does not know how to make.
+    Each side is run on a small input and watched, and the run compared with the model's own attention. Unlike a look at
+    class names, this shows that a layer really sends its attention through the interface. There are gaps where a model
+    takes images in a form that AQUA does not know how to make.
+
+    Raises:
+        AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
+            text or images.
     """
     if not isinstance(model, PreTrainedModel):
         raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")
@@ -142,7 +140,9 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
 class _DoesNotRun(AquaError):
     """None of the inputs that we know of runs one side of a model."""
 
-    reason = ""
+    def __init__(self, name: str, side: str, reason: str) -> None:
+        alone, self.reason = "token ids" if side == TEXT else "images", reason
+        super().__init__(f"{name} does not run on {alone} alone, so it is not supported ({reason})")
 
 
 @dataclass
@@ -186,11 +186,7 @@ def _probed(model: PreTrainedModel, side: str) -> _Probed:
             raise error if name in str(error) else AquaError(f"{name}: {error}") from error
         except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError) as error:
             failed = failed or error
-    reason = f"{type(failed).__name__}: {failed}".splitlines()[0][:200]
-    alone = "token ids" if side == TEXT else "images"
-    refusal = _DoesNotRun(f"{name} does not run on {alone} alone, so it is not supported ({reason})")
-    refusal.reason = reason
-    raise refusal from failed
+    raise _DoesNotRun(name, side, f"{type(failed).__name__}: {failed}".splitlines()[0][:200]) from failed
 
 
 def _check_finite(name: str, probed: _Probed) -> None:
@@ -280,11 +276,7 @@ def _knows_cache(model: PreTrainedModel) -> bool:
 def chosen_layers(layers: list[AttentionLayer], pattern: str | None, gaps: Sequence[str] = ()) -> list[AttentionLayer]:
     """Those of `layers` whose name matches a pattern as of file names, such as "vision_tower.*"; None: all.
 
-    Args:
-        gaps: of `layers_and_gaps`.
-
-    Raises:
-        AquaError: there is none.
+    An AquaError, which names the `gaps` of `layers_and_gaps`, where there is none.
     """
     chosen = [layer for layer in layers if pattern is None or fnmatchcase(layer.name, pattern)]
     if layers and not chosen:
@@ -315,8 +307,7 @@ def observe_windows(
 ) -> None:
     """One dense forward pass for each window, watched by `observer`.
 
-    Args:
-        windows: token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
+    Windows are token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
     """
     with observed(model, observer), torch.no_grad(), evaluation_mode(model):
         for done, window in enumerate(windows):

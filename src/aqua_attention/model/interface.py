@@ -78,11 +78,7 @@ SCORE_ARGUMENTS = ("position_bias", "alibi", "head_mask", "sinks", "indices", "b
 
 
 def check_call(model_name: str, extra: dict[str, Any]) -> None:
-    """Raise AquaError for an attention call that AQUA would compute wrongly.
-
-    Args:
-        extra: the call's keyword arguments that it has no place for.
-    """
+    """Raise AquaError for a call that AQUA would compute wrongly, by the keyword arguments it has no place for."""
     for name in SCORE_ARGUMENTS:
         if extra.get(name) is not None:
             raise AquaError(f"{model_name} passes {name} to its attention, which AQUA does not support")
@@ -147,8 +143,7 @@ def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., T
 def as_aqua_mask(mask: Tensor | None) -> Tensor | None:
     """A mask that came through a model, in the form of `ops.mask`; a user's own 4-D additive mask becomes boolean.
 
-    Raises:
-        AquaError: an additive mask with values other than zero and minus infinity, which AQUA has no use for.
+    An AquaError for one with values other than zero and minus infinity.
     """
     if mask is None or not mask.is_floating_point():
         return mask

@@ -15,7 +15,7 @@ from aqua_attention.model.sides import TEXT
 def check_predicts(model: PreTrainedModel) -> None:
     """Raise AquaError for a model that predicts no next token: an encoder, or one without a head for it.
 
-    Models with code of their own may predict, and not inherit from transformers how to generate.
+    Models with code of their own may predict without transformers' `generate`.
     """
     if model.can_generate():
         return
