@@ -6,14 +6,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from aqua_attention.attach.coverage import Coverage, Inputs, attend_dense, check_stacks, install_stack
+from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
 from aqua_attention.cache.cache import AquaCache, Plans, check_cache, make_cache, rotate_on_write
 from aqua_attention.cache.file import load_cache, save_cache
 from aqua_attention.cache.growing import RotatedLayer
@@ -25,7 +24,7 @@ from aqua_attention.config import AquaConfig, check_bidirectional, encoder_confi
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
-from aqua_attention.model.interface import as_aqua_mask, check_call, check_detached, mask_builder
+from aqua_attention.model.interface import as_aqua_mask, attend_dense, check_call, check_detached, mask_builder
 from aqua_attention.ops.backend import why_not_tiled
 from aqua_attention.ops.mask import bidirectional
 from aqua_attention.ops.plan import Call, LayerPlan
@@ -119,9 +118,7 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self.attach()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     def new_cache(self, max_length: int | None = None, *, offloading: bool = False, layout: str = "auto") -> AquaCache:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,8 +13,6 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
 from aqua_attention.model.capture import AttentionLayer, chosen_layers, innermost_decoder, layers_and_gaps
 from aqua_attention.model.interface import NAME_PREFIX, install
-from aqua_attention.ops.api import attention
-from aqua_attention.ops.mask import HIDDEN
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -71,17 +68,6 @@ class Coverage:
             )
         if dropout > 0:
             raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
-
-
-def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-    """Dense attention of a layer that is left out, under the mask of one that is not; `ops.api.attention`'s result."""
-    if mask is None and query.shape[2] > 1:
-        # Keys behind the queries are the empty end of a static cache.
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    elif mask is not None:
-        mask = mask != HIDDEN
-    with torch.autocast(query.device.type, enabled=False):
-        return attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)
 
 
 def install_stack(

@@ -20,17 +20,12 @@ PAPER_RATIO, PAPER_LENGTHS = 0.75, (64, 1024)
 """The paper's first experiment."""
 
 
-def paper_breakeven(head_dim: int, k: int) -> float:
-    """The paper's length: rotating costs a head 2 d^2 multiply-adds, each cached token then k instead of d."""
-    return 2 * head_dim**2 / (head_dim - k)
+def grouped_breakeven(head_dim: int, k: int, group: int = 1) -> float:
+    """The length at which rotating is paid for by products left out, d^2 (1 + 1/G) / (d - k): in the paper G is 1.
 
-
-def grouped_breakeven(head_dim: int, k: int, group: int) -> float:
-    """The same where `group` query heads share a key-value head: d^2 (1 + 1/G) / (d - k) multiply-adds.
-
-    For each token and key-value head, G queries and a key are rotated: G d^2 + d^2. With L cached tokens, the queries
-    save G (d - k) L. Sorting, and reading instead of multiplying, are left out. Dense keys are not rotated;
-    on a GPU they are, and the choice alone has to pay.
+    For each token and key-value head, G query heads and a key are rotated, by d^2 (G + 1) multiply-adds. With L cached
+    tokens, the queries save G (d - k) L. Sorting, and reading instead of multiplying, are left out. Dense keys are not
+    rotated; on a GPU they are, and the choice alone has to pay.
     """
     return head_dim**2 * (1 + 1 / group) / (head_dim - k)
 
@@ -133,7 +128,7 @@ def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: floa
         "k": k,
         "whole": crossing(lengths, ours, [row["whole"] for row in rows]),
         "dense": crossing(lengths, ours, [row["dense"] for row in rows]),
-        "paper": paper_breakeven(shape.head_dim, k),
+        "paper": grouped_breakeven(shape.head_dim, k),
         "theory": grouped_breakeven(shape.head_dim, k, shape.num_attention_heads // shape.num_key_value_heads),
         "paper_experiment": [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None,
     }

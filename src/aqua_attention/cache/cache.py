@@ -7,6 +7,8 @@ rotation (`static.py`); so do layers of a fixed size, unless they are tiled for 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache, cache_utils
 

@@ -46,7 +46,8 @@ class TiledLayer(StaticLayer):
         self.is_initialized = False
         self._is_filled = False
         self._new: tuple[Tensor, Tensor, Tensor] | None = None
-        """Keys as they came, the same rotated (while decoding not), and values, that the next attention stores."""
+        """Keys as they came, the same rotated, and values of all tokens so far, that the next attention stores; while
+        decoding those of the new one, not rotated."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, dtype and device of the first states."""
@@ -86,10 +87,13 @@ class TiledLayer(StaticLayer):
             keys = nothing.expand(*key_states.shape[:3], self.plan.kept)
             return tagged(keys, self), nothing.expand(value_states.shape)
         keys, values = rotate(key_states, self.plan.rotation), value_states
-        self._new = key_states, keys, values
+        raw = key_states
         if self._is_filled:
-            _, old_keys, old_values = self._given()
+            assert self.cache is not None
+            held, old_keys, old_values = self._given()
             keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+            raw = torch.cat([held, raw], 2) if self.cache.rotated_from else keys
+        self._new = raw, keys, values
         return tagged(keys, self), values
 
     def decodes(self, queries: int) -> bool:
@@ -128,14 +132,9 @@ class TiledLayer(StaticLayer):
         """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
         raw, keys, values = self._taken()
         assert self.cache is not None
-        batch, new = self.batch_size, keys.shape[2]
-        real = real_tokens(mask, batch, new, self.device)
-        if self._is_filled:
-            held, old_keys, old_values = self._given()
-            keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
-            raw = torch.cat([held, raw], 2) if self.cache.rotated_from else keys
-            real = torch.cat([self._known(held.shape[2]), real], 1)
-        self._real = real
+        given = int(self.get_seq_length())
+        new = real_tokens(mask, self.batch_size, keys.shape[2] - given, self.device)
+        self._real = real = torch.cat([self._known(given), new], 1)
         self._padding.copy_((~real[0]).sum())
         if self.cache.rotated_from:
             # Those that are short still are held as they came.
