@@ -120,6 +120,11 @@ class Growing:
             self.append(states)
 
 
+def tokens_at(places: Tensor, states: Tensor) -> Tensor:
+    """The tokens of states [batch, heads, any, width] at places [batch, tokens]."""
+    return states.gather(2, places[:, None, :, None].expand(*states.shape[:2], -1, states.shape[3]))
+
+
 def _with_room(like: Tensor, length: int) -> Tensor:
     """An empty buffer [batch, heads, length and some room, width]."""
     return like.new_empty((*like.shape[:2], length + length // SLACK, like.shape[3]))

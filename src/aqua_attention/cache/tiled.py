@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from aqua_attention.cache.layer import attend_by_token, check_active, real_tokens, tagged
+from aqua_attention.cache.store import tokens_at
 from aqua_attention.cache.stored import quantization_of
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import rotate
@@ -141,7 +142,8 @@ class TiledLayer(StaticLayer):
             keys = torch.where((real.sum(-1) < self.cache.rotated_from)[:, None, None, None], raw, keys)
         if not bool(real.all()):
             # The real ones first, in order.
-            keys, values = _at((~real).to(torch.int8).sort(dim=-1, stable=True).indices, keys, values)
+            order = (~real).to(torch.int8).sort(dim=-1, stable=True).indices
+            keys, values = tokens_at(order, keys), tokens_at(order, values)
         self.cache.fill(keys, values, real.sum(-1))
         self._is_filled = True
 
@@ -191,13 +193,9 @@ class TiledLayer(StaticLayer):
         """Keys as held, keys rotated, and values of all tokens so far, at the places at which they were given."""
         assert self.cache is not None
         given = int(self.get_seq_length())
-        keys, values = _at((self._known(given).cumsum(-1) - 1).clamp(min=0), *self.cache.read())
+        places = (self._known(given).cumsum(-1) - 1).clamp(min=0)
+        keys, values = (tokens_at(places, states) for states in self.cache.read())
         # A GPU is not asked: there all are rotated.
         if not self.cache.rotated_from or not bool((short := self.cache.lengths < self.cache.rotated_from).any()):
             return keys, keys, values
         return keys, torch.where(short[:, None, None, None], rotate(keys, self.plan.rotation), keys), values
-
-
-def _at(places: Tensor, *states: Tensor) -> list[Tensor]:
-    """The tokens at places [batch, tokens] of states [batch, heads, any, width]."""
-    return [each.gather(2, places[:, None, :, None].expand(*each.shape[:2], -1, each.shape[3])) for each in states]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aqua_attention.cache.store import Growing, Store
+from aqua_attention.cache.store import Growing, Store, tokens_at
 
 LEAST_RECENT = 16
 """Tokens at the end that keep every dimension, at least; at most twice as many do. Cropping needs some more than the
@@ -60,14 +60,10 @@ class WindowStore:
         start = self.length - self._rest.length
         none_yet = (*rest.shape[:2], self.sink, rest.shape[3])
         known = rest.new_zeros(none_yet) if self._first is None else self._first
-        rank = real.long().cumsum(-1)[:, start : start + old] * real[:, start : start + old]
-        rows, places = torch.arange(len(rank), device=rest.device), []
-        for place in range(self.sink):
-            here = rank == place + 1
-            found = rest[rows, :, here.long().argmax(-1)]
-            places.append(torch.where(here.any(-1)[:, None, None], found, known[:, :, place]))
+        rank = (real.long().cumsum(-1) * real)[:, start : start + old]
+        places, there = _places_of_first(rank, self.sink)
         # Not in place: autograd, or inference mode, may hold the old one.
-        self._first = torch.stack(places, 2) if places else known
+        self._first = torch.where(there[:, None, :, None], tokens_at(places, rest), known)
         self._rest.hold(rest[:, :, old:])
         self._found = None
 
@@ -78,9 +74,8 @@ class WindowStore:
         states[:, :, self.length - rest.shape[2] :, self.kept :] = rest
         if self._first is not None:
             places, there = self._first_places()
-            for place in range(self.sink):
-                rows = there[:, place].nonzero()[:, 0]
-                states[rows, :, places[rows, place], self.kept :] = self._first[rows, :, place]
+            rows, which = there.nonzero(as_tuple=True)
+            states[rows, :, places[rows, which], self.kept :] = self._first[rows, :, which]
         return states
 
     def products(self, tall: Tensor) -> Tensor:  # noqa: D102
@@ -133,10 +128,12 @@ class WindowStore:
         if self._found is None:
             assert self._real is not None
             settled = self._real[:, : self.length - self._rest.length]
-            rank = settled.long().cumsum(-1) * settled
-            here = rank[:, None] == torch.arange(1, self.sink + 1, device=settled.device)[:, None]
-            if settled.shape[1]:
-                self._found = here.long().argmax(-1), here.any(-1)
-            else:
-                self._found = here.new_zeros(here.shape[:2], dtype=torch.long), here.new_zeros(here.shape[:2])
+            self._found = _places_of_first(settled.long().cumsum(-1) * settled, self.sink)
         return self._found
+
+
+def _places_of_first(rank: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where the tokens of rank 1 to `count` are, [batch, count], and whether they are; 0 where not. Padding ranks 0."""
+    rank = torch.nn.functional.pad(rank, (0, 1))  # so that there is one
+    here = rank[:, None] == torch.arange(1, count + 1, device=rank.device)[:, None]
+    return here.long().argmax(-1), here.any(-1)
