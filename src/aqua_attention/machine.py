@@ -25,8 +25,6 @@ from aqua_attention.io.files import write_json
 
 FORMAT = 2
 """1 was measured with keys and values in the processor's caches, and against k = d of rotated keys."""
-
-
 MEASURED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
 """Dtypes that there are profiles for."""
 
@@ -44,6 +42,12 @@ class Shape(NamedTuple):
     def dtype_name(self) -> str:
         """Such as "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What results say of it."""
+        sizes = {"heads": self.num_attention_heads, "groups": self.num_key_value_heads, "head_dim": self.head_dim}
+        return sizes | {"dtype": str(self.dtype)}
 
     @property
     def command(self) -> str:
@@ -76,16 +80,12 @@ def profile_path(shape: Shape) -> Path:
 def write_profile(
     shape: Shape, thresholds: dict[float, int | None], lengths: Sequence[int], facts: dict[str, Any]
 ) -> Path:
-    """Keep what was measured, in place of an earlier profile of the same shape.
+    """Keep what was measured, in place of an earlier profile of the same shape; an AquaError where it cannot be kept.
 
     Args:
         thresholds: for each k_ratio, the number of tokens from which on it is faster than all dimensions; None: not at
-            the lengths that were measured.
-        lengths: those that were measured.
+            the `lengths` that were measured.
         facts: how it was measured, kept for people who read the file.
-
-    Raises:
-        AquaError: the cache folder cannot be written.
     """
     path = profile_path(shape)
     try:
@@ -103,10 +103,7 @@ def resolved(config: AquaConfig, shapes: Iterable[Shape]) -> AquaConfig:
 
     A profile knows some k_ratios; the next larger one of these counts, and under `logit_error`, which may choose many
     dimensions, the largest: a query that could have chosen a little earlier loses less than one that does too early.
-
-    Raises:
-        AquaError: there is no profile of a layer, or none for such a k_ratio, or choosing was not faster at any length
-            that was measured; the message says what to do.
+    Without a profile that tells, an AquaError says what to do.
     """
     if config.min_length != AUTO:
         return config

@@ -9,8 +9,8 @@ import transformers as tf
 from encoders import IMAGE_ENCODERS, TEXT, TEXT_ENCODERS, VISION, make, pixels, token_batch
 
 import aqua_attention as aqua
-from aqua_attention.calibration.run import check_tokens, position_limit
 from aqua_attention.model.capture import attention_layers, observed
+from aqua_attention.model.limits import check_tokens, position_limit
 from aqua_attention.model.sides import first_tensor
 from aqua_attention.ops.reference import attention_reference
 

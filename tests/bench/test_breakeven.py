@@ -14,7 +14,6 @@ from aqua_attention.bench.breakeven import (
     crossing,
     grouped_breakeven,
     measure_breakeven,
-    paper_breakeven,
     read_lengths,
 )
 from aqua_attention.machine import Shape
@@ -42,7 +41,7 @@ def test_the_crossing_lies_between_the_last_length_that_is_not_faster_and_the_ne
 
 
 def test_theory_by_hand():
-    assert paper_breakeven(128, 96) == 1024
+    assert grouped_breakeven(128, 96) == 1024
     assert grouped_breakeven(128, 96, 1) == 1024
     assert grouped_breakeven(128, 96, 4) == 640
     assert grouped_breakeven(64, 32, 3) == pytest.approx(170.67, abs=0.01)

@@ -6,15 +6,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from aqua_attention.attach.coverage import Coverage, attend_dense
-from aqua_attention.attach.stacks import check_stacks, install_stack
+from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
 from aqua_attention.cache.cache import AquaCache, Plans, check_cache, make_cache, rotate_on_write
 from aqua_attention.cache.file import load_cache, save_cache
 from aqua_attention.cache.growing import RotatedLayer
@@ -26,7 +24,7 @@ from aqua_attention.config import AquaConfig, check_bidirectional, encoder_confi
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
-from aqua_attention.model.interface import as_aqua_mask, check_call, check_detached, mask_builder
+from aqua_attention.model.interface import as_aqua_mask, attend_dense, check_call, check_detached, mask_builder
 from aqua_attention.ops.backend import why_not_tiled
 from aqua_attention.ops.mask import bidirectional
 from aqua_attention.ops.plan import Call, LayerPlan
@@ -56,14 +54,10 @@ class Attachment:
     def __init__(
         self, model: PreTrainedModel, projections: Projections, config: AquaConfig, layers: str | None = None
     ) -> None:
-        """Check that everything fits; the model is not changed before `attach`.
+        """Check that everything fits; the model is not changed before `attach`. `layers`: see `apply`.
 
-        Args:
-            layers: see `apply`.
-
-        Raises:
-            AquaError: the model cannot take AQUA, the projections are not for it, or `min_length` is "auto" and nothing
-                is known of this machine.
+        An AquaError where the model cannot take AQUA, the projections are not for it, or `min_length` is "auto" and
+        nothing is known of this machine.
         """
         self.model, self.projections = model, projections
         self.on_selection: SelectionObserver | None = None
@@ -94,11 +88,7 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> Attachment:
-        """Put AQUA into the model.
-
-        Raises:
-            AquaError: AQUA is attached to this model already.
-        """
+        """Put AQUA into the model; an AquaError where it is attached already."""
         check_detached(self.model)
         self._plans = {layer.module: self._plan(layer) for layer in self._found}
         self._undo = []
@@ -128,9 +118,7 @@ class Attachment:
     def __enter__(self) -> Attachment:
         return self.attach()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
     def new_cache(self, max_length: int | None = None, *, offloading: bool = False, layout: str = "auto") -> AquaCache:
@@ -161,16 +149,14 @@ class Attachment:
     def save_cache(self, cache: Cache, path: Path | str) -> None:
         """Write a growing cache that this attachment has filled to one safetensors file, whole or not at all.
 
-        Raises:
-            AquaError: another kind of cache, an empty one, or the file cannot be written.
+        An AquaError for another kind of cache, an empty one, or where the file cannot be written.
         """
         save_cache(path, cache, self._cached(), self.config, self._model_facts())
 
     def load_cache(self, path: Path | str) -> AquaCache:
         """A cache from a file, to go on with: same model, projections, and settings of what is stored.
 
-        Raises:
-            AquaError: the file is damaged, or of another model, other projections or settings.
+        An AquaError where the file is damaged, or of another model, other projections or settings.
         """
         cache = self.new_cache()
         load_cache(path, cache, self._cached(), self.config, self._model_facts())
@@ -200,9 +186,7 @@ class Attachment:
         reasons = (why_not_tiled(self._plans[f.module], f.num_attention_heads, dtype) for f in self._causal)
         return next(filter(None, reasons), None)
 
-    def _before_forward(
-        self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _before_forward(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
         if not self._rotates_on_write or holder is not self._decoder:
             return args, kwargs

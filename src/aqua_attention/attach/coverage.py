@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
-from aqua_attention.model.capture import chosen_layers, layers_and_gaps
-from aqua_attention.ops.api import attention
-from aqua_attention.ops.mask import HIDDEN
+from aqua_attention.model.capture import AttentionLayer, chosen_layers, innermost_decoder, layers_and_gaps
+from aqua_attention.model.interface import NAME_PREFIX, install
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Coverage:
@@ -29,11 +30,7 @@ class Coverage:
     """
 
     def __init__(self, model: PreTrainedModel, projections: Projections, pattern: str | None) -> None:
-        """Look the layers up.
-
-        Raises:
-            AquaError: the model cannot take AQUA, or no layer has such a name.
-        """
+        """Look the layers up; an AquaError where the model cannot take AQUA, or no layer has such a name."""
         every, gaps = layers_and_gaps(model)
         self.name, self.gaps = type(model).__name__, gaps
         self.covered = projections.covered(every)
@@ -53,8 +50,7 @@ class Coverage:
     def check_call(self, module: nn.Module, is_causal: bool, dropout: float, found_causal: bool | None) -> None:
         """Raise AquaError for an attention call of a layer that is none of these, or not as it was found.
 
-        Args:
-            found_causal: whether the layer was causal when it was found; None for one that is not among `found`.
+        `found_causal` is whether it was causal when it was found; None for one that is not among `found`.
         """
         if found_causal is None and module not in self.left:
             reason = (
@@ -74,12 +70,55 @@ class Coverage:
             raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
 
 
-def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
-    """Dense attention of a layer that is left out, under the mask of one that is not; `ops.api.attention`'s result."""
-    if mask is None and query.shape[2] > 1:
-        # Keys behind the queries are the empty end of a static cache.
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    elif mask is not None:
-        mask = mask != HIDDEN
-    with torch.autocast(query.device.type, enabled=False):
-        return attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)
+def install_stack(
+    model: PreTrainedModel,
+    stack: list[AttentionLayer],
+    alone: bool,
+    attention: Callable[..., Any],
+    mask: Callable[..., Tensor | None],
+    before_forward: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Inputs],
+) -> list[Callable[[], None]]:
+    """Send the calls of some layers to `attention`; returns what undoes it.
+
+    Args:
+        stack: layers that are all causal or all not, so that one `mask` function (see `interface.install`) is right.
+        alone: whether the model has no others. Else only modules with a config of these layers' are sent there.
+        before_forward: maps the inputs of each forward pass of the smallest model that holds the stack.
+    """
+    configs = None if alone else _configs(model, stack)
+    name, undo = install(model, attention, mask, configs)
+    holder = innermost_decoder(model, stack)
+    watched: Any = holder.config if configs is None else configs[0]
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+        implementation = watched._attn_implementation
+        if implementation == name:
+            return before_forward(module, args, kwargs)
+        if str(implementation).startswith(NAME_PREFIX):
+            return args, kwargs  # being observed: dense for a moment, see capture.py
+        raise AquaError(
+            f"the model's attention was set to {implementation!r} while AQUA is attached: detach AQUA first"
+        )
+
+    return [undo, holder.register_forward_pre_hook(hook, with_kwargs=True).remove]
+
+
+def check_stacks(model: PreTrainedModel, stacks: list[list[AttentionLayer]]) -> None:
+    """Raise AquaError where two stacks share a config: it names one mask function, which is wrong for one of them."""
+    if len(stacks) > 1:
+        configs = [{id(config) for config in _configs(model, stack)} for stack in stacks]
+        if set.intersection(*configs):
+            raise AquaError(
+                f"causal and bidirectional attention layers of {type(model).__name__} share a config: give AQUA one "
+                "kind of them, by a pattern of names (layers=...)"
+            )
+
+
+def _configs(model: PreTrainedModel, stack: list[AttentionLayer]) -> list[Any]:
+    """The configs of the layers, each once."""
+    found = [getattr(layer.module, "config", None) for layer in stack]
+    if None in found:
+        raise AquaError(
+            f"the attention layers of {type(model).__name__} have no config: AQUA can only take all of them"
+        )
+    return list({id(config): config for config in found}.values())

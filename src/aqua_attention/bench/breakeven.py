@@ -20,31 +20,20 @@ PAPER_RATIO, PAPER_LENGTHS = 0.75, (64, 1024)
 """The paper's first experiment."""
 
 
-def paper_breakeven(head_dim: int, k: int) -> float:
-    """The paper's length, 2 d^2 / (d - k): a query and a key are rotated for each head, d^2 multiply-adds each, and
-    each cached token then costs k instead of d.
-    """
-    return 2 * head_dim**2 / (head_dim - k)
+def grouped_breakeven(head_dim: int, k: int, group: int = 1) -> float:
+    """The length at which rotating is paid for by products left out, d^2 (1 + 1/G) / (d - k): in the paper G is 1.
 
-
-def grouped_breakeven(head_dim: int, k: int, group: int) -> float:
-    """The same where `group` query heads share a key-value head: d^2 (1 + 1/G) / (d - k) multiply-adds.
-
-    For one token and one key-value head, G queries and a single key are rotated: G d^2 + d^2. Each of the G queries
-    saves d - k products with each of L cached tokens: G (d - k) L. The two are equal at L = d^2 (G + 1) / (G (d - k)),
-    which is the paper's for G = 1 and tends to half of it. Sorting, and reading instead of multiplying, are left out.
-
-    It is about dense attention on keys that are not rotated. On a GPU the cache is rotated anyway: both sides rotate,
-    and what has to pay is the choice alone.
+    For each token and key-value head, G query heads and a key are rotated, by d^2 (G + 1) multiply-adds. With L cached
+    tokens, the queries save G (d - k) L. Sorting, and reading instead of multiplying, are left out. Dense keys are not
+    rotated; on a GPU they are, and the choice alone has to pay.
     """
     return head_dim**2 * (1 + 1 / group) / (head_dim - k)
 
 
 def crossing(lengths: Sequence[int], ours: Sequence[float], other: Sequence[float]) -> float | None:
-    """The length from which on `ours` is faster than `other`, and stays so over all longer ones that were measured.
+    """The length from which on `ours` stays faster than `other`; None where it is not at the longest one measured.
 
-    Between the two measured lengths around it, the difference is taken to be a straight line. The shortest length where
-    ours is faster everywhere, None where it is not at the longest.
+    Between two measured lengths, the difference is taken to be a straight line.
     """
     gains = [theirs - mine for mine, theirs in zip(ours, other, strict=True)]
     last = max((index for index, gain in enumerate(gains) if gain <= 0), default=-1)
@@ -57,11 +46,7 @@ def crossing(lengths: Sequence[int], ours: Sequence[float], other: Sequence[floa
 
 
 def read_lengths(text: str) -> list[int]:
-    """The lengths of "64..65536": the first, doubled until the last.
-
-    Raises:
-        AquaError: it is written in another way, or too short to measure.
-    """
+    """The lengths of "64..65536": the first, doubled until the last; an AquaError if it is written in another way."""
     first, _, last = text.partition("..")
     if not (first.isdecimal() and last.isdecimal() and 16 <= int(first) < int(last)):
         raise AquaError(f"lengths is {text!r}: it must be FIRST..LAST, such as {LENGTHS}, from 16 tokens on")
@@ -107,11 +92,7 @@ def measure_breakeven(
         rows.append(_row(shape, length, k_ratios, sink, recent))
     progress(len(lengths), len(lengths))
     found = [_breakeven(shape, rows, index, ratio) for index, ratio in enumerate(k_ratios)]
-    facts = {
-        "heads": shape.num_attention_heads,
-        "groups": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-        "dtype": str(shape.dtype),
+    facts = shape.facts | {
         "sink": sink,
         "recent": recent,
         "threads": torch.get_num_threads() if shape.device.type == "cpu" else None,
@@ -147,7 +128,7 @@ def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: floa
         "k": k,
         "whole": crossing(lengths, ours, [row["whole"] for row in rows]),
         "dense": crossing(lengths, ours, [row["dense"] for row in rows]),
-        "paper": paper_breakeven(shape.head_dim, k),
+        "paper": grouped_breakeven(shape.head_dim, k),
         "theory": grouped_breakeven(shape.head_dim, k, shape.num_attention_heads // shape.num_key_value_heads),
         "paper_experiment": [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None,
     }

@@ -114,11 +114,7 @@ class Steps:
     """Greedy decoding of random sequences: each call appends a token of each to the cache and chooses the next."""
 
     def __init__(self, model: PreTrainedModel, batch: int, length: int, attachment: Attachment | None = None) -> None:
-        """Fill a cache that has `ROOM` for more than `length` tokens with `random_states`.
-
-        Args:
-            attachment: of AQUA, whose tiled cache it is; None: a static one of transformers.
-        """
+        """Fill a cache with `random_states`: the tiled one of `attachment`, or a static one of transformers."""
         room = length + ROOM
         self.model, self.batch, self.length = model, batch, length
         self.cache: Cache = (
@@ -142,11 +138,7 @@ class Steps:
         return logits
 
     def seconds(self) -> float:
-        """Median time of a step.
-
-        Raises:
-            AquaError: there was no room for all that were timed.
-        """
+        """Median time of a step; an AquaError when the cache had no room for all that were timed."""
         seconds = seconds_of(self)
         # A full cache appends nothing, which would take less time.
         if int(self.cache.get_seq_length()) >= self.length + ROOM:
@@ -155,11 +147,7 @@ class Steps:
 
 
 def fill_cache(cache: Cache, states: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Put keys and values into the layers of an empty cache of fixed size, as a prompt would, without a prompt.
-
-    Args:
-        states: keys, as the model computes them, and values of each layer.
-    """
+    """Put keys, as the model computes them, and values of each layer into an empty cache of fixed size."""
     for layer, (keys, values) in zip(cache.layers, states, strict=True):
         layer.update(keys, values)
         if isinstance(layer, TiledLayer):
@@ -169,12 +157,9 @@ def fill_cache(cache: Cache, states: Iterable[tuple[Tensor, Tensor]]) -> None:
 def check_logits(
     model: PreTrainedModel, projections: Projections, settings: tuple[AquaConfig, ...], batch: int
 ) -> float:
-    """Raise AquaError when AQUA at k_ratio 1 is not dense, or a CUDA graph of some setting not what it records.
+    """The relative difference of logits that is allowed; with few tokens, so that dense and AQUA fit beside each other.
 
-    With few tokens, so that dense and AQUA fit beside each other.
-
-    Returns:
-        The relative difference of logits that is allowed.
+    An AquaError when AQUA at k_ratio 1 is not dense, or a CUDA graph of some setting not what it records.
     """
     steps = Steps(model, batch, SHORT)
     expected = steps()
@@ -224,8 +209,7 @@ def check_graph(steps: Steps, name: str, limit: float) -> None:
 def check_near(found: Tensor, expected: Tensor | None, name: str, limit: float) -> None:
     """Raise AquaError when logits, [batch, vocabulary], are further from the expected ones than `limit`.
 
-    Args:
-        expected: None where it is not known: then they must be finite.
+    Where these are not known (None), they must be finite.
     """
     if expected is None and not bool(torch.isfinite(found).all()):
         raise AquaError(f"a decoding step is wrong: the logits of {name} are not all finite")
@@ -268,11 +252,7 @@ def step_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConf
 
 
 def compare(rows: list[dict[str, Any]], batch: int, bandwidth: float) -> None:
-    """Add what follows from `seconds` and `bytes` to the rows that have them; see `measure_generate`.
-
-    Args:
-        bandwidth: bytes a second.
-    """
+    """Add what follows from `seconds` and `bytes` to the rows that have them; `bandwidth` is in bytes a second."""
     dense = [row["seconds"] for row in rows if row["k_ratio"] is None and "seconds" in row]
     for row in rows:
         if "seconds" in row:

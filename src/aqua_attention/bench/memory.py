@@ -16,11 +16,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.apply import Attachment, apply
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.calibration.run import check_tokens
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import GREEDY
 from aqua_attention.model.capture import input_device
+from aqua_attention.model.limits import check_tokens
 from aqua_attention.ops.plan import LayerPlan
 
 NEW_TOKENS = 8

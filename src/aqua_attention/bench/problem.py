@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape
 from aqua_attention.ops.reference import attention_reference
 
@@ -87,13 +88,13 @@ class Attended(NamedTuple):
         found = attention_reference(query, keys, values, self.selected, sink=self.sink, recent=self.recent)
         return found[:, :, 0].double()
 
-    def error_and_limit(self, found: Tensor, tolerance: float, least: float = 0.0) -> tuple[float, float]:
-        """How far `found` is from float64, and how far it may be.
+    def check(self, found: Tensor, name: str, tolerance: float, least: float = 0.0) -> None:
+        """Raise AquaError when `found` is far from float64.
 
-        Args:
-            tolerance: so many times as far as the reference in the query's dtype is,
-            least: and so far for its size.
+        It may be `tolerance` times as far as the reference in the query's dtype is, and `least` for its size.
         """
         exact = self.reference(torch.float64)
-        yardstick = float((self.reference(self.query.dtype) - exact).norm())
-        return float((found.double() - exact).norm()), tolerance * yardstick + least * float(exact.norm())
+        yardstick, error = (float((each.double() - exact).norm()) for each in (self.reference(self.query.dtype), found))
+        limit = tolerance * yardstick + least * float(exact.norm())
+        if not error <= limit:
+            raise AquaError(f"a kernel is wrong: {name} is {error:.2e} from float64, {limit:.2e} is allowed")

@@ -33,13 +33,9 @@ LLAMA_8B = {
 
 
 def make_model(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **changes: int) -> PreTrainedModel:
-    """A Llama of random weights in the shape of Llama-3.1-8B; the same one each time.
+    """A Llama of random weights in the shape of Llama-3.1-8B, the same one each time; an AquaError for bad sizes.
 
-    Args:
-        changes: to `LLAMA_8B`, by the names of transformers' `LlamaConfig`.
-
-    Raises:
-        AquaError: no such device, or sizes that do not fit each other.
+    `changes` to `LLAMA_8B` go by the names of `LlamaConfig`.
     """
     if device == "cuda":
         need_gpu()

@@ -39,8 +39,7 @@ def _read(data_ptr, sums_ptr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 def seconds_of(run: Callable[[], Any], reset: Callable[[], Any] = lambda: None) -> float:
     """Median time of one run, of several in a row in a CUDA graph, so that no launch from the CPU is waited for.
 
-    Args:
-        reset: done before each row of runs, and not timed: undoes what they change.
+    `reset` undoes what they change; it is done before each row of runs, and not timed.
     """
     reset()
     for _ in range(3):

@@ -7,15 +7,10 @@ rotation (`static.py`); so do layers of a fixed size, unless they are tiled for 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
-from transformers.cache_utils import (
-    CacheLayerMixin,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    StaticLayer,
-    StaticSlidingWindowLayer,
-)
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache, cache_utils
 
 from aqua_attention.cache.growing import RotatedLayer
 from aqua_attention.cache.layer import OTHER_SETTINGS, check_active
@@ -48,7 +43,6 @@ class AquaCache(Cache):
         offloading: bool = False,
         layout: str = "plain",
     ) -> None:
-        """An empty cache; see `Attachment.new_cache`."""
         self.max_length, self.layout = max_length, layout
         if max_length is None:
             layers = DynamicCache(config=config).layers
@@ -63,11 +57,7 @@ class AquaCache(Cache):
         return False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: -n forgets n of them.
-
-        Raises:
-            AquaError: one of the layers cannot; nothing is changed then.
-        """
+        """Forget the last tokens: -n forgets n of them; an AquaError where a layer cannot, and nothing is changed."""
         for layer in self.layers:
             if isinstance(layer, RotatedLayer):
                 layer.check_crop(tokens_to_remove)
@@ -85,20 +75,12 @@ class AquaCache(Cache):
         super().crop(tokens_to_remove)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence.
-
-        Raises:
-            AquaError: the cache is of a fixed size.
-        """
+        """Repeat each sequence; an AquaError for a cache of a fixed size."""
         self._check_growing()
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences of these indices.
-
-        Raises:
-            AquaError: the cache is of a fixed size.
-        """
+        """Keep the sequences of these indices; an AquaError for a cache of a fixed size."""
         self._check_growing()
         super().batch_select_indices(indices)
 
@@ -111,12 +93,9 @@ def rotate_on_write(cache: Cache, plans: Plans, config: PreTrainedConfig) -> Non
     """Make the layers of `cache` rotate what is written to them, as far as that keeps their content right.
 
     Empty layers are replaced. Layers that an earlier attachment filled go on under this one, if they store the same.
-    Everything else (ordinary layers with content, other kinds of layer) stays as it is.
-
-    Args:
-        config: of the decoder, which says which layers have a sliding window.
+    Everything else stays as it is: ordinary layers with content, other kinds of layer. `config` is the decoder's.
     """
-    if not cache.layers and cache.layer_class_to_replicate is DynamicLayer:
+    if not cache.layers and cache.layer_class_to_replicate is cache_utils.DynamicLayer:
         cache.layers.extend(DynamicCache(config=config).layers)
     for index, plan in plans.items():
         layer = cache.layers[index] if index < len(cache.layers) else None
@@ -129,31 +108,27 @@ def rotate_on_write(cache: Cache, plans: Plans, config: PreTrainedConfig) -> Non
             layer.plan = plan
 
 
-def _empty(layer: CacheLayerMixin, plan: LayerPlan, layout: str | None) -> CacheLayerMixin | None:
+def _empty(layer: Any, plan: LayerPlan, layout: str | None) -> cache_utils.CacheLayerMixin | None:
     """The rotated layer that takes the place of an empty one; None where there is none.
 
-    Args:
-        layout: of an `AquaCache`, whose layers of a fixed size are replaced too; None: another cache.
+    Layers of a fixed size are replaced in an `AquaCache` only, which has a `layout`.
     """
-    if type(layer) in (DynamicLayer, RotatedLayer):
+    if type(layer) in (cache_utils.DynamicLayer, RotatedLayer):
         return RotatedLayer(plan)
-    if type(layer) in (DynamicSlidingWindowLayer, RotatedSlidingLayer):
-        sliding = RotatedSlidingLayer(plan, layer.sliding_window)
+    if type(layer) in (cache_utils.DynamicSlidingWindowLayer, RotatedSlidingLayer):
+        sliding = RotatedSlidingLayer(plan, sliding_window=layer.sliding_window)
         sliding.record_past = layer.record_past
         return sliding
-    if layout and type(layer) in (StaticLayer, RotatedStaticLayer, TiledLayer):
-        return (TiledLayer if layout == "tiled" else RotatedStaticLayer)(plan, layer.max_cache_len)
-    if layout and type(layer) in (StaticSlidingWindowLayer, RotatedStaticSlidingLayer):
+    if layout and type(layer) in (cache_utils.StaticLayer, RotatedStaticLayer, TiledLayer):
+        return (TiledLayer if layout == "tiled" else RotatedStaticLayer)(plan, max_cache_len=layer.max_cache_len)
+    if layout and type(layer) in (cache_utils.StaticSlidingWindowLayer, RotatedStaticSlidingLayer):
         # The layer's own length is its window, or the whole cache where that is shorter.
-        return RotatedStaticSlidingLayer(plan, layer.max_cache_len, layer.max_cache_len)
+        return RotatedStaticSlidingLayer(plan, max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
     return None
 
 
 def check_cache(cache: Cache, plans: Plans, batch: int, new: int) -> None:
-    """Raise AquaError when `new` tokens of `batch` sequences cannot go on with what `cache` holds.
-
-    Before any layer has run, so that the cache stays as it is.
-    """
+    """Raise AquaError, before any layer has run, when `new` tokens of `batch` sequences cannot follow on `cache`."""
     for index, plan in plans.items():
         layer = cache.layers[index] if index < len(cache.layers) else None
         mine = getattr(layer, "plan", None)
@@ -162,12 +137,10 @@ def check_cache(cache: Cache, plans: Plans, batch: int, new: int) -> None:
         if mine is not plan:
             check_active(mine)
             raise AquaError(OTHER_SETTINGS)
-        held = layer.batch_size if isinstance(layer, StaticLayer) and layer.is_initialized else 0
-        held = layer.batch if isinstance(layer, (RotatedLayer, RotatedSlidingLayer)) else held
-        if held not in (0, batch):
+        if layer.batch not in (0, batch):
             raise AquaError(
-                f"the cache holds {held} sequences, the batch has {batch}: start with a new cache, or repeat or select "
-                "its sequences first"
+                f"the cache holds {layer.batch} sequences, the batch has {batch}: start with a new cache, or repeat or "
+                "select its sequences first"
             )
     room = getattr(cache, "max_length", None)
     if room is not None and (held := int(cache.get_seq_length())) + new > room:
@@ -186,12 +159,7 @@ def make_cache(
     layout: str = "auto",
     untiled: str | None = None,
 ) -> AquaCache:
-    """An empty cache, see `Attachment.new_cache`.
-
-    Args:
-        config: of the decoder.
-        untiled: why its layers cannot be tiled; None when they can.
-    """
+    """An empty cache, see `Attachment.new_cache`; `untiled` says why its layers cannot be tiled, None when they can."""
     if layout not in LAYOUTS:
         raise AquaError(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     if max_length is not None and max_length < 1:

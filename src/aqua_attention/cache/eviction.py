@@ -57,17 +57,15 @@ class Eviction:
         return mass * (1 - real.sum(-1) / self.queries).clamp_min(0)[:, None, None] + new
 
     def chosen(self, mass: Tensor, real: Tensor, lengths: Tensor, whole: int = 0) -> tuple[Tensor, Tensor]:
-        """Which tokens stay.
+        """Which tokens stay: places, [batch, num_key_value_heads, kept], in order, and whether real, [batch, kept].
+
+        Rows that keep fewer tokens than others begin with places that are not real.
 
         Args:
             mass: attention that each stored token was given, [batch, num_key_value_heads, stored].
             real: boolean [batch, stored]; False is padding.
             lengths: tokens of each sequence so far, evicted ones included, padding not; [batch].
             whole: stored tokens at the end that all stay, real or not, and come last.
-
-        Returns:
-            Places in the order of the tokens, [batch, num_key_value_heads, kept], and boolean [batch, kept]: rows that
-            keep fewer tokens than others begin with places that are not real.
         """
         old = mass.shape[2] - whole
         budget, last = self.kept(lengths)

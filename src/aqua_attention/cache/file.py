@@ -27,14 +27,11 @@ DTYPES |= {str(dtype): dtype for dtype in (torch.uint8, torch.bool, torch.int64)
 
 
 def save_cache(path: Path | str, cache: Any, plans: Plans, config: AquaConfig, model: dict[str, Any]) -> None:
-    """Write a growing cache, whole or not at all; see `Attachment.save_cache`.
+    """Write a growing cache; see `Attachment.save_cache` for errors.
 
     Args:
-        plans: of the attachment that filled it, by layer index.
+        plans: of the attachment that filled it.
         model: `shape` (see `fingerprint.shape_of`) and `dtype`.
-
-    Raises:
-        AquaError: a cache that this attachment did not fill, an empty one, or one of fixed size.
     """
     if type(cache) not in (DynamicCache, AquaCache) or getattr(cache, "max_length", None) is not None:
         raise AquaError(
@@ -65,11 +62,7 @@ def save_cache(path: Path | str, cache: Any, plans: Plans, config: AquaConfig, m
 
 
 def load_cache(path: Path | str, cache: AquaCache, plans: Plans, config: AquaConfig, model: dict[str, Any]) -> None:
-    """Fill an empty growing cache from a file; see `Attachment.load_cache`.
-
-    Raises:
-        AquaError: the file cannot be used; the message names what is wrong and the remedy.
-    """
+    """Fill an empty growing cache from a file; see `Attachment.load_cache` for errors, and `save_cache`."""
     path = Path(path)
     if not path.is_file():
         raise AquaError(f"{path}: no such cache file: make one with save_cache")
@@ -81,12 +74,9 @@ def load_cache(path: Path | str, cache: AquaCache, plans: Plans, config: AquaCon
             raise stored.error("it was made for another model")
         if header["model"]["dtype"] != model["dtype"]:
             raise stored.error(f"it was filled by a model in {header['model']['dtype']}, this one is {model['dtype']}")
-        settings = _settings(config)
-        if header["settings"] != settings:
-            there = header["settings"]
-            changed = [
-                f"{name} {there[name]}, not {settings[name]}" for name in settings if there[name] != settings[name]
-            ]
+        settings, there = _settings(config), header["settings"]
+        if there != settings:
+            changed = [f"{name} {there[name]}, not {our}" for name, our in settings.items() if there[name] != our]
             raise stored.error(f"it was filled with {', '.join(changed)}", "apply the same settings, or ")
         if header["rotations"] != _rotation_digest(plans):
             raise stored.error("it was made with other projections")

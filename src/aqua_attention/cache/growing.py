@@ -29,9 +29,8 @@ FEW_QUERIES = 16
 """So many queries multiply with stored codes; for more, the codes are widened into keys and values first."""
 LEAST_EVICTED = 16
 """Eviction waits for so many new tokens, or one part in `SLACK` of the stored ones: then it moves these."""
-
-NUMBERS = ("evicted", "after_eviction", "evict_from", "has_padding")
-"""What a `RotatedLayer` counts, for `state` and `restore`."""
+NUMBERS, TENSORS = ("evicted", "after_eviction", "evict_from", "has_padding"), ("mass", "real", "lengths")
+"""What a `RotatedLayer` holds beside keys and values."""
 
 
 class RotatedLayer(DynamicLayer):
@@ -87,13 +86,10 @@ class RotatedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Rotate and append; returns all rotated keys and all values.
+        """Rotate and append; returns all rotated keys and all values. An AquaError once AQUA has left the model.
 
         Where the stores hold something else than plain states, what is returned has their shape and is NaN: AQUA's
         attention function asks the layer itself (`attend`), and nobody else must read it.
-
-        Raises:
-            AquaError: AQUA has left the model.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -107,10 +103,7 @@ class RotatedLayer(DynamicLayer):
         return tagged(keys, self), nothing.to(value_states).expand(*keys.shape[:3], value_states.shape[3])
 
     def attend(self, call: Call, is_sliding: bool) -> Attended:
-        """Attention to what `update` has stored; then evict, if that is due. See `CacheLayer`.
-
-        Tokens of an attention layer with a sliding window are never evicted.
-        """
+        """See `CacheLayer`. Then tokens are evicted, if that is due; never those of a layer with a sliding window."""
         if self.plan.is_plain:
             return attend_by_token(call, self.plan)
         queries, keys = call.query.shape[2], call.key.shape[2]
@@ -122,7 +115,10 @@ class RotatedLayer(DynamicLayer):
         eviction = None if is_sliding else self._eviction
         watched = eviction is not None or isinstance(self._keys, WindowStore)
         call = call._replace(query=query, mask=self._visible(call.mask, queries))
-        real = self._new_real(call.mask, queries) if watched else None
+        real = None
+        if watched:
+            self._has_padding = self._has_padding or call.mask is not None
+            real = real_tokens(call.mask, self._keys.batch, queries, self.device)
         counted = eviction.counted(real) if eviction is not None and real is not None else None
         attend = self._attend_few if queries <= FEW_QUERIES else self._attend_many
         output, mass = attend(call, selected, counted)
@@ -167,13 +163,10 @@ class RotatedLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: -n forgets n of them, n keeps n.
+        """Forget the last tokens, if `check_crop` lets it: -n forgets n of them, n keeps n.
 
         Tokens that had left the exact window or the unrounded end do not get back what they lost then, and the
         attention that forgotten queries gave stays counted.
-
-        Raises:
-            AquaError: tokens have been evicted since the last one that would stay; nothing is changed then.
         """
         removed = self.check_crop(tokens_to_remove)
         left = self.stored - removed
@@ -188,11 +181,7 @@ class RotatedLayer(DynamicLayer):
             self._clear()
 
     def check_crop(self, tokens_to_remove: int) -> int:
-        """How many tokens a crop would forget.
-
-        Raises:
-            AquaError: see `crop`.
-        """
+        """How many tokens a crop would forget; an AquaError if others were evicted after the last that would stay."""
         length = self.get_seq_length()
         removed = max(0, length - tokens_to_remove) if tokens_to_remove > 0 else min(length, -tokens_to_remove)
         if self._evicted and removed > self.stored - self._after_eviction:
@@ -241,10 +230,8 @@ class RotatedLayer(DynamicLayer):
         numbers = {name: int(getattr(self, f"_{name}")) for name in NUMBERS}
         tensors = {f"keys.{name}": tensor for name, tensor in self._keys.tensors().items()}
         tensors |= {f"values.{name}": tensor for name, tensor in self._values.tensors().items()}
-        for name in ("mass", "real", "lengths"):
-            if (tensor := getattr(self, f"_{name}")) is not None:
-                tensors[name] = tensor
-        return numbers, tensors
+        held = {name: getattr(self, f"_{name}") for name in TENSORS}
+        return numbers, tensors | {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def restore(self, numbers: dict[str, int], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Hold what `state` once returned, of a model in `dtype`."""
@@ -253,7 +240,7 @@ class RotatedLayer(DynamicLayer):
             setattr(self, f"_{name}", type(getattr(self, f"_{name}"))(numbers[name]))
         for part, store in (("keys.", self._keys), ("values.", self._values)):
             store.restore({name.removeprefix(part): held for name, held in tensors.items() if name.startswith(part)})
-        for name in ("mass", "real", "lengths"):
+        for name in TENSORS:
             setattr(self, f"_{name}", tensors.get(name))
         if self._keys.length != self._values.length:
             raise ValueError(f"{self._keys.length} keys, {self._values.length} values")
@@ -265,9 +252,9 @@ class RotatedLayer(DynamicLayer):
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         self._keys.change(function)
         self._values.change(function)
-        for name in ("_mass", "_real", "_lengths"):
-            if (tensor := getattr(self, name)) is not None:
-                setattr(self, name, function(tensor))
+        for name in TENSORS:
+            if (tensor := getattr(self, f"_{name}")) is not None:
+                setattr(self, f"_{name}", function(tensor))
 
     def _visible(self, mask: Tensor | None, queries: int) -> Tensor | None:
         """A mask over the stored tokens, from the model's own, which knows nothing of evictions.
@@ -294,11 +281,6 @@ class RotatedLayer(DynamicLayer):
         new = old - self._real.shape[1]
         return torch.nn.functional.pad(self._real, (0, new), value=True), self._lengths + new
 
-    def _new_real(self, mask: Tensor | None, queries: int) -> Tensor:
-        """Which of the new tokens are no padding, boolean [batch, queries]."""
-        self._has_padding = self._has_padding or mask is not None
-        return real_tokens(mask, self._keys.batch, queries, self.device)
-
     def _attended(self, new: Tensor, mass: Tensor | None) -> None:
         """Note which of the new tokens are real and who was attended to; trim the window store; evict."""
         before, counted = self._known(self.stored - new.shape[1])
@@ -307,9 +289,8 @@ class RotatedLayer(DynamicLayer):
             self._keys.settle(self._real)
         if mass is not None:
             assert self._eviction is not None
-            known = self._mass
-            if known is not None:
-                known = torch.nn.functional.pad(known, (0, self.stored - known.shape[-1]))
+            if self._mass is not None:
+                known = torch.nn.functional.pad(self._mass, (0, self.stored - self._mass.shape[-1]))
                 mass = self._eviction.added(known, mass, new)
             self._mass = mass
             self._evict()

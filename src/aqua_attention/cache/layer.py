@@ -29,12 +29,14 @@ class CacheLayer(Protocol):
 
     plan: LayerPlan
 
+    @property
+    def batch(self) -> int:
+        """Sequences stored; 0 before the first token."""
+
     def attend(self, call: Call, is_sliding: bool) -> Attended:
         """Attention of new queries to all that is stored; then what the layer does after it (evict, write).
 
-        Args:
-            call: with the keys and values that `update` returned.
-            is_sliding: the attention layer has a sliding window.
+        `call` has the keys and values that `update` returned.
         """
 
 
@@ -42,10 +44,7 @@ def layer_of(key: Tensor, plan: LayerPlan) -> CacheLayer:
     """The cache layer that rotated `key`, as it enters attention, or `Uncached` where none did.
 
     The tensor itself says so: only it is the same in every thread, and under gradient checkpointing, where the model
-    drops its cache in silence.
-
-    Raises:
-        AquaError: it was rotated for other projections, another s_ratio or another layer.
+    drops its cache in silence. An AquaError if it was rotated under another plan.
     """
     layer: CacheLayer | None = getattr(key, "_aqua_layer", None)
     if layer is None:
@@ -103,6 +102,8 @@ def real_tokens(mask: Tensor | None, batch: int, new: int, device: torch.device)
 class Uncached:
     """Keys that no cache of ours has rotated: scoring without a cache, or another kind of cache."""
 
+    batch = 0
+
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan
 
@@ -118,27 +119,6 @@ class Uncached:
                 )
             key, value = as_stored(plan, key, value)
         return attend_by_token(call._replace(key=key, value=value), plan)
-
-
-class RotatesOnWrite:
-    """What our variants of transformers' bounded layers add to them."""
-
-    plan: LayerPlan
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Rotate and write; returns the rotated keys and values to attend to, as transformers' layer does."""
-        written = super().update(rotated_keys(self.plan, key_states), value_states, *args, **kwargs)  # type: ignore[misc]
-        return tagged(written[0], self), written[1]
-
-    def attend(self, call: Call, is_sliding: bool) -> Attended:
-        """See `CacheLayer`."""
-        return attend_by_token(without_empty_end(call), self.plan)
-
-    def prefetch(self) -> None:
-        """Move back to the device of the model, if it was offloaded."""
-        if self.is_initialized and self.keys.device != self.device:  # type: ignore[attr-defined]
-            wait_for_offloading(self.device)  # type: ignore[attr-defined]
-        super().prefetch()  # type: ignore[misc]
 
 
 def wait_for_offloading(device: torch.device) -> None:

@@ -21,10 +21,8 @@ TOKENS_AT_ONCE = 2048
 """Quantized tokens that are in float32 at once while a store is read."""
 UNQUANTIZED_RECENT = 64
 """Last tokens that a quantizing store keeps as they are, at least; at most twice as many are."""
-
-
 NAMES = ("bytes", "nibbles", "steps", "middles", "tail")
-"""What is held, for a file."""
+"""The stores of a `Quantized`, in a file: codes of 8 bits, pairs of 4 bits, scales, zero points, the last tokens."""
 
 
 class Quantized:
@@ -39,12 +37,9 @@ class Quantized:
     def __init__(
         self, bits: int, recent: int, channel_scale: Tensor | None = None, channel_mean: Tensor | None = None
     ) -> None:
-        """An empty store.
+        """An empty store of 8 or 4 bits, in which `recent` last tokens, up to twice as many, stay as they are.
 
-        Args:
-            bits: 8 or 4; two codes of 4 bits share a byte.
-            recent: so many last tokens stay as they are; up to twice as many do, between two quantizations.
-            channel_scale, channel_mean: of rotated keys by falling variance, [heads, width], float32; None: values.
+        channel_scale, channel_mean: of rotated keys by falling variance, [heads, width], float32; None: values.
         """
         self.length = 0
         self.bits, self.recent = bits, max(recent, UNQUANTIZED_RECENT)
@@ -52,10 +47,9 @@ class Quantized:
         self._clear()
 
     def _clear(self) -> None:
-        self._bytes, self._nibbles = Growing(), Growing()
-        """Codes of 8 bits, and pairs of 4: those of the first half of the channels are the low bits."""
-        self._scales, self._zero_points = Growing(), Growing()
-        self._tail = Growing()
+        self._stores = tuple(Growing() for _ in NAMES)
+        self._bytes, self._nibbles, self._scales, self._zero_points, self._tail = self._stores
+        """Of a pair in `_nibbles`, the low bits are of the first half of the channels."""
 
     @property
     def batch(self) -> int:  # noqa: D102 (see Store, here and below)
@@ -76,10 +70,9 @@ class Quantized:
         old = tail.shape[2] - self.recent
         for start in range(0, old, TOKENS_AT_ONCE):
             quantized = self._quantized(tail[:, :, start : min(start + TOKENS_AT_ONCE, old)])
-            for store, part in zip(self._code_stores(), quantized, strict=True):
+            for store, part in zip(self._stores[:-1], quantized, strict=True):
                 store.append(part)
-        self._tail = Growing()
-        self._tail.append(tail[:, :, old:])
+        self._tail.hold(tail[:, :, old:])
 
     def read(self) -> Tensor:  # noqa: D102
         tail = self._tail.read()
@@ -89,13 +82,8 @@ class Quantized:
         states[:, :, self._scales.length :] = tail
         groups = self._affine(tail.shape[3])
         for part, codes in self._parts(tail.shape[3]):
-            wide = torch.cat(
-                [
-                    torch.addcmul(b[:, :, part], some, a[:, :, part])
-                    for (_, a, b), some in zip(groups, codes, strict=True)
-                ],
-                -1,
-            )
+            pairs = zip(groups, codes, strict=True)
+            wide = torch.cat([torch.addcmul(b[:, :, part], some, a[:, :, part]) for (_, a, b), some in pairs], -1)
             if self._channel_scale is not None and self._channel_mean is not None:
                 wide = wide * self._channel_scale[:, None].to(wide) + self._channel_mean[:, None].to(wide)
             states[:, :, part] = wide
@@ -140,37 +128,30 @@ class Quantized:
         if self.length == 0:
             self._clear()
         self._tail.keep(self.length - self._scales.length)
-        for store in self._code_stores():
+        for store in self._stores[:-1]:
             store.keep(self.length)
 
     def gather(self, places: Tensor) -> None:  # noqa: D102
         old = places[..., : places.shape[2] - self._tail.length]
         if self._scales.length:
-            for store in self._code_stores():
+            for store in self._stores[:-1]:
                 store.gather(old)
         self.length = places.shape[2]
 
     def change(self, function: Callable[[Tensor], Tensor]) -> None:  # noqa: D102
-        for store in (*self._code_stores(), self._tail):
+        for store in self._stores:
             store.change(function)
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
-        stores = dict(zip(NAMES, (*self._code_stores(), self._tail), strict=True))
-        return {name: store.read() for name, store in stores.items() if store.length}
+        return {name: store.read() for name, store in zip(NAMES, self._stores, strict=True) if store.length}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:  # noqa: D102
-        for name, store in zip(NAMES, (*self._code_stores(), self._tail), strict=True):
-            store.restore({"states": tensors[name]} if name in tensors else {})
+        for name, store in zip(NAMES, self._stores, strict=True):
+            store.hold(tensors.get(name))
         self.length = self._scales.length + self._tail.length
 
-    def _code_stores(self) -> tuple[Growing, Growing, Growing, Growing]:
-        return self._bytes, self._nibbles, self._scales, self._zero_points
-
     def _affine(self, width: int) -> list[tuple[slice, Tensor, Tensor]]:
-        """Groups of channels, and what makes states of their codes, each float32 [batch, heads, quantized tokens, 1].
-
-        A state is code * scale + shift.
-        """
+        """Groups of channels, and scale and shift of their codes, each float32 [batch, heads, quantized tokens, 1]."""
         if self._scales.length == 0:
             return []
         scales, zero_points = (store.read().float().split(1, -1) for store in (self._scales, self._zero_points))
@@ -185,16 +166,16 @@ class Quantized:
         for start in range(0, self._scales.length, TOKENS_AT_ONCE):
             part = slice(start, min(start + TOKENS_AT_ONCE, self._scales.length))
             # Whole contiguous rows are converted, and the groups taken from the result: narrow slices are slow.
-            codes, groups = {}, []
+            codes = {}  # by the channel with which they begin
             if leading:
-                codes["bytes"] = self._bytes.read()[:, :, part].float()
+                codes[0] = self._bytes.read()[:, :, part].float()
             if half:
                 pairs = self._nibbles.read()[:, :, part]
-                codes |= {"low": (pairs & 15).float(), "high": (pairs >> 4).float()}
-            for channels, bits in self._groups(width):
-                start_of = {"bytes": 0, "low": leading, "high": leading + half}
-                kind = "bytes" if bits == 8 else "low" if channels.start < leading + half else "high"
-                groups.append(codes[kind][..., channels.start - start_of[kind] : channels.stop - start_of[kind]])
+                codes |= {leading: (pairs & 15).float(), leading + half: (pairs >> 4).float()}
+            groups = []
+            for channels, _ in self._groups(width):
+                first = max(start for start in codes if start <= channels.start)
+                groups.append(codes[first][..., channels.start - first : channels.stop - first])
             yield part, groups
 
     def _leading(self, width: int) -> int:

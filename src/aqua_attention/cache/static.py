@@ -3,25 +3,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-from aqua_attention.cache.layer import RotatesOnWrite
-from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.cache.layer import attend_by_token, rotated_keys, tagged, wait_for_offloading, without_empty_end
+from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 
-class RotatedSlidingLayer(RotatesOnWrite, DynamicSlidingWindowLayer):
-    """A sliding-window cache layer whose `keys` are rotated."""
+class RotatesOnWrite:
+    """What our variants of transformers' bounded layers add to them."""
 
-    def __init__(self, plan: LayerPlan, sliding_window: int) -> None:
-        super().__init__(sliding_window=sliding_window)
+    is_initialized: bool
+    keys: Tensor | None
+    device: torch.device
+
+    def __init__(self, plan: LayerPlan, **sizes: int) -> None:
+        super().__init__(**sizes)
         self.plan = plan
 
     @property
     def batch(self) -> int:
         """Sequences stored; 0 before the first token."""
         return self.keys.shape[0] if self.is_initialized and self.keys is not None else 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Rotate and write; returns the rotated keys and values to attend to, as transformers' layer does."""
+        written = super().update(rotated_keys(self.plan, key_states), value_states, *args, **kwargs)  # type: ignore[misc]
+        return tagged(written[0], self), written[1]
+
+    def attend(self, call: Call, is_sliding: bool) -> Attended:
+        """See `CacheLayer`."""
+        return attend_by_token(without_empty_end(call), self.plan)
+
+    def prefetch(self) -> None:
+        """Move back to the device of the model, if it was offloaded."""
+        if self.is_initialized and self.keys is not None and self.keys.device != self.device:
+            wait_for_offloading(self.device)
+        super().prefetch()  # type: ignore[misc]
+
+
+class RotatedSlidingLayer(RotatesOnWrite, DynamicSlidingWindowLayer):
+    """A sliding-window cache layer whose `keys` are rotated."""
 
     def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         """All that is held, to be written to a file: numbers and tensors by name."""
@@ -40,14 +65,6 @@ class RotatedSlidingLayer(RotatesOnWrite, DynamicSlidingWindowLayer):
 class RotatedStaticLayer(RotatesOnWrite, StaticLayer):
     """A cache layer of fixed size, for `torch.compile` and CUDA graphs: rotated keys, `kept` wide, and values."""
 
-    def __init__(self, plan: LayerPlan, max_cache_len: int) -> None:
-        super().__init__(max_cache_len=max_cache_len)
-        self.plan = plan
-
 
 class RotatedStaticSlidingLayer(RotatesOnWrite, StaticSlidingWindowLayer):
     """A sliding-window cache layer of fixed size whose `keys` are rotated."""
-
-    def __init__(self, plan: LayerPlan, max_cache_len: int, sliding_window: int) -> None:
-        super().__init__(max_cache_len=max_cache_len, sliding_window=sliding_window)
-        self.plan = plan

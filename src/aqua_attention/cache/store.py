@@ -111,9 +111,18 @@ class Growing:
         return {} if self.length == 0 else {"states": self.read()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:  # noqa: D102
+        self.hold(tensors["states"] if tensors else None)
+
+    def hold(self, states: Tensor | None) -> None:
+        """Forget everything but these states; None: also them."""
         self._buffer, self.length = None, 0
-        if tensors:
-            self.append(tensors["states"])
+        if states is not None:
+            self.append(states)
+
+
+def tokens_at(places: Tensor, states: Tensor) -> Tensor:
+    """The tokens of states [batch, heads, any, width] at places [batch, tokens]."""
+    return states.gather(2, places[:, None, :, None].expand(*states.shape[:2], -1, states.shape[3]))
 
 
 def _with_room(like: Tensor, length: int) -> Tensor:

@@ -11,8 +11,7 @@ from aqua_attention.cache.quantized import Quantized
 from aqua_attention.cache.store import Growing, Store
 from aqua_attention.cache.window import WindowStore
 from aqua_attention.config import AquaConfig
-from aqua_attention.io.state import weight_difference
-from aqua_attention.model.fingerprint import WEIGHT_TOLERANCE
+from aqua_attention.model.fingerprint import other_weights
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.plan import LayerPlan
 
@@ -26,10 +25,8 @@ def needs_own_cache(config: AquaConfig) -> str:
 
 def stores(plan: LayerPlan) -> tuple[Store, Store]:
     """An empty store for rotated keys, and one for values."""
-    keys, values = _leading_store(plan), _value_store(plan)
-    if plan.has_window_store:
-        keys = WindowStore(keys, plan.kept, plan.sink, plan.recent)
-    return keys, values
+    keys, values = _unwindowed_stores(plan)
+    return WindowStore(keys, plan.kept, plan.sink, plan.recent) if plan.has_window_store else keys, values
 
 
 def eviction_of(plan: LayerPlan) -> Eviction | None:
@@ -52,7 +49,7 @@ def as_stored(plan: LayerPlan, keys: Tensor, values: Tensor) -> tuple[Tensor, Te
     """Rotated keys and values as `bits` would give them back; those of an exact window are quantized too."""
     if plan.config.bits is None:
         return keys, values
-    leading, value_store = _leading_store(plan), _value_store(plan)
+    leading, value_store = _unwindowed_stores(plan)
     leading.append(keys[..., : plan.kept])
     value_store.append(values)
     return torch.cat([leading.read(), keys[..., plan.kept :]], -1), value_store.read()
@@ -80,13 +77,12 @@ def stores_the_same(plan: LayerPlan, other: LayerPlan) -> bool:
 
 def same_weights(first: list[float] | None, second: list[float] | None) -> bool:
     """Whether two layers' key weights are the same as far as is known."""
-    return first is None or second is None or weight_difference([first], [second]) <= WEIGHT_TOLERANCE
+    return first is None or second is None or not other_weights([first], [second])
 
 
-def _leading_store(plan: LayerPlan) -> Store:
+def _unwindowed_stores(plan: LayerPlan) -> tuple[Store, Store]:
+    """Those of the leading dimensions of all keys, and of values."""
     bits = plan.config.bits
-    return Growing() if bits is None else Quantized(bits, plan.recent, plan.key_scale, plan.key_mean)
-
-
-def _value_store(plan: LayerPlan) -> Store:
-    return Growing() if plan.config.bits is None else Quantized(plan.config.bits, plan.recent)
+    if bits is None:
+        return Growing(), Growing()
+    return Quantized(bits, plan.recent, plan.key_scale, plan.key_mean), Quantized(bits, plan.recent)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from aqua_attention.cache.layer import attend_by_token, check_active, real_tokens, tagged
+from aqua_attention.cache.store import tokens_at
 from aqua_attention.cache.stored import quantization_of
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import rotate
@@ -27,7 +28,7 @@ from aqua_attention.ops.plan import Attended, Call, LayerPlan
 class TiledLayer(StaticLayer):
     """A cache layer of fixed size: keys in tiles by dimension, values by token, see `TiledCache`."""
 
-    def __init__(self, plan: LayerPlan, max_cache_len: int) -> None:
+    def __init__(self, plan: LayerPlan, *, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.plan = plan
         self.cache: TiledCache | None = None
@@ -36,12 +37,18 @@ class TiledLayer(StaticLayer):
         attended to one by one in plain torch. Set before each pass, where nothing is being recorded."""
         self.reset()
 
+    @property
+    def batch(self) -> int:
+        """Sequences stored; 0 before the first token."""
+        return self.batch_size if self.is_initialized else 0
+
     def reset(self) -> None:
         """Forget everything; what is allocated stays, because recorded CUDA graphs know its addresses."""
         self.is_initialized = False
         self._is_filled = False
         self._new: tuple[Tensor, Tensor, Tensor] | None = None
-        """Keys as they came, the same rotated (while decoding not), and values, that the next attention stores."""
+        """Keys as they came, the same rotated, and values of all tokens so far, that the next attention stores; while
+        decoding those of the new one, not rotated."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, dtype and device of the first states."""
@@ -67,13 +74,10 @@ class TiledLayer(StaticLayer):
 
     @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new tokens; `decode` or `store` writes them.
+        """Take new tokens; `attend` writes them. An AquaError once AQUA has left the model.
 
         Returns rotated keys and values of all tokens given, padding too; while decoding, NaN in place of them: AQUA's
         attention function asks the layer itself.
-
-        Raises:
-            AquaError: AQUA has left the model.
         """
         check_active(self.plan)
         if not self.is_initialized:
@@ -84,10 +88,13 @@ class TiledLayer(StaticLayer):
             keys = nothing.expand(*key_states.shape[:3], self.plan.kept)
             return tagged(keys, self), nothing.expand(value_states.shape)
         keys, values = rotate(key_states, self.plan.rotation), value_states
-        self._new = key_states, keys, values
+        raw = key_states
         if self._is_filled:
-            _, old_keys, old_values = self._given()
+            assert self.cache is not None
+            held, old_keys, old_values = self._given()
             keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
+            raw = torch.cat([held, raw], 2) if self.cache.rotated_from else keys
+        self._new = raw, keys, values
         return tagged(keys, self), values
 
     def decodes(self, queries: int) -> bool:
@@ -95,10 +102,9 @@ class TiledLayer(StaticLayer):
         return queries == 1 and self._is_filled and self.mask_is_known
 
     def attend(self, call: Call, is_sliding: bool) -> Attended:
-        """A decoding step by the kernel; or attention to what `update` returned, stored afterwards. See `CacheLayer`.
+        """See `CacheLayer`: a decoding step by the kernel, or attention to what `update` returned, stored afterwards.
 
-        Raises:
-            AquaError: a sliding window, softcap or extra softmax logits, which the kernels do not know.
+        An AquaError for a sliding window, softcap or extra softmax logits, which the kernels do not know.
         """
         if is_sliding or call.softcap or call.s_aux is not None:
             raise AquaError(
@@ -117,11 +123,9 @@ class TiledLayer(StaticLayer):
         """Rotate, choose, append what `update` took, attend."""
         key, _, value = self._taken()
         assert self.cache is not None
-        query = call.query
-        output, rotated, chosen = self._backend.decode(
-            query[:, :, 0], key[:, :, 0], value[:, :, 0], self.cache, self.plan, call.scaling
-        )
-        selected = chosen.selected(query.shape[1]) if call.is_observed and chosen is not None else None
+        query, key, value = (states[:, :, 0] for states in (call.query, key, value))
+        output, rotated, chosen = self._backend.decode(query, key, value, self.cache, self.plan, call.scaling)
+        selected = chosen.selected(call.query.shape[1]) if call.is_observed and chosen is not None else None
         return Attended(output[:, :, None], selected, rotated[:, :, None].shape)
 
     @torch.compiler.disable
@@ -129,24 +133,17 @@ class TiledLayer(StaticLayer):
         """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
         raw, keys, values = self._taken()
         assert self.cache is not None
-        batch, new = self.batch_size, keys.shape[2]
-        real = real_tokens(mask, batch, new, self.device)
-        if self._is_filled:
-            held, old_keys, old_values = self._given()
-            keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
-            raw = torch.cat([held, raw], 2) if self.cache.rotated_from else keys
-            real = torch.cat([self._known(held.shape[2]), real], 1)
-        self._real = real
+        given = int(self.get_seq_length())
+        new = real_tokens(mask, self.batch_size, keys.shape[2] - given, self.device)
+        self._real = real = torch.cat([self._known(given), new], 1)
         self._padding.copy_((~real[0]).sum())
         if self.cache.rotated_from:
             # Those that are short still are held as they came.
             keys = torch.where((real.sum(-1) < self.cache.rotated_from)[:, None, None, None], raw, keys)
         if not bool(real.all()):
             # The real ones first, in order.
-            order = (~real).to(torch.int8).sort(dim=-1, stable=True).indices[:, None, :, None]
-            keys, values = (
-                states.gather(2, order.expand(*states.shape[:2], -1, states.shape[3])) for states in (keys, values)
-            )
+            order = (~real).to(torch.int8).sort(dim=-1, stable=True).indices
+            keys, values = tokens_at(order, keys), tokens_at(order, values)
         self.cache.fill(keys, values, real.sum(-1))
         self._is_filled = True
 
@@ -196,10 +193,8 @@ class TiledLayer(StaticLayer):
         """Keys as held, keys rotated, and values of all tokens so far, at the places at which they were given."""
         assert self.cache is not None
         given = int(self.get_seq_length())
-        places = (self._known(given).cumsum(-1) - 1).clamp(min=0)[:, None, :, None]
-        keys, values = (
-            states.gather(2, places.expand(*states.shape[:2], -1, states.shape[3])) for states in self.cache.read()
-        )
+        places = (self._known(given).cumsum(-1) - 1).clamp(min=0)
+        keys, values = (tokens_at(places, states) for states in self.cache.read())
         # A GPU is not asked: there all are rotated.
         if not self.cache.rotated_from or not bool((short := self.cache.lengths < self.cache.rotated_from).any()):
             return keys, keys, values

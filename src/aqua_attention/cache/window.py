@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aqua_attention.cache.store import Growing, Store
+from aqua_attention.cache.store import Growing, Store, tokens_at
 
 LEAST_RECENT = 16
 """Tokens at the end that keep every dimension, at least; at most twice as many do. Cropping needs some more than the
@@ -23,11 +23,7 @@ class WindowStore:
     """
 
     def __init__(self, leading: Store, kept: int, sink: int, recent: int) -> None:
-        """An empty store.
-
-        Args:
-            leading: keeps the first `kept` dimensions of all tokens.
-        """
+        """An empty store; `leading` keeps the first `kept` dimensions of all tokens."""
         self.leading, self.kept = leading, kept
         self.sink, self.recent = sink, max(recent, LEAST_RECENT)
         self._rest = Growing()
@@ -56,29 +52,19 @@ class WindowStore:
         self._rest.append(states[..., self.kept :])
 
     def settle(self, real: Tensor) -> None:
-        """The new tokens have been attended to: only those of the window stay wide.
-
-        Args:
-            real: boolean [batch, length]; False is padding.
-        """
+        """Only the tokens of the window stay wide; `real`, boolean [batch, length], is False for padding."""
         self._real = real
         if self._rest.length <= 2 * self.recent:
             return
         rest, old = self._rest.read(), self._rest.length - self.recent
         start = self.length - self._rest.length
-        known = self._first
-        if known is None:
-            known = rest.new_zeros((*rest.shape[:2], self.sink, rest.shape[3]))
-        rank = real.long().cumsum(-1)[:, start : start + old] * real[:, start : start + old]
-        rows, places = torch.arange(len(rank), device=rest.device), []
-        for place in range(self.sink):
-            here = rank == place + 1
-            found = rest[rows, :, here.long().argmax(-1)]
-            places.append(torch.where(here.any(-1)[:, None, None], found, known[:, :, place]))
+        none_yet = (*rest.shape[:2], self.sink, rest.shape[3])
+        known = rest.new_zeros(none_yet) if self._first is None else self._first
+        rank = (real.long().cumsum(-1) * real)[:, start : start + old]
+        places, there = _places_of_first(rank, self.sink)
         # Not in place: autograd, or inference mode, may hold the old one.
-        self._first = torch.stack(places, 2) if places else known
-        self._rest = Growing()
-        self._rest.append(rest[:, :, old:])
+        self._first = torch.where(there[:, None, :, None], tokens_at(places, rest), known)
+        self._rest.hold(rest[:, :, old:])
         self._found = None
 
     def read(self) -> Tensor:  # noqa: D102
@@ -88,9 +74,8 @@ class WindowStore:
         states[:, :, self.length - rest.shape[2] :, self.kept :] = rest
         if self._first is not None:
             places, there = self._first_places()
-            for place in range(self.sink):
-                rows = there[:, place].nonzero()[:, 0]
-                states[rows, :, places[rows, place], self.kept :] = self._first[rows, :, place]
+            rows, which = there.nonzero(as_tuple=True)
+            states[rows, :, places[rows, which], self.kept :] = self._first[rows, :, which]
         return states
 
     def products(self, tall: Tensor) -> Tensor:  # noqa: D102
@@ -103,9 +88,8 @@ class WindowStore:
             result.scatter_add_(-1, places[:, None, None].expand(more.shape), more)
         return result
 
-    def mixture(self, weights: Tensor) -> Tensor:
-        """Not for keys: only values are mixed."""
-        raise NotImplementedError
+    def mixture(self, weights: Tensor) -> Tensor:  # noqa: D102
+        raise NotImplementedError("only values are mixed")
 
     def keep(self, length: int) -> None:  # noqa: D102
         self._rest.keep(self._rest.length - (self.length - min(self.length, max(0, length))))
@@ -130,15 +114,13 @@ class WindowStore:
 
     def tensors(self) -> dict[str, Tensor]:  # noqa: D102
         named = {f"leading.{name}": tensor for name, tensor in self.leading.tensors().items()}
-        for name, tensor in (("rest", self._rest.tensors().get("states")), ("first", self._first)):
-            if tensor is not None:
-                named[name] = tensor
-        return named
+        others = {"rest": self._rest.tensors().get("states"), "first": self._first}
+        return named | {name: tensor for name, tensor in others.items() if tensor is not None}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:  # noqa: D102
         leading = {name.removeprefix("leading."): value for name, value in tensors.items() if name.startswith("lead")}
         self.leading.restore(leading)
-        self._rest.restore({"states": tensors["rest"]} if "rest" in tensors else {})
+        self._rest.hold(tensors.get("rest"))
         self._first = tensors.get("first")
 
     def _first_places(self) -> tuple[Tensor, Tensor]:
@@ -146,10 +128,12 @@ class WindowStore:
         if self._found is None:
             assert self._real is not None
             settled = self._real[:, : self.length - self._rest.length]
-            rank = settled.long().cumsum(-1) * settled
-            here = rank[:, None] == torch.arange(1, self.sink + 1, device=settled.device)[:, None]
-            if settled.shape[1]:
-                self._found = here.long().argmax(-1), here.any(-1)
-            else:
-                self._found = here.new_zeros(here.shape[:2], dtype=torch.long), here.new_zeros(here.shape[:2])
+            self._found = _places_of_first(settled.long().cumsum(-1) * settled, self.sink)
         return self._found
+
+
+def _places_of_first(rank: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Where the tokens of rank 1 to `count` are, [batch, count], and whether they are; 0 where not. Padding ranks 0."""
+    rank = torch.nn.functional.pad(rank, (0, 1))  # so that there is one
+    here = rank[:, None] == torch.arange(1, count + 1, device=rank.device)[:, None]
+    return here.long().argmax(-1), here.any(-1)

@@ -19,30 +19,14 @@ KIND = "aqua_attention_checkpoint"
 class Checkpoint(RunState):
     """Sums over the windows done so far, and their number: the content to `keep` or `save`.
 
+    `run` has the `shape` of the model (see `fingerprint.shape_of`) and its `key_weights`, among others.
+
     The sums of whole windows are kept, in float64, and added in the same order after a resume: the projections are
     those of an uninterrupted run, bit for bit (on the same machine and number of threads).
     """
 
-    def __init__(self, path: Path | str, run: dict[str, Any], *, seconds: float = 10.0) -> None:
-        """Nothing is read or written yet.
-
-        Args:
-            run: JSON values that tell this run from others; `shape` (see `fingerprint.shape_of`) and `key_weights` of
-                the model among them.
-            seconds: how old the file may get.
-
-        Raises:
-            AquaError: `seconds` is negative, infinite or NaN.
-        """
-        check_seconds(seconds)
-        super().__init__(path, run, seconds=seconds)
-
     def load(self) -> tuple[Statistics, int]:
-        """Statistics and number of windows done; nothing and 0 when there is no file.
-
-        Raises:
-            AquaError: the file is damaged, or of another run; the message says in what they differ.
-        """
+        """Statistics and number of windows done, nothing and 0 when there is no file; errors as of `RunState.found`."""
         if (content := self.found()) is None:
             return {}, 0
         stored, done = content
@@ -72,22 +56,13 @@ class Checkpoint(RunState):
 
 
 def calibrated_weights(path: Path) -> list[list[float]] | None:
-    """Digest of the key weights that an unfinished calibration is of; None when it is not known.
-
-    Raises:
-        AquaError: the file is damaged.
-    """
+    """Digest of the key weights that an unfinished calibration is of; None: not known. AquaError: a damaged file."""
     weights: list[list[float]] | None = _opened(path)[1].get("key_weights")
     return weights
 
 
 def _opened(path: Path) -> tuple[Stored, dict[str, Any], int]:
-    stored = Stored(
-        path,
-        KIND,
-        what="an unfinished calibration",
-        remedy="delete it, and calibrate without --resume",
-    )
+    stored = Stored(path, KIND, what="an unfinished calibration", remedy="delete it, and calibrate without --resume")
     try:
         return stored, dict(stored.header["run"]), int(stored.header["windows_done"])
     except (KeyError, TypeError, ValueError) as error:

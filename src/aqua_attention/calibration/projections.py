@@ -15,16 +15,9 @@ from transformers import PreTrainedModel
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, named_tensors, take_layer
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.io.state import weight_difference
 from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model.capture import AttentionLayer
-from aqua_attention.model.fingerprint import (
-    WEIGHT_TOLERANCE,
-    describe_shape,
-    key_weight_digest,
-    layer_rows,
-    shape_of,
-)
+from aqua_attention.model.fingerprint import describe_shape, key_weight_digest, layer_rows, other_weights, shape_of
 from aqua_attention.model.sides import TEXT
 from aqua_attention.ops.plan import LayerPlan
 
@@ -55,11 +48,7 @@ class LayerProjection:
     energy: Tensor
 
     def plan(self, config: AquaConfig, device: torch.device | str = "cpu", **facts: Any) -> LayerPlan:
-        """What AQUA does in this layer under a configuration, with its tensors on a device.
-
-        Args:
-            facts: further fields of `LayerPlan`, such as `index`, `causal` and `key_weights`.
-        """
+        """What AQUA does in this layer, its tensors on `device`; `facts` are further fields, as `index` or `causal`."""
         head_dim = self.rotation.shape[-1]
         kept = config.kept_dims(head_dim)
         # Tokens of an exact window keep every dimension.
@@ -113,17 +102,16 @@ class Projections:
     def merged(self, other: Projections) -> Projections:
         """As if one calibration had read both texts: the sums are added and decomposed again.
 
-        Of different layers of one model, such as those of text and those of images, all in one.
-
-        Raises:
-            AquaError: the two are not of the same model, or not in the same basis.
+        Of different layers of one model, such as those of text and of images, all in one. An AquaError where the two
+        are not of the same model, or not in the same basis.
         """
         shapes = [part.model["shape"] for part in (self, other)]
         are_parts = _are_parts(*shapes)
         if not are_parts and not _are_equal(*shapes):
             said = [describe_shape(shape) for shape in shapes]
             if said[0] == said[1]:
-                said = [f"{text} (layers {_listed(shape)})" for text, shape in zip(said, shapes, strict=True)]
+                names = [map(str, shape.get("names") or [row[0] for row in shape["layers"]]) for shape in shapes]
+                said = [f"{text} (layers {', '.join(each)})" for text, each in zip(said, names, strict=True)]
             raise AquaError(f"projections of different models cannot be merged: {' and '.join(said)}")
         if self.basis != other.basis:
             verb = "joined" if are_parts else "merged"
@@ -132,10 +120,9 @@ class Projections:
         read = _summed(parts) | {"merged": parts}
         if are_parts:
             return self._joined(other, read)
-        ours, theirs = self.model.get("key_weights"), other.model.get("key_weights")
-        if ours and theirs and (difference := weight_difference(ours, theirs)) > WEIGHT_TOLERANCE:
+        if difference := other_weights(*(part.model.get("key_weights") for part in (self, other))):
             raise AquaError(
-                f"projections of different weights cannot be merged: the key weights differ by {min(difference, 1):.1%}"
+                f"projections of different weights cannot be merged: the key weights differ by {difference:.1%}"
             )
         calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value} | read
         # A file of all layers may name them or not.
@@ -180,10 +167,9 @@ class Projections:
         return text if layer_rows(text) == [list(row) for row in self.model["shape"]["layers"]] else layers
 
     def check_model(self, model: PreTrainedModel, layers: list[AttentionLayer]) -> list[list[float]] | None:
-        """Raise AquaError when the projections do not fit; warn when the model's key weights differ.
+        """The digest of the key weights of the `covered` layers, see `fingerprint.key_weight_digest`.
 
-        Returns:
-            The digest of the key weights of the `covered` layers, see `fingerprint.key_weight_digest`.
+        An AquaError when the projections do not fit; a warning when the model's key weights differ.
         """
         layers = self.covered(layers)
         shape = shape_of(model, layers, named="names" in self.model["shape"])
@@ -196,14 +182,11 @@ class Projections:
                 f"these projections are for {describe_shape(self.model['shape'])}, the model is "
                 f"{describe_shape(shape)}: calibrate this model with `aqua calibrate`"
             )
-        expected, found = self.model.get("key_weights"), key_weight_digest(layers)
-        if expected is None or found is None:
-            return found
-        difference = weight_difference(expected, found)
-        if difference > WEIGHT_TOLERANCE:
+        found = key_weight_digest(layers)
+        if difference := other_weights(self.model.get("key_weights"), found):
             warnings.warn(
                 f"the projections were calibrated on other weights of the same shape (key weights differ by "
-                f"{min(difference, 1.0):.1%}): results are valid but lose more; {RECALIBRATE} for this model",
+                f"{difference:.1%}): results are valid but lose more; {RECALIBRATE} for this model",
                 stacklevel=4,
             )
         return found
@@ -221,8 +204,7 @@ class Projections:
     def load(cls, path: Path | str) -> Projections:
         """Read and check a file: format, shapes, dtypes, content digest, finiteness, orthogonality.
 
-        Raises:
-            AquaError: the file cannot be used; the message names what is wrong and the remedy.
+        An AquaError names what is wrong and the remedy.
         """
         path = Path(path)
         if not path.is_file():
@@ -248,8 +230,7 @@ class Projections:
 def spectrum(projections: Projections) -> list[dict[str, Any]]:
     """How few dimensions could hold 90% and 99% of the energy of queries and keys, whatever the basis.
 
-    Returns:
-        A row a layer: `layer`, `head_dim`, and for each key-value head `dims_90` and `dims_99`.
+    A row a layer: `layer`, `head_dim`, and for each key-value head `dims_90` and `dims_99`.
     """
     rows = []
     for index, layer in projections.layers.items():
@@ -266,11 +247,6 @@ def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:
         for name in ("tokens", "inputs", "images")
         if name == "tokens" or any(name in part for part in parts)
     }
-
-
-def _listed(shape: dict[str, Any]) -> str:
-    """The layers of a shape: their names, or indices where it has none."""
-    return ", ".join(map(str, shape.get("names") or [row[0] for row in shape["layers"]]))
 
 
 def _are_equal(first: dict[str, Any], second: dict[str, Any]) -> bool:

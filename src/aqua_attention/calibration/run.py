@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.calibration.checkpoint import Checkpoint, check_finished
+from aqua_attention.calibration.checkpoint import Checkpoint, check_finished, check_seconds
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
 from aqua_attention.data.text import text_digest, token_windows, tokenize
@@ -22,14 +21,16 @@ from aqua_attention.model.capture import (
     AttentionLayer,
     attention_layers,
     chosen_layers,
-    evaluation_mode,
-    input_device,
     layers_and_gaps,
     observe_windows,
 )
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
+from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides, inputs_digest
 from aqua_attention.version import __version__
+
+Facts = dict[str, Any]
+"""JSON values by name."""
 
 
 def calibrate(
@@ -84,32 +85,21 @@ def calibrate(
 
 
 def calibrate_inputs(
-    model: PreTrainedModel,
-    inputs: Sequence[Inputs],
-    *,
-    facts: dict[str, Any] | None = None,
-    name: str = "",
-    layers: str | None = None,
-    checkpoint: Path | str | None = None,
-    checkpoint_seconds: float = 10.0,
-    resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    model: PreTrainedModel, inputs: Sequence[Inputs], *, facts: dict[str, Any] | None = None, **options: Any
 ) -> Projections:
     """Learn the projections of `model` from whatever it reads: images, or prompts with images in them.
 
     Args:
-        model: an encoder or decoder; its weights and its attention are left as they are.
         inputs: what the model is called with, a forward pass each and without padding: `pixel_values` (and what an
             image processor gives with them), `input_ids`, or both. Only the layers that read them are calibrated; two
             calibrations of a vision-language model, on images and on text, become one by `Projections.merged`.
         facts: recorded in `calibration`, such as how many images these are.
-        name, checkpoint, checkpoint_seconds, resume, progress: as for `calibrate`.
-        layers: only those whose name matches this pattern, such as "vision_tower.*".
+        options: `name` and all after it, as for `calibrate`.
 
     Raises:
         AquaError: as `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
     """
-    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
+    run = Run(model, **options)
     if not inputs:
         raise AquaError("there is nothing to calibrate on: give at least one input")
     check_unpadded(inputs)
@@ -122,35 +112,31 @@ class Run:
     """One calibration: of which layers, and where its state is kept; see `calibrate` for fields and errors."""
 
     model: PreTrainedModel
-    name: str
-    layers: str | None
-    checkpoint: Path | str | None
-    checkpoint_seconds: float
-    resume: bool
-    progress: Callable[[int, int], None] | None
+    name: str = ""
+    layers: str | None = None
+    checkpoint: Path | str | None = None
+    checkpoint_seconds: float = 10.0
+    resume: bool = False
+    progress: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         """Find the layers; nothing is read yet."""
         if self.resume and self.checkpoint is None:
             raise AquaError("resume takes a checkpoint: name the file to go on from")
-        if self.checkpoint is not None and not self.resume:
-            check_finished(Path(self.checkpoint))
+        if self.checkpoint is not None:
+            check_seconds(self.checkpoint_seconds)
+            if not self.resume:
+                check_finished(Path(self.checkpoint))
         self.found, self.gaps = layers_and_gaps(self.model)
 
     def learn(
-        self,
-        windows: Tensor | Sequence[Inputs],
-        given: Collection[str],
-        facts: dict[str, Any],
-        read: dict[str, Any] | None = None,
+        self, windows: Tensor | Sequence[Inputs], given: Collection[str], facts: Facts, read: Facts | None = None
     ) -> Projections:
         """The projections.
 
         Args:
-            windows: see `capture.observe_windows`.
-            given: the sides of the model that they are for, see `sides`.
-            facts: the provenance to record.
-            read: JSON values that tell what is read from other data, beyond `facts`.
+            windows: see `capture.observe_windows`; `given` are the sides of the model that they are for.
+            facts: the provenance to record; `read` tells what is read from other data, beyond it.
         """
         reached = [layer for layer in self.found if layer.side in given]
         if not reached:
@@ -159,11 +145,9 @@ class Run:
         chosen = chosen_layers(reached, self.layers, self.gaps)
         name, key_weights = self.name or self.model.config._name_or_path, key_weight_digest(chosen)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
-        keeper = None
-        if self.checkpoint is not None:
-            # The name tells models apart whose key weights cannot be read (quantised, offloaded).
-            run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
-            keeper = Checkpoint(self.checkpoint, run | facts | (read or {}), seconds=self.checkpoint_seconds)
+        # The name tells models apart whose key weights cannot be read (quantised, offloaded).
+        run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
+        keeper = Checkpoint(self.checkpoint, run | facts | (read or {}), seconds=self.checkpoint_seconds)
         statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=self.progress)
         tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
         identity = {"name": name, "shape": shape, "key_weights": key_weights}
@@ -180,13 +164,12 @@ def collect(
 ) -> Statistics:
     """Statistics of attention layers over token windows [count, context] or other inputs, a forward pass each.
 
-    Args:
-        layers: those of interest; all of them unless given.
-        checkpoint: where to begin, and where to keep the sums while they grow.
+    `layers` are those of interest, all unless given; `checkpoint` says where to begin, and keeps the sums as they grow.
     """
     every = attention_layers(model)
     index_of = {layer.module: layer.index for layer in layers or every}
-    state = checkpoint.load() if checkpoint else ({}, 0)
+    checkpoint = checkpoint or Checkpoint(None, {})
+    state = checkpoint.load()
     first, window = state[1], Statistics()
 
     def accumulate(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
@@ -203,71 +186,13 @@ def collect(
             # In one assignment, so that an interrupt finds sums and number of windows that belong together.
             state = (merge(state[0], window) if state[0] else dict(window), first + count)
             window.clear()
-        if checkpoint:
-            checkpoint.keep(*state)
+        checkpoint.keep(*state)
         if progress:
             progress(first + count, len(windows))
 
     try:
         observe_windows(model, every, windows[first:], accumulate, between_windows)
     except KeyboardInterrupt:
-        if checkpoint:
-            checkpoint.save(*state)
+        checkpoint.save(*state)
         raise
     return state[0]
-
-
-def check_predicts(model: PreTrainedModel) -> None:
-    """Raise AquaError for a model that predicts no next token: an encoder, or one without a head for it.
-
-    Models with code of their own may predict, and not inherit from transformers how to generate.
-    """
-    if model.can_generate():
-        return
-    text = [layer for layer in attention_layers(model) if layer.side == TEXT]
-    if text and all(layer.causal for layer in text):
-        with torch.no_grad(), evaluation_mode(model):
-            output = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=input_device(model)))
-        logits = getattr(output, "logits", None)
-        if logits is not None and logits.ndim == 3 and logits.shape[-1] >= model.config.get_text_config().vocab_size:
-            return
-    raise AquaError(
-        f"{type(model).__name__} predicts no next token: an encoder is measured by `aqua eval retention` and "
-        "`aqua eval images`"
-    )
-
-
-def check_generates(model: PreTrainedModel) -> None:
-    """Raise AquaError for a model that cannot write a text."""
-    check_predicts(model)
-    if not model.can_generate():
-        raise AquaError(
-            f"{type(model).__name__} cannot generate (its class is no GenerationMixin): it is measured by "
-            "`aqua eval perplexity`"
-        )
-
-
-def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> None:
-    """Raise AquaError for tokens that the model does not know, and for a context longer than its positions."""
-    limit = position_limit(model)
-    if limit is not None and context > limit:
-        raise AquaError(f"context is {context}: the model knows {limit} positions, choose at most that")
-    try:
-        known = model.get_input_embeddings().weight.shape[0]
-    except NotImplementedError:  # a model of pairs, as CLIP
-        known = model.config.get_text_config().vocab_size
-    if token_ids.numel() and int(token_ids.max()) >= known:
-        raise AquaError(
-            f"the text has token {int(token_ids.max())}, the model knows {known} tokens: the tokenizer is another "
-            "model's"
-        )
-
-
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many positions the model knows; None when its config does not say."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if limit is not None and padding is not None and name.endswith("position_embeddings"):
-            return int(limit) - padding - 1  # RoBERTa and its like count from behind the place of padding
-    return limit

@@ -37,11 +37,9 @@ class LayerStatistics:
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor) -> LayerStatistics:
-        """Statistics of one batch.
+        """Statistics of one batch, of any float dtype, as it enters the attention scores.
 
-        Args:
-            query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length,
-                head_dim], as they enter the attention scores; any float dtype.
+        query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length, head_dim].
         """
         batch, heads, length, head_dim = query.shape
         kv_heads = key.shape[1]

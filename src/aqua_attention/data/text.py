@@ -34,11 +34,9 @@ def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
     Rows, lines and files are joined by an empty line; a row's text is its field `text`, else `content`.
 
     Args:
-        spec: `builtin:calibration` or `builtin:evaluation` (the first 80 % and the last 20 % of the topics
-            of Python's own help, so the wording follows the Python version); a UTF-8 file, plain, .jsonl
-            or .parquet, the first two also with .gz; a folder, for all such files in it, by path; or
-            `hub:dataset[:config[:split]]`, split "train" unless given.
-        max_characters: where to stop reading.
+        spec: one of `FORMS`. The built-in ones are the first 80 % and the last 20 % of the topics of Python's own help,
+            so that the wording follows the Python version. Files are UTF-8; of a folder all are read, by path; of a
+            dataset the split "train", unless given.
 
     Raises:
         AquaError: there is no such text, it cannot be read, or it is blank.
@@ -195,25 +193,17 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
 
 
 def token_windows(
-    token_ids: Sequence[int] | torch.Tensor,
-    *,
-    tokens: int,
-    context: int,
-    seed: int | None,
-    prefix: Sequence[int] = (),
+    token_ids: Sequence[int] | torch.Tensor, *, tokens: int, context: int, seed: int | None, prefix: Sequence[int] = ()
 ) -> torch.Tensor:
     """Cut token ids into windows: an int64 tensor [windows, context].
 
-    There are `tokens // context` windows, at least one, and fewer where the text is short. Each is
-    `prefix` and then consecutive text tokens, none of them in two windows.
+    There are `tokens // context` windows, at least one, and fewer where the text is short. Each is `prefix` (see
+    `tokenize`) and then consecutive text tokens, none of them in two windows; both count as tokens.
 
     Args:
         token_ids: the text, without special tokens; a list or a 1-D tensor.
-        tokens: how many tokens to take, those of `prefix` included.
-        context: tokens in a window, those of `prefix` included.
         seed: None takes one window after the other from the start; an int spreads them over the whole
             text, each at a random place in its share.
-        prefix: what the tokenizer puts in front of a text, see `tokenize`.
 
     Raises:
         AquaError: a value is out of range, or the text is shorter than one window.

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.attach.apply import Attachment
-from aqua_attention.calibration.run import check_generates, check_tokens
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import damaged
 from aqua_attention.model.capture import input_device
+from aqua_attention.model.limits import check_generates, check_tokens
 
 # Some models ship a generation config with penalties or beams, which would hide what attention does.
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.errors import AquaError
-from aqua_attention.model.interface import as_aqua_mask, check_call, check_detached, install, mask_builder
+from aqua_attention.model import interface
 from aqua_attention.model.sides import (
     IMAGES,
     TEXT,
@@ -28,7 +28,6 @@ from aqua_attention.model.sides import (
     runner,
     sides,
 )
-from aqua_attention.ops.api import attention
 from aqua_attention.ops.mask import bidirectional
 
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
@@ -78,21 +77,20 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        check_call(type(model).__name__, kwargs)
+        interface.check_call(type(model).__name__, kwargs)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         directions[module] = causal
         observer(module, query, key, scaling)
-        mask = as_aqua_mask(attention_mask)
+        mask = interface.as_aqua_mask(attention_mask)
         if mask is not None and mask.shape[2] != query.shape[2]:
             raise AquaError(f"{type(model).__name__} makes one mask for all queries, which AQUA does not support")
         if mask is None and not causal:
             mask = bidirectional(query.shape[2], key.shape[2], sink=0, device=query.device)
-        options: dict[str, Any] = {"scaling": scaling, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
-        with torch.autocast(query.device.type, enabled=False):
-            output = attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)
+        options = {"scaling": scaling, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
+        output = interface.attend_dense(query, key, value, mask, **options)
         return output.transpose(1, 2).contiguous(), None
 
-    _, undo = install(model, dense, mask_builder(0, 0))
+    _, undo = interface.install(model, dense, interface.mask_builder(0, 0))
     try:
         yield directions
     finally:
@@ -100,38 +98,41 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
 
 
 def attention_layers(model: PreTrainedModel) -> list[AttentionLayer]:
-    """The attention layers of a model in order, found by running each of its sides on a small input and watching.
-
-    The run is compared with the model's own attention. Watching instead of reading class names means that a layer on
-    this list really sends its attention through the interface, and one that does not is never taken for rotated.
-
-    Raises:
-        AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
-            text or images.
-    """
+    """The layers of `layers_and_gaps`."""
     return layers_and_gaps(model)[0]
 
 
 def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[str]]:
-    """`attention_layers`, and why some of the model's could not be found, such as "its image layers could not ...".
+    """The attention layers of a model in order, and why some could not be found ("its image layers could not ...").
 
-    Then the model takes images in a form that AQUA does not know how to make.
+    Each side is run on a small input and watched, and the run compared with the model's own attention. Unlike a look at
+    class names, this shows that a layer really sends its attention through the interface. There are gaps where a model
+    takes images in a form that AQUA does not know how to make.
+
+    Raises:
+        AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
+            text or images.
     """
     if not isinstance(model, PreTrainedModel):
         raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise AquaError(f"{name} is an encoder-decoder: only decoders and encoders alone are supported")
-    check_detached(model)
+    interface.check_detached(model)
     layers: list[AttentionLayer] = []
     gaps: list[str] = []
     for side in sides(model):
         try:
-            layers += _side_layers(model, side, first=1 + max((layer.index for layer in layers), default=-1))
+            probed = _probed(model, side)
         except _DoesNotRun as error:
             if not layers:
                 raise
             gaps.append(f"its image layers could not be found ({error.reason})")
+            continue
+        _check_finite(name, probed)
+        _check_same(model, probed)
+        first = 1 + max((layer.index for layer in layers), default=-1)
+        layers += sorted(_described(model, side, probed, first), key=lambda layer: layer.index)
     if not layers:
         raise AquaError(f"{name} made no attention call: AQUA needs a model with attention layers")
     if len({layer.index for layer in layers}) < len(layers):
@@ -142,7 +143,9 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
 class _DoesNotRun(AquaError):
     """None of the inputs that we know of runs one side of a model."""
 
-    reason = ""
+    def __init__(self, name: str, side: str, reason: str) -> None:
+        alone, self.reason = "token ids" if side == TEXT else "images", reason
+        super().__init__(f"{name} does not run on {alone} alone, so it is not supported ({reason})")
 
 
 @dataclass
@@ -158,14 +161,6 @@ class _Probed:
     """Under our dense attention, with a cache where the model takes one."""
     expected: Tensor
     """First tensor of the output under the model's own attention."""
-
-
-def _side_layers(model: PreTrainedModel, side: str, first: int) -> list[AttentionLayer]:
-    """The layers that run on one side; `first` is the first index that those of the other leave free."""
-    probed = _probed(model, side)
-    _check_finite(type(model).__name__, probed)
-    _check_same(model, probed)
-    return sorted(_described(model, side, probed, first), key=lambda layer: layer.index)
 
 
 def _probed(model: PreTrainedModel, side: str) -> _Probed:
@@ -186,11 +181,7 @@ def _probed(model: PreTrainedModel, side: str) -> _Probed:
             raise error if name in str(error) else AquaError(f"{name}: {error}") from error
         except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError) as error:
             failed = failed or error
-    reason = f"{type(failed).__name__}: {failed}".splitlines()[0][:200]
-    alone = "token ids" if side == TEXT else "images"
-    refusal = _DoesNotRun(f"{name} does not run on {alone} alone, so it is not supported ({reason})")
-    refusal.reason = reason
-    raise refusal from failed
+    raise _DoesNotRun(name, side, f"{type(failed).__name__}: {failed}".splitlines()[0][:200]) from failed
 
 
 def _check_finite(name: str, probed: _Probed) -> None:
@@ -224,12 +215,11 @@ def _check_same(model: PreTrainedModel, probed: _Probed) -> None:
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
-    """Relative."""
     return float((found.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
 
 
 def _described(model: PreTrainedModel, side: str, probed: _Probed, first: int) -> list[AttentionLayer]:
-    """The modules that called attention, in the order of their calls."""
+    """The modules that called attention; `first` is the first index that the layers of the other side leave free."""
     cache = getattr(probed.output, "past_key_values", None)
     names = {module: path.removeprefix(f"{model.base_model_prefix}.") for path, module in model.named_modules()}
     layers: list[AttentionLayer] = []
@@ -280,11 +270,7 @@ def _knows_cache(model: PreTrainedModel) -> bool:
 def chosen_layers(layers: list[AttentionLayer], pattern: str | None, gaps: Sequence[str] = ()) -> list[AttentionLayer]:
     """Those of `layers` whose name matches a pattern as of file names, such as "vision_tower.*"; None: all.
 
-    Args:
-        gaps: of `layers_and_gaps`.
-
-    Raises:
-        AquaError: there is none.
+    An AquaError, which names the `gaps` of `layers_and_gaps`, where there is none.
     """
     chosen = [layer for layer in layers if pattern is None or fnmatchcase(layer.name, pattern)]
     if layers and not chosen:
@@ -315,8 +301,7 @@ def observe_windows(
 ) -> None:
     """One dense forward pass for each window, watched by `observer`.
 
-    Args:
-        windows: token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
+    Windows are token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
     """
     with observed(model, observer), torch.no_grad(), evaluation_mode(model):
         for done, window in enumerate(windows):

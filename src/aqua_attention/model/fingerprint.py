@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.errors import AquaError
+from aqua_attention.io.state import Digest, weight_difference
 from aqua_attention.model.capture import AttentionLayer, is_plain
 
 KEY_WEIGHT_NAMES = ("k_proj", "key", "k_lin", "qkv_proj", "qkv", "Wqkv", "query_key_value", "c_attn")
@@ -22,8 +23,7 @@ WEIGHT_TOLERANCE = 0.005
 def shape_of(model: PreTrainedModel, layers: list[AttentionLayer], *, named: bool = False) -> dict[str, Any]:
     """What must be equal for projections to fit: the architecture and the shape of every attention layer.
 
-    Args:
-        layers: all of them, or with `named` those that projections are for; their names are part of the shape then.
+    With `named`, their names are part of it: then `layers` need not be all of the model's.
     """
     shape = {"model_type": model.config.model_type, "layers": layer_rows(layers)}
     return shape | {"names": [layer.name for layer in layers]} if named else shape
@@ -61,6 +61,12 @@ def key_weight_digest(layers: list[AttentionLayer]) -> list[list[float]] | None:
             raise AquaError(f"the key weights of layer {layer.index} hold NaN or infinity: the checkpoint is damaged")
         digest.append([round(number, 6) for number in ((signs.float() * 2 - 1) @ (sample / norm)).tolist()])
     return digest
+
+
+def other_weights(first: Digest | None, second: Digest | None) -> float:
+    """By how much two digests differ, at most 1; 0 where that is no more than rounding, or one of them is not known."""
+    difference = weight_difference(first, second) if first and second else 0.0
+    return min(difference, 1.0) if difference > WEIGHT_TOLERANCE else 0.0
 
 
 def _key_weight(layer: AttentionLayer) -> Tensor | None:

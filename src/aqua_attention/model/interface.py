@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.mask import window_codes
+from aqua_attention.ops.api import attention
+from aqua_attention.ops.mask import HIDDEN, window_codes
 
 NAME_PREFIX = "aqua-"
 _numbers = itertools.count(1)
@@ -78,11 +79,7 @@ SCORE_ARGUMENTS = ("position_bias", "alibi", "head_mask", "sinks", "indices", "b
 
 
 def check_call(model_name: str, extra: dict[str, Any]) -> None:
-    """Raise AquaError for an attention call that AQUA would compute wrongly.
-
-    Args:
-        extra: the call's keyword arguments that it has no place for.
-    """
+    """Raise AquaError for a call that AQUA would compute wrongly, by the keyword arguments it has no place for."""
     for name in SCORE_ARGUMENTS:
         if extra.get(name) is not None:
             raise AquaError(f"{model_name} passes {name} to its attention, which AQUA does not support")
@@ -103,34 +100,19 @@ def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., T
     """
 
     def build(
-        batch_size: int,
-        q_length: int,
-        kv_length: int,
-        q_offset: int | Tensor = 0,
-        kv_offset: int | Tensor = 0,
-        attention_mask: Tensor | None = None,
-        device: torch.device | str = "cpu",
-        **kwargs: Any,
+        batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **given: Any
     ) -> Tensor | None:
-        if q_length == 1 and isinstance(q_offset, Tensor):
-            # A static cache, whose empty end must be hidden; transformers thinks of that only where it compiles.
-            kwargs["allow_is_causal_skip"] = False
+        q_offset, kv_offset = given.get("q_offset", 0), given.get("kv_offset", 0)
         begins_late = isinstance(kv_offset, Tensor) or kv_offset > 0
-        needs_codes = min_length > 0 and (begins_late or kwargs.get("local_size") is not None)
-        if needs_codes and begins_late:
-            kwargs["allow_is_causal_skip"] = False
-        visible: Tensor | None = sdpa_mask(
-            batch_size=batch_size,
-            q_length=q_length,
-            kv_length=kv_length,
-            q_offset=q_offset,
-            kv_offset=kv_offset,
-            attention_mask=attention_mask,
-            device=device,
-            **kwargs,
-        )
+        needs_codes = min_length > 0 and (begins_late or given.get("local_size") is not None)
+        # A static cache, whose empty end must be hidden; transformers thinks of that only where it compiles.
+        if (q_length == 1 and isinstance(q_offset, Tensor)) or (needs_codes and begins_late):
+            given["allow_is_causal_skip"] = False
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        visible: Tensor | None = sdpa_mask(**sizes, attention_mask=attention_mask, **given)
         if visible is None or (sink + recent == 0 and not needs_codes):
             return visible
+        device = visible.device
         query_positions = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
         key_positions = (torch.arange(kv_length, device=device) + kv_offset).expand(batch_size, -1)
         if attention_mask is not None:
@@ -147,8 +129,7 @@ def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., T
 def as_aqua_mask(mask: Tensor | None) -> Tensor | None:
     """A mask that came through a model, in the form of `ops.mask`; a user's own 4-D additive mask becomes boolean.
 
-    Raises:
-        AquaError: an additive mask with values other than zero and minus infinity, which AQUA has no use for.
+    An AquaError for one with values other than zero and minus infinity.
     """
     if mask is None or not mask.is_floating_point():
         return mask
@@ -159,3 +140,14 @@ def as_aqua_mask(mask: Tensor | None) -> Tensor | None:
             "(0 and the smallest number of the dtype, or boolean)"
         )
     return ~hidden
+
+
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    """Dense attention under a mask as of AQUA's, with the result of `ops.api.attention`."""
+    if mask is None and query.shape[2] > 1:
+        # Keys behind the queries are the empty end of a static cache.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    elif mask is not None:
+        mask = mask != HIDDEN
+    with torch.autocast(query.device.type, enabled=False):
+        return attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)

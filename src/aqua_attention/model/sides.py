@@ -22,11 +22,7 @@ _MASKS = ("attention_mask", "pixel_attention_mask", "pixel_mask")
 
 
 def sides(model: PreTrainedModel) -> tuple[str, ...]:
-    """What `model` reads: "text", "images", or both.
-
-    Raises:
-        AquaError: neither, such as sound.
-    """
+    """What `model` reads: "text", "images", or both; an AquaError for neither, such as sound."""
     if model.main_input_name == "pixel_values":
         return (IMAGES,)
     if model.main_input_name != "input_ids":

@@ -14,7 +14,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.calibration.run import check_tokens
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import Key, dtype_of, record_key
@@ -22,6 +21,7 @@ from aqua_attention.evaluate.run import Job, Progress
 from aqua_attention.evaluate.setting import Setting, resolved_settings
 from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.model.capture import attention_layers
+from aqua_attention.model.limits import check_tokens
 
 QUESTIONS = 50
 """For each number of lines, unless told otherwise."""

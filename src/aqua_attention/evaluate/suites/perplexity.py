@@ -15,13 +15,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.apply import Attachment
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.calibration.run import check_predicts, check_tokens
 from aqua_attention.data.text import text_digest
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Job, Progress, counting, damaged
 from aqua_attention.evaluate.setting import Run, Setting, runs_of
 from aqua_attention.evaluate.suites.grid import Sizes, Subject
 from aqua_attention.model.capture import input_device
+from aqua_attention.model.limits import check_predicts, check_tokens
 
 CHUNK = 128
 """Tokens that are scored at once after a prefill."""

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.calibration.run import check_tokens
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.text import text_digest
 from aqua_attention.evaluate.run import Job, Progress, damaged
 from aqua_attention.evaluate.setting import Setting, check_covered, in_basis
 from aqua_attention.evaluate.suites.grid import Sizes, Subject
 from aqua_attention.model.capture import attention_layers, observe_windows
+from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions

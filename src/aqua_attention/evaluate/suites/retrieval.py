@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.calibration.run import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import Continuation, continue_tokens, encode_prompt
 from aqua_attention.evaluate.run import Job, Progress, counting
 from aqua_attention.evaluate.setting import Setting, runs_of
 from aqua_attention.evaluate.suites.grid import Subject
+from aqua_attention.model.limits import check_tokens, position_limit
 
 SPARE_TOKENS = 4
 """Tokens that an answer may have beyond those of the expected numbers, such as a space and a full stop."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from aqua_attention.attach.apply import Attachment
-from aqua_attention.calibration.run import check_tokens, position_limit
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import generate
 from aqua_attention.evaluate.run import damaged
@@ -26,6 +25,7 @@ from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, Task, Writte
 from aqua_attention.io.files import write_atomically
 from aqua_attention.io.state import RunState
 from aqua_attention.model.capture import input_device
+from aqua_attention.model.limits import check_tokens, position_limit
 
 NEW_TOKENS = 256
 """Tokens that a written answer may have."""
