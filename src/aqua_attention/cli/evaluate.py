@@ -12,7 +12,6 @@ import typer
 from aqua_attention.cli.options import (
     Chat,
     EvaluationData,
-    Json,
     ModelOptions,
     ProjectionsFile,
     Rows,
@@ -22,7 +21,7 @@ from aqua_attention.cli.options import (
     settings_of,
 )
 from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, progress_bar, show
+from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -39,15 +38,12 @@ evaluations = typer.Typer(no_args_is_help=True, help="Measure what AQUA loses ag
 
 @evaluations.command()
 @spread
-def perplexity(
-    *, projections: ProjectionsFile, read: Windows, knobs: Rows, model: ModelOptions, json: Json = None
-) -> None:
+def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, model: ModelOptions, show: Show) -> None:
     """Perplexity, KL divergence and top-1 agreement, dense and AQUA in one run.
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
     settings = settings_of(knobs)
-    check_writable(json)
     from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.perplexity import measure_perplexity
     from aqua_attention.report.tables import perplexity_table
@@ -55,7 +51,7 @@ def perplexity(
     subject, sizes = read.subject(projections, model), Sizes(context=read.context, tokens=read.tokens)
     with progress_bar("evaluate") as progress:
         result = measure_perplexity(subject, settings, sizes, progress)
-    show(result, json, perplexity_table(result), suite="perplexity")
+    show(result, perplexity_table(result), suite="perplexity")
     scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
     typer.echo(
         f"{result['dense']['tokens']} predictions in {result['windows']} windows of {result['context']} tokens{scored}"
@@ -78,13 +74,12 @@ def retention(
     k_ratio: Annotated[list[float] | None, "Share of dimensions; repeat (0.9 0.75 0.5 0.25)."] = None,
     basis: str = "aqua",
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """How much of scores and softmax is lost, per layer and head: static, dynamic and weighted choice of dimensions.
 
     Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
     """
-    check_writable(json)
     from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.retention import K_RATIOS, measure_retention
     from aqua_attention.report.tables import retention_table
@@ -93,7 +88,7 @@ def retention(
     sizes = Sizes(context=read.context, retention_tokens=read.tokens)
     with progress_bar("retention") as progress:
         result = measure_retention(subject, k_ratio or K_RATIOS, sizes, progress)
-    show(result, json, retention_table(result), suite="retention")
+    show(result, retention_table(result), suite="retention")
 
 
 @evaluations.command()
@@ -108,7 +103,7 @@ def lines(
     knobs: Rows,
     chat: Chat = True,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Line retrieval (LongEval): find one of hundreds of numbered lines; dense and AQUA on the same questions.
 
@@ -116,7 +111,6 @@ def lines(
     --selection weighted --sink 4 --recent 64 --json lines.json`
     """
     settings = settings_of(knobs)
-    check_writable(json)
     from aqua_attention.evaluate.suites.grid import Sizes, Subject
     from aqua_attention.evaluate.suites.lines import sized_questions
 
@@ -126,7 +120,7 @@ def lines(
     questions = sized_questions(Sizes(lines=tuple(lines or LINES), count=count, lines_file=data), seed)
     read = "generated" if data is None else str(data)
     subject = Subject(model.model, *model.load(), learned, read, seed=seed, chat=chat)
-    _retrieve("lines", subject, settings, questions, {"seed": None if data else seed}, json)
+    _retrieve("lines", subject, settings, questions, {"seed": None if data else seed}, show)
 
 
 @evaluations.command()
@@ -143,7 +137,7 @@ def needle(
     knobs: Rows,
     chat: Chat = True,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Needle in a haystack: secret numbers hidden at each depth of texts of each length, dense and AQUA.
 
@@ -151,7 +145,6 @@ def needle(
     --selection weighted --sink 4 --recent 64 --json needle.json`
     """
     settings = settings_of(knobs)
-    check_writable(json)
     from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.suites.grid import Sizes, Subject
     from aqua_attention.evaluate.suites.needle import subject_questions
@@ -159,7 +152,7 @@ def needle(
     learned, text = load_projections(projections), load_text(data)
     subject = Subject(model.model, *model.load(), learned, data, text, seed=seed, chat=chat)
     sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
-    _retrieve("needle", subject, settings, subject_questions(subject, sizes), {"needles": needles}, json)
+    _retrieve("needle", subject, settings, subject_questions(subject, sizes), {"needles": needles}, show)
 
 
 def _retrieve(
@@ -168,7 +161,7 @@ def _retrieve(
     settings: list[Setting],
     questions: list[Question],
     source: dict[str, Any],
-    json: Path | None,
+    show: Show,
 ) -> None:
     """Ask, write and print: the same for every kind of question."""
     from aqua_attention.evaluate.suites.retrieval import measure_retrieval
@@ -176,4 +169,4 @@ def _retrieve(
 
     with progress_bar("answers") as progress:
         result = measure_retrieval(subject, settings, questions, progress) | source
-    show(result, json, retrieval_table(result), retrieval_grid(result), suite=suite)
+    show(result, retrieval_table(result), retrieval_grid(result), suite=suite)

@@ -12,13 +12,12 @@ from aqua_attention.cli.options import (
     Chat,
     EvaluationData,
     Grid,
-    Json,
     ModelOptions,
     ProjectionsFile,
     Quick,
     load_projections,
 )
-from aqua_attention.cli.records import Folder, check_places, run_and_print
+from aqua_attention.cli.records import ResultsFolder
 from aqua_attention.cli.spread import spread
 from aqua_attention.errors import AquaError
 
@@ -68,7 +67,7 @@ class SizeOptions:
 @spread
 def grid(
     *,
-    folder: Folder,
+    results: ResultsFolder,
     projections: ProjectionsFile,
     suite: Annotated[list[str], "perplexity, retention, needle, lines; repeat."] = SUITES,
     k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.75)."] = None,
@@ -79,14 +78,12 @@ def grid(
     seed: Annotated[int, "Chooses needles, haystacks and lines."] = 0,
     chat: Chat = True,
     model: ModelOptions,
-    json: Json = None,
 ) -> None:
     """Every combination of the repeated options under every suite, a record each; stopped, the same command goes on.
 
     Example: `aqua eval grid results smollm2 -p smollm2.safetensors --quick --suite perplexity --suite needle
     --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5 --selection weighted --sink 4 --recent 64`
     """
-    check_places(folder, json)
     sizes = given.sizes()
     from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.record import file_digest
@@ -98,8 +95,10 @@ def grid(
     settings = grid_settings(knobs | {"k_ratio": k_ratio, "logit_error": logit_error or []})
     check_suites(suite, settings)
     learned, text = load_projections(projections), load_text(data)
-    loaded, tokenizer = model.load()
-    digest = file_digest(projections)
-    subject = Subject(model.name, loaded, tokenizer, learned, data, text, digest, seed, chat)
-    jobs = grid_jobs(subject, suite, settings, sizes)
-    run_and_print(folder, jobs, loaded, lambda records: [record_table(records)], json, explained=True)
+    subject = Subject(model.name, *model.load(), learned, data, text, file_digest(projections), seed, chat)
+    results.measure(
+        grid_jobs(subject, suite, settings, sizes),
+        subject.model,
+        lambda records: [record_table(records)],
+        explained=True,
+    )

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import Json, ModelOptions, ProjectionsFile, load_projections
+from aqua_attention.cli.options import ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, progress_bars, show
+from aqua_attention.cli.terminal import Show, progress_bars
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 
@@ -58,7 +58,7 @@ def images(
     sink: int = 0,
     images: Images = 256,
     model: ImageModel,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """How far embeddings turn under AQUA, how many nearest neighbours stay, and what each layer loses.
 
@@ -71,7 +71,6 @@ def images(
         (AquaConfig(k_ratio=ratio, selection=name, share=share, sink=sink), its_basis)
         for ratio, (name, its_basis) in product(k_ratio or GRID, methods)
     ]
-    check_writable(json)
     from aqua_attention.evaluate.record import dtype_of, file_digest
     from aqua_attention.evaluate.setting import Setting
     from aqua_attention.evaluate.suites.images import evaluate_images
@@ -85,7 +84,7 @@ def images(
     result |= {"model": model.model, "dtype": dtype_of(loaded), "data": data, "inputs_sha256": inputs_digest(inputs)}
     result["projections_sha256"] = file_digest(projections)
     paper = any((row["selection"], row["basis"]) == METHODS[0] for row in result["retention"])
-    show(result, json, images_table(result), *([layers_table(result)] if paper else []), suite="images")
+    show(result, images_table(result), *([layers_table(result)] if paper else []), suite="images")
     dense = result["dense"]
     typer.echo(
         f"{result['images']} images; dense, two of them have a cosine of {dense['others']:.4f}, nearest ones of "

@@ -14,11 +14,11 @@ from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.grid import grid
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
-from aqua_attention.cli.options import Chat, Context, Json, ModelOptions, ProjectionsFile, load_projections
+from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.report import report
 from aqua_attention.cli.spread import spread
 from aqua_attention.cli.tasks import lm_eval, tasks
-from aqua_attention.cli.terminal import check_writable, progress_bar, progress_bars, show, stoppable
+from aqua_attention.cli.terminal import Show, check_writable, progress_bar, progress_bars, stoppable
 from aqua_attention.cli.transfer import context as across_contexts
 from aqua_attention.cli.transfer import transfer
 from aqua_attention.config import AquaConfig
@@ -72,15 +72,15 @@ def calibrate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     checkpoint_seconds: Annotated[float, "How often the state is kept, in OUTPUT.partial."] = 10.0,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Learn a model's projections from a text, or from images, once. Stopped or killed, it goes on with --resume.
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
-    check_writable(output, json)  # before what has no name, such as ".", is given another
+    check_writable(output, show.json)  # before what has no name, such as ".", is given another
     partial = output.with_name(f"{output.name}.partial")
-    check_writable(output, partial, json)
+    check_writable(output, partial, show.json)
     from aqua_attention.calibration.checkpoint import check_finished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers
@@ -109,17 +109,16 @@ def calibrate(
         projections.save(output)
     discard(partial)
     remove_leftovers(output)
-    _show_made(projections, output, json)
+    _show_made(projections, output, show)
 
 
 @app.command()
 @spread
-def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")], json: Json = None) -> None:
+def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")], show: Show) -> None:
     """Check a projections file and show what is in it.
 
     Example: `aqua inspect smollm2.safetensors`
     """
-    check_writable(json)
     from aqua_attention.calibration.projections import spectrum
     from aqua_attention.report.tables import provenance_table, spectrum_table
 
@@ -127,7 +126,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibr
     model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
     rows = spectrum(projections)
     result = {"model": model, "calibration": projections.calibration, "layers": rows}
-    show(result, json, provenance_table(projections), spectrum_table(rows), suite="spectrum")
+    show(result, provenance_table(projections), spectrum_table(rows), suite="spectrum")
 
 
 @app.command("merge")
@@ -136,24 +135,24 @@ def merge_files(
     first: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
     second: Annotated[Path, typer.Argument(help="Another one, of the same model, from other text.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Write the merged projections here.")],
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Join two calibrations of one model, as if one run had read both texts (for calibrating on several machines).
 
     Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
     """
-    check_writable(output, json)
+    check_writable(output, show.json)
     projections = load_projections(first).merged(load_projections(second))
     projections.save(output)
-    _show_made(projections, output, json)
+    _show_made(projections, output, show)
 
 
-def _show_made(projections: Projections, output: Path, json: Path | None) -> None:
+def _show_made(projections: Projections, output: Path, show: Show) -> None:
     from aqua_attention.calibration.projections import spectrum
     from aqua_attention.report.tables import provenance_table
 
     result = {"calibration": projections.calibration, "layers": spectrum(projections)}
-    show(result, json, provenance_table(projections))
+    show(result, provenance_table(projections))
     typer.echo(f"wrote {output}")
 
 
@@ -168,14 +167,13 @@ def generate(
     compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
     chat: Chat = True,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Continue a prompt with AQUA attention (greedy).
 
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --compare`
     """
-    check_writable(json)
     from aqua_attention.attach.apply import apply
     from aqua_attention.evaluate.generation import continue_prompt
 
@@ -186,7 +184,7 @@ def generate(
     for name, attached in (("dense", None),) * compare + (("aqua", attachment),):
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "attachment": attached, "chat": chat}
         result[name] = continue_prompt(loaded, tokenizer, prompt, **options).text
-    show(result, json)
+    show(result)
     if compare:
         typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
     typer.echo(result["aqua"])
@@ -195,20 +193,20 @@ def generate(
 @app.command()
 @spread
 def demo(
+    *,
     out: Annotated[Path, "Folder for projections, table.md and summary.json."] = Path("demo-out"),
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Fetch a small model, calibrate it, measure gain and loss, and let it write: everything in one go.
 
     Example: `aqua demo --out demo-out`
     """
-    check_writable(json)
     from aqua_attention.cli.demo import run_demo
     from aqua_attention.report.tables import perplexity_table
 
     with progress_bars() as report:
         summary = run_demo(out, report)
-    show(summary, json, perplexity_table(summary))
+    show(summary, perplexity_table(summary))
     generation = summary["generation"]
     typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
     typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")

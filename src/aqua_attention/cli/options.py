@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 Dtype = Annotated[str, "auto, float32, bfloat16 or float16."]
 Device = Annotated[str | None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)."]
-Json = Annotated[Path | None, "Also write the figures to this file."]
 ProjectionsFile = Annotated[Path, typer.Option("--projections", "-p", help="File made by `aqua calibrate`.")]
 Context = Annotated[int, "Tokens in a window."]
 EvaluationData = Annotated[str, "Text: builtin:evaluation, a file or folder, hub:name."]
 Tokens = Annotated[int, "How many tokens to read, from the start of the text."]
 Chat = Annotated[bool, "Use the model's chat template."]
+Seed = Annotated[int, "Chooses the windows calibrated on."]
 Quick = Annotated[bool, typer.Option("--quick", help="Short texts: minutes for the default model.")]
 
 Rows = Annotated[dict[str, list[Any]], Knobs(repeat=("k_ratio",))]

@@ -53,6 +53,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     for options, _ in parts.values():
         options[:] = [option for option in options if option.parameter.name not in own]
     flat = [one for each in parameters for one in (parts[each.name][0] if each.name in parts else [Option(each)])]
+    flat.sort(key=lambda option: option.parameter.name == "json")  # last, whoever has it
     declared, shown = knobs() | {"basis": BASIS}, []
     for parameter in (option.parameter for option in flat):
         explained = _explained(parameter.annotation, declared.get(parameter.name))

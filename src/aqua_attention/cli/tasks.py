@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import Json, ModelOptions, ProjectionsFile, Rows, load_projections, settings_of
+from aqua_attention.cli.options import ModelOptions, ProjectionsFile, Rows, load_projections, settings_of
 from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, progress_bar, show, stoppable
+from aqua_attention.cli.terminal import Show, check_writable, progress_bar, stoppable
 from aqua_attention.errors import AquaError
 
 QUICK_CHOICES, QUICK_WRITTEN = 10, 2
@@ -41,7 +41,7 @@ def tasks(
     batch: Annotated[int, "Questions at once."] = 8,
     knobs: Rows,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Multiple choice and arithmetic from local files, dense and AQUA on the same questions.
 
@@ -49,7 +49,7 @@ def tasks(
     --limit 100 --k-ratio 0.5 --selection weighted --sink 4 --recent 64 --state tasks.state --json tasks.json`
     """
     settings = settings_of(knobs)
-    check_writable(state, json)
+    check_writable(state, show.json)
     from aqua_attention.evaluate.record import dtype_of
     from aqua_attention.evaluate.tasks.prompts import load_task
     from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks
@@ -74,7 +74,7 @@ def tasks(
             *(loaded, tokenizer, learned, settings, asked), batch=batch, state=state, progress=progress
         )
     result |= {"model": model.model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
-    show(result, json, tasks_table(result), suite="tasks")
+    show(result, tasks_table(result), suite="tasks")
     for name, entry in result["tasks"].items():
         beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""
         typer.echo(f"{name}: {entry['questions']} questions of {_some_of(entry['files'])}{beside}")

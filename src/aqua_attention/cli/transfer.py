@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from aqua_attention.cli.options import EvaluationData, Json, ModelOptions, Quick, Rows
-from aqua_attention.cli.records import Folder, Seed, check_places, print_notice, run_and_print
+from aqua_attention.cli.options import EvaluationData, ModelOptions, Quick, Rows, Seed
+from aqua_attention.cli.records import ResultsFolder
 from aqua_attention.cli.spread import spread
 from aqua_attention.errors import AquaError
 
@@ -25,7 +25,7 @@ TestTokens = Annotated[int | None, "Tokens that each is tested on ({}; quick {})
 @spread
 def transfer(
     *,
-    folder: Folder,
+    results: ResultsFolder,
     domain: Annotated[list[str], "NAME=TEXT, a text as --data takes; repeat, at least two."],
     knobs: Rows,
     calibration_tokens: Annotated[
@@ -36,7 +36,6 @@ def transfer(
     quick: Quick = False,
     seed: Seed = 0,
     model: ModelOptions,
-    json: Json = None,
 ) -> None:
     """Projections calibrated on each kind of text, tested on each: loss, and how far the rotations are apart.
 
@@ -45,9 +44,7 @@ def transfer(
 
     Example: `aqua eval transfer results smollm2 --domain prose=novel.txt --domain code=src.txt --k-ratio 0.5`
     """
-    check_places(folder, json)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.run import check_sizes
     from aqua_attention.evaluate.suites.transfer import check_domains, split_domain, transfer_jobs
     from aqua_attention.report.record_tables import transfer_tables
@@ -65,16 +62,15 @@ def transfer(
         "context": CONTEXT[quick] if context is None else context,
     }
     check_sizes(**sizes)
-    loaded, tokenizer = model.load()
-    calibrator = Calibrator(folder, model.name, loaded, tokenizer, print_notice)
+    calibrator = results.calibrator(model)
     jobs = transfer_jobs(calibrator, domains, settings, **sizes, seed=seed)
-    run_and_print(folder, jobs, loaded, transfer_tables, json)
+    results.measure(jobs, calibrator.model, transfer_tables)
 
 
 @spread
 def context(
     *,
-    folder: Folder,
+    results: ResultsFolder,
     calibrated_length: Annotated[
         list[int] | None, "Tokens in a window of calibration; repeat (512 2048; quick 256 512)."
     ] = None,
@@ -92,7 +88,6 @@ def context(
     quick: Quick = False,
     seed: Seed = 0,
     model: ModelOptions,
-    json: Json = None,
 ) -> None:
     """Calibrated on windows of one length and tested at another; calibrated on few tokens and on many.
 
@@ -101,9 +96,7 @@ def context(
     `aqua eval context results smollm2 --calibrated-length 1024 --tested-length 1024 --calibration-tokens 1024
     --calibration-tokens 4096 --calibration-tokens 16384`
     """
-    check_places(folder, json)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.run import check_sizes
     from aqua_attention.evaluate.suites.context import context_jobs
     from aqua_attention.report.record_tables import context_tables
@@ -116,8 +109,7 @@ def context(
     read = calibration_tokens or [CALIBRATION_TOKENS[quick]]
     tokens = TEST_TOKENS[quick] if tokens is None else tokens
     check_sizes(calibrated_length=calibrated, tested_length=tested, calibration_tokens=read, tokens=tokens)
-    loaded, tokenizer = model.load()
-    calibrator = Calibrator(folder, model.name, loaded, tokenizer, print_notice)
+    calibrator = results.calibrator(model)
     jobs = context_jobs(
         *(calibrator, calibration, test, settings),
         calibrated_lengths=calibrated,
@@ -126,7 +118,7 @@ def context(
         tokens=tokens,
         seed=seed,
     )
-    run_and_print(folder, jobs, loaded, context_tables, json)
+    results.measure(jobs, calibrator.model, context_tables)
 
 
 def _settings(knobs: dict[str, list[Any]]) -> list[Setting]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from aqua_attention.evaluate.record import Record, Unusable, check_schema, read_setting, short
 from aqua_attention.evaluate.suites import SUITES
-from aqua_attention.report.tables import row_setting
+from aqua_attention.report.tables import row_name
 
 DETAILS = "command version commit device dtype started projections_sha256 text_sha256 inputs_sha256".split()
 SOURCE_KEYS = "data context tokens seed needles chat scored length batch limit quick images".split()
@@ -180,12 +180,12 @@ def _retrieval(suite: str, value: _File, source: str) -> list[Record]:
 
 def _memory(suite: str, value: _File, source: str) -> list[Record]:
     """Rows are named by words, also ours."""
-
-    def named(row: _File) -> _File:
+    rows = []
+    for row in value["rows"]:
         setting = row.get("setting")
-        return row | {"setting": row_setting(read_setting(setting) if isinstance(setting, dict) else setting)}
-
-    return _whole(suite, value | {"rows": [named(row) for row in value["rows"]]}, source)
+        ours = {"setting": row_name({"setting": read_setting(setting)})} if isinstance(setting, dict) else {}
+        rows.append(row | ours)
+    return _whole(suite, value | {"rows": rows}, source)
 
 
 READERS: dict[str, Callable[[str, _File, str], list[Record]]] = {
