@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aqua_attention.cli.options import Device, Dtype, ModelOptions, ProjectionsFile, load_projections
-from aqua_attention.cli.spread import spread
+from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -31,7 +31,7 @@ BREAKEVEN_K_RATIOS = [0.75, 0.5]
 Size = Annotated[list[str], "Sequences and tokens in each, such as 8x32768; repeat."]
 Half = Annotated[str, "bfloat16 or float16."]
 
-benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
+benchmarks = Commands(no_args_is_help=True, help="Measure what AQUA saves.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ class NarrowModel(ModelOptions):
 
 
 @benchmarks.command()
-@spread
 def memory(
     *,
     projections: ProjectionsFile,
@@ -88,15 +87,13 @@ def memory(
 
     grid = product((None, 8, 4), dict.fromkeys(s_ratio), dict.fromkeys(h2o_ratio))
     configs = [AquaConfig(s_ratio=s, bits=b, h2o_ratio=h, **vars(exact)) for b, s, h in grid]
-    learned = load_projections(projections)
-    loaded, _ = model.load()
+    learned, (loaded, _) = load_projections(projections), model.load()
     with progress_bar("generate") as progress:
         result = measure_memory(loaded, learned, configs, length=length, batch=batch, progress=progress)
     show(result | {"model": model.model}, memory_table(result), suite="memory")
 
 
 @benchmarks.command()
-@spread
 def decode(
     *,
     size: Size = SIZES,
@@ -126,7 +123,6 @@ def decode(
 
 
 @benchmarks.command()
-@spread
 def generate(
     *,
     size: Size = GENERATE_SIZES,
@@ -165,7 +161,6 @@ def generate(
 
 
 @benchmarks.command()
-@spread
 def breakeven(
     *,
     device: Device = None,
@@ -173,7 +168,7 @@ def breakeven(
     dtype: Annotated[str | None, "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (the first)."] = None,
     k_ratio: list[float] = BREAKEVEN_K_RATIOS,
     lengths: Annotated[str | None, "FIRST..LAST tokens, doubled (default: 64..65536)."] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Lengths up to 4096 only.")] = False,
+    quick: Annotated[bool, "--quick", "Lengths up to 4096 only."] = False,
     exact: ExactWindow,
     show: Show,
 ) -> None:

@@ -17,10 +17,9 @@ from aqua_attention.cli.options import (
     Rows,
     Tokens,
     Windows,
-    load_projections,
     settings_of,
 )
-from aqua_attention.cli.spread import spread
+from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.errors import AquaError
 
@@ -33,29 +32,27 @@ LINES = [100, 200]
 LENGTHS = [1024, 2048, 4096]
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
-evaluations = typer.Typer(no_args_is_help=True, help="Measure what AQUA loses against the dense model.")
+evaluations = Commands(no_args_is_help=True, help="Measure what AQUA loses against the dense model.")
 
 
 @evaluations.command()
-@spread
 def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, model: ModelOptions, show: Show) -> None:
     """Perplexity, KL divergence and top-1 agreement, dense and AQUA in one run.
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
-    settings = settings_of(knobs)
+    settings, text = settings_of(knobs), read.text
     from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.perplexity import measure_perplexity
     from aqua_attention.report.tables import perplexity_table
 
-    subject, sizes = read.subject(projections, model), Sizes(context=read.context, tokens=read.tokens)
+    subject, sizes = model.subject(projections, read.data, text), Sizes(context=read.context, tokens=read.tokens)
     with progress_bar("evaluate") as progress:
         result = measure_perplexity(subject, settings, sizes, progress)
     show(result, perplexity_table(result), suite="perplexity")
     scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
-    typer.echo(
-        f"{result['dense']['tokens']} predictions in {result['windows']} windows of {result['context']} tokens{scored}"
-    )
+    count = f"{result['dense']['tokens']} predictions in {result['windows']} windows"
+    typer.echo(f"{count} of {result['context']} tokens{scored}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,6 @@ class FewerWindows(Windows):
 
 
 @evaluations.command()
-@spread
 def retention(
     *,
     projections: ProjectionsFile,
@@ -84,7 +80,7 @@ def retention(
     from aqua_attention.evaluate.suites.retention import K_RATIOS, measure_retention
     from aqua_attention.report.tables import retention_table
 
-    subject = read.subject(projections, model, predicts=False, basis=basis)
+    subject = model.subject(projections, read.data, read.text, basis=basis, predicts=False)
     sizes = Sizes(context=read.context, retention_tokens=read.tokens)
     with progress_bar("retention") as progress:
         result = measure_retention(subject, k_ratio or K_RATIOS, sizes, progress)
@@ -92,7 +88,6 @@ def retention(
 
 
 @evaluations.command()
-@spread
 def lines(
     *,
     projections: ProjectionsFile,
@@ -111,20 +106,18 @@ def lines(
     --selection weighted --sink 4 --recent 64 --json lines.json`
     """
     settings = settings_of(knobs)
-    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.lines import sized_questions
 
     if data is not None and lines:
         raise AquaError(f"--lines generates questions, --data {data} reads them: give one of the two")
-    learned = load_projections(projections)
-    questions = sized_questions(Sizes(lines=tuple(lines or LINES), count=count, lines_file=data), seed)
-    read = "generated" if data is None else str(data)
-    subject = Subject(model.model, *model.load(), learned, read, seed=seed, chat=chat)
-    _retrieve("lines", subject, settings, questions, {"seed": None if data else seed}, show)
+    sizes = Sizes(lines=tuple(lines or LINES), count=count, lines_file=data)
+    questions, read = sized_questions(sizes, seed), "generated" if data is None else str(data)
+    subject = model.subject(projections, read, seed=seed, chat=chat)
+    _retrieve("lines", subject, settings, questions, show, seed=None if data else seed)
 
 
 @evaluations.command()
-@spread
 def needle(
     *,
     projections: ProjectionsFile,
@@ -146,22 +139,16 @@ def needle(
     """
     settings = settings_of(knobs)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.needle import subject_questions
 
-    learned, text = load_projections(projections), load_text(data)
-    subject = Subject(model.model, *model.load(), learned, data, text, seed=seed, chat=chat)
+    subject = model.subject(projections, data, load_text(data), seed=seed, chat=chat)
     sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
-    _retrieve("needle", subject, settings, subject_questions(subject, sizes), {"needles": needles}, show)
+    _retrieve("needle", subject, settings, subject_questions(subject, sizes), show, needles=needles)
 
 
 def _retrieve(
-    suite: str,
-    subject: Subject,
-    settings: list[Setting],
-    questions: list[Question],
-    source: dict[str, Any],
-    show: Show,
+    suite: str, subject: Subject, settings: list[Setting], questions: list[Question], show: Show, **source: Any
 ) -> None:
     """Ask, write and print: the same for every kind of question."""
     from aqua_attention.evaluate.suites.retrieval import measure_retrieval

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,10 +15,8 @@ from aqua_attention.cli.options import (
     ModelOptions,
     ProjectionsFile,
     Quick,
-    load_projections,
 )
 from aqua_attention.cli.records import ResultsFolder
-from aqua_attention.cli.spread import spread
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -49,9 +47,8 @@ class SizeOptions:
             AquaError: lines of a file, and lines to generate; fewer tokens than can predict one.
         """
         if self.lines_file is not None and self.lines:
-            raise AquaError(
-                f"--lines generates questions, --lines-file {self.lines_file} reads them: give one of the two"
-            )
+            both = f"--lines generates questions, --lines-file {self.lines_file} reads them"
+            raise AquaError(f"{both}: give one of the two")
         from aqua_attention.evaluate.run import check_sizes
         from aqua_attention.evaluate.suites.grid import sizes_of
 
@@ -64,7 +61,6 @@ class SizeOptions:
         return sizes_of(**given, retention_tokens=self.tokens, lengths=lengths, depths=depths)
 
 
-@spread
 def grid(
     *,
     results: ResultsFolder,
@@ -88,14 +84,14 @@ def grid(
     from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.record import file_digest
     from aqua_attention.evaluate.run import grid_settings
-    from aqua_attention.evaluate.suites.grid import Subject, check_suites, grid_jobs
+    from aqua_attention.evaluate.suites.grid import check_suites, grid_jobs
     from aqua_attention.report.record_tables import record_table
 
     k_ratio = k_ratio or ([] if logit_error else PAPER_K_RATIO)
     settings = grid_settings(knobs | {"k_ratio": k_ratio, "logit_error": logit_error or []})
     check_suites(suite, settings)
-    learned, text = load_projections(projections), load_text(data)
-    subject = Subject(model.name, *model.load(), learned, data, text, file_digest(projections), seed, chat)
+    subject = model.subject(projections, data, load_text(data), name=model.name, seed=seed, chat=chat)
+    subject = replace(subject, projections_sha256=file_digest(projections))
     results.measure(
         grid_jobs(subject, suite, settings, sizes),
         subject.model,

@@ -9,11 +9,9 @@ from typing import Annotated
 
 import typer
 
-from aqua_attention.cli.spread import spread
 from aqua_attention.cli.terminal import Show, check_writable, progress_bar
 
 
-@spread
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Results: what `aqua eval grid` wrote, or --json of other commands.")

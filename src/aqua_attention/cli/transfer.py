@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from aqua_attention.cli.options import EvaluationData, ModelOptions, Quick, Rows, Seed
 from aqua_attention.cli.records import ResultsFolder
-from aqua_attention.cli.spread import spread
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -18,21 +17,21 @@ CALIBRATION_TOKENS = 16384, 2048
 TEST_TOKENS = 8192, 1024
 CONTEXT = 2048, 512
 WINDOWS = [512, 2048], [256, 512]
+# The same in the words of the help.
+CALIBRATED, TESTED, WINDOW = ("{}; quick {}".format(*sizes) for sizes in (CALIBRATION_TOKENS, TEST_TOKENS, CONTEXT))
+LENGTHS = "512 2048; quick 256 512"
 
-TestTokens = Annotated[int | None, "Tokens that each is tested on ({}; quick {}).".format(*TEST_TOKENS)]
+TestTokens = Annotated[int | None, f"Tokens that each is tested on ({TESTED})."]
 
 
-@spread
 def transfer(
     *,
     results: ResultsFolder,
     domain: Annotated[list[str], "NAME=TEXT, a text as --data takes; repeat, at least two."],
     knobs: Rows,
-    calibration_tokens: Annotated[
-        int | None, "Tokens that each projection is calibrated on ({}; quick {}).".format(*CALIBRATION_TOKENS)
-    ] = None,
+    calibration_tokens: Annotated[int | None, f"Tokens that each projection is calibrated on ({CALIBRATED})."] = None,
     tokens: TestTokens = None,
-    context: Annotated[int | None, "Tokens in a window ({}; quick {}).".format(*CONTEXT)] = None,
+    context: Annotated[int | None, f"Tokens in a window ({WINDOW})."] = None,
     quick: Quick = False,
     seed: Seed = 0,
     model: ModelOptions,
@@ -67,19 +66,13 @@ def transfer(
     results.measure(jobs, calibrator.model, transfer_tables)
 
 
-@spread
 def context(
     *,
     results: ResultsFolder,
-    calibrated_length: Annotated[
-        list[int] | None, "Tokens in a window of calibration; repeat (512 2048; quick 256 512)."
-    ] = None,
-    tested_length: Annotated[
-        list[int] | None, "Tokens in a window of the test; repeat (512 2048; quick 256 512)."
-    ] = None,
+    calibrated_length: Annotated[list[int] | None, f"Tokens in a window of calibration; repeat ({LENGTHS})."] = None,
+    tested_length: Annotated[list[int] | None, f"Tokens in a window of the test; repeat ({LENGTHS})."] = None,
     calibration_tokens: Annotated[
-        list[int] | None,
-        "Tokens to calibrate on; repeat, to see how many are enough ({}; quick {}).".format(*CALIBRATION_TOKENS),
+        list[int] | None, f"Tokens to calibrate on; repeat, to see how many are enough ({CALIBRATED})."
     ] = None,
     calibration_data: Annotated[str, "Text to calibrate on."] = "builtin:calibration",
     data: EvaluationData = "builtin:evaluation",
@@ -110,14 +103,8 @@ def context(
     tokens = TEST_TOKENS[quick] if tokens is None else tokens
     check_sizes(calibrated_length=calibrated, tested_length=tested, calibration_tokens=read, tokens=tokens)
     calibrator = results.calibrator(model)
-    jobs = context_jobs(
-        *(calibrator, calibration, test, settings),
-        calibrated_lengths=calibrated,
-        tested_lengths=tested,
-        calibration_tokens=read,
-        tokens=tokens,
-        seed=seed,
-    )
+    lengths = {"calibrated_lengths": calibrated, "tested_lengths": tested, "calibration_tokens": read}
+    jobs = context_jobs(calibrator, calibration, test, settings, **lengths, tokens=tokens, seed=seed)
     results.measure(jobs, calibrator.model, context_tables)
 
 

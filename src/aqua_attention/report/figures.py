@@ -55,30 +55,28 @@ def curves(name: str, alt: str, x: Axis, ys: Sequence[Axis], points: Iterable[Po
     if len(lines) > len(svg.SERIES):
         longest = sorted(lines, key=lambda label: -len(lines[label]))[: len(svg.SERIES)]
         coloured = [label for label in longest if len(lines[label]) > 1]
-    named = [label for label in lines if label in coloured]
-    others = [label for label in lines if label not in coloured]
-    with svg.styled(50 + 200 * len(ys) + 17 * (len(named) + bool(others))) as figure:
+    looks = dict(
+        zip([label for label in lines if label in coloured], zip(svg.SERIES, MARKERS, strict=True), strict=False)
+    )
+    others = [label for label in lines if label not in looks]
+    with svg.styled(50 + 200 * len(ys) + 17 * (len(looks) + bool(others))) as figure:
         axes: Any = figure.subplots(len(ys), 1, sharex=True, squeeze=False)[:, 0]
         for row, (axis, y) in enumerate(zip(axes, ys, strict=True)):
-            for place, label in enumerate([*named, *others]):
-                mine = label in coloured
-                shown = _shortened(label) if mine else "others: see the numbers" if label == others[0] else None
-                look = (
-                    {"color": svg.SERIES[place], "marker": MARKERS[place]}
-                    if mine
-                    else {"color": svg.REST, "marker": "o"}
-                )
+            for label in [*looks, *others]:
+                colour, marker = looks.get(label, (svg.REST, "o"))
+                shown = _shortened(label) if label in looks else None
                 line = sorted((at, values[row]) for _, at, values in lines[label] if abs(at) < LARGEST)
                 heights = [max(value, SMALLEST) if y.scale.startswith("log") else value for _, value in line]
                 axis.plot(
                     [at for at, _ in line],
                     [min(max(value, -LARGEST), LARGEST) if math.isfinite(value) else math.nan for value in heights],
-                    **look,
+                    color=colour,
+                    marker=marker,
                     markersize=5.5,
                     markeredgecolor=svg.PAPER,
                     markeredgewidth=0.6,
                     linestyle="-" if joined else "",
-                    label=shown,
+                    label="others: see the numbers" if label in others[:1] else shown,
                 )
             _scale(axis.xaxis, x)
             _scale(axis.yaxis, y)

@@ -31,14 +31,10 @@ def _retention(records: Sequence[Record]) -> list[Block]:
     blocks = []
     axes = [Axis("score loss", "percent"), Axis("softmax loss", "percent")]
     for place, (title, group) in enumerate(runs_of(records, "retention").items()):
-        points = [
-            (
-                _selection(r),
-                number(r.figures["k_ratio"]),
-                [number(r.figures[f"{name}_loss"]) for name in ("score", "softmax")],
-            )
-            for r in group
-        ]
+        points = []
+        for record in group:
+            losses = [number(record.figures[key]) for key in ("score_loss", "softmax_loss")]
+            points.append((_selection(record), number(record.figures["k_ratio"]), losses))
         rows = [[name, plain(ratio), *(percent(loss, 2) for loss in losses)] for name, ratio, losses in points]
         alt = "Loss of scores and of softmax by k_ratio and selection"
         panel = curves(f"retention{place}", alt, Axis("k_ratio"), axes, points)
@@ -71,7 +67,7 @@ def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Bl
         heads = max(map(len, grid))
         grid = [row + [math.nan] * (heads - len(row)) for row in grid]
         rows += [
-            [selection, *_filled([name, *map(percent, row)], most + 1)] for name, row in zip(names, grid, strict=True)
+            _filled([selection, name, *map(percent, row)], most + 2) for name, row in zip(names, grid, strict=True)
         ]
         panels.append(
             heat(

@@ -84,11 +84,7 @@ def _without(records: Sequence[Record], others: Sequence[Record]) -> list[Record
 
 
 def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record], others: Sequence[Record]) -> Block:
-    """A row a setting: of `group` (perplexity), and those of `others` (retrieval) that it lacks.
-
-    Args:
-        asked: retrieval; a column for each run of it.
-    """
+    """A row a setting: of `group` (perplexity), and those of `others` that it lacks; a column a run of `asked`."""
     settings = [record for record in group if record.setting is not None]
     known = {name_of(record) for record in settings}
     settings += {name_of(r): r for r in others if r.setting is not None and name_of(r) not in known}.values()

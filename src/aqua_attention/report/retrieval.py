@@ -32,20 +32,20 @@ def retrieval_sections(records: Sequence[Record]) -> list[Section]:
 def _needle(identity: str, record: Record) -> Panel:
     sums: dict[tuple[float, float], list[float]] = {}
     for cell in record.figures["cells"]:
-        right, asked = sums.get(place := (number(cell.get("depth")), number(cell.get("length"))), (0.0, 0.0))
-        sums[place] = [right + number(cell.get("right")), asked + number(cell.get("asked"))]
+        counts = sums.setdefault((number(cell.get("depth")), number(cell.get("length"))), [0.0, 0.0])
+        counts[:] = counts[0] + number(cell.get("right")), counts[1] + number(cell.get("asked"))
     depths, lengths = (sorted({place[axis] for place in sums}, key=lambda v: (math.isnan(v), v)) for axis in (0, 1))
-    counts = [[sums.get((depth, length), []) for length in lengths] for depth in depths]
+    counted = [[sums.get((depth, length), []) for length in lengths] for depth in depths]
     return heat(
         identity,
         f"Needles found by length and depth, {name_of(record)}",
         name_of(record),
         ("depth (0 beginning, 1 end)", list(map(plain, depths))),
         ("length (tokens)", list(map(count, lengths))),
-        [[_share(*cell) for cell in line] for line in counts],
+        [[_share(*cell) for cell in line] for line in counted],
         unit="right (%)",
         limits=(0.0, 1.0),
-        texts=[["/".join(map(count, cell)) for cell in line] for line in counts],
+        texts=[["/".join(map(count, cell)) for cell in line] for line in counted],
     )
 
 

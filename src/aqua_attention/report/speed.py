@@ -15,13 +15,7 @@ from aqua_attention.report.tables import DECODE, GENERATE, MEMORY, Column, Row, 
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """A benchmark with a bar for each row.
-
-    Attributes:
-        title: of the block, before the size.
-        first: title of the rows' names.
-        x, key, form: the axis, the figure that is drawn, and how it is written; mark: one that is marked beside it.
-    """
+    """A benchmark with a bar for each row: the figure `key` along the axis `x`, and `mark` marked beside it."""
 
     title: str
     note: str

@@ -20,12 +20,7 @@ Identity = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Side:
-    """The rows or the columns of a matrix.
-
-    Attributes:
-        key: the field of the result.
-        facts: what else is another for each of them.
-    """
+    """The rows or the columns of a matrix: the field of the result, and what else is another for each of them."""
 
     key: str
     title: str
@@ -81,13 +76,7 @@ DISTANCE = Column("distance", "distance", "z.3f")
 
 @dataclass(frozen=True)
 class _Matrix:
-    """Measurements that differ in their row and column only.
-
-    Attributes:
-        title: another for each matrix.
-        rows, columns: labels; one has with it what tells it from another of the same label.
-        cells: (row, column, record), in the order of the labels.
-    """
+    """Measurements that differ in their row and column only: each a cell (row, column, record), in their order."""
 
     title: str
     rows: list[str]
@@ -131,10 +120,8 @@ def _block(identity: str, matrix: _Matrix, kind: _Kind) -> Block:
 def _matrices(records: Sequence[Record], kind: _Kind, apart: Sequence[str] = ()) -> Iterable[_Matrix]:
     """All measurements of a suite in as few matrices as have no cell for two that differ in more than their place.
 
-    Those of texts that have nothing to do with each other, although named alike, get a matrix each.
-
-    Args:
-        apart: further facts that may differ within a matrix.
+    Those of texts that have nothing to do with each other, although named alike, get a matrix each. `apart`: further
+    facts that may differ within one.
     """
     sides = kind.down, kind.across
     placed = {*kind.down.facts, *kind.across.facts, *apart, "projections_sha256"}
@@ -224,11 +211,10 @@ def _calibration_size(matrices: Iterable[_Matrix]) -> list[Block]:
         if len({tokens for tokens in map(_calibration_tokens, matrix.records) if math.isfinite(tokens)}) < 2:
             continue
         places = {cell[:2]: place for place, cell in enumerate(matrix.cells)}
+        ordered = sorted(matrix.cells, key=lambda cell: (places[cell[:2]], _calibration_tokens(cell[2])))
         points = [
             (f"windows of {calibrated}, tested at {tested}", _calibration_tokens(record), record.figures)
-            for calibrated, tested, record in sorted(
-                matrix.cells, key=lambda cell: (places[cell[:2]], _calibration_tokens(cell[2]))
-            )
+            for calibrated, tested, record in ordered
         ]
         rows = [[name, count(tokens), *cells(result, LOSSES[1:])] for name, tokens, result in points]
         alt = "by the number of tokens calibrated on"
