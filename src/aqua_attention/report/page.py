@@ -82,7 +82,7 @@ def facts_of(collected: Collected) -> list[str]:
 
 
 def html(sections: Sequence[Section], facts: Sequence[str]) -> str:
-    """One page that needs nothing else: no script, no network."""
+    """One page that needs nothing else: no script, no network. Raises AquaError where jinja2 is not installed."""
     given = {"title": TITLE, "sections": sections, "facts": facts, "most": MOST_ROWS}
     return _template().render(given, light=svg.variables(svg.LIGHT), dark=svg.variables(svg.DARK))
 
