@@ -17,6 +17,7 @@ SHARES = ("head", "group")
 BITS = (None, 8, 4)
 AUTO = "auto"
 """A `min_length` that `apply` reads from the machine's profile."""
+_TOKENS, _NO_CACHE = "of tokens, 0 or more", "it has no cache"
 _LESS = {"<": operator.lt, "<=": operator.le}
 
 
@@ -109,27 +110,19 @@ class AquaConfig:
     share: Annotated[
         str, Knob("head: each query head its own dimensions; group: one set a KV head", choices=SHARES)
     ] = "head"
-    sink: Annotated[int, Knob("First tokens scored with every dimension", "of tokens, 0 or more")] = 0
+    sink: Annotated[int, Knob("First tokens scored with every dimension", _TOKENS)] = 0
     recent: Annotated[
-        int,
-        Knob(
-            "Last tokens scored with every dimension", "of tokens, 0 or more", causal="no token is the most recent one"
-        ),
+        int, Knob("Last tokens scored with every dimension", _TOKENS, causal="no token is the most recent one")
     ] = 0
     logit_error: Annotated[
-        float | None,
-        Knob("Adaptive k: variance of the logit error allowed to a query; replaces k_ratio", "0 or more"),
+        float | None, Knob("Adaptive k: variance of the logit error allowed to a query; replaces k_ratio", "0 or more")
     ] = None
     bits: Annotated[
         int | None,
-        Knob(
-            "8 or 4: keys and values are stored in int8 or int4 (default: as computed)",
-            choices=BITS,
-            causal="it has no cache",
-        ),
+        Knob("8 or 4: keys and values in int8 or int4 (default: as computed)", choices=BITS, causal=_NO_CACHE),
     ] = None
     h2o_ratio: Annotated[
-        float, Knob("Share of the tokens that stays in the cache", "0 < h2o_ratio <= 1", causal="it has no cache")
+        float, Knob("Share of the tokens that stays in the cache", "0 < h2o_ratio <= 1", causal=_NO_CACHE)
     ] = 1.0
     h2o_queries: Annotated[
         int | None, Knob("Only the last so many queries say which (default: all, H2O)", "1 or more")
@@ -138,9 +131,7 @@ class AquaConfig:
         int | Literal["auto"],
         Knob(
             "Queries that see fewer tokens multiply every dimension; auto: see `aqua bench breakeven`",
-            "of tokens, 0 or more",
-            choices=(AUTO,),
-            causal="all queries of a sequence see as many tokens",
+            *(_TOKENS, (AUTO,), "all queries of a sequence see as many tokens"),
         ),
     ] = 0
 

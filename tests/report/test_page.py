@@ -16,7 +16,7 @@ import samples
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.report.collect import collect
-from aqua_attention.report.figures import Axis, Curve, curves
+from aqua_attention.report.figures import Axis, curves
 from aqua_attention.report.losses import cache_share, key_share
 from aqua_attention.report.page import facts_of, html, report_markdown, sections_of, write_report
 
@@ -207,8 +207,8 @@ def test_names_from_files_never_become_markup(tmp_path):
 def test_labels_of_a_drawing_stay_as_they_are():
     """Whatever looks like the SVG that is rewritten around them."""
     labels = ['id="axes_1" url(#x) #010101', "0.0001234567", "<text>&amp;", "$x^2$", "हिन्दी"]
-    lines = [Curve(label, [(0.0, [1.0]), (1.0, [0.001])]) for label in labels]
-    image = curves("a", 'in "words"', Axis("x"), [Axis("loss", "log")], lines).svg
+    points = [(label, at, [value]) for label in labels for at, value in ((0.0, 1.0), (1.0, 0.001))]
+    image = curves("a", 'in "words"', Axis("x"), [Axis("loss", "log")], points).svg
     root = ElementTree.fromstring(image)
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert set(labels) <= set(texts)
@@ -217,8 +217,8 @@ def test_labels_of_a_drawing_stay_as_they_are():
 
 
 def test_changes_close_to_each_other_are_inside_their_axis():
-    lines = [Curve("a", [(4096.0, [0.058]), (16384.0, [0.066])])]
-    image = curves("a", "close", Axis("x", "log2"), [Axis("change", "change")], lines).svg
+    points = [("a", 4096.0, [0.058]), ("a", 16384.0, [0.066])]
+    image = curves("a", "close", Axis("x", "log2"), [Axis("change", "change")], points).svg
     texts = [element.text for element in ElementTree.fromstring(image).iter("{http://www.w3.org/2000/svg}text")]
     assert "0" in texts
     (line,) = re.findall(r'<path d="M ([\d.]+) ([\d.]+)\s*L ([\d.]+) ([\d.]+)\s*" clip-path[^>]*--s0', image)

@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import Device, Dtype, Json, ModelOptions, ProjectionsFile, load_projections
-from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, print_table, progress_bar, show
+from aqua_attention.cli.options import Device, Dtype, ModelOptions, ProjectionsFile, load_projections
+from aqua_attention.cli.spread import Commands
+from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+
+if TYPE_CHECKING:
+    from aqua_attention.machine import Shape
 
 S_RATIOS = [0.0, 0.25]
 H2O_RATIOS = [1.0, 0.5]
@@ -27,7 +31,7 @@ BREAKEVEN_K_RATIOS = [0.75, 0.5]
 Size = Annotated[list[str], "Sequences and tokens in each, such as 8x32768; repeat."]
 Half = Annotated[str, "bfloat16 or float16."]
 
-benchmarks = typer.Typer(no_args_is_help=True, help="Measure what AQUA saves.")
+benchmarks = Commands(no_args_is_help=True, help="Measure what AQUA saves.")
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,14 @@ class Heads:
     heads: Annotated[int, "Query heads."] = 32
     groups: Annotated[int, "Key-value heads."] = 8
     head_dim: Annotated[int, "Dimensions of a head."] = 128
+
+    def on(self, device: Any, dtype: str) -> Shape:
+        """The layer of a device, computed in a dtype by name."""
+        import torch
+
+        from aqua_attention.machine import Shape
+
+        return Shape(torch.device(device), self.heads, self.groups, self.head_dim, getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,6 @@ class NarrowModel(ModelOptions):
 
 
 @benchmarks.command()
-@spread
 def memory(
     *,
     projections: ProjectionsFile,
@@ -65,28 +76,24 @@ def memory(
     h2o_ratio: list[float] = H2O_RATIOS,
     exact: ExactWindow,
     model: NarrowModel,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Bytes of the cache as allocated, and the peak of the whole generation: transformers' caches and ours.
 
     Example: `aqua bench memory smollm2 -p smollm2.safetensors --length 8192 --json memory.json`
     """
-    check_writable(json)
     from aqua_attention.bench.memory import measure_memory
     from aqua_attention.report.tables import memory_table
 
     grid = product((None, 8, 4), dict.fromkeys(s_ratio), dict.fromkeys(h2o_ratio))
     configs = [AquaConfig(s_ratio=s, bits=b, h2o_ratio=h, **vars(exact)) for b, s, h in grid]
-    learned = load_projections(projections)
-    loaded, _ = model.load()
+    learned, (loaded, _) = load_projections(projections), model.load()
     with progress_bar("generate") as progress:
         result = measure_memory(loaded, learned, configs, length=length, batch=batch, progress=progress)
-    result |= {"model": model.model}
-    show(result, json, memory_table(result), suite="memory")
+    show(result | {"model": model.model}, memory_table(result), suite="memory")
 
 
 @benchmarks.command()
-@spread
 def decode(
     *,
     size: Size = SIZES,
@@ -96,35 +103,26 @@ def decode(
     dtype: Half = "bfloat16",
     int8: Annotated[bool, "Keys and values in int8 too, beside dense kernels in fp8."] = False,
     page: Annotated[list[int] | None, "In pages of so many tokens too: 32, 64 or 128; repeat."] = None,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """One decoding attention step on a CUDA GPU, checked and timed: AQUA's kernel beside every dense one installed.
 
     Example: `aqua bench decode --size 32x32768 --size 8x131072 --json decode.json`
     """
-    check_writable(json)
-    try:
+    with _needing_triton("decode"):
         from aqua_attention.bench.decode import measure_decode, read_sizes
-    except ModuleNotFoundError as error:
-        raise AquaError("aqua bench decode needs triton, which CUDA builds of torch bring along") from error
-    import torch
-
-    from aqua_attention.machine import Shape
     from aqua_attention.report.tables import decode_table
 
-    half = _half(dtype)
     layouts = tuple((bits, tokens) for bits in ((None, 8) if int8 else (None,)) for tokens in (None, *(page or ())))
-    layer = Shape(torch.device("cuda"), shape.heads, shape.groups, shape.head_dim, half)
+    layer = shape.on("cuda", _half(dtype))
     same = vars(exact) | {"k_ratios": tuple(k_ratio), "layouts": layouts}
     results = []
     for batch, length in read_sizes(size):
         results.append(measure_decode(layer, batch=batch, length=length, **same))
-        print_table(decode_table(results[-1]))
-    show({"results": results}, json, suite="decode")
+        show({"results": results}, decode_table(results[-1]), suite="decode")
 
 
 @benchmarks.command()
-@spread
 def generate(
     *,
     size: Size = GENERATE_SIZES,
@@ -134,27 +132,24 @@ def generate(
     compile: Annotated[bool, "Norms, rotary embeddings and activations by torch.compile, in every row."] = True,
     exact: ExactWindow,
     dtype: Half = "bfloat16",
-    json: Json = None,
+    show: Show,
 ) -> None:
     """One whole decoding step of a Llama of random weights on a CUDA GPU, checked and timed: dense and with AQUA.
 
     Example: `aqua bench generate --size 1x4096 --size 8x32768 --json generate.json`
     """
-    check_writable(json)
-    try:
+    with _needing_triton("generate"):
         from aqua_attention.bench.decode import read_sizes
         from aqua_attention.bench.generate import measure_generate
         from aqua_attention.bench.random_llama import compiled, make_model
-    except ModuleNotFoundError as error:
-        raise AquaError("aqua bench generate needs triton, which CUDA builds of torch bring along") from error
+    import torch
+
     from aqua_attention.report.tables import generate_table
 
-    half, sizes = _half(dtype), read_sizes(size)
+    half, sizes = getattr(torch, _half(dtype)), read_sizes(size)
     kinds = [(ratio, None) for ratio in dict.fromkeys(k_ratio)] + ([(min(k_ratio), 8)] if int8 else [])
-    settings = tuple(
-        AquaConfig(k_ratio=ratio, selection="weighted", share="group", bits=bits, **vars(exact))
-        for ratio, bits in kinds
-    )
+    ours = AquaConfig(selection="weighted", share="group", **vars(exact))
+    settings = tuple(replace(ours, k_ratio=ratio, bits=bits) for ratio, bits in kinds)
     model = make_model(num_hidden_layers=layers, dtype=half)
     results = []
     with compiled(model) if compile else nullcontext():
@@ -162,33 +157,28 @@ def generate(
             measured = measure_generate(model, batch=batch, length=length, settings=settings)
             results.append(measured | {"compiled": compile})
             # What is measured stays when a later size fails.
-            show({"results": results}, json, generate_table(results[-1]), suite="generate")
+            show({"results": results}, generate_table(results[-1]), suite="generate")
 
 
 @benchmarks.command()
-@spread
 def breakeven(
     *,
     device: Device = None,
     shape: Heads,
-    dtype: Annotated[
-        str | None, "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (default: the first)."
-    ] = None,
+    dtype: Annotated[str | None, "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (the first)."] = None,
     k_ratio: list[float] = BREAKEVEN_K_RATIOS,
     lengths: Annotated[str | None, "FIRST..LAST tokens, doubled (default: 64..65536)."] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Lengths up to 4096 only.")] = False,
+    quick: Annotated[bool, "--quick", "Lengths up to 4096 only."] = False,
     exact: ExactWindow,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """From which length on choosing dimensions is faster than using all: checked, timed, kept for min_length="auto".
 
     Example: `aqua bench breakeven --device cpu --heads 9 --groups 3 --head-dim 64 --k-ratio 0.75 --k-ratio 0.5 --quick`
     """
-    check_writable(json)
     import torch
 
     from aqua_attention.bench.breakeven import DTYPES, LENGTHS, QUICK_LENGTHS, measure_breakeven, read_lengths
-    from aqua_attention.machine import Shape
     from aqua_attention.report.tables import breakeven_tables
 
     try:
@@ -199,22 +189,24 @@ def breakeven(
     if not names or (dtype is not None and dtype not in names):
         given = " and ".join(filter(None, (f"device is {where.type!r}", dtype and f"dtype {dtype!r}")))
         raise AquaError(f"{given}: it must be cpu with float32 or bfloat16, or cuda with bfloat16 or float16")
+    layer, ratios = shape.on(where, dtype or names[0]), tuple(dict.fromkeys(k_ratio))
+    read = read_lengths(lengths or (QUICK_LENGTHS if quick else LENGTHS))
     with progress_bar("lengths") as progress:
-        result = measure_breakeven(
-            Shape(where, shape.heads, shape.groups, shape.head_dim, getattr(torch, dtype or names[0])),
-            k_ratios=tuple(dict.fromkeys(k_ratio)),
-            lengths=read_lengths(lengths or (QUICK_LENGTHS if quick else LENGTHS)),
-            **vars(exact),
-            progress=progress,
-        )
-    show(result, json, *breakeven_tables(result), suite="breakeven")
+        result = measure_breakeven(layer, k_ratios=ratios, lengths=read, **vars(exact), progress=progress)
+    show(result, *breakeven_tables(result), suite="breakeven")
     typer.echo(f"wrote {result['profile']}")
 
 
-def _half(name: str) -> Any:
-    """The torch dtype that a name is of."""
-    import torch
-
+def _half(name: str) -> str:
+    """A dtype's name, checked."""
     if name not in ("bfloat16", "float16"):
         raise AquaError(f"dtype is {name!r}: it must be bfloat16 or float16")
-    return getattr(torch, name)
+    return name
+
+
+@contextmanager
+def _needing_triton(command: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise AquaError(f"aqua bench {command} needs triton, which CUDA builds of torch bring along") from error

@@ -19,8 +19,8 @@ from aqua_attention.calibration.run import calibrate
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
 from aqua_attention.data.text import load_text, token_windows, tokenize
-from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import continue_prompt
+from aqua_attention.evaluate.record import make_folder
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 from aqua_attention.io.files import write_atomically, write_json
@@ -49,10 +49,7 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     Returns:
         What `summary.json` holds: the rows of `evaluate_perplexity`, the two texts, times and peak memory.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AquaError(f"cannot make the folder {out}: {error.strerror}") from error
+    make_folder(out)
     seconds, started = {}, time.perf_counter()
 
     def lap(name: str) -> None:
@@ -63,22 +60,16 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     model, tokenizer = load_model(DEFAULT_MODEL)
     progress("load", 1, 1)
     lap("load")
-    projections = calibrate(
-        model,
-        tokenizer,
-        load_text("builtin:calibration"),
-        tokens=CALIBRATION_TOKENS,
-        context=CONTEXT,
-        name=DEFAULT_MODEL,
-        progress=partial(progress, "calibrate"),
-    )
+    sizes: dict[str, Any] = {"tokens": CALIBRATION_TOKENS, "context": CONTEXT, "name": DEFAULT_MODEL}
+    text, watch = load_text("builtin:calibration"), partial(progress, "calibrate")
+    projections = calibrate(model, tokenizer, text, **sizes, progress=watch)
     projections.save(out / "smollm2.safetensors")
     lap("calibrate")
     ids, prefix = tokenize(tokenizer, load_text("builtin:evaluation"))
     windows = token_windows(ids, tokens=EVALUATION_TOKENS, context=CONTEXT, seed=None, prefix=prefix)
     configs = [AquaConfig(k_ratio=ratio) for ratio in RATIOS] + [ours(ratio) for ratio in RATIOS]
-    settings = [Setting(config) for config in configs]
-    result = evaluate_perplexity(model, projections, settings, windows, progress=partial(progress, "evaluate"))
+    settings, watch = [Setting(config) for config in configs], partial(progress, "evaluate")
+    summary = evaluate_perplexity(model, projections, settings, windows, progress=watch)
     lap("evaluate")
     progress("generate", 0, 2)
     dense = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)
@@ -87,25 +78,12 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     aqua = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS, attachment=attachment)
     progress("generate", 2, 2)
     lap("generate")
-    summary = {
-        **result,
-        "generation": {
-            "prompt": PROMPT,
-            "dense": dense.text,
-            "aqua": aqua.text,
-            "setting": ours(0.5).to_dict(),
-            "same_tokens": dense.token_ids == aqua.token_ids,
-        },
-        "seconds": seconds,
-        "peak_memory_bytes": _peak_memory(),
-        "model": DEFAULT_MODEL,
-        "versions": {
-            "aqua_attention": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+    same = dense.token_ids == aqua.token_ids
+    versions = {"aqua_attention": __version__, "python": platform.python_version()}
+    summary["generation"] = {"prompt": PROMPT, "dense": dense.text, "aqua": aqua.text}
+    summary["generation"] |= {"setting": ours(0.5).to_dict(), "same_tokens": same}
+    summary |= {"seconds": seconds, "peak_memory_bytes": _peak_memory(), "model": DEFAULT_MODEL}
+    summary["versions"] = versions | {"torch": torch.__version__, "transformers": transformers.__version__}
     write_atomically(out / "table.md", demo_markdown(summary).encode())
     write_json(out / "summary.json", summary)
     return summary

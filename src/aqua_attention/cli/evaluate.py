@@ -12,17 +12,15 @@ import typer
 from aqua_attention.cli.options import (
     Chat,
     EvaluationData,
-    Json,
     ModelOptions,
     ProjectionsFile,
     Rows,
     Tokens,
     Windows,
-    load_projections,
     settings_of,
 )
-from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, progress_bar, show
+from aqua_attention.cli.spread import Commands
+from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -34,32 +32,27 @@ LINES = [100, 200]
 LENGTHS = [1024, 2048, 4096]
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 
-evaluations = typer.Typer(no_args_is_help=True, help="Measure what AQUA loses against the dense model.")
+evaluations = Commands(no_args_is_help=True, help="Measure what AQUA loses against the dense model.")
 
 
 @evaluations.command()
-@spread
-def perplexity(
-    *, projections: ProjectionsFile, read: Windows, knobs: Rows, model: ModelOptions, json: Json = None
-) -> None:
+def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, model: ModelOptions, show: Show) -> None:
     """Perplexity, KL divergence and top-1 agreement, dense and AQUA in one run.
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
-    settings = settings_of(knobs)
-    check_writable(json)
+    settings, text = settings_of(knobs), read.text
     from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.perplexity import measure_perplexity
     from aqua_attention.report.tables import perplexity_table
 
-    subject, sizes = read.subject(projections, model), Sizes(context=read.context, tokens=read.tokens)
+    subject, sizes = model.subject(projections, read.data, text), Sizes(context=read.context, tokens=read.tokens)
     with progress_bar("evaluate") as progress:
         result = measure_perplexity(subject, settings, sizes, progress)
-    show(result, json, perplexity_table(result), suite="perplexity")
+    show(result, perplexity_table(result), suite="perplexity")
     scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
-    typer.echo(
-        f"{result['dense']['tokens']} predictions in {result['windows']} windows of {result['context']} tokens{scored}"
-    )
+    count = f"{result['dense']['tokens']} predictions in {result['windows']} windows"
+    typer.echo(f"{count} of {result['context']} tokens{scored}")
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,6 @@ class FewerWindows(Windows):
 
 
 @evaluations.command()
-@spread
 def retention(
     *,
     projections: ProjectionsFile,
@@ -78,26 +70,24 @@ def retention(
     k_ratio: Annotated[list[float] | None, "Share of dimensions; repeat (0.9 0.75 0.5 0.25)."] = None,
     basis: str = "aqua",
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """How much of scores and softmax is lost, per layer and head: static, dynamic and weighted choice of dimensions.
 
     Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
     """
-    check_writable(json)
     from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.retention import K_RATIOS, measure_retention
     from aqua_attention.report.tables import retention_table
 
-    subject = read.subject(projections, model, predicts=False, basis=basis)
+    subject = model.subject(projections, read.data, read.text, basis=basis, predicts=False)
     sizes = Sizes(context=read.context, retention_tokens=read.tokens)
     with progress_bar("retention") as progress:
         result = measure_retention(subject, k_ratio or K_RATIOS, sizes, progress)
-    show(result, json, retention_table(result), suite="retention")
+    show(result, retention_table(result), suite="retention")
 
 
 @evaluations.command()
-@spread
 def lines(
     *,
     projections: ProjectionsFile,
@@ -108,7 +98,7 @@ def lines(
     knobs: Rows,
     chat: Chat = True,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Line retrieval (LongEval): find one of hundreds of numbered lines; dense and AQUA on the same questions.
 
@@ -116,21 +106,18 @@ def lines(
     --selection weighted --sink 4 --recent 64 --json lines.json`
     """
     settings = settings_of(knobs)
-    check_writable(json)
-    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.lines import sized_questions
 
     if data is not None and lines:
         raise AquaError(f"--lines generates questions, --data {data} reads them: give one of the two")
-    learned = load_projections(projections)
-    questions = sized_questions(Sizes(lines=tuple(lines or LINES), count=count, lines_file=data), seed)
-    read = "generated" if data is None else str(data)
-    subject = Subject(model.model, *model.load(), learned, read, seed=seed, chat=chat)
-    _retrieve("lines", subject, settings, questions, {"seed": None if data else seed}, json)
+    sizes = Sizes(lines=tuple(lines or LINES), count=count, lines_file=data)
+    questions, read = sized_questions(sizes, seed), "generated" if data is None else str(data)
+    subject = model.subject(projections, read, seed=seed, chat=chat)
+    _retrieve("lines", subject, settings, questions, show, seed=None if data else seed)
 
 
 @evaluations.command()
-@spread
 def needle(
     *,
     projections: ProjectionsFile,
@@ -143,7 +130,7 @@ def needle(
     knobs: Rows,
     chat: Chat = True,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Needle in a haystack: secret numbers hidden at each depth of texts of each length, dense and AQUA.
 
@@ -151,24 +138,17 @@ def needle(
     --selection weighted --sink 4 --recent 64 --json needle.json`
     """
     settings = settings_of(knobs)
-    check_writable(json)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.needle import subject_questions
 
-    learned, text = load_projections(projections), load_text(data)
-    subject = Subject(model.model, *model.load(), learned, data, text, seed=seed, chat=chat)
+    subject = model.subject(projections, data, load_text(data), seed=seed, chat=chat)
     sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
-    _retrieve("needle", subject, settings, subject_questions(subject, sizes), {"needles": needles}, json)
+    _retrieve("needle", subject, settings, subject_questions(subject, sizes), show, needles=needles)
 
 
 def _retrieve(
-    suite: str,
-    subject: Subject,
-    settings: list[Setting],
-    questions: list[Question],
-    source: dict[str, Any],
-    json: Path | None,
+    suite: str, subject: Subject, settings: list[Setting], questions: list[Question], show: Show, **source: Any
 ) -> None:
     """Ask, write and print: the same for every kind of question."""
     from aqua_attention.evaluate.suites.retrieval import measure_retrieval
@@ -176,4 +156,4 @@ def _retrieve(
 
     with progress_bar("answers") as progress:
         result = measure_retrieval(subject, settings, questions, progress) | source
-    show(result, json, retrieval_table(result), retrieval_grid(result), suite=suite)
+    show(result, retrieval_table(result), retrieval_grid(result), suite=suite)

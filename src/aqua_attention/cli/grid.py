@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,14 +12,11 @@ from aqua_attention.cli.options import (
     Chat,
     EvaluationData,
     Grid,
-    Json,
     ModelOptions,
     ProjectionsFile,
     Quick,
-    load_projections,
 )
-from aqua_attention.cli.records import Folder, check_places, run_and_print
-from aqua_attention.cli.spread import spread
+from aqua_attention.cli.records import ResultsFolder
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -50,9 +47,8 @@ class SizeOptions:
             AquaError: lines of a file, and lines to generate; fewer tokens than can predict one.
         """
         if self.lines_file is not None and self.lines:
-            raise AquaError(
-                f"--lines generates questions, --lines-file {self.lines_file} reads them: give one of the two"
-            )
+            both = f"--lines generates questions, --lines-file {self.lines_file} reads them"
+            raise AquaError(f"{both}: give one of the two")
         from aqua_attention.evaluate.run import check_sizes
         from aqua_attention.evaluate.suites.grid import sizes_of
 
@@ -65,10 +61,9 @@ class SizeOptions:
         return sizes_of(**given, retention_tokens=self.tokens, lengths=lengths, depths=depths)
 
 
-@spread
 def grid(
     *,
-    folder: Folder,
+    results: ResultsFolder,
     projections: ProjectionsFile,
     suite: Annotated[list[str], "perplexity, retention, needle, lines; repeat."] = SUITES,
     k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.75)."] = None,
@@ -79,27 +74,27 @@ def grid(
     seed: Annotated[int, "Chooses needles, haystacks and lines."] = 0,
     chat: Chat = True,
     model: ModelOptions,
-    json: Json = None,
 ) -> None:
     """Every combination of the repeated options under every suite, a record each; stopped, the same command goes on.
 
     Example: `aqua eval grid results smollm2 -p smollm2.safetensors --quick --suite perplexity --suite needle
     --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5 --selection weighted --sink 4 --recent 64`
     """
-    check_places(folder, json)
     sizes = given.sizes()
     from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.record import file_digest
     from aqua_attention.evaluate.run import grid_settings
-    from aqua_attention.evaluate.suites.grid import Subject, check_suites, grid_jobs
+    from aqua_attention.evaluate.suites.grid import check_suites, grid_jobs
     from aqua_attention.report.record_tables import record_table
 
     k_ratio = k_ratio or ([] if logit_error else PAPER_K_RATIO)
     settings = grid_settings(knobs | {"k_ratio": k_ratio, "logit_error": logit_error or []})
     check_suites(suite, settings)
-    learned, text = load_projections(projections), load_text(data)
-    loaded, tokenizer = model.load()
-    digest = file_digest(projections)
-    subject = Subject(model.name, loaded, tokenizer, learned, data, text, digest, seed, chat)
-    jobs = grid_jobs(subject, suite, settings, sizes)
-    run_and_print(folder, jobs, loaded, lambda records: [record_table(records)], json, explained=True)
+    subject = model.subject(projections, data, load_text(data), name=model.name, seed=seed, chat=chat)
+    subject = replace(subject, projections_sha256=file_digest(projections))
+    results.measure(
+        grid_jobs(subject, suite, settings, sizes),
+        subject.model,
+        lambda records: [record_table(records)],
+        explained=True,
+    )

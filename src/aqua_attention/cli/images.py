@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import Json, ModelOptions, ProjectionsFile, load_projections
-from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, progress_bars, show
+from aqua_attention.cli.options import ModelOptions, ProjectionsFile, load_projections
+from aqua_attention.cli.terminal import Show, progress_bars
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 
@@ -42,23 +41,18 @@ class ImageModel(ModelOptions):
     gguf_file: str | None = field(default=None, init=False)
 
 
-@spread
 def images(
     *,
     projections: ProjectionsFile,
-    data: Annotated[
-        str, "A folder of images, an image, hub:name, or builtin:evaluation-photographs."
-    ] = "builtin:evaluation-photographs",
+    data: Annotated[str, "A folder of images, an image, or hub:name."] = "builtin:evaluation-photographs",
     k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.9 0.75 0.5 0.25)."] = None,
-    selection: Annotated[
-        list[str] | None, "magnitude, weighted or static; repeat (default: these three, and not rotated)."
-    ] = None,
+    selection: Annotated[list[str] | None, "magnitude, weighted, static; repeat (all, and not rotated)."] = None,
     basis: str = "aqua",
     share: str = "head",
     sink: int = 0,
     images: Images = 256,
     model: ImageModel,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """How far embeddings turn under AQUA, how many nearest neighbours stay, and what each layer loses.
 
@@ -67,11 +61,8 @@ def images(
     """
     default = selection is None and basis == "aqua"
     methods = METHODS if default else [(name, basis) for name in selection or ["magnitude"]]
-    configs = [
-        (AquaConfig(k_ratio=ratio, selection=name, share=share, sink=sink), its_basis)
-        for ratio, (name, its_basis) in product(k_ratio or GRID, methods)
-    ]
-    check_writable(json)
+    same, given = AquaConfig(share=share, sink=sink), product(k_ratio or GRID, methods)
+    configs = [(replace(same, k_ratio=ratio, selection=name), its_basis) for ratio, (name, its_basis) in given]
     from aqua_attention.evaluate.record import dtype_of, file_digest
     from aqua_attention.evaluate.setting import Setting
     from aqua_attention.evaluate.suites.images import evaluate_images
@@ -85,12 +76,10 @@ def images(
     result |= {"model": model.model, "dtype": dtype_of(loaded), "data": data, "inputs_sha256": inputs_digest(inputs)}
     result["projections_sha256"] = file_digest(projections)
     paper = any((row["selection"], row["basis"]) == METHODS[0] for row in result["retention"])
-    show(result, json, images_table(result), *([layers_table(result)] if paper else []), suite="images")
+    show(result, images_table(result), *([layers_table(result)] if paper else []), suite="images")
     dense = result["dense"]
-    typer.echo(
-        f"{result['images']} images; dense, two of them have a cosine of {dense['others']:.4f}, nearest ones of "
-        f"{dense['nearest']:.4f}"
-    )
+    others, nearest = f"{dense['others']:.4f}", f"{dense['nearest']:.4f}"
+    typer.echo(f"{result['images']} images; dense, two of them have a cosine of {others}, nearest ones of {nearest}")
 
 
 def _load(
@@ -101,12 +90,14 @@ def _load(
     from aqua_attention.data.models import load_image_model
 
     check_pillow()
-    loaded, processor = load_image_model(
-        model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
-    )
-    reader = image_reader(loaded, processor)
-    inputs, _ = read_images(data, reader, most=most, progress=partial(report, "read images"))
-    return loaded, inputs
+    options: dict[str, Any] = {
+        "dtype": model.dtype,
+        "device": model.device,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    loaded, processor = load_image_model(model.model, **options)
+    progress = partial(report, "read images")
+    return loaded, read_images(data, image_reader(loaded, processor), most=most, progress=progress)[0]
 
 
 def wants_images(model: ModelOptions, data: str | None, side: str | None) -> bool:
@@ -127,17 +118,15 @@ def wants_images(model: ModelOptions, data: str | None, side: str | None) -> boo
         raise AquaError(f"{model.gguf_file} is a GGUF file, which holds text models alone: side cannot be {IMAGES}")
     if side:
         return side == IMAGES
-    takes_images, takes_text = reads_images(
-        model.model, gguf_file=model.gguf_file, trust_remote_code=model.trust_remote_code
-    )
+    options: dict[str, Any] = {"gguf_file": model.gguf_file, "trust_remote_code": model.trust_remote_code}
+    takes_images, takes_text = reads_images(model.model, **options)
     if not (takes_images and takes_text):
         return takes_images
     if data is None or not is_images(data):
         return False
     if holds_text(data):
-        raise AquaError(
-            f"{data!r} holds images and text, and model {model.model!r} reads both: say --side {IMAGES} or {TEXT}"
-        )
+        both = f"{data!r} holds images and text, and model {model.model!r} reads both"
+        raise AquaError(f"{both}: say --side {IMAGES} or {TEXT}")
     return True
 
 

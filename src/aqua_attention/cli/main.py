@@ -14,11 +14,11 @@ from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.grid import grid
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
-from aqua_attention.cli.options import Chat, Context, Json, ModelOptions, ProjectionsFile, load_projections
+from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.report import report
-from aqua_attention.cli.spread import spread
+from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
-from aqua_attention.cli.terminal import check_writable, progress_bar, progress_bars, show, stoppable
+from aqua_attention.cli.terminal import Show, check_writable, progress_bar, progress_bars, stoppable
 from aqua_attention.cli.transfer import context as across_contexts
 from aqua_attention.cli.transfer import transfer
 from aqua_attention.config import AquaConfig
@@ -27,8 +27,9 @@ from aqua_attention.version import __version__
 
 if TYPE_CHECKING:
     from aqua_attention.calibration.projections import Projections
+    from aqua_attention.report.tables import Table
 
-app = typer.Typer(
+app = Commands(
     name="aqua",
     help="AQUA attention: multiply only the query dimensions that matter (arXiv 2509.11155).",
     no_args_is_help=True,
@@ -47,19 +48,16 @@ app.command()(report)
 
 
 @app.callback(invoke_without_command=True)
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-) -> None:
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
     if version:
         typer.echo(f"aqua-attention {__version__}")
         raise typer.Exit()
 
 
 @app.command()
-@spread
 def calibrate(
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write the projections here (.safetensors).")],
+    output: Annotated[Path, "--output", "-o", "Write the projections here (.safetensors)."],
     data: Annotated[
         str | None, "A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."
     ] = None,
@@ -69,18 +67,18 @@ def calibrate(
     side: Side = None,
     images: Images = 256,
     layers: Layers = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    resume: Annotated[bool, "--resume", "Go on where a killed run stopped."] = False,
     checkpoint_seconds: Annotated[float, "How often the state is kept, in OUTPUT.partial."] = 10.0,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Learn a model's projections from a text, or from images, once. Stopped or killed, it goes on with --resume.
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
-    check_writable(output, json)  # before what has no name, such as ".", is given another
+    check_writable(output, show.json)  # before what has no name, such as ".", is given another
     partial = output.with_name(f"{output.name}.partial")
-    check_writable(output, partial, json)
+    check_writable(output, partial, show.json)
     from aqua_attention.calibration.checkpoint import check_finished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers
@@ -90,8 +88,8 @@ def calibrate(
         check_finished(partial)
     elif not partial.exists():
         typer.echo(f"there is no {partial}: beginning at the first window", err=True)
-    kept_in: dict[str, Any] = {"checkpoint": partial, "checkpoint_seconds": checkpoint_seconds, "resume": resume}
-    kept_in |= {"name": model.model, "layers": layers}
+    options: dict[str, Any] = {"name": model.model, "layers": layers, "resume": resume}
+    options |= {"checkpoint": partial, "checkpoint_seconds": checkpoint_seconds}
 
     def kept() -> str:
         goes_on = f"{partial} keeps what is done, the same command with --resume goes on"
@@ -99,121 +97,113 @@ def calibrate(
 
     with stoppable(kept):
         if wants_images(model, data, side):
-            projections = calibrate_on_images(model, data or "builtin:photographs", images, **kept_in)
+            projections = calibrate_on_images(model, data or "builtin:photographs", images, **options)
         else:
             text = text_for(model.model, data or "builtin:calibration")
             loaded, tokenizer = model.load(predicts=False)
-            windows: dict[str, Any] = {"tokens": tokens, "context": context, "seed": seed}
+            options |= {"tokens": tokens, "context": context, "seed": seed}
             with progress_bar("calibrate") as progress:
-                projections = run(loaded, tokenizer, text, **windows, progress=progress, **kept_in)
+                projections = run(loaded, tokenizer, text, progress=progress, **options)
         projections.save(output)
     discard(partial)
     remove_leftovers(output)
-    _show_made(projections, output, json)
+    show(*_described(projections))
+    typer.echo(f"wrote {output}")
 
 
 @app.command()
-@spread
-def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")], json: Json = None) -> None:
+def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")], show: Show) -> None:
     """Check a projections file and show what is in it.
 
     Example: `aqua inspect smollm2.safetensors`
     """
-    check_writable(json)
-    from aqua_attention.calibration.projections import spectrum
-    from aqua_attention.report.tables import provenance_table, spectrum_table
+    from aqua_attention.report.tables import spectrum_table
 
     projections = load_projections(file)
+    result, provenance = _described(projections)
     model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
-    rows = spectrum(projections)
-    result = {"model": model, "calibration": projections.calibration, "layers": rows}
-    show(result, json, provenance_table(projections), spectrum_table(rows), suite="spectrum")
+    show({"model": model} | result, provenance, spectrum_table(result["layers"]), suite="spectrum")
 
 
 @app.command("merge")
-@spread
 def merge_files(
     first: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
     second: Annotated[Path, typer.Argument(help="Another one, of the same model, from other text.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Write the merged projections here.")],
-    json: Json = None,
+    output: Annotated[Path, "--output", "-o", "Write the merged projections here."],
+    show: Show,
 ) -> None:
     """Join two calibrations of one model, as if one run had read both texts (for calibrating on several machines).
 
     Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
     """
-    check_writable(output, json)
+    check_writable(output, show.json)
     projections = load_projections(first).merged(load_projections(second))
     projections.save(output)
-    _show_made(projections, output, json)
-
-
-def _show_made(projections: Projections, output: Path, json: Path | None) -> None:
-    from aqua_attention.calibration.projections import spectrum
-    from aqua_attention.report.tables import provenance_table
-
-    result = {"calibration": projections.calibration, "layers": spectrum(projections)}
-    show(result, json, provenance_table(projections))
+    show(*_described(projections))
     typer.echo(f"wrote {output}")
 
 
+def _described(projections: Projections) -> tuple[dict[str, Any], Table]:
+    """Projections in figures, and where they come from."""
+    from aqua_attention.calibration.projections import spectrum
+    from aqua_attention.report.tables import provenance_table
+
+    return {"calibration": projections.calibration, "layers": spectrum(projections)}, provenance_table(projections)
+
+
 @app.command()
-@spread
 def generate(
     *,
     projections: ProjectionsFile,
     prompt: Annotated[str, "What to continue; put into the model's chat template if it has one."],
     max_new_tokens: Annotated[int, "How many tokens to write at most."] = 64,
     config: AquaConfig,
-    compare: Annotated[bool, typer.Option("--compare", help="Write the dense model's answer too.")] = False,
+    compare: Annotated[bool, "--compare", "Write the dense model's answer too."] = False,
     chat: Chat = True,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Continue a prompt with AQUA attention (greedy).
 
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
     --selection weighted --sink 4 --recent 64 --compare`
     """
-    check_writable(json)
     from aqua_attention.attach.apply import apply
     from aqua_attention.evaluate.generation import continue_prompt
 
-    learned = load_projections(projections)
-    loaded, tokenizer = model.load()
+    learned, (loaded, tokenizer) = load_projections(projections), model.load()
     attachment = apply(loaded, learned, config)
+    attached = {"dense": None, "aqua": attachment} if compare else {"aqua": attachment}
     result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
-    for name, attached in (("dense", None),) * compare + (("aqua", attachment),):
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "attachment": attached, "chat": chat}
+    for name, each in attached.items():
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "attachment": each, "chat": chat}
         result[name] = continue_prompt(loaded, tokenizer, prompt, **options).text
-    show(result, json)
+    show(result)
     if compare:
         typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
     typer.echo(result["aqua"])
 
 
 @app.command()
-@spread
 def demo(
+    *,
     out: Annotated[Path, "Folder for projections, table.md and summary.json."] = Path("demo-out"),
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Fetch a small model, calibrate it, measure gain and loss, and let it write: everything in one go.
 
     Example: `aqua demo --out demo-out`
     """
-    check_writable(json)
     from aqua_attention.cli.demo import run_demo
     from aqua_attention.report.tables import perplexity_table
 
     with progress_bars() as report:
         summary = run_demo(out, report)
-    show(summary, json, perplexity_table(summary))
+    show(summary, perplexity_table(summary))
     generation = summary["generation"]
     typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
     typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")
-    minutes = sum(summary["seconds"].values()) / 60
-    memory = summary["peak_memory_bytes"]
+    minutes, memory = sum(summary["seconds"].values()) / 60, summary["peak_memory_bytes"]
     used = f", peak memory {memory / 1e9:.1f} GB" if memory else ""
     typer.echo(f"\n{minutes:.1f} minutes{used}; results in {out}")
 

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 Dtype = Annotated[str, "auto, float32, bfloat16 or float16."]
 Device = Annotated[str | None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)."]
-Json = Annotated[Path | None, "Also write the figures to this file."]
-ProjectionsFile = Annotated[Path, typer.Option("--projections", "-p", help="File made by `aqua calibrate`.")]
+ProjectionsFile = Annotated[Path, "--projections", "-p", "File made by `aqua calibrate`."]
 Context = Annotated[int, "Tokens in a window."]
 EvaluationData = Annotated[str, "Text: builtin:evaluation, a file or folder, hub:name."]
 Tokens = Annotated[int, "How many tokens to read, from the start of the text."]
 Chat = Annotated[bool, "Use the model's chat template."]
-Quick = Annotated[bool, typer.Option("--quick", help="Short texts: minutes for the default model.")]
+Seed = Annotated[int, "Chooses the windows calibrated on."]
+Quick = Annotated[bool, "--quick", "Short texts: minutes for the default model."]
 
 Rows = Annotated[dict[str, list[Any]], Knobs(repeat=("k_ratio",))]
 """A row a `k_ratio`; the other knobs are the same in all."""
@@ -46,9 +46,7 @@ class ModelOptions:
     gguf_file: Annotated[str | None, "A GGUF file's name inside the folder or hub repository."] = None
     dtype: Dtype = "auto"
     device: Device = None
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
-    ] = False
+    trust_remote_code: Annotated[bool, "--trust-remote-code", "Run code that comes with the model."] = False
 
     @property
     def name(self) -> str:
@@ -70,6 +68,20 @@ class ModelOptions:
             check_predicts(loaded)
         return loaded, tokenizer
 
+    def subject(
+        self, projections: Path, data: str, text: str = "", *, basis: str = "", predicts: bool = True, **options: Any
+    ) -> Subject:
+        """What is measured: the model, its projections from a file, in another basis where one is named, and a text.
+
+        Args:
+            options: those of `Subject`.
+        """
+        from aqua_attention.evaluate.suites.grid import Subject
+
+        learned = load_projections(projections)
+        learned = learned.with_basis(basis) if basis else learned
+        return Subject(options.pop("name", self.model), *self.load(predicts), learned, data, text, **options)
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -79,14 +91,12 @@ class Windows:
     context: Context = 2048
     tokens: Tokens = 8192
 
-    def subject(self, projections: Path, model: ModelOptions, *, predicts: bool = True, basis: str = "") -> Subject:
-        """The text, a model, and its projections from a file, in another basis where one is named."""
+    @property
+    def text(self) -> str:
+        """The whole text."""
         from aqua_attention.data.text import load_text
-        from aqua_attention.evaluate.suites.grid import Subject
 
-        learned, text = load_projections(projections), load_text(self.data)
-        learned = learned.with_basis(basis) if basis else learned
-        return Subject(model.model, *model.load(predicts=predicts), learned, self.data, text)
+        return load_text(self.data)
 
 
 def load_projections(path: Path) -> Projections:

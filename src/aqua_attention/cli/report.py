@@ -9,17 +9,14 @@ from typing import Annotated
 
 import typer
 
-from aqua_attention.cli.options import Json
-from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, progress_bar, show
+from aqua_attention.cli.terminal import Show, check_writable, progress_bar
 
 
-@spread
 def report(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Results: what `aqua eval grid` wrote, or --json of other commands.")
     ],
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Turn a folder of results into one page: DIR/report.html, and the same as DIR/report.md. Needs no network.
 
@@ -28,12 +25,11 @@ def report(
 
     Example: `aqua report results`
     """
-    check_writable(json)
     from aqua_attention.report.collect import collect
     from aqua_attention.report.page import write_report
 
     collected = collect(folder)
-    check_writable(folder / "report.html", folder / "report.md", json)
+    check_writable(folder / "report.html", folder / "report.md", show.json)
     with progress_bar("report") as progress:
         paths = write_report(folder, collected, progress)
     suites, about = Counter(record.suite for record in collected.records), ("suite", "source", "setting", "error")
@@ -43,7 +39,7 @@ def report(
         "unused": [{"file": name, "reason": reason} for name, reason in collected.unused],
         "written": [str(path) for path in paths],
     }
-    show(result, json)
+    show(result)
     for name, reason in collected.unused:
         typer.echo(f"not used: {name}: {reason}", err=True)
     counts = ", ".join(f"{count} {suite}" for suite, count in suites.items()) or "none"

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from inspect import Parameter
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -33,8 +33,7 @@ class Knobs:
     config: Any = AquaConfig
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """What typer reads for a field, and what the field gets."""
 
     parameter: Parameter
@@ -45,7 +44,8 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command with its dataclasses spread into options, one a field, and `AquaConfig` and `Knobs` into one a knob.
 
     An option that the command has itself stands for the knob of that name. `Annotated[type, "help"]` is an option with
-    that help; a bare type has that of the knob with its name.
+    that help, and `Annotated[type, "--name", "-n", "help"]` has its own names; a bare type has the help of the knob
+    with its name.
     """
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     parts = {each.name: part for each in parameters if (part := _part(each.annotation))}
@@ -53,6 +53,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     for options, _ in parts.values():
         options[:] = [option for option in options if option.parameter.name not in own]
     flat = [one for each in parameters for one in (parts[each.name][0] if each.name in parts else [Option(each)])]
+    flat.sort(key=lambda option: option.parameter.name == "json")  # last, whoever has it
     declared, shown = knobs() | {"basis": BASIS}, []
     for parameter in (option.parameter for option in flat):
         explained = _explained(parameter.annotation, declared.get(parameter.name))
@@ -68,6 +69,15 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return with_options
+
+
+class Commands(typer.Typer):
+    """Commands that are each `spread`."""
+
+    def command(self, *args: Any, **options: Any) -> Callable[[Any], Any]:
+        """See `typer.Typer.command`."""
+        added = super().command(*args, **options)
+        return lambda function: added(spread(function))
 
 
 def _part(annotation: Any) -> tuple[list[Option], Callable[..., Any]] | None:
@@ -121,7 +131,8 @@ def _explained(annotation: Any, knob: Knob | None) -> Any:
     """A type with an option's help: the string beside it, else the knob's; what is an option already stays."""
     kind, *beside = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     if beside:
-        return Annotated[kind, typer.Option(help=beside[0])] if isinstance(beside[0], str) else annotation
+        words = all(isinstance(each, str) for each in beside)
+        return Annotated[kind, typer.Option(*beside[:-1], help=beside[-1])] if words else annotation
     if knob is None:
         return annotation
     text = f"{knob.help}, {knob.range}" if "<" in knob.range else knob.help

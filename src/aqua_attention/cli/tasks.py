@@ -9,39 +9,28 @@ from typing import Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import Json, ModelOptions, ProjectionsFile, Rows, load_projections, settings_of
-from aqua_attention.cli.spread import spread
-from aqua_attention.cli.terminal import check_writable, progress_bar, show, stoppable
+from aqua_attention.cli.options import ModelOptions, ProjectionsFile, Rows, load_projections, settings_of
+from aqua_attention.cli.terminal import Show, check_writable, progress_bar, stoppable
 from aqua_attention.errors import AquaError
 
+NAMES = "hellaswag, winogrande, arc_easy, arc_challenge, truthfulqa, mmlu or gsm8k"
 QUICK_CHOICES, QUICK_WRITTEN = 10, 2
 """Questions of a task under --quick: written answers take the longest."""
 
 
-@spread
 def tasks(
     *,
     projections: ProjectionsFile,
-    task: Annotated[
-        list[str],
-        typer.Option(
-            help="NAME=PATH, a file or a folder of splits; repeat. NAME is hellaswag, winogrande, arc_easy, "
-            "arc_challenge, truthfulqa, mmlu or gsm8k."
-        ),
-    ],
+    task: Annotated[list[str], f"NAME=PATH, a file or a folder of splits; repeat. NAME is {NAMES}."],
     limit: Annotated[int | None, "Only the first so many questions of a task (MMLU: of a subject)."] = None,
-    few_shot: Annotated[
-        int | None, "Examples before each question (default: gsm8k 5, others 0; truthfulqa always 0)."
-    ] = None,
+    few_shot: Annotated[int | None, "Examples for each question (gsm8k 5, others 0; truthfulqa always 0)."] = None,
     seed: Annotated[int, "Draws the examples."] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help=f"Only {QUICK_CHOICES} questions of a task, {QUICK_WRITTEN} of gsm8k.")
-    ] = False,
+    quick: Annotated[bool, "--quick", f"Only {QUICK_CHOICES} questions of a task, {QUICK_WRITTEN} of gsm8k."] = False,
     state: Annotated[Path | None, "Keep the answers in this file; after Ctrl-C or a kill, go on from it."] = None,
     batch: Annotated[int, "Questions at once."] = 8,
     knobs: Rows,
     model: ModelOptions,
-    json: Json = None,
+    show: Show,
 ) -> None:
     """Multiple choice and arithmetic from local files, dense and AQUA on the same questions.
 
@@ -49,7 +38,7 @@ def tasks(
     --limit 100 --k-ratio 0.5 --selection weighted --sink 4 --recent 64 --state tasks.state --json tasks.json`
     """
     settings = settings_of(knobs)
-    check_writable(state, json)
+    check_writable(state, show.json)
     from aqua_attention.evaluate.record import dtype_of
     from aqua_attention.evaluate.tasks.formats import load_task
     from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks
@@ -57,24 +46,22 @@ def tasks(
 
     if quick and limit is not None:
         raise AquaError(f"--quick asks few questions, --limit {limit} says how many: give one of the two")
-    if unnamed := [given for given in task if "=" not in given]:
+    if unnamed := [each for each in task if "=" not in each]:
         raise AquaError(f"--task {unnamed[0]} names no file: write NAME=PATH, such as hellaswag=hellaswag_val.jsonl")
-    paths = [given.split("=", 1) for given in task]
+    paths = [each.split("=", 1) for each in task]
     check_request([name for name, _ in paths], batch)
     asked = []
     for name, path in paths:
         examples = None if name == "truthfulqa" else few_shot
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
-    learned = load_projections(projections)
-    loaded, tokenizer = model.load()
+    learned, (loaded, tokenizer) = load_projections(projections), model.load()
     kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
     with stoppable(lambda: kept), progress_bar("answers") as progress:
-        result = evaluate_tasks(
-            *(loaded, tokenizer, learned, settings, asked), batch=batch, state=state, progress=progress
-        )
+        given = loaded, tokenizer, learned, settings, asked
+        result = evaluate_tasks(*given, batch=batch, state=state, progress=progress)
     result |= {"model": model.model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
-    show(result, json, tasks_table(result), suite="tasks")
+    show(result, tasks_table(result), suite="tasks")
     for name, entry in result["tasks"].items():
         beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""
         typer.echo(f"{name}: {entry['questions']} questions of {_some_of(entry['files'])}{beside}")
@@ -100,9 +87,8 @@ def lm_eval(context: typer.Context) -> None:
 
         import aqua_attention.evaluate.lm_eval  # noqa: F401 (makes the model type known)
     except ImportError as error:
-        raise AquaError(
-            f"lm-evaluation-harness cannot be loaded ({error}): pip install 'aqua-attention[lm-eval]'"
-        ) from error
+        remedy = "pip install 'aqua-attention[lm-eval]'"
+        raise AquaError(f"lm-evaluation-harness cannot be loaded ({error}): {remedy}") from error
     sys.argv = ["lm-eval", *context.args]
     try:
         with stoppable(lambda: "with --use_cache, the same command goes on"):

@@ -8,9 +8,10 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,15 +35,6 @@ def check_writable(*paths: Path | None) -> None:
 def command_line() -> str:
     """How this command was called, for records."""
     return shlex.join(["aqua", *sys.argv[1:]])
-
-
-def check_folder(folder: Path) -> None:
-    """Say now that a folder of results cannot be made, or not be written into. It is not made yet."""
-    nearest = folder.absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise AquaError(f"cannot make the folder {folder}: {nearest} is no folder that is writable; choose another")
 
 
 @contextmanager
@@ -81,22 +73,31 @@ def stoppable(kept: Callable[[], str]) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def show(result: dict[str, Any], json: Path | None, *tables: Table, suite: str | None = None) -> None:
-    """Write a result, if there is a file for it, and print its tables.
+@dataclass(frozen=True)
+class Show:
+    """Where a command's result goes; called with what was measured, its tables, and its suite.
 
-    Args:
-        suite: of a measurement, which is written as a record is.
+    Raises:
+        AquaError: the file cannot be written, which is said before anything is measured.
     """
-    if json and suite:
-        from aqua_attention.evaluate.record import write_result
 
-        write_result(json, suite, result, command_line())
-    elif json:
-        from aqua_attention.io.files import write_json
+    json: Annotated[Path | None, "Also write the figures to this file."] = None
 
-        write_json(json, result)
-    for table in tables:
-        print_table(table)
+    def __post_init__(self) -> None:
+        check_writable(self.json)
+
+    def __call__(self, result: dict[str, Any], *tables: Table, suite: str | None = None) -> None:
+        """Write a result, if there is a file for it, and print its tables; that of a suite is written as a record."""
+        if self.json and suite:
+            from aqua_attention.evaluate.record import write_result
+
+            write_result(self.json, suite, result, command_line())
+        elif self.json:
+            from aqua_attention.io.files import write_json
+
+            write_json(self.json, result)
+        for table in tables:
+            print_table(table)
 
 
 def print_table(table: Table) -> None:

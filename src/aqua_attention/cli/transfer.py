@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from aqua_attention.cli.options import EvaluationData, Json, ModelOptions, Quick, Rows
-from aqua_attention.cli.records import Folder, Seed, check_places, print_notice, run_and_print
-from aqua_attention.cli.spread import spread
+from aqua_attention.cli.options import EvaluationData, ModelOptions, Quick, Rows, Seed
+from aqua_attention.cli.records import ResultsFolder
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -18,25 +17,24 @@ CALIBRATION_TOKENS = 16384, 2048
 TEST_TOKENS = 8192, 1024
 CONTEXT = 2048, 512
 WINDOWS = [512, 2048], [256, 512]
+# The same in the words of the help.
+CALIBRATED, TESTED, WINDOW = ("{}; quick {}".format(*sizes) for sizes in (CALIBRATION_TOKENS, TEST_TOKENS, CONTEXT))
+LENGTHS = "512 2048; quick 256 512"
 
-TestTokens = Annotated[int | None, "Tokens that each is tested on ({}; quick {}).".format(*TEST_TOKENS)]
+TestTokens = Annotated[int | None, f"Tokens that each is tested on ({TESTED})."]
 
 
-@spread
 def transfer(
     *,
-    folder: Folder,
+    results: ResultsFolder,
     domain: Annotated[list[str], "NAME=TEXT, a text as --data takes; repeat, at least two."],
     knobs: Rows,
-    calibration_tokens: Annotated[
-        int | None, "Tokens that each projection is calibrated on ({}; quick {}).".format(*CALIBRATION_TOKENS)
-    ] = None,
+    calibration_tokens: Annotated[int | None, f"Tokens that each projection is calibrated on ({CALIBRATED})."] = None,
     tokens: TestTokens = None,
-    context: Annotated[int | None, "Tokens in a window ({}; quick {}).".format(*CONTEXT)] = None,
+    context: Annotated[int | None, f"Tokens in a window ({WINDOW})."] = None,
     quick: Quick = False,
     seed: Seed = 0,
     model: ModelOptions,
-    json: Json = None,
 ) -> None:
     """Projections calibrated on each kind of text, tested on each: loss, and how far the rotations are apart.
 
@@ -45,9 +43,7 @@ def transfer(
 
     Example: `aqua eval transfer results smollm2 --domain prose=novel.txt --domain code=src.txt --k-ratio 0.5`
     """
-    check_places(folder, json)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.run import check_sizes
     from aqua_attention.evaluate.suites.transfer import check_domains, split_domain, transfer_jobs
     from aqua_attention.report.record_tables import transfer_tables
@@ -65,25 +61,18 @@ def transfer(
         "context": CONTEXT[quick] if context is None else context,
     }
     check_sizes(**sizes)
-    loaded, tokenizer = model.load()
-    calibrator = Calibrator(folder, model.name, loaded, tokenizer, print_notice)
+    calibrator = results.calibrator(model)
     jobs = transfer_jobs(calibrator, domains, settings, **sizes, seed=seed)
-    run_and_print(folder, jobs, loaded, transfer_tables, json)
+    results.measure(jobs, calibrator.model, transfer_tables)
 
 
-@spread
 def context(
     *,
-    folder: Folder,
-    calibrated_length: Annotated[
-        list[int] | None, "Tokens in a window of calibration; repeat (512 2048; quick 256 512)."
-    ] = None,
-    tested_length: Annotated[
-        list[int] | None, "Tokens in a window of the test; repeat (512 2048; quick 256 512)."
-    ] = None,
+    results: ResultsFolder,
+    calibrated_length: Annotated[list[int] | None, f"Tokens in a window of calibration; repeat ({LENGTHS})."] = None,
+    tested_length: Annotated[list[int] | None, f"Tokens in a window of the test; repeat ({LENGTHS})."] = None,
     calibration_tokens: Annotated[
-        list[int] | None,
-        "Tokens to calibrate on; repeat, to see how many are enough ({}; quick {}).".format(*CALIBRATION_TOKENS),
+        list[int] | None, f"Tokens to calibrate on; repeat, to see how many are enough ({CALIBRATED})."
     ] = None,
     calibration_data: Annotated[str, "Text to calibrate on."] = "builtin:calibration",
     data: EvaluationData = "builtin:evaluation",
@@ -92,7 +81,6 @@ def context(
     quick: Quick = False,
     seed: Seed = 0,
     model: ModelOptions,
-    json: Json = None,
 ) -> None:
     """Calibrated on windows of one length and tested at another; calibrated on few tokens and on many.
 
@@ -101,9 +89,7 @@ def context(
     `aqua eval context results smollm2 --calibrated-length 1024 --tested-length 1024 --calibration-tokens 1024
     --calibration-tokens 4096 --calibration-tokens 16384`
     """
-    check_places(folder, json)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.run import check_sizes
     from aqua_attention.evaluate.suites.transfer import context_jobs
     from aqua_attention.report.record_tables import context_tables
@@ -116,17 +102,10 @@ def context(
     read = calibration_tokens or [CALIBRATION_TOKENS[quick]]
     tokens = TEST_TOKENS[quick] if tokens is None else tokens
     check_sizes(calibrated_length=calibrated, tested_length=tested, calibration_tokens=read, tokens=tokens)
-    loaded, tokenizer = model.load()
-    calibrator = Calibrator(folder, model.name, loaded, tokenizer, print_notice)
-    jobs = context_jobs(
-        *(calibrator, calibration, test, settings),
-        calibrated_lengths=calibrated,
-        tested_lengths=tested,
-        calibration_tokens=read,
-        tokens=tokens,
-        seed=seed,
-    )
-    run_and_print(folder, jobs, loaded, context_tables, json)
+    calibrator = results.calibrator(model)
+    lengths = {"calibrated_lengths": calibrated, "tested_lengths": tested, "calibration_tokens": read}
+    jobs = context_jobs(calibrator, calibration, test, settings, **lengths, tokens=tokens, seed=seed)
+    results.measure(jobs, calibrator.model, context_tables)
 
 
 def _settings(knobs: dict[str, list[Any]]) -> list[Setting]:

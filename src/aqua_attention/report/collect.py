@@ -59,16 +59,13 @@ def collect(folder: Path) -> Collected:
             f"with --json {folder / 'NAME.json'}, then the report"
         )
     # The grid's --json holds the same records as its folder.
-    kept: list[Record] = []
-    seen: set[str] = set()
+    kept: dict[str, Record] = {}
     for record in _newest(found):
         made = record.options, record.key, *(record.details.get(name) for name in ("dtype", "text_sha256"))
         value = record.suite, record.model, record.setting, record.basis, made, record.result, record.error
-        if (key := json.dumps(value, sort_keys=True)) not in seen:
-            seen.add(key)
-            kept.append(record)
-    kept.sort(key=_order)
-    return Collected([r for r in kept if r.error is None], [r for r in kept if r.error is not None], unused)
+        kept.setdefault(json.dumps(value, sort_keys=True), record)
+    records = sorted(kept.values(), key=_order)
+    return Collected([r for r in records if r.error is None], [r for r in records if r.error is not None], unused)
 
 
 def _newest(found: list[Record]) -> list[Record]:
@@ -77,18 +74,13 @@ def _newest(found: list[Record]) -> list[Record]:
     def age(record: Record) -> tuple[str, bool]:
         return str(record.details.get("started", "")), record.error is None
 
-    keys = [None if record.key is None else json.dumps(record.key, sort_keys=True) for record in found]
+    keys = [str(n) if r.key is None else json.dumps(r.key, sort_keys=True) for n, r in enumerate(found)]
     newest: dict[str, Record] = {}
     for key, record in zip(keys, found, strict=True):
-        if key is not None and (key not in newest or age(record) > age(newest[key])):
-            newest[key] = record
-
-    def stays(key: str | None, record: Record) -> bool:
-        # Of one measurement there can be several records, all from one file: a row for each task.
-        best = record if key is None else newest[key]
-        return (age(record), record.source) == (age(best), best.source)
-
-    return [record for key, record in zip(keys, found, strict=True) if stays(key, record)]
+        newest[key] = max(newest.get(key, record), record, key=age)
+    # Of one measurement there can be several records, all from one file: a row for each task.
+    best = [newest[key] for key in keys]
+    return [r for r, b in zip(found, best, strict=True) if (age(r), r.source) == (age(b), b.source)]
 
 
 def _order(record: Record) -> str:

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from aqua_attention.evaluate.record import Record, number
 from aqua_attention.evaluate.suites import SUITES
-from aqua_attention.report.tables import Table, describe_setting, written
+from aqua_attention.report.tables import Column, Row, Table, describe_setting, written
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,27 @@ class Block:
 
     Attributes:
         title: plain text, as everything here.
-        note: what the figures mean, in which units.
+        records: what holds the figures.
         panels: drawn side by side where there is room. Without any, the table itself is shown.
-        commands: what made the figures.
+        note: what the figures mean, in which units.
         words: the table holds sentences, not figures.
     """
 
     title: str
-    note: str
     table: Table
-    commands: Sequence[str]
+    records: Sequence[Record] = ()
     panels: Sequence[Panel] = ()
+    note: str = ""
     words: bool = False
+
+    @property
+    def commands(self) -> list[str]:
+        """What made the figures, each line once; where a file does not say, which command it was and which file."""
+        lines = []
+        for record in self.records:
+            command = (record.suite in SUITES and SUITES[record.suite].command) or f"aqua eval {record.suite}"
+            lines.append(record.command or f"{command} ... --json {record.source}  # the rest is not recorded")
+        return list(dict.fromkeys(lines))
 
 
 @dataclass(frozen=True)
@@ -50,24 +59,28 @@ class Section:
     """Blocks under one heading."""
 
     title: str
+    blocks: Sequence[Block]
     note: str = ""
-    blocks: list[Block] = field(default_factory=list)
 
 
-def percent(value: float, digits: int = 1, *, sign: bool = False) -> str:
-    """A share in per cent; NaN as such, and no minus before what is rounded to zero."""
-    return written(value, f"{'+' if sign else ''}z.{digits}%")
+def percent(value: Any, digits: int = 1, *, sign: bool = False) -> str:
+    """A share in per cent, as `plain` writes it."""
+    return plain(value, f"{'+' if sign else ''}z.{digits}%")
 
 
-def plain(value: float, form: str = ".3g") -> str:
-    """A number; NaN and infinity as such, and no minus before what is rounded to zero."""
-    return written(value, f"z{form}")
+def plain(value: Any, form: str = "z.3g") -> str:
+    """A figure of a file in a format; NaN, where there is none, and infinity as such."""
+    return written(number(value), form)
 
 
-def loss_cells(result: dict[str, Any]) -> list[str]:
-    """Perplexity, its change and KL divergence."""
-    change = percent(number(result["perplexity_change"]), 2, sign=True)
-    return [plain(number(result["perplexity"]), ".3f"), change, plain(number(result["kl"]), ".4f")]
+def count(value: Any) -> str:
+    """The same without decimals."""
+    return plain(value, "z.0f")
+
+
+def cells(figures: Row, columns: Sequence[Column]) -> list[str]:
+    """Figures as the columns write them; NaN where there is none."""
+    return [column.cell({column.key: number(figures.get(column.key))}) for column in columns]
 
 
 def name_of(record: Record) -> str:
@@ -77,22 +90,10 @@ def name_of(record: Record) -> str:
 
 def data_of(record: Record) -> str:
     """On what a record was measured, such as "builtin:evaluation, windows of 2048, float32"."""
-    options, words = record.options, [record.model] if record.model else []
-    if options.get("data"):
-        words.append(str(options["data"]))
+    options, words = record.options, [record.model, str(record.options.get("data") or "")]
     if options.get("context"):
         words.append(f"windows of {options['context']}")
     if options.get("scored") == "second half":
         words.append("second halves scored")
-    if dtype := record.details.get("dtype"):
-        words.append(str(dtype).removeprefix("torch."))
-    return ", ".join(words)
-
-
-def commands_of(records: Sequence[Record]) -> list[str]:
-    """The command lines that made these, each once; where a file does not say, which command it was and which file."""
-    lines = []
-    for record in records:
-        command = (record.suite in SUITES and SUITES[record.suite].command) or f"aqua eval {record.suite}"
-        lines.append(record.command or f"{command} ... --json {record.source}  # the rest is not recorded")
-    return list(dict.fromkeys(lines))
+    words.append(str(record.details.get("dtype") or "").removeprefix("torch."))
+    return ", ".join(filter(None, words))

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.record import Record
+from aqua_attention.evaluate.record import Record, make_folder
 from aqua_attention.io.files import write_atomically
 from aqua_attention.report import svg
 from aqua_attention.report.collect import Collected
 from aqua_attention.report.document import Block, Section, data_of, name_of
 from aqua_attention.report.layers import layer_sections
 from aqua_attention.report.losses import loss_sections
-from aqua_attention.report.record_tables import failure
+from aqua_attention.report.record_tables import reason
 from aqua_attention.report.retrieval import retrieval_sections
 from aqua_attention.report.scores import image_sections, other_sections, task_sections
 from aqua_attention.report.speed import speed_sections
@@ -47,31 +47,22 @@ def sections_of(collected: Collected, progress: Callable[[int, int], None] | Non
     Args:
         progress: called as progress(parts done, parts in all).
     """
-    sections = []
-    for done, (part, _) in enumerate(PARTS):
+    sections: list[Section] = []
+    for done, (part, _) in enumerate(PARTS, 1):
+        sections += part(collected.records)
         if progress:
             progress(done, len(PARTS))
-        sections += part(collected.records)
     sections += other_sections(collected.records, [suite for _, suites in PARTS for suite in suites.split()])
-    if progress:
-        progress(len(PARTS), len(PARTS))
-    if collected.failed:
-        rows = [
-            [
-                r.suite,
-                f"{name_of(r)}; on {data_of(r)}",
-                f"{failure(r)}: {(r.error or {})['message']}",
-                r.command or r.source,
-            ]
-            for r in collected.failed
-        ]
-        table = (["suite", "setting", "reason", "command"], rows)
-        sections.append(Section("Failed settings", "", [Block("", "", table, [], words=True)]))
-    if collected.unused:
-        note = "These files were in the folder, but nothing above rests on them."
-        table = (["file", "reason"], [list(pair) for pair in collected.unused])
-        sections.append(Section("Files not used", note, [Block("", "", table, [], words=True)]))
-    return sections
+    failed = [[r.suite, f"{name_of(r)}; on {data_of(r)}", reason(r), r.command or r.source] for r in collected.failed]
+    sections.append(_sentences("Failed settings", ["suite", "setting", "reason", "command"], failed))
+    unused = [list(pair) for pair in collected.unused]
+    note = "These files were in the folder, but nothing above rests on them."
+    sections.append(_sentences("Files not used", ["file", "reason"], unused, note))
+    return [section for section in sections if section.blocks]
+
+
+def _sentences(title: str, titles: list[str], rows: list[list[str]], note: str = "") -> Section:
+    return Section(title, [Block("", (titles, rows), words=True)] if rows else [], note)
 
 
 def facts_of(collected: Collected) -> list[str]:
@@ -91,13 +82,9 @@ def facts_of(collected: Collected) -> list[str]:
 
 
 def html(sections: Sequence[Section], facts: Sequence[str]) -> str:
-    """One page that needs nothing else: no script, no network.
-
-    Raises:
-        AquaError: jinja2 is not installed.
-    """
-    given: dict[str, Any] = {"most": MOST_ROWS, "light": svg.variables(svg.LIGHT), "dark": svg.variables(svg.DARK)}
-    return _template().render(title=TITLE, sections=sections, facts=facts, **given)
+    """One page that needs nothing else: no script, no network. Raises AquaError where jinja2 is not installed."""
+    given = {"title": TITLE, "sections": sections, "facts": facts, "most": MOST_ROWS}
+    return _template().render(given, light=svg.variables(svg.LIGHT), dark=svg.variables(svg.DARK))
 
 
 def report_markdown(sections: Sequence[Section], facts: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -105,26 +92,26 @@ def report_markdown(sections: Sequence[Section], facts: Sequence[str]) -> tuple[
     parts = [f"# {TITLE}\n", *(f"{_words(fact)}\n" for fact in facts)]
     images: dict[str, str] = {}
     for section in sections:
-        parts.append(f"## {section.title}\n")
-        if section.note:
-            parts.append(f"{_words(section.note)}\n")
+        parts += _headed("##", section)
         for block in section.blocks:
-            if block.title:
-                parts.append(f"### {_words(block.title)}\n")
-            if block.note:
-                parts.append(f"{_words(block.note)}\n")
+            parts += _headed("###", block)
             for panel in block.panels:
                 name = f"figure-{len(images) + 1}.svg"
                 images[name] = svg.alone(panel.svg)
                 parts.append(f"![{_words(panel.alt).replace('[', '(').replace(']', ')')}]({IMAGES}/{name})\n")
             titles, rows = block.table
-            table = markdown([_words(title) for title in titles], [[_words(cell) for cell in row] for row in rows])
+            table = markdown(list(map(_words, titles)), [list(map(_words, row)) for row in rows])
             commands = "".join(f"    {command}\n" for command in block.commands)
             table += f"\nMade by:\n\n{commands}" if commands else ""
             if block.panels:
                 table = f"<details><summary>Numbers and command</summary>\n\n{table}\n</details>\n"
             parts.append(table)
     return "\n".join(parts), images
+
+
+def _headed(signs: str, part: Section | Block) -> list[str]:
+    title = [f"{signs} {_words(part.title)}\n"] if part.title else []
+    return title + ([f"{_words(part.note)}\n"] if part.note else [])
 
 
 def write_report(folder: Path, collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Path]:
@@ -141,10 +128,7 @@ def write_report(folder: Path, collected: Collected, progress: Callable[[int, in
     page = html(sections, facts)
     text, images = report_markdown(sections, facts)
     target = folder / IMAGES
-    try:
-        target.mkdir(exist_ok=True)
-    except OSError as error:
-        raise AquaError(f"cannot make the folder {target}: {error.strerror}") from error
+    make_folder(target)
     for name, image in images.items():
         write_atomically(target / name, image.encode())
     # Of an earlier report that had more figures.
@@ -165,7 +149,7 @@ def _template() -> Any:
         raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     words = Markup(" class=w")
-    environment.filters["kinds"] = lambda table: [words if _is_words(column) else "" for column in _columns(table)]
+    environment.filters["kinds"] = lambda table: [words if _is_words(table, at) else "" for at in range(len(table[0]))]
     return environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
 
 
@@ -180,14 +164,9 @@ def _software(record: Record) -> str:
     return ", ".join(words)
 
 
-def _columns(table: Table) -> list[list[str]]:
-    titles, rows = table
-    return [[row[place] for row in rows] for place in range(len(titles))]
-
-
-def _is_words(column: Sequence[str]) -> bool:
+def _is_words(table: Table, place: int) -> bool:
     """Whether a column holds words, and is aligned as they are; a word among figures is aligned as these."""
-    filled = [cell for cell in column if cell]
+    filled = [row[place] for row in table[1] if row[place]]
     words = [cell for cell in filled if cell[0] not in "+-.0123456789" and cell not in ("NaN", "infinite", "none")]
     return 2 * len(words) > len(filled)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from aqua_attention.evaluate.record import Record, Unusable, check_schema, read_setting, short
 from aqua_attention.evaluate.suites import SUITES
-from aqua_attention.report.tables import row_setting
+from aqua_attention.report.tables import row_name
 
 DETAILS = "command version commit device dtype started projections_sha256 text_sha256 inputs_sha256".split()
 SOURCE_KEYS = "data context tokens seed needles chat scored length batch limit quick images".split()
@@ -105,16 +105,10 @@ def _record(suite: str, value: _File, source: str, result: Any, **fields: Any) -
     """A record whose options and details are those of its file."""
     model = value.get("model")
     name = model.get("name") if isinstance(model, dict) else model
-    known = {name: each for name, each in value.items() if name in DETAILS or name.endswith("_sha256")}
-    return Record(
-        suite,
-        name if isinstance(name, str) else "",
-        options={name: value[name] for name in SOURCE_KEYS if value.get(name) is not None},
-        result=result,
-        details={name: each for name, each in known.items() if isinstance(each, str)},
-        source=source,
-        **fields,
-    ).checked()
+    words = {name: each for name, each in value.items() if isinstance(each, str)}
+    fields["details"] = {name: each for name, each in words.items() if name in DETAILS or name.endswith("_sha256")}
+    fields["options"] = {name: value[name] for name in SOURCE_KEYS if value.get(name) is not None}
+    return Record(suite, name if isinstance(name, str) else "", result=result, source=source, **fields).checked()
 
 
 def _rows(suite: str, value: _File, source: str) -> list[Record]:
@@ -157,14 +151,15 @@ def _retrieval(suite: str, value: _File, source: str) -> list[Record]:
     try:
         labels = [(question[column], question.get("depth")) for question in questions]
         marks = [question["correct"] for question in questions]
-        if odd := [each for pair in labels for each in pair if each is not None and not isinstance(each, (int, float))]:
-            raise Unusable(f"a question has length, depth or lines {short(odd[0])}, not a number")
-        if any(len(row) != len(rows) + 1 for row in marks):
-            raise Unusable("its questions have not an answer for each setting")
+        lengths = {len(row) for row in marks}
     except (TypeError, KeyError, IndexError, AttributeError):
-        raise Unusable("its questions are damaged") from None
-    if not marks:
+        lengths = set()
+    if not lengths:
         raise Unusable("its questions are damaged")
+    if odd := [each for pair in labels for each in pair if each is not None and not isinstance(each, (int, float))]:
+        raise Unusable(f"a question has length, depth or lines {short(odd[0])}, not a number")
+    if lengths != {len(rows) + 1}:
+        raise Unusable("its questions have not an answer for each setting")
 
     def result(place: int) -> _File:
         cells = {label: [0, 0] for label in labels}
@@ -183,7 +178,7 @@ def _memory(suite: str, value: _File, source: str) -> list[Record]:
 
     def named(row: _File) -> _File:
         setting = row.get("setting")
-        return row | {"setting": row_setting(read_setting(setting) if isinstance(setting, dict) else setting)}
+        return row | {"setting": row_name({"setting": read_setting(setting)})} if isinstance(setting, dict) else row
 
     return _whole(suite, value | {"rows": [named(row) for row in value["rows"]]}, source)
 

@@ -9,7 +9,10 @@ from collections.abc import Callable, Sequence
 from aqua_attention.evaluate.record import Record
 from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.report.document import name_of
-from aqua_attention.report.tables import Table
+from aqua_attention.report.tables import Table, matrix
+
+Names = Callable[[Record], tuple[str, str]]
+"""Row and column of a record."""
 
 
 def record_table(records: Sequence[Record]) -> Table:
@@ -26,8 +29,9 @@ def transfer_tables(records: Sequence[Record]) -> list[Table]:
 
     tables = []
     for setting, group in _by_setting(records).items():
-        tables.append(_matrix(f"{setting}; calibrated on", "tested on", names, group, _loss))
-        tables.append(_matrix("distance of the leading dimensions", "from", names, group, _distance))
+        tables.append(_matrix(f"{setting}; calibrated on", "tested on", names, group))
+        distance = "distance of the leading dimensions"
+        tables.append(_matrix(distance, "from", names, group, lambda record: f"{record.figures['distance']:.3f}"))
     return tables
 
 
@@ -39,17 +43,22 @@ def context_tables(records: Sequence[Record]) -> list[Table]:
         return f"{learned['tokens']} tokens in windows of {learned['context']}", str(record.options["context"])
 
     groups = _by_setting(records).items()
-    return [_matrix(f"{setting}; calibrated on", "windows of", names, group, _loss) for setting, group in groups]
+    return [_matrix(f"{setting}; calibrated on", "windows of", names, group) for setting, group in groups]
 
 
 def reasons(records: Sequence[Record]) -> list[str]:
     """Why records have no figures: a line for each reason, with how many have it."""
-    lines = [f"{failure(record)}: {record.error['message']}" for record in records if record.error is not None]
-    return [line if count == 1 else f"{line} ({count} records)" for line, count in Counter(lines).items()]
+    lines = Counter(reason(record) for record in records if record.error is not None)
+    return [line if count == 1 else f"{line} ({count} records)" for line, count in lines.items()]
 
 
-def failure(record: Record) -> str:
-    """In two words, why a record has no figures."""
+def reason(record: Record) -> str:
+    """Why a record has no figures."""
+    return f"{_failure(record)}: {(record.error or {})['message']}"
+
+
+def _failure(record: Record) -> str:
+    """The same in two words."""
     kind = (record.error or {}).get("kind", "error")
     return {"out_of_memory": "out of memory", "error": "refused"}.get(kind, kind)
 
@@ -61,46 +70,36 @@ def _by_setting(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
-def _matrix(
-    title: str,
-    across: str,
-    names: Callable[[Record], tuple[str, str]],
-    records: Sequence[Record],
-    cell: Callable[[Record], str],
-) -> Table:
-    cells = {names(record): cell(record) for record in records}
-    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*map(names, records), strict=True))
-    return [title, *(f"{across} {column}" for column in columns)], [
-        [row, *(cells.get((row, column), "") for column in columns)] for row in rows
-    ]
-
-
-def _figures(record: Record) -> list[str]:
-    if record.error is not None:
-        return [failure(record), "", record.error["message"]]
-    result = record.figures
-    if "score_loss" in result:
-        return [f"scores {result['score_loss']:.2%} lost", "", f"softmax {result['softmax_loss']:.2%} lost"]
-    if "cells" in result:
-        right = f"{result['right']}/{result['asked']} right"
-        if record.setting is None:
-            return [right, "", ""]
-        return [right, f"{result['lost']} lost, {result['gained']} gained", f"p {result['p_value']:.2g}"]
-    if "perplexity" not in result:
-        words = [f"{name} {result[name]:.4g}" for name in SUITES[record.suite].figures]
-        return [", ".join(words), "", ""]
-    perplexity = f"perplexity {result['perplexity']:.3f}"
-    if record.setting is None:
-        return [perplexity, "", f"{result['tokens']} predictions"]
-    besides = f"KL {result['kl']:.4f}, same top token {result['top1']:.1%}, products {result['mean_k']:.0%}"
-    return [perplexity, f"{result['perplexity_change']:+.2%}", besides]
-
-
 def _loss(record: Record) -> str:
-    if record.result is None:
-        return failure(record)
     return f"{record.figures['perplexity_change']:+.2%} (KL {record.figures['kl']:.4f})"
 
 
-def _distance(record: Record) -> str:
-    return failure(record) if record.result is None else f"{record.figures['distance']:.3f}"
+def _matrix(
+    title: str, across: str, names: Names, records: Sequence[Record], cell: Callable[[Record], str] = _loss
+) -> Table:
+    cells = {}
+    for record in records:
+        row, column = names(record)
+        cells[row, f"{across} {column}"] = _failure(record) if record.result is None else cell(record)
+    return matrix(title, cells)
+
+
+def _figures(record: Record) -> list[str]:
+    """Result, compared with dense, and besides."""
+    if record.error is not None:
+        return [_failure(record), "", record.error["message"]]
+    result, dense = record.figures, record.setting is None
+    if "score_loss" in result:
+        return [f"scores {result['score_loss']:.2%} lost", "", f"softmax {result['softmax_loss']:.2%} lost"]
+    if "cells" in result:
+        compared = (
+            ["", ""] if dense else [f"{result['lost']} lost, {result['gained']} gained", f"p {result['p_value']:.2g}"]
+        )
+        return [f"{result['right']}/{result['asked']} right", *compared]
+    if "perplexity" not in result:
+        return [", ".join(f"{name} {result[name]:.4g}" for name in SUITES[record.suite].figures), "", ""]
+    perplexity = f"perplexity {result['perplexity']:.3f}"
+    if dense:
+        return [perplexity, "", f"{result['tokens']} predictions"]
+    besides = f"KL {result['kl']:.4f}, same top token {result['top1']:.1%}, products {result['mean_k']:.0%}"
+    return [perplexity, f"{result['perplexity_change']:+.2%}", besides]

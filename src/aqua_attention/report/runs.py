@@ -17,7 +17,6 @@ NAMES = {"text_sha256": "text", "projections_sha256": "projections", "context": 
 """Words for facts that are not called by their own name."""
 OF_A_TASK = ("few_shot", "file", "file_sha256")
 """Facts of one task; a run asks several."""
-OF_THE_PROJECTIONS = "projections_sha256"
 
 
 def facts_of_run(record: Record) -> dict[str, str]:
@@ -38,8 +37,8 @@ def facts_of_run(record: Record) -> dict[str, str]:
             given.pop(name, None)
         given["cells"] = _cells(record.suite, result.get("cells"))
     given |= {name: value for name, value in record.details.items() if name in ("dtype", "seed") or _is_digest(name)}
-    facts = dict(_flat({"model": record.model, "data": None, "context": None} | given))
-    return {name: value.removeprefix("torch.") if name == "dtype" else value for name, value in facts.items()}
+    given |= {"dtype": str(given["dtype"]).removeprefix("torch.")} if given.get("dtype") else {}
+    return dict(_flat({"model": record.model, "data": None, "context": None} | given))
 
 
 def runs_of(records: Sequence[Record], suite: str) -> dict[str, list[Record]]:
@@ -73,11 +72,10 @@ def told_apart(titles: Sequence[str], facts: Sequence[dict[str, str]]) -> list[s
         for title, each in zip(found, facts, strict=True):
             values.setdefault(title, set()).add(each.get(name))
         ambiguous = {title for title, known in values.items() if len(known) > 1}
+        added = [[in_words(name, each[name])] if name in each else [] for each in facts]
         found = [
-            ", ".join(filter(None, [title, in_words(name, each[name])]))
-            if title in ambiguous and name in each
-            else title
-            for title, each in zip(found, facts, strict=True)
+            ", ".join(filter(None, [title, *words])) if title in ambiguous else title
+            for title, words in zip(found, added, strict=True)
         ]
     # Facts that are equal as far as they are written down: digests whose beginnings are.
     for place, title in enumerate(found):
@@ -96,18 +94,14 @@ def in_words(name: str, value: str) -> str:
 
 def same_model(first: Record, second: Record) -> bool:
     """Whether two records of any suites can be of one model, dtype and projections, as far as both say."""
-    if first.model != second.model:
-        return False
     names = {name for name in (*first.details, *second.details) if name == "dtype" or _is_digest(name)}
-    known = ((first.details.get(name), second.details.get(name)) for name in names - {"text_sha256"})
-    return all(
-        one is None or other is None or str(one).removeprefix("torch.") == str(other).removeprefix("torch.")
-        for one, other in known
-    )
+    pairs = [(first.details.get(name), second.details.get(name)) for name in names - {"text_sha256"}]
+    known = [[str(each).removeprefix("torch.") for each in pair] for pair in pairs if None not in pair]
+    return first.model == second.model and all(one == other for one, other in known)
 
 
 def _but_projections(facts: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in facts.items() if name != OF_THE_PROJECTIONS}
+    return {name: value for name, value in facts.items() if name != "projections_sha256"}
 
 
 def _is_digest(name: str) -> bool:

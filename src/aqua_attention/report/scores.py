@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from aqua_attention.evaluate.record import Record, number
 from aqua_attention.evaluate.suites import SUITES
-from aqua_attention.report.document import Block, Section, commands_of, name_of, percent, plain
+from aqua_attention.report.document import Block, Section, cells, count, name_of, percent
 from aqua_attention.report.runs import OF_A_TASK, facts_of_run, runs_of, told_apart
+from aqua_attention.report.tables import IMAGES, PAIRED, Column
 
 IMAGES_NOTE = (
     "Cosine of each image's embedding to its dense one. Same neighbour: share of the images whose nearest other image "
@@ -27,39 +28,33 @@ def task_sections(records: Sequence[Record]) -> list[Section]:
     titles = ["task", "metric", "setting", "items", "score", "dense", "difference", "lost", "gained", "p (paired)"]
     blocks = []
     for title, group in runs_of(records, "tasks").items():
-        outside = any("outside_window" in record.figures for record in group)
+        outside = ["outside the window"] if any("outside_window" in record.figures for record in group) else []
         named = sorted(zip(_tasks(group), group, strict=True), key=lambda pair: pair[0])
-        rows = [_row(name, record)[: None if outside else -1] for name, record in named]
-        used = [*titles, "outside the window"] if outside else titles
-        blocks.append(Block(title or "Tasks", "", (used, rows), commands_of(group)))
-    return [Section("Tasks", NOTE, blocks)] if blocks else []
+        rows = [_row(name, record, len(titles) + len(outside)) for name, record in named]
+        blocks.append(Block(title or "Tasks", ([*titles, *outside], rows), group))
+    return [Section("Tasks", blocks, NOTE)]
 
 
 def image_sections(records: Sequence[Record]) -> list[Section]:
     """A table for each set of images."""
-    titles = ["setting", "products outside the window", "mean cosine", "lowest cosine", "same neighbour"]
-    blocks = []
-    for title, group in runs_of(records, "images").items():
-        rows = []
-        for record in group:
-            names = ("mean_k", "mean_cosine", "lowest_cosine", "same_neighbour")
-            kept, mean, lowest, same = (number(record.figures.get(name)) for name in names)
-            rows.append([name_of(record), percent(kept, 0), plain(mean, ".4f"), plain(lowest, ".4f"), percent(same)])
-        blocks.append(Block(title or "Images", "", (titles, rows), commands_of(group)))
-    return [Section("Images", IMAGES_NOTE, blocks)] if blocks else []
+    return [Section("Images", _by_setting(records, "images", IMAGES), IMAGES_NOTE)]
 
 
 def other_sections(records: Sequence[Record], drawn: Sequence[str]) -> list[Section]:
     """A section for each suite that is not `drawn` elsewhere: its figures by setting."""
     sections = []
     for suite in dict.fromkeys(record.suite for record in records if record.suite not in drawn):
-        figures, blocks = SUITES[suite].figures, []
-        for title, group in runs_of(records, suite).items():
-            rows = [[name_of(r), *(plain(number(r.figures.get(name)), ".4g") for name in figures)] for r in group]
-            titles = ["setting", *(name.replace("_", " ") for name in figures)]
-            blocks.append(Block(title or suite, "", (titles, rows), commands_of(group)))
-        sections.append(Section(suite.replace("_", " ").capitalize(), "", blocks))
+        columns = [Column(name.replace("_", " "), name, "z.4g") for name in SUITES[suite].figures]
+        sections.append(Section(suite.replace("_", " ").capitalize(), _by_setting(records, suite, columns)))
     return sections
+
+
+def _by_setting(records: Sequence[Record], suite: str, columns: Sequence[Column]) -> list[Block]:
+    titles, blocks = ["setting", *(column.title for column in columns)], []
+    for title, group in runs_of(records, suite).items():
+        rows = [[name_of(record), *cells(record.figures, columns)] for record in group]
+        blocks.append(Block(title or suite, (titles, rows), group))
+    return blocks
 
 
 def _tasks(group: Sequence[Record]) -> list[str]:
@@ -73,15 +68,13 @@ def _tasks(group: Sequence[Record]) -> list[str]:
     return [names[distinct.index(facts)] for facts in own]
 
 
-def _row(name: str, record: Record) -> list[str]:
+def _row(name: str, record: Record, width: int) -> list[str]:
+    """The cells of one task, `width` of them; dense has nothing to compare with."""
     result = record.figures
-    assert result is not None
-    score, error, dense = (number(result.get(name)) for name in ("value", "stderr", "dense"))
-    words = [name, result["metric"], name_of(record), plain(number(result.get("count")), ".0f")]
-    words.append(f"{percent(score)} ± {percent(error)}")
-    if record.setting is None:
-        return [*words, "", "", "", "", "", ""]
-    words += [percent(dense), percent(score - dense, 1, sign=True)]
-    forms = (("lost", ".0f"), ("gained", ".0f"), ("p_value", ".2g"))
-    words += [plain(number(result.get(name)), form) for name, form in forms]
-    return [*words, percent(number(result["outside_window"])) if "outside_window" in result else ""]
+    score, dense = number(result["value"]), number(result.get("dense"))
+    words = [name, result["metric"], name_of(record), count(result.get("count"))]
+    words.append(f"{percent(score)} ± {percent(result.get('stderr'))}")
+    if record.setting is not None:
+        words += [percent(dense), percent(score - dense, sign=True), *cells(result, PAIRED)]
+        words += [percent(result["outside_window"])] if "outside_window" in result else []
+    return words + [""] * (width - len(words))

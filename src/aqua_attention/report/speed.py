@@ -4,32 +4,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from aqua_attention.evaluate.record import Record, number, numbers
-from aqua_attention.report.document import Block, Panel, Section, commands_of, plain
-from aqua_attention.report.figures import Axis, Curve, bars, curves
-from aqua_attention.report.tables import DECODE, GENERATE, MEMORY, Column, Row, row_name, table_of
+from aqua_attention.report.document import Block, Section, count, plain
+from aqua_attention.report.figures import Axis, bars, curves
+from aqua_attention.report.tables import DECODE, GENERATE, MEMORY, Column, Row, benchmark_table, row_name, size_of
 
 
 @dataclass(frozen=True)
 class _Benchmark:
-    """A benchmark with a bar for each row.
-
-    Attributes:
-        title: of the block, before the size.
-        first: title of the rows' names.
-        x, key: the axis, and the figure that is drawn; mark: one that is marked beside it.
-    """
+    """A benchmark with a bar for each row: the figure `key` along the axis `x`, and `mark` marked beside it."""
 
     title: str
     note: str
     first: str
     columns: Sequence[Column]
     x: str
-    key: str
+    key: str = "ratio"
+    form: str = "z.2f"
     mark: str = ""
 
 
@@ -38,110 +32,71 @@ BENCHMARKS = {
         "One attention step",
         "Times faster than the fastest dense kernel of the same run, attention alone; whole step: with what comes "
         "before it. The mark is what the bytes read would allow at most.",
-        *("kernel", DECODE, "to the best dense attention (higher is faster)", "ratio", "ceiling"),
+        *("kernel", DECODE, "to the best dense attention (higher is faster)"),
+        mark="ceiling",
     ),
     "generate": _Benchmark(
         "A whole step",
         "A whole decoding step of a model; roofline: what reading its bytes takes at the measured bandwidth.",
-        *("setting", GENERATE, "tokens a second (higher is faster)", "tokens_per_second"),
+        *("setting", GENERATE, "tokens a second (higher is faster)", "tokens_per_second", "z.3g"),
     ),
     "memory": _Benchmark(
         "Memory",
         "Bytes of the cache as allocated, and the most that the whole generation added.",
-        *("cache", MEMORY, "bytes to DynamicCache (lower is smaller)", "ratio"),
+        *("cache", MEMORY, "bytes to DynamicCache (lower is smaller)"),
     ),
 }
+LENGTHS_NOTE = "Rotate, choose, append and attend, of one sequence; lower is faster."
+BREAKEVEN_NOTE = (
+    "From which length on choosing dimensions is faster, and stays so, among the lengths measured. Theory counts "
+    "multiplications against dense attention: 2 d² / (d - k), and d² (1 + 1/G) / (d - k) where G query heads share "
+    "keys."
+)
 
 
 def speed_sections(records: Sequence[Record]) -> list[Section]:
     """A block for each benchmark, in the order of the files."""
     blocks: list[Block] = []
     for place, record in enumerate(r for r in records if r.suite in BENCHMARKS or r.suite == "breakeven"):
-        blocks += _breakeven(place, record) if record.suite == "breakeven" else [_measured(place, record)]
-    return [Section("Time and memory", "", blocks)] if blocks else []
+        blocks += (_breakeven if record.suite == "breakeven" else _measured)(f"speed{place}", record)
+    return [Section("Time and memory", blocks)]
 
 
-def _measured(place: int, record: Record) -> Block:
+def _measured(identity: str, record: Record) -> list[Block]:
     kind, result = BENCHMARKS[record.suite], record.figures
-    is_memory = record.suite == "memory"
-    words = [record.model] if is_memory and record.model else []
-    rows = [(row["setting"] if is_memory else row_name(row), row) for row in result["rows"]]
-    title = f"{kind.title}{', compiled' if result.get('compiled') else ''}: {', '.join([*words, _size(result)])}"
-    panels = _bars(f"speed{place}", kind, [(name, row) for name, row in rows if "absent" not in row])
-    return Block(title, kind.note, table_of(kind.first, rows, kind.columns), commands_of([record]), panels)
+    drawn = [row for row in result["rows"] if "absent" not in row and math.isfinite(number(row.get(kind.key)))]
+    panels = []
+    if drawn:
+        marks = (kind.mark, [number(row.get(kind.mark)) for row in drawn]) if kind.mark else None
+        values = [(row_name(row), number(row[kind.key])) for row in drawn]
+        panels = [bars(identity, f"{kind.x}, {len(drawn)} rows", Axis(kind.x), values, kind.form, marks)]
+    size = ", ".join(filter(None, [record.model if record.suite == "memory" else "", _size(result)]))
+    title = f"{kind.title}{', compiled' if result.get('compiled') else ''}: {size}"
+    return [Block(title, benchmark_table(kind.first, result, kind.columns), [record], panels, kind.note)]
 
 
-def _breakeven(place: int, record: Record) -> list[Block]:
-    result = record.figures
-    size, commands = _size(result), commands_of([record])
-    names = [
-        "fastest dense",
-        "k = d",
-        *(f"k_ratio {plain(number(e.get('k_ratio')))}" for e in result["breakeven"]),
-    ]
-    points: list[list[tuple[float, list[float]]]] = [[] for _ in names]
-    rows = []
+def _breakeven(identity: str, record: Record) -> list[Block]:
+    result, size = record.figures, _size(record.figures)
+    names = ["fastest dense", "k = d", *(f"k_ratio {plain(e.get('k_ratio'))}" for e in result["breakeven"])]
+    points, rows = [], []
     for row in result["rows"]:
-        length, times = number(row.get("length")), [*map(number, (row.get("dense"), row.get("whole")))]
-        times += numbers(row["aqua"])
-        rows.append([plain(length, ".0f"), *(_micro(seconds) for seconds in times[: len(names)])])
-        rows[-1] += [""] * (len(names) + 1 - len(rows[-1])) + [str(row.get("dense_name", ""))]
-        for line, seconds in zip(points, times, strict=False):
-            line.append((length, [1e6 * seconds]))
-    drawn = [Curve(name, line) for name, line in zip(names, points, strict=True)]
+        times = [number(row.get("dense")), number(row.get("whole")), *numbers(row["aqua"])][: len(names)]
+        points += [(name, number(row.get("length")), [1e6 * time]) for name, time in zip(names, times, strict=False)]
+        written = [plain(1e6 * time, "z.1f") for time in times] + [""] * (len(names) - len(times))
+        rows.append([count(row.get("length")), *written, str(row.get("dense_name", ""))])
     axes = Axis("length (tokens)", "log2"), [Axis("one step of a layer (us)", "log")]
-    panel = curves(f"speed{place}", "Time of a decoding step by length, dense and AQUA", *axes, drawn)
-    note = "Rotate, choose, append and attend, of one sequence; lower is faster."
-    table = (["length", *(f"{name}: us" for name in names), "the dense one"], rows)
-    lengths = [
-        [plain(number(each.get("k_ratio"))), *(_crossing(each.get(key)) for key in ("whole", "dense")), *_theory(each)]
-        for each in result["breakeven"]
-    ]
+    panel = curves(identity, "Time of a decoding step by length, dense and AQUA", *axes, points)
+    times_table = ["length", *(f"{name}: us" for name in names), "the dense one"], rows
     titles = ["k_ratio", "against k = d", "against the fastest dense", "theory (paper)", "theory (shared keys)"]
-    words = (
-        "From which length on choosing dimensions is faster, and stays so, among the lengths measured. Theory counts "
-        "multiplications against dense attention: 2 d² / (d - k), and d² (1 + 1/G) / (d - k) where G query heads share "
-        "keys."
-    )
+    lengths = []
+    for row in result["breakeven"]:
+        crossings = ["none" if row.get(key) is None else count(row[key]) for key in ("whole", "dense")]
+        lengths.append([plain(row.get("k_ratio")), *crossings, count(row.get("paper")), count(row.get("theory"))])
     return [
-        Block(f"Time by length: {size}", note, table, commands, [panel]),
-        Block(f"Break-even (tokens): {size}", words, (titles, lengths), commands),
+        Block(f"Time by length: {size}", times_table, [record], [panel], LENGTHS_NOTE),
+        Block(f"Break-even (tokens): {size}", (titles, lengths), [record], note=BREAKEVEN_NOTE),
     ]
 
 
-def _crossing(length: Any) -> str:
-    return "none" if length is None else plain(number(length), ".0f")
-
-
-def _theory(row: dict[str, Any]) -> list[str]:
-    return [plain(number(row.get(key)), ".0f") for key in ("paper", "theory")]
-
-
-def _size(result: dict[str, Any]) -> str:
-    words = [str(result["device"])] if "device" in result else []
-    if "length" in result:
-        words.append(f"{plain(number(result.get('batch')))} x {plain(number(result['length']), '.0f')} tokens")
-    if "layers" in result:
-        words.append(f"{result['layers']} layers of {result.get('hidden')}")
-    elif "heads" in result:
-        words.append(f"{result['heads']} query and {result.get('groups')} key-value heads of {result.get('head_dim')}")
-    words.append(str(result.get("dtype", "")).removeprefix("torch."))
-    return ", ".join(words)
-
-
-def _bars(identity: str, kind: _Benchmark, rows: Sequence[tuple[str, Row]]) -> list[Panel]:
-    shown = [(name, row) for name, row in rows if math.isfinite(number(row.get(kind.key)))]
-    if not shown:
-        return []
-    marks = (kind.mark, [number(row.get(kind.mark)) for _, row in shown]) if kind.mark else None
-    form: Callable[[float], str] = _two if kind.key == "ratio" else plain
-    names, values = [name for name, _ in shown], [number(row[kind.key]) for _, row in shown]
-    return [bars(identity, f"{kind.x}, {len(shown)} rows", Axis(kind.x), names, values, marks=marks, text=form)]
-
-
-def _micro(seconds: float) -> str:
-    return plain(1e6 * seconds, ".1f")
-
-
-def _two(value: float) -> str:
-    return plain(value, ".2f")
+def _size(result: Row) -> str:
+    return size_of(result).replace("torch.", "")

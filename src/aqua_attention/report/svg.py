@@ -29,29 +29,12 @@ LIGHT += " s5:#2b8cc4 s6:#5c5f66 s7:#7a3ca3"
 DARK = "ink:#e6edf3 line:#3b424b paper:#14171c rest:#7d8590 s0:#4aa8e8 s1:#ff8a3d s2:#2cc79d s3:#e58fc3 s4:#e3c03a"
 DARK += " s5:#9cd4f7 s6:#b4b9c1 s7:#c79af0"
 STYLE: dict[str, Any] = {
-    "axes.edgecolor": INK,
-    "axes.facecolor": "none",
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "axes.unicode_minus": True,
-    "figure.facecolor": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "grid.color": LINE,
-    "legend.fontsize": 10.5,
-    "legend.frameon": False,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "aqua",
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.facecolor", "figure.facecolor", "svg.fonttype"), "none"),
     # Names come from users' files; a dollar in one is a dollar.
-    "text.parse_math": False,
-    "text.color": INK,
-    "text.usetex": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
+    **dict.fromkeys(("axes.spines.right", "axes.spines.top", "legend.frameon", "text.parse_math"), False),
+    **{"axes.titlesize": 11, "font.size": 11, "legend.fontsize": 10.5, "lines.linewidth": 1.6},
+    **{"grid.color": LINE, "svg.hashsalt": "aqua"},
 }
 
 

@@ -41,25 +41,27 @@ def written(value: float, form: str) -> str:
 
 
 SHARE = Column("products outside the window", "mean_k", ".0%")
-PERPLEXITY = (
-    SHARE,
+LOSSES = (
     Column("perplexity", "perplexity", ".3f"),
-    Column("change", "perplexity_change", "+.2%"),
-    Column("KL to dense", "kl", ".4f"),
-    Column("same top token", "top1", ".1%"),
+    Column("change", "perplexity_change", "+z.2%"),
+    Column("KL to dense", "kl", "z.4f"),
+)
+PERPLEXITY = (*LOSSES, Column("same top token", "top1", ".1%"))
+PAIRED = (
+    Column("lost", "lost", ".0f"),
+    Column("gained", "gained", ".0f"),
+    Column("p (paired)", "p_value", ".2g"),
 )
 IMAGES = (
     SHARE,
-    Column("mean cosine", "mean_cosine", ".4f"),
-    Column("lowest cosine", "lowest_cosine", ".4f"),
-    Column("same nearest neighbour", "same_neighbour", ".1%"),
+    Column("mean cosine", "mean_cosine", "z.4f"),
+    Column("lowest cosine", "lowest_cosine", "z.4f"),
+    Column("same neighbour", "same_neighbour", ".1%"),
 )
 RETRIEVAL = (
     SHARE,
     Column("right", "accuracy", ".1%"),
-    Column("only dense right", "lost", ".0f"),
-    Column("only AQUA right", "gained", ".0f"),
-    Column("p (paired)", "p_value", ".2g"),
+    *(replace(PAIRED[0], title="only dense right"), replace(PAIRED[1], title="only AQUA right"), PAIRED[2]),
     Column("same answer", "same_answer", ".1%"),
 )
 MEMORY = (
@@ -83,6 +85,9 @@ GENERATE = (
     Column("roofline: ms", "roofline_seconds", ".2f", 1e3),
     Column("of the roofline", "share", ".1%"),
 )
+WORDS = {name: f"{name} {{:g}}" for name in ("logit_error", "k_ratio", "s_ratio")}
+WORDS |= {"bits": "int{}", "h2o_ratio": "h2o_ratio {}", "basis": "{}", "selection": "{}", "share": "shared by {}"}
+"""How a setting's values are written, in their order; any other knob is "name value"."""
 
 
 def table_of(first: str, rows: Sequence[tuple[str, Row]], columns: Sequence[Column]) -> Table:
@@ -96,144 +101,133 @@ def table_of(first: str, rows: Sequence[tuple[str, Row]], columns: Sequence[Colu
     return [first, *(column.title for column in columns)], cells
 
 
+def matrix(first: str, cells: Mapping[tuple[str, str], str]) -> Table:
+    """Cells by the labels of their row and column; empty where there is none."""
+    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells, strict=True))
+    return [first, *columns], [[row, *(cells.get((row, column), "") for column in columns)] for row in rows]
+
+
 def _by_setting(result: dict[str, Any]) -> list[tuple[str, Row]]:
     return [(describe_setting(row["setting"], row["basis"]), row) for row in result["rows"]]
 
 
 def row_name(row: Row) -> str:
-    """Of a benchmark's row, with its k_ratio."""
-    ratio = row.get("k_ratio")
-    return str(row["name"]) if ratio is None else f"{row['name']}, k_ratio {written(number(ratio), 'g')}"
+    """Of a benchmark's row: a kernel with its k_ratio, or a cache by its own name or by our setting."""
+    setting, ratio = row.get("setting"), row.get("k_ratio")
+    if "name" in row:
+        return str(row["name"]) if ratio is None else f"{row['name']}, k_ratio {written(number(ratio), 'g')}"
+    return f"AQUA, {describe_setting(setting)}" if isinstance(setting, dict) else str(setting)
 
 
-def row_setting(setting: Any) -> Any:
-    """The setting of a memory benchmark's row in words, also where it is ours."""
-    return f"AQUA, {describe_setting(setting)}" if isinstance(setting, dict) else setting
+def benchmark_table(first: str, result: Row, columns: Sequence[Column]) -> Table:
+    """A row for each of a benchmark's."""
+    return table_of(first, [(row_name(row), row) for row in result["rows"]], columns)
 
 
 def perplexity_table(result: dict[str, Any]) -> Table:
     """What `evaluate_perplexity` returned: gain (products left out) and loss, a row a setting."""
     dense = {"mean_k": 1, "perplexity": result["dense"]["perplexity"]}
-    return table_of("setting", [("dense", dense), *_by_setting(result)], PERPLEXITY)
+    return table_of("setting", [("dense", dense), *_by_setting(result)], (SHARE, *PERPLEXITY))
 
 
 def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
-    """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64".
-
-    A knob without words of its own here is "name value".
-    """
+    """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64"."""
     declared = {name: knob.default for name, knob in knobs().items()}
     given = {name: setting[name] for name in declared if setting.get(name, declared[name]) != declared[name]}
-    error, queries = given.pop("logit_error", None), given.pop("h2o_queries", None)
-    words = [f"k_ratio {setting['k_ratio']:g}" if error is None else f"logit_error {error:g}"]
-    given.pop("k_ratio", None)
-    if "s_ratio" in given:
-        words.append(f"s_ratio {given.pop('s_ratio'):g}")
-    if "bits" in given:
-        words.append(f"int{given.pop('bits')}")
+    queries, sink, recent = given.pop("h2o_queries", None), given.pop("sink", 0), given.pop("recent", 0)
+    given["k_ratio"] = setting["k_ratio"]
+    if "logit_error" in given:
+        del given["k_ratio"]
     if "h2o_ratio" in given:
-        words.append(f"h2o_ratio {given.pop('h2o_ratio'):g}" + (f" by {queries} queries" if queries else ""))
+        given["h2o_ratio"] = f"{given['h2o_ratio']:g}" + (f" by {queries} queries" if queries else "")
     if basis != "aqua":
-        words.append("not rotated" if basis == "none" else f"basis {basis}")
-    if "selection" in given:
-        words.append(given.pop("selection"))
-    if "share" in given:
-        words.append(f"shared by {given.pop('share')}")
-    sink, recent = given.pop("sink", 0), given.pop("recent", 0)
-    if sink or recent:
-        words.append(f"exact {sink} + {recent}")
+        given["basis"] = "not rotated" if basis == "none" else f"basis {basis}"
+    words = [form.format(given.pop(name)) for name, form in WORDS.items() if name in given]
+    words += [f"exact {sink} + {recent}"] if sink or recent else []
     return ", ".join([*words, *(f"{name} {value}" for name, value in given.items())])
+
+
+def size_of(result: Row) -> str:
+    """Device, shape and dtype of a benchmark, as far as it says them."""
+    words = [str(result["device"])] if "device" in result else []
+    if "length" in result:
+        batch, length = number(result.get("batch")), number(result["length"])
+        words.append(f"{written(batch, '.3g')} x {written(length, '.0f')} tokens")
+    if "layers" in result:
+        words.append(f"{result['layers']} layers of {result.get('hidden')}")
+    elif "heads" in result:
+        words.append(f"{result['heads']} query and {result.get('groups')} key-value heads of {result.get('head_dim')}")
+    return ", ".join([*words, str(result.get("dtype", ""))])
 
 
 def memory_table(result: dict[str, Any]) -> Table:
     """What `measure_memory` returned: a row a cache."""
-    rows = [(row_setting(row["setting"]), row) for row in result["rows"]]
-    return table_of(f"cache of {result['length']} tokens, {result['dtype']}", rows, MEMORY)
+    return benchmark_table(f"cache of {result['length']} tokens, {result['dtype']}", result, MEMORY)
 
 
 def decode_table(result: dict[str, Any]) -> Table:
     """What `measure_decode` returned: a row a kernel."""
-    first = (
-        f"{result['device']}, {result['batch']} x {result['length']} tokens, {result['heads']} query and "
-        f"{result['groups']} key-value heads of {result['head_dim']}, {result['dtype']}"
-    )
     columns = [*DECODE[:-1], replace(DECODE[-1], title="to the best dense")]
     if any(row.get("low_ratio") for row in result["rows"]):
         columns.append(Column("to the best in fp8", "low_step_ratio", ".2f"))
-    return table_of(first, [(row_name(row), row) for row in result["rows"]], columns)
-
-
-def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:
-    """What `measure_breakeven` returned: a row a length, and a row a k_ratio."""
-    ratios = [row["k_ratio"] for row in result["breakeven"]]
-    titles = [
-        f"{result['device']}, {result['heads']} query and {result['groups']} key-value heads of {result['head_dim']}, "
-        f"{result['dtype']}: tokens",
-        "best dense: us",
-        "k = d: us",
-        *(f"k_ratio {ratio:g}: us (to k = d, to dense)" for ratio in ratios),
-    ]
-    rows = [
-        [
-            str(row["length"]),
-            f"{1e6 * row['dense']:.1f} ({row['dense_name']})",
-            f"{1e6 * row['whole']:.1f}",
-            *(f"{1e6 * ours:.1f} ({row['whole'] / ours:.2f}, {row['dense'] / ours:.2f})" for ours in row["aqua"]),
-        ]
-        for row in result["rows"]
-    ]
-    longest = result["rows"][-1]["length"]
-    low, high = result["lengths"][0], "64 to 1024"
-    crossings = []
-    for row in result["breakeven"]:
-        cells = []
-        for name in ("whole", "dense"):
-            never = f"not up to {longest}"
-            cells.append(never if row[name] is None else f"{'up to ' if row[name] <= low else ''}{row[name]:.0f}")
-        experiment = row["paper_experiment"]
-        cells += [f"{row['theory']:.0f}", f"{row['paper']:.0f}"]
-        cells.append("" if experiment is None else f"{experiment[0]:.2f} to {experiment[1]:.2f}")
-        crossings.append([f"{row['k_ratio']:g}", *cells])
-    heads = ["k_ratio", "faster than k = d from", "than dense from", "theory", "the paper's", f"speed, {high} tokens"]
-    return (titles, rows), (heads, crossings)
+    return benchmark_table(size_of(result), result, columns)
 
 
 def generate_table(result: dict[str, Any]) -> Table:
     """What `measure_generate` returned: a row a setting."""
-    first = (
-        f"{result['device']}, {result['batch']} x {result['length']} tokens, {result['layers']} layers of "
-        f"{result['hidden']}, {result['dtype']}{', compiled' if result.get('compiled') else ''}"
-    )
-    return table_of(first, [(row_name(row), row) for row in result["rows"]], GENERATE)
+    return benchmark_table(f"{size_of(result)}{', compiled' if result.get('compiled') else ''}", result, GENERATE)
+
+
+def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:
+    """What `measure_breakeven` returned: a row a length, and a row a k_ratio."""
+    titles = [f"{size_of(result)}: tokens", "best dense: us", "k = d: us"]
+    titles += [f"k_ratio {row['k_ratio']:g}: us (to k = d, to dense)" for row in result["breakeven"]]
+    rows = []
+    for row in result["rows"]:
+        dense, whole = row["dense"], row["whole"]
+        cells = [str(row["length"]), f"{1e6 * dense:.1f} ({row['dense_name']})", f"{1e6 * whole:.1f}"]
+        rows.append(cells + [f"{1e6 * ours:.1f} ({whole / ours:.2f}, {dense / ours:.2f})" for ours in row["aqua"]])
+
+    def crossing(length: float | None) -> str:
+        if length is None:
+            return f"not up to {result['rows'][-1]['length']}"
+        return f"{'up to ' if length <= result['lengths'][0] else ''}{length:.0f}"
+
+    crossings = []
+    for row in result["breakeven"]:
+        cells = [f"{row['k_ratio']:g}", crossing(row["whole"]), crossing(row["dense"])]
+        experiment = row["paper_experiment"]
+        speed = "" if experiment is None else f"{experiment[0]:.2f} to {experiment[1]:.2f}"
+        crossings.append([*cells, f"{row['theory']:.0f}", f"{row['paper']:.0f}", speed])
+    columns = ["k_ratio", "faster than k = d from", "than dense from", "theory", "the paper's"]
+    return (titles, rows), ([*columns, "speed, 64 to 1024 tokens"], crossings)
 
 
 def retention_table(result: dict[str, Any]) -> Table:
     """What `evaluate_retention` returned: a row a ratio, the loss of each selection beside each other."""
-    selections = list(dict.fromkeys(row["selection"] for row in result["rows"]))
-    cells = {(row["k_ratio"], row["selection"]): row for row in result["rows"]}
-    titles = ["k_ratio", *(f"{loss} lost, {name}" for loss in ("scores", "softmax") for name in selections)]
-    rows = []
-    for ratio in dict.fromkeys(row["k_ratio"] for row in result["rows"]):
-        figures = [cells[ratio, name][key] for key in ("score_loss", "softmax_loss") for name in selections]
-        rows.append([f"{ratio:g}", *(f"{figure:.2%}" for figure in figures)])
-    return titles, rows
+    losses = {"scores": "score_loss", "softmax": "softmax_loss"}
+    cells = {
+        (f"{row['k_ratio']:g}", f"{what} lost, {row['selection']}"): f"{row[key]:.2%}"
+        for what, key in losses.items()
+        for row in result["rows"]
+    }
+    return matrix("k_ratio", cells)
 
 
 def images_table(result: dict[str, Any]) -> Table:
     """What `evaluate_images` returned: a row a setting."""
-    return table_of("setting", _by_setting(result), IMAGES)
+    columns = [*IMAGES[:-1], replace(IMAGES[-1], title="same nearest neighbour")]
+    return table_of("setting", _by_setting(result), columns)
 
 
 def layers_table(result: dict[str, Any]) -> Table:
     """The same's retention: softmax lost in each layer, mean over heads, under the paper's selection at each ratio."""
-    rows = [row for row in result["retention"] if (row["selection"], row["basis"]) == ("magnitude", "aqua")]
-    cells: dict[int, list[str]] = {}
-    for row in rows:
-        for layer in row["per_layer"]:
+    cells = {}
+    for row in result["retention"]:
+        for layer in row["per_layer"] if (row["selection"], row["basis"]) == ("magnitude", "aqua") else ():
             lost = layer["softmax_loss"]
-            cells.setdefault(layer["layer"], []).append(f"{sum(lost) / len(lost):.1%}")
-    titles = ["softmax lost in layer", *(f"k_ratio {row['k_ratio']:g}" for row in rows)]
-    return titles, [[str(index), *figures] for index, figures in cells.items()]
+            cells[str(layer["layer"]), f"k_ratio {row['k_ratio']:g}"] = f"{sum(lost) / len(lost):.1%}"
+    return matrix("softmax lost in layer", cells)
 
 
 def retrieval_table(result: dict[str, Any]) -> Table:
@@ -263,47 +257,45 @@ def retrieval_grid(result: dict[str, Any]) -> Table:
     """Right answers of all, for each combination of the questions' labels, dense and under each setting."""
     figures = ("tokens", "expected", "answers", "correct")
     labels = [name for name in result["questions"][0] if name not in figures]
-    cells: dict[tuple[float, ...], list[list[bool]]] = {}
+    marks: dict[tuple[str, ...], list[list[bool]]] = {}
     for question in result["questions"]:
-        cells.setdefault(tuple(question[name] for name in labels), []).append(question["correct"])
-    settings = [describe_setting(row["setting"], row["basis"]) for row in result["rows"]]
-    rows = [
-        [*(str(value) for value in cell), *(f"{sum(marks)}/{len(marks)}" for marks in zip(*correct, strict=True))]
-        for cell, correct in cells.items()
-    ]
-    return [*labels, "dense", *settings], rows
+        marks.setdefault(tuple(str(question[name]) for name in labels), []).append(question["correct"])
+    rows = [[*at, *(f"{sum(each)}/{len(each)}" for each in zip(*found, strict=True))] for at, found in marks.items()]
+    return [*labels, "dense", *(name for name, _ in _by_setting(result))], rows
 
 
 def provenance_table(projections: Projections) -> Table:
     """Where projections come from and what they fit."""
     calibration = projections.calibration
+    parts = _parts(calibration)
+    read = [row for part in parts for row in _read(part)]
     if "merged" in calibration:
-        parts = [row for part in calibration["merged"] for row in _read(part)]
         windows = f" in windows of {calibration['context']}" if "context" in calibration else ""
-        read = [["all together", f"{calibration.get('tokens', '?')} tokens{windows}"], *parts]
-    else:
-        read = _read(calibration)
+        read.insert(0, ["all together", f"{calibration.get('tokens', '?')} tokens{windows}"])
     if names := projections.model["shape"].get("names"):
         read.append(["only the layers", f"{names[0]} to {names[-1]}"])
-    rows = [
+    versions = dict.fromkeys(str(part.get("library_version", "?")) for part in parts)
+    return ["", ""], [
         ["model", projections.model.get("name") or "not recorded"],
         ["fits", projections.fits],
         *read,
         ["basis", projections.basis],
-        ["library version", _versions(calibration)],
+        ["library version", ", ".join(versions)],
     ]
-    return ["", ""], rows
+
+
+def _parts(calibration: dict[str, Any]) -> list[dict[str, Any]]:
+    """A calibration, or each of those that were merged."""
+    return [one for part in calibration["merged"] for one in _parts(part)] if "merged" in calibration else [calibration]
 
 
 def _read(calibration: dict[str, Any]) -> list[list[str]]:
-    """What one calibration has read, or each of those that were merged."""
-    if "merged" in calibration:
-        return [row for part in calibration["merged"] for row in _read(part)]
+    """What one calibration has read."""
     tokens = f"{calibration.get('tokens', '?')} tokens"
     if "inputs" in calibration:
         what = "images" if "images" in calibration else "inputs"
         return [
-            ["calibrated on", f"{calibration.get('images', calibration['inputs'])} {what}, {tokens}"],
+            ["calibrated on", f"{calibration[what]} {what}, {tokens}"],
             [f"{what} SHA-256", str(calibration.get("inputs_sha256", "?"))],
         ]
     return [
@@ -313,13 +305,6 @@ def _read(calibration: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def _versions(calibration: dict[str, Any]) -> str:
-    """The library's version in a calibration, or in those that were merged."""
-    parts = calibration.get("merged") or [calibration]
-    found = [_versions(part) if "merged" in part else str(part.get("library_version", "?")) for part in parts]
-    return ", ".join(dict.fromkeys(found))
-
-
 def spectrum_table(rows: Sequence[dict[str, Any]]) -> Table:
     """How many leading dimensions hold 90% and 99% of the energy of queries and keys, least to most over heads.
 
@@ -327,11 +312,11 @@ def spectrum_table(rows: Sequence[dict[str, Any]]) -> Table:
         rows: see `projections.spectrum`.
     """
     titles = ["layer", "key-value heads", "head_dim", "dims for 90%", "dims for 99%"]
-    spans = [[f"{min(dims)}-{max(dims)}" for dims in (row["dims_90"], row["dims_99"])] for row in rows]
-    return titles, [
-        [str(row["layer"]), str(len(row["dims_90"])), str(row["head_dim"]), *span]
-        for row, span in zip(rows, spans, strict=True)
-    ]
+    cells = []
+    for row in rows:
+        spans = [f"{min(dims)}-{max(dims)}" for dims in (row["dims_90"], row["dims_99"])]
+        cells.append([str(row["layer"]), str(len(row["dims_90"])), str(row["head_dim"]), *spans])
+    return titles, cells
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
