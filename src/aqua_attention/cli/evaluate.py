@@ -26,8 +26,7 @@ from aqua_attention.cli.terminal import check_writable, progress_bar, show
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
-    from aqua_attention.evaluate.setting import Setting
-    from aqua_attention.evaluate.suites.grid import Subject
+    from aqua_attention.evaluate.setting import Setting, Subject
     from aqua_attention.evaluate.suites.retrieval import Question
 
 LINES = [100, 200]
@@ -48,13 +47,14 @@ def perplexity(
     """
     settings = settings_of(knobs)
     check_writable(json)
-    from aqua_attention.evaluate.suites.grid import Sizes
-    from aqua_attention.evaluate.suites.perplexity import measure_perplexity
+    from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
     from aqua_attention.report.tables import perplexity_table
 
-    subject, sizes = read.subject(projections, model), Sizes(context=read.context, tokens=read.tokens)
+    subject = read.subject(projections, model)
+    windows = subject.windows(read.tokens, read.context)
     with progress_bar("evaluate") as progress:
-        result = measure_perplexity(subject, settings, sizes, progress)
+        result = evaluate_perplexity(subject, settings, windows, progress=progress)
+    result |= subject.source() | {"context": windows.shape[1], "windows": len(windows)}
     show(result, json, perplexity_table(result), suite="perplexity")
     scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
     typer.echo(
@@ -85,14 +85,14 @@ def retention(
     Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
     """
     check_writable(json)
-    from aqua_attention.evaluate.suites.grid import Sizes
-    from aqua_attention.evaluate.suites.retention import K_RATIOS, measure_retention
+    from aqua_attention.evaluate.suites.retention import K_RATIOS, evaluate_retention
     from aqua_attention.report.tables import retention_table
 
     subject = read.subject(projections, model, predicts=False, basis=basis)
-    sizes = Sizes(context=read.context, retention_tokens=read.tokens)
+    windows = subject.windows(read.tokens, read.context)
     with progress_bar("retention") as progress:
-        result = measure_retention(subject, k_ratio or K_RATIOS, sizes, progress)
+        result = evaluate_retention(subject, windows, k_ratios=k_ratio or K_RATIOS, progress=progress)
+    result |= subject.source() | {"basis": subject.projections.basis, "context": windows.shape[1]}
     show(result, json, retention_table(result), suite="retention")
 
 
@@ -117,7 +117,8 @@ def lines(
     """
     settings = settings_of(knobs)
     check_writable(json)
-    from aqua_attention.evaluate.suites.grid import Sizes, Subject
+    from aqua_attention.evaluate.setting import Subject
+    from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.lines import sized_questions
 
     if data is not None and lines:
@@ -153,13 +154,14 @@ def needle(
     settings = settings_of(knobs)
     check_writable(json)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.suites.grid import Sizes, Subject
-    from aqua_attention.evaluate.suites.needle import subject_questions
+    from aqua_attention.evaluate.setting import Subject
+    from aqua_attention.evaluate.suites.grid import Sizes
+    from aqua_attention.evaluate.suites.needle import needle_questions
 
     learned, text = load_projections(projections), load_text(data)
     subject = Subject(model.model, *model.load(), learned, data, text, seed=seed, chat=chat)
     sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
-    _retrieve("needle", subject, settings, subject_questions(subject, sizes), {"needles": needles}, json)
+    _retrieve("needle", subject, settings, needle_questions(subject, sizes), {"needles": needles}, json)
 
 
 def _retrieve(
@@ -171,9 +173,10 @@ def _retrieve(
     json: Path | None,
 ) -> None:
     """Ask, write and print: the same for every kind of question."""
-    from aqua_attention.evaluate.suites.retrieval import measure_retrieval
+    from aqua_attention.evaluate.suites.retrieval import evaluate_retrieval
     from aqua_attention.report.tables import retrieval_grid, retrieval_table
 
     with progress_bar("answers") as progress:
-        result = measure_retrieval(subject, settings, questions, progress) | source
+        result = evaluate_retrieval(subject, settings, questions, progress=progress)
+    result |= subject.source() | {"seed": subject.seed, "chat": subject.chat} | source
     show(result, json, retrieval_table(result), retrieval_grid(result), suite=suite)

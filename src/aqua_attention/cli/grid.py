@@ -90,8 +90,8 @@ def grid(
     sizes = given.sizes()
     from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.record import file_digest
-    from aqua_attention.evaluate.run import grid_settings
-    from aqua_attention.evaluate.suites.grid import Subject, check_suites, grid_jobs
+    from aqua_attention.evaluate.setting import Subject, grid_settings
+    from aqua_attention.evaluate.suites.grid import check_suites, grid_jobs
     from aqua_attention.report.record_tables import record_table
 
     k_ratio = k_ratio or ([] if logit_error else PAPER_K_RATIO)

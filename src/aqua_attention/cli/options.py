@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from aqua_attention.calibration.projections import Projections
-    from aqua_attention.evaluate.setting import Setting
-    from aqua_attention.evaluate.suites.grid import Subject
+    from aqua_attention.evaluate.setting import Setting, Subject
 
 Dtype = Annotated[str, "auto, float32, bfloat16 or float16."]
 Device = Annotated[str | None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)."]
@@ -82,7 +81,7 @@ class Windows:
     def subject(self, projections: Path, model: ModelOptions, *, predicts: bool = True, basis: str = "") -> Subject:
         """The text, a model, and its projections from a file, in another basis where one is named."""
         from aqua_attention.data.text import load_text
-        from aqua_attention.evaluate.suites.grid import Subject
+        from aqua_attention.evaluate.setting import Subject
 
         learned, text = load_projections(projections), load_text(self.data)
         learned = learned.with_basis(basis) if basis else learned

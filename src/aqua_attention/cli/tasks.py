@@ -51,6 +51,7 @@ def tasks(
     settings = settings_of(knobs)
     check_writable(state, json)
     from aqua_attention.evaluate.record import dtype_of
+    from aqua_attention.evaluate.setting import Subject
     from aqua_attention.evaluate.tasks.formats import load_task
     from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks
     from aqua_attention.report.tables import tasks_table
@@ -67,13 +68,11 @@ def tasks(
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
     learned = load_projections(projections)
-    loaded, tokenizer = model.load()
+    subject = Subject(model.model, *model.load(), learned)
     kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
     with stoppable(lambda: kept), progress_bar("answers") as progress:
-        result = evaluate_tasks(
-            *(loaded, tokenizer, learned, settings, asked), batch=batch, state=state, progress=progress
-        )
-    result |= {"model": model.model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
+        result = evaluate_tasks(subject, settings, asked, batch=batch, state=state, progress=progress)
+    result |= {"model": model.model, "dtype": dtype_of(subject.model), "seed": seed, "limit": limit, "quick": quick}
     show(result, json, tasks_table(result), suite="tasks")
     for name, entry in result["tasks"].items():
         beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""

@@ -47,9 +47,8 @@ def transfer(
     """
     check_places(folder, json)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.run import check_sizes
-    from aqua_attention.evaluate.suites.transfer import check_domains, split_domain, transfer_jobs
+    from aqua_attention.evaluate.suites.transfer import Calibrator, check_domains, split_domain, transfer_jobs
     from aqua_attention.report.record_tables import transfer_tables
 
     settings, domains = _settings(knobs), []
@@ -103,9 +102,8 @@ def context(
     """
     check_places(folder, json)
     from aqua_attention.data.text import load_text
-    from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.run import check_sizes
-    from aqua_attention.evaluate.suites.transfer import context_jobs
+    from aqua_attention.evaluate.suites.transfer import Calibrator, context_jobs
     from aqua_attention.report.record_tables import context_tables
 
     settings = _settings(knobs)
@@ -131,6 +129,6 @@ def context(
 
 def _settings(knobs: dict[str, list[Any]]) -> list[Setting]:
     """One setting a k_ratio, or one of `logit_error`; the other options are the same in all."""
-    from aqua_attention.evaluate.run import grid_settings
+    from aqua_attention.evaluate.setting import grid_settings
 
     return grid_settings(knobs if knobs["logit_error"] == [None] else knobs | {"k_ratio": []})
