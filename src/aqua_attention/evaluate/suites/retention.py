@@ -106,19 +106,18 @@ def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) 
         for setting in settings
         if setting.config.logit_error is None
     )
-    known: dict[Setting, dict[str, Any]] = {}
+    known: dict[tuple[str, str, float], dict[str, Any]] = {}
 
     def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
-        if setting not in known:
+        place = setting.basis, setting.config.selection, setting.config.k_ratio
+        if place not in known:
             same = [other for other in distinct if other.basis == setting.basis]
-            for row in retention_rows(subject, same, windows, progress):
-                basis = row.pop("basis")
-                known[Setting(AquaConfig(k_ratio=row["k_ratio"], selection=row["selection"]), basis)] = row
-        return known[setting]
+            rows = retention_rows(subject, same, windows, progress)
+            known.update({(row.pop("basis"), row["selection"], row["k_ratio"]): row for row in rows})
+        return known[place]
 
-    return subject.jobs(
-        "retention", list(distinct), subject.read(windows), measure, text_sha256=text_digest(subject.text)
-    )
+    read, digest = subject.read(windows), text_digest(subject.text)
+    return subject.jobs("retention", list(distinct), read, measure, text_sha256=digest)
 
 
 def retention_rows(
@@ -131,12 +130,12 @@ def retention_rows(
     rows = []
     for basis in dict.fromkeys(setting.basis for setting in settings):
         configs = [setting.config for setting in settings if setting.basis == basis]
-        found = evaluate_retention(
-            *(replace(subject, projections=subject.projections.with_basis(basis)), windows),
-            k_ratios=list(dict.fromkeys(config.k_ratio for config in configs)),
-            selections=list(dict.fromkeys(config.selection for config in configs)),
-            progress=progress,
-        )
+        chosen: dict[str, Any] = {
+            "k_ratios": list(dict.fromkeys(config.k_ratio for config in configs)),
+            "selections": list(dict.fromkeys(config.selection for config in configs)),
+        }
+        turned = replace(subject, projections=subject.projections.with_basis(basis))
+        found = evaluate_retention(turned, windows, **chosen, progress=progress)
         rows += [row | {"basis": basis} for row in found["rows"]]
     return rows
 
