@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 import aqua_attention as aqua
 from aqua_attention.data.text import token_windows, tokenize
-from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.setting import Setting, Subject
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 from aqua_attention.io.files import write_json
 
@@ -90,8 +90,7 @@ def main() -> None:
         )
         task = progress.add_task("evaluate")
         result = evaluate_perplexity(
-            model,
-            projections,
+            Subject(options.model, model, tokenizer, projections),
             settings,
             windows,
             progress=lambda done, total: progress.update(task, completed=done, total=total),

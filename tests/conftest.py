@@ -67,6 +67,13 @@ def make_gemma3(**changes):
 MAKERS = {"llama": make_llama, "mistral": make_mistral, "qwen3": make_qwen3}
 
 
+def subject_of(model, projections, tokenizer=None, **options):
+    """What an evaluation measures."""
+    from aqua_attention.evaluate.setting import Subject
+
+    return Subject("tiny", model, tokenizer, projections, **options)
+
+
 def calibrated(model, *, windows=4, context=64):
     """Projections of a tiny model from random tokens."""
     from aqua_attention.calibration.projections import Projections

@@ -10,6 +10,7 @@ import aqua_attention as aqua
 from aqua_attention.data.text import token_windows, tokenize
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
+from conftest import subject_of
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
 
@@ -37,7 +38,7 @@ def test_the_methods_rank_as_the_paper_and_our_findings_say(smollm2):
         "unrotated": Setting(aqua.AquaConfig(**half), basis="none"),
         "static": Setting(aqua.AquaConfig(**half, selection="static")),
     }
-    rows = evaluate_perplexity(model, projections, list(settings.values()), windows)["rows"]
+    rows = evaluate_perplexity(subject_of(model, projections), list(settings.values()), windows)["rows"]
     kl = {name: row["kl"] for name, row in zip(settings, rows, strict=True)}
     assert abs(rows[0]["perplexity_change"]) < 1e-4
     assert kl["dense"] < 1e-5

@@ -12,6 +12,7 @@ import aqua_attention as aqua
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.images import evaluate_images
 from aqua_attention.evaluate.suites.retention import evaluate_retention
+from conftest import subject_of
 
 COUNT = 10
 """More than one batch, and the last one is not full."""
@@ -52,7 +53,7 @@ def alone(model, inputs):
 def test_figures_are_those_of_images_embedded_one_by_one(name):
     model, inputs = FAMILIES[name](), [as_one_image(name, image) for image in pixels(COUNT)]
     projections, config = aqua.calibrate_inputs(model, inputs), aqua.AquaConfig(k_ratio=0.25)
-    result = evaluate_images(model, projections, [Setting(config)], inputs)
+    result = evaluate_images(subject_of(model, projections), [Setting(config)], inputs)
     dense = alone(model, inputs)
     with aqua.apply(model, projections, config):
         found = alone(model, inputs)
@@ -68,7 +69,7 @@ def test_images_that_a_model_puts_together_are_embedded_one_by_one(monkeypatch):
     """All tokens of all images in one list, so that the output of a batch does not say which are whose."""
     model, inputs = FAMILIES["llava"](), [as_one_image("llava", image) for image in pixels(COUNT)]
     projections, settings = aqua.calibrate_inputs(model, inputs), [Setting(aqua.AquaConfig(k_ratio=0.25))]
-    expected = evaluate_images(model, projections, settings, inputs)
+    expected = evaluate_images(subject_of(model, projections), settings, inputs)
     original = model.get_image_features
 
     def joined(pixel_values):
@@ -77,7 +78,7 @@ def test_images_that_a_model_puts_together_are_embedded_one_by_one(monkeypatch):
         return output
 
     monkeypatch.setattr(model, "get_image_features", joined)
-    found = evaluate_images(model, projections, settings, inputs)
+    found = evaluate_images(subject_of(model, projections), settings, inputs)
     assert found["rows"][0]["mean_cosine"] == pytest.approx(expected["rows"][0]["mean_cosine"], abs=1e-4)
     assert found["dense"] == pytest.approx(expected["dense"], abs=1e-4)
 
@@ -92,11 +93,11 @@ def test_padded_images_are_neither_calibrated_on_nor_measured():
     cut[..., 16:] = False
     padded = [allowed[0], whole[1] | {"pixel_attention_mask": cut}]
     projections, settings = aqua.calibrate_inputs(model, allowed), [Setting(aqua.AquaConfig(k_ratio=0.5))]
-    evaluate_retention(model, projections, allowed)
+    evaluate_retention(subject_of(model, projections), allowed)
     refused = r"input 1 is padded \(pixel_attention_mask is not all ones\)"
     with pytest.raises(aqua.AquaError, match=refused):
         aqua.calibrate_inputs(model, padded)
     with pytest.raises(aqua.AquaError, match=refused):
-        evaluate_retention(model, projections, padded)
+        evaluate_retention(subject_of(model, projections), padded)
     with pytest.raises(aqua.AquaError, match=refused):
-        evaluate_images(model, projections, settings, padded)
+        evaluate_images(subject_of(model, projections), settings, padded)

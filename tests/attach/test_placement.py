@@ -16,7 +16,7 @@ from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.fingerprint import key_weight_digest
-from conftest import VOCABULARY, calibrated, make_llama
+from conftest import VOCABULARY, calibrated, make_llama, subject_of
 
 DENSE, QUARTER = aqua.AquaConfig(k_ratio=1), aqua.AquaConfig(k_ratio=0.25)
 WINDOW = aqua.AquaConfig(k_ratio=0.25, selection="weighted", sink=2, recent=5)
@@ -101,7 +101,10 @@ def test_a_model_gives_the_same_wherever_its_weights_are(placement, plain, folde
         assert torch.allclose(found[0], expected[0], rtol=0, atol=1e-4)
         assert torch.equal(found[1], expected[1])
         assert (found[0] - logits(model)).abs().max() > 0.1
-    rows = [evaluate_perplexity(each, projections, [Setting(QUARTER)], IDS)["rows"][0] for each in (placed, model)]
+    rows = [
+        evaluate_perplexity(subject_of(each, projections), [Setting(QUARTER)], IDS)["rows"][0]
+        for each in (placed, model)
+    ]
     assert rows[0]["kl"] == pytest.approx(rows[1]["kl"], rel=1e-3)
     assert rows[1]["kl"] > 0.01
     own, expected = (
@@ -181,7 +184,7 @@ def test_quantised_weights(kind, plain, folder, word_tokenizer, words):
             assert distance(moved, dense) > 0.25
     options = {"max_new_tokens": 4, "attachment": aqua.apply(model, own, QUARTER)}
     assert len(continue_prompt(model, word_tokenizer, "w1 w2 w3", **options).token_ids) == 4
-    assert evaluate_perplexity(model, own, [Setting(QUARTER)], IDS)["rows"][0]["kl"] > 0.01
+    assert evaluate_perplexity(subject_of(model, own), [Setting(QUARTER)], IDS)["rows"][0]["kl"] > 0.01
     assert torch.equal(logits(model), dense)
     assert torch.allclose(under(plain[0], own, DENSE)[0], logits(plain[0]), rtol=0, atol=1e-4)
 

@@ -114,12 +114,12 @@ def test_ctrl_c_says_what_is_kept_and_the_same_command_goes_on(aqua, grid, tmp_p
 def test_a_setting_out_of_memory_or_impossible_does_not_end_the_grid(aqua, grid, tmp_path, monkeypatch):
     original = suites.evaluate_perplexity
 
-    def failing(model, projections, settings, *args, **options):
+    def failing(subject, settings, *args, **options):
         if settings and settings[0].config.bits == 8 and settings[0].config.k_ratio == 1:
             raise RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
             )
-        return original(model, projections, settings, *args, **options)
+        return original(subject, settings, *args, **options)
 
     monkeypatch.setattr(suites, "evaluate_perplexity", failing)
     code, out, err = aqua(*grid, "--s-ratio", 0.99, "--json", tmp_path / "all.json")

@@ -71,7 +71,7 @@ def test_one_declaration_is_a_range_error_words_in_tables_and_settings_of_a_grid
     done = library("-m", "aqua_attention.cli.main", "generate", "m", "-p", "p", "--prompt", "x", "--dummy", "2")
     assert (done.returncode, done.stderr) == (2, "error: dummy is 2.0: it must be a number with 0 <= dummy < 1\n")
     code = """
-from aqua_attention.evaluate.run import grid_settings
+from aqua_attention.evaluate.setting import grid_settings
 from aqua_attention.report.tables import describe_setting
 for setting in grid_settings({"k_ratio": [1, 0.5], "dummy": [0, 0.25], "sink": [0, 4]}):
     print(describe_setting(setting.config.to_dict()))

@@ -10,6 +10,7 @@ import transformers as tf
 import aqua_attention as aqua
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.images import evaluate_images
+from conftest import subject_of
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPE |= {"image_size": 32, "patch_size": 8}
@@ -43,7 +44,9 @@ def settings(*ratios, **options):
 
 def test_nothing_left_out_changes_nothing_and_more_left_out_changes_more(measured):
     seen = []
-    result = evaluate_images(*measured, settings(1, 0.5, 0.25), pictures(), progress=lambda *at: seen.append(at))
+    result = evaluate_images(
+        subject_of(*measured), settings(1, 0.5, 0.25), pictures(), progress=lambda *at: seen.append(at)
+    )
     whole, half, quarter = result["rows"]
     assert whole["mean_cosine"] == pytest.approx(1, abs=1e-5) and whole["same_neighbour"] == 1
     assert 0.999 > half["mean_cosine"] > quarter["mean_cosine"]
@@ -57,7 +60,7 @@ def test_nothing_left_out_changes_nothing_and_more_left_out_changes_more(measure
 def test_the_figures_follow_their_definition(measured):
     model, projections = measured
     images = pictures()
-    result = evaluate_images(model, projections, settings(0.25), images)
+    result = evaluate_images(subject_of(model, projections), settings(0.25), images)
 
     def embedded():
         with torch.no_grad():
@@ -85,7 +88,7 @@ def test_the_figures_follow_their_definition(measured):
 
 def test_each_layer_has_its_loss_in_every_basis(measured):
     both = [Setting(aqua.AquaConfig(k_ratio=0.5), basis) for basis in ("aqua", "none")]
-    rows = evaluate_images(*measured, both, pictures())["retention"]
+    rows = evaluate_images(subject_of(*measured), both, pictures())["retention"]
     assert [(row["selection"], row["basis"], row["k_ratio"]) for row in rows] == [
         ("magnitude", "aqua", 0.5),
         ("magnitude", "none", 0.5),
@@ -112,7 +115,7 @@ def test_the_loss_of_a_bidirectional_layer_counts_every_key(measured):
     found = ((query * (query.abs() >= threshold)) @ key.transpose(-1, -2) * scaling).softmax(-1)
     expected = (found - dense).abs().sum(-1).mean(-1)[0] / 2
     options = {"k_ratios": (0.5,), "selections": ("magnitude",)}
-    row = evaluate_retention(model, projections, image, **options)["rows"][0]
+    row = evaluate_retention(subject_of(model, projections), image, **options)["rows"][0]
     assert row["per_layer"][0]["softmax_loss"] == pytest.approx(expected.tolist(), rel=1e-3)
 
 
@@ -133,24 +136,24 @@ def test_images_of_many_sizes_are_embedded_one_by_one():
     ]
     projections = aqua.calibrate_inputs(model, images)
     assert projections.model["shape"]["names"] == ["visual.blocks.0.attn", "visual.blocks.1.attn"]
-    row = evaluate_images(model, projections, settings(1), images)["rows"][0]
+    row = evaluate_images(subject_of(model, projections), settings(1), images)["rows"][0]
     assert row["mean_cosine"] == pytest.approx(1, abs=1e-5) and row["same_neighbour"] == 1
 
 
 def test_bad_requests_are_refused(measured, llama):
     with pytest.raises(aqua.AquaError, match="LlamaForCausalLM reads text, not images"):
-        evaluate_images(*llama, settings(0.5), pictures())
+        evaluate_images(subject_of(*llama), settings(0.5), pictures())
     with pytest.raises(aqua.AquaError, match="there is 1 image: nearest neighbours need two"):
-        evaluate_images(*measured, settings(0.5), pictures(1))
+        evaluate_images(subject_of(*measured), settings(0.5), pictures(1))
     broken = clip()
     with torch.no_grad():
         broken.visual_projection.weight[0, 0] = torch.nan
     with pytest.raises(aqua.AquaError, match="gives NaN"):
-        evaluate_images(broken, measured[1], settings(0.5), pictures())
+        evaluate_images(subject_of(broken, measured[1]), settings(0.5), pictures())
 
 
 def test_an_encoder_has_no_perplexity(measured):
     from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 
     with pytest.raises(aqua.AquaError, match="CLIPVisionModelWithProjection predicts no next token"):
-        evaluate_perplexity(*measured, settings(0.5), torch.ones(1, 8, dtype=torch.long))
+        evaluate_perplexity(subject_of(*measured), settings(0.5), torch.ones(1, 8, dtype=torch.long))

@@ -12,9 +12,10 @@ import aqua_attention as aqua
 from aqua_attention.attach.apply import layer_shape
 from aqua_attention.evaluate import record as records
 from aqua_attention.evaluate.record import Record, find_record, read_record, record_key, record_path, write_record
-from aqua_attention.evaluate.run import Job, facts_of, failure_kind, grid_settings, run_jobs
+from aqua_attention.evaluate.run import Job, facts_of, failure_kind, run_jobs
+from aqua_attention.evaluate.setting import Subject, grid_settings
 from aqua_attention.evaluate.suites import SUITES, perplexity, retention, retrieval
-from aqua_attention.evaluate.suites.grid import Subject, grid_jobs, sizes_of
+from aqua_attention.evaluate.suites.grid import Sizes, grid_jobs, sizes_of
 from aqua_attention.evaluate.suites.lines import lines_questions
 from aqua_attention.evaluate.suites.needle import needle_questions
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, evaluate_perplexity
@@ -235,7 +236,7 @@ def run_suite(tmp_path, subject, suite, settings, **changes):
 def test_perplexity_records_are_the_rows_of_one_evaluation_and_dense_is_computed_once(tmp_path, subject, monkeypatch):
     settings = settings_of(k_ratio=[1, 0.25], basis=["aqua", "none"])
     windows = subject.windows(128, 64)
-    expected = evaluate_perplexity(subject.model, subject.projections, settings, windows)
+    expected = evaluate_perplexity(subject, settings, windows)
     dense_passes, original = [], perplexity._logits
 
     def counted(model, tokens, attachment=None):
@@ -311,7 +312,7 @@ def test_retention_records_are_the_rows_of_one_pass(tmp_path, subject, monkeypat
     found = run_suite(tmp_path, subject, "retention", settings)
     assert len(passes) == 1
     expected = evaluate_retention(
-        *(subject.model, subject.projections, subject.windows(64, 64)),
+        *(subject, subject.windows(64, 64)),
         k_ratios=[0.75, 0.25],
         selections=["magnitude", "weighted"],
     )["rows"]
@@ -325,7 +326,7 @@ def test_retrieval_records_count_cells_and_dense_answers_once(suite, tmp_path, s
     if suite == "lines":
         questions = lines_questions(3, count=2, seed=0)
     else:
-        questions = needle_questions(subject.tokenizer, ESSAY, lengths=[150], depths=[0.0, 1.0], chat=False, seed=0)
+        questions = needle_questions(subject, Sizes(lengths=(150,), depths=(0.0, 1.0)))
     asked = {None: 0, "aqua": 0}
 
     def answer(model, tokenizer, token_ids, *, max_new_tokens, attachment=None):
@@ -356,10 +357,8 @@ def test_retrieval_records_count_cells_and_dense_answers_once(suite, tmp_path, s
 
 def test_the_needle_under_eviction_is_what_the_suite_measures_by_itself(tmp_path, subject):
     settings = settings_of(k_ratio=[1], h2o_ratio=[1, 0.25])
-    questions = needle_questions(subject.tokenizer, ESSAY, lengths=SMALL["lengths"], depths=SMALL["depths"], chat=False)
-    expected = evaluate_retrieval(
-        subject.model, subject.tokenizer, subject.projections, settings, questions, chat=False
-    )["rows"]
+    questions = needle_questions(subject, Sizes(lengths=SMALL["lengths"], depths=SMALL["depths"]))
+    expected = evaluate_retrieval(subject, settings, questions)["rows"]
     _, full, evicting = run_suite(tmp_path, subject, "needle", settings)
     assert full.result["same_answer"] == expected[0]["same_answer"] == 1
     assert evicting.result["same_answer"] == expected[1]["same_answer"] < 1

@@ -12,7 +12,7 @@ import torch
 
 import aqua_attention as aqua
 from aqua_attention.cli import main as cli
-from conftest import calibrated, make_llama
+from conftest import calibrated, make_llama, subject_of
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is an extra")
 
@@ -215,7 +215,7 @@ def test_prompts_and_figures_are_those_of_the_harness(by_the_harness, name, llam
         else:
             assert prompts == list(zip(item.contexts, item.continuations, strict=True))
     if name not in ("gsm8k", "truthfulqa"):
-        dense = evaluate_tasks(llama[0], word_tokenizer, llama[1], [], [ours])["dense"]
+        dense = evaluate_tasks(subject_of(llama[0], llama[1], word_tokenizer), [], [ours])["dense"]
         for figure in dense:
             assert figure["value"] == pytest.approx(found["results"][f"our_{name}"][f"{figure['metric']},none"])
 

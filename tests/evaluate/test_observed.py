@@ -11,7 +11,7 @@ import torch
 import aqua_attention as aqua
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
-from conftest import VOCABULARY
+from conftest import VOCABULARY, subject_of
 
 pytest.importorskip("triton")
 from aqua_attention.ops.backends.triton import Triton
@@ -33,7 +33,7 @@ def test_an_evaluation_runs_the_prompt_kernels(llama, monkeypatch, device):
     """On a CPU the interpreter stands for a GPU, if it is allowed to be chosen by itself."""
     model, projections = llama
     settings = [Setting(config) for config in CONFIGS]
-    plain = evaluate_perplexity(model, projections, settings, windows())["rows"]
+    plain = evaluate_perplexity(subject_of(model, projections), settings, windows())["rows"]
     watched, attend = [], Triton.attend
 
     def noted(self, call, plan):
@@ -44,7 +44,7 @@ def test_an_evaluation_runs_the_prompt_kernels(llama, monkeypatch, device):
     if device == "cpu":
         monkeypatch.setattr(Triton, "is_automatic", lambda self, call: True)
     twin = copy.deepcopy(model).to(device)
-    found = evaluate_perplexity(twin, projections, settings, windows())["rows"]
+    found = evaluate_perplexity(subject_of(twin, projections), settings, windows())["rows"]
     assert watched == [True] * len(CONFIGS) * model.config.num_hidden_layers
     for row, expected in zip(found, plain, strict=True):
         assert row["mean_k"] == pytest.approx(expected["mean_k"], abs=1e-3)

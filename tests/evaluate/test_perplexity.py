@@ -15,7 +15,7 @@ import aqua_attention as aqua
 from aqua_attention.evaluate.generation import continue_tokens
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
-from conftest import SHAPE, VOCABULARY, calibrated
+from conftest import SHAPE, VOCABULARY, calibrated, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def log_probabilities(model, windows):
 def test_figures_follow_their_definitions(llama, windows):
     model, projections = llama
     config = aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=1, recent=3)
-    result = evaluate_perplexity(model, projections, [Setting(config)], windows)
+    result = evaluate_perplexity(subject_of(model, projections), [Setting(config)], windows)
     dense = log_probabilities(model, windows)
     with aqua.apply(model, projections, config):
         found = log_probabilities(model, windows)
@@ -60,7 +60,7 @@ def test_the_settings_differ_and_dense_is_free(llama, windows):
         Setting(aqua.AquaConfig(k_ratio=0.25, selection="weighted"), basis="none"),
         Setting(aqua.AquaConfig(k_ratio=0.5, s_ratio=0.5)),
     ]
-    rows = evaluate_perplexity(model, projections, settings, windows)["rows"]
+    rows = evaluate_perplexity(subject_of(model, projections), settings, windows)["rows"]
     assert abs(rows[0]["perplexity_change"]) < 1e-5
     assert rows[0]["kl"] < 1e-6
     assert rows[0]["top1"] == 1.0
@@ -73,8 +73,7 @@ def test_progress_counts_every_forward_pass(llama, windows):
     model, projections = llama
     seen = []
     evaluate_perplexity(
-        model,
-        projections,
+        subject_of(model, projections),
         [Setting(aqua.AquaConfig())],
         windows,
         progress=lambda done, total: seen.append((done, total)),
@@ -85,7 +84,7 @@ def test_progress_counts_every_forward_pass(llama, windows):
 def test_an_attached_model_is_not_taken_for_dense(llama, windows):
     model, projections = llama
     with aqua.apply(model, projections, aqua.AquaConfig()), pytest.raises(aqua.AquaError, match="attached"):
-        evaluate_perplexity(model, projections, [Setting(aqua.AquaConfig())], windows)
+        evaluate_perplexity(subject_of(model, projections), [Setting(aqua.AquaConfig())], windows)
 
 
 def test_nan_weights_are_an_error_and_no_result(llama, windows):
@@ -93,19 +92,19 @@ def test_nan_weights_are_an_error_and_no_result(llama, windows):
     with torch.no_grad():
         model.lm_head.weight[3, 0] = float("nan")
     with pytest.raises(aqua.AquaError, match="LlamaForCausalLM gives NaN: the weights are damaged"):
-        evaluate_perplexity(model, projections, [Setting(aqua.AquaConfig())], windows)
+        evaluate_perplexity(subject_of(model, projections), [Setting(aqua.AquaConfig())], windows)
 
 
 def test_tokens_that_the_model_does_not_know_are_an_error(llama, windows):
     model, projections = llama
     with pytest.raises(aqua.AquaError, match=f"the model knows {VOCABULARY} tokens"):
-        evaluate_perplexity(model, projections, [], windows + VOCABULARY)
+        evaluate_perplexity(subject_of(model, projections), [], windows + VOCABULARY)
 
 
 def test_no_windows_is_an_error(llama):
     model, projections = llama
     with pytest.raises(aqua.AquaError, match="at least one window of two tokens"):
-        evaluate_perplexity(model, projections, [], torch.zeros(0, 8, dtype=torch.long))
+        evaluate_perplexity(subject_of(model, projections), [], torch.zeros(0, 8, dtype=torch.long))
 
 
 class OwnCode(transformers.LlamaPreTrainedModel):
@@ -128,8 +127,8 @@ def test_a_language_model_that_cannot_generate_has_a_perplexity(llama, windows, 
     model = OwnCode(transformers.LlamaConfig(**SHAPE)).eval()
     model.load_state_dict(llama[0].state_dict())
     settings = [Setting(aqua.AquaConfig(k_ratio=0.5))]
-    expected = evaluate_perplexity(*llama, settings, windows)
-    assert evaluate_perplexity(model, llama[1], settings, windows)["rows"] == expected["rows"]
+    expected = evaluate_perplexity(subject_of(*llama), settings, windows)
+    assert evaluate_perplexity(subject_of(model, llama[1]), settings, windows)["rows"] == expected["rows"]
     with pytest.raises(aqua.AquaError, match="OwnCode cannot generate"):
         continue_tokens(model, word_tokenizer, windows[:1], max_new_tokens=2)
 
@@ -140,4 +139,6 @@ def test_models_without_next_token_logits_are_refused(windows):
         transformers.LlamaModel(transformers.LlamaConfig(**SHAPE)),
     ):
         with pytest.raises(aqua.AquaError, match=f"{type(model).__name__} predicts no next token"):
-            evaluate_perplexity(model.eval(), calibrated(model.eval()), [Setting(aqua.AquaConfig())], windows)
+            evaluate_perplexity(
+                subject_of(model.eval(), calibrated(model.eval())), [Setting(aqua.AquaConfig())], windows
+            )

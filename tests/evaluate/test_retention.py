@@ -10,7 +10,7 @@ import aqua_attention as aqua
 from aqua_attention.evaluate.suites.retention import evaluate_retention
 from aqua_attention.model.capture import observed
 from aqua_attention.ops.select import rotate, select_dimensions
-from conftest import VOCABULARY
+from conftest import VOCABULARY, subject_of
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def windows():
 
 
 def test_every_dimension_loses_nothing_and_fewer_lose_more(llama, windows):
-    rows = evaluate_retention(*llama, windows, k_ratios=(1.0, 0.75, 0.5, 0.25))["rows"]
+    rows = evaluate_retention(subject_of(*llama), windows, k_ratios=(1.0, 0.75, 0.5, 0.25))["rows"]
     for selection in ("static", "magnitude", "weighted"):
         scores = [row["score_loss"] for row in rows if row["selection"] == selection]
         softmax = [row["softmax_loss"] for row in rows if row["selection"] == selection]
@@ -34,7 +34,9 @@ def test_every_dimension_loses_nothing_and_fewer_lose_more(llama, windows):
 def test_the_figures_follow_their_definition(llama, windows):
     """One window, its last query, first layer, by hand."""
     model, projections = llama
-    row = evaluate_retention(model, projections, windows[:1], k_ratios=(0.5,), selections=("magnitude",), queries=1)
+    row = evaluate_retention(
+        subject_of(model, projections), windows[:1], k_ratios=(0.5,), selections=("magnitude",), queries=1
+    )
     seen = []
     with torch.no_grad(), observed(model, lambda module, query, key, scaling: seen.append((query, key, scaling))):
         model(input_ids=windows[:1], use_cache=False)

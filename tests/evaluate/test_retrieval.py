@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 import aqua_attention as aqua
 from aqua_attention.evaluate.generation import Continuation
 from aqua_attention.evaluate.setting import Setting
-from aqua_attention.evaluate.suites import retrieval
+from aqua_attention.evaluate.suites import needle, retrieval
+from aqua_attention.evaluate.suites.grid import Sizes
 from aqua_attention.evaluate.suites.lines import MOST_LINES, lines_questions, read_lines_questions
-from aqua_attention.evaluate.suites.needle import needle_questions
 from aqua_attention.evaluate.suites.retrieval import Question, evaluate_retrieval, is_correct, paired_p_value
 from aqua_attention.report.tables import retrieval_grid, retrieval_table
+from conftest import subject_of
 
 ESSAY = " ".join(f"w{i % 7} w{i % 11} w{i % 13} w{i % 5}." for i in range(300))
 
@@ -75,7 +76,7 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
     questions = [question(n, lines=n % 2) for n in (1, 2, 3, 4)]
     ticks = []
     result = evaluate_retrieval(
-        *(model, word_tokenizer, projections, [Setting(aqua.AquaConfig(k_ratio=0.5))], questions),
+        *(subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig(k_ratio=0.5))], questions),
         progress=lambda done, total: ticks.append((done, total)),
     )
     assert result["dense"] == {"accuracy": 0.75, "questions": 4}
@@ -100,7 +101,7 @@ def test_at_k_ratio_1_every_answer_is_the_dense_one(llama, word_tokenizer):
     model, projections = llama
     settings = [Setting(aqua.AquaConfig(k_ratio=ratio)) for ratio in (1, 0.25)]
     questions = [Question(f"w{n} w7 w{n + 1} w9", "w3", ("1",), {"item": n}) for n in range(6)]
-    full, quarter = evaluate_retrieval(model, word_tokenizer, projections, settings, questions)["rows"]
+    full, quarter = evaluate_retrieval(subject_of(model, projections, word_tokenizer), settings, questions)["rows"]
     assert full["same_answer"] == 1
     assert quarter["same_answer"] < 1, "a quarter of the dimensions must change what this model writes"
     assert (full["mean_k"], quarter["mean_k"]) == (1, 0.25)
@@ -109,11 +110,13 @@ def test_at_k_ratio_1_every_answer_is_the_dense_one(llama, word_tokenizer):
 def test_impossible_questions_are_refused(llama, word_tokenizer):
     model, projections = llama
     with pytest.raises(aqua.AquaError, match="no questions"):
-        evaluate_retrieval(model, word_tokenizer, projections, [], [])
+        evaluate_retrieval(subject_of(model, projections, word_tokenizer), [], [])
     with pytest.raises(aqua.AquaError, match="the model knows 256 positions"):
-        evaluate_retrieval(model, word_tokenizer, projections, [], [Question("w1 " * 252, "w2", ("1",), {})])
+        evaluate_retrieval(
+            subject_of(model, projections, word_tokenizer), [], [Question("w1 " * 252, "w2", ("1",), {})]
+        )
     with pytest.raises(aqua.AquaError, match="prompt is empty"):
-        evaluate_retrieval(model, word_tokenizer, projections, [], [Question(" ", "w2", ("1",), {})])
+        evaluate_retrieval(subject_of(model, projections, word_tokenizer), [], [Question(" ", "w2", ("1",), {})])
 
 
 def test_a_model_that_gives_nan_later_is_refused(llama, word_tokenizer):
@@ -123,7 +126,7 @@ def test_a_model_that_gives_nan_later_is_refused(llama, word_tokenizer):
         model.model.embed_tokens.weight[50] = float("nan")
     ask = Question("w1 w48 w2", "w3", ("1",), {})
     with pytest.raises(aqua.AquaError, match="the model gives NaN"):
-        evaluate_retrieval(model, word_tokenizer, llama[1], [], [ask])
+        evaluate_retrieval(subject_of(model, llama[1], word_tokenizer), [], [ask])
 
 
 # Lines
@@ -202,6 +205,10 @@ def test_missing_and_truncated_line_files(tmp_path):
 
 
 # Needle
+
+
+def needle_questions(tokenizer, text, *, seed=0, chat=True, **sizes):
+    return needle.needle_questions(subject_of(None, None, tokenizer, text=text, seed=seed, chat=chat), Sizes(**sizes))
 
 
 def place_of(prompt, number):

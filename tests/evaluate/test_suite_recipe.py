@@ -8,9 +8,10 @@ import json
 import pytest
 from test_grid import FACTS
 
-from aqua_attention.evaluate.run import grid_settings, run_jobs
+from aqua_attention.evaluate.run import run_jobs
+from aqua_attention.evaluate.setting import Subject, grid_settings
 from aqua_attention.evaluate.suites import SUITES, Suite
-from aqua_attention.evaluate.suites.grid import Subject, grid_jobs, sizes_of
+from aqua_attention.evaluate.suites.grid import grid_jobs, sizes_of
 from aqua_attention.report.collect import collect
 from aqua_attention.report.record_tables import record_table
 

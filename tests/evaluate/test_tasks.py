@@ -21,6 +21,7 @@ from aqua_attention.evaluate.tasks.run import METRICS, evaluate_tasks
 from aqua_attention.machine import Shape, write_profile
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.report.tables import tasks_table
+from conftest import subject_of
 
 
 def words(first, count):
@@ -158,7 +159,7 @@ def test_a_question_that_is_too_long_is_known_before_the_first_answer(llama, wor
     monkeypatch.setattr(tasks, "answer_items", lambda *given: asked.append(given))
     both = [task(CHOICES, "acc", name="a"), task([choice(0, context=301)], "acc", name="b")]
     with pytest.raises(aqua.AquaError, match=r"^b, a question: the question takes"):
-        evaluate_tasks(model, word_tokenizer, projections, [Setting(aqua.AquaConfig())], both)
+        evaluate_tasks(subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig())], both)
     assert asked == []
 
 
@@ -200,7 +201,7 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
     ticks = []
     config = aqua.AquaConfig(k_ratio=0.5)
     result = evaluate_tasks(
-        *(model, word_tokenizer, projections, [Setting(config)], [made]),
+        *(subject_of(model, projections, word_tokenizer), [Setting(config)], [made]),
         batch=2,
         progress=lambda done, total: ticks.append((done, total)),
     )
@@ -245,9 +246,9 @@ def test_mc2_is_compared_by_sign_and_rounding_is_a_tie(llama, word_tokenizer, mo
     model, projections = llama
     items = [choice(seed, lengths=(1, 1), offered=(0, 1), true=(True, False)) for seed in range(8)]
     scripted(monkeypatch, (0.5,) * 8, (0.4,) * 6 + (0.500001, 0.6))
-    (row,) = evaluate_tasks(model, word_tokenizer, projections, [Setting(aqua.AquaConfig())], [task(items, "mc2")])[
-        "rows"
-    ]
+    (row,) = evaluate_tasks(
+        subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig())], [task(items, "mc2")]
+    )["rows"]
     assert (row["lost"], row["gained"], row["p_value"]) == (6, 1, pytest.approx(2 * 8 / 128))
     assert row["dense"] == 0.5
 
@@ -261,7 +262,7 @@ def test_at_k_ratio_1_every_figure_is_the_dense_one(tiny, word_tokenizer, short_
         task(WRITTEN, "exact_match", name="c"),
     ]
     settings = [Setting(aqua.AquaConfig(k_ratio=ratio)) for ratio in (1, 0.25)]
-    rows = evaluate_tasks(model, word_tokenizer, projections, settings, asked)["rows"]
+    rows = evaluate_tasks(subject_of(model, projections, word_tokenizer), settings, asked)["rows"]
     assert [(row["task"], row["metric"]) for row in rows[:5]] == [
         *(("a", "acc"), ("a", "acc_norm"), ("b", "mc1"), ("b", "mc2"), ("c", "exact_match"))
     ]
@@ -278,7 +279,7 @@ def test_what_lies_outside_the_window_is_said(llama, word_tokenizer, monkeypatch
     scripted(monkeypatch, (1, 1), (1, 1), (1, 1))
     settings = [Setting(aqua.AquaConfig(sink=2, recent=recent)) for recent in (10, 12)]
     made = task([choice(seed, lengths=(1, 1)) for seed in range(2)], "acc")
-    rows = evaluate_tasks(llama[0], word_tokenizer, llama[1], settings, [made])["rows"]
+    rows = evaluate_tasks(subject_of(llama[0], llama[1], word_tokenizer), settings, [made])["rows"]
     assert [row["outside_window"] for row in rows] == [pytest.approx(4 / 196), 0]
 
 
@@ -287,7 +288,9 @@ def test_short_queries_lie_inside_the_window(llama, word_tokenizer, monkeypatch)
     scripted(monkeypatch, *[(1, 1)] * 5)
     configs = [aqua.AquaConfig(sink=2, recent=10, min_length=length) for length in (0, 12, 14, 15)]
     made = task([choice(seed, lengths=(1, 1)) for seed in range(2)], "acc")
-    rows = evaluate_tasks(llama[0], word_tokenizer, llama[1], [Setting(config) for config in configs], [made])["rows"]
+    rows = evaluate_tasks(
+        subject_of(llama[0], llama[1], word_tokenizer), [Setting(config) for config in configs], [made]
+    )["rows"]
     assert [row["outside_window"] * 196 for row in rows] == pytest.approx([4, 4, 2, 0])
 
 
@@ -300,7 +303,7 @@ def test_min_length_auto_is_a_number_in_rows_and_state(llama, word_tokenizer, mo
     )
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
     write_profile(shape, {0.25: 6}, [4, 8], {})
-    given = model, word_tokenizer, projections, [Setting(aqua.AquaConfig(k_ratio=0.25, min_length="auto"))]
+    given = subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig(k_ratio=0.25, min_length="auto"))]
     result = evaluate_tasks(*given, [task(CHOICES, "acc")], state=tmp_path / "state")
     assert result["rows"][0]["setting"]["min_length"] == 6
     assert 0 < result["rows"][0]["outside_window"] < 1
@@ -318,7 +321,7 @@ def test_wrong_requests(llama, word_tokenizer):
         ([made], 0, "batch is 0"),
     ):
         with pytest.raises(aqua.AquaError, match=message):
-            evaluate_tasks(model, word_tokenizer, projections, [], asked, batch=batch)
+            evaluate_tasks(subject_of(model, projections, word_tokenizer), [], asked, batch=batch)
 
 
 # A run that is stopped
@@ -341,7 +344,7 @@ def run(llama, word_tokenizer, short_answers):
         settings = [Setting(config or aqua.AquaConfig(k_ratio=0.25))]
         given = {"tasks": asked, "batch": 2} | more
         result = evaluate_tasks(
-            *(model, word_tokenizer, projections, settings), state=state, progress=progress, **given
+            *(subject_of(model, projections, word_tokenizer), settings), state=state, progress=progress, **given
         )
         return result, calls
 
@@ -382,7 +385,7 @@ def test_a_state_of_another_run_is_refused(run, tmp_path, llama, word_tokenizer)
             layer.self_attn.k_proj.weight *= torch.linspace(0.97, 1.03, 64)
     with pytest.raises(aqua.AquaError, match="differs in key_weights"), pytest.warns(UserWarning):
         evaluate_tasks(
-            *(other, word_tokenizer, llama[1], [Setting(aqua.AquaConfig(k_ratio=0.25))]),
+            *(subject_of(other, llama[1], word_tokenizer), [Setting(aqua.AquaConfig(k_ratio=0.25))]),
             [task(CHOICES, "acc", name="a"), task(WRITTEN, "exact_match", name="c")],
             batch=2,
             state=state,

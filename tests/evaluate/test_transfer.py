@@ -12,14 +12,15 @@ import torch
 
 import aqua_attention as aqua
 from aqua_attention.data.text import text_digest, token_windows, tokenize
-from aqua_attention.evaluate import calibrated
-from aqua_attention.evaluate.calibrated import Calibration, Calibrator
 from aqua_attention.evaluate.record import FACTS as FACT_NAMES
 from aqua_attention.evaluate.record import file_digest
 from aqua_attention.evaluate.run import facts_of, run_jobs
 from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.suites import transfer
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 from aqua_attention.evaluate.suites.transfer import (
+    Calibration,
+    Calibrator,
     context_jobs,
     leading_dims,
     split_domain,
@@ -27,6 +28,7 @@ from aqua_attention.evaluate.suites.transfer import (
     transfer_jobs,
 )
 from aqua_attention.report.record_tables import context_tables, reasons, transfer_tables
+from conftest import subject_of
 
 FACTS = {name: "" for name in FACT_NAMES if name not in ("started", "seconds")}
 SIZES = {"calibration_tokens": 256, "tokens": 128, "context": 64, "seed": 0}
@@ -131,7 +133,7 @@ def test_every_pair_is_tested_with_the_projections_of_its_calibration_part(calib
     )
     ids, prefix = tokenize(word_tokenizer, domains[1].test)
     windows = token_windows(ids, tokens=128, context=64, seed=None, prefix=prefix)
-    expected = evaluate_perplexity(llama[0], learned, [HALF], windows)
+    expected = evaluate_perplexity(subject_of(llama[0], learned), [HALF], windows)
     result = records[2].result
     assert result["perplexity"] == expected["rows"][0]["perplexity"]
     assert result["dense"] == expected["dense"]
@@ -162,7 +164,7 @@ def test_projections_are_made_once_and_again_when_damaged(calibrator, domains, m
         made.append(options["tokens"])
         return aqua.calibrate(*args, **options)
 
-    monkeypatch.setattr(calibrated, "calibrate", counted)
+    monkeypatch.setattr(transfer, "calibrate", counted)
     first = run_jobs(folder, transfer_jobs(calibrator, domains, [HALF], **SIZES), FACTS)
     assert made == [256, 256]
 
@@ -278,7 +280,7 @@ def test_impossible_domains_are_refused_at_once(calibrator, domains):
 def test_another_text_under_the_same_calibration_is_refused(calibrator):
     learn = Calibration("low", text_digest("w1 w2"), tokens=64, context=64, seed=0)
     with pytest.raises(aqua.AquaError, match="the text 'low' is not the one of this calibration"):
-        calibrator.projections(learn, "w3 w4")
+        calibrator.subject(learn, "w3 w4")
 
 
 # Context
@@ -300,7 +302,7 @@ def test_lengths_are_calibrated_and_tested_crosswise(calibrator, llama, word_tok
     assert learned.calibration["context"] == 64
     ids, prefix = tokenize(word_tokenizer, numbers(2, 0, 90))
     windows = token_windows(ids, tokens=128, context=128, seed=None, prefix=prefix)
-    row = evaluate_perplexity(llama[0], learned, [HALF], windows)["rows"][0]
+    row = evaluate_perplexity(subject_of(llama[0], learned), [HALF], windows)["rows"][0]
     assert records[3].result["perplexity"] == row["perplexity"]
     assert len({record.details["projections_sha256"] for record in records}) == 2
     ((titles, rows),) = context_tables(records)

@@ -56,9 +56,7 @@ class Dummy(Backend):
 def dummy(monkeypatch):
     # Its first line is all that a new backend needs besides its own module.
     monkeypatch.setattr(backend, "BACKENDS", {"dummy": f"{__name__}:Dummy", **backend.BACKENDS})
-    load.cache_clear()
-    yield
-    load.cache_clear()
+    monkeypatch.setattr(backend, "_loaded", {})
 
 
 def test_a_new_backend_is_chosen_named_and_refuses_for_its_reason(dummy):

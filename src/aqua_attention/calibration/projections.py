@@ -92,6 +92,8 @@ class Projections:
 
     def with_basis(self, basis: str) -> Projections:
         """The same calibration in another basis: "aqua", "none" (not rotated, as SparQ) or "key-pca" (as Loki)."""
+        if basis == self.basis:
+            return self
         return Projections.from_statistics(self.statistics, self.model, self.calibration, basis)
 
     @property

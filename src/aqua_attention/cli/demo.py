@@ -21,7 +21,7 @@ from aqua_attention.data.models import DEFAULT_MODEL, load_model
 from aqua_attention.data.text import load_text, token_windows, tokenize
 from aqua_attention.evaluate.generation import continue_prompt
 from aqua_attention.evaluate.record import make_folder
-from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.setting import Setting, Subject
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 from aqua_attention.io.files import write_atomically, write_json
 from aqua_attention.report.tables import describe_setting, markdown, perplexity_table
@@ -69,7 +69,8 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     windows = token_windows(ids, tokens=EVALUATION_TOKENS, context=CONTEXT, seed=None, prefix=prefix)
     configs = [AquaConfig(k_ratio=ratio) for ratio in RATIOS] + [ours(ratio) for ratio in RATIOS]
     settings, watch = [Setting(config) for config in configs], partial(progress, "evaluate")
-    summary = evaluate_perplexity(model, projections, settings, windows, progress=watch)
+    subject = Subject(DEFAULT_MODEL, model, tokenizer, projections)
+    summary = evaluate_perplexity(subject, settings, windows, progress=watch)
     lap("evaluate")
     progress("generate", 0, 2)
     dense = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)

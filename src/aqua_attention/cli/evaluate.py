@@ -24,8 +24,7 @@ from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
-    from aqua_attention.evaluate.setting import Setting
-    from aqua_attention.evaluate.suites.grid import Subject
+    from aqua_attention.evaluate.setting import Setting, Subject
     from aqua_attention.evaluate.suites.retrieval import Question
 
 LINES = [100, 200]
@@ -42,13 +41,14 @@ def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, mode
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
     settings, text = settings_of(knobs), read.text
-    from aqua_attention.evaluate.suites.grid import Sizes
-    from aqua_attention.evaluate.suites.perplexity import measure_perplexity
+    from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
     from aqua_attention.report.tables import perplexity_table
 
-    subject, sizes = model.subject(projections, read.data, text), Sizes(context=read.context, tokens=read.tokens)
+    subject = model.subject(projections, read.data, text)
+    windows = subject.windows(read.tokens, read.context)
     with progress_bar("evaluate") as progress:
-        result = measure_perplexity(subject, settings, sizes, progress)
+        result = evaluate_perplexity(subject, settings, windows, progress=progress)
+    result |= subject.source() | {"context": windows.shape[1], "windows": len(windows)}
     show(result, perplexity_table(result), suite="perplexity")
     scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
     count = f"{result['dense']['tokens']} predictions in {result['windows']} windows"
@@ -76,14 +76,14 @@ def retention(
 
     Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
     """
-    from aqua_attention.evaluate.suites.grid import Sizes
-    from aqua_attention.evaluate.suites.retention import K_RATIOS, measure_retention
+    from aqua_attention.evaluate.suites.retention import K_RATIOS, evaluate_retention
     from aqua_attention.report.tables import retention_table
 
     subject = model.subject(projections, read.data, read.text, basis=basis, predicts=False)
-    sizes = Sizes(context=read.context, retention_tokens=read.tokens)
+    windows = subject.windows(read.tokens, read.context)
     with progress_bar("retention") as progress:
-        result = measure_retention(subject, k_ratio or K_RATIOS, sizes, progress)
+        result = evaluate_retention(subject, windows, k_ratios=k_ratio or K_RATIOS, progress=progress)
+    result |= subject.source() | {"basis": subject.projections.basis, "context": windows.shape[1]}
     show(result, retention_table(result), suite="retention")
 
 
@@ -140,20 +140,21 @@ def needle(
     settings = settings_of(knobs)
     from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.suites.grid import Sizes
-    from aqua_attention.evaluate.suites.needle import subject_questions
+    from aqua_attention.evaluate.suites.needle import needle_questions
 
     subject = model.subject(projections, data, load_text(data), seed=seed, chat=chat)
     sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
-    _retrieve("needle", subject, settings, subject_questions(subject, sizes), show, needles=needles)
+    _retrieve("needle", subject, settings, needle_questions(subject, sizes), show, needles=needles)
 
 
 def _retrieve(
     suite: str, subject: Subject, settings: list[Setting], questions: list[Question], show: Show, **source: Any
 ) -> None:
     """Ask, write and print: the same for every kind of question."""
-    from aqua_attention.evaluate.suites.retrieval import measure_retrieval
+    from aqua_attention.evaluate.suites.retrieval import evaluate_retrieval
     from aqua_attention.report.tables import retrieval_grid, retrieval_table
 
     with progress_bar("answers") as progress:
-        result = measure_retrieval(subject, settings, questions, progress) | source
+        result = evaluate_retrieval(subject, settings, questions, progress=progress)
+    result |= subject.source() | {"seed": subject.seed, "chat": subject.chat} | source
     show(result, retrieval_table(result), retrieval_grid(result), suite=suite)

@@ -83,7 +83,7 @@ def grid(
     sizes = given.sizes()
     from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.record import file_digest
-    from aqua_attention.evaluate.run import grid_settings
+    from aqua_attention.evaluate.setting import grid_settings
     from aqua_attention.evaluate.suites.grid import check_suites, grid_jobs
     from aqua_attention.report.record_tables import record_table
 

@@ -63,8 +63,8 @@ def images(
     methods = METHODS if default else [(name, basis) for name in selection or ["magnitude"]]
     same, given = AquaConfig(share=share, sink=sink), product(k_ratio or GRID, methods)
     configs = [(replace(same, k_ratio=ratio, selection=name), its_basis) for ratio, (name, its_basis) in given]
-    from aqua_attention.evaluate.record import dtype_of, file_digest
-    from aqua_attention.evaluate.setting import Setting
+    from aqua_attention.evaluate.record import file_digest
+    from aqua_attention.evaluate.setting import Setting, Subject
     from aqua_attention.evaluate.suites.images import evaluate_images
     from aqua_attention.model.sides import inputs_digest
     from aqua_attention.report.tables import images_table, layers_table
@@ -72,9 +72,10 @@ def images(
     learned, settings = load_projections(projections), [Setting(*each) for each in configs]
     with progress_bars() as report:
         loaded, inputs = _load(model, data, images, report)
-        result = evaluate_images(loaded, learned, settings, inputs, progress=partial(report, "embed"))
-    result |= {"model": model.model, "dtype": dtype_of(loaded), "data": data, "inputs_sha256": inputs_digest(inputs)}
-    result["projections_sha256"] = file_digest(projections)
+        subject = Subject(model.model, loaded, None, learned, data)
+        result = evaluate_images(subject, settings, inputs, progress=partial(report, "embed"))
+    result |= subject.source()
+    result |= {"inputs_sha256": inputs_digest(inputs), "projections_sha256": file_digest(projections)}
     paper = any((row["selection"], row["basis"]) == METHODS[0] for row in result["retention"])
     show(result, images_table(result), *([layers_table(result)] if paper else []), suite="images")
     dense = result["dense"]

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from aqua_attention.calibration.projections import Projections
-    from aqua_attention.evaluate.setting import Setting
-    from aqua_attention.evaluate.suites.grid import Subject
+    from aqua_attention.evaluate.setting import Setting, Subject
 
 Dtype = Annotated[str, "auto, float32, bfloat16 or float16."]
 Device = Annotated[str | None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)."]
@@ -76,7 +75,7 @@ class ModelOptions:
         Args:
             options: those of `Subject`.
         """
-        from aqua_attention.evaluate.suites.grid import Subject
+        from aqua_attention.evaluate.setting import Subject
 
         learned = load_projections(projections)
         learned = learned.with_basis(basis) if basis else learned

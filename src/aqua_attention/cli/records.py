@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from aqua_attention.cli.options import ModelOptions
-    from aqua_attention.evaluate.calibrated import Calibrator
     from aqua_attention.evaluate.record import Record
     from aqua_attention.evaluate.run import Job
+    from aqua_attention.evaluate.suites.transfer import Calibrator
     from aqua_attention.report.tables import Table
 
 
@@ -47,7 +47,7 @@ class ResultsFolder(Show):
 
     def calibrator(self, model: ModelOptions) -> Calibrator:
         """What calibrates a model for the measurements, and keeps its projections here."""
-        from aqua_attention.evaluate.calibrated import Calibrator
+        from aqua_attention.evaluate.suites.transfer import Calibrator
 
         return Calibrator(self.folder, model.name, *model.load(), _notice)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import ModelOptions, ProjectionsFile, Rows, load_projections, settings_of
+from aqua_attention.cli.options import ModelOptions, ProjectionsFile, Rows, settings_of
 from aqua_attention.cli.terminal import Show, check_writable, progress_bar, stoppable
 from aqua_attention.errors import AquaError
 
@@ -55,12 +55,11 @@ def tasks(
         examples = None if name == "truthfulqa" else few_shot
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
-    learned, (loaded, tokenizer) = load_projections(projections), model.load()
+    subject = model.subject(projections, "")
     kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
     with stoppable(lambda: kept), progress_bar("answers") as progress:
-        given = loaded, tokenizer, learned, settings, asked
-        result = evaluate_tasks(*given, batch=batch, state=state, progress=progress)
-    result |= {"model": model.model, "dtype": dtype_of(loaded), "seed": seed, "limit": limit, "quick": quick}
+        result = evaluate_tasks(subject, settings, asked, batch=batch, state=state, progress=progress)
+    result |= {"model": model.model, "dtype": dtype_of(subject.model), "seed": seed, "limit": limit, "quick": quick}
     show(result, tasks_table(result), suite="tasks")
     for name, entry in result["tasks"].items():
         beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""

@@ -110,6 +110,6 @@ def context(
 
 def _settings(knobs: dict[str, list[Any]]) -> list[Setting]:
     """One setting a k_ratio, or one of `logit_error`; the other options are the same in all."""
-    from aqua_attention.evaluate.run import grid_settings
+    from aqua_attention.evaluate.setting import grid_settings
 
     return grid_settings(knobs if knobs["logit_error"] == [None] else knobs | {"k_ratio": []})

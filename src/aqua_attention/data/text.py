@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from aqua_attention.data.sources import first_line, hub_rows, local_path
 from aqua_attention.errors import AquaError
+from aqua_attention.io.files import json_lines, open_text, unpacked
 
 if TYPE_CHECKING:
     import torch
@@ -97,11 +97,8 @@ def _local(spec: str, limit: int) -> str:
 
 def _suffix(path: Path) -> str:
     """The suffix that says what a file holds: the one before .gz, if that may be."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        inner = Path(path.stem).suffix.lower()
-        return inner if inner != ".parquet" else suffix
-    return suffix
+    suffix = unpacked(path).suffix.lower()
+    return path.suffix.lower() if suffix == ".parquet" else suffix
 
 
 def _join(texts: Iterable[str], limit: int) -> str:
@@ -121,9 +118,7 @@ def _read(path: Path, limit: int) -> str:
     try:
         if suffix == ".parquet":
             return _join(_parquet_rows(path), limit)
-        opener = gzip.open if path.suffix.lower() == ".gz" else open
-        # utf-8-sig: a byte order mark is no part of the text.
-        with opener(path, "rt", encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             return _join(_jsonl_rows(path, file), limit) if suffix == ".jsonl" else file.read(limit)
     except UnicodeDecodeError as error:
         raise AquaError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8") from error
@@ -134,17 +129,10 @@ def _read(path: Path, limit: int) -> str:
 
 
 def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or error
-            raise AquaError(f"{path}, line {number} is not JSON ({reason}): mend or drop it") from error
+    for row, where in json_lines(path, lines):
         if not isinstance(row, dict):
-            raise AquaError(f"{path}, line {number} is no JSON object: give objects with a field 'text'")
-        yield _row_text(row, f"{path}, line {number}")
+            raise AquaError(f"{where} is no JSON object: give objects with a field 'text'")
+        yield _row_text(row, where)
 
 
 def _parquet_rows(path: Path) -> Iterator[str]:

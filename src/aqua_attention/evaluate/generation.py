@@ -31,24 +31,10 @@ class Continuation:
 
 
 def continue_prompt(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    *,
-    max_new_tokens: int,
-    attachment: Attachment | None = None,
-    chat: bool = True,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True, **options: Any
 ) -> Continuation:
-    """Greedy continuation of `prompt`, under `attachment` (made by `apply`, not attached yet) or dense.
-
-    Args:
-        chat: put the prompt into the tokenizer's chat template, if it has one.
-
-    Raises:
-        AquaError: an empty prompt, no token to write, prompt and answer longer than the model's positions.
-    """
-    token_ids = encode_prompt(tokenizer, prompt, chat=chat)
-    return continue_tokens(model, tokenizer, token_ids, max_new_tokens=max_new_tokens, attachment=attachment)
+    """`continue_tokens` of `prompt`, in the chat template if there is one; AquaError for an empty prompt, too."""
+    return continue_tokens(model, tokenizer, encode_prompt(tokenizer, prompt, chat=chat), **options)
 
 
 def encode_prompt(
@@ -57,8 +43,7 @@ def encode_prompt(
     """Token ids [1, length] of `prompt`, in the chat template if there is one, and of the answer's first words."""
     if not prompt.strip():
         raise AquaError("the prompt is empty: give it some words")
-    templated = chat and bool(tokenizer.chat_template)
-    if templated:
+    if templated := chat and bool(tokenizer.chat_template):
         messages = [{"role": "user", "content": prompt}]
         try:
             question = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -79,10 +64,10 @@ def continue_tokens(
     max_new_tokens: int,
     attachment: Attachment | None = None,
 ) -> Continuation:
-    """`continue_prompt` from token ids [1, length].
+    """Greedy continuation of token ids [1, length], under `attachment` (not attached yet) or dense.
 
     Raises:
-        AquaError: as `continue_prompt`, and when the model cannot generate or gives NaN.
+        AquaError: as `generate`; no token to write, prompt and answer longer than the model's positions, NaN.
     """
     if max_new_tokens < 1:
         raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
@@ -103,11 +88,7 @@ def generate(
     attachment: Attachment | None,
     **options: Any,
 ) -> Any:
-    """What the model's own `generate` gives for prompts in one left-padded batch, greedy, with its `options`.
-
-    Raises:
-        AquaError: the model cannot generate.
-    """
+    """What the model's own `generate` gives for prompts in one left-padded batch, greedy; AquaError if it has none."""
     check_generates(model)
     width = max(map(len, prompts))
     pad = next(each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if each is not None)

@@ -20,7 +20,6 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig, knobs
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.setting import in_basis
 
 
 @register_model("aqua")
@@ -43,13 +42,11 @@ class AquaLM(HFLM):
 
         Args:
             pretrained: what `hf` takes; "smollm2" is the default model, fetched once.
-            projections: file made by `aqua calibrate`.
-            basis: "aqua"; to compare "none" or "key-pca", see `Projections.with_basis`.
+            projections: made by `aqua calibrate`. basis: see `Projections.with_basis`.
             device: None takes cuda where there is one, else cpu.
-            kwargs: fields of `AquaConfig`; the rest is for `hf`.
 
         Raises:
-            AquaError: no projections, or not of this model; a bad setting; a model that AQUA cannot be attached to.
+            AquaError: as `apply`; no projections.
         """
         config = AquaConfig(**{name: kwargs.pop(name) for name in knobs() if name in kwargs})
         if projections is None:
@@ -64,7 +61,7 @@ class AquaLM(HFLM):
                 DEFAULT_MODEL, dtype=kwargs.pop("dtype", None) or "auto", device=device
             )
         super().__init__(pretrained, device=device, **kwargs)
-        self.attachment = apply(self.model, in_basis(learned, basis), config)
+        self.attachment = apply(self.model, learned.with_basis(basis), config)
         self.attachment.attach()
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

@@ -5,11 +5,8 @@ A grid has a file for each measurement, `FOLDER/records/SUITE-DIGEST.json`, with
 first 12 hexadecimal digits of the key's SHA-256. The key is what makes two measurements the same one, so that a stopped
 run finds what it has done.
 
-A command that measures several settings at once has one file for all. Its figures stay at the top level (`rows`,
-`results`, `questions`, `layers`), where scripts look for them, and `write_result` puts the record's own fields beside
-them: `schema`, `suite`, `command`, `version`. The report knows such a file by its suite, and one of an older version by
-its keys. To nest the figures would gain nothing and break every script. To write the options twice would let the two
-disagree.
+A command that measures several settings at once has one file for all, see `write_result`. Its figures stay at the top
+level, where scripts look for them. The report knows it by its suite, and one of an older version by its keys.
 
 This module loads neither torch nor transformers: the report needs it without them.
 """
@@ -21,6 +18,7 @@ import json
 import math
 import os
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,15 +46,13 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """One setting of one suite, measured or failed.
+    """One setting of one suite, measured (`result`) or failed (`error`: `{"kind", "message"}`).
 
     Attributes:
         setting: the AquaConfig's fields; None for dense attention, and where the suite has no setting.
         options: the suite's own.
-        result: what was measured, None where it failed.
-        error: `{"kind", "message"}` where it failed.
         details: all else that a file says, such as `dtype`, `seed`, digests, and program and machine.
-        key: the same for all records of one measurement; None where the file does not say what that is.
+        key: see `record_key`; None where the file does not say.
         source: name of the file, in the results directory.
     """
 
@@ -95,9 +91,8 @@ class Record:
             Unusable: another version of the format, or a field is missing or of the wrong kind.
         """
         check_schema(value)
-        for name, kind, words in (("suite", str, "a text"), ("model", str, "a text"), ("options", dict, "an object")):
-            if not isinstance(value.get(name), kind):
-                raise Unusable(f"its {name} is {short(value.get(name))}, not {words}")
+        for name, words in (("suite", "a text"), ("model", "a text"), ("options", "an object")):
+            _expect(words, f"its {name} is", value.get(name))
         result, error = value.get("result"), value.get("error")
         if (result is None) == (error is None):
             raise Unusable("it must have either a result or an error")
@@ -131,27 +126,20 @@ class Record:
         return command if isinstance(command, str) else None
 
     def checked(self) -> Record:
-        """The record, whose result has what its suite must have.
-
-        Raises:
-            Unusable: it has not.
-        """
+        """The record; raises Unusable where its result has not what its suite must have."""
         if self.suite not in SUITES:
             raise Unusable(f"its suite is {short(self.suite)}: it must be one of {', '.join(SUITES)}")
         result, suite = self.result, SUITES[self.suite]
         if result is None:
             return self
-        if not isinstance(result, dict):
-            raise Unusable(f"its result is {short(result)}, not an object")
+        _expect("an object", "its result is", result)
         # Dense attention has nothing to compare with.
         for name in suite.of_dense if self.setting is None and suite.of_dense else suite.numbers:
             if name not in result:
                 raise Unusable(f"its result has no {name}")
-            if not _is_number(result[name]):
-                raise Unusable(f"its {name} is {short(result[name])}, not a number")
+            _expect("a number", f"its {name} is", result[name])
         for name in suite.words:
-            if not isinstance(result.get(name), str):
-                raise Unusable(f"its {name} is {short(result.get(name))}, not a text")
+            _expect("a text", f"its {name} is", result.get(name))
         for rows in suite.rows:
             _check_rows(rows, result.get(rows.name))
         return self
@@ -164,15 +152,10 @@ def check_schema(value: dict[str, Any]) -> None:
 
 
 def read_setting(value: Any) -> dict[str, Any] | None:
-    """The fields of an AquaConfig, all of them, also where an older version wrote fewer.
-
-    Raises:
-        Unusable: they are none, or a value is out of range.
-    """
+    """All fields of an AquaConfig, also where an older version wrote fewer; Unusable where they are none."""
     if value is None:
         return None
-    if not isinstance(value, dict):
-        raise Unusable(f"its config is {short(value)}, not an object")
+    _expect("an object", "its config is", value)
     fields = {name: each for name, each in value.items() if name != "effective_ratio"}
     try:
         return AquaConfig(**fields).to_dict()
@@ -200,29 +183,41 @@ def short(value: Any) -> str:
 
 
 def _check_rows(kind: Rows, rows: Any) -> None:
-    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)):
-        raise Unusable(f"its {kind.name} is {short(rows)}, not a list of objects")
+    _expect("a list of objects", f"its {kind.name} is", rows)
     for row in rows:
+        has = f"a row of its {kind.name} has"
         if kind.title:
-            if not isinstance(row.get(kind.title), str):
-                raise Unusable(f"a row of its {kind.name} has {kind.title} {short(row.get(kind.title))}, not a text")
+            _expect("a text", f"{has} {kind.title}", row.get(kind.title))
             if "absent" in row:
                 continue
         for key in kind.numbers:
-            if not _is_number(row.get(key)):
-                raise Unusable(f"a row of its {kind.name} has {key} {short(row[key])}, not a number")
+            _expect("a number", f"{has} {key}", row.get(key))
         for key in kind.lists:
-            values = row.get(key)
-            if not (isinstance(values, list) and values and all(_is_number(value) for value in values)):
-                raise Unusable(f"a row of its {kind.name} has {key} {short(values)}, not a list of numbers")
+            _expect("a list of numbers", f"{has} {key}", row.get(key))
 
 
 def _is_number(value: Any) -> bool:
-    if value is None:
-        return True
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return isinstance(value, float) or abs(value) < 2**63
+    """None counts: JSON says NaN so."""
+    is_whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+    return value is None or isinstance(value, float) or is_whole
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "a text": lambda value: isinstance(value, str),
+    "a number": _is_number,
+    "an object": lambda value: isinstance(value, dict),
+    "a list of objects": lambda value: _is_list(value, "an object"),
+    "a list of numbers": lambda value: _is_list(value, "a number"),
+}
+
+
+def _is_list(value: Any, kind: str) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_KINDS[kind], value))
+
+
+def _expect(kind: str, what: str, value: Any) -> None:
+    if not _KINDS[kind](value):
+        raise Unusable(f"{what} {short(value)}, not {kind}")
 
 
 def record_key(suite: str, *, model: str, dtype: str, config: dict[str, Any] | None, **others: Any) -> Key:
@@ -231,8 +226,8 @@ def record_key(suite: str, *, model: str, dtype: str, config: dict[str, Any] | N
     Args:
         model: as the user named it. dtype: of its weights, such as "float32".
         config: the AquaConfig's fields, or None for the dense model.
-        others: the rest of KEY_FIELDS, where there is such: `basis` ("aqua" when left out), the suite's own `options`,
-            digests of the projections' file (not for suites that calibrate) and of the text read, `seed`.
+        others: the rest of KEY_FIELDS, where there is such; the projections' digest is left out of suites that
+            calibrate.
     """
     given = {"basis": "aqua"} | others | {"suite": suite, "model": model, "dtype": dtype, "config": config}
     assert given.keys() <= set(KEY_FIELDS)
@@ -256,11 +251,7 @@ def record_path(folder: Path, key: Key) -> Path:
 
 
 def read_record(path: Path) -> Record:
-    """Read and check one record of a grid.
-
-    Raises:
-        AquaError: not readable, not whole, or of another version; the message names the file.
-    """
+    """Read one record of a grid; AquaError where it is not readable, not whole, or of another version."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
@@ -284,7 +275,7 @@ def _lacking(value: dict[str, Any]) -> str | None:
     if len(outcomes) != 1 or not isinstance(outcomes[0], dict):
         return "it has neither result nor error"
     weights = value.get("key_weights")
-    if weights is not None and not (isinstance(weights, list) and all(map(_are_numbers, weights))):
+    if not (weights is None or (isinstance(weights, list) and all(map(_are_numbers, weights)))):
         return "its key_weights are no numbers"
     needed = _suite(value["suite"]).figures if "result" in value else ()
     if lacking := [name for name in needed if type(outcomes[0].get(name)) not in (int, float)]:
@@ -297,11 +288,7 @@ def _are_numbers(value: Any) -> bool:
 
 
 def find_record(folder: Path, key: Key) -> Record | None:
-    """The record of `key`, or None where there is none yet.
-
-    Raises:
-        AquaError: the file is damaged, or holds another measurement.
-    """
+    """The record of `key`, or None where there is none yet; AquaError as `read_record`, or for another's file."""
     path = record_path(folder, key)
     if not path.exists():
         return None
@@ -321,21 +308,12 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def write_result(path: Path, suite: str, result: dict[str, Any], command: str | None = None) -> None:
-    """Write what a command measured: its figures at the top level, and beside them the fields of a record.
-
-    Args:
-        result: what the suite gives, with `model`, `dtype`, `data` and the like where there are such.
-        command: the command line.
-    """
+    """Write what a command measured: the suite's `result` at the top level, and beside it fields of a record."""
     write_json(path, {"schema": SCHEMA, "suite": suite, "command": command, "version": __version__} | result)
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, where they are missing.
-
-    Raises:
-        AquaError: it cannot be made, or not be written into.
-    """
+    """Make a folder and those above it, where they are missing; AquaError where it cannot be, or not be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

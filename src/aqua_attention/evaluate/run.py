@@ -6,10 +6,9 @@ from __future__ import annotations
 import gc
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,22 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from aqua_attention.config import AquaConfig, knobs
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import Key, Record, commit, find_record, make_folder, record_path, write_record
-from aqua_attention.evaluate.setting import Setting
 from aqua_attention.io.state import same_digest
 from aqua_attention.model.capture import attention_layers, input_device
 from aqua_attention.model.fingerprint import key_weight_digest
 from aqua_attention.version import __version__
 
 Progress = Callable[[int, int], None]
+"""Called as progress(done, in all), of whatever a measurement counts: forward passes, windows, answers."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A measurement to make.
+    """A measurement to make: its record's key, and what gives the `result`.
 
-    Attributes:
-        key: what identifies it, see `record.record_key`.
-        measure: called as measure(progress), with progress(steps done, steps in all); returns the record's `result`,
-            and may add `projections_sha256` to it, which goes to its own place in the record.
+    A `projections_sha256` in the result goes to its own place in the record.
     """
 
     key: Key
@@ -51,19 +46,15 @@ def run_jobs(
     progress: Callable[[float, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> list[Record]:
-    """Measure what `folder` has no record of yet, and write a record for each as soon as it is measured.
+    """The records of all jobs, in their order. What `folder` has none of yet is measured, and written as soon as it is.
 
     A measurement that runs out of memory or is refused is recorded with the reason, and the others go on; when run
     again, such a one is tried again. A damaged record is measured again, and so is one of other weights of the model.
 
     Args:
         facts: see `facts_of`.
-        progress: called as progress(measurements done, measurements in all), of those that are not there yet; the
-            first number grows in fractions.
+        progress: of the measurements that are not there yet; the first number grows in fractions.
         notice: told about records found, damaged ones, and those of other weights.
-
-    Returns:
-        A record for each job, in their order.
 
     Raises:
         AquaError: `folder` cannot be written into.
@@ -125,20 +116,15 @@ def _measured(job: Job, facts: dict[str, Any], progress: Progress) -> Record:
 
 
 def facts_of(model: PreTrainedModel, command: str) -> dict[str, Any]:
-    """What a record says of program and machine: `command`, `commit`, `version`, `versions`, `device`, `key_weights`.
-
-    The last is the digest of the model's key weights, by which other weights of the same name are known.
-    """
+    """What a record says of program and machine; by `key_weights`, other weights of the same name are known."""
     device = input_device(model)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    versions["python"] = platform.python_version()
     return {
         "command": command,
         "commit": commit(),
         "version": __version__,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "key_weights": key_weight_digest(attention_layers(model)),
     }
@@ -161,11 +147,6 @@ def damaged(what: str) -> AquaError:
     return AquaError(f"{what}: its weights are damaged, or the dtype is too narrow (try --dtype float32)")
 
 
-def halves(progress: Progress) -> tuple[Progress, Progress]:
-    """Progress of a measurement's first half (calibrating) and of its second (testing)."""
-    return lambda done, total: progress(done, 2 * total), lambda done, total: progress(total + done, 2 * total)
-
-
 def check_sizes(**sizes: int | Sequence[int] | None) -> None:
     """Raise AquaError for a number of tokens from which nothing can be predicted; None is none given."""
     for name, given in sizes.items():
@@ -182,37 +163,3 @@ def failure_kind(error: Exception) -> str | None:
         return "out_of_memory"
     words = ("can't allocate memory", "not enough memory", "out of memory")
     return "out_of_memory" if isinstance(error, RuntimeError) and any(word in str(error) for word in words) else None
-
-
-_FASTEST = ("min_length", "bits", "h2o_ratio", "h2o_queries", "s_ratio")
-"""The knobs that vary fastest in a grid, but for k; before them the others, in the order of their declaration."""
-
-
-def grid_settings(values: Mapping[str, Iterable[Any]]) -> list[Setting]:
-    """Every combination, each once.
-
-    Args:
-        values: of each knob, and of `basis`; what is left out has its default. `k_ratio` and `logit_error` are one
-            list: a setting has either. None is no `logit_error`. `h2o_queries` is for an `h2o_ratio` below 1.
-
-    Raises:
-        AquaError: a value that no setting can have.
-    """
-    declared, either = knobs(), ("k_ratio", "logit_error")
-
-    def of(name: str) -> list[Any]:
-        is_float = declared[name].type is float
-        return [float(value) if is_float and value is not None else value for value in values.get(name, ())]
-
-    amounts = [{name: value} for name in either for value in of(name) if value is not None]
-    names = [name for name in declared if name in values and name not in either]
-    names.sort(key=lambda name: _FASTEST.index(name) if name in _FASTEST else -1)
-    settings = []
-    for basis, *chosen, amount in product(values.get("basis", ["aqua"]), *map(of, names), amounts):
-        given = dict(zip(names, chosen, strict=True)) | amount
-        if not given.get("h2o_ratio", 1) < 1:
-            given.pop("h2o_queries", None)
-        settings.append(Setting(AquaConfig(**given), basis))
-    if not settings:
-        raise AquaError("there is no setting to measure: give at least one k_ratio or logit_error")
-    return list(dict.fromkeys(settings))

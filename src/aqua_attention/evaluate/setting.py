@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One row of an evaluation: a configuration in a basis, attached to the model under test."""
+"""What every evaluation measures: a subject, and settings that are attached to its model, a row each."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -13,10 +15,14 @@ from transformers import PreTrainedModel
 
 from aqua_attention.attach.apply import apply, layer_shape
 from aqua_attention.calibration.projections import Projections, check_basis
-from aqua_attention.config import AUTO, AquaConfig
+from aqua_attention.config import AUTO, AquaConfig, knobs
+from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.record import dtype_of, record_key
+from aqua_attention.evaluate.run import Job, Progress
 from aqua_attention.machine import resolved
 from aqua_attention.model.capture import attention_layers
+from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT
 
 
@@ -31,12 +37,67 @@ class Setting:
         check_basis(self.basis)
 
 
-class Run:
-    """A setting ready to be attached, and how many dimensions it multiplies, see `Attachment.on_selection`.
+@dataclass(frozen=True)
+class Subject:
+    """A model with its projections, and what it reads.
 
     Attributes:
-        setting: as it is attached: a `min_length` of "auto" is a number.
-        attachment: not attached yet.
+        name, data: the model and what it reads, as the user named them.
+        tokenizer, text: None and empty for images.
+        projections_sha256: of the projections' file.
+        seed: chooses needles, haystacks and lines.
+        chat: put questions into the tokenizer's chat template, if it has one.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    projections: Projections
+    data: str = ""
+    text: str = ""
+    projections_sha256: str = ""
+    seed: int = 0
+    chat: bool = True
+
+    def windows(self, tokens: int, context: int) -> Tensor:
+        """Windows from the text's start, [count, context]."""
+        return first_windows(self.model, tokenize(self.tokenizer, self.text), tokens, context)
+
+    def read(self, windows: Tensor) -> dict[str, Any]:
+        """What the options of a record say of windows of the subject's text."""
+        return {"data": self.data, "context": windows.shape[1], "tokens": windows.numel()}
+
+    def source(self) -> dict[str, Any]:
+        """What a command says of it beside the figures."""
+        digest = {"text_sha256": text_digest(self.text)} if self.text else {}
+        return {"model": self.name, "dtype": dtype_of(self.model), "data": self.data} | digest
+
+    def jobs(
+        self,
+        suite: str,
+        settings: Sequence[Setting | None],
+        options: dict[str, Any],
+        measure: Callable[[Any, Progress], dict[str, Any]],
+        **other: Any,
+    ) -> list[Job]:
+        """A job a setting, which calls measure(setting, progress); `options` and `other` are of the record's key.
+
+        A setting of None is the dense model, whose figures are the same whatever the projections.
+        """
+        jobs, same = [], {"model": self.name, "dtype": dtype_of(self.model), "options": options} | other
+        for setting in settings:
+            own: dict[str, Any] = {"config": None}
+            if setting is not None:
+                own = {"config": setting.config.to_dict(), "basis": setting.basis}
+                own["projections_sha256"] = self.projections_sha256
+            jobs.append(Job(record_key(suite, **same, **own), partial(measure, setting)))
+        return jobs
+
+
+class Run:
+    """A setting with its attachment, not attached yet, and how many dimensions it multiplies.
+
+    In `setting`, a `min_length` of "auto" is a number.
     """
 
     def __init__(self, model: PreTrainedModel, projections: Projections, setting: Setting) -> None:
@@ -68,28 +129,14 @@ class Run:
         return {"mean_k": self.mean_k(), "mean_k_per_layer": layers}
 
 
-def runs_of(
-    model: PreTrainedModel, projections: Projections, settings: Sequence[Setting], side: str = TEXT
-) -> list[Run]:
-    """A run for each setting.
-
-    Args:
-        side: what is read under them, see `sides`.
-
-    Raises:
-        AquaError: as `apply`; projections of a vision-language model without the layers of that side.
-    """
-    by_basis = {basis: in_basis(projections, basis) for basis in {setting.basis for setting in settings}}
+def runs_of(subject: Subject, settings: Sequence[Setting], side: str = TEXT) -> list[Run]:
+    """A run for each setting, under which `side` is read; AquaError as `apply` and `check_covered`."""
+    by_basis = {basis: subject.projections.with_basis(basis) for basis in {setting.basis for setting in settings}}
     runs = []
     for setting in settings:
-        runs.append(Run(model, by_basis[setting.basis], setting))
-        check_covered(model, runs[-1].attachment.sides, (side,))
+        runs.append(Run(subject.model, by_basis[setting.basis], setting))
+        check_covered(subject.model, runs[-1].attachment.sides, (side,))
     return runs
-
-
-def in_basis(projections: Projections, basis: str) -> Projections:
-    """Projections in a basis; themselves, if that is theirs."""
-    return projections if basis == projections.basis else projections.with_basis(basis)
 
 
 def check_covered(model: PreTrainedModel, covered: Collection[str], read: Collection[str]) -> None:
@@ -102,13 +149,48 @@ def check_covered(model: PreTrainedModel, covered: Collection[str], read: Collec
         )
 
 
-def resolved_settings(model: PreTrainedModel, settings: Sequence[Setting]) -> list[Setting]:
-    """The settings with a number for a `min_length` of "auto", as `apply` reads it, each once.
+def first_windows(model: PreTrainedModel, tokenized: tuple[list[int], list[int]], tokens: int, context: int) -> Tensor:
+    """Windows from the start of a text, [count, context], checked; see `text.tokenize` for `tokenized`."""
+    ids, prefix = tokenized
+    windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
+    check_tokens(model, windows, context=windows.shape[1])
+    return windows
 
-    Raises:
-        AquaError: nothing is known of this machine, see `machine.resolved`.
-    """
+
+def resolved_settings(model: PreTrainedModel, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings with a number for a `min_length` of "auto", each once; AquaError as `machine.resolved`."""
     if all(setting.config.min_length != AUTO for setting in settings):
         return list(settings)
     shapes = [layer_shape(layer, model.dtype) for layer in attention_layers(model)]
     return list(dict.fromkeys(replace(setting, config=resolved(setting.config, shapes)) for setting in settings))
+
+
+_FASTEST = ("min_length", "bits", "h2o_ratio", "h2o_queries", "s_ratio")
+"""The knobs that vary fastest in a grid, but for k; before them the others, in the order of their declaration."""
+
+
+def grid_settings(values: Mapping[str, Iterable[Any]]) -> list[Setting]:
+    """Every combination, each once; AquaError for a value that no setting can have.
+
+    Args:
+        values: of each knob, and of `basis`; what is left out has its default. `k_ratio` and `logit_error` are one
+            list: a setting has either. None is no `logit_error`. `h2o_queries` is for an `h2o_ratio` below 1.
+    """
+    declared, either = knobs(), ("k_ratio", "logit_error")
+
+    def of(name: str) -> list[Any]:
+        is_float = declared[name].type is float
+        return [float(value) if is_float and value is not None else value for value in values.get(name, ())]
+
+    amounts = [{name: value} for name in either for value in of(name) if value is not None]
+    names = [name for name in declared if name in values and name not in either]
+    names.sort(key=lambda name: _FASTEST.index(name) if name in _FASTEST else -1)
+    settings = []
+    for basis, *chosen, amount in product(values.get("basis", ["aqua"]), *map(of, names), amounts):
+        given = dict(zip(names, chosen, strict=True)) | amount
+        if not given.get("h2o_ratio", 1) < 1:
+            given.pop("h2o_queries", None)
+        settings.append(Setting(AquaConfig(**given), basis))
+    if not settings:
+        raise AquaError("there is no setting to measure: give at least one k_ratio or logit_error")
+    return list(dict.fromkeys(settings))

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files are written whole or not at all."""
+"""Files are written whole or not at all; texts are read packed or not."""
 
 from __future__ import annotations
 
 import glob
+import gzip
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from aqua_attention.errors import AquaError
 
@@ -59,3 +61,30 @@ def remove_leftovers(path: Path | str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity are an error, JSON has none."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def unpacked(path: Path) -> Path:
+    """A file's name without .gz."""
+    return Path(path.stem if path.suffix.lower() == ".gz" else path.name)
+
+
+def open_text(path: Path, newline: str | None = None) -> TextIO:
+    """Open a UTF-8 text, packed where its name ends in .gz; a byte order mark is no part of it."""
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    return cast(TextIO, opener(path, "rt", encoding="utf-8-sig", newline=newline))
+
+
+def json_lines(path: Path, lines: Iterable[str]) -> Iterator[tuple[Any, str]]:
+    """What each line of a file holds, but for blank ones, and where it is; AquaError where it is no JSON."""
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield parse_json(line, where), where
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value; AquaError, which says `where`, where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AquaError(f"{where} is not JSON ({getattr(error, 'msg', None) or error}): mend or drop it") from error

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The suites: what each measures, and the one list of what its result must have.
+"""The suites, and the one list of what the result of each must have, which grid and report check alike.
 
-A suite is a module of this package and an entry in `SUITES`. The entry says what a result holds, which a grid's records
-and the report check alike, and by its `jobs` the suite becomes one of `aqua eval grid`. Nothing here loads torch.
+A suite is a module of this package and an entry in `SUITES`. Nothing here loads torch.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rows:
-    """A list of objects in a result.
+    """A list of objects in a result: which of their fields are numbers, and which are lists of numbers.
 
-    Attributes:
-        numbers, lists: which of their fields are numbers, and which are lists of numbers.
-        title: a field that holds a text. Such rows may be `absent`, with a reason in place of the figures.
+    `title` is a field that holds a text. Such rows may be `absent`, with a reason in place of the figures.
     """
 
     name: str
@@ -34,8 +31,7 @@ class Suite:
         newer: figures that a grid measures again without, and that files of older versions may lack.
         of_dense: the numbers that the dense model's record must have; empty where the dense model has none.
         cells: what the columns of its cells are, for suites of retrieval.
-        calibrates: the suite calibrates by itself, as its options say, so that its projections are a result and no part
-            of the key.
+        calibrates: by itself, as its options say, so that its projections are a result and no part of the key.
         apart: each of a result's `rows` is a measurement of its own.
         command: what writes the suite's file; `aqua eval NAME` when empty.
         jobs: "module:function", called as function(subject, settings, sizes), see `grid.grid_jobs`; empty for a suite
@@ -59,19 +55,20 @@ class Suite:
         return self.numbers + self.newer
 
 
-_HERE = "aqua_attention.evaluate.suites"
+def _jobs(name: str) -> str:
+    return f"aqua_attention.evaluate.suites.{name}:{name}_jobs"
+
+
 _LOSSES, _NEWER = ("perplexity", "perplexity_change", "kl"), ("top1", "mean_k", "tokens")
-_COUNTS = ("right", "asked")
-_PAIRED = ("lost", "gained", "p_value")
+_COUNTS, _PAIRED = ("right", "asked"), ("lost", "gained", "p_value")
 _DECODE = ("k_ratio", "seconds", "step_seconds", "ratio", "step_ratio", "ceiling", "share")
 _GENERATE = ("k_ratio", "seconds", "tokens_per_second", "ratio", "roofline_seconds", "share")
 _HEADS = Rows("per_layer", ("layer",), ("score_loss", "softmax_loss"))
-_LENGTHS = Rows("rows", ("length", "dense", "whole"), ("aqua",))
 
 
 def _retrieval(name: str, cells: str, *labels: str) -> Suite:
     rows = (Rows("cells", (*labels, *_COUNTS)),)
-    return Suite((*_COUNTS, *_PAIRED), rows=rows, of_dense=_COUNTS, cells=cells, jobs=f"{_HERE}.{name}:{name}_jobs")
+    return Suite((*_COUNTS, *_PAIRED), rows=rows, of_dense=_COUNTS, cells=cells, jobs=_jobs(name))
 
 
 def _benchmark(command: str, *rows: Rows) -> Suite:
@@ -79,11 +76,9 @@ def _benchmark(command: str, *rows: Rows) -> Suite:
 
 
 SUITES = {
-    "perplexity": Suite(_LOSSES, newer=_NEWER, of_dense=("perplexity",), jobs=f"{_HERE}.perplexity:perplexity_jobs"),
+    "perplexity": Suite(_LOSSES, newer=_NEWER, of_dense=("perplexity",), jobs=_jobs("perplexity")),
     "retention": Suite(
-        *(("k_ratio", "score_loss", "softmax_loss"), ("selection",), (_HEADS,)),
-        apart=True,
-        jobs=f"{_HERE}.retention:retention_jobs",
+        *(("k_ratio", "score_loss", "softmax_loss"), ("selection",), (_HEADS,)), apart=True, jobs=_jobs("retention")
     ),
     "needle": _retrieval("needle", "length", "length", "depth"),
     "lines": _retrieval("lines", "lines", "lines"),
@@ -98,7 +93,9 @@ SUITES = {
     "decode": _benchmark("bench decode", Rows("rows", _DECODE, title="name")),
     "generate": _benchmark("bench generate", Rows("rows", _GENERATE, title="name")),
     "breakeven": _benchmark(
-        "bench breakeven", _LENGTHS, Rows("breakeven", ("k_ratio", "k", "dense", "whole", "paper", "theory"))
+        "bench breakeven",
+        Rows("rows", ("length", "dense", "whole"), ("aqua",)),
+        Rows("breakeven", ("k_ratio", "k", "dense", "whole", "paper", "theory")),
     ),
 }
 """By name. A new suite is a line here and a module."""

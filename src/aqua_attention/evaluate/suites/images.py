@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.attach.apply import Attachment
-from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Progress, counting, damaged
-from aqua_attention.evaluate.setting import Setting, runs_of
+from aqua_attention.evaluate.setting import Setting, Subject, runs_of
 from aqua_attention.evaluate.suites.retention import retention_rows
 from aqua_attention.model.capture import evaluation_mode
 from aqua_attention.model.sides import IMAGES, Inputs, accepted, check_unpadded, first_tensor, placed, runner, sides
@@ -27,8 +26,7 @@ RETENTION_IMAGES = 8
 
 
 def evaluate_images(
-    model: PreTrainedModel,
-    projections: Projections,
+    subject: Subject,
     settings: Sequence[Setting],
     inputs: Sequence[Inputs],
     *,
@@ -38,26 +36,25 @@ def evaluate_images(
 
     Args:
         inputs: what the model is called with for each image, see `images.read_images`.
-        progress: called as progress(images embedded, images to embed under all settings).
 
     Returns:
         `{"images": count, "dense": {...}, "rows": [...], "retention": [...]}`. `dense`, as a yardstick: `others` and
         `nearest`, the mean cosine of two different images, and of an image and the nearest other one. A row a setting:
-        that of `Run.head`, `mean_cosine` and `lowest_cosine` of the embeddings to the dense ones, `same_neighbour`
-        (the share of images whose nearest other image is the same), and what `Run.mean_ks` says. `retention`: the rows
-        of `evaluate_retention` on some of the images, each with its `basis`, without an exact window.
+        `Run.head`, `mean_cosine` and `lowest_cosine` of the embeddings to the dense ones, `same_neighbour` (the share
+        of images whose nearest other image is the same), `Run.mean_ks`. `retention`: `retention_rows` on some images.
 
     Raises:
         AquaError: fewer than two images, a model that does not read images, padding, projections without its image
             layers, NaN.
     """
+    model = subject.model
     name = type(model).__name__
     if IMAGES not in sides(model):
         raise AquaError(f"{name} reads text, not images")
     if len(inputs) < 2:
         raise AquaError(f"there is {len(inputs)} image: nearest neighbours need two or more")
     check_unpadded(inputs)
-    runs = runs_of(model, projections, settings, IMAGES)
+    runs = runs_of(subject, settings, IMAGES)
     batches = _batches(inputs)
     step = counting(progress, len(inputs) * (1 + len(runs)))
 
@@ -85,13 +82,8 @@ def evaluate_images(
         }
         rows.append(run.head() | figures | run.mean_ks())
     step(0)
-    some = inputs[:: -(-len(inputs) // RETENTION_IMAGES)]
-    return {
-        "images": len(inputs),
-        "dense": _yardstick(dense),
-        "rows": rows,
-        "retention": retention_rows(model, projections, settings, some),
-    }
+    some = retention_rows(subject, settings, inputs[:: -(-len(inputs) // RETENTION_IMAGES)])
+    return {"images": len(inputs), "dense": _yardstick(dense), "rows": rows, "retention": some}
 
 
 def _batches(inputs: Sequence[Inputs]) -> list[tuple[int, Inputs]]:
@@ -134,7 +126,6 @@ def _neighbours(embeddings: Tensor) -> Tensor:
 
 
 def _yardstick(embeddings: Tensor) -> dict[str, float]:
-    """Mean cosine of two different images, and of an image and the nearest other one."""
     cosines = embeddings @ embeddings.T
     count = len(embeddings)
     others = (cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))

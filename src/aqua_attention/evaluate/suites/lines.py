@@ -7,19 +7,20 @@ sentences of our own around the same lines.
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import zlib
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import file_digest
 from aqua_attention.evaluate.run import Job
-from aqua_attention.evaluate.setting import Setting
-from aqua_attention.evaluate.suites.grid import QUESTIONS, Sizes, Subject
+from aqua_attention.evaluate.setting import Setting, Subject
+from aqua_attention.evaluate.suites.grid import QUESTIONS, Sizes
 from aqua_attention.evaluate.suites.retrieval import Question, retrieval_jobs
+from aqua_attention.io.files import open_text
 
 _ADJECTIVES = (
     "amber ancient autumn bitter blunt bold brave brief bright broken calm careful clever cold copper crisp curious "
@@ -40,12 +41,9 @@ MOST_LINES = len(_ADJECTIVES) * len(_NOUNS)
 
 
 def lines_questions(lines: int, *, count: int, seed: int = 0) -> list[Question]:
-    """Generate `count` questions about `lines` lines each; the same seed gives the same questions.
+    """Generate `count` questions about `lines` lines each; AquaError for numbers out of range.
 
     Names are adjective-noun pairs, numbers 1 to 50 000, all different within a question.
-
-    Raises:
-        AquaError: `lines` or `count` out of range.
     """
     if not 1 <= lines <= MOST_LINES:
         raise AquaError(f"lines is {lines}: it must be 1 to {MOST_LINES}, as many as there are names")
@@ -55,29 +53,20 @@ def lines_questions(lines: int, *, count: int, seed: int = 0) -> list[Question]:
     return [_generated(lines, rng) for _ in range(count)]
 
 
-def read_lines_questions(path: Path | str, *, count: int | None = None) -> list[Question]:
-    """Read LongEval's line questions: a .jsonl file, or .jsonl.gz, with `prompt`, `random_idx` and `expected_number`.
-
-    Args:
-        count: how many, from the start; None takes all.
+def read_lines_questions(path: Path, *, count: int | None = None) -> list[Question]:
+    """The first `count` (None: all) of LongEval's line questions in a .jsonl or .jsonl.gz file.
 
     Raises:
-        AquaError: no such file, damaged, or a line lacks a field; the message names file, line and field.
+        AquaError: no such file, damaged, or a line lacks `prompt`, `random_idx` or `expected_number`.
     """
-    path = Path(path)
     if count is not None and count < 1:
         raise AquaError(f"count is {count}: it must be at least 1")
     if not path.is_file():
         raise AquaError(f"{path}: no such file of line questions: give a LongEval .jsonl, or --lines to generate")
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
-    questions: list[Question] = []
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if count is not None and len(questions) == count:
-                    break
-                if line.strip():
-                    questions.append(_parsed(line, f"{path}, line {number}"))
+        with open_text(path) as file:
+            lines = ((line, f"{path}, line {number}") for number, line in enumerate(file, 1) if line.strip())
+            questions = [_parsed(*each) for each in islice(lines, count)]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise AquaError(f"{path} cannot be read ({error}): fetch it again") from error
     if not questions:
@@ -86,7 +75,7 @@ def read_lines_questions(path: Path | str, *, count: int | None = None) -> list[
 
 
 def lines_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
-    """One of many numbered lines, generated or from a file, see `lines_questions` and `read_lines_questions`."""
+    """One of many numbered lines, see `sized_questions`."""
     questions, file = sized_questions(sizes, subject.seed), sizes.lines_file
     if file is None:
         options = {"data": "generated", "lines": sizes.lines, "count": sizes.count}

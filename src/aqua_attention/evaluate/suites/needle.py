@@ -8,16 +8,13 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, product
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from aqua_attention.data.text import text_digest
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import encode_prompt
 from aqua_attention.evaluate.run import Job
-from aqua_attention.evaluate.setting import Setting
-from aqua_attention.evaluate.suites.grid import Sizes, Subject
+from aqua_attention.evaluate.setting import Setting, Subject
+from aqua_attention.evaluate.suites.grid import Sizes
 from aqua_attention.evaluate.suites.retrieval import Question, retrieval_jobs
 
 CITIES = (
@@ -29,36 +26,21 @@ TRIES = 1000
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？।])|(?=\n[ \t\r]*\n)")
 
 
-def needle_questions(
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
-    *,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    needles: int = 1,
-    repeats: int = 1,
-    seed: int = 0,
-    chat: bool = True,
-) -> list[Question]:
-    """One question for each length, depth and repeat, about a haystack cut from `text`.
+def needle_questions(subject: Subject, sizes: Sizes) -> list[Question]:
+    """One question for each length, depth and repeat, about a haystack cut from the subject's text in whole sentences.
 
-    Args:
-        text: the haystack, any essays; its sentences are kept whole.
-        lengths: tokens of the whole prompt, which takes 90 to 100 per cent of them.
-        depths: where the needle is, 0 the beginning of the haystack, 1 its end. With more needles, the first is there
-            and the others at equal distances behind it, up to the end; all of them are asked for, in their order.
-        needles: how many.
-        repeats: so many haystacks a cell, each cut from another place of the text, with other needles.
-        chat: count the chat template's tokens too.
+    The prompt takes 90 to 100 per cent of the tokens of its length. With more needles, the first is at the depth and
+    the others at equal distances behind it, up to the end; all of them are asked for, in their order.
 
     Raises:
         AquaError: a value is out of range, or the text is shorter than the longest haystack.
     """
+    tokenizer, text, needles, repeats = subject.tokenizer, subject.text, sizes.needles, sizes.repeats
     if not 1 <= needles <= len(CITIES):
         raise AquaError(f"needles is {needles}: it must be 1 to {len(CITIES)}")
     if repeats < 1:
         raise AquaError(f"repeats is {repeats}: it must be at least 1")
-    for depth in depths:
+    for depth in sizes.depths:
         if not 0 <= depth <= 1:
             raise AquaError(f"depth is {depth}: it must be a number with 0 <= depth <= 1")
     sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence]
@@ -66,12 +48,12 @@ def needle_questions(
     ends = [0, *accumulate(len(sentence) for sentence in ids)]
     questions = []
     # A cell given twice would count the same questions twice.
-    for length, depth, repeat in product(dict.fromkeys(lengths), dict.fromkeys(depths), range(repeats)):
-        rng = random.Random(f"{seed}/{length}/{depth}/{repeat}")
+    for length, depth, repeat in product(dict.fromkeys(sizes.lengths), dict.fromkeys(sizes.depths), range(repeats)):
+        rng = random.Random(f"{subject.seed}/{length}/{depth}/{repeat}")
         cities, numbers = rng.sample(CITIES, needles), _numbers(rng, needles, text)
         labels = {"length": length, "depth": depth}
         bare = _question("", cities, numbers, labels)
-        overhead = encode_prompt(tokenizer, bare.prompt, chat=chat, answer_start=bare.answer_start).shape[1]
+        overhead = encode_prompt(tokenizer, bare.prompt, chat=subject.chat, answer_start=bare.answer_start).shape[1]
         overhead += len(tokenizer(" ".join(_needles(cities, numbers)), add_special_tokens=False)["input_ids"]) + needles
         if (room := length - overhead) < 1:
             raise AquaError(
@@ -87,17 +69,9 @@ def needle_questions(
 
 def needle_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
     """A needle at each depth of texts of each length, see `needle_questions`."""
-    questions, options = subject_questions(subject, sizes), _shape(sizes) | {"data": subject.data}
-    return retrieval_jobs("needle", subject, settings, questions, options, text_digest(subject.text))
-
-
-def subject_questions(subject: Subject, sizes: Sizes) -> list[Question]:
-    """The questions about the subject's text."""
-    return needle_questions(subject.tokenizer, subject.text, **_shape(sizes), seed=subject.seed, chat=subject.chat)
-
-
-def _shape(sizes: Sizes) -> dict[str, Any]:
-    return {name: getattr(sizes, name) for name in ("lengths", "depths", "needles", "repeats")}
+    options = {name: getattr(sizes, name) for name in ("lengths", "depths", "needles", "repeats")}
+    given = needle_questions(subject, sizes), options | {"data": subject.data}
+    return retrieval_jobs("needle", subject, settings, *given, text_digest(subject.text))
 
 
 def _needles(cities: Sequence[str], numbers: Sequence[str]) -> list[str]:
@@ -105,7 +79,7 @@ def _needles(cities: Sequence[str], numbers: Sequence[str]) -> list[str]:
 
 
 def _numbers(rng: random.Random, count: int, text: str) -> list[str]:
-    """Different six-digit numbers, none of which the text holds."""
+    """Different six-digit ones, none of which the text holds."""
     numbers: list[str] = []
     for _ in range(TRIES):
         if len(numbers) == count:

@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.apply import Attachment
-from aqua_attention.calibration.projections import Projections
 from aqua_attention.data.text import text_digest
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Job, Progress, counting, damaged
-from aqua_attention.evaluate.setting import Run, Setting, runs_of
-from aqua_attention.evaluate.suites.grid import Sizes, Subject
+from aqua_attention.evaluate.setting import Run, Setting, Subject, runs_of
+from aqua_attention.evaluate.suites.grid import Sizes
 from aqua_attention.model.capture import input_device
 from aqua_attention.model.limits import check_predicts, check_tokens
 
@@ -61,10 +60,9 @@ class _Sums:
 
 
 class DenseLogits:
-    """The dense model's logits, for several calls of `evaluate_perplexity` over the same windows.
+    """The dense model's logits, kept in ordinary memory for several calls over the same windows of the same model.
 
-    They are kept in ordinary memory, in the model's dtype, up to `most_bytes`; those of windows beyond that are
-    computed again in each call. Asked for another model or other windows, it forgets.
+    Those beyond `most_bytes` are computed again in each call; asked for another model or windows, it forgets.
     """
 
     def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
@@ -85,8 +83,7 @@ class DenseLogits:
 
 
 def evaluate_perplexity(
-    model: PreTrainedModel,
-    projections: Projections,
+    subject: Subject,
     settings: Sequence[Setting],
     windows: Tensor,
     *,
@@ -104,23 +101,22 @@ def evaluate_perplexity(
         windows: token ids, [count, context]; each window predicts context - 1 tokens.
         continued: read windows as conversations whatever the settings, to be comparable with settings that evict.
         dense_logits: keeps the dense model's logits for further calls.
-        progress: called as progress(forward passes done, forward passes in all).
 
     Returns:
-        `{"dense": {"perplexity", "tokens"}, "rows": [...], "scored": "all" or "second half"}`, a row a setting: that
-        of `Run.head`, `effective_ratio` (E = k_ratio * (1 - s_ratio)), `perplexity`, `perplexity_change` (relative to
+        `{"dense": {"perplexity", "tokens"}, "rows": [...], "scored": "all" or "second half"}`, a row a setting:
+        `Run.head`, `effective_ratio` (E = k_ratio * (1 - s_ratio)), `perplexity`, `perplexity_change` (relative to
         dense: 0.01 is one per cent), `kl` (mean KL divergence of the next-token distribution from the dense one,
-        nats), `top1` (share of positions with the dense model's most likely token), what `Run.mean_ks` says, `tokens`
-        (predictions scored).
+        nats), `top1` (share of positions with the dense model's most likely token), `Run.mean_ks`, `tokens` (scored).
 
     Raises:
         AquaError: no windows, tokens that the model does not know, AQUA already attached, NaN or infinite logits.
     """
     if windows.shape[0] < 1 or windows.shape[1] < 2:
         raise AquaError(f"windows are {tuple(windows.shape)}: at least one window of two tokens is needed")
+    model = subject.model
     check_predicts(model)
     check_tokens(model, windows, context=windows.shape[1])
-    runs = runs_of(model, projections, settings)
+    runs = runs_of(subject, settings)
     continued = continued or any(setting.config.h2o_ratio < 1 for setting in settings)
     half = windows.shape[1] // 2 if continued else 0
     if half and windows.shape[1] < 4:
@@ -148,40 +144,26 @@ def evaluate_perplexity(
     }
 
 
-def measure_perplexity(
-    subject: Subject, settings: Sequence[Setting], sizes: Sizes, progress: Progress | None = None
-) -> dict[str, Any]:
-    """`evaluate_perplexity` of all settings over the subject's text, with what was read."""
-    windows = subject.windows(sizes.tokens, sizes.context)
-    found = evaluate_perplexity(subject.model, subject.projections, settings, windows, progress=progress)
-    return found | subject.source() | {"context": windows.shape[1], "windows": len(windows)}
-
-
 def perplexity_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
-    """`evaluate_perplexity`, a job a setting. As soon as one evicts, all score second halves, to be comparable."""
+    """A job a setting. As soon as one evicts, all score second halves, to be comparable."""
     windows = subject.windows(sizes.tokens, sizes.context)
     continued = any(setting.config.h2o_ratio < 1 for setting in settings)
     shared: dict[str, Any] = {"continued": continued, "dense_logits": DenseLogits()}
 
     def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
-        given = subject.model, subject.projections, setting, windows
-        return perplexity_figures(*given, progress=progress, **shared)
+        return perplexity_figures(subject, setting, windows, progress=progress, **shared)
 
     options = subject.read(windows) | {"scored": SCORED[continued]}
     return subject.jobs("perplexity", (None, *settings), options, measure, text_sha256=text_digest(subject.text))
 
 
-def perplexity_figures(
-    model: PreTrainedModel, projections: Projections, setting: Setting | None, windows: Tensor, **options: Any
-) -> dict[str, Any]:
+def perplexity_figures(subject: Subject, setting: Setting | None, windows: Tensor, **options: Any) -> dict[str, Any]:
     """What `evaluate_perplexity` says of one setting, with `dense` and `scored`; without a setting, of dense itself."""
-    settings = [] if setting is None else [setting]
-    found = evaluate_perplexity(model, projections, settings, windows, **options)
-    reference = {"dense": found["dense"], "scored": found["scored"]}
-    if setting is None:
-        itself = {"perplexity_change": 0.0, "kl": 0.0, "top1": 1.0, "mean_k": 1.0}
-        return found["dense"] | itself | reference
-    return {name: value for name, value in found["rows"][0].items() if name not in ("setting", "basis")} | reference
+    found = evaluate_perplexity(subject, [] if setting is None else [setting], windows, **options)
+    itself = found["dense"] | {"perplexity_change": 0.0, "kl": 0.0, "top1": 1.0, "mean_k": 1.0}
+    row = found["rows"][0] if setting else itself
+    figures = {name: value for name, value in row.items() if name not in ("setting", "basis")}
+    return figures | {"dense": found["dense"], "scored": found["scored"]}
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, attachment: Attachment | None = None) -> Tensor:

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.text import text_digest
 from aqua_attention.evaluate.run import Job, Progress, damaged
-from aqua_attention.evaluate.setting import Setting, check_covered, in_basis
-from aqua_attention.evaluate.suites.grid import Sizes, Subject
+from aqua_attention.evaluate.setting import Setting, Subject, check_covered
+from aqua_attention.evaluate.suites.grid import Sizes
 from aqua_attention.model.capture import attention_layers, observe_windows
 from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides
@@ -31,8 +30,7 @@ K_RATIOS = (0.9, 0.75, 0.5, 0.25)
 
 
 def evaluate_retention(
-    model: PreTrainedModel,
-    projections: Projections,
+    subject: Subject,
     windows: Tensor | Sequence[Inputs],
     *,
     k_ratios: Sequence[float] = K_RATIOS,
@@ -47,9 +45,7 @@ def evaluate_retention(
 
     Args:
         windows: token ids, [count, context], or what the model is called with, such as the `pixel_values` of an image.
-        queries: how many queries of each window are measured, spread over its second half, in bidirectional layers over
-            all of it.
-        progress: called as progress(windows done, windows in all).
+        queries: measured in each window, spread over its second half, in bidirectional layers over all of it.
 
     Returns:
         `{"rows": [...]}`, a row for each `selection` and `k_ratio`: `score_loss`, the squared length of the difference
@@ -60,14 +56,11 @@ def evaluate_retention(
     Raises:
         AquaError: projections without the layers that read the windows, or of another model; padding; NaN.
     """
+    model, projections = subject.model, subject.projections
     found = attention_layers(model)
     projections.check_model(model, found)
     layers = {layer.module: layer for layer in projections.covered(found)}
-    settings = {
-        (selection, ratio): AquaConfig(k_ratio=ratio, selection=selection)
-        for selection in selections
-        for ratio in k_ratios
-    }
+    configs = [AquaConfig(k_ratio=ratio, selection=selection) for selection in selections for ratio in k_ratios]
     if isinstance(windows, Tensor):
         check_tokens(model, windows, context=windows.shape[1])
         given = {TEXT}
@@ -75,8 +68,8 @@ def evaluate_retention(
         check_unpadded(windows)
         given = given_sides(windows)
     check_covered(model, {layer.side for layer in layers.values()}, given)
-    # By setting and layer: both losses of every query head, [2, heads], summed over so many calls.
-    losses: dict[tuple[str, float], dict[int, tuple[Tensor | int, int]]] = {setting: {} for setting in settings}
+    # By config and layer: both losses of every query head, [2, heads], in each call.
+    losses: list[dict[int, list[Tensor]]] = [{} for _ in configs]
 
     def measure(module: nn.Module, query: Tensor, key: Tensor, scaling: float) -> None:
         layer = layers.get(module)
@@ -92,58 +85,43 @@ def evaluate_retention(
         visible = torch.arange(length, device=key.device) <= last[:, None]
         dense = _scores(q, k, scaling)
         dense_centred, dense_softmax = _centred(dense, visible), _softmax(dense, visible)
-        for setting, config in settings.items():
+        for config, by_layer in zip(configs, losses, strict=True):
             selected = select_dimensions(q, LayerPlan.of(rotation, key_rms, config))
             scores = dense if selected is None else _scores(torch.where(selected, q, 0), k, scaling)
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
             score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
             softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean((0, -1)) / 2
-            total, count = losses[setting].get(layer.index, (0, 0))
             both = torch.stack((score_loss.double().cpu(), softmax_loss.double().cpu()))
-            losses[setting][layer.index] = total + both, count + 1
+            by_layer.setdefault(layer.index, []).append(both)
 
     observe_windows(model, found, windows, measure, progress)
-    return {"rows": [_row(selection, ratio, losses[selection, ratio]) for selection, ratio in settings]}
-
-
-def measure_retention(
-    subject: Subject, k_ratios: Sequence[float], sizes: Sizes, progress: Progress | None = None
-) -> dict[str, Any]:
-    """`evaluate_retention` over the subject's text, in the basis of its projections, with what was read."""
-    windows = subject.windows(sizes.retention_tokens, sizes.context)
-    found = evaluate_retention(subject.model, subject.projections, windows, k_ratios=k_ratios, progress=progress)
-    return found | subject.source() | {"basis": subject.projections.basis, "context": windows.shape[1]}
+    return {"rows": [_row(*each) for each in zip(configs, losses, strict=True)]}
 
 
 def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
-    """`evaluate_retention`, a job for each basis, selection and k_ratio; the other knobs are not looked at.
-
-    All of a basis are measured at once, by the first of its jobs.
-    """
+    """A job for each basis, selection and k_ratio, the first of which measures all of its basis."""
     windows = subject.windows(sizes.retention_tokens, sizes.context)
     distinct = dict.fromkeys(
         Setting(AquaConfig(k_ratio=setting.config.k_ratio, selection=setting.config.selection), setting.basis)
         for setting in settings
         if setting.config.logit_error is None
     )
-    known: dict[Setting, dict[str, Any]] = {}
+    known: dict[tuple[str, str, float], dict[str, Any]] = {}
 
     def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
-        if setting not in known:
+        place = setting.basis, setting.config.selection, setting.config.k_ratio
+        if place not in known:
             same = [other for other in distinct if other.basis == setting.basis]
-            for row in retention_rows(subject.model, subject.projections, same, windows, progress):
-                basis = row.pop("basis")
-                known[Setting(AquaConfig(k_ratio=row["k_ratio"], selection=row["selection"]), basis)] = row
-        return known[setting]
+            rows = retention_rows(subject, same, windows, progress)
+            known.update({(row.pop("basis"), row["selection"], row["k_ratio"]): row for row in rows})
+        return known[place]
 
-    return subject.jobs(
-        "retention", list(distinct), subject.read(windows), measure, text_sha256=text_digest(subject.text)
-    )
+    read, digest = subject.read(windows), text_digest(subject.text)
+    return subject.jobs("retention", list(distinct), read, measure, text_sha256=digest)
 
 
 def retention_rows(
-    model: PreTrainedModel,
-    projections: Projections,
+    subject: Subject,
     settings: Sequence[Setting],
     windows: Tensor | Sequence[Inputs],
     progress: Progress | None = None,
@@ -152,12 +130,12 @@ def retention_rows(
     rows = []
     for basis in dict.fromkeys(setting.basis for setting in settings):
         configs = [setting.config for setting in settings if setting.basis == basis]
-        found = evaluate_retention(
-            *(model, in_basis(projections, basis), windows),
-            k_ratios=list(dict.fromkeys(config.k_ratio for config in configs)),
-            selections=list(dict.fromkeys(config.selection for config in configs)),
-            progress=progress,
-        )
+        chosen: dict[str, Any] = {
+            "k_ratios": list(dict.fromkeys(config.k_ratio for config in configs)),
+            "selections": list(dict.fromkeys(config.selection for config in configs)),
+        }
+        turned = replace(subject, projections=subject.projections.with_basis(basis))
+        found = evaluate_retention(turned, windows, **chosen, progress=progress)
         rows += [row | {"basis": basis} for row in found["rows"]]
     return rows
 
@@ -177,14 +155,14 @@ def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
     return scores.masked_fill(~visible, -torch.inf).softmax(-1)
 
 
-def _row(selection: str, ratio: float, losses: dict[int, tuple[Any, int]]) -> dict[str, Any]:
-    layers = {index: (total / count).tolist() for index, (total, count) in sorted(losses.items())}
+def _row(config: AquaConfig, losses: dict[int, list[Tensor]]) -> dict[str, Any]:
+    layers = {index: (sum(calls[1:], calls[0]) / len(calls)).tolist() for index, calls in sorted(losses.items())}
     score_loss, softmax_loss = ([value for both in layers.values() for value in both[place]] for place in (0, 1))
     if not all(map(math.isfinite, (*score_loss, *softmax_loss))):
         raise damaged("the model gives NaN or infinite scores")
     return {
-        "selection": selection,
-        "k_ratio": ratio,
+        "selection": config.selection,
+        "k_ratio": config.k_ratio,
         "score_loss": sum(score_loss) / len(score_loss),
         "softmax_loss": sum(softmax_loss) / len(softmax_loss),
         "per_layer": [

@@ -10,14 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import Continuation, continue_tokens, encode_prompt
 from aqua_attention.evaluate.run import Job, Progress, counting
-from aqua_attention.evaluate.setting import Setting, runs_of
-from aqua_attention.evaluate.suites.grid import Subject
+from aqua_attention.evaluate.setting import Setting, Subject, runs_of
 from aqua_attention.model.limits import check_tokens, position_limit
 
 SPARE_TOKENS = 4
@@ -31,7 +28,6 @@ class Question:
     """One item: what the model reads, and the numbers that it has to write.
 
     Attributes:
-        prompt: the text and the question about it.
         answer_start: how the model's answer begins, up to the first number; it is put into the model's mouth, so that
             chatting around the answer costs neither tokens nor correctness.
         expected: the numbers, in the order asked for, as digits.
@@ -45,36 +41,29 @@ class Question:
 
 
 def evaluate_retrieval(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    projections: Projections,
+    subject: Subject,
     settings: Sequence[Setting],
     questions: Sequence[Question],
     *,
-    chat: bool = True,
     dense_answers: dict[int, Continuation] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Answer every question dense and under every setting (greedy), and test the pairs.
 
     Args:
-        chat: put the questions into the tokenizer's chat template, if it has one.
-        dense_answers: by place in `questions`, filled with the dense answers; they are not asked for again when it is
-            given to a further call with the same questions.
-        progress: called as progress(answers done, answers in all).
+        dense_answers: filled with the dense answers by place in `questions`, for further calls with the same questions.
 
     Returns:
-        `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: that of `Run.head`,
-        `accuracy` (exact match), `lost` and `gained` (questions that only dense, only AQUA got right), `p_value` (see
-        `paired`; one for each setting over all questions, not corrected for asking several times),
-        `same_answer` (share of answers that are dense's, token for token), `mean_k`. An entry a question: its labels,
-        `tokens`, `expected`, and the lists `answers` and `correct`, dense first.
+        `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: `Run.head`,
+        `accuracy` (exact match), what `paired` gives (not corrected for asking several times), `same_answer` (share of
+        answers that are dense's, token for token), `mean_k`. An entry a question: its labels, `tokens`, `expected`, and
+        the lists `answers` and `correct`, dense first.
 
     Raises:
         AquaError: no questions, one longer than the model's positions, NaN.
     """
-    encoded = encode_questions(model, tokenizer, questions, chat=chat)
-    runs = runs_of(model, projections, settings)
+    model, tokenizer = subject.model, subject.tokenizer
+    encoded, runs = _encoded(subject, questions), runs_of(subject, settings)
     known = {} if dense_answers is None else dense_answers
     written: list[list[Continuation]] = []
     step = counting(progress, len(questions) * (1 + len(runs)))
@@ -111,15 +100,6 @@ def evaluate_retrieval(
     }
 
 
-def measure_retrieval(
-    subject: Subject, settings: Sequence[Setting], questions: Sequence[Question], progress: Progress | None = None
-) -> dict[str, Any]:
-    """`evaluate_retrieval` of all settings, with what was read."""
-    given = subject.model, subject.tokenizer, subject.projections, settings, questions
-    found = evaluate_retrieval(*given, chat=subject.chat, progress=progress)
-    return found | subject.source() | {"seed": subject.seed, "chat": subject.chat}
-
-
 def retrieval_jobs(
     suite: str,
     subject: Subject,
@@ -128,28 +108,22 @@ def retrieval_jobs(
     options: dict[str, Any],
     digest: str | None,
 ) -> list[Job]:
-    """`evaluate_retrieval`, a job a setting; its figures are counted by cell.
-
-    Args:
-        options: what the questions are made from.
-        digest: of the text that they are made from; None where there is none.
-    """
-    model, tokenizer = subject.model, subject.tokenizer
-    shared: dict[str, Any] = {"chat": subject.chat}
-    encode_questions(model, tokenizer, questions, **shared)
+    """A job a setting, whose figures are counted by cell; `options` and `digest` say what is asked about."""
+    _encoded(subject, questions)  # what cannot be asked is known now
     answers: dict[int, Continuation] = {}
     itself = {"lost": 0, "gained": 0, "p_value": 1.0, "same_answer": 1.0, "mean_k": None}
 
     def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
-        given = model, tokenizer, subject.projections, [] if setting is None else [setting], questions
-        found = evaluate_retrieval(*given, dense_answers=answers, progress=progress, **shared)
+        settings = [] if setting is None else [setting]
+        found = evaluate_retrieval(subject, settings, questions, dense_answers=answers, progress=progress)
         row = found["rows"][0] if setting else itself
         # The dense model's answer comes first, and is the only one when there is no setting.
         right = [question["correct"][-1] for question in found["questions"]]
         counted = {"cells": _cells(questions, right), "right": sum(right), "asked": len(right)}
         return counted | {name: row[name] for name in itself}
 
-    return subject.jobs(suite, (None, *settings), options | shared, measure, text_sha256=digest, seed=subject.seed)
+    options = options | {"chat": subject.chat}
+    return subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
 
 
 def _cells(questions: Sequence[Question], right: Sequence[bool]) -> list[dict[str, Any]]:
@@ -161,19 +135,14 @@ def _cells(questions: Sequence[Question], right: Sequence[bool]) -> list[dict[st
     return [dict(labels) | {"right": sum(marks), "asked": len(marks)} for labels, marks in cells.items()]
 
 
-def encode_questions(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *, chat: bool
-) -> list[tuple[Tensor, int]]:
-    """Token ids [1, length] of each question, and how many tokens its answer may have.
-
-    Raises:
-        AquaError: no questions, or one longer than the model's positions.
-    """
+def _encoded(subject: Subject, questions: Sequence[Question]) -> list[tuple[Tensor, int]]:
+    """Token ids [1, length] of each question, and how many tokens its answer may have."""
     if not questions:
         raise AquaError("there are no questions to ask: give at least one")
-    limit, encoded = position_limit(model), []
+    model, tokenizer, encoded = subject.model, subject.tokenizer, []
+    limit = position_limit(model)
     for question in questions:
-        prompt = encode_prompt(tokenizer, question.prompt, chat=chat, answer_start=question.answer_start)
+        prompt = encode_prompt(tokenizer, question.prompt, chat=subject.chat, answer_start=question.answer_start)
         numbers: list[int] = tokenizer(", ".join(question.expected), add_special_tokens=False)["input_ids"]
         budget = len(numbers) + SPARE_TOKENS + WORDS_BETWEEN * (len(question.expected) - 1)
         needed = prompt.shape[1] + budget
@@ -194,20 +163,13 @@ def is_correct(answer: str, expected: Sequence[str]) -> bool:
 
 
 def paired(pairs: Iterable[tuple[float, float]], tie: float = 1.0) -> dict[str, Any]:
-    """`lost`, `gained` and `p_value` of what dense and AQUA reach on each question; less than `tie` is equal."""
+    """`lost`, `gained` (questions that dense, AQUA does better by `tie` or more) and `paired_p_value` of them."""
     differences = [aqua - dense for dense, aqua in pairs]
     lost, gained = (sum(sign * difference >= tie for difference in differences) for sign in (-1, 1))
     return {"lost": lost, "gained": gained, "p_value": paired_p_value(lost, gained)}
 
 
 def paired_p_value(lost: int, gained: int) -> float:
-    """Two-sided exact McNemar test: how likely so uneven a split is, if each change were a fair coin.
-
-    Args:
-        lost, gained: questions that only the first, only the second method got right. Those on which both agree say
-            nothing about a difference.
-    """
+    """Two-sided exact McNemar test: how likely so uneven a split is, if each change were a fair coin."""
     changed, fewer = lost + gained, min(lost, gained)
-    if changed == 0:
-        return 1.0
     return min(1.0, 2 * sum(math.comb(changed, count) for count in range(fewer + 1)) / 2**changed)

@@ -6,24 +6,33 @@ Transfer: of one kind of text on others. Context: of windows of one length at ot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from aqua_attention.calibration.checkpoint import calibrated_weights, discard
 from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.run import calibrate
 from aqua_attention.config import AquaConfig
-from aqua_attention.data.text import text_digest, tokenize
+from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.calibrated import Calibration, Calibrator, check_enough
-from aqua_attention.evaluate.run import Job, Progress, check_sizes, halves
-from aqua_attention.evaluate.setting import Setting, in_basis, resolved_settings
-from aqua_attention.evaluate.suites.grid import first_windows, measured_key
+from aqua_attention.evaluate.record import dtype_of, file_digest, make_folder, record_key
+from aqua_attention.evaluate.run import Job, Progress, check_sizes
+from aqua_attention.evaluate.setting import Setting, Subject, first_windows, resolved_settings
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, perplexity_figures
+from aqua_attention.io.files import remove_leftovers
+from aqua_attention.io.state import same_digest
+from aqua_attention.model.capture import attention_layers
+from aqua_attention.model.fingerprint import key_weight_digest
 
 CALIBRATION_SHARE = 0.8
 SPLIT = "calibrated on the first 80% of the characters, tested on the rest; no character is in both"
@@ -31,12 +40,7 @@ SPLIT = "calibrated on the first 80% of the characters, tested on the rest; no c
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of text, in two parts that do not overlap.
-
-    Attributes:
-        name, data: what the user calls it, and where it is.
-        calibration: the first four fifths. test: the rest.
-    """
+    """A kind of text that the user calls `name` and names by `data`, in two parts that do not overlap."""
 
     name: str
     data: str
@@ -45,11 +49,7 @@ class Domain:
 
 
 def split_domain(name: str, data: str, text: str) -> Domain:
-    """Cut `text` into its two parts, at the end of a line where there is one.
-
-    Raises:
-        AquaError: a part would be blank.
-    """
+    """Cut `text` after four fifths, at the end of a line where there is one; AquaError where a part would be blank."""
     least = int(len(text) * CALIBRATION_SHARE)
     line = text.find("\n", least)
     cut = line + 1 if 0 <= line < len(text) - 1 and text[line:].strip() else least
@@ -74,18 +74,114 @@ def check_domains(domains: Sequence[Domain]) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """From which text, and how much of it, projections are calibrated: `name` is the text's, for people."""
+
+    name: str
+    text_sha256: str
+    tokens: int
+    context: int
+    seed: int
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What `calibrate` and `token_windows` call them."""
+        return {"tokens": self.tokens, "context": self.context, "seed": self.seed}
+
+
+class Calibrator:
+    """Calibrates one model, and keeps the results in `FOLDER/projections` and in memory; a stopped one goes on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        """`notice` is told about a damaged file, or one of other weights, which is made again."""
+        self.folder, self.name, self.model, self.tokenizer = folder / "projections", name, model, tokenizer
+        self._notice = notice or (lambda message: None)
+        self._kept: dict[Calibration, Subject] = {}
+
+    @cached_property
+    def _weights(self) -> list[list[float]] | None:
+        """Tells the model from another one of its name."""
+        return key_weight_digest(attention_layers(self.model))
+
+    def subject(self, calibration: Calibration, text: str, progress: Progress | None = None) -> Subject:
+        """The model with projections that are calibrated so; AquaError as `calibrate`, or for another or short text."""
+        if calibration not in self._kept:
+            path = self._path(calibration)
+            found = self._load(path) or self._calibrate(calibration, text, path, progress)
+            given = self.name, self.model, self.tokenizer, found
+            self._kept[calibration] = Subject(*given, projections_sha256=file_digest(path))
+        return self._kept[calibration]
+
+    def _path(self, calibration: Calibration) -> Path:
+        run = asdict(calibration) | {"model": self.name, "dtype": dtype_of(self.model)}
+        digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        # Names are the user's: a file takes of them what every system can store.
+        plain = "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in calibration.name)[:40]
+        return self.folder / f"{plain}-{digest[:12]}.safetensors"
+
+    def _load(self, path: Path) -> Projections | None:
+        if not path.exists():
+            return None
+        problem = f"{path} is of other weights of {self.name}"
+        try:
+            found = Projections.load(path)
+            if same_digest(found.model.get("key_weights"), self._weights):
+                return found
+        except AquaError as error:
+            problem = str(error)
+        self._notice(f"{problem}; it is made again now")
+        return None
+
+    def _calibrate(self, calibration: Calibration, text: str, path: Path, progress: Progress | None) -> Projections:
+        if text_digest(text) != calibration.text_sha256:
+            raise AquaError(f"the text {calibration.name!r} is not the one of this calibration: read it again")
+        check_enough(self.tokenizer, calibration, text)
+        make_folder(path.parent)
+        partial = path.with_name(f"{path.name}.partial")
+        if partial.exists() and not same_digest(calibrated_weights(partial), self._weights):
+            self._notice(f"{partial} is of other weights of {self.name}; it is begun anew now")
+            discard(partial)
+        kept: dict[str, Any] = {"name": self.name, "checkpoint": partial, "resume": True}
+        projections = calibrate(self.model, self.tokenizer, text, **calibration.sizes, **kept, progress=progress)
+        projections.save(path)
+        discard(partial)
+        remove_leftovers(path)
+        return projections
+
+
+def check_enough(tokenizer: PreTrainedTokenizerBase, calibration: Calibration, text: str) -> None:
+    """Raise AquaError when `text` has fewer tokens than `calibration` says, which would give it a wrong name."""
+    if calibration.tokens < calibration.context:
+        raise AquaError(
+            f"calibration tokens are {calibration.tokens}, fewer than one window of {calibration.context}: give more "
+            "tokens or shorter windows"
+        )
+    ids, prefix = tokenize(tokenizer, text)
+    windows = token_windows(ids, prefix=prefix, **calibration.sizes)
+    if len(windows) < calibration.tokens // calibration.context:
+        raise AquaError(
+            f"the text {calibration.name!r} has {len(ids)} tokens to calibrate on, {calibration.tokens} are asked for: "
+            "give more text, or ask for fewer"
+        )
+
+
 _Source = tuple[Calibration, str]
 """How projections are calibrated, and its text."""
 
 
 @dataclass(frozen=True)
 class _Cross:
-    """Projections of `source` tested on `windows` of the text `tested`.
+    """Projections of `source` tested on `windows` of the text `tested`; those of `own` are the text's own.
 
-    Attributes:
-        options: of the record's key.
-        labels: how the result begins.
-        own: those of the tested domain, whose distance is told.
+    The record's key has the `options`, and its result begins with the `labels`.
     """
 
     source: _Source
@@ -100,24 +196,25 @@ def _jobs(
     suite: str, calibrator: Calibrator, settings: Sequence[Setting], crosses: Sequence[_Cross], seed: int
 ) -> list[Job]:
     """A job for each of `crosses` and setting; its result is what `perplexity_figures` gives, and more."""
-    dense_logits, model = DenseLogits(), calibrator.model
+    dense_logits, settings = DenseLogits(), resolved_settings(calibrator.model, settings)
 
     def measure(cross: _Cross, setting: Setting, progress: Progress) -> dict[str, Any]:
-        calibrating, testing = halves(progress)
-        projections, sha256 = calibrator.projections(*cross.source, calibrating)
-        own = calibrator.projections(*cross.own, calibrating)[0] if cross.own else None
-        figures = perplexity_figures(
-            model, projections, setting, cross.windows, dense_logits=dense_logits, progress=testing
-        )
-        distance = {} if own is None else _distance(setting, projections, own)
-        read = {"calibration_tokens": projections.calibration["tokens"], "projections_sha256": sha256}
-        return cross.labels | figures | distance | read
+        def half(place: int) -> Progress:
+            return lambda done, total: progress(place * total + done, 2 * total)
+
+        subject = calibrator.subject(*cross.source, half(0))
+        own = calibrator.subject(*cross.own, half(0)) if cross.own else None
+        figures = perplexity_figures(subject, setting, cross.windows, dense_logits=dense_logits, progress=half(1))
+        distance = _distance(setting, subject, own) if own else {}
+        read = {"calibration_tokens": subject.projections.calibration["tokens"]}
+        return cross.labels | figures | distance | read | {"projections_sha256": subject.projections_sha256}
 
     jobs = []
     for cross, setting in product(crosses, settings):
         windows = {"context": cross.windows.shape[1], "tokens": cross.windows.numel()}
-        read = {"text_sha256": text_digest(cross.tested), "seed": seed}
-        key = measured_key(suite, calibrator.name, model, setting, cross.options | windows, **read)
+        own: dict[str, Any] = {"config": setting.config.to_dict(), "basis": setting.basis}
+        own |= {"options": cross.options | windows, "text_sha256": text_digest(cross.tested), "seed": seed}
+        key = record_key(suite, model=calibrator.name, dtype=dtype_of(calibrator.model), **own)
         jobs.append(Job(key, partial(measure, cross, setting)))
     return jobs
 
@@ -134,20 +231,18 @@ def transfer_jobs(
 ) -> list[Job]:
     """A job for every test text, calibration text and setting.
 
-    Its result is what `perplexity_figures` gives, with `calibrated` and `tested` (names), `distance` (see
+    Its result is that of `perplexity_figures`, with `calibrated` and `tested` (names), `distance` (see
     `subspace_distance`) between the projections of the two domains, and `distance_dims`, of which subspaces.
 
     Args:
-        calibration_tokens: how many tokens each projection sees. tokens: how many each is tested on.
-        context: tokens in a window, of both.
+        calibration_tokens: that each projection sees. tokens: that each is tested on. context: in a window of both.
 
     Raises:
-        AquaError: fewer than two domains, two of one name or text, a text with too few tokens for its part, sizes below
-            2, a `min_length` of "auto" where nothing is known of this machine.
+        AquaError: as `check_domains`, `check_sizes`, `check_enough` and `resolved_settings`.
     """
     check_domains(domains)
     check_sizes(calibration_tokens=calibration_tokens, tokens=tokens, context=context)
-    settings, model, tokenizer = resolved_settings(calibrator.model, settings), calibrator.model, calibrator.tokenizer
+    model, tokenizer = calibrator.model, calibrator.tokenizer
     sources, crosses = [], []
     for domain in domains:
         digest = text_digest(domain.calibration)
@@ -181,22 +276,19 @@ def context_jobs(
 ) -> list[Job]:
     """A job for every length tested, length calibrated, number of calibration tokens, and setting.
 
-    Its result is what `perplexity_figures` gives, with `calibrated_length`, `tested_length` and `calibration_tokens`
+    Its result is that of `perplexity_figures`, with `calibrated_length`, `tested_length` and `calibration_tokens`
     (those really read).
 
     Args:
         calibration, test: names and texts, different ones.
         calibrated_lengths, tested_lengths: tokens in a window.
-        calibration_tokens: numbers of tokens, each a calibration of its own for each length.
-        tokens: how many tokens are tested, the same for all lengths.
+        calibration_tokens: each a calibration of its own for each length. tokens: tested, the same for all lengths.
 
     Raises:
-        AquaError: the test text is shorter than a window, a window longer than the model's positions, sizes below 2, a
-            `min_length` of "auto" where nothing is known of this machine.
+        AquaError: as `check_sizes` and `resolved_settings`; a window longer than the test text or the positions.
     """
     lengths = {"calibrated_length": calibrated_lengths, "tested_length": tested_lengths}
     check_sizes(**lengths, calibration_tokens=calibration_tokens, tokens=tokens)
-    settings = resolved_settings(calibrator.model, settings)
     (source, source_text), (data, text) = calibration, test
     digest, tokenized = text_digest(source_text), tokenize(calibrator.tokenizer, text)
     crosses = []
@@ -210,10 +302,9 @@ def context_jobs(
     return _jobs("context", calibrator, settings, crosses, seed)
 
 
-def _distance(setting: Setting, projections: Projections, own: Projections) -> dict[str, Any]:
-    heads = {index: layer.rotation.shape[-1] for index, layer in projections.layers.items()}
-    dims = {index: leading_dims(setting.config, head_dim) for index, head_dim in heads.items()}
-    ours, theirs = (in_basis(each, setting.basis) for each in (projections, own))
+def _distance(setting: Setting, subject: Subject, own: Subject) -> dict[str, Any]:
+    ours, theirs = (each.projections.with_basis(setting.basis) for each in (subject, own))
+    dims = {index: leading_dims(setting.config, layer.rotation.shape[-1]) for index, layer in ours.layers.items()}
     return {"distance": subspace_distance(ours, theirs, dims), "distance_dims": max(dims.values())}
 
 
@@ -228,10 +319,7 @@ def subspace_distance(first: Projections, second: Projections, dims: dict[int, i
     For subspaces with orthonormal bases U and V, [d, k], that is sqrt((k - |U^T V|_F^2) / min(k, d - k)): the chordal
     (projection) distance |U U^T - V V^T|_F / sqrt(2) over the largest that two subspaces of this size can have. 0: the
     same subspaces; 1: as far apart as possible; two random ones: about sqrt(max(k, d - k) / d). The whole space
-    (k = d) is at distance 0 from itself.
-
-    Args:
-        dims: by layer index, k.
+    (k = d) is at distance 0 from itself. `dims` has k by layer index.
     """
     distances = []
     for index, layer in first.layers.items():

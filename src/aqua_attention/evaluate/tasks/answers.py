@@ -7,11 +7,11 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +39,7 @@ Answer = list[float] | str
 """Log-likelihoods of all given answers, or what was written."""
 
 
-@dataclass(frozen=True)
-class _Pair:
+class _Pair(NamedTuple):
     """Context and continuation as tokens; the continuation begins at `start`."""
 
     ids: tuple[int, ...]
@@ -53,14 +52,11 @@ def answer_items(
     items: Sequence[Item],
     attachments: Sequence[Attachment | None],
 ) -> Iterator[list[Answer]]:
-    """Answers of all items, under one attachment (None: dense) after the other.
+    """Answers of items that `check_items` has checked, under one attachment (None: dense) after the other.
 
     An answer given is scored by the summed log-likelihood of its tokens (float32), in one forward pass without a cache.
     Where only a cache shows what is lost (`bits`, `h2o_ratio`), the context fills one first, as it does when a model
     writes. Other answers are written greedily, up to one of STOPS or NEW_TOKENS tokens.
-
-    Args:
-        items: checked by `check_items`.
 
     Raises:
         AquaError: NaN or infinite logits.
@@ -80,8 +76,7 @@ def check_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task
     """Tokens that the model reads of each item of a task: of its longest answer with the context, or of the prompt.
 
     Raises:
-        AquaError: a question longer than the model's positions, tokens that it does not know, an answer without any;
-            the message names the task and the question's place.
+        AquaError: a question that is too long, tokens that the model does not know, an answer without any.
     """
     remedy = "ask with fewer examples (few_shot)" if task.few_shot else "drop it, or ask a model that knows more"
     lengths = []
@@ -193,7 +188,12 @@ def _written(
     width = max(map(len, prompts))
     stops = [_Stops(tokenizer, width)]
     output = generate(model, tokenizer, prompts, attachment, max_new_tokens=NEW_TOKENS, stopping_criteria=stops)
-    return [_cut(str(text)) for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
+    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [_cut(text) for text in texts]
+
+
+def _cut(text: str) -> str:
+    return re.split("|".join(map(re.escape, STOPS)), text, maxsplit=1)[0]
 
 
 class _Stops(StoppingCriteria):
@@ -210,10 +210,6 @@ class _Stops(StoppingCriteria):
         return torch.tensor([any(stop in text for stop in STOPS) for text in texts], device=input_ids.device)
 
 
-def _cut(text: str) -> str:
-    return text[: min([len(text), *(text.index(stop) for stop in STOPS if stop in text)])]
-
-
 class Answers(RunState):
     """Answers to each task's questions, in their order: for each question dense's, then each setting's.
 
@@ -223,14 +219,10 @@ class Answers(RunState):
     instead = "give another --state"
 
     def __init__(self, run: dict[str, Any], path: Path | str | None = None, *, seconds: float = 10.0) -> None:
-        """Go on with what `path` holds, if it is there.
+        """Go on with what `path` holds, if it is there; AquaError where it is damaged, or of another `run`.
 
-        Args:
-            run: JSON values that tell this run from others; `tasks` among them, a dict of which each entry tells a task
-                from others of its name. Tasks of earlier runs stay in the file, and new ones may join.
-
-        Raises:
-            AquaError: the file is damaged, or of another run; the message says in what they differ.
+        In `run`, each entry of `tasks` tells a task from others of its name. Tasks of earlier runs stay in the file,
+        and new ones may join.
         """
         super().__init__(path, run, seconds=seconds)
         self.of_task: dict[str, list[list[Answer]]]

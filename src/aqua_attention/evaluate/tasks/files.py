@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aqua_attention.errors import AquaError
+from aqua_attention.io.files import json_lines, open_text, parse_json, unpacked
 
 SUFFIXES = (".jsonl", ".json", ".csv")
 SPLITS = ("train", "dev", "val", "valid", "validation", "test")
@@ -22,11 +21,9 @@ SPLITS = ("train", "dev", "val", "valid", "validation", "test")
 
 @dataclass(frozen=True)
 class Row:
-    """One question as its file has it.
+    """One question as its file has it, and `where`: file and line.
 
-    Attributes:
-        where: file and line, for messages.
-        stem: the file's name without endings and split, such as "abstract_algebra" of "abstract_algebra_test.csv".
+    `stem` is the file's name without endings and split, such as "abstract_algebra" of "abstract_algebra_test.csv".
     """
 
     fields: dict[str, Any]
@@ -39,8 +36,7 @@ def question_files(path: Path | str, splits: Sequence[str], *, by_subject: bool 
 
     Args:
         path: .jsonl or .json (a list of objects), .csv, each also .gz; or a folder of such files.
-        splits: in a folder, the first of these that there is; a folder of a single file without a split's name holds
-            the split too.
+        splits: of a folder, the first that there is; a single file without a split's name holds it too.
         by_subject: a split may have several files. Otherwise they are of several data sets, or versions of one.
 
     Raises:
@@ -64,10 +60,7 @@ def question_files(path: Path | str, splits: Sequence[str], *, by_subject: bool 
 
 
 def read_rows(files: Sequence[Path], columns: Sequence[str] | None = None) -> list[Row]:
-    """Read files of questions.
-
-    Args:
-        columns: of a .csv whose first line is a question already; None takes their names from the first line.
+    """Read files of questions; `columns` are those of a .csv whose first line is a question already.
 
     Raises:
         AquaError: they are damaged, or all of them empty; the message names file, line and remedy.
@@ -88,9 +81,9 @@ def _candidates(folder: Path) -> list[Path]:
     """Files of questions in a folder; of files that differ in their ending only, the first by SUFFIXES."""
     found = sorted(
         (file for file in folder.rglob("*") if _suffix(file) in SUFFIXES and file.is_file()),
-        key=lambda file: (str(file.parent), _stem(file), SUFFIXES.index(_suffix(file))),
+        key=lambda file: (str(file.parent), unpacked(file).stem, SUFFIXES.index(_suffix(file))),
     )
-    return list({(file.parent, _stem(file)): file for file in reversed(found)}.values())[::-1]
+    return list({(file.parent, unpacked(file).stem): file for file in reversed(found)}.values())[::-1]
 
 
 def _of_split(folder: Path, splits: Sequence[str]) -> list[Path]:
@@ -116,24 +109,14 @@ def _words(file: Path, folder: Path) -> set[str]:
 
 
 def _suffix(path: Path) -> str:
-    return _unpacked(path).suffix.lower()
-
-
-def _stem(path: Path) -> str:
-    return _unpacked(path).stem
-
-
-def _unpacked(path: Path) -> Path:
-    """The name without .gz."""
-    return Path(path.stem if path.suffix.lower() == ".gz" else path.name)
+    return unpacked(path).suffix.lower()
 
 
 def _read(path: Path, columns: Sequence[str] | None) -> Iterator[Row]:
-    stem = re.sub(rf"[_-]({'|'.join(SPLITS)})$", "", _stem(path))
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    stem = re.sub(rf"[_-]({'|'.join(SPLITS)})$", "", unpacked(path).stem)
     try:
-        # newline="": a quoted CSV field may have lines of its own. utf-8-sig: a byte order mark is no part of the text.
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
+        # newline="": a quoted CSV field may have lines of its own.
+        with open_text(path, newline="") as file:
             for fields, where in _fields(path, file, columns):
                 if not isinstance(fields, dict):
                     raise AquaError(f"{where} is no JSON object: mend or drop it")
@@ -154,19 +137,9 @@ def _fields(path: Path, file: Iterable[str], columns: Sequence[str] | None) -> I
                 raise AquaError(f"{where} has not the {len(reader.fieldnames or ())} columns of the others: mend it")
             yield row, where
     elif _suffix(path) == ".json":
-        rows = _parsed("".join(file), str(path))
+        rows = parse_json("".join(file), str(path))
         if not isinstance(rows, list):
             raise AquaError(f"{path} is no JSON list of questions: give a list, or a .jsonl of one question a line")
         yield from ((row, f"{path}, entry {number}") for number, row in enumerate(rows, 1))
     else:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                yield _parsed(line, where), where
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AquaError(f"{where} is not JSON ({getattr(error, 'msg', None) or error}): mend or drop it") from error
+        yield from json_lines(path, file)

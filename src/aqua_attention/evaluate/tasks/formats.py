@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tasks: how a row of each one's files becomes prompts and answers, as lm-evaluation-harness words them.
 
-A task is read with its questions in their order, each with examples before it.
 Rows are read as the data sets are published, by their authors or on the hub, or as llm-foundry has them (`query`,
 `choices`, `gold`; for WinoGrande `context_options`, `continuation`, `gold`).
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,15 +24,13 @@ NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """A question whose answers are given: the model says how likely each is.
+    """A question whose answers are given: the model says how likely each is, log p(continuation given context).
 
     Attributes:
-        contexts, continuations: one of each for every answer; its score is log p(continuation given context).
         right: index of the right one.
         offered: indices of the answers among which `right` is to be found; None: all.
         true: for TruthfulQA, of each answer whether it is true, or None where it does not count.
-        example: the question with its right answer, as an example to others.
-        preface: what stands before all examples.
+        example: the question with its right answer, as an example to others. preface: stands before all examples.
         group: a `limit` counts within it, such as a subject.
         where: file and line, for messages.
     """
@@ -54,12 +52,7 @@ class ChoiceItem:
 
 @dataclass(frozen=True)
 class WrittenItem:
-    """A question that the model answers in words, the last of them a number.
-
-    Attributes:
-        number: the right one, see `final_number`.
-        where: file and line, for messages.
-    """
+    """A question that the model answers in words, among them a `number`, see `final_number`, and `ChoiceItem`."""
 
     prompt: str
     number: str
@@ -78,12 +71,7 @@ Item = ChoiceItem | WrittenItem
 
 @dataclass(frozen=True)
 class Task:
-    """Questions to ask, ready for the model.
-
-    Attributes:
-        few_shot: how many examples stand before each question.
-        files, example_files: where the questions and the examples were read; without examples, none for them.
-    """
+    """Questions to ask, each with `few_shot` examples before it, and the files that both were read from."""
 
     name: str
     path: str
@@ -103,13 +91,12 @@ class Format:
     """What is particular to a task.
 
     Attributes:
-        parse: a row to an item.
         metrics: see `tasks.METRICS`.
         questions, examples: splits that hold them, the best first.
         few_shot: examples before a question, unless told otherwise.
         columns: of .csv files without a line of names.
-        draws_examples: whether they are drawn at random for each question; otherwise the first ones of its group.
-        by_subject: whether a split may have several files, one a subject.
+        draws_examples: at random for each question; otherwise they are the first ones of its group.
+        by_subject: a split may have several files, one a subject.
     """
 
     parse: Callable[[Row], Item]
@@ -147,9 +134,7 @@ def _winogrande(row: Row) -> ChoiceItem:
         if not blank or not rest.strip():
             raise _error(row, "its sentence has no blank (_) with words after it")
         contexts, right = [before + option for option in options], _index(row, "answer", first=1)
-    _check_right(row, right, len(contexts))
-    rest = f" {rest.strip()}"
-    return ChoiceItem(tuple(contexts), (rest,) * len(contexts), right, contexts[right] + rest)
+    return _choice(row, contexts, [rest.strip()] * len(contexts), right)
 
 
 def _arc(row: Row) -> ChoiceItem:
@@ -164,7 +149,7 @@ def _arc(row: Row) -> ChoiceItem:
         choices = {name: [choice.get(name) for choice in choices] for name in ("text", "label")}
     if not (isinstance(question, str) and isinstance(choices, dict)):
         raise _error(row, "it lacks a question with choices, each a text and a label")
-    inner = Row(choices, row.where, row.stem)
+    inner = replace(row, fields=choices)
     texts, labels, answer = _texts(inner, "text"), _texts(inner, "label"), _text(row, "answerKey")
     if len(texts) != len(labels) or answer not in labels:
         raise _error(row, f"its answerKey {answer!r} is none of its labels, one for each text")
@@ -240,14 +225,14 @@ def load_task(
     """Read a task's questions, and put examples before them.
 
     Examples come from the train split (MMLU: dev) when `path` is a folder that has one, otherwise from the other
-    questions. They are drawn anew for each question; for MMLU they are the first ones of its subject.
+    questions. They are drawn anew for each question, by `seed` and its place; for MMLU they are the first ones of its
+    subject.
 
     Args:
         name: one of FORMATS.
-        path: a file, or a folder of splits; see `question_files`.
+        path: see `question_files`.
         limit: only the first so many questions; for MMLU, of each subject.
         few_shot: how many examples; None takes what is usual (GSM8K 5, all others 0).
-        seed: draws the examples. A question's examples depend neither on `limit` nor on the other questions.
 
     Raises:
         AquaError: an unknown task, a value out of range, fewer examples than wanted, or unreadable files.
@@ -263,18 +248,18 @@ def load_task(
     if shots and name == "truthfulqa":
         raise AquaError(f"few_shot is {shots}: truthfulqa has no examples, ask it with 0")
     files, items = _read(form, path, form.questions)
-    pool_files, pool = (files if shots else ()), items
+    pool_files, pool = (files, items) if shots else ((), [])
     if shots and has_split(path, form.examples):
         pool_files, pool = _read(form, path, form.examples)
     examples: dict[str, list[Item]] = {}
     for item in pool:
         examples.setdefault(item.group, []).append(item)
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     prompts = []
     for place, item in enumerate(items):
-        counts[item.group] = counts.get(item.group, 0) + 1
+        counts[item.group] += 1
         if limit is None or counts[item.group] <= limit:
-            of_group = examples.get(item.group, []) if shots else []
+            of_group = examples.get(item.group, [])
             # One more, because the question may be among them.
             most = min(shots + 1, len(of_group))
             drawn = random.Random(f"{seed}/{place}").sample(of_group, most) if form.draws_examples else of_group[:most]
@@ -291,9 +276,13 @@ def _read(form: Format, path: Path | str, splits: Sequence[str]) -> tuple[tuple[
     return tuple(map(str, files)), items
 
 
-def _choice(row: Row, context: str, texts: list[str], right: int) -> ChoiceItem:
-    _check_right(row, right, len(texts))
-    return ChoiceItem((context,) * len(texts), tuple(f" {text}" for text in texts), right, f"{context} {texts[right]}")
+def _choice(row: Row, context: str | list[str], texts: list[str], right: int) -> ChoiceItem:
+    """`context` is one of all texts, or one of each."""
+    if not 0 <= right < len(texts):
+        raise _error(row, f"its right answer is none of its {len(texts)} answers")
+    contexts = [context] * len(texts) if isinstance(context, str) else context
+    continuations = tuple(f" {text}" for text in texts)
+    return ChoiceItem(tuple(contexts), continuations, right, contexts[right] + continuations[right])
 
 
 def _without_wikihow_marks(text: str) -> str:
@@ -307,17 +296,16 @@ def _answers(row: Row, name: str) -> list[str]:
 
 def _sentence(text: str) -> str:
     """With a full stop at its end, as the authors' multiple-choice answers have."""
-    return text.strip() if text.strip().endswith(".") else f"{text.strip()}."
+    return f"{text.strip().removesuffix('.')}."
 
 
 def _targets(row: Row, name: str) -> dict[str, bool]:
     targets = row.fields.get(name)
+    pairs = list(targets.items()) if isinstance(targets, dict) else []
     if isinstance(targets, dict) and {"choices", "labels"} <= set(targets):  # as on the hub
         choices, labels = targets["choices"], targets["labels"]
         is_whole = isinstance(choices, list) and isinstance(labels, list) and len(choices) == len(labels)
         pairs = list(zip(choices, labels, strict=True)) if is_whole else []
-    else:
-        pairs = list(targets.items()) if isinstance(targets, dict) else []
     if not pairs or not all(isinstance(answer, str) and label in (0, 1) for answer, label in pairs):
         raise _error(row, f"its {name} is no list of answers with a label 0 or 1 each")
     return {answer: bool(label) for answer, label in pairs}
@@ -337,7 +325,7 @@ def _texts(row: Row, name: str) -> list[str]:
     if not isinstance(values, list) or not 2 <= len(values) <= len(LETTERS):
         missing = "missing" if name not in row.fields else f"no list of 2 to {len(LETTERS)} texts"
         raise _error(row, f"its field {name!r} is {missing}")
-    return [_text(Row({name: value}, row.where, row.stem), name) for value in values]
+    return [_text(replace(row, fields={name: value}), name) for value in values]
 
 
 def _index(row: Row, name: str, first: int = 0) -> int:
@@ -347,11 +335,6 @@ def _index(row: Row, name: str, first: int = 0) -> int:
     if type(value) is not int:
         raise _error(row, f"its field {name!r} is {row.fields.get(name, 'missing')!r}, not the right answer's number")
     return value - first
-
-
-def _check_right(row: Row, right: int, answers: int) -> None:
-    if not 0 <= right < answers:
-        raise _error(row, f"its right answer is none of its {answers} answers")
 
 
 def _error(row: Row, problem: str) -> AquaError:

@@ -10,15 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from aqua_attention.calibration.projections import Projections
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Progress, counting
-from aqua_attention.evaluate.setting import Run, Setting, runs_of
+from aqua_attention.evaluate.setting import Run, Setting, Subject, runs_of
 from aqua_attention.evaluate.suites.retrieval import paired
-from aqua_attention.evaluate.tasks.answers import Answer, Answers, answer_items, check_items
-from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, Task, WrittenItem, final_number
+from aqua_attention.evaluate.tasks.answers import Answers, answer_items, check_items
+from aqua_attention.evaluate.tasks.formats import ChoiceItem, Task, WrittenItem, final_number
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 
@@ -27,9 +24,7 @@ SAME_MASS = 1e-4
 
 
 def evaluate_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    projections: Projections,
+    subject: Subject,
     settings: Sequence[Setting],
     tasks: Sequence[Task],
     *,
@@ -46,31 +41,28 @@ def evaluate_tasks(
 
     Args:
         batch: questions at once. Written answers are padded to the longest prompt of a batch.
-        state: file that keeps the answers so far; where it exists, the run goes on from it. It is of one model and
-            its settings, and other tasks may join.
-        progress: called as progress(answers done, answers in all).
+        state: file that keeps the answers so far, see `Answers`; where it exists, the run goes on from it.
 
     Returns:
         `{"dense": [...], "rows": [...], "tasks": {...}}`. An entry of `dense` for each task and metric: `task`,
         `metric`, `value` (mean over the questions), `stderr` (its standard error), `count`. A row for each setting,
-        task and metric: that of `Run.head`, the same figures, `dense` (the value without AQUA), `lost`, `gained` and
-        `p_value` (see `paired`; for mc2 of the probability of the true answers, so that the test is a sign test), and
-        `outside_window`: the share of the prompts' query-key pairs outside the exact window, without those of queries
-        that see fewer than `min_length` tokens; where it is 0, AQUA leaves nothing out. An entry of `tasks` says which
-        files were read.
+        task and metric: `Run.head`, the same figures, `dense` (the value without AQUA), what `paired` gives (for mc2 of
+        the probability of the true answers: a sign test), and `outside_window`: the share of the prompts' query-key
+        pairs outside the exact window, without those of queries that see fewer than `min_length` tokens; where it is
+        0, AQUA leaves nothing out. An entry of `tasks` says which files were read.
 
     Raises:
         AquaError: no tasks, one given twice, a prompt too long, NaN, a state of another run.
         KeyboardInterrupt: after `state` was written.
     """
     check_request([task.name for task in tasks], batch)
-    runs = runs_of(model, projections, settings)
+    model, tokenizer, runs = subject.model, subject.tokenizer, runs_of(subject, settings)
     for run in runs:
         run.attachment.on_selection = None  # what is multiplied is not asked here, and counting costs
     columns = [None, *(run.attachment for run in runs)]
     # All of them before the first answer: what cannot be asked is known now, not after hours.
     lengths = {task.name: check_items(model, tokenizer, task) for task in tasks}
-    answers = Answers(_identity(model, projections, runs, tasks, batch), state)
+    answers = Answers(_identity(subject, runs, tasks, batch), state)
     known = {task.name: len(answers.of_task.get(task.name, [])) for task in tasks}
     total = sum(len(task.items) for task in tasks)
     step = counting(progress, total * len(columns), sum(known.values()) * len(columns))
@@ -126,62 +118,46 @@ def check_request(names: Sequence[str], batch: int) -> None:
         raise AquaError(f"batch is {batch}: it must be at least 1")
 
 
-def _accuracy(item: Item, answer: Answer) -> float:
-    right, scores = _given(item, answer)
-    return float(_largest(scores, right.offered or range(len(scores))) == right.right)
+def _accuracy(item: ChoiceItem, scores: list[float]) -> float:
+    return float(max(item.offered or range(len(scores)), key=scores.__getitem__) == item.right)
 
 
-def _normalised_accuracy(item: Item, answer: Answer) -> float:
-    right, scores = _given(item, answer)
+def _normalised_accuracy(item: ChoiceItem, scores: list[float]) -> float:
     # The space before an answer is no part of it.
-    bytes_of = [max(1, len(text.removeprefix(" ").encode())) for text in right.continuations]
-    per_byte = [score / length for score, length in zip(scores, bytes_of, strict=True)]
-    return float(_largest(per_byte, range(len(scores))) == right.right)
+    bytes_of = [max(1, len(text.removeprefix(" ").encode())) for text in item.continuations]
+    return _accuracy(item, [score / length for score, length in zip(scores, bytes_of, strict=True)])
 
 
-def _true_mass(item: Item, answer: Answer) -> float:
-    right, scores = _given(item, answer)
-    pairs = [(score, true) for score, true in zip(scores, right.true, strict=True) if true is not None]
+def _true_mass(item: ChoiceItem, scores: list[float]) -> float:
+    pairs = [(score, true) for score, true in zip(scores, item.true, strict=True) if true is not None]
     largest = max(score for score, _ in pairs)
     masses = [(math.exp(score - largest), true) for score, true in pairs]
     return sum(mass for mass, true in masses if true) / sum(mass for mass, _ in masses)
 
 
-def _exact_match(item: Item, answer: Answer) -> float:
-    if not (isinstance(item, WrittenItem) and isinstance(answer, str)):
-        raise TypeError("exact_match is of written answers")
+def _exact_match(item: WrittenItem, answer: str) -> float:
     return float(final_number(answer) == item.number)
 
 
-METRICS: dict[str, Callable[[Item, Answer], float]] = {
+METRICS: dict[str, Callable[[Any, Any], float]] = {
     "acc": _accuracy,
     "acc_norm": _normalised_accuracy,
     "mc1": _accuracy,
     "mc2": _true_mass,
     "exact_match": _exact_match,
 }
-"""What an answer is worth, 0 to 1."""
+"""What an answer to an item is worth, 0 to 1."""
 
 
-def _given(item: Item, answer: Answer) -> tuple[ChoiceItem, list[float]]:
-    if not (isinstance(item, ChoiceItem) and isinstance(answer, list)):
-        raise TypeError("log-likelihoods belong to answers that are given")
-    return item, answer
-
-
-def _largest(scores: Sequence[float], places: Sequence[int]) -> int:
-    return max(places, key=lambda place: scores[place])
-
-
-def _mean(task: str, metric: str, values: list[float]) -> dict[str, Any]:
+def _mean(task: str, metric: str, values: Sequence[float]) -> dict[str, Any]:
     count = len(values)
     error = statistics.stdev(values) / math.sqrt(count) if count > 1 else 0.0
     return {"task": task, "metric": metric, "value": statistics.fmean(values), "stderr": error, "count": count}
 
 
 def _compared(task: str, metric: str, pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    dense = statistics.fmean(dense for dense, _ in pairs)
-    return _mean(task, metric, [aqua for _, aqua in pairs]) | {"dense": dense} | paired(pairs, SAME_MASS)
+    dense, aqua = zip(*pairs, strict=True)
+    return _mean(task, metric, aqua) | {"dense": statistics.fmean(dense)} | paired(pairs, SAME_MASS)
 
 
 def _outside(setting: Setting, lengths: list[int]) -> float:
@@ -195,13 +171,11 @@ def _pairs(tokens: int) -> int:
     return max(0, tokens) * max(0, tokens + 1) // 2
 
 
-def _identity(
-    model: PreTrainedModel, projections: Projections, runs: Sequence[Run], tasks: Sequence[Task], batch: int
-) -> dict[str, Any]:
+def _identity(subject: Subject, runs: Sequence[Run], tasks: Sequence[Task], batch: int) -> dict[str, Any]:
     """What answers depend on, for `Answers`."""
-    layers = attention_layers(model)
+    model, layers = subject.model, attention_layers(subject.model)
     rotations = hashlib.sha256()
-    for layer in projections.layers.values():
+    for layer in subject.projections.layers.values():
         rotations.update(layer.rotation.cpu().numpy().tobytes())
     return {
         "model": {"shape": shape_of(model, layers), "dtype": str(model.dtype)},
