@@ -26,9 +26,11 @@ HAS_TRITON = load("triton").serves_tiles(torch.device("cpu"))
 interpreted = pytest.mark.skipif(not HAS_TRITON, reason="triton's interpreter is off")
 
 
-def plan_of(head_dim=16, kv_heads=2, dtype=torch.float32, **settings):
+def plan_of(head_dim=16, kv_heads=2, dtype=torch.float32, is_wide=False, **settings):
+    """`is_wide`: tokens of the exact window keep every dimension."""
     config = aqua.AquaConfig(**settings)
-    rotation = identity(kv_heads, head_dim, config.kept_dims(head_dim), "cpu").to(dtype)
+    width = head_dim if is_wide else config.kept_dims(head_dim)
+    rotation = identity(kv_heads, head_dim, width, "cpu").to(dtype)
     return LayerPlan.of(rotation, torch.ones(kv_heads, config.kept_dims(head_dim)), config)
 
 
@@ -147,7 +149,7 @@ def test_tiles_are_refused_for_what_no_kernel_stores():
     assert "share is 'head'" in reason(share="head")
     assert "neither bits=4" in reason(bits=4)
     assert "neither bits=4" in reason(h2o_ratio=0.5)
-    assert "neither bits=4" in reason(s_ratio=0.25, recent=4)
+    assert "neither bits=4" in reason(s_ratio=0.25, recent=4, is_wide=True)
     assert "recent 129" in reason(recent=129)
     assert "the model is torch.float64" in reason(torch.float64)
     assert "heads have 272 dimensions" in reason(head_dim=272)
