@@ -119,7 +119,7 @@ class TiledCache:
         block_size: tokens that lie together.
         rotated_from: sequences of fewer tokens have keys as the model computes them, and are multiplied so; only the
             CPU kernel knows that. 0: all keys are rotated.
-        fixed: what the CPU kernel keeps between steps.
+        fixed, arguments: what the kernels for CPUs and for GPUs keep between steps.
     """
 
     def __init__(
@@ -153,6 +153,7 @@ class TiledCache:
         self.count, self.dtype, self.quantization, self.pages = -(-max_length // TILE), dtype, quantization, pages
         self.rotated_from = rotated_from
         self.fixed: Any = None
+        self.arguments: Any = None
         if quantization is not None:
             if max(kept, value_dim) > LARGEST_QUANTIZED:
                 raise AquaError(
@@ -257,7 +258,7 @@ class TiledCache:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has other addresses, so it finds out anew what the CPU kernel keeps between steps."""
-        return self.__dict__ | {"fixed": None}
+        return self.__dict__ | {"fixed": None, "arguments": None}
 
     def check_step(self, query: Tensor, key: Tensor, value: Tensor, plan: LayerPlan) -> None:
         """Raise AquaError for a token of each sequence that does not fit what is held, or that no kernel could take."""

@@ -10,6 +10,7 @@ this is, the first head, tiles of a sequence.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -40,22 +41,28 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+@functools.cache
+def _gpu(device: torch.device) -> Any:
+    """Its properties: asking torch takes the host microseconds in each step of each layer."""
+    return torch.cuda.get_device_properties(device)
+
+
 def sm_count(tensor: Tensor) -> int:
     """Streaming multiprocessors of the GPU; a number to go on with where there is none."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 64
+    return int(_gpu(tensor.device).multi_processor_count) if tensor.is_cuda else 64
 
 
 def shared_memory(tensor: Tensor) -> int:
     """Bytes of shared memory that a program can have; of an H100 where there is no GPU."""
     if not tensor.is_cuda:
         return 232_448
-    return int(getattr(torch.cuda.get_device_properties(tensor.device), "shared_memory_per_block_optin", 99 << 10))
+    return int(getattr(_gpu(tensor.device), "shared_memory_per_block_optin", 99 << 10))
 
 
 def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
     """Options of a kernel that may be put on the GPU before the one ahead of it has ended, where GPUs can do that."""
     early = wanted and VERSION >= (3, 5) and tensor.device.type == "cuda"
-    early = early and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    early = early and _gpu(tensor.device).major >= 9
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
 
@@ -82,7 +89,14 @@ class CacheArguments(NamedTuple):
 
     @staticmethod
     def of(cache: TiledCache) -> CacheArguments:
-        """Those of a cache."""
+        """Those of a cache, whose tensors are never replaced."""
+        if cache.arguments is None:
+            cache.arguments = CacheArguments._found(cache)
+        found: CacheArguments = cache.arguments
+        return found
+
+    @staticmethod
+    def _found(cache: TiledCache) -> CacheArguments:
         table = None if cache.pages is None else cache.pages.block_table
         states = cache.tiles, cache.tail, cache.values, cache.key_scales, cache.value_scales
         scale, mean = cache.quantization or (None, None)
