@@ -9,16 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import (
-    Chat,
-    EvaluationData,
-    ModelOptions,
-    ProjectionsFile,
-    Rows,
-    Tokens,
-    Windows,
-    settings_of,
-)
+from aqua_attention.cli.options import Chat, ModelOptions, ProjectionsFile, Rows, Text, Tokens, Windows, settings_of
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.errors import AquaError
@@ -40,11 +31,11 @@ def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, mode
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
-    settings, text = settings_of(knobs), read.text
+    settings = settings_of(knobs)
     from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
     from aqua_attention.report.tables import perplexity_table
 
-    subject = model.subject(projections, read.data, text)
+    subject = model.subject(projections, read.data)
     windows = subject.windows(read.tokens, read.context)
     with progress_bar("evaluate") as progress:
         result = evaluate_perplexity(subject, settings, windows, progress=progress)
@@ -79,7 +70,7 @@ def retention(
     from aqua_attention.evaluate.suites.retention import K_RATIOS, evaluate_retention
     from aqua_attention.report.tables import retention_table
 
-    subject = model.subject(projections, read.data, read.text, basis=basis, predicts=False)
+    subject = model.subject(projections, read.data, basis=basis, predicts=False)
     windows = subject.windows(read.tokens, read.context)
     with progress_bar("retention") as progress:
         result = evaluate_retention(subject, windows, k_ratios=k_ratio or K_RATIOS, progress=progress)
@@ -113,7 +104,7 @@ def lines(
         raise AquaError(f"--lines generates questions, --data {data} reads them: give one of the two")
     sizes = Sizes(lines=tuple(lines or LINES), count=count, lines_file=data)
     questions, read = sized_questions(sizes, seed), "generated" if data is None else str(data)
-    subject = model.subject(projections, read, seed=seed, chat=chat)
+    subject = model.subject(projections, read, reads=False, seed=seed, chat=chat)
     _retrieve("lines", subject, settings, questions, show, seed=None if data else seed)
 
 
@@ -121,7 +112,7 @@ def lines(
 def needle(
     *,
     projections: ProjectionsFile,
-    data: EvaluationData = "builtin:evaluation",
+    data: Text = "builtin:evaluation",
     length: Annotated[list[int], "Tokens of the prompt; repeat."] = LENGTHS,
     depth: Annotated[list[float], "Where the needle is, 0 the beginning, 1 the end; repeat."] = DEPTHS,
     needles: Annotated[int, "How many are hidden, and asked for."] = 1,
@@ -138,11 +129,10 @@ def needle(
     --selection weighted --sink 4 --recent 64 --json needle.json`
     """
     settings = settings_of(knobs)
-    from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.needle import needle_questions
 
-    subject = model.subject(projections, data, load_text(data), seed=seed, chat=chat)
+    subject = model.subject(projections, data, seed=seed, chat=chat)
     sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
     _retrieve("needle", subject, settings, needle_questions(subject, sizes), show, needles=needles)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
@@ -42,11 +43,7 @@ PARTS: tuple[tuple[Callable[[Sequence[Record]], list[Section]], str], ...] = (
 
 
 def sections_of(collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Section]:
-    """All sections that there are records for; failed settings and files that are not used come last.
-
-    Args:
-        progress: called as progress(parts done, parts in all).
-    """
+    """All sections that there are records for; what failed or is unused comes last. Calls progress(parts, of all)."""
     sections: list[Section] = []
     for done, (part, _) in enumerate(PARTS, 1):
         sections += part(collected.records)
@@ -71,12 +68,9 @@ def facts_of(collected: Collected) -> list[str]:
     lines = [f"{len(collected.records)} settings measured, {len(collected.failed)} failed"]
     if dates := sorted(str(record.details["started"])[:10] for record in records if record.details.get("started")):
         lines[0] += f"; from {dates[0]} to {dates[-1]}" if dates[0] != dates[-1] else f"; on {dates[0]}"
-    for title, values in (
-        ("Models", [record.model for record in records]),
-        ("Devices", [str(record.details.get("device") or "") for record in records]),
-        ("Measured by", [_software(record) for record in records]),
-    ):
-        if known := list(dict.fromkeys(value for value in values if value)):
+    found = [(record.model, str(record.details.get("device") or ""), _software(record)) for record in records]
+    for title, values in zip(("Models", "Devices", "Measured by"), zip(*found, strict=True), strict=False):
+        if known := list(dict.fromkeys(filter(None, values))):
             lines.append(f"{title}: {'; '.join(known)}")
     return [*lines, f"Report by aqua-attention {__version__}"]
 
@@ -173,7 +167,4 @@ def _is_words(table: Table, place: int) -> bool:
 
 def _words(text: str) -> str:
     """Text that no Markdown takes for HTML or emphasis."""
-    text = escape(text, quote=False)
-    for sign in "\\`*_":
-        text = text.replace(sign, f"\\{sign}")
-    return text
+    return re.sub(r"[\\`*_]", r"\\\g<0>", escape(text, quote=False))

@@ -36,17 +36,11 @@ def _needle(identity: str, record: Record) -> Panel:
         counts[:] = counts[0] + number(cell.get("right")), counts[1] + number(cell.get("asked"))
     depths, lengths = (sorted({place[axis] for place in sums}, key=lambda v: (math.isnan(v), v)) for axis in (0, 1))
     counted = [[sums.get((depth, length), []) for length in lengths] for depth in depths]
-    return heat(
-        identity,
-        f"Needles found by length and depth, {name_of(record)}",
-        name_of(record),
-        ("depth (0 beginning, 1 end)", list(map(plain, depths))),
-        ("length (tokens)", list(map(count, lengths))),
-        [[_share(*cell) for cell in line] for line in counted],
-        unit="right (%)",
-        limits=(0.0, 1.0),
-        texts=[["/".join(map(count, cell)) for cell in line] for line in counted],
-    )
+    shares = [[_share(*cell) for cell in line] for line in counted]
+    texts = [["/".join(map(count, cell)) for cell in line] for line in counted]
+    alt, name = f"Needles found by length and depth, {name_of(record)}", name_of(record)
+    sides = ("depth (0 beginning, 1 end)", list(map(plain, depths))), ("length (tokens)", list(map(count, lengths)))
+    return heat(identity, alt, name, *sides, shares, unit="right (%)", limits=(0.0, 1.0), texts=texts)
 
 
 def _share(right: float = math.nan, asked: float = 0.0) -> float:
