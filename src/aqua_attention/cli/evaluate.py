@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,18 +45,12 @@ def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, mode
     typer.echo(f"{count} of {result['context']} tokens{scored}")
 
 
-@dataclass(frozen=True)
-class FewerWindows(Windows):
-    """Half as many: retention looks at every layer."""
-
-    tokens: Tokens = 4096
-
-
 @evaluations.command()
 def retention(
     *,
     projections: ProjectionsFile,
-    read: FewerWindows,
+    read: Windows,
+    tokens: Tokens = 4096,
     k_ratio: Annotated[list[float] | None, "Share of dimensions; repeat (0.9 0.75 0.5 0.25)."] = None,
     basis: str = "aqua",
     model: ModelOptions,
@@ -71,7 +64,7 @@ def retention(
     from aqua_attention.report.tables import retention_table
 
     subject = model.subject(projections, read.data, basis=basis, predicts=False)
-    windows = subject.windows(read.tokens, read.context)
+    windows = subject.windows(tokens, read.context)
     with progress_bar("retention") as progress:
         result = evaluate_retention(subject, windows, k_ratios=k_ratio or K_RATIOS, progress=progress)
     result |= subject.source() | {"basis": subject.projections.basis, "context": windows.shape[1]}

@@ -77,9 +77,8 @@ def images(
     result |= {"inputs_sha256": inputs_digest(inputs), "projections_sha256": file_digest(projections)}
     paper = any((row["selection"], row["basis"]) == METHODS[0] for row in result["retention"])
     show(result, images_table(result), *([layers_table(result)] if paper else []), suite="images")
-    dense = result["dense"]
-    others, nearest = f"{dense['others']:.4f}", f"{dense['nearest']:.4f}"
-    typer.echo(f"{result['images']} images; dense, two of them have a cosine of {others}, nearest ones of {nearest}")
+    cosines = "two of them have a cosine of {others:.4f}, nearest ones of {nearest:.4f}".format(**result["dense"])
+    typer.echo(f"{result['images']} images; dense, {cosines}")
 
 
 def _load(

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aqua_attention.cli import records
 from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
 from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsFile, load_projections
-from aqua_attention.cli.records import context as across_contexts
-from aqua_attention.cli.records import grid, transfer
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
 from aqua_attention.cli.terminal import Show, check_writable, progress_bar, progress_bars, stoppable
@@ -36,7 +35,7 @@ app = Commands(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (tasks, grid, transfer, across_contexts, images):
+for command in (tasks, records.grid, records.transfer, records.context, images):
     evaluations.command()(command)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
@@ -211,8 +210,8 @@ def generate(
     attached = {"dense": None, "aqua": attachment} if compare else {"aqua": attachment}
     result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
     for name, each in attached.items():
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "attachment": each, "chat": chat}
-        result[name] = continue_prompt(loaded, tokenizer, prompt, **options).text
+        written = continue_prompt(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, attachment=each, chat=chat)
+        result[name] = written.text
     show(result)
     if compare:
         typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")

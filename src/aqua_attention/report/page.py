@@ -19,8 +19,7 @@ from aqua_attention.report.document import Block, Section, data_of, name_of
 from aqua_attention.report.layers import layer_sections
 from aqua_attention.report.losses import loss_sections
 from aqua_attention.report.record_tables import reason
-from aqua_attention.report.retrieval import retrieval_sections
-from aqua_attention.report.scores import image_sections, other_sections, task_sections
+from aqua_attention.report.scores import image_sections, other_sections, retrieval_sections, task_sections
 from aqua_attention.report.speed import speed_sections
 from aqua_attention.report.tables import Table, markdown
 from aqua_attention.report.transfer import transfer_sections
@@ -109,18 +108,15 @@ def _headed(signs: str, part: Section | Block) -> list[str]:
 
 
 def write_report(folder: Path, collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Path]:
-    """Write `report.html`, `report.md` and the images of the latter into `folder`.
-
-    Returns:
-        The two pages, HTML first.
+    """Write `report.html`, `report.md`, whose paths are returned, and the images of the latter into `folder`.
 
     Raises:
         AquaError: matplotlib or jinja2 is not installed, or the folder cannot be written.
     """
     _template()  # what is not installed is said before the drawing begins
     sections, facts = sections_of(collected, progress), facts_of(collected)
-    page = html(sections, facts)
     text, images = report_markdown(sections, facts)
+    pages = {folder / "report.html": html(sections, facts), folder / "report.md": text}
     target = folder / IMAGES
     make_folder(target)
     for name, image in images.items():
@@ -129,10 +125,9 @@ def write_report(folder: Path, collected: Collected, progress: Callable[[int, in
     for old in target.glob("figure-*.svg"):
         if old.name not in images:
             old.unlink(missing_ok=True)
-    paths = [folder / "report.html", folder / "report.md"]
-    for path, content in zip(paths, (page, text), strict=True):
+    for path, content in pages.items():
         write_atomically(path, content.encode())
-    return paths
+    return list(pages)
 
 
 def _template() -> Any:
