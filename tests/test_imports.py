@@ -123,7 +123,7 @@ def test_importing_the_package_loads_neither_torch_nor_transformers():
     assert run(code) == "set()"
 
 
-@pytest.mark.parametrize("module", ["report.page", "evaluate.record", "evaluate.suites", "cli.report"])
+@pytest.mark.parametrize("module", ["report.page", "evaluate.record", "evaluate.suites", "cli.main"])
 def test_what_reads_results_loads_no_torch(module):
     code = f"import sys, aqua_attention.{module}; print({{'torch', 'transformers'}} & set(sys.modules))"
     assert run(code) == "set()"

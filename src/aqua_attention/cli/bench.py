@@ -59,13 +59,6 @@ class ExactWindow:
     recent: int = 64
 
 
-@dataclass(frozen=True)
-class NarrowModel(ModelOptions):
-    """A model in half precision, as caches are used."""
-
-    dtype: Dtype = "bfloat16"
-
-
 @benchmarks.command()
 def memory(
     *,
@@ -75,7 +68,8 @@ def memory(
     s_ratio: list[float] = S_RATIOS,
     h2o_ratio: list[float] = H2O_RATIOS,
     exact: ExactWindow,
-    model: NarrowModel,
+    dtype: Dtype = "bfloat16",
+    model: ModelOptions,
     show: Show,
 ) -> None:
     """Bytes of the cache as allocated, and the peak of the whole generation: transformers' caches and ours.
@@ -87,7 +81,7 @@ def memory(
 
     grid = product((None, 8, 4), dict.fromkeys(s_ratio), dict.fromkeys(h2o_ratio))
     configs = [AquaConfig(s_ratio=s, bits=b, h2o_ratio=h, **vars(exact)) for b, s, h in grid]
-    learned, (loaded, _) = load_projections(projections), model.load()
+    learned, (loaded, _) = load_projections(projections), replace(model, dtype=dtype).load()
     with progress_bar("generate") as progress:
         result = measure_memory(loaded, learned, configs, length=length, batch=batch, progress=progress)
     show(result | {"model": model.model}, memory_table(result), suite="memory")

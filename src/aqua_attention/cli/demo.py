@@ -18,7 +18,7 @@ from aqua_attention.attach.apply import apply
 from aqua_attention.calibration.run import calibrate
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
-from aqua_attention.data.text import load_text, token_windows, tokenize
+from aqua_attention.data.text import load_text
 from aqua_attention.evaluate.generation import continue_prompt
 from aqua_attention.evaluate.record import make_folder
 from aqua_attention.evaluate.setting import Setting, Subject
@@ -32,22 +32,17 @@ CONTEXT, CALIBRATION_TOKENS, EVALUATION_TOKENS = 2048, 8 * 2048, 3 * 2048
 PROMPT = "Explain in a few sentences what a Python dictionary is and when to use one."
 NEW_TOKENS = 64
 
-Progress = Callable[[str, int, int], None]
-
 
 def ours(k_ratio: float) -> AquaConfig:
     """The setting we recommend, at a given share of dimensions."""
     return AquaConfig(k_ratio=k_ratio, selection="weighted", sink=4, recent=64)
 
 
-def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
+def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
     """Run the demo and write `smollm2.safetensors`, `table.md` and `summary.json` into the folder `out`.
 
-    Args:
-        progress: called as progress(name of the step, done, total).
-
-    Returns:
-        What `summary.json` holds: the rows of `evaluate_perplexity`, the two texts, times and peak memory.
+    It calls progress(name of the step, done, total), and returns what `summary.json` holds: the rows of
+    `evaluate_perplexity`, the two texts, times and peak memory.
     """
     make_folder(out)
     seconds, started = {}, time.perf_counter()
@@ -65,11 +60,10 @@ def run_demo(out: Path, progress: Progress) -> dict[str, Any]:
     projections = calibrate(model, tokenizer, text, **sizes, progress=watch)
     projections.save(out / "smollm2.safetensors")
     lap("calibrate")
-    ids, prefix = tokenize(tokenizer, load_text("builtin:evaluation"))
-    windows = token_windows(ids, tokens=EVALUATION_TOKENS, context=CONTEXT, seed=None, prefix=prefix)
     configs = [AquaConfig(k_ratio=ratio) for ratio in RATIOS] + [ours(ratio) for ratio in RATIOS]
     settings, watch = [Setting(config) for config in configs], partial(progress, "evaluate")
-    subject = Subject(DEFAULT_MODEL, model, tokenizer, projections)
+    subject = Subject(DEFAULT_MODEL, model, tokenizer, projections, text=load_text("builtin:evaluation"))
+    windows = subject.windows(EVALUATION_TOKENS, CONTEXT)
     summary = evaluate_perplexity(subject, settings, windows, progress=watch)
     lap("evaluate")
     progress("generate", 0, 2)

@@ -3,22 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import (
-    Chat,
-    EvaluationData,
-    ModelOptions,
-    ProjectionsFile,
-    Rows,
-    Tokens,
-    Windows,
-    settings_of,
-)
+from aqua_attention.cli.options import Chat, ModelOptions, ProjectionsFile, Rows, Text, Tokens, Windows, settings_of
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.errors import AquaError
@@ -40,11 +30,11 @@ def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, mode
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
-    settings, text = settings_of(knobs), read.text
+    settings = settings_of(knobs)
     from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
     from aqua_attention.report.tables import perplexity_table
 
-    subject = model.subject(projections, read.data, text)
+    subject = model.subject(projections, read.data)
     windows = subject.windows(read.tokens, read.context)
     with progress_bar("evaluate") as progress:
         result = evaluate_perplexity(subject, settings, windows, progress=progress)
@@ -55,18 +45,12 @@ def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, mode
     typer.echo(f"{count} of {result['context']} tokens{scored}")
 
 
-@dataclass(frozen=True)
-class FewerWindows(Windows):
-    """Half as many: retention looks at every layer."""
-
-    tokens: Tokens = 4096
-
-
 @evaluations.command()
 def retention(
     *,
     projections: ProjectionsFile,
-    read: FewerWindows,
+    read: Windows,
+    tokens: Tokens = 4096,
     k_ratio: Annotated[list[float] | None, "Share of dimensions; repeat (0.9 0.75 0.5 0.25)."] = None,
     basis: str = "aqua",
     model: ModelOptions,
@@ -79,8 +63,8 @@ def retention(
     from aqua_attention.evaluate.suites.retention import K_RATIOS, evaluate_retention
     from aqua_attention.report.tables import retention_table
 
-    subject = model.subject(projections, read.data, read.text, basis=basis, predicts=False)
-    windows = subject.windows(read.tokens, read.context)
+    subject = model.subject(projections, read.data, basis=basis, predicts=False)
+    windows = subject.windows(tokens, read.context)
     with progress_bar("retention") as progress:
         result = evaluate_retention(subject, windows, k_ratios=k_ratio or K_RATIOS, progress=progress)
     result |= subject.source() | {"basis": subject.projections.basis, "context": windows.shape[1]}
@@ -113,7 +97,7 @@ def lines(
         raise AquaError(f"--lines generates questions, --data {data} reads them: give one of the two")
     sizes = Sizes(lines=tuple(lines or LINES), count=count, lines_file=data)
     questions, read = sized_questions(sizes, seed), "generated" if data is None else str(data)
-    subject = model.subject(projections, read, seed=seed, chat=chat)
+    subject = model.subject(projections, read, reads=False, seed=seed, chat=chat)
     _retrieve("lines", subject, settings, questions, show, seed=None if data else seed)
 
 
@@ -121,7 +105,7 @@ def lines(
 def needle(
     *,
     projections: ProjectionsFile,
-    data: EvaluationData = "builtin:evaluation",
+    data: Text = "builtin:evaluation",
     length: Annotated[list[int], "Tokens of the prompt; repeat."] = LENGTHS,
     depth: Annotated[list[float], "Where the needle is, 0 the beginning, 1 the end; repeat."] = DEPTHS,
     needles: Annotated[int, "How many are hidden, and asked for."] = 1,
@@ -138,11 +122,10 @@ def needle(
     --selection weighted --sink 4 --recent 64 --json needle.json`
     """
     settings = settings_of(knobs)
-    from aqua_attention.data.text import load_text
     from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.needle import needle_questions
 
-    subject = model.subject(projections, data, load_text(data), seed=seed, chat=chat)
+    subject = model.subject(projections, data, seed=seed, chat=chat)
     sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
     _retrieve("needle", subject, settings, needle_questions(subject, sizes), show, needles=needles)
 

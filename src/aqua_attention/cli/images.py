@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 
 Images = Annotated[int, "How many images at most, spread over the folder."]
 Layers = Annotated[str | None, "Only layers whose name matches, such as 'vision_tower.*' (default: all)."]
-Side = Annotated[
-    str | None, "text or images, for a model that reads both (default: images if --data is images, else text)."
-]
+BY_DATA = "(default: images if --data is images, else text)"
+Side = Annotated[str | None, f"text or images, for a model that reads both {BY_DATA}."]
 GRID = [0.9, 0.75, 0.5, 0.25]
 METHODS = [("magnitude", "aqua"), ("weighted", "aqua"), ("static", "aqua"), ("magnitude", "none")]
 """Selection and basis: the paper, ours, a fixed slice, not rotated."""
@@ -78,9 +77,8 @@ def images(
     result |= {"inputs_sha256": inputs_digest(inputs), "projections_sha256": file_digest(projections)}
     paper = any((row["selection"], row["basis"]) == METHODS[0] for row in result["retention"])
     show(result, images_table(result), *([layers_table(result)] if paper else []), suite="images")
-    dense = result["dense"]
-    others, nearest = f"{dense['others']:.4f}", f"{dense['nearest']:.4f}"
-    typer.echo(f"{result['images']} images; dense, two of them have a cosine of {others}, nearest ones of {nearest}")
+    cosines = "two of them have a cosine of {others:.4f}, nearest ones of {nearest:.4f}".format(**result["dense"])
+    typer.echo(f"{result['images']} images; dense, {cosines}")
 
 
 def _load(
@@ -91,11 +89,7 @@ def _load(
     from aqua_attention.data.models import load_image_model
 
     check_pillow()
-    options: dict[str, Any] = {
-        "dtype": model.dtype,
-        "device": model.device,
-        "trust_remote_code": model.trust_remote_code,
-    }
+    options = {name: getattr(model, name) for name in ("dtype", "device", "trust_remote_code")}
     loaded, processor = load_image_model(model.model, **options)
     progress = partial(report, "read images")
     return loaded, read_images(data, image_reader(loaded, processor), most=most, progress=progress)[0]

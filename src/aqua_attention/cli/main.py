@@ -5,22 +5,20 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aqua_attention.cli import records
 from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
-from aqua_attention.cli.grid import grid
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
 from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsFile, load_projections
-from aqua_attention.cli.report import report
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
 from aqua_attention.cli.terminal import Show, check_writable, progress_bar, progress_bars, stoppable
-from aqua_attention.cli.transfer import context as across_contexts
-from aqua_attention.cli.transfer import transfer
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.version import __version__
@@ -37,14 +35,13 @@ app = Commands(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (tasks, grid, transfer, across_contexts, images):
+for command in (tasks, records.grid, records.transfer, records.context, images):
     evaluations.command()(command)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
 # Everything after the first word is lm-eval's, its --help too.
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 app.command("lm-eval", context_settings=_PASSED_ON)(lm_eval)
-app.command()(report)
 
 
 @app.callback(invoke_without_command=True)
@@ -52,6 +49,43 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(f"aqua-attention {__version__}")
         raise typer.Exit()
+
+
+@app.command()
+def report(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Results: what `aqua eval grid` wrote, or --json of other commands.")
+    ],
+    show: Show,
+) -> None:
+    """Turn a folder of results into one page: DIR/report.html, and the same as DIR/report.md. Needs no network.
+
+    Reads `DIR/*.json` and `DIR/records/*.json`: those of `aqua eval grid`, and what `aqua eval`, `aqua bench` and
+    `aqua inspect` write with --json. Files that are none of these are named in the report.
+
+    Example: `aqua report results`
+    """
+    from aqua_attention.report.collect import collect
+    from aqua_attention.report.page import write_report
+
+    collected = collect(folder)
+    check_writable(folder / "report.html", folder / "report.md", show.json)
+    with progress_bar("report") as progress:
+        paths = write_report(folder, collected, progress)
+    suites, about = Counter(record.suite for record in collected.records), ("suite", "source", "setting", "error")
+    result = {
+        "settings": dict(suites),
+        "failed": [{name: getattr(record, name) for name in about} for record in collected.failed],
+        "unused": [{"file": name, "reason": reason} for name, reason in collected.unused],
+        "written": [str(path) for path in paths],
+    }
+    show(result)
+    for name, reason in collected.unused:
+        typer.echo(f"not used: {name}: {reason}", err=True)
+    counts = ", ".join(f"{count} {suite}" for suite, count in suites.items()) or "none"
+    typer.echo(f"settings: {counts}; failed: {len(collected.failed)}; files not used: {len(collected.unused)}")
+    for path in paths:
+        typer.echo(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 
 @app.command()
@@ -176,8 +210,8 @@ def generate(
     attached = {"dense": None, "aqua": attachment} if compare else {"aqua": attachment}
     result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
     for name, each in attached.items():
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "attachment": each, "chat": chat}
-        result[name] = continue_prompt(loaded, tokenizer, prompt, **options).text
+        written = continue_prompt(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, attachment=each, chat=chat)
+        result[name] = written.text
     show(result)
     if compare:
         typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")

@@ -23,7 +23,7 @@ Dtype = Annotated[str, "auto, float32, bfloat16 or float16."]
 Device = Annotated[str | None, "cpu, cuda, cuda:1, ... (default: cuda when there is one)."]
 ProjectionsFile = Annotated[Path, "--projections", "-p", "File made by `aqua calibrate`."]
 Context = Annotated[int, "Tokens in a window."]
-EvaluationData = Annotated[str, "Text: builtin:evaluation, a file or folder, hub:name."]
+Text = Annotated[str, "Text: builtin:evaluation, a file or folder, hub:name."]
 Tokens = Annotated[int, "How many tokens to read, from the start of the text."]
 Chat = Annotated[bool, "Use the model's chat template."]
 Seed = Annotated[int, "Chooses the windows calibrated on."]
@@ -34,7 +34,6 @@ Rows = Annotated[dict[str, list[Any]], Knobs(repeat=("k_ratio",))]
 # `h2o_queries` is for what evicts, whatever its share.
 Grid = Annotated[dict[str, list[Any]], Knobs(repeat=(*(name for name in knobs() if name != "h2o_queries"), "basis"))]
 """Every combination of all knobs."""
-PAPER_K_RATIO = [knobs()["k_ratio"].default]
 
 
 @dataclass(frozen=True)
@@ -68,16 +67,25 @@ class ModelOptions:
         return loaded, tokenizer
 
     def subject(
-        self, projections: Path, data: str, text: str = "", *, basis: str = "", predicts: bool = True, **options: Any
+        self,
+        projections: Path,
+        data: str,
+        *,
+        reads: bool = True,
+        basis: str = "",
+        predicts: bool = True,
+        **options: Any,
     ) -> Subject:
         """What is measured: the model, its projections from a file, in another basis where one is named, and a text.
 
         Args:
+            reads: whether `data` names that text.
             options: those of `Subject`.
         """
+        from aqua_attention.data.text import load_text
         from aqua_attention.evaluate.setting import Subject
 
-        learned = load_projections(projections)
+        text, learned = load_text(data) if reads else "", load_projections(projections)
         learned = learned.with_basis(basis) if basis else learned
         return Subject(options.pop("name", self.model), *self.load(predicts), learned, data, text, **options)
 
@@ -86,16 +94,9 @@ class ModelOptions:
 class Windows:
     """Windows of a text, from its start."""
 
-    data: EvaluationData = "builtin:evaluation"
+    data: Text = "builtin:evaluation"
     context: Context = 2048
     tokens: Tokens = 8192
-
-    @property
-    def text(self) -> str:
-        """The whole text."""
-        from aqua_attention.data.text import load_text
-
-        return load_text(self.data)
 
 
 def load_projections(path: Path) -> Projections:

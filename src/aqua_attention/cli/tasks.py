@@ -55,7 +55,7 @@ def tasks(
         examples = None if name == "truthfulqa" else few_shot
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
-    subject = model.subject(projections, "")
+    subject = model.subject(projections, "", reads=False)
     kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
     with stoppable(lambda: kept), progress_bar("answers") as progress:
         result = evaluate_tasks(subject, settings, asked, batch=batch, state=state, progress=progress)

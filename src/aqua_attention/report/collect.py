@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import Record, Unusable
@@ -16,14 +15,9 @@ LONGEST_TEXT = 2000
 LARGEST_FILE = 64 << 20
 
 
-@dataclass(frozen=True)
-class Collected:
-    """What a results directory holds.
-
-    Attributes:
-        records: those that are measured.
-        failed: those that are not, with their reason in `error`.
-        unused: name and reason of each file that is no record, damaged, or of another version.
+class Collected(NamedTuple):
+    """What a results directory holds: what is measured, what failed (see `Record.error`), and the name and reason of
+    each file that is no record, damaged, or of another version.
     """
 
     records: list[Record]
@@ -41,8 +35,7 @@ def collect(folder: Path) -> Collected:
         raise AquaError(f"{folder} is no folder: give the one that `aqua eval grid` or --json wrote into")
     paths = [*sorted(folder.glob("*.json")), *sorted((folder / "records").glob("*.json"))]
     found: list[Record] = []
-    unused = []
-    own = 0
+    unused, own = [], 0
     for path in paths:
         name = cleaned(str(path.relative_to(folder)))
         try:

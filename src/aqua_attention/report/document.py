@@ -5,21 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from aqua_attention.evaluate.record import Record, number
 from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.report.tables import Column, Row, Table, describe_setting, written
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One drawing.
-
-    Attributes:
-        svg: an `<svg>` element, see `svg.drawing`.
-        alt: the same in a few words, for those who do not see it.
-    """
+class Panel(NamedTuple):
+    """One drawing: an `<svg>` element, see `svg.drawing`, and the same in a few words for those who do not see it."""
 
     svg: str
     alt: str
@@ -47,11 +41,11 @@ class Block:
     @property
     def commands(self) -> list[str]:
         """What made the figures, each line once; where a file does not say, which command it was and which file."""
-        lines = []
+        lines = {}
         for record in self.records:
             command = (record.suite in SUITES and SUITES[record.suite].command) or f"aqua eval {record.suite}"
-            lines.append(record.command or f"{command} ... --json {record.source}  # the rest is not recorded")
-        return list(dict.fromkeys(lines))
+            lines[record.command or f"{command} ... --json {record.source}  # the rest is not recorded"] = record
+        return list(lines)
 
 
 @dataclass(frozen=True)
@@ -90,10 +84,7 @@ def name_of(record: Record) -> str:
 
 def data_of(record: Record) -> str:
     """On what a record was measured, such as "builtin:evaluation, windows of 2048, float32"."""
-    options, words = record.options, [record.model, str(record.options.get("data") or "")]
-    if options.get("context"):
-        words.append(f"windows of {options['context']}")
-    if options.get("scored") == "second half":
-        words.append("second halves scored")
-    words.append(str(record.details.get("dtype") or "").removeprefix("torch."))
-    return ", ".join(filter(None, words))
+    options, dtype = record.options, str(record.details.get("dtype") or "").removeprefix("torch.")
+    windows = f"windows of {options['context']}" if options.get("context") else ""
+    scored = "second halves scored" if options.get("scored") == "second half" else ""
+    return ", ".join(filter(None, [record.model, str(options.get("data") or ""), windows, scored, dtype]))

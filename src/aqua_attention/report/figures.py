@@ -6,8 +6,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from aqua_attention.evaluate.record import number
 from aqua_attention.report import svg
@@ -18,7 +17,7 @@ MOST_WRITTEN = 6
 """So many columns of a heat map have room for a figure in each cell."""
 LEAST_SPAN = 4.0
 """Largest to smallest value of a logarithmic axis, at least."""
-MARKERS = "osD^vPXh"
+MARKERS, OTHERS = "osD^vPXh", "others: see the numbers"
 SMALLEST, LARGEST = 1e-6, 1e9
 """What a logarithmic axis shows of anything smaller, and any axis of anything larger."""
 
@@ -27,13 +26,9 @@ Point = tuple[str, float, Sequence[float]]
 Labels = tuple[str, Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Title with unit, and scale.
-
-    Attributes:
-        scale: "percent", "share" (the same, all of 0 to 100%), "change" (per cent, linear near 0 and logarithmic beyond
-            1%), "log", "log2", "count" (whole numbers) or "linear".
+class Axis(NamedTuple):
+    """Title with unit, and scale: "percent", "share" (the same, all of 0 to 100%), "change" (per cent, linear near 0,
+    logarithmic beyond 1%), "log", "log2", "count" (whole numbers) or "linear".
     """
 
     title: str
@@ -41,12 +36,9 @@ class Axis:
 
 
 def curves(name: str, alt: str, x: Axis, ys: Sequence[Axis], points: Iterable[Point], joined: bool = True) -> Panel:
-    """Curves over a common x, an axis for each of `ys` above each other.
+    """Curves over a common x, their points joined by lines or not, an axis for each of `ys` above each other.
 
     Where there are more curves than colours, the longest are coloured, and all others are one grey.
-
-    Args:
-        joined: whether a line joins the points of a curve.
     """
     lines: dict[str, list[Point]] = {}
     for point in points:
@@ -55,29 +47,28 @@ def curves(name: str, alt: str, x: Axis, ys: Sequence[Axis], points: Iterable[Po
     if len(lines) > len(svg.SERIES):
         longest = sorted(lines, key=lambda label: -len(lines[label]))[: len(svg.SERIES)]
         coloured = [label for label in longest if len(lines[label]) > 1]
-    looks = dict(
-        zip([label for label in lines if label in coloured], zip(svg.SERIES, MARKERS, strict=True), strict=False)
-    )
+    shown = [label for label in lines if label in coloured]
+    looks = dict(zip(shown, zip(svg.SERIES, MARKERS, strict=True), strict=False))
     others = [label for label in lines if label not in looks]
+    style = {
+        "markersize": 5.5,
+        "markeredgecolor": svg.PAPER,
+        "markeredgewidth": 0.6,
+        "linestyle": "-" if joined else "",
+    }
     with svg.styled(50 + 200 * len(ys) + 17 * (len(looks) + bool(others))) as figure:
         axes: Any = figure.subplots(len(ys), 1, sharex=True, squeeze=False)[:, 0]
         for row, (axis, y) in enumerate(zip(axes, ys, strict=True)):
             for label in [*looks, *others]:
                 colour, marker = looks.get(label, (svg.REST, "o"))
-                shown = _shortened(label) if label in looks else None
+                named = _shortened(label) if label in looks else OTHERS if label == others[0] else None
                 line = sorted((at, values[row]) for _, at, values in lines[label] if abs(at) < LARGEST)
                 heights = [max(value, SMALLEST) if y.scale.startswith("log") else value for _, value in line]
-                axis.plot(
-                    [at for at, _ in line],
-                    [min(max(value, -LARGEST), LARGEST) if math.isfinite(value) else math.nan for value in heights],
-                    color=colour,
-                    marker=marker,
-                    markersize=5.5,
-                    markeredgecolor=svg.PAPER,
-                    markeredgewidth=0.6,
-                    linestyle="-" if joined else "",
-                    label="others: see the numbers" if label in others[:1] else shown,
-                )
+                heights = [
+                    min(max(value, -LARGEST), LARGEST) if math.isfinite(value) else math.nan for value in heights
+                ]
+                places = [at for at, _ in line]
+                axis.plot(places, heights, color=colour, marker=marker, label=named, **style)
             _scale(axis.xaxis, x)
             _scale(axis.yaxis, y)
             axis.set_ylabel(y.title)
@@ -89,11 +80,7 @@ def curves(name: str, alt: str, x: Axis, ys: Sequence[Axis], points: Iterable[Po
 
 
 def loss_curves(name: str, alt: str, x: Axis, records: Iterable[tuple[str, float, Row]], joined: bool = True) -> Panel:
-    """Perplexity change and KL divergence over a common x.
-
-    Args:
-        records: label of the curve, x, and the figures of each point.
-    """
+    """Perplexity change and KL divergence over a common x, of records as (label of the curve, x, figures)."""
     axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
     alt = f"Perplexity change and KL divergence {alt}"
     points = [(label, at, [number(row[key]) for key in ("perplexity_change", "kl")]) for label, at, row in records]
@@ -138,7 +125,8 @@ def heat(
             target.set_label_text(what)
             if target is axis.xaxis and max(map(len, shown), default=0) * len(shown) > 40:
                 axis.tick_params(axis="x", rotation=90)
-        axis.set_title(_wrapped(title), loc="left")
+        kept = title.replace(" + ", "\u00a0+\u00a0")
+        axis.set_title("\n".join(textwrap.wrap(kept, 50, max_lines=3, placeholder="…")), loc="left")
         for side in axis.spines.values():
             side.set_visible(False)
         for i, row in enumerate(texts if len(values[0]) <= MOST_WRITTEN else ()):
@@ -177,11 +165,9 @@ def bars(
         axis.barh(places, shown, height=0.42, color=svg.SERIES[0])
         limits = marks[1] if marks else [0.0] * len(shown)
         largest = max([*shown, *filter(math.isfinite, limits)], default=1.0) or 1.0
-        # Behind a mark, where the bar's value would run into it.
-        near = [
-            mark if width <= mark < width + 0.2 * largest else width for width, mark in zip(shown, limits, strict=True)
-        ]
-        for place, label, value, end in zip(places, labels, values, near, strict=True):
+        for place, label, value, end, mark in zip(places, labels, values, shown, limits, strict=True):
+            # Behind a mark, where the bar's value would run into it.
+            end = mark if end <= mark < end + 0.2 * largest else end
             # Names stand above their bars: beside them they would take half of a phone.
             axis.text(0, place + 0.42, _shortened(label, 52), ha="left", va="center", fontsize=10)
             axis.text(end + largest * 0.015, place, plain(value, form), ha="left", va="center", fontsize=10)
@@ -237,8 +223,3 @@ def _scale(axis: Any, kind: Axis) -> None:
 
 def _shortened(text: str, most: int = 54) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _wrapped(text: str) -> str:
-    kept = text.replace(" + ", "\u00a0+\u00a0")
-    return "\n".join(textwrap.wrap(kept, 50, max_lines=3, placeholder="…"))

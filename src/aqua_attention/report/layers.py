@@ -66,21 +66,12 @@ def _retention_heats(place: int, title: str, group: Sequence[Record]) -> list[Bl
         # Models may have layers of fewer heads.
         heads = max(map(len, grid))
         grid = [row + [math.nan] * (heads - len(row)) for row in grid]
-        rows += [
-            _filled([selection, name, *map(percent, row)], most + 2) for name, row in zip(names, grid, strict=True)
-        ]
-        panels.append(
-            heat(
-                f"retention{place}-{index}",
-                f"Softmax loss by layer and head at k_ratio {ratio:g}, {selection}",
-                f"{selection}, k_ratio {ratio:g}",
-                ("layer", names),
-                ("query head", list(map(str, range(heads)))),
-                grid,
-                unit="softmax loss (%)",
-                limits=limits,
-            )
-        )
+        for name, row in zip(names, grid, strict=True):
+            rows.append(_filled([selection, name, *map(percent, row)], most + 2))
+        alt = f"Softmax loss by layer and head at k_ratio {ratio:g}, {selection}"
+        sides = ("layer", names), ("query head", list(map(str, range(heads))))
+        named = f"retention{place}-{index}", alt, f"{selection}, k_ratio {ratio:g}"
+        panels.append(heat(*named, *sides, grid, unit="softmax loss (%)", limits=limits))
     table = ["selection", "layer", *(f"head {head}" for head in range(most))], rows
     return [Block(f"Softmax loss by layer and head, k_ratio {ratio:g}: {title}", table, used, panels)]
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from aqua_attention.evaluate.record import Record, number
@@ -20,6 +20,7 @@ NOTE = (
     "short to evict keep and multiply more. Change and KL divergence (nats): against the dense model of the same run. "
     "k_ratio alone stores no less, and less work is not less time: see the benchmarks."
 )
+SHARES = ("dot-product work", "key bytes", "cache bytes")
 KEY_BITS = {None: 16, 8: 8, 4: 5}
 """Bits of a key dimension, by `bits`: of int4, the first quarter of the dimensions has 8."""
 CURVES_NOTE = (
@@ -27,11 +28,6 @@ CURVES_NOTE = (
     "dense attention is at 100% and 0. A divergence below 1e-6 is drawn there. Points above each other store the "
     "same and differ in what they multiply."
 )
-
-
-def work_share(record: Record) -> float:
-    """Dot products computed, to dense ones."""
-    return number(record.figures.get("mean_k")) * number(record.knobs["h2o_ratio"])
 
 
 def key_share(setting: dict[str, Any]) -> float:
@@ -44,12 +40,11 @@ def cache_share(setting: dict[str, Any]) -> float:
     return float((key_share(setting) + setting["h2o_ratio"] * (setting["bits"] or 16) / 16) / 2)
 
 
-SHARES: dict[str, Callable[[Record], float]] = {
-    "dot-product work": work_share,
-    "key bytes": lambda record: key_share(record.knobs),
-    "cache bytes": lambda record: cache_share(record.knobs),
-}
-"""What a setting computes and stores, to dense attention."""
+def shares_of(record: Record) -> list[float]:
+    """What a setting computes and stores, to dense attention: see `SHARES`."""
+    setting = record.knobs
+    work = number(record.figures.get("mean_k")) * number(setting["h2o_ratio"])
+    return [work, key_share(setting), cache_share(setting)]
 
 
 def loss_sections(records: Sequence[Record]) -> list[Section]:
@@ -98,14 +93,10 @@ def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record],
         rows.append(["dense", *["100%"] * len(SHARES), *losses, *(_right(run, "dense") for run in runs)])
     for record in settings:
         losses = cells(record.figures, PERPLEXITY) if record.suite == "perplexity" else [""] * 4
-        shares = ["" if math.isnan(value) else percent(value, 0) for value in _shares(record)]
+        shares = ["" if math.isnan(value) else percent(value, 0) for value in shares_of(record)]
         rows.append([name_of(record), *shares, *losses, *(_right(run, name_of(record)) for run in runs)])
     titles = ["setting", *SHARES, *(column.title for column in PERPLEXITY), *columns]
     return Block(title, (titles, rows), [*group, *(record for run in runs for record in run)])
-
-
-def _shares(record: Record) -> list[float]:
-    return [share(record) for share in SHARES.values()]
 
 
 def _dense_perplexity(record: Record) -> float:
@@ -122,13 +113,15 @@ def _right(run: Sequence[Record], name: str) -> str:
 def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:
     settings = [record for record in group if record.setting is not None]
     panels = []
-    for number_of_axis, (name, share) in enumerate(SHARES.items()):
-        if len({round(share(record), 6) for record in settings}) > 1:
-            joined = share is work_share
-            points = [((_family if joined else _means)(r), share(r), r.figures) for r in settings]
-            identity, alt = f"loss{place}-{number_of_axis}", f"against the share of {name}, {len(settings)} settings"
+    for axis, name in enumerate(SHARES):
+        shares = [shares_of(record)[axis] for record in settings]
+        if len({round(share, 6) for share in shares}) > 1:
+            joined = axis == 0
+            label = _family if joined else _means
+            points = [(label(record), share, record.figures) for record, share in zip(settings, shares, strict=True)]
+            identity, alt = f"loss{place}-{axis}", f"against the share of {name}, {len(settings)} settings"
             panels.append(loss_curves(identity, alt, Axis(f"share of {name}", "percent"), points, joined))
-    rows = [[name_of(r), *map(percent, _shares(r)), *cells(r.figures, LOSSES)] for r in settings]
+    rows = [[name_of(r), *map(percent, shares_of(r)), *cells(r.figures, LOSSES)] for r in settings]
     titles = ["setting", *SHARES, *(column.title for column in LOSSES)]
     return Block(title, (titles, rows), settings, panels) if panels else None
 
@@ -142,8 +135,6 @@ def _family(record: Record) -> str:
 
 def _means(record: Record) -> str:
     """By which means a setting stores less."""
-    setting = record.knobs
-    words = [f"int{setting['bits']}"] if setting["bits"] else []
-    words += ["s_ratio"] if setting["s_ratio"] else []
-    words += ["h2o_ratio"] if setting["h2o_ratio"] < 1 else []
-    return " + ".join(words) or "everything stored"
+    bits, s_ratio, h2o_ratio = (record.knobs[name] for name in ("bits", "s_ratio", "h2o_ratio"))
+    used = {f"int{bits}": bits, "s_ratio": s_ratio, "h2o_ratio": h2o_ratio < 1}
+    return " + ".join(filter(used.get, used)) or "everything stored"

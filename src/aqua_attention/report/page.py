@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib.resources import files
@@ -18,8 +19,7 @@ from aqua_attention.report.document import Block, Section, data_of, name_of
 from aqua_attention.report.layers import layer_sections
 from aqua_attention.report.losses import loss_sections
 from aqua_attention.report.record_tables import reason
-from aqua_attention.report.retrieval import retrieval_sections
-from aqua_attention.report.scores import image_sections, other_sections, task_sections
+from aqua_attention.report.scores import image_sections, other_sections, retrieval_sections, task_sections
 from aqua_attention.report.speed import speed_sections
 from aqua_attention.report.tables import Table, markdown
 from aqua_attention.report.transfer import transfer_sections
@@ -42,11 +42,7 @@ PARTS: tuple[tuple[Callable[[Sequence[Record]], list[Section]], str], ...] = (
 
 
 def sections_of(collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Section]:
-    """All sections that there are records for; failed settings and files that are not used come last.
-
-    Args:
-        progress: called as progress(parts done, parts in all).
-    """
+    """All sections that there are records for; what failed or is unused comes last. Calls progress(parts, of all)."""
     sections: list[Section] = []
     for done, (part, _) in enumerate(PARTS, 1):
         sections += part(collected.records)
@@ -71,12 +67,9 @@ def facts_of(collected: Collected) -> list[str]:
     lines = [f"{len(collected.records)} settings measured, {len(collected.failed)} failed"]
     if dates := sorted(str(record.details["started"])[:10] for record in records if record.details.get("started")):
         lines[0] += f"; from {dates[0]} to {dates[-1]}" if dates[0] != dates[-1] else f"; on {dates[0]}"
-    for title, values in (
-        ("Models", [record.model for record in records]),
-        ("Devices", [str(record.details.get("device") or "") for record in records]),
-        ("Measured by", [_software(record) for record in records]),
-    ):
-        if known := list(dict.fromkeys(value for value in values if value)):
+    found = [(record.model, str(record.details.get("device") or ""), _software(record)) for record in records]
+    for title, values in zip(("Models", "Devices", "Measured by"), zip(*found, strict=True), strict=False):
+        if known := list(dict.fromkeys(filter(None, values))):
             lines.append(f"{title}: {'; '.join(known)}")
     return [*lines, f"Report by aqua-attention {__version__}"]
 
@@ -115,18 +108,15 @@ def _headed(signs: str, part: Section | Block) -> list[str]:
 
 
 def write_report(folder: Path, collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Path]:
-    """Write `report.html`, `report.md` and the images of the latter into `folder`.
-
-    Returns:
-        The two pages, HTML first.
+    """Write `report.html`, `report.md`, whose paths are returned, and the images of the latter into `folder`.
 
     Raises:
         AquaError: matplotlib or jinja2 is not installed, or the folder cannot be written.
     """
     _template()  # what is not installed is said before the drawing begins
     sections, facts = sections_of(collected, progress), facts_of(collected)
-    page = html(sections, facts)
     text, images = report_markdown(sections, facts)
+    pages = {folder / "report.html": html(sections, facts), folder / "report.md": text}
     target = folder / IMAGES
     make_folder(target)
     for name, image in images.items():
@@ -135,10 +125,9 @@ def write_report(folder: Path, collected: Collected, progress: Callable[[int, in
     for old in target.glob("figure-*.svg"):
         if old.name not in images:
             old.unlink(missing_ok=True)
-    paths = [folder / "report.html", folder / "report.md"]
-    for path, content in zip(paths, (page, text), strict=True):
+    for path, content in pages.items():
         write_atomically(path, content.encode())
-    return paths
+    return list(pages)
 
 
 def _template() -> Any:
@@ -173,7 +162,4 @@ def _is_words(table: Table, place: int) -> bool:
 
 def _words(text: str) -> str:
     """Text that no Markdown takes for HTML or emphasis."""
-    text = escape(text, quote=False)
-    for sign in "\\`*_":
-        text = text.replace(sign, f"\\{sign}")
-    return text
+    return re.sub(r"[\\`*_]", r"\\\g<0>", escape(text, quote=False))

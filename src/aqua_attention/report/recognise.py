@@ -175,12 +175,11 @@ def _retrieval(suite: str, value: _File, source: str) -> list[Record]:
 
 def _memory(suite: str, value: _File, source: str) -> list[Record]:
     """Rows are named by words, also ours."""
-
-    def named(row: _File) -> _File:
-        setting = row.get("setting")
-        return row | {"setting": row_name({"setting": read_setting(setting)})} if isinstance(setting, dict) else row
-
-    return _whole(suite, value | {"rows": [named(row) for row in value["rows"]]}, source)
+    rows = [dict(row) for row in value["rows"]]
+    for row in rows:
+        if isinstance(row.get("setting"), dict):
+            row["setting"] = row_name({"setting": read_setting(row["setting"])})
+    return _whole(suite, value | {"rows": rows}, source)
 
 
 READERS: dict[str, Callable[[str, _File, str], list[Record]]] = {

@@ -11,9 +11,6 @@ from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.report.document import name_of
 from aqua_attention.report.tables import Table, matrix
 
-Names = Callable[[Record], tuple[str, str]]
-"""Row and column of a record."""
-
 
 def record_table(records: Sequence[Record]) -> Table:
     """A row a record: its figures, or why there are none."""
@@ -23,27 +20,18 @@ def record_table(records: Sequence[Record]) -> Table:
 
 def transfer_tables(records: Sequence[Record]) -> list[Table]:
     """For each setting: loss by domain of calibration (rows) and of test (columns), and the subspaces' distances."""
-
-    def names(record: Record) -> tuple[str, str]:
-        return record.options["calibrated"]["name"], record.options["tested"]["name"]
-
     tables = []
     for setting, group in _by_setting(records).items():
-        tables.append(_matrix(f"{setting}; calibrated on", "tested on", names, group))
+        tables.append(_matrix(f"{setting}; calibrated on", "tested on", group))
         distance = "distance of the leading dimensions"
-        tables.append(_matrix(distance, "from", names, group, lambda record: f"{record.figures['distance']:.3f}"))
+        tables.append(_matrix(distance, "from", group, lambda record: f"{record.figures['distance']:.3f}"))
     return tables
 
 
 def context_tables(records: Sequence[Record]) -> list[Table]:
     """For each setting: loss by calibration (length, tokens) in rows, and length tested in columns."""
-
-    def names(record: Record) -> tuple[str, str]:
-        learned = record.options["calibrated"]
-        return f"{learned['tokens']} tokens in windows of {learned['context']}", str(record.options["context"])
-
     groups = _by_setting(records).items()
-    return [_matrix(f"{setting}; calibrated on", "windows of", names, group) for setting, group in groups]
+    return [_matrix(f"{setting}; calibrated on", "windows of", group) for setting, group in groups]
 
 
 def reasons(records: Sequence[Record]) -> list[str]:
@@ -74,12 +62,18 @@ def _loss(record: Record) -> str:
     return f"{record.figures['perplexity_change']:+.2%} (KL {record.figures['kl']:.4f})"
 
 
-def _matrix(
-    title: str, across: str, names: Names, records: Sequence[Record], cell: Callable[[Record], str] = _loss
-) -> Table:
+def _places(record: Record) -> tuple[str, str]:
+    """Row and column of a record."""
+    options, learned = record.options, record.options["calibrated"]
+    if record.suite == "transfer":
+        return learned["name"], options["tested"]["name"]
+    return f"{learned['tokens']} tokens in windows of {learned['context']}", str(options["context"])
+
+
+def _matrix(title: str, across: str, records: Sequence[Record], cell: Callable[[Record], str] = _loss) -> Table:
     cells = {}
     for record in records:
-        row, column = names(record)
+        row, column = _places(record)
         cells[row, f"{across} {column}"] = _failure(record) if record.result is None else cell(record)
     return matrix(title, cells)
 
@@ -92,10 +86,10 @@ def _figures(record: Record) -> list[str]:
     if "score_loss" in result:
         return [f"scores {result['score_loss']:.2%} lost", "", f"softmax {result['softmax_loss']:.2%} lost"]
     if "cells" in result:
-        compared = (
-            ["", ""] if dense else [f"{result['lost']} lost, {result['gained']} gained", f"p {result['p_value']:.2g}"]
-        )
-        return [f"{result['right']}/{result['asked']} right", *compared]
+        right = f"{result['right']}/{result['asked']} right"
+        if dense:
+            return [right, "", ""]
+        return [right, f"{result['lost']} lost, {result['gained']} gained", f"p {result['p_value']:.2g}"]
     if "perplexity" not in result:
         return [", ".join(f"{name} {result[name]:.4g}" for name in SUITES[record.suite].figures), "", ""]
     perplexity = f"perplexity {result['perplexity']:.3f}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -68,15 +69,11 @@ def told_apart(titles: Sequence[str], facts: Sequence[dict[str, str]]) -> list[s
     """The same titles; those that are equal are given those facts in which they differ, as few as are needed."""
     found = list(titles)
     for name in dict.fromkeys(name for each in facts for name in each):
-        values: dict[str, set[str | None]] = {}
-        for title, each in zip(found, facts, strict=True):
-            values.setdefault(title, set()).add(each.get(name))
-        ambiguous = {title for title, known in values.items() if len(known) > 1}
-        added = [[in_words(name, each[name])] if name in each else [] for each in facts]
-        found = [
-            ", ".join(filter(None, [title, *words])) if title in ambiguous else title
-            for title, words in zip(found, added, strict=True)
-        ]
+        values = {(title, each.get(name)) for title, each in zip(found, facts, strict=True)}
+        ways = Counter(title for title, _ in values)
+        added = [in_words(name, each[name]) if name in each else "" for each in facts]
+        words = [word if ways[title] > 1 else "" for title, word in zip(found, added, strict=True)]
+        found = [", ".join(filter(None, pair)) for pair in zip(found, words, strict=True)]
     # Facts that are equal as far as they are written down: digests whose beginnings are.
     for place, title in enumerate(found):
         count = 1

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from aqua_attention.evaluate.record import Record, number, numbers
 from aqua_attention.report.document import Block, Section, count, plain
 from aqua_attention.report.figures import Axis, bars, curves
-from aqua_attention.report.tables import DECODE, GENERATE, MEMORY, Column, Row, benchmark_table, row_name, size_of
+from aqua_attention.report.tables import DECODE, GENERATE, MEMORY, Column, benchmark_table, row_name, size_of
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,15 @@ def _measured(identity: str, record: Record) -> list[Block]:
         marks = (kind.mark, [number(row.get(kind.mark)) for row in drawn]) if kind.mark else None
         values = [(row_name(row), number(row[kind.key])) for row in drawn]
         panels = [bars(identity, f"{kind.x}, {len(drawn)} rows", Axis(kind.x), values, kind.form, marks)]
-    size = ", ".join(filter(None, [record.model if record.suite == "memory" else "", _size(result)]))
+    size = ", ".join(
+        filter(None, [record.model if record.suite == "memory" else "", size_of(result).replace("torch.", "")])
+    )
     title = f"{kind.title}{', compiled' if result.get('compiled') else ''}: {size}"
     return [Block(title, benchmark_table(kind.first, result, kind.columns), [record], panels, kind.note)]
 
 
 def _breakeven(identity: str, record: Record) -> list[Block]:
-    result, size = record.figures, _size(record.figures)
+    result, size = record.figures, size_of(record.figures).replace("torch.", "")
     names = ["fastest dense", "k = d", *(f"k_ratio {plain(e.get('k_ratio'))}" for e in result["breakeven"])]
     points, rows = [], []
     for row in result["rows"]:
@@ -96,7 +98,3 @@ def _breakeven(identity: str, record: Record) -> list[Block]:
         Block(f"Time by length: {size}", times_table, [record], [panel], LENGTHS_NOTE),
         Block(f"Break-even (tokens): {size}", (titles, lengths), [record], note=BREAKEVEN_NOTE),
     ]
-
-
-def _size(result: Row) -> str:
-    return size_of(result).replace("torch.", "")

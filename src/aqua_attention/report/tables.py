@@ -47,11 +47,7 @@ LOSSES = (
     Column("KL to dense", "kl", "z.4f"),
 )
 PERPLEXITY = (*LOSSES, Column("same top token", "top1", ".1%"))
-PAIRED = (
-    Column("lost", "lost", ".0f"),
-    Column("gained", "gained", ".0f"),
-    Column("p (paired)", "p_value", ".2g"),
-)
+PAIRED = (*(Column(name, name, ".0f") for name in ("lost", "gained")), Column("p (paired)", "p_value", ".2g"))
 IMAGES = (
     SHARE,
     Column("mean cosine", "mean_cosine", "z.4f"),
@@ -205,12 +201,10 @@ def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:
 
 def retention_table(result: dict[str, Any]) -> Table:
     """What `evaluate_retention` returned: a row a ratio, the loss of each selection beside each other."""
-    losses = {"scores": "score_loss", "softmax": "softmax_loss"}
-    cells = {
-        (f"{row['k_ratio']:g}", f"{what} lost, {row['selection']}"): f"{row[key]:.2%}"
-        for what, key in losses.items()
-        for row in result["rows"]
-    }
+    cells = {}
+    for what, key in (("scores", "score_loss"), ("softmax", "softmax_loss")):
+        for row in result["rows"]:
+            cells[f"{row['k_ratio']:g}", f"{what} lost, {row['selection']}"] = f"{row[key]:.2%}"
     return matrix("k_ratio", cells)
 
 
@@ -294,23 +288,15 @@ def _read(calibration: dict[str, Any]) -> list[list[str]]:
     tokens = f"{calibration.get('tokens', '?')} tokens"
     if "inputs" in calibration:
         what = "images" if "images" in calibration else "inputs"
-        return [
-            ["calibrated on", f"{calibration[what]} {what}, {tokens}"],
-            [f"{what} SHA-256", str(calibration.get("inputs_sha256", "?"))],
-        ]
-    return [
-        ["calibrated on", f"{tokens} in windows of {calibration.get('context', '?')}"],
-        ["text SHA-256", str(calibration.get("text_sha256", "?"))],
-        ["window seed", str(calibration.get("seed", "?"))],
-    ]
+        digest = [f"{what} SHA-256", str(calibration.get("inputs_sha256", "?"))]
+        return [["calibrated on", f"{calibration[what]} {what}, {tokens}"], digest]
+    facts = {"text SHA-256": "text_sha256", "window seed": "seed"}
+    windows = ["calibrated on", f"{tokens} in windows of {calibration.get('context', '?')}"]
+    return [windows, *([name, str(calibration.get(key, "?"))] for name, key in facts.items())]
 
 
 def spectrum_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """How many leading dimensions hold 90% and 99% of the energy of queries and keys, least to most over heads.
-
-    Args:
-        rows: see `projections.spectrum`.
-    """
+    """What `projections.spectrum` returned: dimensions for 90% and 99% of the energy, least to most over heads."""
     titles = ["layer", "key-value heads", "head_dim", "dims for 90%", "dims for 99%"]
     cells = []
     for row in rows:

@@ -172,18 +172,11 @@ def _panels(identity: str, matrix: _Matrix, kind: _Kind) -> list[Panel]:
         if not found:
             continue
         filled = [[found.get((row, column), []) for column in columns] for row in rows]
-        panels.append(
-            heat(
-                f"{identity}-{key.replace('_', '')}",
-                f"{what}, {len(rows)} calibrations by {len(columns)} tests, {matrix.title}",
-                what,
-                (kind.down.title, rows),
-                (kind.across.title, columns),
-                [[cell[0] if len(cell) == 1 else math.nan for cell in line] for line in filled],
-                unit=unit,
-                texts=[[" | ".join(map(form, cell)) for cell in line] for line in filled],
-            )
-        )
+        values = [[cell[0] if len(cell) == 1 else math.nan for cell in line] for line in filled]
+        texts = [[" | ".join(map(form, cell)) for cell in line] for line in filled]
+        name, alt = f"{identity}-{key.replace('_', '')}", f"{what}, {len(rows)} calibrations by {len(columns)} tests"
+        sides = (kind.down.title, rows), (kind.across.title, columns)
+        panels.append(heat(name, f"{alt}, {matrix.title}", what, *sides, values, unit=unit, texts=texts))
     return panels
 
 
