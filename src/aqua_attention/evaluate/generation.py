@@ -66,8 +66,7 @@ def continue_tokens(
 ) -> Continuation:
     """Greedy continuation of token ids [1, length], under `attachment` (not attached yet) or dense.
 
-    Raises:
-        AquaError: as `generate`; no token to write, prompt and answer longer than the model's positions, NaN.
+    AquaError as `generate`; no token to write, prompt and answer longer than the model's positions, NaN.
     """
     if max_new_tokens < 1:
         raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")

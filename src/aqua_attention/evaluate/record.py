@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.suites import SUITES, Rows, Suite
-from aqua_attention.io.files import remove_leftovers, write_json
+from aqua_attention.io.files import json_digest, remove_leftovers, write_json
 from aqua_attention.version import __version__
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 KEY_FIELDS = ("suite", "model", "config", "basis", "options", "projections_sha256", "text_sha256", "dtype", "seed")
 FACTS = ("command", "commit", "version", "versions", "device", "started", "seconds")
-_FIELDS = ("schema", "suite", "model", "config", "basis", "options", "result", "error")
+_FIELDS = ("suite", "model", "basis", "options", "result", "error")
 
 Key = dict[str, Any]
 
@@ -70,26 +70,14 @@ class Record:
     @classmethod
     def of(cls, value: dict[str, Any], source: str = "") -> Record:
         """The record that a file of a grid holds, not checked."""
-        return cls(
-            suite=value["suite"],
-            model=value["model"],
-            setting=value.get("config"),
-            basis=value.get("basis", "aqua"),
-            options=value["options"],
-            result=value.get("result"),
-            error=value.get("error"),
-            details={name: each for name, each in value.items() if name not in _FIELDS},
-            key=_without_own_projections({name: value.get(name) for name in KEY_FIELDS}),
-            source=source,
-        )
+        given = {name: value[name] for name in _FIELDS if name in value}
+        details = {name: value[name] for name in value if name not in (*_FIELDS, "schema", "config")}
+        key = _without_own_projections({name: value.get(name) for name in KEY_FIELDS})
+        return cls(**given, setting=value.get("config"), details=details, key=key, source=source)
 
     @classmethod
     def read(cls, value: dict[str, Any], source: str = "") -> Record:
-        """The same as the report takes it, also where it lacks what a page can do without.
-
-        Raises:
-            Unusable: another version of the format, or a field is missing or of the wrong kind.
-        """
+        """The same as the report takes it, also where it lacks what a page can do without; else Unusable."""
         check_schema(value)
         for name, words in (("suite", "a text"), ("model", "a text"), ("options", "an object")):
             _expect(words, f"its {name} is", value.get(name))
@@ -221,13 +209,9 @@ def _expect(kind: str, what: str, value: Any) -> None:
 
 
 def record_key(suite: str, *, model: str, dtype: str, config: dict[str, Any] | None, **others: Any) -> Key:
-    """What identifies a measurement.
+    """What identifies a measurement: KEY_FIELDS, as `Record` has them; those not given are None.
 
-    Args:
-        model: as the user named it. dtype: of its weights, such as "float32".
-        config: the AquaConfig's fields, or None for the dense model.
-        others: the rest of KEY_FIELDS, where there is such; the projections' digest is left out of suites that
-            calibrate.
+    `dtype` is of the weights, such as "float32". The projections' digest is left out of suites that calibrate.
     """
     given = {"basis": "aqua"} | others | {"suite": suite, "model": model, "dtype": dtype, "config": config}
     assert given.keys() <= set(KEY_FIELDS)
@@ -236,18 +220,12 @@ def record_key(suite: str, *, model: str, dtype: str, config: dict[str, Any] | N
 
 
 def _without_own_projections(key: Key) -> Key:
-    return key | {"projections_sha256": None} if _suite(key["suite"]).calibrates else key
-
-
-def _suite(name: Any) -> Suite:
-    """What is known of a suite; nothing is required of one that is not known."""
-    return SUITES.get(str(name)) or Suite()
+    return key | {"projections_sha256": None} if SUITES.get(str(key["suite"]), Suite()).calibrates else key
 
 
 def record_path(folder: Path, key: Key) -> Path:
     """Where the record of `key` is kept."""
-    digest = hashlib.sha256(json.dumps({"schema": SCHEMA} | key, sort_keys=True).encode()).hexdigest()
-    return folder / "records" / f"{key['suite']}-{digest[:12]}.json"
+    return folder / "records" / f"{key['suite']}-{json_digest({'schema': SCHEMA} | key)[:12]}.json"
 
 
 def read_record(path: Path) -> Record:
@@ -277,7 +255,8 @@ def _lacking(value: dict[str, Any]) -> str | None:
     weights = value.get("key_weights")
     if not (weights is None or (isinstance(weights, list) and all(map(_are_numbers, weights)))):
         return "its key_weights are no numbers"
-    needed = _suite(value["suite"]).figures if "result" in value else ()
+    # Nothing is required of a suite that is not known.
+    needed = SUITES.get(str(value["suite"]), Suite()).figures if "result" in value else ()
     if lacking := [name for name in needed if type(outcomes[0].get(name)) not in (int, float)]:
         return f"no figure {', '.join(lacking)}"
     return "its error says no reason" if "error" in value and not {"kind", "message"} <= outcomes[0].keys() else None

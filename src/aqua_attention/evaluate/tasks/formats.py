@@ -160,7 +160,8 @@ def _truthfulqa(row: Row) -> ChoiceItem:
     """All answers of MC1 (one is right) and MC2 (several are true), each once; no examples are put before them."""
     if "Best Answer" in row.fields:
         best = _sentence(_text(row, "Best Answer"))
-        true, false = (_answers(row, name) for name in ("Correct Answers", "Incorrect Answers"))
+        lists = (_text(row, f"{name} Answers").split(";") for name in ("Correct", "Incorrect"))
+        true, false = ([_sentence(answer) for answer in answers if answer.strip()] for answers in lists)
         question, single = _text(row, "Question"), {best: True} | dict.fromkeys(false, False)
         several = dict.fromkeys([best, *true], True) | dict.fromkeys(false, False)
     else:
@@ -288,10 +289,6 @@ def _choice(row: Row, context: str | list[str], texts: list[str], right: int) ->
 def _without_wikihow_marks(text: str) -> str:
     """HellaSwag's WikiHow part has marks in brackets, of which [title] stands for the end of a sentence."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def _answers(row: Row, name: str) -> list[str]:
-    return [_sentence(answer) for answer in _text(row, name).split(";") if answer.strip()]
 
 
 def _sentence(text: str) -> str:
