@@ -52,9 +52,8 @@ class AquaLM(HFLM):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if pretrained == DEFAULT_MODEL:
-            pretrained, kwargs["tokenizer"] = load_model(
-                DEFAULT_MODEL, dtype=kwargs.pop("dtype", None) or "auto", device=device
-            )
+            dtype = kwargs.pop("dtype", None) or "auto"
+            pretrained, kwargs["tokenizer"] = load_model(DEFAULT_MODEL, dtype=dtype, device=device)
         super().__init__(pretrained, device=device, **kwargs)
         self.attachment = apply(self.model, learned.with_basis(basis), config)
         self.attachment.attach()

@@ -21,16 +21,13 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.suites import SUITES, Rows, Suite
 from aqua_attention.io.files import json_digest, remove_leftovers, write_json
 from aqua_attention.version import __version__
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SCHEMA = 1
 KEY_FIELDS = ("suite", "model", "config", "basis", "options", "projections_sha256", "text_sha256", "dtype", "seed")
@@ -178,10 +175,9 @@ def _check_rows(kind: Rows, rows: Any) -> None:
             _expect("a text", f"{has} {kind.title}", row.get(kind.title))
             if "absent" in row:
                 continue
-        for key in kind.numbers:
-            _expect("a number", f"{has} {key}", row.get(key))
-        for key in kind.lists:
-            _expect("a list of numbers", f"{has} {key}", row.get(key))
+        for words, keys in (("a number", kind.numbers), ("a list of numbers", kind.lists)):
+            for key in keys:
+                _expect(words, f"{has} {key}", row.get(key))
 
 
 def _is_number(value: Any) -> bool:
@@ -305,11 +301,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def dtype_of(model: PreTrainedModel) -> str:
-    """Such as "float32"."""
-    return str(model.dtype).removeprefix("torch.")
 
 
 def commit() -> str | None:

@@ -84,6 +84,4 @@ def same_digest(first: Digest | None, second: Digest | None) -> bool:
     """
     if not first or not second:
         return True
-    if [len(numbers) for numbers in first] != [len(numbers) for numbers in second]:
-        return False
-    return weight_difference(first, second) < 1e-5
+    return list(map(len, first)) == list(map(len, second)) and weight_difference(first, second) < 1e-5

@@ -52,9 +52,8 @@ class Stored:
         except (ValueError, KeyError, TypeError) as error:
             raise self.error(f"its metadata is damaged ({error!r})") from error
         if version != FORMAT_VERSION:
-            raise self.error(
-                f"format version {version!r}, this library reads {FORMAT_VERSION}", "upgrade aqua-attention or "
-            )
+            problem = f"format version {version!r}, this library reads {FORMAT_VERSION}"
+            raise self.error(problem, "upgrade aqua-attention or ")
         if "sha256" not in self.header:
             raise self.error("its metadata is incomplete (KeyError('sha256'))")
         self._claimed = self.header.pop("sha256")

@@ -23,9 +23,9 @@ from aqua_attention.calibration.run import calibrate
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.record import dtype_of, file_digest, make_folder, record_key
+from aqua_attention.evaluate.record import file_digest, make_folder, record_key
 from aqua_attention.evaluate.run import Job, Progress, check_sizes
-from aqua_attention.evaluate.setting import Setting, Subject, first_windows, resolved_settings
+from aqua_attention.evaluate.setting import Setting, Subject, dtype_of, first_windows, resolved_settings
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, perplexity_figures
 from aqua_attention.io.files import json_digest, remove_leftovers
 from aqua_attention.io.state import same_digest
@@ -268,15 +268,13 @@ def context_jobs(
     """A job for every length tested, length calibrated, number of calibration tokens, and setting.
 
     Its result is that of `perplexity_figures`, with `calibrated_length`, `tested_length` and `calibration_tokens`
-    (those really read).
+    (those really read). AquaError as `check_sizes` and `resolved_settings`; a window longer than the test text or the
+    positions.
 
     Args:
         calibration, test: names and texts, different ones.
         calibrated_lengths, tested_lengths: tokens in a window.
         calibration_tokens: each a calibration of its own for each length. tokens: tested, the same for all lengths.
-
-    Raises:
-        AquaError: as `check_sizes` and `resolved_settings`; a window longer than the test text or the positions.
     """
     lengths = {"calibrated_length": calibrated_lengths, "tested_length": tested_lengths}
     check_sizes(**lengths, calibration_tokens=calibration_tokens, tokens=tokens)

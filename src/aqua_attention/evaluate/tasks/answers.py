@@ -18,13 +18,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 
 from aqua_attention.attach.apply import Attachment
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.generation import generate
+from aqua_attention.evaluate.generation import check_fits, generate
 from aqua_attention.evaluate.run import damaged
 from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, Task, WrittenItem
 from aqua_attention.io.files import json_digest, write_atomically
 from aqua_attention.io.state import RunState
 from aqua_attention.model.capture import input_device
-from aqua_attention.model.limits import check_tokens, position_limit
 
 NEW_TOKENS = 256
 """Tokens that a written answer may have."""
@@ -102,12 +101,8 @@ def _checked_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     else:
         pairs = zip(item.contexts, item.continuations, strict=True)
         read, more = [_encoded(tokenizer, *pair).ids for pair in pairs], 0
-    longest, limit = max(map(len, read)), position_limit(model)
-    if limit is not None and longest + more > limit:
-        raise AquaError(
-            f"the question takes {longest + more} tokens with its answer, the model knows {limit} positions: {remedy}"
-        )
-    check_tokens(model, torch.tensor([token for ids in read for token in ids]), context=longest + more)
+    longest = max(map(len, read))
+    check_fits(model, torch.tensor([token for ids in read for token in ids]), longest + more, "the question", remedy)
     return longest
 
 

@@ -95,8 +95,8 @@ class Format:
         questions, examples: splits that hold them, the best first.
         few_shot: examples before a question, unless told otherwise.
         columns: of .csv files without a line of names.
-        draws_examples: at random for each question; otherwise they are the first ones of its group.
-        by_subject: a split may have several files, one a subject.
+        by_subject: a split may have several files, one a subject, whose first questions are the examples; otherwise
+            those are drawn at random for each question.
     """
 
     parse: Callable[[Row], Item]
@@ -105,7 +105,6 @@ class Format:
     examples: tuple[str, ...] = ("train",)
     few_shot: int = 0
     columns: tuple[str, ...] | None = None
-    draws_examples: bool = True
     by_subject: bool = False
 
 
@@ -210,12 +209,7 @@ FORMATS = {
     "arc_easy": Format(_arc, ("acc", "acc_norm"), TEST),
     "arc_challenge": Format(_arc, ("acc", "acc_norm"), TEST),
     "truthfulqa": Format(_truthfulqa, ("mc1", "mc2"), LABELLED),
-    "mmlu": Format(
-        *(_mmlu, ("acc",), TEST[:-1], ("dev",)),
-        columns=("question", *"ABCD", "answer"),
-        draws_examples=False,
-        by_subject=True,
-    ),
+    "mmlu": Format(*(_mmlu, ("acc",), TEST[:-1], ("dev",)), columns=("question", *"ABCD", "answer"), by_subject=True),
     "gsm8k": Format(_gsm8k, ("exact_match",), TEST, few_shot=5),
 }
 
@@ -263,7 +257,7 @@ def load_task(
             of_group = examples.get(item.group, [])
             # One more, because the question may be among them.
             most = min(shots + 1, len(of_group))
-            drawn = random.Random(f"{seed}/{place}").sample(of_group, most) if form.draws_examples else of_group[:most]
+            drawn = of_group[:most] if form.by_subject else random.Random(f"{seed}/{place}").sample(of_group, most)
             chosen = [other.example for other in drawn if other is not item][:shots]
             if len(chosen) < shots:
                 raise AquaError(f"{path} has {len(chosen)} examples for a question of {name}: ask for fewer (few_shot)")
