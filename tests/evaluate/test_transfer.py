@@ -124,7 +124,7 @@ def test_the_leading_dimensions_are_those_of_the_setting():
 
 def test_every_pair_is_tested_with_the_projections_of_its_calibration_part(calibrator, domains, llama, word_tokenizer):
     jobs = transfer_jobs(calibrator, domains, [HALF], **SIZES)
-    folder = calibrator.folder.parent
+    folder = calibrator.folder
     records = run_jobs(folder, jobs, FACTS)
     pairs = [(record.result["calibrated"], record.result["tested"]) for record in records]
     assert pairs == [("low", "low"), ("high", "low"), ("low", "high"), ("high", "high")]
@@ -158,7 +158,7 @@ def test_every_pair_is_tested_with_the_projections_of_its_calibration_part(calib
 
 
 def test_projections_are_made_once_and_again_when_damaged(calibrator, domains, monkeypatch):
-    made, folder, notices = [], calibrator.folder.parent, []
+    made, folder, notices = [], calibrator.folder, []
 
     def counted(*args, **options):
         made.append(options["tokens"])
@@ -187,7 +187,7 @@ def test_projections_are_made_once_and_again_when_damaged(calibrator, domains, m
 def test_a_stopped_calibration_goes_on(calibrator, domains, monkeypatch):
     from aqua_attention.calibration.statistics import LayerStatistics
 
-    folder, calls, original = calibrator.folder.parent, [], LayerStatistics.of
+    folder, calls, original = calibrator.folder, [], LayerStatistics.of
 
     def interrupted(query, key):
         calls.append(0)
@@ -216,7 +216,7 @@ def other_weights(llama):
 
 
 def test_projections_of_other_weights_are_made_again(calibrator, domains, other_weights, recwarn):
-    folder, notices = calibrator.folder.parent, []
+    folder, notices = calibrator.folder, []
     run_jobs(folder, transfer_jobs(calibrator, domains, [HALF], **SIZES), facts_of(calibrator.model, ""))
     old = {path: path.read_bytes() for path in (folder / "projections").iterdir()}
     changed = Calibrator(folder, "tiny", other_weights, calibrator.tokenizer, notices.append)
@@ -237,7 +237,7 @@ def test_projections_of_other_weights_are_made_again(calibrator, domains, other_
 def test_a_stopped_calibration_of_other_weights_is_begun_anew(calibrator, domains, other_weights, monkeypatch):
     from aqua_attention.calibration.statistics import LayerStatistics
 
-    folder, calls, notices, original = calibrator.folder.parent, [], [], LayerStatistics.of
+    folder, calls, notices, original = calibrator.folder, [], [], LayerStatistics.of
 
     def interrupted(query, key):
         calls.append(0)
@@ -295,7 +295,7 @@ def contexts(calibrator, **changes):
 
 
 def test_lengths_are_calibrated_and_tested_crosswise(calibrator, llama, word_tokenizer):
-    records = run_jobs(calibrator.folder.parent, contexts(calibrator), FACTS)
+    records = run_jobs(calibrator.folder, contexts(calibrator), FACTS)
     lengths = [(record.result["calibrated_length"], record.result["tested_length"]) for record in records]
     assert lengths == [(32, 32), (64, 32), (32, 128), (64, 128)]
     learned = aqua.calibrate(llama[0], word_tokenizer, numbers(1, 0, 90), tokens=256, context=64, seed=0)
@@ -313,7 +313,7 @@ def test_lengths_are_calibrated_and_tested_crosswise(calibrator, llama, word_tok
 
 def test_more_calibration_tokens_than_there_are_is_one_refused_row(calibrator):
     jobs = contexts(calibrator, calibrated_lengths=[64], tested_lengths=[64], calibration_tokens=[32, 64, 512, 1024])
-    records = run_jobs(calibrator.folder.parent, jobs, FACTS)
+    records = run_jobs(calibrator.folder, jobs, FACTS)
     assert [record.error is not None for record in records] == [True, False, False, True]
     assert [records[place].result["calibration_tokens"] for place in (1, 2)] == [64, 512]
     assert "fewer than one window of 64" in records[0].error["message"]

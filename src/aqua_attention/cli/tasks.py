@@ -39,7 +39,7 @@ def tasks(
     """
     settings = settings_of(knobs)
     check_writable(state, show.json)
-    from aqua_attention.evaluate.record import dtype_of
+    from aqua_attention.evaluate.setting import dtype_of
     from aqua_attention.evaluate.tasks.formats import load_task
     from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks
     from aqua_attention.report.tables import tasks_table

@@ -16,7 +16,7 @@ from aqua_attention.attach.apply import Attachment
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import damaged
 from aqua_attention.model.capture import input_device
-from aqua_attention.model.limits import check_generates, check_tokens
+from aqua_attention.model.limits import check_generates, check_tokens, position_limit
 
 # Some models ship a generation config with penalties or beams, which would hide what attention does.
 GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0}
@@ -66,8 +66,7 @@ def continue_tokens(
 ) -> Continuation:
     """Greedy continuation of token ids [1, length], under `attachment` (not attached yet) or dense.
 
-    Raises:
-        AquaError: as `generate`; no token to write, prompt and answer longer than the model's positions, NaN.
+    AquaError as `generate`; no token to write, prompt and answer longer than the model's positions, NaN.
     """
     if max_new_tokens < 1:
         raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
@@ -79,6 +78,15 @@ def continue_tokens(
         raise damaged("the model gives NaN")
     new = output.sequences[0, length:].tolist()
     return Continuation(text=str(tokenizer.decode(new, skip_special_tokens=True)), token_ids=new)
+
+
+def check_fits(model: PreTrainedModel, token_ids: Tensor, tokens: int, question: str, remedy: str) -> None:
+    """Raise AquaError for a question whose `tokens`, with its answer, are too many, and as `check_tokens`."""
+    limit = position_limit(model)
+    if limit is not None and tokens > limit:
+        what = f"{question} takes {tokens} tokens with its answer"
+        raise AquaError(f"{what}, the model knows {limit} positions: {remedy}")
+    check_tokens(model, token_ids, context=tokens)
 
 
 def generate(

@@ -38,15 +38,10 @@ class AquaLM(HFLM):
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Load the model as `hf` does, and attach AQUA to it for good.
+        """Load the model as `hf` does ("smollm2": the default model, fetched once), and attach AQUA to it for good.
 
-        Args:
-            pretrained: what `hf` takes; "smollm2" is the default model, fetched once.
-            projections: made by `aqua calibrate`. basis: see `Projections.with_basis`.
-            device: None takes cuda where there is one, else cpu.
-
-        Raises:
-            AquaError: as `apply`; no projections.
+        A `device` of None takes cuda where there is one, else cpu; `basis`: see `Projections.with_basis`. AquaError as
+        `apply`, and without projections.
         """
         config = AquaConfig(**{name: kwargs.pop(name) for name in knobs() if name in kwargs})
         if projections is None:
@@ -57,9 +52,8 @@ class AquaLM(HFLM):
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if pretrained == DEFAULT_MODEL:
-            pretrained, kwargs["tokenizer"] = load_model(
-                DEFAULT_MODEL, dtype=kwargs.pop("dtype", None) or "auto", device=device
-            )
+            dtype = kwargs.pop("dtype", None) or "auto"
+            pretrained, kwargs["tokenizer"] = load_model(DEFAULT_MODEL, dtype=dtype, device=device)
         super().__init__(pretrained, device=device, **kwargs)
         self.attachment = apply(self.model, learned.with_basis(basis), config)
         self.attachment.attach()

@@ -21,21 +21,18 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.suites import SUITES, Rows, Suite
-from aqua_attention.io.files import remove_leftovers, write_json
+from aqua_attention.io.files import json_digest, remove_leftovers, write_json
 from aqua_attention.version import __version__
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 SCHEMA = 1
 KEY_FIELDS = ("suite", "model", "config", "basis", "options", "projections_sha256", "text_sha256", "dtype", "seed")
 FACTS = ("command", "commit", "version", "versions", "device", "started", "seconds")
-_FIELDS = ("schema", "suite", "model", "config", "basis", "options", "result", "error")
+_FIELDS = ("suite", "model", "basis", "options", "result", "error")
 
 Key = dict[str, Any]
 
@@ -70,26 +67,14 @@ class Record:
     @classmethod
     def of(cls, value: dict[str, Any], source: str = "") -> Record:
         """The record that a file of a grid holds, not checked."""
-        return cls(
-            suite=value["suite"],
-            model=value["model"],
-            setting=value.get("config"),
-            basis=value.get("basis", "aqua"),
-            options=value["options"],
-            result=value.get("result"),
-            error=value.get("error"),
-            details={name: each for name, each in value.items() if name not in _FIELDS},
-            key=_without_own_projections({name: value.get(name) for name in KEY_FIELDS}),
-            source=source,
-        )
+        given = {name: value[name] for name in _FIELDS if name in value}
+        details = {name: value[name] for name in value if name not in (*_FIELDS, "schema", "config")}
+        key = _without_own_projections({name: value.get(name) for name in KEY_FIELDS})
+        return cls(**given, setting=value.get("config"), details=details, key=key, source=source)
 
     @classmethod
     def read(cls, value: dict[str, Any], source: str = "") -> Record:
-        """The same as the report takes it, also where it lacks what a page can do without.
-
-        Raises:
-            Unusable: another version of the format, or a field is missing or of the wrong kind.
-        """
+        """The same as the report takes it, also where it lacks what a page can do without; else Unusable."""
         check_schema(value)
         for name, words in (("suite", "a text"), ("model", "a text"), ("options", "an object")):
             _expect(words, f"its {name} is", value.get(name))
@@ -190,10 +175,9 @@ def _check_rows(kind: Rows, rows: Any) -> None:
             _expect("a text", f"{has} {kind.title}", row.get(kind.title))
             if "absent" in row:
                 continue
-        for key in kind.numbers:
-            _expect("a number", f"{has} {key}", row.get(key))
-        for key in kind.lists:
-            _expect("a list of numbers", f"{has} {key}", row.get(key))
+        for words, keys in (("a number", kind.numbers), ("a list of numbers", kind.lists)):
+            for key in keys:
+                _expect(words, f"{has} {key}", row.get(key))
 
 
 def _is_number(value: Any) -> bool:
@@ -221,13 +205,9 @@ def _expect(kind: str, what: str, value: Any) -> None:
 
 
 def record_key(suite: str, *, model: str, dtype: str, config: dict[str, Any] | None, **others: Any) -> Key:
-    """What identifies a measurement.
+    """What identifies a measurement: KEY_FIELDS, as `Record` has them; those not given are None.
 
-    Args:
-        model: as the user named it. dtype: of its weights, such as "float32".
-        config: the AquaConfig's fields, or None for the dense model.
-        others: the rest of KEY_FIELDS, where there is such; the projections' digest is left out of suites that
-            calibrate.
+    `dtype` is of the weights, such as "float32". The projections' digest is left out of suites that calibrate.
     """
     given = {"basis": "aqua"} | others | {"suite": suite, "model": model, "dtype": dtype, "config": config}
     assert given.keys() <= set(KEY_FIELDS)
@@ -236,18 +216,12 @@ def record_key(suite: str, *, model: str, dtype: str, config: dict[str, Any] | N
 
 
 def _without_own_projections(key: Key) -> Key:
-    return key | {"projections_sha256": None} if _suite(key["suite"]).calibrates else key
-
-
-def _suite(name: Any) -> Suite:
-    """What is known of a suite; nothing is required of one that is not known."""
-    return SUITES.get(str(name)) or Suite()
+    return key | {"projections_sha256": None} if SUITES.get(str(key["suite"]), Suite()).calibrates else key
 
 
 def record_path(folder: Path, key: Key) -> Path:
     """Where the record of `key` is kept."""
-    digest = hashlib.sha256(json.dumps({"schema": SCHEMA} | key, sort_keys=True).encode()).hexdigest()
-    return folder / "records" / f"{key['suite']}-{digest[:12]}.json"
+    return folder / "records" / f"{key['suite']}-{json_digest({'schema': SCHEMA} | key)[:12]}.json"
 
 
 def read_record(path: Path) -> Record:
@@ -277,7 +251,8 @@ def _lacking(value: dict[str, Any]) -> str | None:
     weights = value.get("key_weights")
     if not (weights is None or (isinstance(weights, list) and all(map(_are_numbers, weights)))):
         return "its key_weights are no numbers"
-    needed = _suite(value["suite"]).figures if "result" in value else ()
+    # Nothing is required of a suite that is not known.
+    needed = SUITES.get(str(value["suite"]), Suite()).figures if "result" in value else ()
     if lacking := [name for name in needed if type(outcomes[0].get(name)) not in (int, float)]:
         return f"no figure {', '.join(lacking)}"
     return "its error says no reason" if "error" in value and not {"kind", "message"} <= outcomes[0].keys() else None
@@ -326,11 +301,6 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def dtype_of(model: PreTrainedModel) -> str:
-    """Such as "float32"."""
-    return str(model.dtype).removeprefix("torch.")
 
 
 def commit() -> str | None:

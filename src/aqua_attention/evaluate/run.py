@@ -50,14 +50,12 @@ def run_jobs(
 
     A measurement that runs out of memory or is refused is recorded with the reason, and the others go on; when run
     again, such a one is tried again. A damaged record is measured again, and so is one of other weights of the model.
+    AquaError where `folder` cannot be written into.
 
     Args:
         facts: see `facts_of`.
         progress: of the measurements that are not there yet; the first number grows in fractions.
         notice: told about records found, damaged ones, and those of other weights.
-
-    Raises:
-        AquaError: `folder` cannot be written into.
     """
     notice = notice or (lambda message: None)
     records: dict[int, Record] = {}

@@ -18,7 +18,7 @@ from aqua_attention.calibration.projections import Projections, check_basis
 from aqua_attention.config import AUTO, AquaConfig, knobs
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.record import dtype_of, record_key
+from aqua_attention.evaluate.record import record_key
 from aqua_attention.evaluate.run import Job, Progress
 from aqua_attention.machine import resolved
 from aqua_attention.model.capture import attention_layers
@@ -94,6 +94,11 @@ class Subject:
         return jobs
 
 
+def dtype_of(model: PreTrainedModel) -> str:
+    """Such as "float32"."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 class Run:
     """A setting with its attachment, not attached yet, and how many dimensions it multiplies.
 
@@ -132,10 +137,9 @@ class Run:
 def runs_of(subject: Subject, settings: Sequence[Setting], side: str = TEXT) -> list[Run]:
     """A run for each setting, under which `side` is read; AquaError as `apply` and `check_covered`."""
     by_basis = {basis: subject.projections.with_basis(basis) for basis in {setting.basis for setting in settings}}
-    runs = []
-    for setting in settings:
-        runs.append(Run(subject.model, by_basis[setting.basis], setting))
-        check_covered(subject.model, runs[-1].attachment.sides, (side,))
+    runs = [Run(subject.model, by_basis[setting.basis], setting) for setting in settings]
+    for run in runs:
+        check_covered(subject.model, run.attachment.sides, (side,))
     return runs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import hashlib
 import json
 import os
 import tempfile
@@ -16,11 +17,7 @@ from aqua_attention.errors import AquaError
 
 
 def write_atomically(path: Path | str, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename; on any failure nothing of it remains.
-
-    Raises:
-        AquaError: the folder is missing or the disk refuses (full, read-only, no permission).
-    """
+    """Write to a temporary name beside `path`, then rename; on a failure, an AquaError, nothing of it remains."""
     # A link is written through, not replaced.
     path = Path(path).resolve()
     if not path.parent.is_dir():
@@ -61,6 +58,11 @@ def remove_leftovers(path: Path | str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity are an error, JSON has none."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value, in hexadecimal; the order of its names does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def unpacked(path: Path) -> Path:

@@ -27,22 +27,13 @@ class RunState:
     instead = "delete the file to begin anew"
 
     def __init__(self, path: Path | str | None, run: Run, *, seconds: float = 10.0) -> None:
-        """Nothing is read or written yet.
-
-        Args:
-            path: None keeps nothing.
-            seconds: how old the file may get.
-        """
+        """Nothing is read or written yet. A `path` of None keeps nothing; `seconds`: how old the file may get."""
         self.path, self.seconds = None if path is None else Path(path), seconds
         self.run: Run = json.loads(json.dumps(run))  # as it will be read: lists, no tuples
         self._saved = time.monotonic()
 
     def found(self) -> Any:
-        """What the file holds, None when there is none.
-
-        Raises:
-            AquaError: the file is damaged, or of another run; the message says in what they differ.
-        """
+        """What the file holds, None when there is none; AquaError where it is damaged, or of another run."""
         if self.path is None or not self.path.exists():
             return None
         run, content = self._read(self.path)
@@ -93,6 +84,4 @@ def same_digest(first: Digest | None, second: Digest | None) -> bool:
     """
     if not first or not second:
         return True
-    if [len(numbers) for numbers in first] != [len(numbers) for numbers in second]:
-        return False
-    return weight_difference(first, second) < 1e-5
+    return list(map(len, first)) == list(map(len, second)) and weight_difference(first, second) < 1e-5

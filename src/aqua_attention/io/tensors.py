@@ -20,11 +20,7 @@ FORMAT_VERSION = 1
 
 
 def write_tensors(path: Path | str, kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write a file of a `kind`, such as "aqua_attention", with a digest of all that is in it.
-
-    Raises:
-        AquaError: it cannot be written.
-    """
+    """Write a file of a `kind`, such as "aqua_attention", with a digest of all in it; AquaError where it cannot be."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {"format_version": FORMAT_VERSION} | header
     header["sha256"] = _digest(header, tensors)
@@ -40,14 +36,7 @@ class Stored:
     """
 
     def __init__(self, path: Path, kind: str, *, what: str, remedy: str) -> None:
-        """Open a file.
-
-        Args:
-            what: names the content in messages, such as "AQUA projections".
-
-        Raises:
-            AquaError: no complete file of this kind and version.
-        """
+        """Open a file of `what`, such as "AQUA projections"; AquaError where it is none of this kind and version."""
         self.path, self.remedy = path, remedy
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -63,9 +52,8 @@ class Stored:
         except (ValueError, KeyError, TypeError) as error:
             raise self.error(f"its metadata is damaged ({error!r})") from error
         if version != FORMAT_VERSION:
-            raise self.error(
-                f"format version {version!r}, this library reads {FORMAT_VERSION}", "upgrade aqua-attention or "
-            )
+            problem = f"format version {version!r}, this library reads {FORMAT_VERSION}"
+            raise self.error(problem, "upgrade aqua-attention or ")
         if "sha256" not in self.header:
             raise self.error("its metadata is incomplete (KeyError('sha256'))")
         self._claimed = self.header.pop("sha256")
@@ -76,11 +64,7 @@ class Stored:
         return AquaError(f"{self.path}: {problem}: {first}{self.remedy}")
 
     def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Take one tensor out, checked.
-
-        Raises:
-            AquaError: it is missing, of another dtype or shape, or holds NaN or infinity.
-        """
+        """Take a tensor out; AquaError where it is missing, of another dtype or shape, or holds NaN or infinity."""
         tensor = self._tensors.pop(name, None)
         if tensor is None:
             raise self.error(f"tensor {name} is missing")

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from aqua_attention.errors import AquaError
@@ -59,18 +59,14 @@ QUICK = Sizes(
 def grid_jobs(subject: Subject, suites: Sequence[str], settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
     """The jobs of all suites, one suite after the other, its dense reference first.
 
-    Raises:
-        AquaError: as `check_suites` and `resolved_settings`; a text too short, projections that are not for this model.
+    AquaError as `check_suites` and `resolved_settings`; a text too short, projections that are not for this model.
     """
     check_suites(suites, settings)
     settings = resolved_settings(subject.model, settings)
     # Otherwise every setting would be refused, one after the other.
     subject.projections.check_model(subject.model, attention_layers(subject.model))
-    jobs: list[Job] = []
-    for suite in dict.fromkeys(suites):
-        module, _, function = SUITES[suite].jobs.partition(":")
-        jobs += getattr(import_module(module), function)(subject, settings, sizes)
-    return jobs
+    makers = (resolve_name(SUITES[suite].jobs) for suite in dict.fromkeys(suites))
+    return [job for maker in makers for job in maker(subject, settings, sizes)]
 
 
 def check_suites(suites: Sequence[str], settings: Sequence[Setting]) -> None:

@@ -26,16 +26,9 @@ RETENTION_IMAGES = 8
 
 
 def evaluate_images(
-    subject: Subject,
-    settings: Sequence[Setting],
-    inputs: Sequence[Inputs],
-    *,
-    progress: Progress | None = None,
+    subject: Subject, settings: Sequence[Setting], inputs: Sequence[Inputs], *, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Embed every image dense, then under every setting.
-
-    Args:
-        inputs: what the model is called with for each image, see `images.read_images`.
+    """Embed every image (`inputs`: see `images.read_images`) dense, then under every setting.
 
     Returns:
         `{"images": count, "dense": {...}, "rows": [...], "retention": [...]}`. `dense`, as a yardstick: `others` and
@@ -105,19 +98,15 @@ def _embedding(model: PreTrainedModel, batch: Inputs, count: int) -> Tensor:
     named = (getattr(output, key, None) for key in ("image_embeds", "pooler_output"))
     found = next((each for each in named if each is not None), None)
     # Some models, as LLaVA, give a list with a tensor for each image.
-    parts = list(found if isinstance(found, (list, tuple)) else first_tensor(output if found is None else found))
+    states = found if isinstance(found, (list, tuple)) else first_tensor(output if found is None else found)
+    parts = [part.reshape(-1, part.shape[-1]) for part in states]  # [tokens, width]
     if count == 1:
-        parts = [torch.cat([_tokens(part) for part in parts])]
+        parts = [torch.cat(parts)]
     elif len(parts) != count:
         # The tokens of all images in one row: which are whose is not known.
         rows = ({name: value[row : row + 1] for name, value in batch.items()} for row in range(count))
         return torch.cat([_embedding(model, each, 1) for each in rows])
-    return torch.stack([_tokens(part).mean(0) for part in parts])
-
-
-def _tokens(states: Tensor) -> Tensor:
-    """[tokens, width]"""
-    return states.reshape(-1, states.shape[-1])
+    return torch.stack([part.mean(0) for part in parts])
 
 
 def _neighbours(embeddings: Tensor) -> Tensor:

@@ -56,8 +56,7 @@ def lines_questions(lines: int, *, count: int, seed: int = 0) -> list[Question]:
 def read_lines_questions(path: Path, *, count: int | None = None) -> list[Question]:
     """The first `count` (None: all) of LongEval's line questions in a .jsonl or .jsonl.gz file.
 
-    Raises:
-        AquaError: no such file, damaged, or a line lacks `prompt`, `random_idx` or `expected_number`.
+    AquaError where there is no such file, it is damaged, or a line lacks `prompt`, `random_idx` or `expected_number`.
     """
     if count is not None and count < 1:
         raise AquaError(f"count is {count}: it must be at least 1")

@@ -30,10 +30,8 @@ def needle_questions(subject: Subject, sizes: Sizes) -> list[Question]:
     """One question for each length, depth and repeat, about a haystack cut from the subject's text in whole sentences.
 
     The prompt takes 90 to 100 per cent of the tokens of its length. With more needles, the first is at the depth and
-    the others at equal distances behind it, up to the end; all of them are asked for, in their order.
-
-    Raises:
-        AquaError: a value is out of range, or the text is shorter than the longest haystack.
+    the others at equal distances behind it, up to the end; all of them are asked for, in their order. AquaError for a
+    value out of range, and a text shorter than the longest haystack.
     """
     tokenizer, text, needles, repeats = subject.tokenizer, subject.text, sizes.needles, sizes.repeats
     if not 1 <= needles <= len(CITIES):
@@ -54,7 +52,8 @@ def needle_questions(subject: Subject, sizes: Sizes) -> list[Question]:
         labels = {"length": length, "depth": depth}
         bare = _question("", cities, numbers, labels)
         overhead = encode_prompt(tokenizer, bare.prompt, chat=subject.chat, answer_start=bare.answer_start).shape[1]
-        overhead += len(tokenizer(" ".join(_needles(cities, numbers)), add_special_tokens=False)["input_ids"]) + needles
+        hidden = [f"The secret number of {city} is {number}." for city, number in zip(cities, numbers, strict=True)]
+        overhead += len(tokenizer(" ".join(hidden), add_special_tokens=False)["input_ids"]) + needles
         if (room := length - overhead) < 1:
             raise AquaError(
                 f"length is {length}: question and needles alone take {overhead} tokens, give a larger length"
@@ -62,7 +61,7 @@ def needle_questions(subject: Subject, sizes: Sizes) -> list[Question]:
         start, stop = _span(ends, room, rng)
         positions = [depth + (1 - depth) * index / needles for index in range(needles)]
         places = [_boundary(ends[start : stop + 1], position) for position in positions]
-        hay = _hide(sentences[start:stop], _needles(cities, numbers), places)
+        hay = _hide(sentences[start:stop], hidden, places)
         questions.append(_question(hay, cities, numbers, labels))
     return questions
 
@@ -72,10 +71,6 @@ def needle_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> 
     options = {name: getattr(sizes, name) for name in ("lengths", "depths", "needles", "repeats")}
     given = needle_questions(subject, sizes), options | {"data": subject.data}
     return retrieval_jobs("needle", subject, settings, *given, text_digest(subject.text))
-
-
-def _needles(cities: Sequence[str], numbers: Sequence[str]) -> list[str]:
-    return [f"The secret number of {city} is {number}." for city, number in zip(cities, numbers, strict=True)]
 
 
 def _numbers(rng: random.Random, count: int, text: str) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,16 +59,16 @@ class _Sums:
         return math.exp(min(mean, 700.0))
 
 
+@dataclass
 class DenseLogits:
     """The dense model's logits, kept in ordinary memory for several calls over the same windows of the same model.
 
     Those beyond `most_bytes` are computed again in each call; asked for another model or windows, it forgets.
     """
 
-    def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
-        self.most_bytes = most_bytes
-        self._owner: tuple[PreTrainedModel, Tensor] | None = None
-        self._kept: dict[int, Tensor] = {}
+    most_bytes: int = KEPT_BYTES
+    _owner: tuple[PreTrainedModel, Tensor] | None = field(default=None, init=False)
+    _kept: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def of(self, model: PreTrainedModel, windows: Tensor, index: int) -> Tensor:
         """Next-token logits of one window, [context - 1, vocabulary]."""

@@ -27,6 +27,7 @@ from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
 K_RATIOS = (0.9, 0.75, 0.5, 0.25)
+LOSSES = ("score_loss", "softmax_loss")
 
 
 def evaluate_retention(
@@ -91,8 +92,7 @@ def evaluate_retention(
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
             score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
             softmax_loss = (_softmax(scores, visible) - dense_softmax).abs().sum(-1).mean((0, -1)) / 2
-            both = torch.stack((score_loss.double().cpu(), softmax_loss.double().cpu()))
-            by_layer.setdefault(layer.index, []).append(both)
+            by_layer.setdefault(layer.index, []).append(torch.stack((score_loss, softmax_loss)).double().cpu())
 
     observe_windows(model, found, windows, measure, progress)
     return {"rows": [_row(*each) for each in zip(configs, losses, strict=True)]}
@@ -121,18 +121,15 @@ def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) 
 
 
 def retention_rows(
-    subject: Subject,
-    settings: Sequence[Setting],
-    windows: Tensor | Sequence[Inputs],
-    progress: Progress | None = None,
+    subject: Subject, settings: Sequence[Setting], windows: Tensor | Sequence[Inputs], progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """The rows of `evaluate_retention` for the k_ratios and selections of each basis, with `basis` in each."""
     rows = []
     for basis in dict.fromkeys(setting.basis for setting in settings):
         configs = [setting.config for setting in settings if setting.basis == basis]
+        names = ("k_ratio", "selection")
         chosen: dict[str, Any] = {
-            "k_ratios": list(dict.fromkeys(config.k_ratio for config in configs)),
-            "selections": list(dict.fromkeys(config.selection for config in configs)),
+            f"{name}s": list(dict.fromkeys(getattr(config, name) for config in configs)) for name in names
         }
         turned = replace(subject, projections=subject.projections.with_basis(basis))
         found = evaluate_retention(turned, windows, **chosen, progress=progress)
@@ -157,16 +154,11 @@ def _softmax(scores: Tensor, visible: Tensor) -> Tensor:
 
 def _row(config: AquaConfig, losses: dict[int, list[Tensor]]) -> dict[str, Any]:
     layers = {index: (sum(calls[1:], calls[0]) / len(calls)).tolist() for index, calls in sorted(losses.items())}
-    score_loss, softmax_loss = ([value for both in layers.values() for value in both[place]] for place in (0, 1))
-    if not all(map(math.isfinite, (*score_loss, *softmax_loss))):
-        raise damaged("the model gives NaN or infinite scores")
-    return {
-        "selection": config.selection,
-        "k_ratio": config.k_ratio,
-        "score_loss": sum(score_loss) / len(score_loss),
-        "softmax_loss": sum(softmax_loss) / len(softmax_loss),
-        "per_layer": [
-            {"layer": index, "score_loss": scores, "softmax_loss": softmax}
-            for index, (scores, softmax) in layers.items()
-        ],
-    }
+    row: dict[str, Any] = {"selection": config.selection, "k_ratio": config.k_ratio}
+    for place, name in enumerate(LOSSES):
+        values = [value for both in layers.values() for value in both[place]]
+        row[name] = sum(values) / len(values)
+        if not math.isfinite(row[name]):
+            raise damaged("the model gives NaN or infinite scores")
+    per_layer = [{"layer": index} | dict(zip(LOSSES, both, strict=True)) for index, both in layers.items()]
+    return row | {"per_layer": per_layer}

@@ -12,10 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.generation import Continuation, continue_tokens, encode_prompt
+from aqua_attention.evaluate.generation import Continuation, check_fits, continue_tokens, encode_prompt
 from aqua_attention.evaluate.run import Job, Progress, counting
 from aqua_attention.evaluate.setting import Setting, Subject, runs_of
-from aqua_attention.model.limits import check_tokens, position_limit
 
 SPARE_TOKENS = 4
 """Tokens that an answer may have beyond those of the expected numbers, such as a space and a full stop."""
@@ -139,20 +138,13 @@ def _encoded(subject: Subject, questions: Sequence[Question]) -> list[tuple[Tens
     """Token ids [1, length] of each question, and how many tokens its answer may have."""
     if not questions:
         raise AquaError("there are no questions to ask: give at least one")
-    model, tokenizer, encoded = subject.model, subject.tokenizer, []
-    limit = position_limit(model)
+    tokenizer, encoded = subject.tokenizer, []
     for question in questions:
         prompt = encode_prompt(tokenizer, question.prompt, chat=subject.chat, answer_start=question.answer_start)
         numbers: list[int] = tokenizer(", ".join(question.expected), add_special_tokens=False)["input_ids"]
         budget = len(numbers) + SPARE_TOKENS + WORDS_BETWEEN * (len(question.expected) - 1)
-        needed = prompt.shape[1] + budget
-        if limit is not None and needed > limit:
-            where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
-            raise AquaError(
-                f"a question ({where}) takes {needed} tokens with its answer, the model knows {limit} positions: ask "
-                "shorter ones"
-            )
-        check_tokens(model, prompt, context=needed)
+        where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
+        check_fits(subject.model, prompt, prompt.shape[1] + budget, f"a question ({where})", "ask shorter ones")
         encoded.append((prompt, budget))
     return encoded
 

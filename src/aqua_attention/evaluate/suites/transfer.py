@@ -6,12 +6,10 @@ Transfer: of one kind of text on others. Context: of windows of one length at ot
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,11 @@ from aqua_attention.calibration.run import calibrate
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.record import dtype_of, file_digest, make_folder, record_key
+from aqua_attention.evaluate.record import file_digest, make_folder, record_key
 from aqua_attention.evaluate.run import Job, Progress, check_sizes
-from aqua_attention.evaluate.setting import Setting, Subject, first_windows, resolved_settings
+from aqua_attention.evaluate.setting import Setting, Subject, dtype_of, first_windows, resolved_settings
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, perplexity_figures
-from aqua_attention.io.files import remove_leftovers
+from aqua_attention.io.files import json_digest, remove_leftovers
 from aqua_attention.io.state import same_digest
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.fingerprint import key_weight_digest
@@ -64,10 +62,8 @@ def check_domains(domains: Sequence[Domain]) -> None:
     names = [domain.name for domain in domains]
     if len(set(names)) < max(2, len(names)):
         raise AquaError(f"domains are {', '.join(names) or 'none'}: give at least two, each with a name of its own")
-    seen: dict[tuple[str, str], Domain] = {}
-    for domain in domains:
-        first = seen.setdefault((domain.calibration, domain.test), domain)
-        if first is not domain:
+    for first, domain in combinations(domains, 2):
+        if (first.calibration, first.test) == (domain.calibration, domain.test):
             raise AquaError(
                 f"domains {first.name} ({first.data}) and {domain.name} ({domain.data}) are the same text: give each "
                 "a text of its own"
@@ -90,21 +86,19 @@ class Calibration:
         return {"tokens": self.tokens, "context": self.context, "seed": self.seed}
 
 
+@dataclass
 class Calibrator:
-    """Calibrates one model, and keeps the results in `FOLDER/projections` and in memory; a stopped one goes on."""
+    """Calibrates one model, and keeps the results in `FOLDER/projections` and in memory; a stopped one goes on.
 
-    def __init__(
-        self,
-        folder: Path,
-        name: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        notice: Callable[[str], None] | None = None,
-    ) -> None:
-        """`notice` is told about a damaged file, or one of other weights, which is made again."""
-        self.folder, self.name, self.model, self.tokenizer = folder / "projections", name, model, tokenizer
-        self._notice = notice or (lambda message: None)
-        self._kept: dict[Calibration, Subject] = {}
+    `notice` is told about a damaged file, or one of other weights, which is made again.
+    """
+
+    folder: Path
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    notice: Callable[[str], None] = lambda message: None
+    _kept: dict[Calibration, Subject] = field(default_factory=dict, init=False)
 
     @cached_property
     def _weights(self) -> list[list[float]] | None:
@@ -122,10 +116,9 @@ class Calibrator:
 
     def _path(self, calibration: Calibration) -> Path:
         run = asdict(calibration) | {"model": self.name, "dtype": dtype_of(self.model)}
-        digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
         # Names are the user's: a file takes of them what every system can store.
         plain = "".join(sign if sign.isascii() and sign.isalnum() else "-" for sign in calibration.name)[:40]
-        return self.folder / f"{plain}-{digest[:12]}.safetensors"
+        return self.folder / "projections" / f"{plain}-{json_digest(run)[:12]}.safetensors"
 
     def _load(self, path: Path) -> Projections | None:
         if not path.exists():
@@ -137,7 +130,7 @@ class Calibrator:
                 return found
         except AquaError as error:
             problem = str(error)
-        self._notice(f"{problem}; it is made again now")
+        self.notice(f"{problem}; it is made again now")
         return None
 
     def _calibrate(self, calibration: Calibration, text: str, path: Path, progress: Progress | None) -> Projections:
@@ -147,7 +140,7 @@ class Calibrator:
         make_folder(path.parent)
         partial = path.with_name(f"{path.name}.partial")
         if partial.exists() and not same_digest(calibrated_weights(partial), self._weights):
-            self._notice(f"{partial} is of other weights of {self.name}; it is begun anew now")
+            self.notice(f"{partial} is of other weights of {self.name}; it is begun anew now")
             discard(partial)
         kept: dict[str, Any] = {"name": self.name, "checkpoint": partial, "resume": True}
         projections = calibrate(self.model, self.tokenizer, text, **calibration.sizes, **kept, progress=progress)
@@ -233,12 +226,10 @@ def transfer_jobs(
 
     Its result is that of `perplexity_figures`, with `calibrated` and `tested` (names), `distance` (see
     `subspace_distance`) between the projections of the two domains, and `distance_dims`, of which subspaces.
+    AquaError as `check_domains`, `check_sizes`, `check_enough` and `resolved_settings`.
 
     Args:
         calibration_tokens: that each projection sees. tokens: that each is tested on. context: in a window of both.
-
-    Raises:
-        AquaError: as `check_domains`, `check_sizes`, `check_enough` and `resolved_settings`.
     """
     check_domains(domains)
     check_sizes(calibration_tokens=calibration_tokens, tokens=tokens, context=context)
@@ -277,15 +268,13 @@ def context_jobs(
     """A job for every length tested, length calibrated, number of calibration tokens, and setting.
 
     Its result is that of `perplexity_figures`, with `calibrated_length`, `tested_length` and `calibration_tokens`
-    (those really read).
+    (those really read). AquaError as `check_sizes` and `resolved_settings`; a window longer than the test text or the
+    positions.
 
     Args:
         calibration, test: names and texts, different ones.
         calibrated_lengths, tested_lengths: tokens in a window.
         calibration_tokens: each a calibration of its own for each length. tokens: tested, the same for all lengths.
-
-    Raises:
-        AquaError: as `check_sizes` and `resolved_settings`; a window longer than the test text or the positions.
     """
     lengths = {"calibrated_length": calibrated_lengths, "tested_length": tested_lengths}
     check_sizes(**lengths, calibration_tokens=calibration_tokens, tokens=tokens)
@@ -324,11 +313,8 @@ def subspace_distance(first: Projections, second: Projections, dims: dict[int, i
     distances = []
     for index, layer in first.layers.items():
         k, dim = dims[index], layer.rotation.shape[-1]
-        if k == dim:
-            distances.append(torch.zeros(len(layer.rotation), dtype=torch.float64))
-            continue
         ours, theirs = layer.rotation[..., :k].double(), second.layers[index].rotation[..., k:].double()
         # What of ours lies in their other dimensions, k - |U^T V|_F^2, without the difference of two large numbers.
         beyond = (theirs.transpose(-1, -2) @ ours).square().sum((-1, -2))
-        distances.append((beyond / min(k, dim - k)).sqrt())
+        distances.append((beyond / max(1, min(k, dim - k))).sqrt())
     return float(torch.cat(distances).mean())

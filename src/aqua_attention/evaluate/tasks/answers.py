@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
@@ -19,13 +18,12 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 
 from aqua_attention.attach.apply import Attachment
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.generation import generate
+from aqua_attention.evaluate.generation import check_fits, generate
 from aqua_attention.evaluate.run import damaged
 from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, Task, WrittenItem
-from aqua_attention.io.files import write_atomically
+from aqua_attention.io.files import json_digest, write_atomically
 from aqua_attention.io.state import RunState
 from aqua_attention.model.capture import input_device
-from aqua_attention.model.limits import check_tokens, position_limit
 
 NEW_TOKENS = 256
 """Tokens that a written answer may have."""
@@ -56,10 +54,8 @@ def answer_items(
 
     An answer given is scored by the summed log-likelihood of its tokens (float32), in one forward pass without a cache.
     Where only a cache shows what is lost (`bits`, `h2o_ratio`), the context fills one first, as it does when a model
-    writes. Other answers are written greedily, up to one of STOPS or NEW_TOKENS tokens.
-
-    Raises:
-        AquaError: NaN or infinite logits.
+    writes. Other answers are written greedily, up to one of STOPS or NEW_TOKENS tokens. AquaError for
+    NaN or infinite logits.
     """
     choices = [item for item in items if isinstance(item, ChoiceItem)]
     written = [item for item in items if isinstance(item, WrittenItem)]
@@ -75,8 +71,7 @@ def answer_items(
 def check_items(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
     """Tokens that the model reads of each item of a task: of its longest answer with the context, or of the prompt.
 
-    Raises:
-        AquaError: a question that is too long, tokens that the model does not know, an answer without any.
+    AquaError for a question that is too long, tokens that the model does not know, an answer without any.
     """
     remedy = "ask with fewer examples (few_shot)" if task.few_shot else "drop it, or ask a model that knows more"
     lengths = []
@@ -106,12 +101,8 @@ def _checked_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     else:
         pairs = zip(item.contexts, item.continuations, strict=True)
         read, more = [_encoded(tokenizer, *pair).ids for pair in pairs], 0
-    longest, limit = max(map(len, read)), position_limit(model)
-    if limit is not None and longest + more > limit:
-        raise AquaError(
-            f"the question takes {longest + more} tokens with its answer, the model knows {limit} positions: {remedy}"
-        )
-    check_tokens(model, torch.tensor([token for ids in read for token in ids]), context=longest + more)
+    longest = max(map(len, read))
+    check_fits(model, torch.tensor([token for ids in read for token in ids]), longest + more, "the question", remedy)
     return longest
 
 
@@ -188,8 +179,7 @@ def _written(
     width = max(map(len, prompts))
     stops = [_Stops(tokenizer, width)]
     output = generate(model, tokenizer, prompts, attachment, max_new_tokens=NEW_TOKENS, stopping_criteria=stops)
-    texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-    return [_cut(text) for text in texts]
+    return [_cut(text) for text in tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)]
 
 
 def _cut(text: str) -> str:
@@ -237,7 +227,7 @@ class Answers(RunState):
 
     def _write(self, path: Path, content: tuple[()]) -> None:
         whole = {KIND: FORMAT_VERSION, "run": self.run, "answers": self.of_task}
-        whole["sha256"] = _digest(whole)
+        whole["sha256"] = json_digest(whole)
         write_atomically(path, (json.dumps(whole, allow_nan=False) + "\n").encode())
 
     def _read(self, path: Path) -> tuple[dict[str, Any], tuple[dict[str, list[list[Answer]]], dict[str, Any]]]:
@@ -250,7 +240,7 @@ class Answers(RunState):
             ) from error
         if version != FORMAT_VERSION:
             raise AquaError(f"{path} has format version {version!r}, this library reads {FORMAT_VERSION}: delete it")
-        if claimed != _digest(content):
+        if claimed != json_digest(content):
             raise AquaError(f"{path} was changed after it was written: delete it, or give another --state")
         return run, (answers, run["tasks"])
 
@@ -259,7 +249,3 @@ class Answers(RunState):
         names = [name for name in super()._differences(run) if name != "tasks"]
         asked = sorted(ours.keys() & theirs.keys())
         return names + [f"the questions of {task}" for task in asked if ours[task] != theirs[task]]
-
-
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

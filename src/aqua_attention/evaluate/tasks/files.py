@@ -62,8 +62,7 @@ def question_files(path: Path | str, splits: Sequence[str], *, by_subject: bool 
 def read_rows(files: Sequence[Path], columns: Sequence[str] | None = None) -> list[Row]:
     """Read files of questions; `columns` are those of a .csv whose first line is a question already.
 
-    Raises:
-        AquaError: they are damaged, or all of them empty; the message names file, line and remedy.
+    AquaError where they are damaged, or all of them empty; the message names file, line and remedy.
     """
     rows = [row for file in files for row in _read(file, columns)]
     if not rows:

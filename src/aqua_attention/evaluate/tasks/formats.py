@@ -95,8 +95,8 @@ class Format:
         questions, examples: splits that hold them, the best first.
         few_shot: examples before a question, unless told otherwise.
         columns: of .csv files without a line of names.
-        draws_examples: at random for each question; otherwise they are the first ones of its group.
-        by_subject: a split may have several files, one a subject.
+        by_subject: a split may have several files, one a subject, whose first questions are the examples; otherwise
+            those are drawn at random for each question.
     """
 
     parse: Callable[[Row], Item]
@@ -105,7 +105,6 @@ class Format:
     examples: tuple[str, ...] = ("train",)
     few_shot: int = 0
     columns: tuple[str, ...] | None = None
-    draws_examples: bool = True
     by_subject: bool = False
 
 
@@ -160,7 +159,8 @@ def _truthfulqa(row: Row) -> ChoiceItem:
     """All answers of MC1 (one is right) and MC2 (several are true), each once; no examples are put before them."""
     if "Best Answer" in row.fields:
         best = _sentence(_text(row, "Best Answer"))
-        true, false = (_answers(row, name) for name in ("Correct Answers", "Incorrect Answers"))
+        lists = (_text(row, f"{name} Answers").split(";") for name in ("Correct", "Incorrect"))
+        true, false = ([_sentence(answer) for answer in answers if answer.strip()] for answers in lists)
         question, single = _text(row, "Question"), {best: True} | dict.fromkeys(false, False)
         several = dict.fromkeys([best, *true], True) | dict.fromkeys(false, False)
     else:
@@ -209,12 +209,7 @@ FORMATS = {
     "arc_easy": Format(_arc, ("acc", "acc_norm"), TEST),
     "arc_challenge": Format(_arc, ("acc", "acc_norm"), TEST),
     "truthfulqa": Format(_truthfulqa, ("mc1", "mc2"), LABELLED),
-    "mmlu": Format(
-        *(_mmlu, ("acc",), TEST[:-1], ("dev",)),
-        columns=("question", *"ABCD", "answer"),
-        draws_examples=False,
-        by_subject=True,
-    ),
+    "mmlu": Format(*(_mmlu, ("acc",), TEST[:-1], ("dev",)), columns=("question", *"ABCD", "answer"), by_subject=True),
     "gsm8k": Format(_gsm8k, ("exact_match",), TEST, few_shot=5),
 }
 
@@ -262,7 +257,7 @@ def load_task(
             of_group = examples.get(item.group, [])
             # One more, because the question may be among them.
             most = min(shots + 1, len(of_group))
-            drawn = random.Random(f"{seed}/{place}").sample(of_group, most) if form.draws_examples else of_group[:most]
+            drawn = of_group[:most] if form.by_subject else random.Random(f"{seed}/{place}").sample(of_group, most)
             chosen = [other.example for other in drawn if other is not item][:shots]
             if len(chosen) < shots:
                 raise AquaError(f"{path} has {len(chosen)} examples for a question of {name}: ask for fewer (few_shot)")
@@ -288,10 +283,6 @@ def _choice(row: Row, context: str | list[str], texts: list[str], right: int) ->
 def _without_wikihow_marks(text: str) -> str:
     """HellaSwag's WikiHow part has marks in brackets, of which [title] stands for the end of a sentence."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def _answers(row: Row, name: str) -> list[str]:
-    return [_sentence(answer) for answer in _text(row, name).split(";") if answer.strip()]
 
 
 def _sentence(text: str) -> str:

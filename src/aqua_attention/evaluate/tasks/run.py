@@ -174,13 +174,11 @@ def _pairs(tokens: int) -> int:
 def _identity(subject: Subject, runs: Sequence[Run], tasks: Sequence[Task], batch: int) -> dict[str, Any]:
     """What answers depend on, for `Answers`."""
     model, layers = subject.model, attention_layers(subject.model)
-    rotations = hashlib.sha256()
-    for layer in subject.projections.layers.values():
-        rotations.update(layer.rotation.cpu().numpy().tobytes())
+    rotations = b"".join(layer.rotation.cpu().numpy().tobytes() for layer in subject.projections.layers.values())
     return {
         "model": {"shape": shape_of(model, layers), "dtype": str(model.dtype)},
         "key_weights": key_weight_digest(layers),
-        "projections": rotations.hexdigest(),
+        "projections": hashlib.sha256(rotations).hexdigest(),
         "settings": [run.setting.config.to_dict() | {"basis": run.setting.basis} for run in runs],
         "tasks": {task.name: task.digest() for task in tasks},
         "batch": batch,
