@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.data.pictures import SETS, VISION_EXTRA
-from aqua_attention.data.sources import first_line, hub_rows, local_path
+from aqua_attention.data.sources import files_below, first_line, hub_rows, local_files, usable_path
 from aqua_attention.errors import AquaError
 from aqua_attention.model.sides import IMAGES, padding, runner, sides
 
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-FORMS = f"{', '.join(f'builtin:{name}' for name in SETS)}, hub:dataset[:config[:split]], a folder, or an image"
+FORMS = (
+    f"{', '.join(f'builtin:{name}' for name in SETS)}, hub:dataset[:config[:split]], a folder, "
+    f"or an image ending in {', '.join(SUFFIXES)}"
+)
 MOST_NAMED = 5
 """Unreadable files that a message names."""
 Reader = Callable[["Image"], dict[str, Tensor]]
@@ -40,10 +43,10 @@ def is_images(spec: str) -> bool:
     if kind == "builtin":
         return rest in SETS
     try:
-        path = Path(spec).expanduser()
-        return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(_files(path)))
-    except (OSError, ValueError, RuntimeError):  # no usable path: reading it will say so
+        path = usable_path(spec)
+    except AquaError:  # reading it will say so
         return False
+    return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(files_below(path, SUFFIXES)))
 
 
 def read_images(
@@ -120,17 +123,8 @@ def _pictures(spec: str, most: int) -> Sequence[tuple[str, Image | Path]]:
     if kind == "hub":
         found = enumerate(islice(hub_rows(rest, partial(_row_picture, spec)), most))
         return [(f"{rest.partition(':')[0]}#{number}", picture) for number, picture in found]
-    path = local_path(spec, f"images are one of {FORMS}")
-    if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
-        raise AquaError(f"{spec!r} is no image: images are one of {FORMS}, ending in {', '.join(SUFFIXES)}")
-    files = _files(path) if path.is_dir() else [path]
-    if not files:
-        raise AquaError(f"the folder {spec!r} holds no image: none ends in {', '.join(SUFFIXES)}")
+    files = local_files(spec, SUFFIXES, f"images are one of {FORMS}", f"{spec!r} is no image", "image")
     return [(str(file), file) for file in _spread(files, most)]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def _spread(found: list[Any], most: int) -> list[Any]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from platformdirs import user_cache_dir
 
-from aqua_attention.data.sources import first_line
+from aqua_attention.data.sources import first_line, usable_path
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -266,16 +266,11 @@ def _source(name: str, gguf_file: str | None) -> tuple[str, str | None]:
     """What to hand to from_pretrained: a folder or hub id, and the GGUF file in it if any."""
     if not name.strip():
         raise AquaError(f"the model's name is empty: give {DEFAULT_MODEL}, a local folder, or a hub id")
-    try:
-        path = Path(name).expanduser()
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AquaError(f"model {name[:100]!r} is neither a path nor a hub id ({reason}): check it") from error
+    path = usable_path(name, "is neither a path nor a hub id", "check it")
     is_gguf = path.suffix.lower() == ".gguf"
-    if is_folder:
+    if path.is_dir():
         return str(path), gguf_file
-    if is_file:
+    if path.is_file():
         if is_gguf and gguf_file is None:
             return str(path.parent), path.name
         raise AquaError(f"model {name!r} is a file: give its folder, or a .gguf file alone")
