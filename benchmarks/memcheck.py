@@ -21,6 +21,7 @@ from aqua_attention.ops.backends.triton.decode import decode
 from aqua_attention.ops.backends.triton.decode_short import LARGEST_SHORT, decode_short
 from aqua_attention.ops.backends.triton.prepare import prepare
 from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
+from aqua_attention.ops.plan import LayerPlan
 
 SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64), (2, 2, 256, 256, 256)]
 """Query heads, key-value heads, head_dim, kept and value_dim."""
@@ -66,7 +67,7 @@ def main(only_int8: bool, part: int, parts: int) -> None:
                         random(3, n, width) for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
                     )
                     scaling = head_dim**-0.5
-                    turned, chosen = prepare(query, key, value, cache, rotation, rms, config, scaling=scaling)
+                    turned, chosen = prepare(query, key, value, cache, LayerPlan.of(rotation, rms, config), scaling)
                     wanted = {"mass": mass if step % 2 else None}
                     output = decode(turned, chosen, cache, sink=3, recent=20, scaling=scaling, appended=True, **wanted)
                     assert output.isfinite().all()
@@ -75,9 +76,10 @@ def main(only_int8: bool, part: int, parts: int) -> None:
             for share in () if only_int8 or part > 0 else ("head", "group"):
                 for window in ({"sink": 0, "recent": 0}, {"sink": 3, "recent": 20}):
                     config = aqua.AquaConfig(share=share, s_ratio=s_ratio, **window, **choice)
+                    plan = LayerPlan.of(rotation, rms, config)
                     query, key = random(2, heads, 131, head_dim), random(2, groups, 131, head_dim)
                     value = random(2, groups, 131, value_dim)
-                    output = attend(query, rotate(key, rotation), value, rotation, rms, config, impl="triton")
+                    output = attend(plan.call(query, rotate(key, rotation), value), plan, impl="triton").output
                     assert output.isfinite().all()
                     runs += 1
     torch.cuda.synchronize()
@@ -107,7 +109,7 @@ def main_short(part: int, parts: int) -> None:
                         torch.randn(3, n, width, device="cuda").bfloat16()
                         for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
                     ]
-                    output, rotated = decode_short(*new, cache, rotation, splits=splits)
+                    output, rotated = decode_short(*new, cache, rotation, splits=splits, scaling=head_dim**-0.5)
                     assert output.isfinite().all() and rotated.isfinite().all()
                     runs += 1
                 assert cache.lengths.tolist() == [512, 388, 8]

@@ -26,6 +26,7 @@ from aqua_attention.calibration.statistics import Statistics, merge
 from aqua_attention.io.files import write_json
 from aqua_attention.model.capture import attention_layers, innermost_decoder
 from aqua_attention.ops.api import attention
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 from aqua_attention.report.tables import markdown
 
@@ -91,7 +92,7 @@ def layer_prefill(shape: tuple[int, int, int], kind: str) -> dict[str, float]:
         sink, recent = WINDOWS[kind]
         config = aqua.AquaConfig(k_ratio=0.5, sink=sink, recent=recent)
         q, k = rotate(query, rotation), rotate(key, rotation)
-        selected = select_dimensions(q, config, dim, torch.ones(groups, dim))
+        selected = select_dimensions(q, LayerPlan.of(rotation, torch.ones(groups, dim), config))
         return attention(q, k, value, selected, sink=sink, recent=recent, impl=impl)
 
     if kind == "dense":

@@ -15,8 +15,10 @@ from triton.testing import do_bench
 
 import aqua_attention as aqua
 from aqua_attention.io.files import write_json
-from aqua_attention.ops.api import attend, choose, rotate
+from aqua_attention.ops.api import attend, rotate
+from aqua_attention.ops.backend import choose
 from aqua_attention.ops.backends.triton.rotate import rotate_and_narrow
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate as select_rotate
 from aqua_attention.ops.select import select_dimensions
@@ -28,33 +30,31 @@ TOLERANCE = 3.0
 """A result may be so many times as far from float64 as the reference in bfloat16 is."""
 
 
-def check(name, config, query, key, value, rotation, rms):
+def check(name, plan, query, key, value):
     """The first and last queries against float64, on the choices and the rounded states of the kernels."""
-    rotated, _ = rotate_and_narrow(query, rotation, rms, config)
-    turned_key = rotate(key, rotation)
+    rotated = rotate_and_narrow(query, plan, plan.scaling)[0]
+    turned_key = rotate(key, plan.rotation)
     for turned, states in ((rotated, query), (turned_key, key)):
-        exact = select_rotate(states, rotation)
+        exact = select_rotate(states, plan.rotation)
         if not float((turned.float() - exact.float()).norm() / exact.float().norm()) <= torch.finfo(turned.dtype).eps:
             raise SystemExit("wrong result: the kernel rotates otherwise than the reference")
-    output = attend(query, turned_key, value, rotation, rms, config, impl="triton")
+    output = attend(plan.call(query, turned_key, value), plan, impl="triton").output
     for part in (slice(CHECKED_QUERIES), slice(-CHECKED_QUERIES, None)):
         seen = slice(None if part.start else part.stop)
         states = rotated[:, :, part], turned_key[:, :, seen], value[:, :, seen]
-        check_part(name, config, output[:, :, part], states, rms)
+        check_part(name, plan, output[:, :, part], states)
 
 
-def check_part(name, config, found, states, rms):
+def check_part(name, plan, found, states):
     """Queries at the end of their keys against float64."""
-    selected = select_dimensions(states[0], config, DIM, rms)
+    selected = select_dimensions(states[0], plan)
     plain, exact = [], []
     for group in range(GROUPS):  # a few heads at a time, for the memory of float64
         heads, one = slice(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS), slice(group, group + 1)
         for results, dtype in ((plain, torch.bfloat16), (exact, torch.float64)):
             given = states[0][:, heads], states[1][:, one], states[2][:, one]
             given = [each.to(dtype) for each in given]
-            results.append(
-                attention_reference(*given, selected[:, heads], sink=config.sink, recent=config.recent).double()
-            )
+            results.append(attention_reference(*given, selected[:, heads], sink=plan.sink, recent=plan.recent).double())
     plain, exact = torch.cat(plain, 1), torch.cat(exact, 1)
     error, limit = float((found.double() - exact).norm()), TOLERANCE * float((plain - exact).norm())
     if not error <= limit:
@@ -76,8 +76,8 @@ def main() -> None:
         rotation = torch.linalg.qr(torch.randn(GROUPS, DIM, DIM)).Q.contiguous().cuda()
         rms = torch.rand(GROUPS, DIM, device="cuda") + 0.1
 
-        def ours(config: aqua.AquaConfig, query=query, key=key, value=value, rotation=rotation, rms=rms):
-            return attend(query, rotate(key, rotation), value, rotation, rms, config)
+        def ours(plan: LayerPlan, query=query, key=key, value=value):
+            return attend(plan.call(query, rotate(key, plan.rotation), value), plan)
 
         def dense(backend: SDPBackend, query=query, key=key, value=value):
             with sdpa_kernel(backend):
@@ -94,10 +94,11 @@ def main() -> None:
                         k_ratio=ratio, selection="weighted", share=share, sink=window[0], recent=window[1]
                     )
                     name = f"k_ratio {ratio}, {share}" + (", exact 4 + 64" if sum(window) else "")
-                    if choose(query, key, value, None, window=sum(window) > 0) != "triton":
+                    plan = LayerPlan.of(rotation, rms, config)
+                    if choose(plan.call(query, key, value), plan).name != "triton":
                         raise SystemExit("the kernels do not take this call")
-                    check(name, config, query, key, value, rotation, rms)
-                    runs[name] = lambda config=config: ours(config)
+                    check(name, plan, query, key, value)
+                    runs[name] = lambda plan=plan: ours(plan)
         times, peaks = {}, {}
         for name, run in runs.items():
             torch.cuda.reset_peak_memory_stats()
