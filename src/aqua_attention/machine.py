@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from platformdirs import user_cache_dir
 
 from aqua_attention.config import AUTO, AquaConfig
+from aqua_attention.data.sources import cache_folder
 from aqua_attention.errors import AquaError
 from aqua_attention.io.files import write_json
 
@@ -43,6 +43,12 @@ class Shape(NamedTuple):
         """Such as "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
+    def check_heads(self) -> None:
+        """Raise AquaError where query heads do not divide into groups."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if min(heads, kv_heads) < 1 or heads % kv_heads:
+            raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
+
     @property
     def facts(self) -> dict[str, Any]:
         """What results say of it."""
@@ -62,19 +68,17 @@ def device_name(device: torch.device) -> str:
     """The GPU's or the processor's own name."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def profile_path(shape: Shape) -> Path:
     """Where the profile is kept: `profiles` in the user's cache folder, or in `AQUA_CACHE_DIR`."""
-    folder = Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")) / "profiles"
     name = re.sub(r"[^a-z0-9]+", "-", device_name(shape.device).lower()).strip("-")
     size = f"{shape.num_attention_heads}q-{shape.num_key_value_heads}kv-{shape.head_dim}d-{shape.dtype_name}"
-    return folder / f"breakeven-{name}-{size}.json"
+    return cache_folder("profiles") / f"breakeven-{name}-{size}.json"
 
 
 def write_profile(
@@ -108,15 +112,14 @@ def resolved(config: AquaConfig, shapes: Iterable[Shape]) -> AquaConfig:
     if config.min_length != AUTO:
         return config
 
-    def chooses(shape: Shape) -> bool:
-        dim = shape.head_dim
-        return config.logit_error is not None or config.selected_dims(dim) < config.kept_dims(dim)
-
-    known = (_look_up(config, shape) for shape in set(shapes) if chooses(shape))
+    known = (_look_up(config, shape) for shape in set(shapes))
     return dataclasses.replace(config, min_length=max(known, default=0))
 
 
 def _look_up(config: AquaConfig, shape: Shape) -> int:
+    """0 where every dimension is multiplied anyway."""
+    if config.logit_error is None and config.selected_dims(shape.head_dim) >= config.kept_dims(shape.head_dim):
+        return 0
     if shape.device.type not in ("cpu", "cuda"):
         raise AquaError(f'min_length is "auto": there are profiles for cpu and cuda, not for {shape.device.type}')
     if shape.dtype not in MEASURED[shape.device.type]:

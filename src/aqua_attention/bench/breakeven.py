@@ -92,16 +92,12 @@ def measure_breakeven(
         rows.append(_row(shape, length, k_ratios, sink, recent))
     progress(len(lengths), len(lengths))
     found = [_breakeven(shape, rows, index, ratio) for index, ratio in enumerate(k_ratios)]
-    facts = shape.facts | {
-        "sink": sink,
-        "recent": recent,
-        "threads": torch.get_num_threads() if shape.device.type == "cpu" else None,
-        "torch": torch.__version__,
-    }
+    threads = torch.get_num_threads() if shape.device.type == "cpu" else None
+    facts = shape.facts | {"sink": sink, "recent": recent, "threads": threads, "torch": torch.__version__}
     thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
     path = write_profile(shape, thresholds, lengths, facts)
-    known = {"device": device_name(shape.device), "lengths": list(lengths)} | facts
-    return known | {"rows": rows, "breakeven": found, "profile": str(path)}
+    measured = {"rows": rows, "breakeven": found, "profile": str(path)}
+    return {"device": device_name(shape.device), "lengths": list(lengths)} | facts | measured
 
 
 def _check_shape(shape: Shape) -> None:
@@ -113,9 +109,7 @@ def _check_shape(shape: Shape) -> None:
         )
     if shape.device.type == "cuda" and not torch.cuda.is_available():
         raise AquaError("device is cuda: there is no CUDA GPU here; measure the processor with cpu")
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    if min(heads, kv_heads) < 1 or heads % kv_heads:
-        raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
+    shape.check_heads()
 
 
 def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: float) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from aqua_attention.ops.select import rotate, select_dimensions
 SETTLED, MOST_SECONDS = 15, 30.0
 """Rounds without anything being faster than before, after which nothing will; and when it ends anyway."""
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache"), "index*/size"
-"""Where Linux says how large the caches of a processor are: "48K"."""
 LEAST_FLUSHED = 128 << 20
 """Bytes that are read before each run, or twice the largest cache of the processor where that is known to be more."""
 FEW_TOKENS = 64
@@ -99,10 +98,8 @@ def measure_decode_cpu(
     ways = every_way(length)
     times = _fastest_seconds(ways, every_way(min(length, FEW_TOKENS)), length, parts)
     names = {"attention": "seconds", "step": "step_seconds"}
-    return [
-        {"name": way.name, "k_ratio": way.k_ratio} | {names[part]: times[index, part] for part in parts}
-        for index, way in enumerate(ways)
-    ]
+    rows = [{names[part]: times[index, part] for part in parts} for index in range(len(ways))]
+    return [{"name": way.name, "k_ratio": way.k_ratio} | row for way, row in zip(ways, rows, strict=True)]
 
 
 def _dense_way(problem: Problem, name: str, attend: Attend) -> Way:
@@ -127,9 +124,8 @@ def _our_ways(problem: Problem, configs: list[AquaConfig]) -> list[Way]:
     rotated = rotate(keys, rotation)
 
     def filled(rotated_from: int = 0) -> TiledCache:
-        _, kv_heads, length, head_dim = keys.shape
-        sizes = 1, kv_heads, head_dim, head_dim, length + TILE
-        cache = TiledCache(*sizes, keys.dtype, "cpu", rotated_from=rotated_from)
+        _, kv_heads, length, dim = keys.shape
+        cache = TiledCache(1, kv_heads, dim, dim, length + TILE, keys.dtype, "cpu", rotated_from=rotated_from)
         held = keys if rotated_from else rotated
         cache.fill(held[:, :, :-1], values[:, :, :-1], torch.tensor([length - 1]))
         return cache
@@ -157,10 +153,8 @@ def _our_ways(problem: Problem, configs: list[AquaConfig]) -> list[Way]:
     return [way(config, filled(int(config.min_length)) if config.min_length else shared) for config in configs]
 
 
-def _fastest_seconds(
-    ways: list[Way], others: list[Way], length: int, parts: tuple[str, ...]
-) -> dict[tuple[int, str], float]:
-    """Of each way and part the fastest run, because what makes others slower is other programs.
+def _fastest_seconds(ways: list[Way], others: list[Way], length: int, parts: tuple[str, ...]) -> dict[Any, float]:
+    """Of each way, by its index, and part the fastest run, because what makes others slower is other programs.
 
     Before each the caches of the processor are filled with something else, as a model's weights fill them between two
     steps of a layer; then another sequence of few tokens takes the same way, because the code does come back sooner.
@@ -183,7 +177,7 @@ def _fastest_seconds(
 
 
 def largest_cache() -> int:
-    """Bytes of the processor's largest cache; 0 where nothing is known."""
+    """Bytes of the processor's largest cache, of which Linux says "48K" and the like; 0 where nothing is known."""
     folder, pattern = CACHES
     sizes = [path.read_text().strip() for path in folder.glob(pattern)]
     units = {"K": 10, "M": 20, "G": 30}

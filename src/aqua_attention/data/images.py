@@ -28,8 +28,6 @@ FORMS = (
     f"{', '.join(f'builtin:{name}' for name in SETS)}, hub:dataset[:config[:split]], a folder, "
     f"or an image ending in {', '.join(SUFFIXES)}"
 )
-MOST_NAMED = 5
-"""Unreadable files that a message names."""
 Reader = Callable[["Image"], dict[str, Tensor]]
 """From a picture to what the model is called with."""
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -50,7 +48,7 @@ def is_images(spec: str) -> bool:
 
 
 def read_images(
-    spec: str, reader: Reader, *, most: int, progress: Callable[[int, int], None] | None = None
+    spec: str, reader: Reader, *, most: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     """The images that `spec` names as a model reads them, and their names.
 
@@ -67,27 +65,23 @@ def read_images(
         raise AquaError(f"images is {most}: it must be 1 or more")
     check_pillow()
     pictures = _pictures(spec, most)
-    inputs: list[dict[str, Tensor]] = []
-    names: list[str] = []
+    read: list[tuple[dict[str, Tensor], str]] = []
     unread: list[str] = []
     for done, (name, picture) in enumerate(pictures):
-        if progress:
-            progress(done, len(pictures))
+        progress(done, len(pictures))
         try:
-            inputs.append(_read(reader, picture))
-            names.append(name)
+            read.append((_read(reader, picture), name))
         except _Unreadable as error:
             unread.append(f"{name} ({error})")
-    if progress:
-        progress(len(pictures), len(pictures))
-    listed = ", ".join(unread[:MOST_NAMED]) + (", ..." if len(unread) > MOST_NAMED else "")
-    if not inputs:
+    progress(len(pictures), len(pictures))
+    listed = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
+    if not read:
         raise AquaError(f"none of the {len(unread)} images of {spec!r} can be read: {listed}: give other ones")
     if unread:
         warnings.warn(
             f"{len(unread)} of {len(pictures)} images cannot be read and are left out: {listed}", stacklevel=2
         )
-    return inputs, names
+    return [inputs for inputs, _ in read], [name for _, name in read]
 
 
 def check_pillow() -> None:
@@ -175,11 +169,8 @@ def image_reader(model: PreTrainedModel, processor: Any | None) -> Reader:
     if needs or not isinstance(size, int) or getattr(config, "num_channels", 3) != 3:
         raise AquaError(f"{name} needs an image processor: put its preprocessor_config.json beside the weights")
     mean, std = OPENAI if "clip" in config.model_type else HALF
-    warnings.warn(
-        f"{name} has no preprocessor_config.json: images are scaled and cut to {size} x {size}, mean "
-        f"{mean[0]:.2f}, {mean[1]:.2f}, {mean[2]:.2f}",
-        stacklevel=2,
-    )
+    done = f"images are scaled and cut to {size} x {size}, mean {', '.join(f'{part:.2f}' for part in mean)}"
+    warnings.warn(f"{name} has no preprocessor_config.json: {done}", stacklevel=2)
     return lambda picture: {"pixel_values": _plain_pixels(picture, size, mean, std)}
 
 
@@ -187,9 +178,8 @@ def _plain_pixels(picture: Image, size: int, mean: tuple[float, ...], std: tuple
     """The middle square of a picture, [1, 3, size, size]."""
     from PIL import Image
 
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    side = min(picture.size)
+    left, top = ((whole - side) // 2 for whole in picture.size)
     square = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     values = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).reshape(size, size, 3).float() / 255
     return ((values - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)[None].contiguous()

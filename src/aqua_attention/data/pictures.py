@@ -81,9 +81,8 @@ SETS: dict[str, Callable[[], Iterator[Named]]] = {
 def _crop(picture: Image, rng: random.Random) -> Image:
     from PIL import Image, ImageEnhance
 
-    width, height = picture.size
-    side = round(min(width, height) * rng.uniform(0.4, 1.0))
-    left, top = rng.randint(0, width - side), rng.randint(0, height - side)
+    side = round(min(picture.size) * rng.uniform(0.4, 1.0))
+    left, top = (rng.randint(0, whole - side) for whole in picture.size)
     crop = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -71,13 +71,11 @@ def _builtin(name: str) -> str:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise AquaError("this Python comes without pydoc_data, the built-in text: give a file") from error
+    if name not in ("calibration", "evaluation"):
+        raise AquaError(f"unknown built-in text {name!r}: it is calibration or evaluation")
     text = "\n\n".join(topics[key] for key in sorted(topics))
     cut = text.index("\n", len(text) * 8 // 10) + 1
-    if name == "calibration":
-        return text[:cut]
-    if name == "evaluation":
-        return text[cut:]
-    raise AquaError(f"unknown built-in text {name!r}: it is calibration or evaluation")
+    return text[:cut] if name == "calibration" else text[cut:]
 
 
 def _join(texts: Iterable[str], limit: int) -> str:
@@ -186,9 +184,8 @@ def token_windows(
     width = context - len(prefix)
     count = min(max(1, tokens // context), len(ids) // width)
     if count == 0:
-        raise AquaError(
-            f"the text has {len(ids)} tokens, fewer than one window of {context}: give more text or a smaller --context"
-        )
+        found = f"the text has {len(ids)} tokens, fewer than one window of {context}"
+        raise AquaError(f"{found}: give more text or a smaller --context")
     starts = [index * width for index in range(count)]
     if seed is not None:
         slack, rng = len(ids) - count * width, random.Random(seed)
