@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from aqua_attention.bench.problem import OURS
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import MEASURED, Shape, device_name, write_profile
@@ -59,9 +61,8 @@ def measure_breakeven(
     *,
     k_ratios: tuple[float, ...] = (0.75, 0.5),
     lengths: Sequence[int],
-    sink: int = 4,
-    recent: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **window: Any,
 ) -> dict[str, Any]:
     """Check and time a step (rotate, choose, append, attend) of one sequence: at each k, at k = d as `min_length` does
     it (on a CPU without rotation), and the fastest dense attention with its append; find where they cross, and write
@@ -70,6 +71,7 @@ def measure_breakeven(
     Args:
         k_ratios: below 1.
         lengths: rising, in tokens, the new one included.
+        window: `sink` and `recent`.
 
     Returns:
         `{"device", ..., "rows", "breakeven", "profile"}`. A row a length: `length`, `dense` and `whole` (seconds; whole
@@ -81,7 +83,12 @@ def measure_breakeven(
         AquaError: a device, shape, dtype or k_ratio that cannot be measured, a kernel that is wrong, or no place for
             the profile.
     """
-    _check_shape(shape)
+    if shape.dtype_name not in DTYPES.get(shape.device.type, ()):
+        known = ", or ".join(f"{device} with {' or '.join(names)}" for device, names in DTYPES.items())
+        raise AquaError(f"device is {shape.device.type} and dtype {shape.dtype}: it must be {known}")
+    if shape.device.type == "cuda" and not torch.cuda.is_available():
+        raise AquaError("device is cuda: there is no CUDA GPU here; measure the processor with cpu")
+    shape.check_heads()
     # Also refuses what is no ratio at all.
     counts = [AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim) for ratio in k_ratios]
     if not counts or max(counts) >= shape.head_dim:
@@ -89,27 +96,16 @@ def measure_breakeven(
     rows = []
     for done, length in enumerate(lengths):
         progress(done, len(lengths))
-        rows.append(_row(shape, length, k_ratios, sink, recent))
+        rows.append(_row(shape, length, k_ratios, **window))
     progress(len(lengths), len(lengths))
     found = [_breakeven(shape, rows, index, ratio) for index, ratio in enumerate(k_ratios)]
+    ours = replace(OURS, **window)
     threads = torch.get_num_threads() if shape.device.type == "cpu" else None
-    facts = shape.facts | {"sink": sink, "recent": recent, "threads": threads, "torch": torch.__version__}
+    facts = shape.facts | {"sink": ours.sink, "recent": ours.recent, "threads": threads, "torch": torch.__version__}
     thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
     path = write_profile(shape, thresholds, lengths, facts)
     measured = {"rows": rows, "breakeven": found, "profile": str(path)}
     return {"device": device_name(shape.device), "lengths": list(lengths)} | facts | measured
-
-
-def _check_shape(shape: Shape) -> None:
-    """Raise AquaError for a device, dtype or number of heads that cannot be measured."""
-    if shape.dtype_name not in DTYPES.get(shape.device.type, ()):
-        raise AquaError(
-            f"device is {shape.device.type} and dtype {shape.dtype}: it must be "
-            + ", or ".join(f"{device} with {' or '.join(names)}" for device, names in DTYPES.items())
-        )
-    if shape.device.type == "cuda" and not torch.cuda.is_available():
-        raise AquaError("device is cuda: there is no CUDA GPU here; measure the processor with cpu")
-    shape.check_heads()
 
 
 def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: float) -> dict[str, Any]:
@@ -128,21 +124,20 @@ def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: floa
     }
 
 
-def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, recent: int) -> dict[str, Any]:
+def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], **window: Any) -> dict[str, Any]:
     """One length, by the benchmark of the device."""
-    given: dict[str, Any] = {"length": length, "sink": sink, "recent": recent}
     if shape.device.type == "cpu":
         from aqua_attention.bench.decode_cpu import measure_decode_cpu
 
         # Below `min_length` nothing is rotated: that is k = d on a CPU.
-        measured = measure_decode_cpu(shape, k_ratios=k_ratios, parts=("step",), short=True, **given)
+        measured = measure_decode_cpu(shape, k_ratios=k_ratios, length=length, parts=("step",), short=True, **window)
     else:
         try:
             from aqua_attention.bench.decode import measure_decode
         except ModuleNotFoundError as error:
             raise AquaError("on a GPU this needs triton, which CUDA builds of torch bring along") from error
         with torch.cuda.device(shape.device):
-            rows = measure_decode(shape, batch=1, k_ratios=(1.0, *k_ratios), **given)["rows"]
+            rows = measure_decode(shape, batch=1, length=length, k_ratios=(1.0, *k_ratios), **window)["rows"]
         measured = [row for row in rows if "absent" not in row]
     dense = {row["name"]: row["step_seconds"] for row in measured if row["k_ratio"] is None}
     if not dense:

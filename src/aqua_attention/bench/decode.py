@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Time of one decoding attention step on a GPU: ours at several k, and every dense kernel that is installed.
-
-Nothing is timed before it is right: each of our settings is compared with the reference in float64 on rows of the same
-data, each baseline with dense attention.
-"""
+"""Time of one decoding attention step on a GPU: ours at several k, and every dense kernel that is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, product
 from typing import Any
 
@@ -20,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aqua_attention.bench.dense import BASELINES, LOW_PRECISION, Maker
-from aqua_attention.bench.problem import Attended, Problem
+from aqua_attention.bench.problem import K_RATIOS, OURS, Attended, Problem
 from aqua_attention.bench.timing import MOST_REPEATS, read_bandwidth, seconds_of
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -44,12 +41,11 @@ def measure_decode(
     *,
     batch: int,
     length: int,
-    k_ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25),
-    sink: int = 4,
-    recent: int = 64,
+    k_ratios: tuple[float, ...] = K_RATIOS,
     layouts: Sequence[Layout] = ((None, None),),
+    **window: Any,
 ) -> dict[str, Any]:
-    """Check and time one step of every kernel on random keys and values.
+    """Check and time one step of every kernel on random keys and values, with the `sink` and `recent` of `window`.
 
     Returns:
         `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a kernel: `name`, `k_ratio` (None: dense), `bits`
@@ -65,7 +61,7 @@ def measure_decode(
     if not torch.cuda.is_available():
         raise AquaError("aqua bench decode measures kernels on a CUDA GPU: there is none")
     shape.check_heads()
-    ours = AquaConfig(selection="weighted", share="group", sink=sink, recent=recent)
+    ours = replace(OURS, **window)
     configs = [replace(ours, k_ratio=ratio) for ratio in k_ratios]
     problem = Problem.random(shape, batch=batch, length=length)
     rows = [_dense_row(problem, name, make, None) for name, make in BASELINES.items()]
@@ -81,7 +77,7 @@ def measure_decode(
     bandwidth = read_bandwidth()
     _compare(rows, problem.keys.nbytes + problem.values.nbytes, bandwidth)
     measured = {"device": torch.cuda.get_device_name(), "batch": batch, "length": length} | shape.facts
-    return measured | {"sink": sink, "recent": recent, "read_bandwidth": bandwidth, "rows": rows}
+    return measured | {"sink": ours.sink, "recent": ours.recent, "read_bandwidth": bandwidth, "rows": rows}
 
 
 def _dense_row(problem: Problem, name: str, make: Maker, bits: int | None) -> dict[str, Any]:
@@ -144,9 +140,7 @@ def _measure_ours(problem: Problem, cache: TiledCache, config: AquaConfig) -> di
     turned, chosen = prepare(*token, cache, plan, plan.scaling)
     fill(length)
 
-    def run() -> Tensor:
-        return decode(turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
-
+    run = partial(decode, turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
     _check_cache(run(), turned, cache, selected, config)
     seconds = seconds_of(run)
     # A step counts its new token, as dense attention does here.

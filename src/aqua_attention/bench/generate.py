@@ -159,8 +159,6 @@ def check_logits(
     limit = min(max(TOLERANCE, NOISE * difference(steps(), expected)), MOST)
     model.set_attn_implementation(before)
     check_graph(steps, "dense", limit)
-    if not settings:
-        return limit
     exact = AquaConfig(k_ratio=1, selection="weighted", share="group", sink=settings[0].sink, recent=settings[0].recent)
     for config in dict.fromkeys((exact, *settings)):
         name = f"aqua, k_ratio {config.k_ratio:g}" + (f", int{config.bits}" if config.bits else "")

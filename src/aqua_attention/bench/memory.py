@@ -59,9 +59,7 @@ def measure_memory(
     tokens = torch.randint(0, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(input_device(model))
 
-    def dynamic() -> DynamicCache:
-        return DynamicCache(config=model.config)
-
+    dynamic = partial(DynamicCache, config=model.config)
     runs: list[tuple[Any, Callable[[], Any], Attachment | None]] = [("DynamicCache", dynamic, None)]
     for backend, bits in (("hqq", 8), ("quanto", 4)):
         quantized = partial(QuantizedCache, backend, model.config, nbits=bits)

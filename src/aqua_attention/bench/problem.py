@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape
 from aqua_attention.ops.reference import attention_reference
 
+OURS = AquaConfig(selection="weighted", share="group", sink=4, recent=64)
+"""What is measured at several k_ratio, with another exact window where one is given."""
+K_RATIOS = (1.0, 0.75, 0.5, 0.25)
 LOUD = 4.0
 """Keys of the first and the last token are so many times as large: among many, one that is missed would not be seen."""
 
@@ -40,9 +45,7 @@ class Problem(NamedTuple):
         device, heads, kv_heads, head_dim, dtype = shape
         generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*size, generator=generator, device=device, dtype=dtype)
-
+        normal = partial(torch.randn, generator=generator, device=device, dtype=dtype)
         keys, values = (normal(batch, kv_heads, length, head_dim) for _ in range(2))
         for token in (0, -1):
             keys[:, :, token] *= LOUD

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.data.pictures import SETS, VISION_EXTRA
+from aqua_attention.data.pictures import SETS
 from aqua_attention.data.sources import files_below, first_line, hub_rows, local_files, usable_path
 from aqua_attention.errors import AquaError
 from aqua_attention.model.sides import IMAGES, padding, runner, sides
@@ -89,7 +89,7 @@ def check_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise AquaError(f"reading images takes Pillow: {VISION_EXTRA}") from error
+        raise AquaError("reading images takes Pillow: pip install 'aqua-attention[vision]'") from error
 
 
 class _Unreadable(Exception):

@@ -33,14 +33,14 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SIZE = 98_362_432
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # What a loader's message contains, and what the user can do about it.
-_REMEDIES = (
-    ("connect to", "the hub cannot be reached: check the network, or give a local folder"),
-    ("Unrecognized configuration class", "choose a causal language model (a text decoder)"),
-    ("trust_remote_code", "if you trust that code, pass trust_remote_code"),
-    ("gated repo", "ask for access on its page, then run `hf auth login`"),
-    ("out of memory", "choose a smaller model, float16 or bfloat16, or another device"),
-    ("tokenizer", "put the model's tokenizer beside it (tokenizer.json or tokenizer.model)"),
-)
+_REMEDIES = {
+    "connect to": "the hub cannot be reached: check the network, or give a local folder",
+    "Unrecognized configuration class": "choose a causal language model (a text decoder)",
+    "trust_remote_code": "if you trust that code, pass trust_remote_code",
+    "gated repo": "ask for access on its page, then run `hf auth login`",
+    "out of memory": "choose a smaller model, float16 or bfloat16, or another device",
+    "tokenizer": "put the model's tokenizer beside it (tokenizer.json or tokenizer.model)",
+}
 
 
 def default_model_path() -> Path:
@@ -139,11 +139,8 @@ def load_model(
         name = str(default_model_path())
         if dtype == "auto":
             dtype = "bfloat16" if target.type == "cuda" else "float32"
-    source, gguf_file = _source(name, gguf_file)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        options["gguf_file"] = gguf_file
-    with _loading(name, gguf_file):
+    source, options = _source(name, trust_remote_code, gguf_file)
+    with _loading(name, options):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         found, _, reads_text = _encoder_class(source, options)
@@ -164,8 +161,8 @@ def load_image_model(
     no_images = AquaError(f"model {name!r} reads text, not images: give --data a text")
     if _is_text_alone(name):
         raise no_images
-    source, options = _source(name, None)[0], {"trust_remote_code": trust_remote_code}
-    with _loading(name):
+    source, options = _source(name, trust_remote_code)
+    with _loading(name, options):
         from transformers import AutoImageProcessor
 
         found, takes_images, _ = _encoder_class(source, options)
@@ -184,10 +181,10 @@ def reads_images(name: str, *, gguf_file: str | None = None, trust_remote_code: 
     """Whether a model reads images, and whether text, by its config alone; (False, True) where that is unknown."""
     if gguf_file or _is_text_alone(name):
         return False, True
-    source, _ = _source(name, None)
+    source, options = _source(name, trust_remote_code)
     try:
         with _quiet():
-            return _encoder_class(source, {"trust_remote_code": trust_remote_code})[1:]
+            return _encoder_class(source, options)[1:]
     except Exception:  # loading the model will say what is wrong
         return False, True
 
@@ -256,25 +253,26 @@ def _device(dtype: str, device: str | torch.device | None) -> torch.device:
     raise AquaError(f"device {str(device)!r} is not available here: choose one of {', '.join(found)}")
 
 
-def _source(name: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """What to hand to from_pretrained: a folder or hub id, and the GGUF file in it if any."""
+def _source(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> tuple[str, dict[str, Any]]:
+    """What to hand to from_pretrained: a folder or hub id, and options, the GGUF file in it among them if any."""
     if not name.strip():
         raise AquaError(f"the model's name is empty: give {DEFAULT_MODEL}, a local folder, or a hub id")
     path = usable_path(name, "is neither a path nor a hub id", "check it")
     is_gguf = path.suffix.lower() == ".gguf"
     if path.is_dir():
-        return str(path), gguf_file
-    if path.is_file():
-        if is_gguf and gguf_file is None:
-            return str(path.parent), path.name
-        raise AquaError(f"model {name!r} is a file: give its folder, or a .gguf file alone")
-    if is_gguf or path.is_absolute() or name.startswith((os.sep, "./", "../", "~")):
+        name = str(path)
+    elif path.is_file():
+        if not is_gguf or gguf_file is not None:
+            raise AquaError(f"model {name!r} is a file: give its folder, or a .gguf file alone")
+        name, gguf_file = str(path.parent), path.name
+    elif is_gguf or path.is_absolute() or name.startswith((os.sep, "./", "../", "~")):
         raise AquaError(f"model {name!r} does not exist: check the path")
-    return name, gguf_file
+    options = {"trust_remote_code": trust_remote_code}
+    return name, options if gguf_file is None else options | {"gguf_file": gguf_file}
 
 
 @contextmanager
-def _loading(name: str, gguf_file: str | None = None) -> Iterator[None]:
+def _loading(name: str, options: dict[str, Any]) -> Iterator[None]:
     """While open, loaders are quiet, and what they raise becomes an AquaError."""
     try:
         with _quiet():
@@ -283,9 +281,9 @@ def _loading(name: str, gguf_file: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # the loaders pass on whatever their parsers raise
         remedy = "check the name, and that a local folder holds config.json, the weights and the tokenizer"
-        if gguf_file is not None:
+        if "gguf_file" in options:
             remedy = "check that the file is there, complete, and of a model type transformers reads from GGUF"
-        remedy = next((known for needle, known in _REMEDIES if needle in str(error)), remedy)
+        remedy = next((known for needle, known in _REMEDIES.items() if needle in str(error)), remedy)
         said = first_line(error).rstrip(".: ")
         raise AquaError(f"model {name!r} cannot be loaded ({said}): {remedy}") from error
 

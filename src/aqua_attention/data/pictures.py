@@ -15,8 +15,6 @@ from aqua_attention.errors import AquaError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VISION_EXTRA = "pip install 'aqua-attention[vision]'"
-PICTURES_EXTRA = "pip install 'aqua-attention[pictures]'"
 SIZE = 224
 """Pixels on each side of a built-in image."""
 CROPS = 24
@@ -95,7 +93,7 @@ def _packaged(name: str) -> Path:
     for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
         found = find_spec(package)  # importing it would take a second
         if found is None or not found.submodule_search_locations:
-            raise AquaError(f"the built-in photographs come with {package}: {PICTURES_EXTRA}")
+            raise AquaError(f"the built-in photographs come with {package}: pip install 'aqua-attention[pictures]'")
         root = found.submodule_search_locations[0]
         if (path := Path(root, folder, name)).is_file():
             return path
