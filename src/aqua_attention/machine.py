@@ -120,12 +120,11 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
     """0 where every dimension is multiplied anyway."""
     if config.logit_error is None and config.selected_dims(shape.head_dim) >= config.kept_dims(shape.head_dim):
         return 0
+    auto = 'min_length is "auto"'
     if shape.device.type not in ("cpu", "cuda"):
-        raise AquaError(f'min_length is "auto": there are profiles for cpu and cuda, not for {shape.device.type}')
+        raise AquaError(f"{auto}: there are profiles for cpu and cuda, not for {shape.device.type}")
     if shape.dtype not in MEASURED[shape.device.type]:
-        raise AquaError(
-            f'min_length is "auto": there are no profiles for {shape.dtype} on {shape.device.type}, give a number'
-        )
+        raise AquaError(f"{auto}: there are no profiles for {shape.dtype} on {shape.device.type}, give a number")
     path, any_ratio = profile_path(shape), config.logit_error is not None
     remedy = f"run: {shape.command}" + ("" if any_ratio else f" --k-ratio {config.k_ratio!r}")
     try:
@@ -135,9 +134,7 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
         if profile["format"] != FORMAT or not all(type(length) is int and length >= 0 for length in numbers):
             raise ValueError
     except FileNotFoundError:
-        raise AquaError(
-            f'min_length is "auto", but this machine has no profile of such layers ({path}): {remedy}'
-        ) from None
+        raise AquaError(f"{auto}, but this machine has no profile of such layers ({path}): {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise AquaError(f"the machine profile {path} is damaged or of another version: {remedy}") from None
     measured = sorted(ratio for ratio in known if any_ratio or ratio >= config.k_ratio - 1e-9)
@@ -146,7 +143,7 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
     length = known[measured[-1 if any_ratio else 0]]
     if length is None:
         raise AquaError(
-            f'min_length is "auto", but choosing dimensions was not faster up to {max(profile["lengths"])} tokens, the '
-            f"longest in {path}: give a number of tokens, or measure longer ones ({remedy} --lengths FIRST..LAST)"
+            f"{auto}, but choosing dimensions was not faster up to {max(profile['lengths'])} tokens, the longest in "
+            f"{path}: give a number of tokens, or measure longer ones ({remedy} --lengths FIRST..LAST)"
         )
     return int(length)

@@ -19,7 +19,6 @@ DTYPES = {device: tuple(str(kind).removeprefix("torch.") for kind in kinds) for 
 """What the kernels of a device are measured in, the default first."""
 LENGTHS, QUICK_LENGTHS = "64..65536", "64..4096"
 PAPER_RATIO, PAPER_LENGTHS = 0.75, (64, 1024)
-"""The paper's first experiment."""
 
 
 def grouped_breakeven(head_dim: int, k: int, group: int = 1) -> float:
@@ -113,15 +112,12 @@ def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: floa
     k, (low, high) = AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim), PAPER_LENGTHS
     lengths, ours = [row["length"] for row in rows], [row["aqua"][index] for row in rows]
     gains = [row["whole"] / row["aqua"][index] for row in rows if low <= row["length"] <= high]
-    return {
-        "k_ratio": ratio,
-        "k": k,
-        "whole": crossing(lengths, ours, [row["whole"] for row in rows]),
-        "dense": crossing(lengths, ours, [row["dense"] for row in rows]),
-        "paper": grouped_breakeven(shape.head_dim, k),
-        "theory": grouped_breakeven(shape.head_dim, k, shape.num_attention_heads // shape.num_key_value_heads),
-        "paper_experiment": [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None,
-    }
+    crossings = {other: crossing(lengths, ours, [row[other] for row in rows]) for other in ("whole", "dense")}
+    group = shape.num_attention_heads // shape.num_key_value_heads
+    paper, theory = (grouped_breakeven(shape.head_dim, k, queries) for queries in (1, group))
+    experiment = [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None
+    told = {"paper": paper, "theory": theory, "paper_experiment": experiment}
+    return {"k_ratio": ratio, "k": k} | crossings | told
 
 
 def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], **window: Any) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.model.interface import install
 
+Settings = tuple[AquaConfig, ...]
 ROOM = 128
 """Tokens that the timed steps may append. A static cache of transformers is read to its end, so that more would slow
 the dense step down."""
@@ -45,9 +46,7 @@ DENSE_KERNELS = ("SDPA flash", "SDPA flash, packed", "SDPA cuDNN", "SDPA cuDNN, 
 
 
 @torch.no_grad()
-def measure_generate(
-    model: PreTrainedModel, *, batch: int, length: int, settings: tuple[AquaConfig, ...]
-) -> dict[str, Any]:
+def measure_generate(model: PreTrainedModel, *, batch: int, length: int, settings: Settings) -> dict[str, Any]:
     """Check and time one greedy decoding step, recorded as a CUDA graph, of `batch` sequences of `length` tokens.
 
     Args:
@@ -143,9 +142,7 @@ def fill_cache(cache: Cache, states: Iterable[tuple[Tensor, Tensor]]) -> None:
             layer.store(None)
 
 
-def check_logits(
-    model: PreTrainedModel, projections: Projections, settings: tuple[AquaConfig, ...], batch: int
-) -> float:
+def check_logits(model: PreTrainedModel, projections: Projections, settings: Settings, batch: int) -> float:
     """The relative difference of logits that is allowed; with few tokens, so that dense and AQUA fit beside each other.
 
     An AquaError when AQUA at k_ratio 1 is not dense, or a CUDA graph of some setting not what it records.
@@ -199,9 +196,7 @@ def check_near(found: Tensor, expected: Tensor | None, name: str, limit: float) 
         raise AquaError(f"a decoding step is wrong: the logits of {name} are not all finite")
     error = 0.0 if expected is None else difference(found, expected)
     if not error <= limit:
-        raise AquaError(
-            f"a decoding step is wrong: the logits of {name} are off by {error:.2g}, {limit:.2g} is allowed"
-        )
+        raise AquaError(f"a decoding step is wrong: the logits of {name} are off by {error:.2g}, allowed: {limit:.2g}")
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -254,9 +249,7 @@ def _dense_kernel(model: PreTrainedModel, kernel: str | None, length: int) -> Ex
     if kernel is None:
         return restore
 
-    def attend(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return BASELINES[kernel](query[:, :, 0], key[:, :, :length], value[:, :, :length])()[:, None], None
 
     restore.callback(install(model, attend, lambda *_, **__: None)[1])

@@ -78,9 +78,8 @@ def read_images(
     if not read:
         raise AquaError(f"none of the {len(unread)} images of {spec!r} can be read: {listed}: give other ones")
     if unread:
-        warnings.warn(
-            f"{len(unread)} of {len(pictures)} images cannot be read and are left out: {listed}", stacklevel=2
-        )
+        wrong = f"{len(unread)} of {len(pictures)} images cannot be read and are left out: {listed}"
+        warnings.warn(wrong, stacklevel=2)
     return [inputs for inputs, _ in read], [name for _, name in read]
 
 

