@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from aqua_attention.config import AUTO, AquaConfig
-from aqua_attention.data.sources import cache_folder
 from aqua_attention.errors import AquaError
-from aqua_attention.io.files import write_json
+from aqua_attention.io.files import cache_folder, write_json
 
 FORMAT = 2
 """1 was measured with keys and values in the processor's caches, and against k = d of rotated keys."""

@@ -37,10 +37,10 @@ TOLERANCE, NOISE, MOST = 0.02, 3.0, 0.2
 """Relative difference of logits that is allowed, or so many times what another dense attention makes, if that is more,
 but never more than the last: in 16 bits, 32 layers of random weights make 0.04 of the order of a sum, and 0.5 of a
 token of `SHORT` that is missed."""
+# What results say of a model, by what its config calls it.
 SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size"}
 SIZES |= {"heads": "num_attention_heads", "groups": "num_key_value_heads", "head_dim": "head_dim"}
-SIZES |= {"vocabulary": "vocab_size"}
-"""What results say of a model, by what its config calls it."""
+SIZES["vocabulary"] = "vocab_size"
 DENSE_KERNELS = ("SDPA flash", "SDPA flash, packed", "SDPA cuDNN", "SDPA cuDNN, packed")
 """Those of `BASELINES` that read the layout of transformers' static cache."""
 

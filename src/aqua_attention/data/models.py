@@ -18,8 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqua_attention.data.sources import cache_folder, first_line, usable_path
+from aqua_attention.data.sources import first_line, usable_path
 from aqua_attention.errors import AquaError
+from aqua_attention.io.files import cache_folder
 
 if TYPE_CHECKING:
     import torch

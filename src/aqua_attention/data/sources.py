@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-from platformdirs import user_cache_dir
 
 from aqua_attention.errors import AquaError
 from aqua_attention.io.files import unpacked
@@ -21,11 +18,6 @@ PACKED = (".txt", ".md", ".raw", ".rst", ".jsonl")
 def first_line(error: Exception) -> str:
     """What an error of another library says, short enough for a line of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def cache_folder(name: str) -> Path:
-    """A folder of ours in the user's cache folder, or in `AQUA_CACHE_DIR`; it need not be there."""
-    return Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")).expanduser() / name
 
 
 def usable_path(spec: str, wrong: str = "is no usable path", remedy: str = "check it") -> Path:

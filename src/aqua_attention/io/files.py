@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from platformdirs import user_cache_dir
+
 from aqua_attention.errors import AquaError
 
 
@@ -61,6 +63,11 @@ def remove_leftovers(path: Path | str) -> None:
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically; NaN and infinity are an error, JSON has none."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of ours in the user's cache folder, or in `AQUA_CACHE_DIR`; it need not be there."""
+    return Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")).expanduser() / name
 
 
 def unpacked(path: Path) -> Path:
