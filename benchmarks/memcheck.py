@@ -111,7 +111,7 @@ def main_short(part: int, parts: int) -> None:
                         torch.randn(3, n, width, device="cuda").bfloat16()
                         for n, width in ((heads, head_dim), (groups, head_dim), (groups, value_dim))
                     ]
-                    output, rotated = decode_short(*new, cache, rotation, splits=splits)
+                    output, rotated = decode_short(*new, cache, rotation, splits=splits, scaling=head_dim**-0.5)
                     assert output.isfinite().all() and rotated.isfinite().all()
                     runs += 1
                 assert cache.lengths.tolist() == [512, 388, 8]

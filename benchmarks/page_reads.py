@@ -107,7 +107,7 @@ def reads(batch, length, k_ratio, heads=8, dim=128):
                 DIM=dim,
                 CHOSEN=dims.shape[2],
                 TILE=TILE,
-                BLOCK=cache.block,
+                BLOCK=cache.block_size,
                 STAGES=stages,
                 num_warps=warps,
             )
@@ -143,9 +143,9 @@ def _read(
     columns = tl.arange(0, DIM)
     keys, values = tl.zeros([CHOSEN, TILE], tl.float32), tl.zeros([TILE, DIM], tl.float32)
     for tile in tl.range(split * each, split * each + each, num_stages=STAGES):
-        cells = token_blocks(table_ptr, first_cell, block_stride, tile, blocks, BLOCK, TILE)
-        keys += tl.load(key_pointers(tiles_ptr, table_ptr, cells, dims, DIM, BLOCK, TILE)).to(tl.float32)
-        values_at = token_pointers(values_ptr, table_ptr, cells, DIM, BLOCK, TILE)[:, None] + columns[None, :]
+        cells = token_blocks(table_ptr, first_cell, block_stride, tile, blocks, BLOCK)
+        keys += tl.load(key_pointers(tiles_ptr, table_ptr, cells, dims, DIM, BLOCK)).to(tl.float32)
+        values_at = token_pointers(values_ptr, table_ptr, cells, DIM, BLOCK)[:, None] + columns[None, :]
         values += tl.load(values_at).to(tl.float32)
     tl.store(sums_ptr + place * tl.num_programs(0) + split, tl.sum(tl.sum(keys, 0), 0) + tl.sum(tl.sum(values, 0), 0))
 

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from platformdirs import user_cache_dir
 
 from aqua_attention.config import AUTO, AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.io.files import write_json
+from aqua_attention.io.files import cache_folder, write_json
 
 FORMAT = 2
 """1 was measured with keys and values in the processor's caches, and against k = d of rotated keys."""
@@ -43,6 +42,12 @@ class Shape(NamedTuple):
         """Such as "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
+    def check_heads(self) -> None:
+        """Raise AquaError where query heads do not divide into groups."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if min(heads, kv_heads) < 1 or heads % kv_heads:
+            raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
+
     @property
     def facts(self) -> dict[str, Any]:
         """What results say of it."""
@@ -62,19 +67,17 @@ def device_name(device: torch.device) -> str:
     """The GPU's or the processor's own name."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def profile_path(shape: Shape) -> Path:
     """Where the profile is kept: `profiles` in the user's cache folder, or in `AQUA_CACHE_DIR`."""
-    folder = Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")) / "profiles"
     name = re.sub(r"[^a-z0-9]+", "-", device_name(shape.device).lower()).strip("-")
     size = f"{shape.num_attention_heads}q-{shape.num_key_value_heads}kv-{shape.head_dim}d-{shape.dtype_name}"
-    return folder / f"breakeven-{name}-{size}.json"
+    return cache_folder("profiles") / f"breakeven-{name}-{size}.json"
 
 
 def write_profile(
@@ -108,21 +111,19 @@ def resolved(config: AquaConfig, shapes: Iterable[Shape]) -> AquaConfig:
     if config.min_length != AUTO:
         return config
 
-    def chooses(shape: Shape) -> bool:
-        dim = shape.head_dim
-        return config.logit_error is not None or config.selected_dims(dim) < config.kept_dims(dim)
-
-    known = (_look_up(config, shape) for shape in set(shapes) if chooses(shape))
+    known = (_look_up(config, shape) for shape in set(shapes))
     return dataclasses.replace(config, min_length=max(known, default=0))
 
 
 def _look_up(config: AquaConfig, shape: Shape) -> int:
+    """0 where every dimension is multiplied anyway."""
+    if config.logit_error is None and config.selected_dims(shape.head_dim) >= config.kept_dims(shape.head_dim):
+        return 0
+    auto = 'min_length is "auto"'
     if shape.device.type not in ("cpu", "cuda"):
-        raise AquaError(f'min_length is "auto": there are profiles for cpu and cuda, not for {shape.device.type}')
+        raise AquaError(f"{auto}: there are profiles for cpu and cuda, not for {shape.device.type}")
     if shape.dtype not in MEASURED[shape.device.type]:
-        raise AquaError(
-            f'min_length is "auto": there are no profiles for {shape.dtype} on {shape.device.type}, give a number'
-        )
+        raise AquaError(f"{auto}: there are no profiles for {shape.dtype} on {shape.device.type}, give a number")
     path, any_ratio = profile_path(shape), config.logit_error is not None
     remedy = f"run: {shape.command}" + ("" if any_ratio else f" --k-ratio {config.k_ratio!r}")
     try:
@@ -132,9 +133,7 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
         if profile["format"] != FORMAT or not all(type(length) is int and length >= 0 for length in numbers):
             raise ValueError
     except FileNotFoundError:
-        raise AquaError(
-            f'min_length is "auto", but this machine has no profile of such layers ({path}): {remedy}'
-        ) from None
+        raise AquaError(f"{auto}, but this machine has no profile of such layers ({path}): {remedy}") from None
     except (OSError, ValueError, KeyError, TypeError):
         raise AquaError(f"the machine profile {path} is damaged or of another version: {remedy}") from None
     measured = sorted(ratio for ratio in known if any_ratio or ratio >= config.k_ratio - 1e-9)
@@ -143,7 +142,7 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
     length = known[measured[-1 if any_ratio else 0]]
     if length is None:
         raise AquaError(
-            f'min_length is "auto", but choosing dimensions was not faster up to {max(profile["lengths"])} tokens, the '
-            f"longest in {path}: give a number of tokens, or measure longer ones ({remedy} --lengths FIRST..LAST)"
+            f"{auto}, but choosing dimensions was not faster up to {max(profile['lengths'])} tokens, the longest in "
+            f"{path}: give a number of tokens, or measure longer ones ({remedy} --lengths FIRST..LAST)"
         )
     return int(length)

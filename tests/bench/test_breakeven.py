@@ -180,5 +180,5 @@ def test_on_a_gpu_the_steps_of_bench_decode_are_compared(monkeypatch):
 
     monkeypatch.setattr(decode, "measure_decode", measured)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    row = breakeven._row(Shape(torch.device("cuda"), 8, 2, 64, torch.bfloat16), 128, (0.5,), 4, 64)
+    row = breakeven._row(Shape(torch.device("cuda"), 8, 2, 64, torch.bfloat16), 128, (0.5,), sink=4, recent=64)
     assert row == {"length": 128, "dense": 3.0, "dense_name": "cuDNN", "whole": 4.0, "aqua": [2.0]}

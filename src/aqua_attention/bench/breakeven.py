@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from aqua_attention.bench.problem import OURS
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import MEASURED, Shape, device_name, write_profile
@@ -17,7 +19,6 @@ DTYPES = {device: tuple(str(kind).removeprefix("torch.") for kind in kinds) for 
 """What the kernels of a device are measured in, the default first."""
 LENGTHS, QUICK_LENGTHS = "64..65536", "64..4096"
 PAPER_RATIO, PAPER_LENGTHS = 0.75, (64, 1024)
-"""The paper's first experiment."""
 
 
 def grouped_breakeven(head_dim: int, k: int, group: int = 1) -> float:
@@ -59,9 +60,8 @@ def measure_breakeven(
     *,
     k_ratios: tuple[float, ...] = (0.75, 0.5),
     lengths: Sequence[int],
-    sink: int = 4,
-    recent: int = 64,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    **window: Any,
 ) -> dict[str, Any]:
     """Check and time a step (rotate, choose, append, attend) of one sequence: at each k, at k = d as `min_length` does
     it (on a CPU without rotation), and the fastest dense attention with its append; find where they cross, and write
@@ -70,6 +70,7 @@ def measure_breakeven(
     Args:
         k_ratios: below 1.
         lengths: rising, in tokens, the new one included.
+        window: `sink` and `recent`.
 
     Returns:
         `{"device", ..., "rows", "breakeven", "profile"}`. A row a length: `length`, `dense` and `whole` (seconds; whole
@@ -81,7 +82,12 @@ def measure_breakeven(
         AquaError: a device, shape, dtype or k_ratio that cannot be measured, a kernel that is wrong, or no place for
             the profile.
     """
-    _check_shape(shape)
+    if shape.dtype_name not in DTYPES.get(shape.device.type, ()):
+        known = ", or ".join(f"{device} with {' or '.join(names)}" for device, names in DTYPES.items())
+        raise AquaError(f"device is {shape.device.type} and dtype {shape.dtype}: it must be {known}")
+    if shape.device.type == "cuda" and not torch.cuda.is_available():
+        raise AquaError("device is cuda: there is no CUDA GPU here; measure the processor with cpu")
+    shape.check_heads()
     # Also refuses what is no ratio at all.
     counts = [AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim) for ratio in k_ratios]
     if not counts or max(counts) >= shape.head_dim:
@@ -89,33 +95,16 @@ def measure_breakeven(
     rows = []
     for done, length in enumerate(lengths):
         progress(done, len(lengths))
-        rows.append(_row(shape, length, k_ratios, sink, recent))
+        rows.append(_row(shape, length, k_ratios, **window))
     progress(len(lengths), len(lengths))
     found = [_breakeven(shape, rows, index, ratio) for index, ratio in enumerate(k_ratios)]
-    facts = shape.facts | {
-        "sink": sink,
-        "recent": recent,
-        "threads": torch.get_num_threads() if shape.device.type == "cpu" else None,
-        "torch": torch.__version__,
-    }
+    ours = replace(OURS, **window)
+    threads = torch.get_num_threads() if shape.device.type == "cpu" else None
+    facts = shape.facts | {"sink": ours.sink, "recent": ours.recent, "threads": threads, "torch": torch.__version__}
     thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
     path = write_profile(shape, thresholds, lengths, facts)
-    known = {"device": device_name(shape.device), "lengths": list(lengths)} | facts
-    return known | {"rows": rows, "breakeven": found, "profile": str(path)}
-
-
-def _check_shape(shape: Shape) -> None:
-    """Raise AquaError for a device, dtype or number of heads that cannot be measured."""
-    if shape.dtype_name not in DTYPES.get(shape.device.type, ()):
-        raise AquaError(
-            f"device is {shape.device.type} and dtype {shape.dtype}: it must be "
-            + ", or ".join(f"{device} with {' or '.join(names)}" for device, names in DTYPES.items())
-        )
-    if shape.device.type == "cuda" and not torch.cuda.is_available():
-        raise AquaError("device is cuda: there is no CUDA GPU here; measure the processor with cpu")
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    if min(heads, kv_heads) < 1 or heads % kv_heads:
-        raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
+    measured = {"rows": rows, "breakeven": found, "profile": str(path)}
+    return {"device": device_name(shape.device), "lengths": list(lengths)} | facts | measured
 
 
 def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: float) -> dict[str, Any]:
@@ -123,32 +112,28 @@ def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: floa
     k, (low, high) = AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim), PAPER_LENGTHS
     lengths, ours = [row["length"] for row in rows], [row["aqua"][index] for row in rows]
     gains = [row["whole"] / row["aqua"][index] for row in rows if low <= row["length"] <= high]
-    return {
-        "k_ratio": ratio,
-        "k": k,
-        "whole": crossing(lengths, ours, [row["whole"] for row in rows]),
-        "dense": crossing(lengths, ours, [row["dense"] for row in rows]),
-        "paper": grouped_breakeven(shape.head_dim, k),
-        "theory": grouped_breakeven(shape.head_dim, k, shape.num_attention_heads // shape.num_key_value_heads),
-        "paper_experiment": [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None,
-    }
+    crossings = {other: crossing(lengths, ours, [row[other] for row in rows]) for other in ("whole", "dense")}
+    group = shape.num_attention_heads // shape.num_key_value_heads
+    paper, theory = (grouped_breakeven(shape.head_dim, k, queries) for queries in (1, group))
+    experiment = [min(gains), max(gains)] if gains and ratio == PAPER_RATIO else None
+    told = {"paper": paper, "theory": theory, "paper_experiment": experiment}
+    return {"k_ratio": ratio, "k": k} | crossings | told
 
 
-def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, recent: int) -> dict[str, Any]:
+def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], **window: Any) -> dict[str, Any]:
     """One length, by the benchmark of the device."""
-    given: dict[str, Any] = {"length": length, "sink": sink, "recent": recent}
     if shape.device.type == "cpu":
         from aqua_attention.bench.decode_cpu import measure_decode_cpu
 
         # Below `min_length` nothing is rotated: that is k = d on a CPU.
-        measured = measure_decode_cpu(shape, k_ratios=k_ratios, parts=("step",), short=True, **given)
+        measured = measure_decode_cpu(shape, k_ratios=k_ratios, length=length, parts=("step",), short=True, **window)
     else:
         try:
             from aqua_attention.bench.decode import measure_decode
         except ModuleNotFoundError as error:
             raise AquaError("on a GPU this needs triton, which CUDA builds of torch bring along") from error
         with torch.cuda.device(shape.device):
-            rows = measure_decode(shape, batch=1, k_ratios=(1.0, *k_ratios), **given)["rows"]
+            rows = measure_decode(shape, batch=1, length=length, k_ratios=(1.0, *k_ratios), **window)["rows"]
         measured = [row for row in rows if "absent" not in row]
     dense = {row["name"]: row["step_seconds"] for row in measured if row["k_ratio"] is None}
     if not dense:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Time of one decoding attention step on a GPU: ours at several k, and every dense kernel that is installed.
-
-Nothing is timed before it is right: each of our settings is compared with the reference in float64 on rows of the same
-data, each baseline with dense attention.
-"""
+"""Time of one decoding attention step on a GPU: ours at several k, and every dense kernel that is installed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
+from functools import partial
 from itertools import cycle, product
 from typing import Any
 
@@ -19,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from aqua_attention.bench.dense import BASELINES, LOW_PRECISION, Maker
-from aqua_attention.bench.problem import Attended, Problem
+from aqua_attention.bench.problem import K_RATIOS, OURS, Attended, Problem
 from aqua_attention.bench.timing import MOST_REPEATS, read_bandwidth, seconds_of
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -34,11 +32,8 @@ from aqua_attention.ops.select import rotate, select_dimensions
 Layout = tuple[int | None, int | None]
 """Of our cache: bits (None or 8), and tokens of a page (None: no pages)."""
 ROOM = 1
-ALIGNED = 4
-"""Numbers of 4 bytes in 16."""
-LOW_TOLERANCE = 0.1
-TOLERANCE = 3.0
-"""A result may be so many times as far from float64 as the reference in the low precision is."""
+LOW_TOLERANCE, TOLERANCE = 0.1, 3.0
+"""In 8 bits of the result; else a result may be so many times as far from float64 as the reference in its dtype is."""
 
 
 def measure_decode(
@@ -46,12 +41,11 @@ def measure_decode(
     *,
     batch: int,
     length: int,
-    k_ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25),
-    sink: int = 4,
-    recent: int = 64,
+    k_ratios: tuple[float, ...] = K_RATIOS,
     layouts: Sequence[Layout] = ((None, None),),
+    **window: Any,
 ) -> dict[str, Any]:
-    """Check and time one step of every kernel on random keys and values.
+    """Check and time one step of every kernel on random keys and values, with the `sink` and `recent` of `window`.
 
     Returns:
         `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a kernel: `name`, `k_ratio` (None: dense), `bits`
@@ -66,12 +60,9 @@ def measure_decode(
     """
     if not torch.cuda.is_available():
         raise AquaError("aqua bench decode measures kernels on a CUDA GPU: there is none")
-    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    if heads % kv_heads or not all(0 < ratio <= 1 for ratio in k_ratios):
-        raise AquaError(
-            f"{heads} query heads for {kv_heads} key-value heads and k_ratio {k_ratios}: heads must divide, and ratios "
-            "be above 0 and at most 1"
-        )
+    shape.check_heads()
+    ours = replace(OURS, **window)
+    configs = [replace(ours, k_ratio=ratio) for ratio in k_ratios]
     problem = Problem.random(shape, batch=batch, length=length)
     rows = [_dense_row(problem, name, make, None) for name, make in BASELINES.items()]
     if any(bits == 8 for bits, _ in layouts):
@@ -79,23 +70,14 @@ def measure_decode(
     for bits, page in layouts:
         cache = _empty_cache(problem, bits, page)
         name = "".join(["aqua", ", int8" if bits else "", f", pages of {page}" if page else ""])
-        for ratio in k_ratios:
-            config = AquaConfig(k_ratio=ratio, selection="weighted", share="group", sink=sink, recent=recent)
-            kind = {"name": name, "k_ratio": ratio, "bits": bits, "page": page}
+        for config in configs:
+            kind = {"name": name, "k_ratio": config.k_ratio, "bits": bits, "page": page}
             rows.append(kind | _measure_ours(problem, cache, config))
         del cache
     bandwidth = read_bandwidth()
     _compare(rows, problem.keys.nbytes + problem.values.nbytes, bandwidth)
-    return {
-        "device": torch.cuda.get_device_name(),
-        "batch": batch,
-        "length": length,
-        **shape.facts,
-        "sink": sink,
-        "recent": recent,
-        "read_bandwidth": bandwidth,
-        "rows": rows,
-    }
+    measured = {"device": torch.cuda.get_device_name(), "batch": batch, "length": length} | shape.facts
+    return measured | {"sink": ours.sink, "recent": ours.recent, "read_bandwidth": bandwidth, "rows": rows}
 
 
 def _dense_row(problem: Problem, name: str, make: Maker, bits: int | None) -> dict[str, Any]:
@@ -106,7 +88,10 @@ def _dense_row(problem: Problem, name: str, make: Maker, bits: int | None) -> di
         if bits is None:
             _check(run(), Attended(problem.query, problem.keys, problem.values))
         else:
-            _check_low(run(), problem)
+            # Weights and query are rounded to 8 bits too; the last sequence stands for all.
+            keys, values = (kept[-1:].to(torch.float8_e4m3fn).to(kept.dtype) for kept in (problem.keys, problem.values))
+            exact = Attended(problem.query[-1:], keys, values).reference(torch.float64)
+            _close(run()[-1:], exact, "result in 8 bits", LOW_TOLERANCE)
 
         def step() -> Tensor:
             _append(problem)
@@ -140,32 +125,28 @@ def _measure_ours(problem: Problem, cache: TiledCache, config: AquaConfig) -> di
     """`seconds` of attention alone and `step_seconds`, after both are found right, and `bytes`."""
     batch, kv_heads, length, head_dim = problem.keys.shape
     plan = LayerPlan.of(problem.rotation, problem.key_rms, config)
-
-    def given(cache: TiledCache) -> tuple[Any, ...]:
-        return problem.query, *problem.new, cache, plan, plan.scaling
+    token = problem.query, *problem.new
 
     def fill(length: int) -> None:
         cache.fill(problem.keys, problem.values, torch.full((batch,), length))
 
     fill(length)
-    found, turned = decode_step(*given(cache))[:2]
+    found, turned = decode_step(*token, cache, plan, plan.scaling)[:2]
     _close(turned, rotate(problem.query[:, :, None], problem.rotation)[:, :, 0], "rotated query")
     appended = rotate(problem.new[0][:, :, None], problem.rotation)[:, :, 0]
     _close(cache.tail[:, :, length % (2 * TILE)], appended, "appended key")
     selected = select_dimensions(turned[:, :, None], plan)
     _check_cache(found, turned, cache, selected, config)
-    turned, chosen = prepare(*given(cache))
+    turned, chosen = prepare(*token, cache, plan, plan.scaling)
     fill(length)
 
-    def run() -> Tensor:
-        return decode(turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
-
+    run = partial(decode, turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
     _check_cache(run(), turned, cache, selected, config)
     seconds = seconds_of(run)
     # A step counts its new token, as dense attention does here.
     fill(length - 1)
     turns, start_again = at_one_length(cache)
-    step_seconds = seconds_of(lambda: decode_step(*given(next(turns))), start_again)
+    step_seconds = seconds_of(lambda: decode_step(*token, next(turns), plan, plan.scaling), start_again)
     used = problem.values.nbytes + problem.keys.nbytes * config.selected_dims(head_dim) // head_dim
     if cache.quantization is not None:
         used = used // problem.keys.element_size() + batch * kv_heads * length * 4
@@ -193,8 +174,8 @@ def at_one_length(cache: TiledCache) -> tuple[Iterator[TiledCache], Callable[[],
     All are the same cache, with lengths of their own.
     """
     batch = len(cache.lengths)
-    # Each begins where a kernel may expect it to.
-    lengths = cache.lengths.new_empty(MOST_REPEATS, -(-batch // ALIGNED) * ALIGNED)[:, :batch]
+    # Each begins where a kernel may expect it to, at a multiple of 16 bytes.
+    lengths = cache.lengths.new_empty(MOST_REPEATS, -(-batch // 4) * 4)[:, :batch]
     start = cache.lengths.clone()
     caches = [copy(cache) for _ in lengths]
     for each, row in zip(caches, lengths, strict=True):
@@ -226,20 +207,11 @@ def _write(key_ptr, value_ptr, keys_ptr, values_ptr, token, length, DIM: tl.cons
     tl.store(values_ptr + (row * length + token) * DIM + dim, tl.load(value_ptr + row * DIM + dim))
 
 
-def _close(found: Tensor, expected: Tensor, name: str) -> None:
+def _close(found: Tensor, expected: Tensor, name: str, limit: float | None = None) -> None:
+    """Raise AquaError where it is further from the reference than `limit`, of its size; None: than rounding."""
     error = float((found.double() - expected.double()).norm() / expected.double().norm())
-    if not error <= torch.finfo(found.dtype).eps:
+    if not error <= (limit or torch.finfo(found.dtype).eps):
         raise AquaError(f"a kernel is wrong: the {name} is {error:.2e} from the reference")
-
-
-def _check_low(found: Tensor, problem: Problem) -> None:
-    """Whether dense attention in 8 bits is within their rounding of the weights and the query, in the last sequence."""
-    last = (states[-1:] for states in (problem.query, problem.keys, problem.values))
-    query, keys, values = next(last), *(states.to(torch.float8_e4m3fn).to(states.dtype) for states in last)
-    exact = Attended(query, keys, values).reference(torch.float64)
-    error = float((found[-1:].double() - exact).norm() / exact.norm())
-    if not error <= LOW_TOLERANCE:
-        raise AquaError(f"a kernel in 8 bits is {error:.2e} from the reference, {LOW_TOLERANCE} is allowed")
 
 
 def _check_cache(found: Tensor, query: Tensor, cache: TiledCache, selected: Tensor | None, config: AquaConfig) -> None:
@@ -252,5 +224,4 @@ def _check_cache(found: Tensor, query: Tensor, cache: TiledCache, selected: Tens
 def _check(found: Tensor, given: Attended) -> None:
     """The first and the last row against float64."""
     for row in {0, len(found) - 1}:
-        one = slice(row, row + 1)
-        given.part(one).check(found[one], f"row {row}", TOLERANCE)
+        given.part(slice(row, row + 1)).check(found[row : row + 1], f"row {row}", TOLERANCE)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of one decoding attention step on a CPU: the kernel in C at several k, beside dense attention by torch.
-
-Nothing is timed before it is right: each run is compared with the reference in float64 on the same data.
-"""
+"""Time of one decoding attention step on a CPU: the kernel in C at several k, beside dense attention by torch."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,19 +17,18 @@ import torch
 from torch import Tensor
 
 from aqua_attention.bench.dense import Attend, matmul, sdpa, sdpa_packed
-from aqua_attention.bench.problem import Attended, Problem
+from aqua_attention.bench.problem import K_RATIOS, OURS, Attended, Problem
 from aqua_attention.config import AquaConfig
 from aqua_attention.machine import Shape
 from aqua_attention.ops.backends.cpu.decode import decode
 from aqua_attention.ops.backends.cpu.step import decode_step
-from aqua_attention.ops.layout import TILE, Chosen, TiledCache
+from aqua_attention.ops.layout import TILE, TiledCache
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
 SETTLED, MOST_SECONDS = 15, 30.0
 """Rounds without anything being faster than before, after which nothing will; and when it ends anyway."""
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache"), "index*/size"
-"""Where Linux says how large the caches of a processor are: "48K"."""
 LEAST_FLUSHED = 128 << 20
 """Bytes that are read before each run, or twice the largest cache of the processor where that is known to be more."""
 FEW_TOKENS = 64
@@ -68,17 +65,17 @@ def measure_decode_cpu(
     shape: Shape,
     *,
     length: int,
-    k_ratios: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25),
-    sink: int = 4,
-    recent: int = 64,
+    k_ratios: tuple[float, ...] = K_RATIOS,
     parts: tuple[str, ...] = ("attention", "step"),
     short: bool = False,
+    **window: Any,
 ) -> list[dict[str, Any]]:
     """Check and time one step over random keys and values of one sequence, `length` tokens with the new one.
 
     Args:
         parts: what is timed, of attention alone and the whole step.
         short: also with `min_length` above `length`.
+        window: `sink` and `recent`.
 
     Returns:
         A row a way: `name`, `k_ratio` (None: dense; 1 and "aqua, short": with `min_length`), `seconds` (of the fastest
@@ -91,18 +88,16 @@ def measure_decode_cpu(
 
     def every_way(length: int) -> list[Way]:
         problem = Problem.random(shape, batch=1, length=length)
-        chosen = AquaConfig(selection="weighted", share="group", sink=sink, recent=recent)
-        settings = [replace(chosen, k_ratio=min(k_ratios), min_length=length + 1)] if short else []
-        settings += [replace(chosen, k_ratio=ratio) for ratio in k_ratios]
+        ours = replace(OURS, **window)
+        settings = [replace(ours, k_ratio=min(k_ratios), min_length=length + 1)] if short else []
+        settings += [replace(ours, k_ratio=ratio) for ratio in k_ratios]
         return [*(_dense_way(problem, *way) for way in DENSE.items()), *_our_ways(problem, settings)]
 
     ways = every_way(length)
     times = _fastest_seconds(ways, every_way(min(length, FEW_TOKENS)), length, parts)
     names = {"attention": "seconds", "step": "step_seconds"}
-    return [
-        {"name": way.name, "k_ratio": way.k_ratio} | {names[part]: times[index, part] for part in parts}
-        for index, way in enumerate(ways)
-    ]
+    rows = [{names[part]: times[index, part] for part in parts} for index in range(len(ways))]
+    return [{"name": way.name, "k_ratio": way.k_ratio} | row for way, row in zip(ways, rows, strict=True)]
 
 
 def _dense_way(problem: Problem, name: str, attend: Attend) -> Way:
@@ -110,12 +105,11 @@ def _dense_way(problem: Problem, name: str, attend: Attend) -> Way:
     query, newest, keys, values = problem.query[:, :, None], *problem[1:4]
     least = max(LEAST_ERROR, DENSE_ROUNDINGS * torch.finfo(query.dtype).eps)
 
-    def attention() -> Tensor:
-        return attend(query, keys, values)
+    attention = partial(attend, query, keys, values)
 
     def step() -> Tensor:
         keys[:, :, -1], values[:, :, -1] = newest
-        return attend(query, keys, values)
+        return attention()
 
     _check(name, attention()[:, :, 0], Attended(problem.query, keys, values), least)
     return Way(name, None, attention, step)
@@ -127,24 +121,18 @@ def _our_ways(problem: Problem, configs: list[AquaConfig]) -> list[Way]:
     rotated = rotate(keys, rotation)
 
     def filled(rotated_from: int = 0) -> TiledCache:
-        _, kv_heads, length, head_dim = keys.shape
-        sizes = 1, kv_heads, head_dim, head_dim, length + TILE
-        cache = TiledCache(*sizes, keys.dtype, "cpu", rotated_from=rotated_from)
+        _, kv_heads, length, dim = keys.shape
+        cache = TiledCache(1, kv_heads, dim, dim, length + TILE, keys.dtype, "cpu", rotated_from=rotated_from)
         held = keys if rotated_from else rotated
         cache.fill(held[:, :, :-1], values[:, :, :-1], torch.tensor([length - 1]))
         return cache
 
     def way(config: AquaConfig, cache: TiledCache) -> Way:
         plan = LayerPlan.of(rotation, key_rms, config)
-
-        def step() -> tuple[Tensor, Tensor, Chosen | None]:
-            return decode_step(query, *newest, cache, plan, plan.scaling)
-
-        def attention() -> Tensor:
-            return decode(turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
-
+        step = partial(decode_step, query, *newest, cache, plan, plan.scaling)
         cache.lengths.fill_(keys.shape[2] - 1)
         found, turned, chosen = step()
+        attention = partial(decode, turned, chosen, cache, sink=plan.sink, recent=plan.recent, scaling=plan.scaling)
         name, k_ratio, seen, selected = "aqua, short", 1.0, keys, None
         if not config.min_length:
             name, k_ratio, seen = "aqua", config.k_ratio, rotated
@@ -157,10 +145,8 @@ def _our_ways(problem: Problem, configs: list[AquaConfig]) -> list[Way]:
     return [way(config, filled(int(config.min_length)) if config.min_length else shared) for config in configs]
 
 
-def _fastest_seconds(
-    ways: list[Way], others: list[Way], length: int, parts: tuple[str, ...]
-) -> dict[tuple[int, str], float]:
-    """Of each way and part the fastest run, because what makes others slower is other programs.
+def _fastest_seconds(ways: list[Way], others: list[Way], length: int, parts: tuple[str, ...]) -> dict[Any, float]:
+    """Of each way, by its index, and part the fastest run, because what makes others slower is other programs.
 
     Before each the caches of the processor are filled with something else, as a model's weights fill them between two
     steps of a layer; then another sequence of few tokens takes the same way, because the code does come back sooner.
@@ -183,7 +169,7 @@ def _fastest_seconds(
 
 
 def largest_cache() -> int:
-    """Bytes of the processor's largest cache; 0 where nothing is known."""
+    """Bytes of the processor's largest cache, of which Linux says "48K" and the like; 0 where nothing is known."""
     folder, pattern = CACHES
     sizes = [path.read_text().strip() for path in folder.glob(pattern)]
     units = {"K": 10, "M": 20, "G": 30}

@@ -75,9 +75,8 @@ def _flashinfer(tensor_cores: bool) -> Maker:
         paged = [each.transpose(1, 2).reshape(pages, page, kv_heads, dim).contiguous() for each in (keys, values)]
         work = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(work, "NHD", use_tensor_cores=tensor_cores)
-        counts = torch.arange(0, batch + 1, dtype=torch.int32, device="cuda") * (length // page)
-        indices = torch.arange(0, pages, dtype=torch.int32, device="cuda")
-        last = torch.full((batch,), page, dtype=torch.int32, device="cuda")
+        indices, last = torch.arange(pages).int().cuda(), torch.full((batch,), page).int().cuda()
+        counts = torch.arange(batch + 1).int().cuda() * (length // page)
         dtypes = {"q_data_type": query.dtype, "kv_data_type": keys.dtype}
         wrapper.plan(counts, indices, last, query.shape[1], kv_heads, dim, page, **dtypes)
         return lambda: wrapper.run(query, tuple(paged))

@@ -9,7 +9,7 @@ that is not recorded.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,6 +27,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.model.interface import install
 
+Settings = tuple[AquaConfig, ...]
 ROOM = 128
 """Tokens that the timed steps may append. A static cache of transformers is read to its end, so that more would slow
 the dense step down."""
@@ -36,14 +37,16 @@ TOLERANCE, NOISE, MOST = 0.02, 3.0, 0.2
 """Relative difference of logits that is allowed, or so many times what another dense attention makes, if that is more,
 but never more than the last: in 16 bits, 32 layers of random weights make 0.04 of the order of a sum, and 0.5 of a
 token of `SHORT` that is missed."""
+# What results say of a model, by what its config calls it.
+SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size"}
+SIZES |= {"heads": "num_attention_heads", "groups": "num_key_value_heads", "head_dim": "head_dim"}
+SIZES["vocabulary"] = "vocab_size"
 DENSE_KERNELS = ("SDPA flash", "SDPA flash, packed", "SDPA cuDNN", "SDPA cuDNN, packed")
 """Those of `BASELINES` that read the layout of transformers' static cache."""
 
 
 @torch.no_grad()
-def measure_generate(
-    model: PreTrainedModel, *, batch: int, length: int, settings: tuple[AquaConfig, ...]
-) -> dict[str, Any]:
+def measure_generate(model: PreTrainedModel, *, batch: int, length: int, settings: Settings) -> dict[str, Any]:
     """Check and time one greedy decoding step, recorded as a CUDA graph, of `batch` sequences of `length` tokens.
 
     Args:
@@ -66,13 +69,13 @@ def measure_generate(
     rows: list[dict[str, Any]] = []
     steps = Steps(model, batch, length)
     expected: Tensor | None = None
-    for name, kernel in (("transformers, sdpa", None), *((name, name) for name in DENSE_KERNELS)):
-        row: dict[str, Any] = {"name": name, "k_ratio": None, "bits": None}
+    for kernel in (None, *DENSE_KERNELS):
+        row: dict[str, Any] = {"name": kernel or "transformers, sdpa", "k_ratio": None, "bits": None}
         try:
             with _dense_kernel(model, kernel, length + 1):
                 steps.restart()
                 found = steps()
-                check_near(found, expected, f"{name}, {length} tokens", limit)
+                check_near(found, expected, f"{row['name']}, {length} tokens", limit)
                 expected = found if expected is None else expected
                 rows.append(row | {"seconds": steps.seconds(), "bytes": step_bytes(model, batch, length, None)})
         except (RuntimeError, ImportError) as error:
@@ -91,23 +94,10 @@ def measure_generate(
     _free()
     bandwidth = read_bandwidth()
     compare(rows, batch, bandwidth)
-    shape = model.config
-    return {
-        "device": torch.cuda.get_device_name(),
-        "batch": batch,
-        "length": length,
-        "layers": shape.num_hidden_layers,
-        "hidden": shape.hidden_size,
-        "intermediate": shape.intermediate_size,
-        "heads": shape.num_attention_heads,
-        "groups": shape.num_key_value_heads,
-        "head_dim": shape.head_dim,
-        "vocabulary": shape.vocab_size,
-        "dtype": str(model.dtype),
-        "weight_bytes": weight_bytes(model),
-        "read_bandwidth": bandwidth,
-        "rows": rows,
-    }
+    known = {"device": torch.cuda.get_device_name(), "batch": batch, "length": length}
+    known |= {name: getattr(model.config, field) for name, field in SIZES.items()}
+    known |= {"dtype": str(model.dtype), "weight_bytes": weight_bytes(model), "read_bandwidth": bandwidth}
+    return known | {"rows": rows}
 
 
 class Steps:
@@ -117,11 +107,9 @@ class Steps:
         """Fill a cache with `random_states`: the tiled one of `attachment`, or a static one of transformers."""
         room = length + ROOM
         self.model, self.batch, self.length = model, batch, length
-        self.cache: Cache = (
-            StaticCache(config=model.config, max_cache_len=room)
-            if attachment is None
-            else attachment.new_cache(max_length=room, layout="tiled")
-        )
+        self.cache: Cache = StaticCache(config=model.config, max_cache_len=room)
+        if attachment is not None:
+            self.cache = attachment.new_cache(max_length=room, layout="tiled")
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.restart()
 
@@ -154,9 +142,7 @@ def fill_cache(cache: Cache, states: Iterable[tuple[Tensor, Tensor]]) -> None:
             layer.store(None)
 
 
-def check_logits(
-    model: PreTrainedModel, projections: Projections, settings: tuple[AquaConfig, ...], batch: int
-) -> float:
+def check_logits(model: PreTrainedModel, projections: Projections, settings: Settings, batch: int) -> float:
     """The relative difference of logits that is allowed; with few tokens, so that dense and AQUA fit beside each other.
 
     An AquaError when AQUA at k_ratio 1 is not dense, or a CUDA graph of some setting not what it records.
@@ -170,8 +156,6 @@ def check_logits(
     limit = min(max(TOLERANCE, NOISE * difference(steps(), expected)), MOST)
     model.set_attn_implementation(before)
     check_graph(steps, "dense", limit)
-    if not settings:
-        return limit
     exact = AquaConfig(k_ratio=1, selection="weighted", share="group", sink=settings[0].sink, recent=settings[0].recent)
     for config in dict.fromkeys((exact, *settings)):
         name = f"aqua, k_ratio {config.k_ratio:g}" + (f", int{config.bits}" if config.bits else "")
@@ -187,10 +171,7 @@ def check_graph(steps: Steps, name: str, limit: float) -> None:
     if steps.model.device.type != "cuda":
         return
     steps.restart()
-    tokens, expected = [], []
-    for _ in range(3):
-        tokens.append(steps.token.clone())
-        expected.append(steps().clone())
+    expected = [(steps.token.clone(), steps().clone()) for _ in range(3)]
     steps.restart()
     steps()  # what is made once is made before the recording
     torch.cuda.synchronize()
@@ -198,7 +179,7 @@ def check_graph(steps: Steps, name: str, limit: float) -> None:
     with torch.cuda.graph(graph):
         logits = steps()
     # The same tokens: of two that are equally likely, rounding would choose, and all that follows be another text.
-    for token, right in zip(tokens[1:], expected[1:], strict=True):
+    for token, right in expected[1:]:
         steps.token.copy_(token)
         graph.replay()
         if not torch.equal(steps.token, logits.argmax(-1, keepdim=True)):
@@ -215,9 +196,7 @@ def check_near(found: Tensor, expected: Tensor | None, name: str, limit: float) 
         raise AquaError(f"a decoding step is wrong: the logits of {name} are not all finite")
     error = 0.0 if expected is None else difference(found, expected)
     if not error <= limit:
-        raise AquaError(
-            f"a decoding step is wrong: the logits of {name} are off by {error:.2g}, {limit:.2g} is allowed"
-        )
+        raise AquaError(f"a decoding step is wrong: the logits of {name} are off by {error:.2g}, allowed: {limit:.2g}")
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -243,10 +222,9 @@ def step_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConf
     The few tokens of the exact window, read whole, are counted as the others; with 8 bits, two scales of two bytes for
     each token and head.
     """
-    shape, size, scales = model.config, model.dtype.itemsize, 0
-    read = 2 * shape.head_dim if config is None else shape.head_dim + config.selected_dims(shape.head_dim)
-    if config is not None and config.bits == 8:
-        size, scales = 1, 4
+    shape = model.config
+    read = shape.head_dim + (shape.head_dim if config is None else config.selected_dims(shape.head_dim))
+    size, scales = (1, 4) if config is not None and config.bits == 8 else (model.dtype.itemsize, 0)
     tokens = shape.num_hidden_layers * batch * shape.num_key_value_heads * length
     return weight_bytes(model) + int(tokens * (read * size + scales))
 
@@ -254,12 +232,11 @@ def step_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConf
 def compare(rows: list[dict[str, Any]], batch: int, bandwidth: float) -> None:
     """Add what follows from `seconds` and `bytes` to the rows that have them; `bandwidth` is in bytes a second."""
     dense = [row["seconds"] for row in rows if row["k_ratio"] is None and "seconds" in row]
-    for row in rows:
-        if "seconds" in row:
-            row["tokens_per_second"] = batch / row["seconds"]
-            row["ratio"] = min(dense) / row["seconds"] if dense else None
-            row["roofline_seconds"] = row["bytes"] / bandwidth
-            row["share"] = row["roofline_seconds"] / row["seconds"]
+    for row in (row for row in rows if "seconds" in row):
+        row["tokens_per_second"] = batch / row["seconds"]
+        row["ratio"] = min(dense) / row["seconds"] if dense else None
+        row["roofline_seconds"] = row["bytes"] / bandwidth
+        row["share"] = row["roofline_seconds"] / row["seconds"]
 
 
 def _dense_kernel(model: PreTrainedModel, kernel: str | None, length: int) -> ExitStack:
@@ -272,11 +249,8 @@ def _dense_kernel(model: PreTrainedModel, kernel: str | None, length: int) -> Ex
     if kernel is None:
         return restore
 
-    def attend(
-        module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        run: Callable[[], Tensor] = BASELINES[kernel](query[:, :, 0], key[:, :, :length], value[:, :, :length])
-        return run()[:, None], None
+    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return BASELINES[kernel](query[:, :, 0], key[:, :, :length], value[:, :, :length])()[:, None], None
 
     restore.callback(install(model, attend, lambda *_, **__: None)[1])
     return restore

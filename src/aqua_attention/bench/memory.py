@@ -7,12 +7,13 @@ import ctypes
 import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 from aqua_attention.attach.apply import Attachment, apply
 from aqua_attention.calibration.projections import Projections
@@ -50,9 +51,7 @@ def measure_memory(
         AquaError: too short, longer than the model's positions, projections of another model.
     """
     if length < NEW_TOKENS or batch < 1:
-        raise AquaError(
-            f"length is {length} and batch {batch}: at least {NEW_TOKENS} tokens of one sequence are needed"
-        )
+        raise AquaError(f"length is {length} and batch {batch}: it takes {NEW_TOKENS} tokens of one sequence at least")
     check_tokens(model, torch.zeros(1, dtype=torch.long), context=length)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     # The last token that is written is not cached.
@@ -60,14 +59,11 @@ def measure_memory(
     tokens = torch.randint(0, vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(input_device(model))
 
-    def dynamic() -> DynamicCache:
-        return DynamicCache(config=model.config)
-
-    runs: list[tuple[Any, Callable[[], Any], Attachment | None]] = [
-        ("DynamicCache", dynamic, None),
-        ("QuantizedCache int8", lambda: _quantized(model, "hqq", 8), None),
-        ("QuantizedCache int4", lambda: _quantized(model, "quanto", 4), None),
-    ]
+    dynamic = partial(DynamicCache, config=model.config)
+    runs: list[tuple[Any, Callable[[], Any], Attachment | None]] = [("DynamicCache", dynamic, None)]
+    for backend, bits in (("hqq", 8), ("quanto", 4)):
+        quantized = partial(QuantizedCache, backend, model.config, nbits=bits)
+        runs.append((f"QuantizedCache int{bits}", quantized, None))
     for config in configs:
         setting = config.to_dict() | {"effective_ratio": config.effective_ratio}
         runs.append((setting, dynamic, apply(model, projections, config)))
@@ -90,11 +86,10 @@ def measure_memory(
         rows.append({"setting": setting, "bytes": storage_bytes(cache), "peak_bytes": added})
         del cache
     progress(len(runs), len(runs))
-    for row in rows:
-        if "absent" not in row:
-            row["ratio"] = row["bytes"] / rows[0]["bytes"]
-            peaks = row["peak_bytes"], rows[0]["peak_bytes"]
-            row["peak_ratio"] = peaks[0] / peaks[1] if all(peaks) else None
+    for row in (row for row in rows if "absent" not in row):
+        row["ratio"] = row["bytes"] / rows[0]["bytes"]
+        peaks = row["peak_bytes"], rows[0]["peak_bytes"]
+        row["peak_ratio"] = peaks[0] / peaks[1] if all(peaks) else None
     return {"length": length, "batch": batch, "dtype": str(model.dtype), "rows": rows}
 
 
@@ -124,23 +119,11 @@ def storage_bytes(cache: Any) -> int:
     return sum(storages.values())
 
 
+@torch.no_grad()
 def _generate(model: PreTrainedModel, tokens: Tensor, cache: Any) -> None:
-    with torch.no_grad():
-        model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            past_key_values=cache,
-            max_new_tokens=NEW_TOKENS,
-            pad_token_id=0,
-            prefill_chunk_size=PREFILL_CHUNK,
-            **GREEDY | {"min_new_tokens": NEW_TOKENS},
-        )
-
-
-def _quantized(model: PreTrainedModel, backend: str, bits: int) -> Any:
-    from transformers import QuantizedCache
-
-    return QuantizedCache(backend, model.config, nbits=bits)
+    counts = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "prefill_chunk_size": PREFILL_CHUNK}
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "past_key_values": cache}
+    model.generate(**GREEDY | counts | given, pad_token_id=0)
 
 
 def _memory(device: torch.device, *, reset: bool = False) -> int | None:

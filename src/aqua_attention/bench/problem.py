@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape
 from aqua_attention.ops.reference import attention_reference
 
+OURS = AquaConfig(selection="weighted", share="group", sink=4, recent=64)
+"""What is measured at several k_ratio, with another exact window where one is given."""
+K_RATIOS = (1.0, 0.75, 0.5, 0.25)
 LOUD = 4.0
 """Keys of the first and the last token are so many times as large: among many, one that is missed would not be seen."""
 
@@ -40,20 +45,14 @@ class Problem(NamedTuple):
         device, heads, kv_heads, head_dim, dtype = shape
         generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(*size, generator=generator, device=device, dtype=dtype)
-
+        normal = partial(torch.randn, generator=generator, device=device, dtype=dtype)
         keys, values = (normal(batch, kv_heads, length, head_dim) for _ in range(2))
         for token in (0, -1):
             keys[:, :, token] *= LOUD
-        return cls(
-            query=normal(batch, heads, head_dim),
-            new=(keys[:, :, -1].clone(), values[:, :, -1].clone()),
-            keys=keys,
-            values=values,
-            rotation=torch.linalg.qr(normal(kv_heads, head_dim, head_dim, dtype=torch.float32)).Q.contiguous(),
-            key_rms=normal(kv_heads, head_dim, dtype=torch.float32).abs() + 0.1,
-        )
+        query, new = normal(batch, heads, head_dim), (keys[:, :, -1].clone(), values[:, :, -1].clone())
+        rotation = torch.linalg.qr(normal(kv_heads, head_dim, head_dim, dtype=torch.float32)).Q.contiguous()
+        key_rms = normal(kv_heads, head_dim, dtype=torch.float32).abs() + 0.1
+        return cls(query, new, keys, values, rotation, key_rms)
 
 
 class Attended(NamedTuple):
@@ -75,12 +74,9 @@ class Attended(NamedTuple):
         """Some sequences and key-value heads of it."""
         each = self.query.shape[1] // self.keys.shape[1]
         heads = slice(*(None if bound is None else bound * each for bound in (kv_heads.start, kv_heads.stop)))
-        return self._replace(
-            query=self.query[rows, heads],
-            keys=self.keys[rows, kv_heads],
-            values=self.values[rows, kv_heads],
-            selected=None if self.selected is None else self.selected[rows, heads],
-        )
+        selected = None if self.selected is None else self.selected[rows, heads]
+        keys, values = self.keys[rows, kv_heads], self.values[rows, kv_heads]
+        return self._replace(query=self.query[rows, heads], keys=keys, values=values, selected=selected)
 
     def reference(self, dtype: torch.dtype) -> Tensor:
         """Computed in `dtype`, then float64: [batch, num_attention_heads, dim]."""

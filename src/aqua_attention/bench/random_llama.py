@@ -18,18 +18,8 @@ from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 
 KEY_SCALE = 2.0
 """Standard deviation of the random keys: with less, attention averages over all tokens and no longer matters."""
-
-
-LLAMA_8B = {
-    "num_hidden_layers": 32,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-}
+LLAMA_8B = {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+LLAMA_8B |= {"hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072}
 
 
 def make_model(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **changes: int) -> PreTrainedModel:
@@ -42,10 +32,8 @@ def make_model(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **chan
     shape = LLAMA_8B | changes
     layers, heads, kv_heads = (shape[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads"))
     if layers < 1 or heads % kv_heads:
-        raise AquaError(
-            f"{layers} layers with {heads} query heads for {kv_heads} key-value heads: there must be a layer, and "
-            "heads must divide"
-        )
+        given = f"{layers} layers with {heads} query heads for {kv_heads} key-value heads"
+        raise AquaError(f"{given}: there must be a layer, and heads must divide")
     config = LlamaConfig(**shape, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if device == "cuda" else []):
         torch.manual_seed(0)
@@ -63,14 +51,9 @@ def random_projections(model: PreTrainedModel) -> Projections:
     for layer in layers:
         kv_heads, dim = layer.num_key_value_heads, layer.head_dim
         ones = torch.ones(kv_heads, dim)
-        projections[layer.index] = LayerProjection(
-            rotation=torch.linalg.qr(torch.randn(kv_heads, dim, dim, generator=generator)).Q.contiguous(),
-            key_rms=KEY_SCALE * ones,
-            key_mean=0 * ones,
-            key_std=KEY_SCALE * ones,
-            query_rms=ones,
-            energy=ones / dim,
-        )
+        rotation = torch.linalg.qr(torch.randn(kv_heads, dim, dim, generator=generator)).Q.contiguous()
+        of_keys = {"key_rms": KEY_SCALE * ones, "key_mean": 0 * ones, "key_std": KEY_SCALE * ones}
+        projections[layer.index] = LayerProjection(rotation, **of_keys, query_rms=ones, energy=ones / dim)
     identity = {"name": "random", "shape": shape_of(model, layers), "key_weights": key_weight_digest(layers)}
     return Projections(projections, {}, identity)
 
@@ -79,10 +62,8 @@ def random_states(model: PreTrainedModel, batch: int, length: int) -> Iterator[t
     """Keys, as the model computes them, and values of each layer, [batch, num_key_value_heads, length, head_dim]."""
     shape = batch, model.config.num_key_value_heads, length, model.config.head_dim
     for index in range(model.config.num_hidden_layers):
-        generator = torch.Generator(model.device).manual_seed(index)
-        keys, values = (
-            torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype) for _ in range(2)
-        )
+        given = {"generator": torch.Generator(model.device).manual_seed(index), "device": model.device}
+        keys, values = (torch.randn(shape, **given, dtype=model.dtype) for _ in range(2))
         yield KEY_SCALE * keys, values
 
 
@@ -93,9 +74,8 @@ def compiled(model: PreTrainedModel, backend: str = "inductor") -> Iterator[None
     As transformers run them they take up to a fifth of a step, in every row: who cares for speed compiles them.
     Attention and its cache stay as they are, so that dense rows append as transformers do.
     """
-    parts = [
-        part for part in model.modules() if isinstance(part, (modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP))
-    ]
+    kinds = modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP
+    parts = [part for part in model.modules() if isinstance(part, kinds)]
     before = modeling_llama.apply_rotary_pos_emb, [part._compiled_call_impl for part in parts]
     try:
         modeling_llama.apply_rotary_pos_emb = torch.compile(before[0], backend=backend)

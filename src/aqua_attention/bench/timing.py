@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,9 +23,7 @@ def read_bandwidth() -> float:
     data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
     sums = torch.empty(data.numel() // (1 << 15), device="cuda")
 
-    def read() -> None:
-        _read[(sums.numel(),)](data, sums, BLOCK=4096, BLOCKS=8, num_warps=8)
-
+    read = partial(_read[(sums.numel(),)], data, sums, BLOCK=4096, BLOCKS=8, num_warps=8)
     return data.nbytes / min(seconds_of(read) for _ in range(READS))
 
 
@@ -64,4 +64,4 @@ def _replay(run: Callable[[], Any], reset: Callable[[], Any], repeats: int, runs
         graph.replay()
         stop.record()
     torch.cuda.synchronize()
-    return sorted(start.elapsed_time(stop) for start, stop in events)[runs // 2] / 1e3 / repeats
+    return median(start.elapsed_time(stop) for start, stop in events) / 1e3 / repeats

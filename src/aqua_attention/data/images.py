@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.data.pictures import SETS, VISION_EXTRA
-from aqua_attention.data.sources import first_line, hub_rows, local_path
+from aqua_attention.data.pictures import SETS
+from aqua_attention.data.sources import files_below, first_line, hub_rows, local_files, usable_path
 from aqua_attention.errors import AquaError
 from aqua_attention.model.sides import IMAGES, padding, runner, sides
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-FORMS = f"{', '.join(f'builtin:{name}' for name in SETS)}, hub:dataset[:config[:split]], a folder, or an image"
-MOST_NAMED = 5
-"""Unreadable files that a message names."""
+FORMS = (
+    f"{', '.join(f'builtin:{name}' for name in SETS)}, hub:dataset[:config[:split]], a folder, "
+    f"or an image ending in {', '.join(SUFFIXES)}"
+)
 Reader = Callable[["Image"], dict[str, Tensor]]
 """From a picture to what the model is called with."""
 OPENAI = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -40,14 +41,14 @@ def is_images(spec: str) -> bool:
     if kind == "builtin":
         return rest in SETS
     try:
-        path = Path(spec).expanduser()
-        return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(_files(path)))
-    except (OSError, ValueError, RuntimeError):  # no usable path: reading it will say so
+        path = usable_path(spec)
+    except AquaError:  # reading it will say so
         return False
+    return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(files_below(path, SUFFIXES)))
 
 
 def read_images(
-    spec: str, reader: Reader, *, most: int, progress: Callable[[int, int], None] | None = None
+    spec: str, reader: Reader, *, most: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     """The images that `spec` names as a model reads them, and their names.
 
@@ -64,27 +65,22 @@ def read_images(
         raise AquaError(f"images is {most}: it must be 1 or more")
     check_pillow()
     pictures = _pictures(spec, most)
-    inputs: list[dict[str, Tensor]] = []
-    names: list[str] = []
+    read: list[tuple[dict[str, Tensor], str]] = []
     unread: list[str] = []
     for done, (name, picture) in enumerate(pictures):
-        if progress:
-            progress(done, len(pictures))
+        progress(done, len(pictures))
         try:
-            inputs.append(_read(reader, picture))
-            names.append(name)
+            read.append((_read(reader, picture), name))
         except _Unreadable as error:
             unread.append(f"{name} ({error})")
-    if progress:
-        progress(len(pictures), len(pictures))
-    listed = ", ".join(unread[:MOST_NAMED]) + (", ..." if len(unread) > MOST_NAMED else "")
-    if not inputs:
+    progress(len(pictures), len(pictures))
+    listed = ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else "")
+    if not read:
         raise AquaError(f"none of the {len(unread)} images of {spec!r} can be read: {listed}: give other ones")
     if unread:
-        warnings.warn(
-            f"{len(unread)} of {len(pictures)} images cannot be read and are left out: {listed}", stacklevel=2
-        )
-    return inputs, names
+        wrong = f"{len(unread)} of {len(pictures)} images cannot be read and are left out: {listed}"
+        warnings.warn(wrong, stacklevel=2)
+    return [inputs for inputs, _ in read], [name for _, name in read]
 
 
 def check_pillow() -> None:
@@ -92,7 +88,7 @@ def check_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise AquaError(f"reading images takes Pillow: {VISION_EXTRA}") from error
+        raise AquaError("reading images takes Pillow: pip install 'aqua-attention[vision]'") from error
 
 
 class _Unreadable(Exception):
@@ -120,17 +116,8 @@ def _pictures(spec: str, most: int) -> Sequence[tuple[str, Image | Path]]:
     if kind == "hub":
         found = enumerate(islice(hub_rows(rest, partial(_row_picture, spec)), most))
         return [(f"{rest.partition(':')[0]}#{number}", picture) for number, picture in found]
-    path = local_path(spec, f"images are one of {FORMS}")
-    if not path.is_dir() and path.suffix.lower() not in SUFFIXES:
-        raise AquaError(f"{spec!r} is no image: images are one of {FORMS}, ending in {', '.join(SUFFIXES)}")
-    files = _files(path) if path.is_dir() else [path]
-    if not files:
-        raise AquaError(f"the folder {spec!r} holds no image: none ends in {', '.join(SUFFIXES)}")
+    files = local_files(spec, SUFFIXES, f"images are one of {FORMS}", f"{spec!r} is no image", "image")
     return [(str(file), file) for file in _spread(files, most)]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def _spread(found: list[Any], most: int) -> list[Any]:
@@ -181,11 +168,8 @@ def image_reader(model: PreTrainedModel, processor: Any | None) -> Reader:
     if needs or not isinstance(size, int) or getattr(config, "num_channels", 3) != 3:
         raise AquaError(f"{name} needs an image processor: put its preprocessor_config.json beside the weights")
     mean, std = OPENAI if "clip" in config.model_type else HALF
-    warnings.warn(
-        f"{name} has no preprocessor_config.json: images are scaled and cut to {size} x {size}, mean "
-        f"{mean[0]:.2f}, {mean[1]:.2f}, {mean[2]:.2f}",
-        stacklevel=2,
-    )
+    done = f"images are scaled and cut to {size} x {size}, mean {', '.join(f'{part:.2f}' for part in mean)}"
+    warnings.warn(f"{name} has no preprocessor_config.json: {done}", stacklevel=2)
     return lambda picture: {"pixel_values": _plain_pixels(picture, size, mean, std)}
 
 
@@ -193,9 +177,8 @@ def _plain_pixels(picture: Image, size: int, mean: tuple[float, ...], std: tuple
     """The middle square of a picture, [1, 3, size, size]."""
     from PIL import Image
 
-    width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
+    side = min(picture.size)
+    left, top = ((whole - side) // 2 for whole in picture.size)
     square = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     values = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).reshape(size, size, 3).float() / 255
     return ((values - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1)[None].contiguous()

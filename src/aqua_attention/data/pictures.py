@@ -15,8 +15,6 @@ from aqua_attention.errors import AquaError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VISION_EXTRA = "pip install 'aqua-attention[vision]'"
-PICTURES_EXTRA = "pip install 'aqua-attention[pictures]'"
 SIZE = 224
 """Pixels on each side of a built-in image."""
 CROPS = 24
@@ -75,15 +73,13 @@ SETS: dict[str, Callable[[], Iterator[Named]]] = {
     "renderings": lambda: renderings(_COUNT, "builtin:calibration"),
     "evaluation-renderings": lambda: renderings(_COUNT, "builtin:evaluation"),
 }
-"""By the name that follows `builtin:`."""
 
 
 def _crop(picture: Image, rng: random.Random) -> Image:
     from PIL import Image, ImageEnhance
 
-    width, height = picture.size
-    side = round(min(width, height) * rng.uniform(0.4, 1.0))
-    left, top = rng.randint(0, width - side), rng.randint(0, height - side)
+    side = round(min(picture.size) * rng.uniform(0.4, 1.0))
+    left, top = (rng.randint(0, whole - side) for whole in picture.size)
     crop = picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -96,7 +92,7 @@ def _packaged(name: str) -> Path:
     for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
         found = find_spec(package)  # importing it would take a second
         if found is None or not found.submodule_search_locations:
-            raise AquaError(f"the built-in photographs come with {package}: {PICTURES_EXTRA}")
+            raise AquaError(f"the built-in photographs come with {package}: pip install 'aqua-attention[pictures]'")
         root = found.submodule_search_locations[0]
         if (path := Path(root, folder, name)).is_file():
             return path

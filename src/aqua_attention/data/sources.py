@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from aqua_attention.errors import AquaError
+from aqua_attention.io.files import unpacked
 
 T = TypeVar("T")
+PACKED = (".txt", ".md", ".raw", ".rst", ".jsonl")
+"""What may end in .gz too."""
 
 
 def first_line(error: Exception) -> str:
@@ -17,20 +20,42 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def local_path(spec: str, forms: str) -> Path:
-    """The file or folder that `spec` names; an AquaError where there is none.
-
-    For its message, `forms` says what it may be instead, such as "a text is one of ...".
-    """
+def usable_path(spec: str, wrong: str = "is no usable path", remedy: str = "check it") -> Path:
+    """The path that `spec` is, whether something is there or not; an AquaError where it cannot be one."""
     try:
         path = Path(spec).expanduser()
-        exists = path.exists()
+        path.exists()
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise AquaError(f"{spec[:100]!r} is no usable path ({reason}): {forms}") from error
-    if not exists:
-        raise AquaError(f"there is no file or folder {spec!r}: {forms}")
+        raise AquaError(f"{spec[:100]!r} {wrong} ({reason}): {remedy}") from error
     return path
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix that says what a file holds: of a packed text the one before .gz."""
+    suffix = unpacked(path).suffix.lower()
+    return suffix if suffix in PACKED else path.suffix.lower()
+
+
+def files_below(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """The files in a folder and below it that end in one of these, by path."""
+    return sorted(file for file in folder.rglob("*") if suffix_of(file) in suffixes and file.is_file())
+
+
+def local_files(spec: str, suffixes: Sequence[str], forms: str, unknown: str, kind: str) -> list[Path]:
+    """The file that `spec` names, or all of the folder, at least one; an AquaError if it is of no such `kind`.
+
+    For its message, `forms` says what it may be, such as "a text is one of ...", and `unknown` that its name does not.
+    """
+    path = usable_path(spec, remedy=forms)
+    if not path.exists():
+        raise AquaError(f"there is no file or folder {spec!r}: {forms}")
+    if not path.is_dir() and suffix_of(path) not in suffixes:
+        raise AquaError(f"{unknown}: {forms}")
+    files = files_below(path, suffixes) if path.is_dir() else [path]
+    if not files:
+        raise AquaError(f"the folder {spec!r} holds no {kind} ending in {', '.join(suffixes)}")
+    return files
 
 
 def hub_rows(spec: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
@@ -45,9 +70,8 @@ def hub_rows(spec: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     try:
         import datasets
     except ImportError as error:
-        raise AquaError(
-            f"reading 'hub:{spec}' takes the datasets package: pip install 'aqua-attention[data]'"
-        ) from error
+        install = "pip install 'aqua-attention[data]'"
+        raise AquaError(f"reading 'hub:{spec}' takes the datasets package: {install}") from error
     try:
         yield from map(read, datasets.load_dataset(name, config or None, split=split or "train", streaming=True))
     except AquaError:

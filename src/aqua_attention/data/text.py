@@ -11,16 +11,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqua_attention.data.sources import first_line, hub_rows, local_path
+from aqua_attention.data.sources import PACKED, files_below, first_line, hub_rows, local_files, suffix_of
 from aqua_attention.errors import AquaError
-from aqua_attention.io.files import json_lines, open_text, unpacked
+from aqua_attention.io.files import json_lines, open_text
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-PLAIN_SUFFIXES = (".txt", ".md", ".raw", ".rst")
-SUFFIXES = (*PLAIN_SUFFIXES, ".jsonl", ".parquet")
+SUFFIXES = (*PACKED, ".parquet")
 FORMS = (
     "builtin:calibration, builtin:evaluation, hub:dataset[:config[:split]], a folder, "
     f"or a file ending in {', '.join(SUFFIXES)} (all but .parquet may end in .gz too)"
@@ -49,7 +48,9 @@ def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
     elif kind == "hub":
         text = _join(hub_rows(rest, lambda row: _row_text(row, spec)), max_characters)
     else:
-        text = _local(spec, max_characters)
+        unknown = f"cannot tell what {spec!r} holds from its name"
+        files = local_files(spec, SUFFIXES, f"a text is one of {FORMS}", unknown, "file")
+        text = _join((_read(file, max_characters) for file in files), max_characters)
     if not text.strip():
         raise AquaError(f"the text {spec!r} is blank: give a text with words in it")
     try:
@@ -62,11 +63,7 @@ def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
 def holds_text(spec: str) -> bool:
     """Whether `spec` is a folder with a file that `load_text` reads."""
     path = Path(spec).expanduser()
-    return path.is_dir() and bool(_files(path))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if _suffix(file) in SUFFIXES and file.is_file())
+    return path.is_dir() and bool(files_below(path, SUFFIXES))
 
 
 def _builtin(name: str) -> str:
@@ -74,31 +71,11 @@ def _builtin(name: str) -> str:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise AquaError("this Python comes without pydoc_data, the built-in text: give a file") from error
+    if name not in ("calibration", "evaluation"):
+        raise AquaError(f"unknown built-in text {name!r}: it is calibration or evaluation")
     text = "\n\n".join(topics[key] for key in sorted(topics))
     cut = text.index("\n", len(text) * 8 // 10) + 1
-    if name == "calibration":
-        return text[:cut]
-    if name == "evaluation":
-        return text[cut:]
-    raise AquaError(f"unknown built-in text {name!r}: it is calibration or evaluation")
-
-
-def _local(spec: str, limit: int) -> str:
-    path = local_path(spec, f"a text is one of {FORMS}")
-    if path.is_dir():
-        files = _files(path)
-        if not files:
-            raise AquaError(f"the folder {spec!r} holds no file ending in {', '.join(SUFFIXES)}")
-        return _join((_read(file, limit) for file in files), limit)
-    if _suffix(path) not in SUFFIXES:
-        raise AquaError(f"cannot tell what {spec!r} holds from its name: a text is one of {FORMS}")
-    return _read(path, limit)
-
-
-def _suffix(path: Path) -> str:
-    """The suffix that says what a file holds: the one before .gz, if that may be."""
-    suffix = unpacked(path).suffix.lower()
-    return path.suffix.lower() if suffix == ".parquet" else suffix
+    return text[:cut] if name == "calibration" else text[cut:]
 
 
 def _join(texts: Iterable[str], limit: int) -> str:
@@ -114,7 +91,7 @@ def _join(texts: Iterable[str], limit: int) -> str:
 
 
 def _read(path: Path, limit: int) -> str:
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     try:
         if suffix == ".parquet":
             return _join(_parquet_rows(path), limit)
@@ -207,9 +184,8 @@ def token_windows(
     width = context - len(prefix)
     count = min(max(1, tokens // context), len(ids) // width)
     if count == 0:
-        raise AquaError(
-            f"the text has {len(ids)} tokens, fewer than one window of {context}: give more text or a smaller --context"
-        )
+        found = f"the text has {len(ids)} tokens, fewer than one window of {context}"
+        raise AquaError(f"{found}: give more text or a smaller --context")
     starts = [index * width for index in range(count)]
     if seed is not None:
         slack, rng = len(ids) - count * width, random.Random(seed)

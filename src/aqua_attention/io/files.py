@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from platformdirs import user_cache_dir
+
 from aqua_attention.errors import AquaError
 
 
@@ -63,6 +65,11 @@ def write_json(path: Path | str, value: Any) -> None:
 def json_digest(value: Any) -> str:
     """SHA-256 of a JSON value, in hexadecimal; the order of its names does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def cache_folder(name: str) -> Path:
+    """A folder of ours in the user's cache folder, or in `AQUA_CACHE_DIR`; it need not be there."""
+    return Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")).expanduser() / name
 
 
 def unpacked(path: Path) -> Path:
