@@ -24,9 +24,15 @@ from aqua_attention.config import AquaConfig, check_bidirectional, encoder_confi
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
-from aqua_attention.model.interface import as_aqua_mask, attend_dense, check_call, check_detached, mask_builder
+from aqua_attention.model.interface import (
+    as_aqua_mask,
+    attend_dense,
+    attention_function,
+    check_detached,
+    directed,
+    mask_builder,
+)
 from aqua_attention.ops.backend import why_not_tiled
-from aqua_attention.ops.mask import bidirectional
 from aqua_attention.ops.plan import Call, LayerPlan
 
 OWN_CACHES = (DynamicCache, AquaCache)
@@ -96,12 +102,13 @@ class Attachment:
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
         stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
         check_stacks(self.model, stacks)
+        attention = attention_function(type(self.model).__name__, self._attend)
         try:
             for stack in stacks:
                 plan = self._plans[stack[0].module]
                 builder = mask_builder(plan.sink, plan.recent, plan.min_length)
                 alone = len(stacks) == 1 and self._coverage.alone
-                self._undo += install_stack(self.model, stack, alone, self._attend, builder, self._before_forward)
+                self._undo += install_stack(self.model, stack, alone, attention, builder, self._before_forward)
         except BaseException:
             self.detach()
             raise
@@ -151,7 +158,7 @@ class Attachment:
 
         An AquaError for another kind of cache, an empty one, or where the file cannot be written.
         """
-        save_cache(path, cache, self._cached(), self.config, self._model_facts())
+        save_cache(path, cache, self._cached(), self._model_facts())
 
     def load_cache(self, path: Path | str) -> AquaCache:
         """A cache from a file, to go on with: same model, projections, and settings of what is stored.
@@ -159,7 +166,7 @@ class Attachment:
         An AquaError where the file is damaged, or of another model, other projections or settings.
         """
         cache = self.new_cache()
-        load_cache(path, cache, self._cached(), self.config, self._model_facts())
+        load_cache(path, cache, self._cached(), self._model_facts())
         return cache
 
     def _model_facts(self) -> dict[str, Any]:
@@ -236,43 +243,24 @@ class Attachment:
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
 
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """The attention function that transformers calls; query and key arrive after rotary embedding."""
+    def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
+        """Attention of one layer; query and key arrive after rotary embedding."""
         plan = self._plans.get(module)
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        self._coverage.check_call(module, causal, dropout, None if plan is None else plan.causal)
-        check_call(type(self.model).__name__, kwargs)
-        mask, sink = as_aqua_mask(attention_mask), 0 if plan is None else plan.sink
-        if mask is None and not causal:
-            mask = bidirectional(query.shape[2], key.shape[2], sink=sink, device=query.device)
-        with torch.autocast(query.device.type, enabled=False):
-            if plan is None:
-                output = attend_dense(query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
-            else:
-                is_sliding = bool(kwargs.get("sliding_window"))
-                if is_sliding and mask is not None and mask.dtype == torch.bool and plan.needs_codes:
-                    raise AquaError(
-                        "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
-                    )
-                scaling, observer = plan.scaling if scaling is None else scaling, self.on_selection
-                call = Call(query, key, value, mask, sink, plan.recent, scaling, softcap, s_aux, observer is not None)
-                output, selected, rotated = layer_of(key, plan).attend(call, is_sliding)
-                if observer is not None:
-                    observer(plan.index, selected, rotated, plan.head_dim)
-        return output.transpose(1, 2).contiguous(), None
+        self._coverage.check_call(module, causal, given.get("dropout", 0.0), None if plan is None else plan.causal)
+        if plan is None:
+            return attend_dense(directed(call, causal))
+        call, is_sliding = directed(call, causal, plan.sink), bool(given.get("sliding_window"))
+        if is_sliding and call.mask is not None and call.mask.dtype == torch.bool and plan.needs_codes:
+            raise AquaError(
+                "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
+            )
+        observer = self.on_selection
+        call = call._replace(sink=plan.sink, recent=plan.recent, is_observed=observer is not None)
+        with torch.autocast(call.query.device.type, enabled=False):
+            output, selected, rotated = layer_of(call.key, plan).attend(call, is_sliding)
+        if observer is not None:
+            observer(plan.index, selected, rotated, plan.head_dim)
+        return output
 
 
 def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:

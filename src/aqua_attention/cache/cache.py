@@ -2,7 +2,7 @@
 """Whole caches that rotate keys once, when they are written, and store less of them: dimensions, bits, tokens.
 
 Growing full-attention layers are in `growing.py`. Sliding-window layers are bounded, and stay as they are but for the
-rotation (`static.py`); so do layers of a fixed size, unless they are tiled for the decoding kernels (`tiled.py`).
+rotation (`layer.py`); so do layers of a fixed size, unless they are tiled for the decoding kernels (`tiled.py`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache, cache_utils
 
 from aqua_attention.cache.growing import RotatedLayer
-from aqua_attention.cache.layer import OTHER_SETTINGS, check_active
-from aqua_attention.cache.static import RotatedSlidingLayer, RotatedStaticLayer, RotatedStaticSlidingLayer
+from aqua_attention.cache.layer import (
+    OTHER_SETTINGS,
+    RotatedSlidingLayer,
+    RotatedStaticLayer,
+    RotatedStaticSlidingLayer,
+    check_active,
+)
 from aqua_attention.cache.stored import needs_own_cache, stores_the_same
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.errors import AquaError

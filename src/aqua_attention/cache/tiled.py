@@ -17,11 +17,10 @@ from transformers.cache_utils import StaticLayer
 
 from aqua_attention.cache.layer import attend_by_token, check_active, real_tokens, tagged
 from aqua_attention.cache.store import tokens_at
-from aqua_attention.cache.stored import quantization_of
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import rotate
 from aqua_attention.ops.backend import tiled_backend
-from aqua_attention.ops.layout import TiledCache
+from aqua_attention.ops.layout import Quantization, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 
@@ -58,7 +57,11 @@ class TiledLayer(StaticLayer):
         held = self.cache
         if held is None or (held.shape, held.dtype, held.tail.device) != (shape, self.dtype, self.device):
             self.cache = held = None  # the old one makes room first
-            self.cache = TiledCache(*shape, self.dtype, self.device, quantization=quantization_of(self.plan))
+            quantization = None
+            if self.plan.config.bits == 8:
+                assert self.plan.key_scale is not None and self.plan.key_mean is not None
+                quantization = Quantization(self.plan.key_scale, self.plan.key_mean)
+            self.cache = TiledCache(*shape, self.dtype, self.device, quantization=quantization)
             self._padding = torch.zeros((), dtype=torch.long, device=self.device)
             """Padding tokens of the first sequence, which are given but not stored."""
         else:

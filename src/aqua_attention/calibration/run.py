@@ -41,12 +41,7 @@ def calibrate(
     tokens: int = 32768,
     context: int = 2048,
     seed: int | None = 0,
-    name: str = "",
-    layers: str | None = None,
-    checkpoint: Path | str | None = None,
-    checkpoint_seconds: float = 10.0,
-    resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Projections:
     """Learn the projections of `model` from windows of `text`.
 
@@ -57,18 +52,13 @@ def calibrate(
         context: tokens in a window. Calibrate at the length you will use: projections from short windows are
             slightly worse on long ones.
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
-        name: recorded as the model's name; the one in its config unless given.
-        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
-        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
-            Ctrl-C. `checkpoint.discard` it once the projections are saved.
-        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
-        progress: called as progress(windows done, windows in all).
+        options: the fields of `Run` after its model.
 
     Raises:
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
             checkpoint of another run, or one that exists though `resume` was not asked for.
     """
-    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
+    run = Run(model, **options)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
@@ -94,7 +84,7 @@ def calibrate_inputs(
             image processor gives with them), `input_ids`, or both. Only the layers that read them are calibrated; two
             calibrations of a vision-language model, on images and on text, become one by `Projections.merged`.
         facts: recorded in `calibration`, such as how many images these are.
-        options: `name` and all after it, as for `calibrate`.
+        options: the fields of `Run` after its model.
 
     Raises:
         AquaError: as `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
@@ -109,7 +99,16 @@ def calibrate_inputs(
 
 @dataclass
 class Run:
-    """One calibration: of which layers, and where its state is kept; see `calibrate` for fields and errors."""
+    """One calibration: of which layers, and where its state is kept; see `calibrate` for errors.
+
+    Attributes:
+        name: recorded as the model's name; the one in its config unless given.
+        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
+        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
+            Ctrl-C. `checkpoint.discard` it once the projections are saved.
+        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
+        progress: called as progress(windows done, windows in all).
+    """
 
     model: PreTrainedModel
     name: str = ""

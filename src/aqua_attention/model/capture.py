@@ -28,7 +28,7 @@ from aqua_attention.model.sides import (
     runner,
     sides,
 )
-from aqua_attention.ops.mask import bidirectional
+from aqua_attention.ops.plan import Call
 
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -66,31 +66,16 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
     """
     directions: dict[nn.Module, bool] = {}
 
-    def dense(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        interface.check_call(type(model).__name__, kwargs)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    def dense(module: nn.Module, call: Call, causal: bool, _: dict[str, Any]) -> Tensor:
         directions[module] = causal
-        observer(module, query, key, scaling)
-        mask = interface.as_aqua_mask(attention_mask)
-        if mask is not None and mask.shape[2] != query.shape[2]:
-            raise AquaError(f"{type(model).__name__} makes one mask for all queries, which AQUA does not support")
-        if mask is None and not causal:
-            mask = bidirectional(query.shape[2], key.shape[2], sink=0, device=query.device)
-        options = {"scaling": scaling, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
-        output = interface.attend_dense(query, key, value, mask, **options)
-        return output.transpose(1, 2).contiguous(), None
+        observer(module, call.query, call.key, call.scaling)
+        if call.mask is not None and call.mask.shape[2] != call.query.shape[2]:
+            raise AquaError(f"{name} makes one mask for all queries, which AQUA does not support")
+        return interface.attend_dense(interface.directed(call, causal))
 
-    _, undo = interface.install(model, dense, interface.mask_builder(0, 0))
+    name = type(model).__name__
+    attention = interface.attention_function(name, dense)
+    _, undo = interface.install(model, attention, interface.mask_builder(0, 0))
     try:
         yield directions
     finally:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import attention
-from aqua_attention.ops.mask import HIDDEN, window_codes
+from aqua_attention.ops.mask import HIDDEN, bidirectional, window_codes
+from aqua_attention.ops.plan import Call
 
 NAME_PREFIX = "aqua-"
 _numbers = itertools.count(1)
@@ -74,15 +75,40 @@ def install(
     return name, undo
 
 
+def attention_function(
+    name: str, attend: Callable[[nn.Module, Call, bool, dict[str, Any]], Tensor]
+) -> Callable[..., Any]:
+    """An attention function for `install`, which has `attend(module, call, causal, others)` compute the output.
+
+    The call has no window yet; `others` are further keyword arguments of the model `name`. An AquaError for a call that
+    AQUA would compute wrongly.
+    """
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        **others: Any,
+    ) -> tuple[Tensor, None]:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        for argument in SCORE_ARGUMENTS:
+            if others.get(argument) is not None:
+                raise AquaError(f"{name} passes {argument} to its attention, which AQUA does not support")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        call = Call(query, key, value, as_aqua_mask(attention_mask), 0, 0, scaling, softcap, s_aux)
+        return attend(module, call, causal, others).transpose(1, 2).contiguous(), None
+
+    return attention
+
+
 SCORE_ARGUMENTS = ("position_bias", "alibi", "head_mask", "sinks", "indices", "block_indices", "cu_seq_lens_q")
 """Arguments with which a model changes scores or visibility in ways that AQUA does not know."""
-
-
-def check_call(model_name: str, extra: dict[str, Any]) -> None:
-    """Raise AquaError for a call that AQUA would compute wrongly, by the keyword arguments it has no place for."""
-    for name in SCORE_ARGUMENTS:
-        if extra.get(name) is not None:
-            raise AquaError(f"{model_name} passes {name} to its attention, which AQUA does not support")
 
 
 def check_detached(model: PreTrainedModel) -> None:
@@ -142,12 +168,20 @@ def as_aqua_mask(mask: Tensor | None) -> Tensor | None:
     return ~hidden
 
 
-def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+def directed(call: Call, causal: bool, sink: int = 0) -> Call:
+    """With a mask where there is none and the attention is not causal; `sink` tokens of it are in the exact window."""
+    if causal or call.mask is not None:
+        return call
+    mask = bidirectional(call.query.shape[2], call.key.shape[2], sink=sink, device=call.query.device)
+    return call._replace(mask=mask)
+
+
+def attend_dense(call: Call) -> Tensor:
     """Dense attention under a mask as of AQUA's, with the result of `ops.api.attention`."""
+    query, key, value, mask = call[:4]
     if mask is None and query.shape[2] > 1:
         # Keys behind the queries are the empty end of a static cache.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    elif mask is not None:
-        mask = mask != HIDDEN
+    options = call.options | {"mask": None if mask is None else mask != HIDDEN}
     with torch.autocast(query.device.type, enabled=False):
-        return attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)
+        return attention(query.to(value.dtype), key.to(value.dtype), value, None, **options)
