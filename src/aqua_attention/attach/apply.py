@@ -23,15 +23,8 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig, check_bidirectional, encoder_config
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape, resolved
+from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
-from aqua_attention.model.interface import (
-    as_aqua_mask,
-    attend_dense,
-    attention_function,
-    check_detached,
-    directed,
-    mask_builder,
-)
 from aqua_attention.ops.backend import why_not_tiled
 from aqua_attention.ops.plan import Call, LayerPlan
 
@@ -95,18 +88,17 @@ class Attachment:
 
     def attach(self) -> Attachment:
         """Put AQUA into the model; an AquaError where it is attached already."""
-        check_detached(self.model)
+        interface.check_detached(self.model)
         self._plans = {layer.module: self._plan(layer) for layer in self._found}
-        self._undo = []
         self._can_tile = False
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
         stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
         check_stacks(self.model, stacks)
-        attention = attention_function(type(self.model).__name__, self._attend)
+        attention = interface.attention_function(type(self.model).__name__, self._attend)
         try:
             for stack in stacks:
                 plan = self._plans[stack[0].module]
-                builder = mask_builder(plan.sink, plan.recent, plan.min_length)
+                builder = interface.mask_builder(plan.sink, plan.recent, plan.min_length)
                 alone = len(stacks) == 1 and self._coverage.alone
                 self._undo += install_stack(self.model, stack, alone, attention, builder, self._before_forward)
         except BaseException:
@@ -149,9 +141,7 @@ class Attachment:
         if not self._rotates_on_write:
             raise AquaError(f"{type(self.model).__name__} does not take its keys straight from its cache")
         untiled = self._why_not_tiled() if max_length is not None else None
-        return make_cache(
-            self._decoder.config, self._cached(), max_length, offloading=offloading, layout=layout, untiled=untiled
-        )
+        return make_cache(self._decoder.config, self._cached(), max_length, offloading, layout, untiled)
 
     def save_cache(self, cache: Cache, path: Path | str) -> None:
         """Write a growing cache that this attachment has filled to one safetensors file, whole or not at all.
@@ -179,9 +169,8 @@ class Attachment:
     def _plan(self, layer: AttentionLayer) -> LayerPlan:
         """All that is known of a layer before its first call."""
         config = self.config if layer.causal else encoder_config(self.config)
-        weights = self._key_weights[layer.module]
-        facts: dict[str, Any] = {"index": layer.index, "causal": layer.causal, "key_weights": weights}
-        return self.projections.layers[layer.index].plan(config, layer.device, **facts)
+        facts = {"causal": layer.causal, "key_weights": self._key_weights[layer.module]}
+        return self.projections.layers[layer.index].plan(config, layer.device, index=layer.index, **facts)
 
     def _why_not_tiled(self) -> str | None:
         """Why there can be no cache for the decoding kernels; None when there can."""
@@ -235,7 +224,7 @@ class Attachment:
             for layer in tiled:
                 layer.mask_is_known = is_known
         if isinstance(mask, Tensor) and mask.ndim == 4:
-            as_aqua_mask(mask)
+            interface.as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
         if needs := torch.is_grad_enabled() and ("the tiled layout" if tiled else needs_own_cache(self.config)):
@@ -248,8 +237,8 @@ class Attachment:
         plan = self._plans.get(module)
         self._coverage.check_call(module, causal, given.get("dropout", 0.0), None if plan is None else plan.causal)
         if plan is None:
-            return attend_dense(directed(call, causal))
-        call, is_sliding = directed(call, causal, plan.sink), bool(given.get("sliding_window"))
+            return interface.attend_dense(interface.directed(call, causal))
+        call, is_sliding = interface.directed(call, causal, plan.sink), bool(given.get("sliding_window"))
         if is_sliding and call.mask is not None and call.mask.dtype == torch.bool and plan.needs_codes:
             raise AquaError(
                 "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"

@@ -33,10 +33,6 @@ class CacheLayer(Protocol):
 
     plan: LayerPlan
 
-    @property
-    def batch(self) -> int:
-        """Sequences stored; 0 before the first token."""
-
     def attend(self, call: Call, is_sliding: bool) -> Attended:
         """Attention of new queries to all that is stored; then what the layer does after it (evict, write).
 
@@ -105,8 +101,6 @@ def real_tokens(mask: Tensor | None, batch: int, new: int, device: torch.device)
 
 class Uncached:
     """Keys that no cache of ours has rotated: scoring without a cache, or another kind of cache."""
-
-    batch = 0
 
     def __init__(self, plan: LayerPlan) -> None:
         self.plan = plan

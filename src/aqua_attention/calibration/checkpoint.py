@@ -57,8 +57,7 @@ class Checkpoint(RunState):
 
 def calibrated_weights(path: Path) -> list[list[float]] | None:
     """Digest of the key weights that an unfinished calibration is of; None: not known. AquaError: a damaged file."""
-    weights: list[list[float]] | None = _opened(path)[1].get("key_weights")
-    return weights
+    return _opened(path)[1].get("key_weights")
 
 
 def _opened(path: Path) -> tuple[Stored, dict[str, Any], int]:

@@ -17,13 +17,7 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.model.capture import (
-    AttentionLayer,
-    attention_layers,
-    chosen_layers,
-    layers_and_gaps,
-    observe_windows,
-)
+from aqua_attention.model import capture
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides, inputs_digest
@@ -62,13 +56,8 @@ def calibrate(
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
-    facts = {
-        "text_sha256": text_digest(text),
-        "tokens": windows.numel(),
-        "context": windows.shape[1],
-        "seed": seed,
-        "library_version": __version__,
-    }
+    facts = {"text_sha256": text_digest(text), "tokens": windows.numel(), "context": windows.shape[1]}
+    facts |= {"seed": seed, "library_version": __version__}
     # The windows' digest stands for the tokenizer.
     read = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
     return run.learn(windows, {TEXT}, facts, read)
@@ -126,7 +115,7 @@ class Run:
             check_seconds(self.checkpoint_seconds)
             if not self.resume:
                 check_finished(Path(self.checkpoint))
-        self.found, self.gaps = layers_and_gaps(self.model)
+        self.found, self.gaps = capture.layers_and_gaps(self.model)
 
     def learn(
         self, windows: Tensor | Sequence[Inputs], given: Collection[str], facts: Facts, read: Facts | None = None
@@ -141,7 +130,7 @@ class Run:
         if not reached:
             reason = "; ".join(self.gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
             raise AquaError(f"{type(self.model).__name__} cannot be calibrated on this: {reason}")
-        chosen = chosen_layers(reached, self.layers, self.gaps)
+        chosen = capture.chosen_layers(reached, self.layers, self.gaps)
         name, key_weights = self.name or self.model.config._name_or_path, key_weight_digest(chosen)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
         # The name tells models apart whose key weights cannot be read (quantised, offloaded).
@@ -157,7 +146,7 @@ def collect(
     model: PreTrainedModel,
     windows: Tensor | Sequence[Inputs],
     *,
-    layers: list[AttentionLayer] | None = None,
+    layers: list[capture.AttentionLayer] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
@@ -165,7 +154,7 @@ def collect(
 
     `layers` are those of interest, all unless given; `checkpoint` says where to begin, and keeps the sums as they grow.
     """
-    every = attention_layers(model)
+    every = capture.attention_layers(model)
     index_of = {layer.module: layer.index for layer in layers or every}
     checkpoint = checkpoint or Checkpoint(None, {})
     state = checkpoint.load()
@@ -190,7 +179,7 @@ def collect(
             progress(first + count, len(windows))
 
     try:
-        observe_windows(model, every, windows[first:], accumulate, between_windows)
+        capture.observe_windows(model, every, windows[first:], accumulate, between_windows)
     except KeyboardInterrupt:
         checkpoint.save(*state)
         raise

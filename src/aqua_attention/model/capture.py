@@ -15,19 +15,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.errors import AquaError
-from aqua_attention.model import interface
-from aqua_attention.model.sides import (
-    IMAGES,
-    TEXT,
-    Inputs,
-    accepted,
-    device_of,
-    first_tensor,
-    placed,
-    probes,
-    runner,
-    sides,
-)
+from aqua_attention.model import interface, sides
+from aqua_attention.model.sides import IMAGES, TEXT, Inputs
 from aqua_attention.ops.plan import Call
 
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
@@ -106,7 +95,7 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
     interface.check_detached(model)
     layers: list[AttentionLayer] = []
     gaps: list[str] = []
-    for side in sides(model):
+    for side in sides.sides(model):
         try:
             probed = _probed(model, side)
         except _DoesNotRun as error:
@@ -150,18 +139,20 @@ class _Probed:
 
 def _probed(model: PreTrainedModel, side: str) -> _Probed:
     """Run one side on the first of its `probes` that it takes, under our dense attention and under its own."""
-    name, run = type(model).__name__, runner(model, side)
+    name, run = type(model).__name__, sides.runner(model, side)
     cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}
     states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     failed: Exception | None = None
-    for probe in probes(model, side):
-        inputs = {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else placed(probe, model)
+    for probe in sides.probes(model, side):
+        inputs = (
+            {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else sides.placed(probe, model)
+        )
         states.clear()
         try:
             with torch.no_grad(), evaluation_mode(model):
                 with observed(model, lambda module, query, key, _: states.update({module: (query, key)})) as causal:
                     output = run(**inputs, **cached)
-                return _Probed(run, inputs, states, causal, output, first_tensor(run(**inputs)))
+                return _Probed(run, inputs, states, causal, output, sides.first_tensor(run(**inputs)))
         except AquaError as error:
             raise error if name in str(error) else AquaError(f"{name}: {error}") from error
         except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -182,7 +173,7 @@ def _check_finite(name: str, probed: _Probed) -> None:
 
 def _check_same(model: PreTrainedModel, probed: _Probed) -> None:
     """Under our dense attention a model gives what it gives under its own, or scores hold more than q and k."""
-    name, found, expected = type(model).__name__, first_tensor(probed.output), probed.expected
+    name, found, expected = type(model).__name__, sides.first_tensor(probed.output), probed.expected
     # A quantised model may round activations too: then the last bit of an attention output moves logits by percents.
     exact = found.dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
     tolerance = 1e-2 if exact else 0.2
@@ -190,7 +181,7 @@ def _check_same(model: PreTrainedModel, probed: _Probed) -> None:
     if not difference > tolerance:
         return
     with torch.no_grad(), evaluation_mode(model):
-        again = first_tensor(probed.run(**probed.inputs))
+        again = sides.first_tensor(probed.run(**probed.inputs))
     if _difference(again, expected) > tolerance:
         raise AquaError(f"{name} gives something else each time it runs on the same input: it is not supported")
     raise AquaError(
@@ -211,26 +202,16 @@ def _described(model: PreTrainedModel, side: str, probed: _Probed, first: int) -
     for module, (query, key) in probed.states.items():
         index, causal = getattr(module, "layer_idx", None) if side == TEXT else None, probed.causal[module]
         is_cached = index is not None and _is_cached(cache, index, key)
-        if is_cached and not causal and (model.can_generate() or IMAGES in sides(model)):
+        if is_cached and not causal and (model.can_generate() or IMAGES in sides.sides(model)):
             # PaliGemma: neither an encoder, nor a decoder whose tokens never see a later one.
             raise AquaError(
                 f"{type(model).__name__} is not causal, yet generates from a cache: only decoders and encoders are "
                 "supported"
             )
-        layers.append(
-            AttentionLayer(
-                index=first + len(layers) if index is None else index,
-                module=module,
-                num_attention_heads=query.shape[1],
-                num_key_value_heads=key.shape[1],
-                head_dim=query.shape[-1],
-                device=key.device,
-                reads_own_cache=is_cached and causal,
-                name=names[module],
-                causal=causal,
-                side=side,
-            )
-        )
+        index = first + len(layers) if index is None else index
+        heads = query.shape[1], key.shape[1], query.shape[-1]
+        of_module = {"name": names[module], "causal": causal, "side": side, "reads_own_cache": is_cached and causal}
+        layers.append(AttentionLayer(index, module, *heads, key.device, **of_module))
     return layers
 
 
@@ -300,10 +281,10 @@ def observe_windows(
 def run_encoder_or_decoder(model: PreTrainedModel, layers: list[AttentionLayer], inputs: Inputs) -> Any:
     """Run the part of `model` that reads `inputs`: all of it only on text and images together."""
     if "input_ids" not in inputs:
-        forward = runner(model, IMAGES)
-        return forward(**accepted(forward, placed(inputs, model)))
+        forward = sides.runner(model, IMAGES)
+        return forward(**sides.accepted(forward, sides.placed(inputs, model)))
     if "pixel_values" in inputs:
-        return model(**placed(inputs, model))
+        return model(**sides.placed(inputs, model))
     # The language-model head says nothing about queries and keys, and costs more than observing does.
     text = innermost_decoder(model, [layer for layer in layers if layer.side == TEXT])
     options = {"use_cache": False} if _knows_cache(text) else {}
@@ -316,7 +297,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:  # a model of pairs, as CLIP
-        return device_of(model)
+        return sides.device_of(model)
     weight = getattr(embeddings, "weight", None)
     if not isinstance(weight, Tensor):
         raise AquaError(f"{type(model).__name__} has no token embeddings: a decoder language model is needed")
