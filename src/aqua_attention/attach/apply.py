@@ -61,10 +61,8 @@ class Attachment:
         self.model, self.projections = model, projections
         self.on_selection: SelectionObserver | None = None
         self._coverage = coverage = Coverage(model, projections, layers)
-        weights = projections.check_model(model, coverage.covered)
-        self._key_weights = {
-            layer.module: weights[place] if weights else None for place, layer in enumerate(coverage.covered)
-        }
+        weights: list[Any] = projections.check_model(model, coverage.covered) or [None] * len(coverage.covered)
+        self._key_weights = dict(zip((layer.module for layer in coverage.covered), weights, strict=True))
         self._found, self.dense = coverage.found, coverage.dense
         self.sides = {layer.side for layer in self._found}
         self._causal = [layer for layer in self._found if layer.causal]
@@ -133,8 +131,7 @@ class Attachment:
                 it is. A tiled one can be recorded in a CUDA graph; `torch.compile` breaks its graph there, so take a
                 plain one for that.
 
-        Raises:
-            AquaError: not attached, or a setting that a cache of fixed size or its layout cannot store.
+        An AquaError where AQUA is not attached, or a cache of fixed size or its layout cannot store a setting.
         """
         if not self._plans:
             raise AquaError("AQUA is not attached: make its cache inside `apply`, or after attach()")
@@ -277,8 +274,7 @@ def apply(
         layers: only the layers whose name matches, such as "vision_tower.*" in a vision-language model; the others stay
             dense, as do those that the projections do not cover. `Attachment.dense` names them.
 
-    Raises:
-        AquaError: the model does not use transformers' attention interface, the projections are not for it, or a
-            setting means nothing to it: an encoder has no cache, and no token is its most recent one.
+    An AquaError where the model does not use transformers' attention interface, the projections are not for it, or a
+    setting means nothing to it: an encoder has no cache, and no token is its most recent one.
     """
     return Attachment(model, projections, config or AquaConfig(), layers)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from aqua_attention.cache.layer import RotatedSlidingLayer
 from aqua_attention.cache.stored import same_weights, stores_the_same, tensors_of
 from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored, write_tensors
+from aqua_attention.model.sides import inputs_digest
 
 KIND = "aqua_attention_cache"
 STORED_SETTINGS = ("s_ratio", "bits", "h2o_ratio", "h2o_queries", "sink", "recent")
@@ -25,12 +25,7 @@ DTYPES = {f"torch.{name}": getattr(torch, name) for name in "float32 bfloat16 fl
 
 
 def save_cache(path: Path | str, cache: Any, plans: Plans, model: dict[str, Any]) -> None:
-    """Write a growing cache; see `Attachment.save_cache` for errors.
-
-    Args:
-        plans: of the attachment that filled it.
-        model: `shape` (see `fingerprint.shape_of`) and `dtype`.
-    """
+    """Write a growing cache; see `Attachment.save_cache`. `model`: `shape` (see `fingerprint.shape_of`) and `dtype`."""
     if type(cache) not in (DynamicCache, AquaCache) or getattr(cache, "max_length", None) is not None:
         raise AquaError(
             f"only a growing cache that AQUA has filled can be saved, not this {type(cache).__name__}: use one made "
@@ -104,9 +99,4 @@ def _settings(plans: Plans) -> dict[str, Any]:
 
 
 def _rotation_digest(plans: Plans) -> str:
-    digest = hashlib.sha256()
-    for index in sorted(plans):
-        for tensor in tensors_of(plans[index]):
-            digest.update(f"{index} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return inputs_digest([{str(index): tensor} for index in sorted(plans) for tensor in tensors_of(plans[index])])

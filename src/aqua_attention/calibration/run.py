@@ -48,9 +48,8 @@ def calibrate(
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
         options: the fields of `Run` after its model.
 
-    Raises:
-        AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
-            checkpoint of another run, or one that exists though `resume` was not asked for.
+    An AquaError for no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
+    checkpoint of another run, or one that exists though `resume` was not asked for.
     """
     run = Run(model, **options)
     token_ids, prefix = tokenize(tokenizer, text)
@@ -75,8 +74,7 @@ def calibrate_inputs(
         facts: recorded in `calibration`, such as how many images these are.
         options: the fields of `Run` after its model.
 
-    Raises:
-        AquaError: as `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
+    An AquaError as of `calibrate`; for nothing to read, padded inputs, or inputs that the model does not take.
     """
     run = Run(model, **options)
     if not inputs:

@@ -81,11 +81,8 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
 
     Each side is run on a small input and watched, and the run compared with the model's own attention. Unlike a look at
     class names, this shows that a layer really sends its attention through the interface. There are gaps where a model
-    takes images in a form that AQUA does not know how to make.
-
-    Raises:
-        AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
-            text or images.
+    takes images in a form that AQUA does not know how to make. An AquaError where it does not send its attention
+    through transformers' interface, or is no decoder or encoder of text or images.
     """
     if not isinstance(model, PreTrainedModel):
         raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")

@@ -39,16 +39,15 @@ def install(
         mask: builds `attention_mask`, see `mask_builder`.
         configs: only the calls of modules that have one of these configs; the others stay as they are.
 
-    Raises:
-        AquaError: the model does not use transformers' attention interface; nothing is changed then.
+    An AquaError where the model does not use transformers' attention interface; nothing is changed then.
     """
     name = f"{NAME_PREFIX}{next(_numbers)}"
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    refused = [type(part).__name__ for part in parts if not part._can_set_attn_implementation()]
-    if refused:
+    if refused := next((part for part in parts if not part._can_set_attn_implementation()), None):
         raise AquaError(
-            f"{refused[0]} does not use transformers' attention interface, so its attention cannot be replaced: "
-            "use a model class that does (Llama, Mistral, Qwen, Gemma, OPT, GPT-NeoX, BERT, CLIP, SigLIP, ViT, ...)"
+            f"{type(refused).__name__} does not use transformers' attention interface, so its attention cannot be "
+            "replaced: use a model class that does (Llama, Mistral, Qwen, Gemma, OPT, GPT-NeoX, BERT, CLIP, SigLIP, "
+            "ViT, ...)"
         )
     chosen = [part.config for part in parts] if configs is None else configs
     before = [(config, config._attn_implementation) for config in chosen]
@@ -78,31 +77,23 @@ def install(
 def attention_function(
     name: str, attend: Callable[[nn.Module, Call, bool, dict[str, Any]], Tensor]
 ) -> Callable[..., Any]:
-    """An attention function for `install`, which has `attend(module, call, causal, others)` compute the output.
+    """An attention function for `install`, which has `attend(module, call, causal, given)` compute the output.
 
-    The call has no window yet; `others` are further keyword arguments of the model `name`. An AquaError for a call that
-    AQUA would compute wrongly.
+    The call has no window yet; `given` are the keyword arguments of the model `name`. An AquaError for a call that AQUA
+    would compute wrongly.
     """
 
     def attention(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **others: Any,
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
     ) -> tuple[Tensor, None]:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        for argument in SCORE_ARGUMENTS:
-            if others.get(argument) is not None:
-                raise AquaError(f"{name} passes {argument} to its attention, which AQUA does not support")
+        causal, scaling = given.get("is_causal"), given.get("scaling")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if unknown := next((each for each in SCORE_ARGUMENTS if given.get(each) is not None), None):
+            raise AquaError(f"{name} passes {unknown} to its attention, which AQUA does not support")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        call = Call(query, key, value, as_aqua_mask(attention_mask), 0, 0, scaling, softcap, s_aux)
-        return attend(module, call, causal, others).transpose(1, 2).contiguous(), None
+        mask, options = as_aqua_mask(attention_mask), (given.get("softcap"), given.get("s_aux"))
+        call = Call(query, key, value, mask, 0, 0, scaling, *options)
+        return attend(module, call, causal, given).transpose(1, 2).contiguous(), None
 
     return attention
 
