@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 import aqua_attention as aqua
-from aqua_attention.cache.cache import RotatedSlidingLayer
 from aqua_attention.cache.growing import RotatedLayer
+from aqua_attention.cache.layer import RotatedSlidingLayer
 from conftest import MAKERS, VOCABULARY, calibrated, make_llama
 
 PLAIN = aqua.AquaConfig(k_ratio=0.5)

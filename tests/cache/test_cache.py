@@ -11,7 +11,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import aqua_attention as aqua
-from aqua_attention.cache import growing, static
+from aqua_attention.cache import growing, layer
 from aqua_attention.cache.growing import RotatedLayer
 from conftest import VOCABULARY, calibrated, make_llama, make_mistral
 
@@ -152,7 +152,7 @@ def test_offloading_resetting_and_going_on(llama):
 def test_a_layer_that_is_fetched_waits_for_what_was_offloaded(llama, options, monkeypatch):
     model, projections = llama
     waited = []
-    for module in (static, growing):
+    for module in (layer, growing):
         monkeypatch.setattr(module, "wait_for_offloading", waited.append)
     with aqua.apply(model, projections) as attachment:
         cache = attachment.new_cache(**options)

@@ -23,10 +23,9 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig, check_bidirectional, encoder_config
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape, resolved
+from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
-from aqua_attention.model.interface import as_aqua_mask, attend_dense, check_call, check_detached, mask_builder
 from aqua_attention.ops.backend import why_not_tiled
-from aqua_attention.ops.mask import bidirectional
 from aqua_attention.ops.plan import Call, LayerPlan
 
 OWN_CACHES = (DynamicCache, AquaCache)
@@ -62,10 +61,8 @@ class Attachment:
         self.model, self.projections = model, projections
         self.on_selection: SelectionObserver | None = None
         self._coverage = coverage = Coverage(model, projections, layers)
-        weights = projections.check_model(model, coverage.covered)
-        self._key_weights = {
-            layer.module: weights[place] if weights else None for place, layer in enumerate(coverage.covered)
-        }
+        weights: list[Any] = projections.check_model(model, coverage.covered) or [None] * len(coverage.covered)
+        self._key_weights = dict(zip((layer.module for layer in coverage.covered), weights, strict=True))
         self._found, self.dense = coverage.found, coverage.dense
         self.sides = {layer.side for layer in self._found}
         self._causal = [layer for layer in self._found if layer.causal]
@@ -89,19 +86,19 @@ class Attachment:
 
     def attach(self) -> Attachment:
         """Put AQUA into the model; an AquaError where it is attached already."""
-        check_detached(self.model)
+        interface.check_detached(self.model)
         self._plans = {layer.module: self._plan(layer) for layer in self._found}
-        self._undo = []
         self._can_tile = False
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
         stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
         check_stacks(self.model, stacks)
+        attention = interface.attention_function(type(self.model).__name__, self._attend)
         try:
             for stack in stacks:
                 plan = self._plans[stack[0].module]
-                builder = mask_builder(plan.sink, plan.recent, plan.min_length)
+                builder = interface.mask_builder(plan.sink, plan.recent, plan.min_length)
                 alone = len(stacks) == 1 and self._coverage.alone
-                self._undo += install_stack(self.model, stack, alone, self._attend, builder, self._before_forward)
+                self._undo += install_stack(self.model, stack, alone, attention, builder, self._before_forward)
         except BaseException:
             self.detach()
             raise
@@ -134,24 +131,21 @@ class Attachment:
                 it is. A tiled one can be recorded in a CUDA graph; `torch.compile` breaks its graph there, so take a
                 plain one for that.
 
-        Raises:
-            AquaError: not attached, or a setting that a cache of fixed size or its layout cannot store.
+        An AquaError where AQUA is not attached, or a cache of fixed size or its layout cannot store a setting.
         """
         if not self._plans:
             raise AquaError("AQUA is not attached: make its cache inside `apply`, or after attach()")
         if not self._rotates_on_write:
             raise AquaError(f"{type(self.model).__name__} does not take its keys straight from its cache")
         untiled = self._why_not_tiled() if max_length is not None else None
-        return make_cache(
-            self._decoder.config, self._cached(), max_length, offloading=offloading, layout=layout, untiled=untiled
-        )
+        return make_cache(self._decoder.config, self._cached(), max_length, offloading, layout, untiled)
 
     def save_cache(self, cache: Cache, path: Path | str) -> None:
         """Write a growing cache that this attachment has filled to one safetensors file, whole or not at all.
 
         An AquaError for another kind of cache, an empty one, or where the file cannot be written.
         """
-        save_cache(path, cache, self._cached(), self.config, self._model_facts())
+        save_cache(path, cache, self._cached(), self._model_facts())
 
     def load_cache(self, path: Path | str) -> AquaCache:
         """A cache from a file, to go on with: same model, projections, and settings of what is stored.
@@ -159,7 +153,7 @@ class Attachment:
         An AquaError where the file is damaged, or of another model, other projections or settings.
         """
         cache = self.new_cache()
-        load_cache(path, cache, self._cached(), self.config, self._model_facts())
+        load_cache(path, cache, self._cached(), self._model_facts())
         return cache
 
     def _model_facts(self) -> dict[str, Any]:
@@ -172,9 +166,8 @@ class Attachment:
     def _plan(self, layer: AttentionLayer) -> LayerPlan:
         """All that is known of a layer before its first call."""
         config = self.config if layer.causal else encoder_config(self.config)
-        weights = self._key_weights[layer.module]
-        facts: dict[str, Any] = {"index": layer.index, "causal": layer.causal, "key_weights": weights}
-        return self.projections.layers[layer.index].plan(config, layer.device, **facts)
+        facts = {"causal": layer.causal, "key_weights": self._key_weights[layer.module]}
+        return self.projections.layers[layer.index].plan(config, layer.device, index=layer.index, **facts)
 
     def _why_not_tiled(self) -> str | None:
         """Why there can be no cache for the decoding kernels; None when there can."""
@@ -228,7 +221,7 @@ class Attachment:
             for layer in tiled:
                 layer.mask_is_known = is_known
         if isinstance(mask, Tensor) and mask.ndim == 4:
-            as_aqua_mask(mask)
+            interface.as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
         if needs := torch.is_grad_enabled() and ("the tiled layout" if tiled else needs_own_cache(self.config)):
@@ -236,43 +229,24 @@ class Attachment:
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
 
-    def _attend(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        softcap: float | None = None,
-        s_aux: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """The attention function that transformers calls; query and key arrive after rotary embedding."""
+    def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
+        """Attention of one layer; query and key arrive after rotary embedding."""
         plan = self._plans.get(module)
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        self._coverage.check_call(module, causal, dropout, None if plan is None else plan.causal)
-        check_call(type(self.model).__name__, kwargs)
-        mask, sink = as_aqua_mask(attention_mask), 0 if plan is None else plan.sink
-        if mask is None and not causal:
-            mask = bidirectional(query.shape[2], key.shape[2], sink=sink, device=query.device)
-        with torch.autocast(query.device.type, enabled=False):
-            if plan is None:
-                output = attend_dense(query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=s_aux)
-            else:
-                is_sliding = bool(kwargs.get("sliding_window"))
-                if is_sliding and mask is not None and mask.dtype == torch.bool and plan.needs_codes:
-                    raise AquaError(
-                        "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
-                    )
-                scaling, observer = plan.scaling if scaling is None else scaling, self.on_selection
-                call = Call(query, key, value, mask, sink, plan.recent, scaling, softcap, s_aux, observer is not None)
-                output, selected, rotated = layer_of(key, plan).attend(call, is_sliding)
-                if observer is not None:
-                    observer(plan.index, selected, rotated, plan.head_dim)
-        return output.transpose(1, 2).contiguous(), None
+        self._coverage.check_call(module, causal, given.get("dropout", 0.0), None if plan is None else plan.causal)
+        if plan is None:
+            return interface.attend_dense(interface.directed(call, causal))
+        call, is_sliding = interface.directed(call, causal, plan.sink), bool(given.get("sliding_window"))
+        if is_sliding and call.mask is not None and call.mask.dtype == torch.bool and plan.needs_codes:
+            raise AquaError(
+                "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
+            )
+        observer = self.on_selection
+        call = call._replace(sink=plan.sink, recent=plan.recent, is_observed=observer is not None)
+        with torch.autocast(call.query.device.type, enabled=False):
+            output, selected, rotated = layer_of(call.key, plan).attend(call, is_sliding)
+        if observer is not None:
+            observer(plan.index, selected, rotated, plan.head_dim)
+        return output
 
 
 def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
@@ -300,8 +274,7 @@ def apply(
         layers: only the layers whose name matches, such as "vision_tower.*" in a vision-language model; the others stay
             dense, as do those that the projections do not cover. `Attachment.dense` names them.
 
-    Raises:
-        AquaError: the model does not use transformers' attention interface, the projections are not for it, or a
-            setting means nothing to it: an encoder has no cache, and no token is its most recent one.
+    An AquaError where the model does not use transformers' attention interface, the projections are not for it, or a
+    setting means nothing to it: an encoder has no cache, and no token is its most recent one.
     """
     return Attachment(model, projections, config or AquaConfig(), layers)

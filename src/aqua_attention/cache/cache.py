@@ -2,7 +2,7 @@
 """Whole caches that rotate keys once, when they are written, and store less of them: dimensions, bits, tokens.
 
 Growing full-attention layers are in `growing.py`. Sliding-window layers are bounded, and stay as they are but for the
-rotation (`static.py`); so do layers of a fixed size, unless they are tiled for the decoding kernels (`tiled.py`).
+rotation (`layer.py`); so do layers of a fixed size, unless they are tiled for the decoding kernels (`tiled.py`).
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from typing import Any
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache, cache_utils
 
+from aqua_attention.cache import layer as common
 from aqua_attention.cache.growing import RotatedLayer
-from aqua_attention.cache.layer import OTHER_SETTINGS, check_active
-from aqua_attention.cache.static import RotatedSlidingLayer, RotatedStaticLayer, RotatedStaticSlidingLayer
 from aqua_attention.cache.stored import needs_own_cache, stores_the_same
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.errors import AquaError
@@ -36,12 +35,7 @@ class AquaCache(Cache):
     """
 
     def __init__(
-        self,
-        config: PreTrainedConfig,
-        plans: Plans,
-        max_length: int | None = None,
-        offloading: bool = False,
-        layout: str = "plain",
+        self, config: PreTrainedConfig, plans: Plans, max_length: int | None, offloading: bool, layout: str
     ) -> None:
         self.max_length, self.layout = max_length, layout
         if max_length is None:
@@ -61,7 +55,7 @@ class AquaCache(Cache):
         for layer in self.layers:
             if isinstance(layer, RotatedLayer):
                 layer.check_crop(tokens_to_remove)
-            elif isinstance(layer, RotatedSlidingLayer):
+            elif isinstance(layer, common.RotatedSlidingLayer):
                 if layer.get_seq_length() >= layer.sliding_window and not layer.record_past:
                     raise AquaError(
                         "a sliding-window layer has forgotten what a crop would need: call activate_past_recording() "
@@ -97,15 +91,19 @@ def rotate_on_write(cache: Cache, plans: Plans, config: PreTrainedConfig) -> Non
     """
     if not cache.layers and cache.layer_class_to_replicate is cache_utils.DynamicLayer:
         cache.layers.extend(DynamicCache(config=config).layers)
-    for index, plan in plans.items():
-        layer = cache.layers[index] if index < len(cache.layers) else None
-        mine = getattr(layer, "plan", None)
-        if layer is None or mine is plan:
+    for index, plan, layer, mine in _planned(cache, plans):
+        if mine is plan:
             continue
         if int(layer.get_seq_length()) == 0:
             cache.layers[index] = _empty(layer, plan, getattr(cache, "layout", None)) or layer
         elif mine is not None and stores_the_same(plan, mine):
             layer.plan = plan
+
+
+def _planned(cache: Cache, plans: Plans) -> list[tuple[int, LayerPlan, Any, LayerPlan | None]]:
+    """The layers that plans are for: index, plan, the layer in the cache, and the plan that it has."""
+    found = [(index, plan, cache.layers[index]) for index, plan in plans.items() if index < len(cache.layers)]
+    return [(*each, getattr(each[2], "plan", None)) for each in found]
 
 
 def _empty(layer: Any, plan: LayerPlan, layout: str | None) -> cache_utils.CacheLayerMixin | None:
@@ -115,28 +113,26 @@ def _empty(layer: Any, plan: LayerPlan, layout: str | None) -> cache_utils.Cache
     """
     if type(layer) in (cache_utils.DynamicLayer, RotatedLayer):
         return RotatedLayer(plan)
-    if type(layer) in (cache_utils.DynamicSlidingWindowLayer, RotatedSlidingLayer):
-        sliding = RotatedSlidingLayer(plan, sliding_window=layer.sliding_window)
+    if type(layer) in (cache_utils.DynamicSlidingWindowLayer, common.RotatedSlidingLayer):
+        sliding = common.RotatedSlidingLayer(plan, sliding_window=layer.sliding_window)
         sliding.record_past = layer.record_past
         return sliding
-    if layout and type(layer) in (cache_utils.StaticLayer, RotatedStaticLayer, TiledLayer):
-        return (TiledLayer if layout == "tiled" else RotatedStaticLayer)(plan, max_cache_len=layer.max_cache_len)
-    if layout and type(layer) in (cache_utils.StaticSlidingWindowLayer, RotatedStaticSlidingLayer):
-        # The layer's own length is its window, or the whole cache where that is shorter.
-        return RotatedStaticSlidingLayer(plan, max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
+    if layout and type(layer) in (cache_utils.StaticLayer, common.RotatedStaticLayer, TiledLayer):
+        return (TiledLayer if layout == "tiled" else common.RotatedStaticLayer)(plan, max_cache_len=layer.max_cache_len)
+    if layout and type(layer) in (cache_utils.StaticSlidingWindowLayer, common.RotatedStaticSlidingLayer):
+        length = layer.max_cache_len  # its window, or the whole cache where that is shorter
+        return common.RotatedStaticSlidingLayer(plan, max_cache_len=length, sliding_window=length)
     return None
 
 
 def check_cache(cache: Cache, plans: Plans, batch: int, new: int) -> None:
     """Raise AquaError, before any layer has run, when `new` tokens of `batch` sequences cannot follow on `cache`."""
-    for index, plan in plans.items():
-        layer = cache.layers[index] if index < len(cache.layers) else None
-        mine = getattr(layer, "plan", None)
-        if layer is None or mine is None:
+    for _, plan, layer, mine in _planned(cache, plans):
+        if mine is None:
             continue
         if mine is not plan:
-            check_active(mine)
-            raise AquaError(OTHER_SETTINGS)
+            common.check_active(mine)
+            raise AquaError(common.OTHER_SETTINGS)
         if layer.batch not in (0, batch):
             raise AquaError(
                 f"the cache holds {layer.batch} sequences, the batch has {batch}: start with a new cache, or repeat or "
@@ -151,13 +147,7 @@ def check_cache(cache: Cache, plans: Plans, batch: int, new: int) -> None:
 
 
 def make_cache(
-    config: PreTrainedConfig,
-    plans: Plans,
-    max_length: int | None = None,
-    *,
-    offloading: bool = False,
-    layout: str = "auto",
-    untiled: str | None = None,
+    config: PreTrainedConfig, plans: Plans, max_length: int | None, offloading: bool, layout: str, untiled: str | None
 ) -> AquaCache:
     """An empty cache, see `Attachment.new_cache`; `untiled` says why its layers cannot be tiled, None when they can."""
     if layout not in LAYOUTS:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,20 @@ from transformers import DynamicCache
 
 from aqua_attention.cache.cache import AquaCache, Plans
 from aqua_attention.cache.growing import RotatedLayer
-from aqua_attention.cache.static import RotatedSlidingLayer
+from aqua_attention.cache.layer import RotatedSlidingLayer
 from aqua_attention.cache.stored import same_weights, stores_the_same, tensors_of
-from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored, write_tensors
+from aqua_attention.model.sides import inputs_digest
 
 KIND = "aqua_attention_cache"
 STORED_SETTINGS = ("s_ratio", "bits", "h2o_ratio", "h2o_queries", "sink", "recent")
 """Settings that say what a cache holds; the others may change while it goes on."""
-DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
-DTYPES |= {str(dtype): dtype for dtype in (torch.uint8, torch.bool, torch.int64)}
+DTYPES = {f"torch.{name}": getattr(torch, name) for name in "float32 bfloat16 float16 float64 uint8 bool int64".split()}
 
 
-def save_cache(path: Path | str, cache: Any, plans: Plans, config: AquaConfig, model: dict[str, Any]) -> None:
-    """Write a growing cache; see `Attachment.save_cache` for errors.
-
-    Args:
-        plans: of the attachment that filled it.
-        model: `shape` (see `fingerprint.shape_of`) and `dtype`.
-    """
+def save_cache(path: Path | str, cache: Any, plans: Plans, model: dict[str, Any]) -> None:
+    """Write a growing cache; see `Attachment.save_cache`. `model`: `shape` (see `fingerprint.shape_of`) and `dtype`."""
     if type(cache) not in (DynamicCache, AquaCache) or getattr(cache, "max_length", None) is not None:
         raise AquaError(
             f"only a growing cache that AQUA has filled can be saved, not this {type(cache).__name__}: use one made "
@@ -54,14 +47,14 @@ def save_cache(path: Path | str, cache: Any, plans: Plans, config: AquaConfig, m
     header = {
         "model": model,
         "key_weights": [plans[index].key_weights for index in sorted(plans)],
-        "settings": _settings(config),
+        "settings": _settings(plans),
         "rotations": _rotation_digest(plans),
         "layers": layers,
     }
     write_tensors(path, KIND, header, tensors)
 
 
-def load_cache(path: Path | str, cache: AquaCache, plans: Plans, config: AquaConfig, model: dict[str, Any]) -> None:
+def load_cache(path: Path | str, cache: AquaCache, plans: Plans, model: dict[str, Any]) -> None:
     """Fill an empty growing cache from a file; see `Attachment.load_cache` for errors, and `save_cache`."""
     path = Path(path)
     if not path.is_file():
@@ -74,7 +67,7 @@ def load_cache(path: Path | str, cache: AquaCache, plans: Plans, config: AquaCon
             raise stored.error("it was made for another model")
         if header["model"]["dtype"] != model["dtype"]:
             raise stored.error(f"it was filled by a model in {header['model']['dtype']}, this one is {model['dtype']}")
-        settings, there = _settings(config), header["settings"]
+        settings, there = _settings(plans), header["settings"]
         if there != settings:
             changed = [f"{name} {there[name]}, not {our}" for name, our in settings.items() if there[name] != our]
             raise stored.error(f"it was filled with {', '.join(changed)}", "apply the same settings, or ")
@@ -82,17 +75,16 @@ def load_cache(path: Path | str, cache: AquaCache, plans: Plans, config: AquaCon
             raise stored.error("it was made with other projections")
         if len(header["layers"]) != len(cache.layers):
             raise stored.error(f"it has {len(header['layers'])} layers, the model {len(cache.layers)}")
-        filled = []
-        for index, described in enumerate(header["layers"]):
-            held = {
-                name: stored.take(f"layers.{index}.{name}", DTYPES[dtype], *shape)
+        filled = [
+            {
+                name: stored.take(f"layers.{index}.{name}", DTYPES[dtype], *shape).to(layer.plan.rotation.device)
                 for name, (dtype, shape) in described["tensors"].items()
             }
-            filled.append((described["numbers"], held))
+            for index, (layer, described) in enumerate(zip(cache.layers, header["layers"], strict=True))
+        ]
         stored.finish()
-        for layer, (numbers, held) in zip(cache.layers, filled, strict=True):
-            held = {name: tensor.to(layer.plan.rotation.device) for name, tensor in held.items()}
-            layer.restore(numbers, held, DTYPES[model["dtype"]])
+        for layer, described, held in zip(cache.layers, header["layers"], filled, strict=True):
+            layer.restore(described["numbers"], held, DTYPES[model["dtype"]])
     except AquaError:
         raise
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -101,14 +93,10 @@ def load_cache(path: Path | str, cache: AquaCache, plans: Plans, config: AquaCon
         raise stored.error("its layers hold different numbers of tokens or sequences")
 
 
-def _settings(config: AquaConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.to_dict().items() if name in STORED_SETTINGS}
+def _settings(plans: Plans) -> dict[str, Any]:
+    settings = next(iter(plans.values())).config.to_dict()
+    return {name: settings[name] for name in settings if name in STORED_SETTINGS}
 
 
 def _rotation_digest(plans: Plans) -> str:
-    digest = hashlib.sha256()
-    for index in sorted(plans):
-        for tensor in tensors_of(plans[index]):
-            digest.update(f"{index} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return inputs_digest([{str(index): tensor} for index in sorted(plans) for tensor in tensors_of(plans[index])])

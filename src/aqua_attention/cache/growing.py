@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from aqua_attention.cache.layer import attend_by_token, real_tokens, rotated_keys, tagged, wait_for_offloading
-from aqua_attention.cache.store import SLACK
+from aqua_attention.cache.store import SLACK, nested
 from aqua_attention.cache.stored import eviction_of, stores
 from aqua_attention.cache.window import WindowStore
 from aqua_attention.errors import AquaError
@@ -191,13 +191,11 @@ class RotatedLayer(DynamicLayer):
             )
         return removed
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the sequences of these indices (beam search)."""
-        self._change(lambda states: states.index_select(0, beam_idx.to(states.device)))
-
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences of these indices."""
+        """Keep the sequences of these indices; beam search takes some of them twice."""
         self._change(lambda states: states[indices.to(states.device)])
+
+    reorder_cache = batch_select_indices
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
@@ -228,18 +226,18 @@ class RotatedLayer(DynamicLayer):
     def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         """All that is held, to be written to a file: numbers and tensors by name."""
         numbers = {name: int(getattr(self, f"_{name}")) for name in NUMBERS}
-        tensors = {f"keys.{name}": tensor for name, tensor in self._keys.tensors().items()}
-        tensors |= {f"values.{name}": tensor for name, tensor in self._values.tensors().items()}
-        held = {name: getattr(self, f"_{name}") for name in TENSORS}
-        return numbers, tensors | {name: tensor for name, tensor in held.items() if tensor is not None}
+        tensors = {name: getattr(self, f"_{name}") for name in TENSORS if getattr(self, f"_{name}") is not None}
+        for part, store in (("keys", self._keys), ("values", self._values)):
+            tensors |= {f"{part}.{name}": tensor for name, tensor in store.tensors().items()}
+        return numbers, tensors
 
     def restore(self, numbers: dict[str, int], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Hold what `state` once returned, of a model in `dtype`."""
         self._clear()
         for name in NUMBERS:
             setattr(self, f"_{name}", type(getattr(self, f"_{name}"))(numbers[name]))
-        for part, store in (("keys.", self._keys), ("values.", self._values)):
-            store.restore({name.removeprefix(part): held for name, held in tensors.items() if name.startswith(part)})
+        self._keys.restore(nested("keys", tensors))
+        self._values.restore(nested("values", tensors))
         for name in TENSORS:
             setattr(self, f"_{name}", tensors.get(name))
         if self._keys.length != self._values.length:

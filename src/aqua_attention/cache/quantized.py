@@ -34,16 +34,14 @@ class Quantized:
     lie half a scale off the zero point, so that as many are below it as above.
     """
 
-    def __init__(
-        self, bits: int, recent: int, channel_scale: Tensor | None = None, channel_mean: Tensor | None = None
-    ) -> None:
+    def __init__(self, bits: int, recent: int, *channels: Tensor | None) -> None:
         """An empty store of 8 or 4 bits, in which `recent` last tokens, up to twice as many, stay as they are.
 
-        channel_scale, channel_mean: of rotated keys by falling variance, [heads, width], float32; None: values.
+        channels: scale and mean of rotated keys by falling variance, each [heads, width], float32; none: values.
         """
         self.length = 0
         self.bits, self.recent = bits, max(recent, UNQUANTIZED_RECENT)
-        self._channel_scale, self._channel_mean = channel_scale, channel_mean
+        self._channels = [each[:, None] for each in channels if each is not None]
         self._clear()
 
     def _clear(self) -> None:
@@ -84,8 +82,9 @@ class Quantized:
         for part, codes in self._parts(tail.shape[3]):
             pairs = zip(groups, codes, strict=True)
             wide = torch.cat([torch.addcmul(b[:, :, part], some, a[:, :, part]) for (_, a, b), some in pairs], -1)
-            if self._channel_scale is not None and self._channel_mean is not None:
-                wide = wide * self._channel_scale[:, None].to(wide) + self._channel_mean[:, None].to(wide)
+            if self._channels:
+                scale, mean = (each.to(wide) for each in self._channels)
+                wide = wide * scale + mean
             states[:, :, part] = wide
         return states
 
@@ -95,10 +94,11 @@ class Quantized:
             return last
         tall = tall.float()
         total = tall.new_zeros((*tall.shape[:3], self._scales.length))
-        if self._channel_scale is not None and self._channel_mean is not None:
+        if self._channels:
             # Scale and mean go into the few queries, not into the many keys.
-            total += tall @ self._channel_mean[..., None].to(tall)
-            tall = tall * self._channel_scale[:, None].to(tall)
+            scale, mean = (each.to(tall) for each in self._channels)
+            total += tall @ mean.transpose(-1, -2)
+            tall = tall * scale
         groups = self._affine(tall.shape[3])
         products: list[list[Tensor]] = [[] for _ in groups]
         for _, codes in self._parts(tall.shape[3]):
@@ -111,7 +111,7 @@ class Quantized:
 
     def mixture(self, weights: Tensor) -> Tensor:
         """See `Store`; of values only, which have no scale and mean."""
-        assert self._channel_scale is None
+        assert not self._channels
         result = self._tail.mixture(weights[..., self._scales.length :])
         weights = weights[..., : self._scales.length].float()
         groups = self._affine(result.shape[3])
@@ -157,12 +157,12 @@ class Quantized:
         scales, zero_points = (store.read().float().split(1, -1) for store in (self._scales, self._zero_points))
         return [
             (channels, scale, torch.add(zero_point, scale, alpha=0.5 - 2 ** (bits - 1)))
-            for (channels, bits), scale, zero_point in zip(self._groups(width), scales, zero_points, strict=True)
+            for (channels, bits), scale, zero_point in zip(self._split(width)[2], scales, zero_points, strict=True)
         ]
 
     def _parts(self, width: int) -> Iterator[tuple[slice, list[Tensor]]]:
         """The quantized tokens, some at a time, and the codes of each group, float32 [batch, heads, some, channels]."""
-        leading, half = self._leading(width), self._half(width)
+        leading, half, split = self._split(width)
         for start in range(0, self._scales.length, TOKENS_AT_ONCE):
             part = slice(start, min(start + TOKENS_AT_ONCE, self._scales.length))
             # Whole contiguous rows are converted, and the groups taken from the result: narrow slices are slow.
@@ -173,38 +173,33 @@ class Quantized:
                 pairs = self._nibbles.read()[:, :, part]
                 codes |= {leading: (pairs & 15).float(), leading + half: (pairs >> 4).float()}
             groups = []
-            for channels, _ in self._groups(width):
+            for channels, _ in split:
                 first = max(start for start in codes if start <= channels.start)
                 groups.append(codes[first][..., channels.start - first : channels.stop - first])
             yield part, groups
 
-    def _leading(self, width: int) -> int:
-        """How many of the channels have 8 bits."""
-        if self.bits == 8:
-            return width
-        return 0 if self._channel_scale is None else -(-width // LEADING_SHARE)
+    def _split(self, width: int) -> tuple[int, int, list[tuple[slice, int]]]:
+        """How many leading channels have 8 bits, half of the others, and groups that share a scale, with their bits.
 
-    def _half(self, width: int) -> int:
-        """Half of the others: their codes are the low bits of a byte, those of the other half the high ones."""
-        return -(-(width - self._leading(width)) // 2)
-
-    def _groups(self, width: int) -> list[tuple[slice, int]]:
-        """Channels that share a scale and a zero point, and their bits; no group is in both halves."""
-        leading, half = self._leading(width), self._half(width)
+        Codes of the first half are the low bits of a byte, those of the other the high ones; no group is in both.
+        """
+        leading = width if self.bits == 8 else -(-width // LEADING_SHARE) if self._channels else 0
+        half = -(-(width - leading) // 2)
         found = [(slice(0, leading), 8)] if leading else []
         for start, stop in ((leading, leading + half), (leading + half, width)):
             size = -(-half // max(1, -(-half // GROUP)))
             found += [(slice(at, min(at + size, stop)), 4) for at in range(start, stop, max(1, size))]
-        return found
+        return leading, half, found
 
     def _quantized(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes of 8 bits, pairs of 4 bits, scales and zero points: [batch, heads, tokens, any], as they are stored."""
         states = states.float()
-        if self._channel_scale is not None and self._channel_mean is not None:
-            scale, mean = (each[:, None].to(states.device) for each in (self._channel_scale, self._channel_mean))
+        if self._channels:
+            scale, mean = (each.to(states.device) for each in self._channels)
             states = (states - mean) / scale
         codes, scales, zero_points = [], [], []
-        for channels, bits in self._groups(states.shape[-1]):
+        leading, half, groups = self._split(states.shape[-1])
+        for channels, bits in groups:
             some, most = states[..., channels], 2 ** (bits - 1)
             # Everything follows scale and zero point as they are stored, so that rounding these shifts nothing.
             zero_point = ((some.amax(-1, keepdim=True) + some.amin(-1, keepdim=True)) / 2).to(torch.bfloat16)
@@ -213,7 +208,6 @@ class Quantized:
             codes.append((some / scale.float()).floor().add_(most).clamp_(0, 2 * most - 1).to(torch.uint8))
             scales.append(scale)
             zero_points.append(zero_point)
-        leading, half = self._leading(states.shape[-1]), self._half(states.shape[-1])
         each = torch.cat(codes, -1)
         low, high = each[..., leading : leading + half], each[..., leading + half :]
         nibbles = low | (F.pad(high, (0, low.shape[-1] - high.shape[-1])) << 4)

@@ -120,6 +120,11 @@ class Growing:
             self.append(states)
 
 
+def nested(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors by name, those whose name begins with `part` and a dot, without it."""
+    return {name.removeprefix(f"{part}."): held for name, held in tensors.items() if name.startswith(f"{part}.")}
+
+
 def tokens_at(places: Tensor, states: Tensor) -> Tensor:
     """The tokens of states [batch, heads, any, width] at places [batch, tokens]."""
     return states.gather(2, places[:, None, :, None].expand(*states.shape[:2], -1, states.shape[3]))

@@ -12,7 +12,6 @@ from aqua_attention.cache.store import Growing, Store
 from aqua_attention.cache.window import WindowStore
 from aqua_attention.config import AquaConfig
 from aqua_attention.model.fingerprint import other_weights
-from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.plan import LayerPlan
 
 
@@ -31,18 +30,8 @@ def stores(plan: LayerPlan) -> tuple[Store, Store]:
 
 def eviction_of(plan: LayerPlan) -> Eviction | None:
     """Which tokens stay; None: all."""
-    config = plan.config
-    if config.h2o_ratio == 1:
-        return None
-    return Eviction(config.h2o_ratio, config.h2o_queries, config.sink, config.recent)
-
-
-def quantization_of(plan: LayerPlan) -> Quantization | None:
-    """How a tiled cache quantizes keys to 8 bits; None where it does not."""
-    if plan.config.bits != 8:
-        return None
-    assert plan.key_scale is not None and plan.key_mean is not None
-    return Quantization(plan.key_scale, plan.key_mean)
+    ratio, queries = plan.config.h2o_ratio, plan.config.h2o_queries
+    return None if ratio == 1 else Eviction(ratio, queries, plan.sink, plan.recent)
 
 
 def as_stored(plan: LayerPlan, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,21 +17,22 @@ from transformers.cache_utils import StaticLayer
 
 from aqua_attention.cache.layer import attend_by_token, check_active, real_tokens, tagged
 from aqua_attention.cache.store import tokens_at
-from aqua_attention.cache.stored import quantization_of
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import rotate
 from aqua_attention.ops.backend import tiled_backend
-from aqua_attention.ops.layout import TiledCache
+from aqua_attention.ops.layout import Quantization, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 
 class TiledLayer(StaticLayer):
     """A cache layer of fixed size: keys in tiles by dimension, values by token, see `TiledCache`."""
 
+    cache: TiledCache
+    """There since the first states."""
+
     def __init__(self, plan: LayerPlan, *, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.plan = plan
-        self.cache: TiledCache | None = None
         self.mask_is_known = True
         """Whether the mask of the coming forward pass hides nothing but the padding of a prompt; else tokens are
         attended to one by one in plain torch. Set before each pass, where nothing is being recorded."""
@@ -55,10 +56,15 @@ class TiledLayer(StaticLayer):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         shape = (self.batch_size, self.num_heads, self.plan.kept, value_states.shape[3], self.max_cache_len)
-        held = self.cache
+        held: TiledCache | None = self.__dict__.get("cache")
         if held is None or (held.shape, held.dtype, held.tail.device) != (shape, self.dtype, self.device):
-            self.cache = held = None  # the old one makes room first
-            self.cache = TiledCache(*shape, self.dtype, self.device, quantization=quantization_of(self.plan))
+            held = None
+            self.__dict__.pop("cache", None)  # the old one makes room first
+            quantization = None
+            if self.plan.config.bits == 8:
+                assert self.plan.key_scale is not None and self.plan.key_mean is not None
+                quantization = Quantization(self.plan.key_scale, self.plan.key_mean)
+            self.cache = TiledCache(*shape, self.dtype, self.device, quantization=quantization)
             self._padding = torch.zeros((), dtype=torch.long, device=self.device)
             """Padding tokens of the first sequence, which are given but not stored."""
         else:
@@ -66,7 +72,6 @@ class TiledLayer(StaticLayer):
             self._padding.zero_()
         self._backend = tiled_backend(self.device)
         whole = self.plan.kept == key_states.shape[3]
-        assert self.cache is not None
         self.cache.rotated_from = self.plan.min_length if self._backend.keeps_short_unrotated and whole else 0
         self._real = torch.ones(self.batch_size, 0, dtype=torch.bool, device=self.device)
         """Which of the tokens given at once were no padding, [batch, so many]; decoded ones all are."""
@@ -90,7 +95,6 @@ class TiledLayer(StaticLayer):
         keys, values = rotate(key_states, self.plan.rotation), value_states
         raw = key_states
         if self._is_filled:
-            assert self.cache is not None
             held, old_keys, old_values = self._given()
             keys, values = torch.cat([old_keys, keys], 2), torch.cat([old_values, values], 2)
             raw = torch.cat([held, raw], 2) if self.cache.rotated_from else keys
@@ -122,7 +126,6 @@ class TiledLayer(StaticLayer):
     def _decode(self, call: Call) -> Attended:
         """Rotate, choose, append what `update` took, attend."""
         key, _, value = self._taken()
-        assert self.cache is not None
         query, key, value = (states[:, :, 0] for states in (call.query, key, value))
         output, rotated, chosen = self._backend.decode(query, key, value, self.cache, self.plan, call.scaling)
         selected = chosen.selected(call.query.shape[1]) if call.is_observed and chosen is not None else None
@@ -132,7 +135,6 @@ class TiledLayer(StaticLayer):
     def store(self, mask: Tensor | None) -> None:
         """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
         raw, keys, values = self._taken()
-        assert self.cache is not None
         given = int(self.get_seq_length())
         new = real_tokens(mask, self.batch_size, keys.shape[2] - given, self.device)
         self._real = real = torch.cat([self._known(given), new], 1)
@@ -149,7 +151,7 @@ class TiledLayer(StaticLayer):
 
     def get_seq_length(self) -> int:  # type: ignore[override,unused-ignore]
         """Tokens given so far, padding too: a tensor, so that a recorded step goes on counting."""
-        if self.cache is None or not self.is_initialized:
+        if not self.is_initialized:
             return 0
         return self.cache.lengths[0].long() + self._padding  # type: ignore[return-value]
 
@@ -170,7 +172,7 @@ class TiledLayer(StaticLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the sequences of these indices (beam search)."""
-        if self.cache is not None and self.is_initialized:
+        if self.is_initialized:
             beam_idx = beam_idx.to(self.device)
             self.cache.take(beam_idx)
             self._real = self._real.index_select(0, beam_idx)
@@ -191,7 +193,6 @@ class TiledLayer(StaticLayer):
 
     def _given(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys as held, keys rotated, and values of all tokens so far, at the places at which they were given."""
-        assert self.cache is not None
         given = int(self.get_seq_length())
         places = (self._known(given).cumsum(-1) - 1).clamp(min=0)
         keys, values = (tokens_at(places, states) for states in self.cache.read())

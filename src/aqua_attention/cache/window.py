@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aqua_attention.cache.store import Growing, Store, tokens_at
+from aqua_attention.cache.store import Growing, Store, nested, tokens_at
 
 LEAST_RECENT = 16
 """Tokens at the end that keep every dimension, at least; at most twice as many do. Cropping needs some more than the
@@ -118,8 +118,7 @@ class WindowStore:
         return named | {name: tensor for name, tensor in others.items() if tensor is not None}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:  # noqa: D102
-        leading = {name.removeprefix("leading."): value for name, value in tensors.items() if name.startswith("lead")}
-        self.leading.restore(leading)
+        self.leading.restore(nested("leading", tensors))
         self._rest.hold(tensors.get("rest"))
         self._first = tensors.get("first")
 

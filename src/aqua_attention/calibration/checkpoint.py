@@ -36,8 +36,7 @@ class Checkpoint(RunState):
         return statistics, done
 
     def _read(self, path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
-        stored, run, done = _opened(path)
-        return run, (stored, done)
+        return _opened(path)
 
     def _write(self, path: Path, content: tuple[Statistics, int]) -> None:
         """Nothing while no window is done."""
@@ -57,14 +56,13 @@ class Checkpoint(RunState):
 
 def calibrated_weights(path: Path) -> list[list[float]] | None:
     """Digest of the key weights that an unfinished calibration is of; None: not known. AquaError: a damaged file."""
-    weights: list[list[float]] | None = _opened(path)[1].get("key_weights")
-    return weights
+    return _opened(path)[0].get("key_weights")
 
 
-def _opened(path: Path) -> tuple[Stored, dict[str, Any], int]:
+def _opened(path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
     stored = Stored(path, KIND, what="an unfinished calibration", remedy="delete it, and calibrate without --resume")
     try:
-        return stored, dict(stored.header["run"]), int(stored.header["windows_done"])
+        return dict(stored.header["run"]), (stored, int(stored.header["windows_done"]))
     except (KeyError, TypeError, ValueError) as error:
         raise stored.error(f"its metadata is incomplete ({error!r})") from error
 

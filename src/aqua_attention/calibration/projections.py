@@ -84,10 +84,9 @@ class Projections:
         cls, statistics: Statistics, model: dict[str, Any], calibration: dict[str, Any], basis: str = "aqua"
     ) -> Projections:
         """Decompose the statistics of every layer (paper, section 3: SVD of the stacked queries and keys)."""
-        layers = {}
         for index, layer in statistics.items():
             layer.check_finite(index)
-            layers[index] = _layer_projection(layer, _rotation(layer, basis))
+        layers = {index: _layer_projection(layer, _rotation(layer, basis)) for index, layer in statistics.items()}
         return cls(layers, statistics, model, calibration, basis)
 
     def with_basis(self, basis: str) -> Projections:
@@ -109,7 +108,9 @@ class Projections:
         """
         shapes = [part.model["shape"] for part in (self, other)]
         are_parts = _are_parts(*shapes)
-        if not are_parts and not _are_equal(*shapes):
+        # As far as both name their layers.
+        known = {"model_type", "layers", *(shapes[0].keys() & shapes[1].keys())}
+        if not are_parts and any(shapes[0].get(key) != shapes[1].get(key) for key in known):
             said = [describe_shape(shape) for shape in shapes]
             if said[0] == said[1]:
                 names = [map(str, shape.get("names") or [row[0] for row in shape["layers"]]) for shape in shapes]
@@ -119,7 +120,9 @@ class Projections:
             verb = "joined" if are_parts else "merged"
             raise AquaError(f"projections in different bases cannot be {verb}: {self.basis} and {other.basis}")
         parts = [self.calibration, other.calibration]
-        read = _summed(parts) | {"merged": parts}
+        sums = {name: sum(part.get(name, 0) for part in parts) for name in ("tokens", "inputs", "images")}
+        read = {name: sums[name] for name in sums if name == "tokens" or any(name in part for part in parts)}
+        read |= {"merged": parts}
         if are_parts:
             return self._joined(other, read)
         if difference := other_weights(*(part.model.get("key_weights") for part in (self, other))):
@@ -142,9 +145,9 @@ class Projections:
                 stacklevel=3,
             )
         layers: list[tuple[Any, ...]] = []
-        for part in (self, other):
-            shape = part.model["shape"]
-            weights = part.model.get("key_weights") or [None] * len(shape["layers"])
+        for model in (self.model, other.model):
+            shape = model["shape"]
+            weights = model.get("key_weights") or [None] * len(shape["layers"])
             layers += zip(shape["layers"], shape["names"], weights, strict=True)
         rows, names, weights = map(list, zip(*sorted(layers, key=lambda layer: layer[0][0]), strict=True))
         shape = {"model_type": self.model["shape"]["model_type"], "layers": rows, "names": names}
@@ -240,21 +243,6 @@ def spectrum(projections: Projections) -> list[dict[str, Any]]:
         dims = {f"dims_{share}": ((cumulated < share / 100).sum(-1) + 1).tolist() for share in (90, 99)}
         rows.append({"layer": index, "head_dim": layer.energy.shape[-1], **dims})
     return rows
-
-
-def _summed(parts: list[dict[str, Any]]) -> dict[str, int]:
-    """How much several calibrations have read."""
-    return {
-        name: sum(part.get(name, 0) for part in parts)
-        for name in ("tokens", "inputs", "images")
-        if name == "tokens" or any(name in part for part in parts)
-    }
-
-
-def _are_equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two shapes are of the same layers, as far as both name them."""
-    known = {"model_type", "layers", *(first.keys() & second.keys())}
-    return all(first.get(key) == second.get(key) for key in known)
 
 
 def _are_parts(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -17,13 +17,7 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.model.capture import (
-    AttentionLayer,
-    attention_layers,
-    chosen_layers,
-    layers_and_gaps,
-    observe_windows,
-)
+from aqua_attention.model import capture
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides, inputs_digest
@@ -41,12 +35,7 @@ def calibrate(
     tokens: int = 32768,
     context: int = 2048,
     seed: int | None = 0,
-    name: str = "",
-    layers: str | None = None,
-    checkpoint: Path | str | None = None,
-    checkpoint_seconds: float = 10.0,
-    resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Projections:
     """Learn the projections of `model` from windows of `text`.
 
@@ -57,28 +46,17 @@ def calibrate(
         context: tokens in a window. Calibrate at the length you will use: projections from short windows are
             slightly worse on long ones.
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
-        name: recorded as the model's name; the one in its config unless given.
-        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
-        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
-            Ctrl-C. `checkpoint.discard` it once the projections are saved.
-        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
-        progress: called as progress(windows done, windows in all).
+        options: the fields of `Run` after its model.
 
-    Raises:
-        AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
-            checkpoint of another run, or one that exists though `resume` was not asked for.
+    An AquaError for no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
+    checkpoint of another run, or one that exists though `resume` was not asked for.
     """
-    run = Run(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
+    run = Run(model, **options)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
-    facts = {
-        "text_sha256": text_digest(text),
-        "tokens": windows.numel(),
-        "context": windows.shape[1],
-        "seed": seed,
-        "library_version": __version__,
-    }
+    facts = {"text_sha256": text_digest(text), "tokens": windows.numel(), "context": windows.shape[1]}
+    facts |= {"seed": seed, "library_version": __version__}
     # The windows' digest stands for the tokenizer.
     read = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
     return run.learn(windows, {TEXT}, facts, read)
@@ -94,10 +72,9 @@ def calibrate_inputs(
             image processor gives with them), `input_ids`, or both. Only the layers that read them are calibrated; two
             calibrations of a vision-language model, on images and on text, become one by `Projections.merged`.
         facts: recorded in `calibration`, such as how many images these are.
-        options: `name` and all after it, as for `calibrate`.
+        options: the fields of `Run` after its model.
 
-    Raises:
-        AquaError: as `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
+    An AquaError as of `calibrate`; for nothing to read, padded inputs, or inputs that the model does not take.
     """
     run = Run(model, **options)
     if not inputs:
@@ -109,7 +86,16 @@ def calibrate_inputs(
 
 @dataclass
 class Run:
-    """One calibration: of which layers, and where its state is kept; see `calibrate` for fields and errors."""
+    """One calibration: of which layers, and where its state is kept; see `calibrate` for errors.
+
+    Attributes:
+        name: recorded as the model's name; the one in its config unless given.
+        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
+        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
+            Ctrl-C. `checkpoint.discard` it once the projections are saved.
+        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
+        progress: called as progress(windows done, windows in all).
+    """
 
     model: PreTrainedModel
     name: str = ""
@@ -127,7 +113,7 @@ class Run:
             check_seconds(self.checkpoint_seconds)
             if not self.resume:
                 check_finished(Path(self.checkpoint))
-        self.found, self.gaps = layers_and_gaps(self.model)
+        self.found, self.gaps = capture.layers_and_gaps(self.model)
 
     def learn(
         self, windows: Tensor | Sequence[Inputs], given: Collection[str], facts: Facts, read: Facts | None = None
@@ -142,7 +128,7 @@ class Run:
         if not reached:
             reason = "; ".join(self.gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
             raise AquaError(f"{type(self.model).__name__} cannot be calibrated on this: {reason}")
-        chosen = chosen_layers(reached, self.layers, self.gaps)
+        chosen = capture.chosen_layers(reached, self.layers, self.gaps)
         name, key_weights = self.name or self.model.config._name_or_path, key_weight_digest(chosen)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
         # The name tells models apart whose key weights cannot be read (quantised, offloaded).
@@ -158,7 +144,7 @@ def collect(
     model: PreTrainedModel,
     windows: Tensor | Sequence[Inputs],
     *,
-    layers: list[AttentionLayer] | None = None,
+    layers: list[capture.AttentionLayer] | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
@@ -166,7 +152,7 @@ def collect(
 
     `layers` are those of interest, all unless given; `checkpoint` says where to begin, and keeps the sums as they grow.
     """
-    every = attention_layers(model)
+    every = capture.attention_layers(model)
     index_of = {layer.module: layer.index for layer in layers or every}
     checkpoint = checkpoint or Checkpoint(None, {})
     state = checkpoint.load()
@@ -191,7 +177,7 @@ def collect(
             progress(first + count, len(windows))
 
     try:
-        observe_windows(model, every, windows[first:], accumulate, between_windows)
+        capture.observe_windows(model, every, windows[first:], accumulate, between_windows)
     except KeyboardInterrupt:
         checkpoint.save(*state)
         raise

@@ -15,20 +15,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from aqua_attention.errors import AquaError
-from aqua_attention.model import interface
-from aqua_attention.model.sides import (
-    IMAGES,
-    TEXT,
-    Inputs,
-    accepted,
-    device_of,
-    first_tensor,
-    placed,
-    probes,
-    runner,
-    sides,
-)
-from aqua_attention.ops.mask import bidirectional
+from aqua_attention.model import interface, sides
+from aqua_attention.model.sides import IMAGES, TEXT, Inputs
+from aqua_attention.ops.plan import Call
 
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -66,31 +55,16 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
     """
     directions: dict[nn.Module, bool] = {}
 
-    def dense(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        interface.check_call(type(model).__name__, kwargs)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    def dense(module: nn.Module, call: Call, causal: bool, _: dict[str, Any]) -> Tensor:
         directions[module] = causal
-        observer(module, query, key, scaling)
-        mask = interface.as_aqua_mask(attention_mask)
-        if mask is not None and mask.shape[2] != query.shape[2]:
-            raise AquaError(f"{type(model).__name__} makes one mask for all queries, which AQUA does not support")
-        if mask is None and not causal:
-            mask = bidirectional(query.shape[2], key.shape[2], sink=0, device=query.device)
-        options = {"scaling": scaling, "softcap": kwargs.get("softcap"), "s_aux": kwargs.get("s_aux")}
-        output = interface.attend_dense(query, key, value, mask, **options)
-        return output.transpose(1, 2).contiguous(), None
+        observer(module, call.query, call.key, call.scaling)
+        if call.mask is not None and call.mask.shape[2] != call.query.shape[2]:
+            raise AquaError(f"{name} makes one mask for all queries, which AQUA does not support")
+        return interface.attend_dense(interface.directed(call, causal))
 
-    _, undo = interface.install(model, dense, interface.mask_builder(0, 0))
+    name = type(model).__name__
+    attention = interface.attention_function(name, dense)
+    _, undo = interface.install(model, attention, interface.mask_builder(0, 0))
     try:
         yield directions
     finally:
@@ -107,11 +81,8 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
 
     Each side is run on a small input and watched, and the run compared with the model's own attention. Unlike a look at
     class names, this shows that a layer really sends its attention through the interface. There are gaps where a model
-    takes images in a form that AQUA does not know how to make.
-
-    Raises:
-        AquaError: the model does not send its attention through transformers' interface, or is no decoder or encoder of
-            text or images.
+    takes images in a form that AQUA does not know how to make. An AquaError where it does not send its attention
+    through transformers' interface, or is no decoder or encoder of text or images.
     """
     if not isinstance(model, PreTrainedModel):
         raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")
@@ -121,7 +92,7 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
     interface.check_detached(model)
     layers: list[AttentionLayer] = []
     gaps: list[str] = []
-    for side in sides(model):
+    for side in sides.sides(model):
         try:
             probed = _probed(model, side)
         except _DoesNotRun as error:
@@ -165,18 +136,20 @@ class _Probed:
 
 def _probed(model: PreTrainedModel, side: str) -> _Probed:
     """Run one side on the first of its `probes` that it takes, under our dense attention and under its own."""
-    name, run = type(model).__name__, runner(model, side)
+    name, run = type(model).__name__, sides.runner(model, side)
     cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}
     states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
     failed: Exception | None = None
-    for probe in probes(model, side):
-        inputs = {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else placed(probe, model)
+    for probe in sides.probes(model, side):
+        inputs = (
+            {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else sides.placed(probe, model)
+        )
         states.clear()
         try:
             with torch.no_grad(), evaluation_mode(model):
                 with observed(model, lambda module, query, key, _: states.update({module: (query, key)})) as causal:
                     output = run(**inputs, **cached)
-                return _Probed(run, inputs, states, causal, output, first_tensor(run(**inputs)))
+                return _Probed(run, inputs, states, causal, output, sides.first_tensor(run(**inputs)))
         except AquaError as error:
             raise error if name in str(error) else AquaError(f"{name}: {error}") from error
         except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -197,7 +170,7 @@ def _check_finite(name: str, probed: _Probed) -> None:
 
 def _check_same(model: PreTrainedModel, probed: _Probed) -> None:
     """Under our dense attention a model gives what it gives under its own, or scores hold more than q and k."""
-    name, found, expected = type(model).__name__, first_tensor(probed.output), probed.expected
+    name, found, expected = type(model).__name__, sides.first_tensor(probed.output), probed.expected
     # A quantised model may round activations too: then the last bit of an attention output moves logits by percents.
     exact = found.dtype in (torch.float32, torch.float64) and all(map(is_plain, model.parameters()))
     tolerance = 1e-2 if exact else 0.2
@@ -205,7 +178,7 @@ def _check_same(model: PreTrainedModel, probed: _Probed) -> None:
     if not difference > tolerance:
         return
     with torch.no_grad(), evaluation_mode(model):
-        again = first_tensor(probed.run(**probed.inputs))
+        again = sides.first_tensor(probed.run(**probed.inputs))
     if _difference(again, expected) > tolerance:
         raise AquaError(f"{name} gives something else each time it runs on the same input: it is not supported")
     raise AquaError(
@@ -226,26 +199,16 @@ def _described(model: PreTrainedModel, side: str, probed: _Probed, first: int) -
     for module, (query, key) in probed.states.items():
         index, causal = getattr(module, "layer_idx", None) if side == TEXT else None, probed.causal[module]
         is_cached = index is not None and _is_cached(cache, index, key)
-        if is_cached and not causal and (model.can_generate() or IMAGES in sides(model)):
+        if is_cached and not causal and (model.can_generate() or IMAGES in sides.sides(model)):
             # PaliGemma: neither an encoder, nor a decoder whose tokens never see a later one.
             raise AquaError(
                 f"{type(model).__name__} is not causal, yet generates from a cache: only decoders and encoders are "
                 "supported"
             )
-        layers.append(
-            AttentionLayer(
-                index=first + len(layers) if index is None else index,
-                module=module,
-                num_attention_heads=query.shape[1],
-                num_key_value_heads=key.shape[1],
-                head_dim=query.shape[-1],
-                device=key.device,
-                reads_own_cache=is_cached and causal,
-                name=names[module],
-                causal=causal,
-                side=side,
-            )
-        )
+        index = first + len(layers) if index is None else index
+        heads = query.shape[1], key.shape[1], query.shape[-1]
+        of_module = {"name": names[module], "causal": causal, "side": side, "reads_own_cache": is_cached and causal}
+        layers.append(AttentionLayer(index, module, *heads, key.device, **of_module))
     return layers
 
 
@@ -315,10 +278,10 @@ def observe_windows(
 def run_encoder_or_decoder(model: PreTrainedModel, layers: list[AttentionLayer], inputs: Inputs) -> Any:
     """Run the part of `model` that reads `inputs`: all of it only on text and images together."""
     if "input_ids" not in inputs:
-        forward = runner(model, IMAGES)
-        return forward(**accepted(forward, placed(inputs, model)))
+        forward = sides.runner(model, IMAGES)
+        return forward(**sides.accepted(forward, sides.placed(inputs, model)))
     if "pixel_values" in inputs:
-        return model(**placed(inputs, model))
+        return model(**sides.placed(inputs, model))
     # The language-model head says nothing about queries and keys, and costs more than observing does.
     text = innermost_decoder(model, [layer for layer in layers if layer.side == TEXT])
     options = {"use_cache": False} if _knows_cache(text) else {}
@@ -331,7 +294,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError:  # a model of pairs, as CLIP
-        return device_of(model)
+        return sides.device_of(model)
     weight = getattr(embeddings, "weight", None)
     if not isinstance(weight, Tensor):
         raise AquaError(f"{type(model).__name__} has no token embeddings: a decoder language model is needed")

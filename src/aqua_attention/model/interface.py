@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import attention
-from aqua_attention.ops.mask import HIDDEN, window_codes
+from aqua_attention.ops.mask import HIDDEN, bidirectional, window_codes
+from aqua_attention.ops.plan import Call
 
 NAME_PREFIX = "aqua-"
 _numbers = itertools.count(1)
@@ -38,16 +39,15 @@ def install(
         mask: builds `attention_mask`, see `mask_builder`.
         configs: only the calls of modules that have one of these configs; the others stay as they are.
 
-    Raises:
-        AquaError: the model does not use transformers' attention interface; nothing is changed then.
+    An AquaError where the model does not use transformers' attention interface; nothing is changed then.
     """
     name = f"{NAME_PREFIX}{next(_numbers)}"
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    refused = [type(part).__name__ for part in parts if not part._can_set_attn_implementation()]
-    if refused:
+    if refused := next((part for part in parts if not part._can_set_attn_implementation()), None):
         raise AquaError(
-            f"{refused[0]} does not use transformers' attention interface, so its attention cannot be replaced: "
-            "use a model class that does (Llama, Mistral, Qwen, Gemma, OPT, GPT-NeoX, BERT, CLIP, SigLIP, ViT, ...)"
+            f"{type(refused).__name__} does not use transformers' attention interface, so its attention cannot be "
+            "replaced: use a model class that does (Llama, Mistral, Qwen, Gemma, OPT, GPT-NeoX, BERT, CLIP, SigLIP, "
+            "ViT, ...)"
         )
     chosen = [part.config for part in parts] if configs is None else configs
     before = [(config, config._attn_implementation) for config in chosen]
@@ -74,15 +74,32 @@ def install(
     return name, undo
 
 
+def attention_function(
+    name: str, attend: Callable[[nn.Module, Call, bool, dict[str, Any]], Tensor]
+) -> Callable[..., Any]:
+    """An attention function for `install`, which has `attend(module, call, causal, given)` compute the output.
+
+    The call has no window yet; `given` are the keyword arguments of the model `name`. An AquaError for a call that AQUA
+    would compute wrongly.
+    """
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+    ) -> tuple[Tensor, None]:
+        causal, scaling = given.get("is_causal"), given.get("scaling")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        if unknown := next((each for each in SCORE_ARGUMENTS if given.get(each) is not None), None):
+            raise AquaError(f"{name} passes {unknown} to its attention, which AQUA does not support")
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mask, options = as_aqua_mask(attention_mask), (given.get("softcap"), given.get("s_aux"))
+        call = Call(query, key, value, mask, 0, 0, scaling, *options)
+        return attend(module, call, causal, given).transpose(1, 2).contiguous(), None
+
+    return attention
+
+
 SCORE_ARGUMENTS = ("position_bias", "alibi", "head_mask", "sinks", "indices", "block_indices", "cu_seq_lens_q")
 """Arguments with which a model changes scores or visibility in ways that AQUA does not know."""
-
-
-def check_call(model_name: str, extra: dict[str, Any]) -> None:
-    """Raise AquaError for a call that AQUA would compute wrongly, by the keyword arguments it has no place for."""
-    for name in SCORE_ARGUMENTS:
-        if extra.get(name) is not None:
-            raise AquaError(f"{model_name} passes {name} to its attention, which AQUA does not support")
 
 
 def check_detached(model: PreTrainedModel) -> None:
@@ -142,12 +159,20 @@ def as_aqua_mask(mask: Tensor | None) -> Tensor | None:
     return ~hidden
 
 
-def attend_dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+def directed(call: Call, causal: bool, sink: int = 0) -> Call:
+    """With a mask where there is none and the attention is not causal; `sink` tokens of it are in the exact window."""
+    if causal or call.mask is not None:
+        return call
+    mask = bidirectional(call.query.shape[2], call.key.shape[2], sink=sink, device=call.query.device)
+    return call._replace(mask=mask)
+
+
+def attend_dense(call: Call) -> Tensor:
     """Dense attention under a mask as of AQUA's, with the result of `ops.api.attention`."""
+    query, key, value, mask = call[:4]
     if mask is None and query.shape[2] > 1:
         # Keys behind the queries are the empty end of a static cache.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    elif mask is not None:
-        mask = mask != HIDDEN
+    options = call.options | {"mask": None if mask is None else mask != HIDDEN}
     with torch.autocast(query.device.type, enabled=False):
-        return attention(query.to(value.dtype), key.to(value.dtype), value, None, mask=mask, **options)
+        return attention(query.to(value.dtype), key.to(value.dtype), value, None, **options)

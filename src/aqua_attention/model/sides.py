@@ -17,7 +17,6 @@ from aqua_attention.errors import AquaError
 TEXT, IMAGES = "text", "images"
 Inputs = Mapping[str, Tensor]
 """What a model is called with: `input_ids`, or `pixel_values` and what goes with them, or both."""
-_KEYS = {TEXT: "input_ids", IMAGES: "pixel_values"}
 _MASKS = ("attention_mask", "pixel_attention_mask", "pixel_mask")
 
 
@@ -99,7 +98,7 @@ def placed(inputs: Inputs, model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def inputs_digest(inputs: Sequence[Inputs]) -> str:
-    """SHA-256 of what a model reads, in hexadecimal."""
+    """SHA-256 of what a model reads, or of any tensors by name, in hexadecimal."""
     digest = hashlib.sha256()
     for each in inputs:
         for key in sorted(each):
@@ -110,7 +109,8 @@ def inputs_digest(inputs: Sequence[Inputs]) -> str:
 
 def given_sides(inputs: Sequence[Inputs]) -> set[str]:
     """The sides that have something to read in `inputs`, see `sides`."""
-    return {side for side, key in _KEYS.items() if any(key in each for each in inputs)}
+    keys = {TEXT: "input_ids", IMAGES: "pixel_values"}
+    return {side for side, key in keys.items() if any(key in each for each in inputs)}
 
 
 def padding(inputs: Inputs) -> str | None:
