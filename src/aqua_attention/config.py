@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The knobs of AQUA attention: one frozen dataclass, checked on construction. Each is declared here alone."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import operator

@@ -5,8 +5,6 @@
 turned into a number by it when AQUA is applied to a model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import platform

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of a model's attention layers are under AQUA, which stay dense, and which must not run at all."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

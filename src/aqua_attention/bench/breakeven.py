@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From which length on choosing dimensions pays: a decoding step of one layer, measured over lengths, beside theory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -2,8 +2,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """Time of one decoding attention step on a GPU: ours at several k, and every dense kernel that is installed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of one decoding attention step on a CPU: the kernel in C at several k, beside dense attention by torch."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

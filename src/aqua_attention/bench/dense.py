@@ -6,8 +6,6 @@ num_attention_heads, 1, head_dim] and returns the result; a `Maker` takes [batch
 returns what is to run, after it has laid all out as its kernel likes it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ is timed before it is right: dense and AQUA at k_ratio 1 must give the same logi
 that is not recorded.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterable
 from contextlib import ExitStack

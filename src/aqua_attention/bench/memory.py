@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory of the key-value cache in `model.generate`: bytes as they are allocated, beside transformers' own caches."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from collections.abc import Callable, Sequence

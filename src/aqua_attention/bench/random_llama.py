@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama of random weights, with projections, keys and values that take the time that real ones do."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -2,8 +2,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """How long something takes on a GPU, and how fast the GPU reads at most."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from statistics import median

@@ -5,8 +5,6 @@ Growing full-attention layers are in `growing.py`. Sliding-window layers are bou
 rotation (`layer.py`); so do layers of a fixed size, unless they are tiled for the decoding kernels (`tiled.py`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

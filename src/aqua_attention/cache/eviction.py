@@ -4,8 +4,6 @@
 A key-value head keeps the tokens that were given most attention, its heavy hitters, and as many of the most recent.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A filled cache in a file: a long prompt read once, a conversation that goes on tomorrow."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@
 After an eviction it stores fewer tokens than its length says; positions and masks follow the length.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@
 The bounded ones, with a sliding window or a fixed size, are transformers' own and only rotate what is written.
 """
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 import torch

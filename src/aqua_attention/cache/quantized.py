@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A store in int8 or int4: codes of a byte or half a byte, a scale and a zero point for each group of channels."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

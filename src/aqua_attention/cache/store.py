@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a cache layer keeps its keys or its values: a tensor that grows at its end."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

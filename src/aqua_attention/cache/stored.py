@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cache stores of one layer, as its plan says: rotated, sliced, quantized, evicted."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

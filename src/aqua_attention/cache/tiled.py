@@ -7,8 +7,6 @@ that a step can be recorded as a CUDA graph. Padding is not stored: each sequenc
 On a CPU, where lengths are known, a sequence shorter than `min_length` is not rotated: nothing is chosen there.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

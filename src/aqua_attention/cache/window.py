@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys of which all tokens keep the leading dimensions, and those of the exact window every one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

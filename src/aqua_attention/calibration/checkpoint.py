@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of an unfinished calibration in a file, so that a killed run can go on."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

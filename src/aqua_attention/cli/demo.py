@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole story on one small real model: calibrate, measure what is lost, write the same answer twice."""
 
-from __future__ import annotations
-
 import platform
 import sys
 import time

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One declaration, many options: what a command takes as a dataclass, or as knobs, is spread into typer's options."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import inspect

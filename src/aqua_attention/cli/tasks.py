@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The commands for tasks that others measure too, our own and lm-evaluation-harness: parsing and printing only."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where texts and images lie: in a file or folder, or in a dataset of the hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar

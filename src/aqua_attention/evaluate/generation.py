@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same prompt through the model, dense and with AQUA."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass

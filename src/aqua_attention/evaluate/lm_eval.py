@@ -4,8 +4,6 @@
 It needs the extra: `pip install 'aqua-attention[lm-eval]'`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many measurements in a row, each kept as a record when it is done, so that a stopped run goes on where it was."""
 
-from __future__ import annotations
-
 import gc
 import platform
 import time

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every evaluation measures: a subject, and settings that are attached to its model, a row each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files are written whole or not at all; texts are read packed or not."""
 
-from __future__ import annotations
-
 import glob
 import gzip
 import hashlib

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of an unfinished run in a file, so that a killed run can go on; and what tells one run from another."""
 
-from __future__ import annotations
-
 import json
 import math
 import time

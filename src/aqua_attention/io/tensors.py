@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our files: tensors and a JSON header in one safetensors file, written whole and checked when read."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

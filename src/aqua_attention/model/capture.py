@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model's attention layers, and the queries and keys that pass through them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

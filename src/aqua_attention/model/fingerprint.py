@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do these projections belong to this model? Its shape must be equal; its key weights should be."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

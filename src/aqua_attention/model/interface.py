@@ -5,8 +5,6 @@ transformers looks attention up by a name in the model's config, in two tables: 
 the mask that it needs. We register a fresh name in both, point the model at it, and take everything back.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any

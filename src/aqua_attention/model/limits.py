@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model can do: predict, generate, and how many tokens and positions it knows."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel

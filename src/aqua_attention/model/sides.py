@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sides of a model, text and images: how each is run without the other, on what to try it, and what it reads."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

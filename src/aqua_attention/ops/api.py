@@ -5,8 +5,6 @@
 one step over a `TiledCache`. `attention` begins with rotated queries and a choice, and keys go through `rotate`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@
 Zeroing the dropped entries of a query and running dense attention is AQUA, so every backend for prompts rests on these.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -6,8 +6,6 @@ four codes below. The codes carry the exact window, and which queries are short 
 tensor, built once for all layers.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

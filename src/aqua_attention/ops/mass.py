@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much attention each key is given: what eviction goes by (H2O), without a score matrix in memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

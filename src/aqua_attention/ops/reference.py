@@ -5,8 +5,6 @@ It forms the whole score matrix. `attention_chunked` evaluates the same code a f
 attention do not depend on each other, so it is the same function in bounded memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotation, and the choice of the dimensions that a query multiplies."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

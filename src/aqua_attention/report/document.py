@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a report says, whatever it is written in: sections of tables and figures."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The three kinds of drawings: curves, heat maps, bars."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Iterable, Sequence

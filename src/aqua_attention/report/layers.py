@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What differs from layer to layer: retention, adaptive k, and the spectrum of queries and keys."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gain and loss of every setting: the first table, and the trade-off curves."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 A command's file says its suite. One of an older version does not, and is known by its keys.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records of a grid as rows of words: lists, and matrices of one label against another."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 

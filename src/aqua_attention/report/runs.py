@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which records are of one run, equal in all but the setting, and the words that tell one run from another."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence

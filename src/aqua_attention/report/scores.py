@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores of needles, lines and tasks; and what is told by a table alone: images, and suites that have no drawing."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

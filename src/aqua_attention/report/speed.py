@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is saved: the benchmarks of memory, decoding kernels, whole steps, and the break-even length."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

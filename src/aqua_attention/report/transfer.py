@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibrated on one text or length, tested on another: a matrix for each setting; and how many tokens are enough."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence

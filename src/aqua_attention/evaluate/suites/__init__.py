@@ -4,8 +4,6 @@
 A suite is a module of this package and an entry in `SUITES`. Nothing here loads torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

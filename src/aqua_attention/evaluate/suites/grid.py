@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a grid measures, and how much of it; its suites turn that into jobs that share one dense reference."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

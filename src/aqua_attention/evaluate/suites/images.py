@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What AQUA does to the embeddings of images: how far they turn, and whether nearest neighbours stay the same."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any

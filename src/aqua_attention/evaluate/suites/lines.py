@@ -5,8 +5,6 @@ The task of LongEval (the LongChat project), whose files of questions are read a
 sentences of our own around the same lines.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import zlib

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Needle in a haystack: sentences with a secret number, put between the sentences of a long text, and asked for."""
 
-from __future__ import annotations
-
 import random
 import re
 from bisect import bisect_right

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity, KL divergence and top-1 agreement of AQUA against dense attention, on the same windows in one run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext

@@ -5,8 +5,6 @@ The paper's ablation: for each layer and head, the loss of keeping k of d dimens
 for every query (magnitude, weighted).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

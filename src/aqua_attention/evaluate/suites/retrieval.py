@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Questions about a long text, answered dense and with AQUA, compared item by item."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Sequence

@@ -4,8 +4,6 @@
 Transfer: of one kind of text on others. Context: of windows of one length at others, and of so many tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial

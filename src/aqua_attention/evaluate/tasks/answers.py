@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model answers: how likely it finds given answers, what it writes, and a file that keeps both."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import math

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files of questions: rows of JSON lines or CSV, in a file of their own or in a folder of splits."""
 
-from __future__ import annotations
-
 import csv
 import re
 import zlib

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks that others measure too, dense and with AQUA on the same questions."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import statistics

@@ -6,8 +6,6 @@ outside it and inside it are two partial softmaxes, merged by their log-sum-exp;
 `query[sink + recent:]` on `key[sink : length - recent]` is exactly the outside part, so it needs no mask.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AQUA decoding from tiled caches on a CPU, in C. It is compiled when it is first used, and needs a C compiler then."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

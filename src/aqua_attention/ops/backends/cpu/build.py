@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From C to functions: compile `decode.c` for this very processor, once, and keep the result in the cache folder."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import hashlib

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AQUA decoding on a CPU, attention alone: one query token a sequence, only the chosen dimensions of the keys."""
 
-from __future__ import annotations
-
 import ctypes
 
 from torch import Tensor

@@ -4,8 +4,6 @@
 Calling takes the same time at any length, so what stays the same is found out once, and the rest is C.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from collections.abc import Callable

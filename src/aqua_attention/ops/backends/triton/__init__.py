@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AQUA attention by Triton kernels on a GPU, which load when they run: whole prompts, and steps over tiled caches."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """AQUA decoding on a GPU: one query token a sequence, reading only the chosen dimensions of the keys."""
 
-from __future__ import annotations
-
 import torch
 import triton
 from torch import Tensor

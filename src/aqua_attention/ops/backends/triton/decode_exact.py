@@ -6,8 +6,6 @@ What `prepare` of the same step does not write is read before it has ended: all 
 being moved. It is read past the cache of this processor, which may hold what lay there before an earlier step.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

@@ -7,8 +7,6 @@ to become a number. Products of tensor cores take no bytes by row: the numbers g
 `decode_int8_mma` avoids where it can be used.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

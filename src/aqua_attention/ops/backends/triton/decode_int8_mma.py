@@ -10,8 +10,6 @@ which row of the product does not matter as long as it is known: row m is code `
 A program is one warp, so that nothing waits for anything but memory, and reads blocks of rows four ahead.
 """
 
-from __future__ import annotations
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2

@@ -7,8 +7,6 @@ the last one to arrive merges them. Three programs have the blocks in which toke
 the first tile and the two halves of the tail. All others read `k` rows of each tile, without a branch in their loop.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

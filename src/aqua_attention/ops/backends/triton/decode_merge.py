@@ -2,8 +2,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """What follows when the parts of a sequence are done: their merge, and the attention that each token was given."""
 
-from __future__ import annotations
-
 import functools
 
 import triton

@@ -5,8 +5,6 @@
 rotates the query itself, and only the one with the newest tokens does anything with the key.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

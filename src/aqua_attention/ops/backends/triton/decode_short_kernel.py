@@ -6,8 +6,6 @@ Each program rotates the query. One has the new token and the part of the tail t
 the rest have tiles; the last to arrive merges them. Up to TILE tokens one is enough, and then nothing is merged.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

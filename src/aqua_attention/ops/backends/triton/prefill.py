@@ -5,8 +5,6 @@ Zeroing the dropped entries of a query and running dense attention is AQUA, so b
 kernel for dense attention. Both move little more than what they read and write.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 
 from aqua_attention.errors import AquaError

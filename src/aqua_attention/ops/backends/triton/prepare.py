@@ -2,8 +2,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """What comes before decoding attention, in one launch: rotate query and key, choose dimensions, append to the cache."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -2,8 +2,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """Rotating on a GPU, and setting to zero what queries do not multiply, in the same pass."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -6,8 +6,6 @@ The threshold is found by halving an interval of floats: non-negative ones have 
 block search at the same time, in registers.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

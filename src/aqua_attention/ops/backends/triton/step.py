@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One decoding step on a GPU, by the kernels that suit it: two launches, or one where the cache is small."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from aqua_attention.ops.backends.triton.blocks import sm_count

@@ -2,8 +2,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """Rotating the query heads of a group, and its key, for one token."""
 
-from __future__ import annotations
-
 import functools
 
 import triton

@@ -2,8 +2,6 @@
 # mypy: disable-error-code="no-untyped-def"
 """The exact window of a whole prompt on a GPU, merged with the attention to everything else in one pass."""
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor, float32
