@@ -59,7 +59,8 @@ def measure_breakeven(
     k_ratios: tuple[float, ...] = (0.75, 0.5),
     lengths: Sequence[int],
     progress: Callable[[int, int], None] = lambda done, total: None,
-    **window: Any,
+    sink: int = OURS.sink,
+    recent: int = OURS.recent,
 ) -> dict[str, Any]:
     """Check and time a step (rotate, choose, append, attend) of one sequence: at each k, at k = d as `min_length` does
     it (on a CPU without rotation), and the fastest dense attention with its append; find where they cross, and write
@@ -68,7 +69,7 @@ def measure_breakeven(
     Args:
         k_ratios: below 1.
         lengths: rising, in tokens, the new one included.
-        window: `sink` and `recent`.
+        sink, recent: the exact window.
 
     Returns:
         `{"device", ..., "rows", "breakeven", "profile"}`. A row a length: `length`, `dense` and `whole` (seconds; whole
@@ -93,10 +94,10 @@ def measure_breakeven(
     rows = []
     for done, length in enumerate(lengths):
         progress(done, len(lengths))
-        rows.append(_row(shape, length, k_ratios, **window))
+        rows.append(_row(shape, length, k_ratios, sink, recent))
     progress(len(lengths), len(lengths))
     found = [_breakeven(shape, rows, index, ratio) for index, ratio in enumerate(k_ratios)]
-    ours = replace(OURS, **window)
+    ours = replace(OURS, sink=sink, recent=recent)
     threads = torch.get_num_threads() if shape.device.type == "cpu" else None
     facts = shape.facts | {"sink": ours.sink, "recent": ours.recent, "threads": threads, "torch": torch.__version__}
     thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
@@ -118,21 +119,25 @@ def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: floa
     return {"k_ratio": ratio, "k": k} | crossings | told
 
 
-def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], **window: Any) -> dict[str, Any]:
+def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, recent: int) -> dict[str, Any]:
     """One length, by the benchmark of the device."""
     if shape.device.type == "cpu":
         from aqua_attention.bench.decode_cpu import measure_decode_cpu
 
         # Below `min_length` nothing is rotated: that is k = d on a CPU.
-        measured = measure_decode_cpu(shape, k_ratios=k_ratios, length=length, parts=("step",), short=True, **window)
+        measured = measure_decode_cpu(
+            shape, k_ratios=k_ratios, length=length, parts=("step",), short=True, sink=sink, recent=recent
+        )
     else:
         try:
             from aqua_attention.bench.decode import measure_decode
         except ModuleNotFoundError as error:
             raise AquaError("on a GPU this needs triton, which CUDA builds of torch bring along") from error
         with torch.cuda.device(shape.device):
-            rows = measure_decode(shape, batch=1, length=length, k_ratios=(1.0, *k_ratios), **window)["rows"]
-        measured = [row for row in rows if "absent" not in row]
+            measured = measure_decode(
+                shape, batch=1, length=length, k_ratios=(1.0, *k_ratios), sink=sink, recent=recent
+            )["rows"]
+        measured = [row for row in measured if "absent" not in row]
     dense = {row["name"]: row["step_seconds"] for row in measured if row["k_ratio"] is None}
     if not dense:
         raise AquaError(f"no dense attention ran at {length} tokens, so that there is nothing to compare with")

@@ -41,9 +41,10 @@ def measure_decode(
     length: int,
     k_ratios: tuple[float, ...] = K_RATIOS,
     layouts: Sequence[Layout] = ((None, None),),
-    **window: Any,
+    sink: int = OURS.sink,
+    recent: int = OURS.recent,
 ) -> dict[str, Any]:
-    """Check and time one step of every kernel on random keys and values, with the `sink` and `recent` of `window`.
+    """Check and time one step of every kernel on random keys and values, with this exact window.
 
     Returns:
         `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a kernel: `name`, `k_ratio` (None: dense), `bits`
@@ -59,7 +60,7 @@ def measure_decode(
     if not torch.cuda.is_available():
         raise AquaError("aqua bench decode measures kernels on a CUDA GPU: there is none")
     shape.check_heads()
-    ours = replace(OURS, **window)
+    ours = replace(OURS, sink=sink, recent=recent)
     configs = [replace(ours, k_ratio=ratio) for ratio in k_ratios]
     problem = Problem.random(shape, batch=batch, length=length)
     rows = [_dense_row(problem, name, make, None) for name, make in BASELINES.items()]

@@ -66,14 +66,15 @@ def measure_decode_cpu(
     k_ratios: tuple[float, ...] = K_RATIOS,
     parts: tuple[str, ...] = ("attention", "step"),
     short: bool = False,
-    **window: Any,
+    sink: int = OURS.sink,
+    recent: int = OURS.recent,
 ) -> list[dict[str, Any]]:
     """Check and time one step over random keys and values of one sequence, `length` tokens with the new one.
 
     Args:
         parts: what is timed, of attention alone and the whole step.
         short: also with `min_length` above `length`.
-        window: `sink` and `recent`.
+        sink, recent: the exact window.
 
     Returns:
         A row a way: `name`, `k_ratio` (None: dense; 1 and "aqua, short": with `min_length`), `seconds` (of the fastest
@@ -86,7 +87,7 @@ def measure_decode_cpu(
 
     def every_way(length: int) -> list[Way]:
         problem = Problem.random(shape, batch=1, length=length)
-        ours = replace(OURS, **window)
+        ours = replace(OURS, sink=sink, recent=recent)
         settings = [replace(ours, k_ratio=min(k_ratios), min_length=length + 1)] if short else []
         settings += [replace(ours, k_ratio=ratio) for ratio in k_ratios]
         return [*(_dense_way(problem, *way) for way in DENSE.items()), *_our_ways(problem, settings)]

@@ -193,7 +193,9 @@ class RotatedLayer(DynamicLayer):
         """Keep the sequences of these indices; beam search takes some of them twice."""
         self._change(lambda states: states[indices.to(states.device)])
 
-    reorder_cache = batch_select_indices
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """The same for beam search."""
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""

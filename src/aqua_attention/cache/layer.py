@@ -26,7 +26,7 @@ class CacheLayer(Protocol):
     """A cache layer of ours, of any kind.
 
     Its `update` hands keys and values to the model, which passes them on to our attention function, which asks the
-    layer. So only the layer knows what it stores.
+    layer. So only the layer knows what it stores. One in a cache also has `batch`: how many sequences it holds.
     """
 
     plan: LayerPlan

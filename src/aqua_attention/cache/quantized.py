@@ -32,14 +32,17 @@ class Quantized:
     lie half a scale off the zero point, so that as many are below it as above.
     """
 
-    def __init__(self, bits: int, recent: int, *channels: Tensor | None) -> None:
+    def __init__(
+        self, bits: int, recent: int, channel_scale: Tensor | None = None, channel_mean: Tensor | None = None
+    ) -> None:
         """An empty store of 8 or 4 bits, in which `recent` last tokens, up to twice as many, stay as they are.
 
-        channels: scale and mean of rotated keys by falling variance, each [heads, width], float32; none: values.
+        channel_scale, channel_mean: of rotated keys by falling variance, [heads, width], float32; None: values.
         """
         self.length = 0
         self.bits, self.recent = bits, max(recent, UNQUANTIZED_RECENT)
-        self._channels = [each[:, None] for each in channels if each is not None]
+        fixed = [] if channel_scale is None or channel_mean is None else [channel_scale, channel_mean]
+        self._channels = [each[:, None] for each in fixed]
         self._clear()
 
     def _clear(self) -> None:

@@ -71,7 +71,7 @@ def check_seconds(seconds: float) -> None:
         raise AquaError(f"checkpoint_seconds is {seconds}: it must be a number of seconds, 0 or more")
 
 
-def check_finished(path: Path) -> None:
+def check_no_unfinished(path: Path) -> None:
     """Raise AquaError when `path` holds the state of an unfinished calibration."""
     if path.exists():
         raise AquaError(f"{path} holds an unfinished calibration: go on with --resume, or delete it")

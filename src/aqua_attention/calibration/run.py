@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.calibration.checkpoint import Checkpoint, check_finished, check_seconds
+from aqua_attention.calibration.checkpoint import Checkpoint, check_no_unfinished, check_seconds
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
 from aqua_attention.data.text import text_digest, token_windows, tokenize
@@ -33,7 +33,12 @@ def calibrate(
     tokens: int = 32768,
     context: int = 2048,
     seed: int | None = 0,
-    **options: Any,
+    name: str = "",
+    layers: str | None = None,
+    checkpoint: Path | str | None = None,
+    checkpoint_seconds: float = 10.0,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Projections:
     """Learn the projections of `model` from windows of `text`.
 
@@ -44,12 +49,18 @@ def calibrate(
         context: tokens in a window. Calibrate at the length you will use: projections from short windows are
             slightly worse on long ones.
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
-        options: the fields of `Run` after its model.
+        name: recorded as the model's name; the one in its config unless given.
+        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
+        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
+            Ctrl-C. `checkpoint.discard` it once the projections are saved.
+        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
+        progress: called as progress(windows done, windows in all).
 
-    An AquaError for no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
-    checkpoint of another run, or one that exists though `resume` was not asked for.
+    Raises:
+        AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
+            checkpoint of another run, or one that exists though `resume` was not asked for.
     """
-    run = Run(model, **options)
+    run = CalibrationRun(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
@@ -61,7 +72,16 @@ def calibrate(
 
 
 def calibrate_inputs(
-    model: PreTrainedModel, inputs: Sequence[Inputs], *, facts: dict[str, Any] | None = None, **options: Any
+    model: PreTrainedModel,
+    inputs: Sequence[Inputs],
+    *,
+    facts: dict[str, Any] | None = None,
+    name: str = "",
+    layers: str | None = None,
+    checkpoint: Path | str | None = None,
+    checkpoint_seconds: float = 10.0,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Projections:
     """Learn the projections of `model` from whatever it reads: images, or prompts with images in them.
 
@@ -70,11 +90,12 @@ def calibrate_inputs(
             image processor gives with them), `input_ids`, or both. Only the layers that read them are calibrated; two
             calibrations of a vision-language model, on images and on text, become one by `Projections.merged`.
         facts: recorded in `calibration`, such as how many images these are.
-        options: the fields of `Run` after its model.
+        name, layers, checkpoint, checkpoint_seconds, resume, progress: as of `calibrate`.
 
-    An AquaError as of `calibrate`; for nothing to read, padded inputs, or inputs that the model does not take.
+    Raises:
+        AquaError: as of `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
     """
-    run = Run(model, **options)
+    run = CalibrationRun(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
     if not inputs:
         raise AquaError("there is nothing to calibrate on: give at least one input")
     check_unpadded(inputs)
@@ -83,25 +104,16 @@ def calibrate_inputs(
 
 
 @dataclass
-class Run:
-    """One calibration: of which layers, and where its state is kept; see `calibrate` for errors.
-
-    Attributes:
-        name: recorded as the model's name; the one in its config unless given.
-        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
-        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
-            Ctrl-C. `checkpoint.discard` it once the projections are saved.
-        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
-        progress: called as progress(windows done, windows in all).
-    """
+class CalibrationRun:
+    """One calibration: of which layers, and where its state is kept; fields and errors as of `calibrate`."""
 
     model: PreTrainedModel
-    name: str = ""
-    layers: str | None = None
-    checkpoint: Path | str | None = None
-    checkpoint_seconds: float = 10.0
-    resume: bool = False
-    progress: Callable[[int, int], None] | None = None
+    name: str
+    layers: str | None
+    checkpoint: Path | str | None
+    checkpoint_seconds: float
+    resume: bool
+    progress: Callable[[int, int], None] | None
 
     def __post_init__(self) -> None:
         """Find the layers; nothing is read yet."""
@@ -110,17 +122,18 @@ class Run:
         if self.checkpoint is not None:
             check_seconds(self.checkpoint_seconds)
             if not self.resume:
-                check_finished(Path(self.checkpoint))
+                check_no_unfinished(Path(self.checkpoint))
         self.found, self.gaps = capture.layers_and_gaps(self.model)
 
     def learn(
-        self, windows: Tensor | Sequence[Inputs], given: Collection[str], facts: Facts, read: Facts | None = None
+        self, windows: Tensor | Sequence[Inputs], given: Collection[str], facts: Facts, identity: Facts | None = None
     ) -> Projections:
-        """The projections.
+        """Read all windows, and make projections of what was seen.
 
         Args:
             windows: see `capture.observe_windows`; `given` are the sides of the model that they are for.
-            facts: the provenance to record; `read` tells what is read from other data, beyond it.
+            facts: the provenance to record.
+            identity: what else tells this run from another when it is resumed; not recorded.
         """
         reached = [layer for layer in self.found if layer.side in given]
         if not reached:
@@ -131,11 +144,11 @@ class Run:
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
         # The name tells models apart whose key weights cannot be read (quantised, offloaded).
         run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
-        keeper = Checkpoint(self.checkpoint, run | facts | (read or {}), seconds=self.checkpoint_seconds)
+        keeper = Checkpoint(self.checkpoint, run | facts | (identity or {}), seconds=self.checkpoint_seconds)
         statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=self.progress)
         tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
-        identity = {"name": name, "shape": shape, "key_weights": key_weights}
-        return Projections.from_statistics(statistics, identity, tokens | facts)
+        of_model = {"name": name, "shape": shape, "key_weights": key_weights}
+        return Projections.from_statistics(statistics, of_model, tokens | facts)
 
 
 def collect(

@@ -113,13 +113,13 @@ def calibrate(
     check_writable(output, show.json)  # before what has no name, such as ".", is given another
     partial = output.with_name(f"{output.name}.partial")
     check_writable(output, partial, show.json)
-    from aqua_attention.calibration.checkpoint import check_finished, check_seconds, discard
+    from aqua_attention.calibration.checkpoint import check_no_unfinished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers
 
     check_seconds(checkpoint_seconds)
     if not resume:
-        check_finished(partial)
+        check_no_unfinished(partial)
     elif not partial.exists():
         typer.echo(f"there is no {partial}: beginning at the first window", err=True)
     options: dict[str, Any] = {"name": model.model, "layers": layers, "resume": resume}

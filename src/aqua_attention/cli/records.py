@@ -16,6 +16,7 @@ from aqua_attention.cli.options import Chat, Grid, ModelOptions, ProjectionsFile
 from aqua_attention.cli.terminal import Show, check_writable, command_line, progress_bar, stoppable
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.suites import SUITES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
     Tables = Callable[[list[Record]], list[Table]]
 
-SUITES = ["perplexity"]
+DEFAULT_SUITES = ["perplexity"]
+GRID_SUITES = ", ".join(name for name, suite in SUITES.items() if suite.jobs)
 _notice = partial(typer.echo, err=True)
 # Full, and quick.
 CALIBRATION_TOKENS = 16384, 2048
@@ -130,7 +132,7 @@ def grid(
     *,
     results: ResultsFolder,
     projections: ProjectionsFile,
-    suite: Annotated[list[str], "perplexity, retention, needle, lines; repeat."] = SUITES,
+    suite: Annotated[list[str], f"{GRID_SUITES}; repeat."] = DEFAULT_SUITES,
     k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.75)."] = None,
     logit_error: Annotated[list[float] | None, "Adaptive k, beside the k_ratios given; repeat."] = None,
     knobs: Grid,

@@ -42,9 +42,9 @@ def is_images(spec: str) -> bool:
         return rest in SETS
     try:
         path = usable_path(spec)
-    except AquaError:  # reading it will say so
+        return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(files_below(path, SUFFIXES)))
+    except (AquaError, OSError):  # reading it will say so
         return False
-    return path.suffix.lower() in SUFFIXES or (path.is_dir() and bool(files_below(path, SUFFIXES)))
 
 
 def read_images(

@@ -57,7 +57,7 @@ class _Sums:
         return math.exp(min(mean, 700.0))
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class DenseLogits:
     """The dense model's logits, kept in ordinary memory for several calls over the same windows of the same model.
 

@@ -84,7 +84,7 @@ class Calibration:
         return {"tokens": self.tokens, "context": self.context, "seed": self.seed}
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Calibrator:
     """Calibrates one model, and keeps the results in `FOLDER/projections` and in memory; a stopped one goes on.
 

@@ -11,9 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from platformdirs import user_cache_dir
-
 from aqua_attention.errors import AquaError
+from aqua_attention.io.files import cache_folder
 
 SOURCE = Path(__file__).with_name("decode.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fPIC")
@@ -41,7 +40,7 @@ def kernels() -> ctypes.CDLL:
         raise AquaError(f"impl='cpu' is impossible here, because {reason}")
     compiler = _compiler()
     assert compiler is not None
-    folder = Path(os.environ.get("AQUA_CACHE_DIR") or user_cache_dir("aqua-attention")) / "kernels"
+    folder = cache_folder("kernels")
     target = folder / f"decode-{_fingerprint(compiler)}.so"
     try:
         folder.mkdir(parents=True, exist_ok=True)
