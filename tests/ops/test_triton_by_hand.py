@@ -159,7 +159,7 @@ def test_an_older_triton_starts_nothing_early_and_places_no_registers(monkeypatc
     on_gpu = SimpleNamespace(device=torch.device("cuda"), is_cuda=True, shape=(32, 8, 128))
     cache = SimpleNamespace(quantization=True, lengths=[1024] * 32, shape=(32, 2, 128, 128, 65536), count=512)
     monkeypatch.setattr(gpu_decode, "sm_count", lambda _: 132)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(blocks, "_gpu", lambda _: SimpleNamespace(major=9))
     monkeypatch.setattr(gpu_decode, "VERSION", (3, 6))
     monkeypatch.setattr(blocks, "VERSION", (3, 6))
     assert gpu_decode.is_by_hand(on_gpu, cache) and blocks.starts_early(on_gpu)["EARLY"]
