@@ -67,8 +67,8 @@ def calibrate(
     facts = {"text_sha256": text_digest(text), "tokens": windows.numel(), "context": windows.shape[1]}
     facts |= {"seed": seed, "library_version": __version__}
     # The windows' digest stands for the tokenizer.
-    read = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
-    return run.learn(windows, {TEXT}, facts, read)
+    identity = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+    return run.learn(windows, {TEXT}, facts, identity)
 
 
 def calibrate_inputs(
