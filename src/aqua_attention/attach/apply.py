@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
-from aqua_attention.cache.cache import AquaCache, Plans, check_cache, make_cache, rotate_on_write
+from aqua_attention.attach.generate import GenerateCaches, Replaced
+from aqua_attention.attach.recording import Recorder
+from aqua_attention.cache.cache import LAYOUTS, AquaCache, Plans, make_cache, prepare_for, rotate_on_write
 from aqua_attention.cache.file import load_cache, save_cache
 from aqua_attention.cache.growing import RotatedLayer
 from aqua_attention.cache.layer import layer_of
@@ -25,7 +27,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
-from aqua_attention.ops.backend import why_not_tiled
+from aqua_attention.ops.backend import tiled_backend, why_not_tiled
 from aqua_attention.ops.plan import Call, LayerPlan
 
 OWN_CACHES = (DynamicCache, AquaCache)
@@ -36,9 +38,10 @@ SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
 class Attachment:
     """AQUA on one model. Made by `apply`; use it as a context manager, or call `attach` and `detach`.
 
-    While attached, every attention layer of the model computes AQUA attention, in prefill and in decoding, and an
-    empty `DynamicCache` (the default of `generate`) stores rotated keys. Any other cache works too, only slower:
-    its keys are rotated at each step.
+    While attached, every attention layer of the model computes AQUA attention, in prefill and in decoding. `generate`
+    gets a tiled cache of the size it needs, where that is possible, and on a GPU its decoding steps are recorded as a
+    CUDA graph. An empty `DynamicCache` stores rotated keys. Any other cache works too, only slower: its keys are
+    rotated at each step.
 
     Attributes:
         model, projections, config: as given, but a `min_length` of "auto" is a number.
@@ -51,14 +54,23 @@ class Attachment:
     """
 
     def __init__(
-        self, model: PreTrainedModel, projections: Projections, config: AquaConfig, layers: str | None = None
+        self,
+        model: PreTrainedModel,
+        projections: Projections,
+        config: AquaConfig,
+        layers: str | None = None,
+        *,
+        layout: str = "auto",
+        record: bool = True,
     ) -> None:
-        """Check that everything fits; the model is not changed before `attach`. `layers`: see `apply`.
+        """Check that everything fits; the model is not changed before `attach`. The options are those of `apply`.
 
         An AquaError where the model cannot take AQUA, the projections are not for it, or `min_length` is "auto" and
         nothing is known of this machine.
         """
-        self.model, self.projections = model, projections
+        if layout not in LAYOUTS:
+            raise AquaError(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
+        self.model, self.projections, self.layout, self.record = model, projections, layout, record
         self.on_selection: SelectionObserver | None = None
         self._coverage = coverage = Coverage(model, projections, layers)
         weights: list[Any] = projections.check_model(model, coverage.covered) or [None] * len(coverage.covered)
@@ -102,7 +114,26 @@ class Attachment:
         except BaseException:
             self.detach()
             raise
+        self._serve_generate()
         return self
+
+    def _serve_generate(self) -> None:
+        """Give `generate` of this model its cache and recorded steps."""
+        self._caches = GenerateCaches(lambda room: self.new_cache(room, layout="tiled"), self._why_not_automatic)
+        self._recorder = Recorder(self.model, self.model.forward, self._why_not_replayed, observing=self)
+        if not hasattr(self.model, "_prepare_cache_for_generation"):
+            return
+
+        def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with self._recorder.generating():
+                return self._caches.generate(original, *args, **kwargs)
+
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return self._recorder(*args, **kwargs)
+
+        replacements = {"_prepare_cache_for_generation": self._caches.prepare, "generate": generate, "forward": forward}
+        self._undo += [Replaced(self.model, name, by).undo for name, by in replacements.items()]
+        self._undo += [self._caches.forget, self._recorder.forget]
 
     def detach(self) -> None:
         """Leave the model as it was found. Caches that AQUA filled cannot be used by the model afterwards."""
@@ -179,6 +210,30 @@ class Attachment:
         reasons = (why_not_tiled(self._plans[f.module], f.num_attention_heads, dtype) for f in self._causal)
         return next(filter(None, reasons), None)
 
+    def _why_not_automatic(self) -> str | None:
+        """Why `generate` is not given a tiled cache; None when it is."""
+        if self.layout == "plain":
+            return "layout is 'plain'"
+        if not self._rotates_on_write:
+            return f"{type(self.model).__name__} does not take its keys straight from its cache"
+        devices = {plan.rotation.device for plan in self._cached().values()}
+        if self.layout == "auto" and not all(tiled_backend(each).decodes_automatically(each) for each in devices):
+            return "triton's interpreter stands for a GPU, which is for tests: give layout='tiled'"
+        return self._why_not_tiled()
+
+    def _why_not_replayed(self, cache: Any, mask: Tensor | None) -> str | None:
+        """Why the next decoding step on this cache cannot be recorded; None when it can."""
+        if not self.record:
+            return "record is False"
+        if not isinstance(cache, AquaCache) or cache.layout != "tiled":
+            return f"the cache is a {getattr(cache, 'layout', '')} {type(cache).__name__}, which is not tiled"
+        if not self._recorder.has_graphs(self.model):
+            return "only steps on a CUDA GPU are recorded"
+        self._look_at_mask(cache, mask)
+        if unready := next((each for each in cache.layers if not each.decodes(1)), None):
+            return "the mask hides more than the padding of the prompt" if unready.batch else "there was no prompt"
+        return None
+
     def _before_forward(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
         if not self._rotates_on_write or holder is not self._decoder:
@@ -208,18 +263,14 @@ class Attachment:
         """Raise AquaError for a forward pass that some layer would refuse after others have written their tokens."""
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if isinstance(tokens, Tensor):
-            check_cache(cache, self._cached(), tokens.shape[0], tokens.shape[1])
+            prepare_for(cache, self._cached(), tokens.shape[0], tokens.shape[1])
         mask = given.get("attention_mask")
         tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
         if tiled and not self._can_tile:
             if reason := self._why_not_tiled():
                 raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
             self._can_tile = True
-        if tiled:
-            # All hold the same tokens; asking one of them waits for the GPU once a step.
-            is_known = mask is None or (isinstance(mask, Tensor) and tiled[0].knows(mask))
-            for layer in tiled:
-                layer.mask_is_known = is_known
+        self._look_at_mask(cache, mask)
         if isinstance(mask, Tensor) and mask.ndim == 4:
             interface.as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
@@ -228,6 +279,15 @@ class Attachment:
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
+
+    def _look_at_mask(self, cache: Cache, mask: Any) -> None:
+        """Tell tiled layers whether the coming forward pass hides nothing but the padding of a prompt."""
+        tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
+        if tiled:
+            # All hold the same tokens; asking one of them waits for the GPU once a step.
+            is_known = mask is None or (isinstance(mask, Tensor) and tiled[0].knows(mask))
+            for layer in tiled:
+                layer.mask_is_known = is_known
 
     def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
         """Attention of one layer; query and key arrive after rotary embedding."""
@@ -260,7 +320,13 @@ def _is_captured() -> bool:
 
 
 def apply(
-    model: PreTrainedModel, projections: Projections, config: AquaConfig | None = None, *, layers: str | None = None
+    model: PreTrainedModel,
+    projections: Projections,
+    config: AquaConfig | None = None,
+    *,
+    layers: str | None = None,
+    layout: str = "auto",
+    record: bool = True,
 ) -> Attachment:
     """AQUA attention for `model`, to be used as a context manager that restores everything, also after an error.
 
@@ -273,8 +339,11 @@ def apply(
     Args:
         layers: only the layers whose name matches, such as "vision_tower.*" in a vision-language model; the others stay
             dense, as do those that the projections do not cover. `Attachment.dense` names them.
+        layout: of the cache that `generate` gets. "auto": tiled where that is possible, for the decoding kernels;
+            "tiled": an AquaError where it is not; "plain": a growing cache.
+        record: on a GPU, record the decoding steps of `generate` as a CUDA graph, and replay it.
 
     An AquaError where the model does not use transformers' attention interface, the projections are not for it, or a
     setting means nothing to it: an encoder has no cache, and no token is its most recent one.
     """
-    return Attachment(model, projections, config or AquaConfig(), layers)
+    return Attachment(model, projections, config or AquaConfig(), layers, layout=layout, record=record)

@@ -26,7 +26,7 @@ class AquaCache(Cache):
     """A cache made for one attachment, by `Attachment.new_cache`: growing, or of a fixed size.
 
     Attributes:
-        max_length: tokens for which there is room; None: it grows.
+        max_length: tokens for which there is room, which grows where more come; None: as many as are held.
         layout: "tiled" for the decoding kernels, or "plain".
 
     An ordinary `DynamicCache`, which `generate` makes by itself, becomes the same as the growing one while it is empty.
@@ -35,7 +35,7 @@ class AquaCache(Cache):
     def __init__(
         self, config: PreTrainedConfig, plans: Plans, max_length: int | None, offloading: bool, layout: str
     ) -> None:
-        self.max_length, self.layout = max_length, layout
+        self.max_length, self.layout, self._config = max_length, layout, config
         if max_length is None:
             layers = DynamicCache(config=config).layers
         else:
@@ -47,6 +47,16 @@ class AquaCache(Cache):
     def is_compileable(self) -> bool:
         """False, so that `generate` does not compile by itself: a compiled step cannot say that there is no room."""
         return False
+
+    def make_room(self, tokens: int) -> None:
+        """See that so many tokens fit: more than there is room for move to a cache half as large again, or more."""
+        if self.max_length is None or tokens <= self.max_length:
+            return
+        self.max_length = max(tokens, self.max_length + self.max_length // 2)
+        sizes = StaticCache(config=self._config, max_cache_len=self.max_length).layers
+        for layer, like in zip(self.layers, sizes, strict=True):
+            if layer.max_cache_len < like.max_cache_len:
+                layer.grow(like.max_cache_len)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: -n forgets n of them; an AquaError where a layer cannot, and nothing is changed."""
@@ -123,8 +133,11 @@ def _empty(layer: Any, plan: LayerPlan, layout: str | None) -> cache_utils.Cache
     return None
 
 
-def check_cache(cache: Cache, plans: Plans, batch: int, new: int) -> None:
-    """Raise AquaError, before any layer has run, when `new` tokens of `batch` sequences cannot follow on `cache`."""
+def prepare_for(cache: Cache, plans: Plans, batch: int, new: int) -> None:
+    """Before any layer has run: see that `new` tokens of `batch` sequences can follow on `cache`.
+
+    A cache of fixed size grows where they do not fit. An AquaError for another batch, or other settings.
+    """
     for _, plan, layer, mine in _planned(cache, plans):
         if mine is None:
             continue
@@ -136,12 +149,8 @@ def check_cache(cache: Cache, plans: Plans, batch: int, new: int) -> None:
                 f"the cache holds {layer.batch} sequences, the batch has {batch}: start with a new cache, or repeat or "
                 "select its sequences first"
             )
-    room = getattr(cache, "max_length", None)
-    if room is not None and (held := int(cache.get_seq_length())) + new > room:
-        raise AquaError(
-            f"the static cache has room for {room} tokens and holds {held}, {new} more do not fit: make it with a "
-            "larger max_length"
-        )
+    if isinstance(cache, AquaCache) and cache.max_length is not None:
+        cache.make_room(int(cache.get_seq_length()) + new)
 
 
 def make_cache(

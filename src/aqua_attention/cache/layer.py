@@ -7,6 +7,7 @@ The bounded ones, with a sliding window or a fixed size, are transformers' own a
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
@@ -176,9 +177,25 @@ class RotatedSlidingLayer(RotatesOnWrite, DynamicSlidingWindowLayer):
         self.cumulative_length = int(numbers["cumulative_length"])
 
 
-class RotatedStaticLayer(RotatesOnWrite, StaticLayer):
+class Grows:
+    """What our variants of transformers' layers of fixed size add to them: room for more tokens."""
+
+    is_initialized: bool
+    keys: Tensor | None
+    values: Tensor | None
+    max_cache_len: int
+
+    def grow(self, room: int) -> None:
+        """Make room for so many tokens; what is held stays."""
+        more = room - self.max_cache_len
+        self.max_cache_len = room
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = (F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values))
+
+
+class RotatedStaticLayer(Grows, RotatesOnWrite, StaticLayer):
     """A cache layer of fixed size, for `torch.compile` and CUDA graphs: rotated keys, `kept` wide, and values."""
 
 
-class RotatedStaticSlidingLayer(RotatesOnWrite, StaticSlidingWindowLayer):
-    """A sliding-window cache layer of fixed size whose `keys` are rotated."""
+class RotatedStaticSlidingLayer(Grows, RotatesOnWrite, StaticSlidingWindowLayer):
+    """A sliding-window cache layer of fixed size whose `keys` are rotated. It grows up to its window."""

@@ -49,6 +49,12 @@ class TiledLayer(StaticLayer):
         """Keys as they came, the same rotated, and values of all tokens so far, that the next attention stores; while
         decoding those of the new one, not rotated."""
 
+    def grow(self, room: int) -> None:
+        """Make room for so many tokens; what is held stays. Its addresses change, so that steps are recorded anew."""
+        self.max_cache_len = room
+        if self.is_initialized:
+            self.cache = self.cache.enlarged(room)
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, dtype and device of the first states."""
         self.dtype, self.device = key_states.dtype, key_states.device

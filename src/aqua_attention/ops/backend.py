@@ -81,6 +81,10 @@ class Backend:
         """Whether it is the one that decodes from a `TiledCache` on such a device."""
         return False
 
+    def decodes_automatically(self, device: torch.device) -> bool:
+        """Whether "auto" may have it decode from a tiled cache there."""
+        return True
+
     def why_not_tiled(self, plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
         """Why it cannot decode from a tiled cache of this layer; None when it can."""
         return "it reads no tiles"

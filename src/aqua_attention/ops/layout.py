@@ -193,6 +193,18 @@ class TiledCache:
         self.lengths.zero_()
         self.arrived.zero_()
 
+    def enlarged(self, max_length: int) -> TiledCache:
+        """A cache with room for more tokens that holds the same ones, at other addresses. Not for pages."""
+        assert self.pages is None and max_length >= self.max_length
+        place = max_length, self.dtype, self.tail.device
+        larger = TiledCache(*self.shape[:4], *place, quantization=self.quantization, rotated_from=self.rotated_from)
+        for name in ("tiles", "values", "key_scales", "value_scales"):
+            if (held := getattr(self, name)) is not None:
+                getattr(larger, name)[:, :, : held.shape[2]] = held
+        larger.tail.copy_(self.tail)
+        larger.lengths.copy_(self.lengths)
+        return larger
+
     def fill(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """Hold a prompt.
 

@@ -76,6 +76,10 @@ class Triton(Backend):
         """See `Backend`."""
         return device.type != "cpu" or is_interpreted(device)
 
+    def decodes_automatically(self, device: torch.device) -> bool:
+        """See `Backend`: the interpreter is for tests."""
+        return device.type == "cuda"
+
     def why_not_tiled(self, plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
         """See `Backend`."""
         head_dim, bits = plan.head_dim, plan.config.bits

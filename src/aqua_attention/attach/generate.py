@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model's `generate` gets while AQUA is attached: a tiled cache of the size it needs, and recorded steps."""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from aqua_attention.cache.cache import AquaCache
+
+ROOM = 256
+"""Sizes are multiples of so many tokens, so that the next call can have the same cache."""
+MOST_NEW = 8192
+"""Tokens that room is made for beyond twice the prompt, however many are allowed: `generate` may end early."""
+MODES = ("greedy_search", "sample")
+
+
+class Replaced:
+    """A method of one model, replaced while AQUA is attached. A copied model has its own method again."""
+
+    def __init__(self, model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
+        """Call `replacement(original, *args, **kwargs)` from now on, where the original is the model's own method."""
+        self._model, self._name, self._replacement = model, name, replacement
+        self._had = vars(model).get(name)
+        self.original = getattr(model, name)
+        functools.update_wrapper(self, self.original)
+        setattr(model, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the method itself, in another way."""
+        return self._replacement(self.original, *args, **kwargs)
+
+    def undo(self) -> None:
+        """Put the method back, unless somebody else has replaced ours."""
+        if vars(self._model).get(self._name) is not self:
+            return
+        delattr(self._model, self._name)
+        if self._had is not None:
+            setattr(self._model, self._name, self._had)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._model))
+        return self if copied is None else getattr(type(copied), self._name).__get__(copied)
+
+
+class GenerateCaches:
+    """Gives `generate` its cache: a new one, or the one that an earlier call of the same shape has left.
+
+    A call that hands its cache to the user leaves none.
+    """
+
+    def __init__(self, make: Callable[[int], AquaCache], why_not: Callable[[], str | None]) -> None:
+        """Let `make(room)` make them, unless `why_not()` gives a reason."""
+        self._make, self._why_not = make, why_not
+        self._spare: tuple[int, AquaCache] | None = None
+        self._local = threading.local()
+        self.reason: str | None = "generate was not called so far"
+        """Why the last call got no cache of ours; None when it got one."""
+
+    def prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of `_prepare_cache_for_generation`: put a cache where it finds one that the user gave."""
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        self.reason = self._why_not_given(given) or self._why_not()
+        if self.reason is None:
+            config = given["generation_config"]
+            batch = given["batch_size"] * max(config.num_return_sequences or 1, 1)
+            self._local.cache = batch, self._take(batch, _room(given))
+            given["model_kwargs"]["past_key_values"] = self._local.cache[1]
+        return original(*args, **kwargs)
+
+    def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of `generate`: keep the cache for the next call where nobody else has it."""
+        outer, self._local.cache = getattr(self._local, "cache", None), None
+        result = None
+        try:
+            result = original(*args, **kwargs)
+            return result
+        finally:
+            made, self._local.cache = self._local.cache, outer
+            if made is not None and getattr(result, "past_key_values", None) is not made[1]:
+                self._spare = made
+
+    def forget(self) -> None:
+        """Free what is kept."""
+        self._spare = None
+
+    def _why_not_given(self, given: dict[str, Any]) -> str | None:
+        names = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
+        if missing := [name for name in names if name not in given]:
+            return f"this version of transformers does not say {', '.join(missing)} where it makes its cache"
+        config, mode = given["generation_config"], given["generation_mode"]
+        if given["model_kwargs"].get("past_key_values") is not None:
+            return "the call was given a cache of its own"
+        if config.use_cache is False:
+            return "use_cache is False"
+        if config.cache_implementation not in (None, "dynamic"):
+            return f"cache_implementation is {config.cache_implementation!r}"
+        if getattr(mode, "value", mode) not in MODES or config.is_assistant:
+            return f"{str(getattr(mode, 'value', mode)).replace('_', ' ')} moves or drops tokens of its cache"
+        return None
+
+    def _take(self, batch: int, room: int) -> AquaCache:
+        spare, self._spare = self._spare, None
+        if spare is not None and spare[0] == batch and room <= (spare[1].max_length or 0) <= 2 * room:
+            spare[1].reset()
+            return spare[1]
+        del spare  # it makes room first
+        return self._make(room)
+
+
+def _room(given: dict[str, Any]) -> int:
+    """Tokens that a call needs room for; on a GPU rounded up."""
+    inputs, allowed = given["model_kwargs"], int(given["max_cache_length"])
+    mask = inputs.get("attention_mask")
+    embedded = inputs.get("inputs_embeds")
+    prompt = max(0 if each is None else each.shape[1] for each in (mask, embedded))
+    prompt = max(prompt, getattr(given["generation_config"], "_mask_length", 0))
+    needed = max(1, min(allowed, prompt + max(prompt, MOST_NEW)) if prompt else allowed)
+    return -(-needed // ROOM) * ROOM
