@@ -185,10 +185,22 @@ def test_a_compiled_model_is_the_same_and_as_before_afterwards(model):
 
     with random_llama.compiled(model, backend=backend):
         assert torch.allclose(model(ids).logits, expected, atol=1e-5)
-        # A norm before attention and one before the rest, rotary embeddings and the rest, in two layers; a last norm.
-        assert len(runs) == 9
+        # Rotary embeddings; a norm before attention and one before the rest, and both, in two layers; a last norm.
+        assert len(runs) == 10
     assert torch.equal(model(ids).logits, expected)
-    assert len(runs) == 9
+    assert len(runs) == 10
+
+
+@torch.no_grad()
+def test_what_cannot_be_compiled_is_named(model):
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    ids = torch.tensor([[5]], device=DEVICE)
+    expected = model(ids).logits
+    named = pytest.warns(UserWarning, match=r"measured without torch.compile: .*LlamaMLP: RuntimeError: no compiler")
+    with named, random_llama.compiled(model, backend=backend):
+        assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the next one measures")

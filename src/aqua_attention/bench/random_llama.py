@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Llama of random weights, with projections, keys and values that take the time that real ones do."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-from transformers.models.llama import modeling_llama
 
+from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.calibration.projections import LayerProjection, Projections
 from aqua_attention.errors import AquaError
 from aqua_attention.model.capture import attention_layers
@@ -66,24 +68,18 @@ def random_states(model: PreTrainedModel, batch: int, length: int) -> Iterator[t
 
 
 @contextmanager
-def compiled(model: PreTrainedModel, backend: str = "inductor") -> Iterator[None]:
-    """While open, `torch.compile` makes one kernel of each norm, rotary embedding and activation of a Llama.
+def compiled(model: PreTrainedModel, backend: str | Callable[..., Any] = "inductor") -> Iterator[None]:
+    """While open, norms, rotary embeddings and activations run as `CompiledParts`; a warning names what does not.
 
     As transformers run them they take up to a fifth of a step, in every row: who cares for speed compiles them.
     Attention and its cache stay as they are, so that dense rows append as transformers do.
     """
-    kinds = modeling_llama.LlamaRMSNorm, modeling_llama.LlamaMLP
-    parts = [part for part in model.modules() if isinstance(part, kinds)]
-    before = modeling_llama.apply_rotary_pos_emb, [part._compiled_call_impl for part in parts]
-    try:
-        modeling_llama.apply_rotary_pos_emb = torch.compile(before[0], backend=backend)
-        for part in parts:
-            part.compile(backend=backend)
+    parts = CompiledParts(model, attention_layers(model), backend=backend)
+    with parts.used():
         yield
-    finally:
-        modeling_llama.apply_rotary_pos_emb = before[0]
-        for part, call in zip(parts, before[1], strict=True):
-            part._compiled_call_impl = call
+    if parts.left_out:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in parts.left_out.items())
+        warnings.warn(f"measured without torch.compile: {reasons}", stacklevel=3)
 
 
 def need_gpu() -> None:
