@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
-from aqua_attention.cache.cache import AquaCache, Plans, check_cache, make_cache, rotate_on_write
+from aqua_attention.cache.cache import AquaCache, Plans, check_cache, make_cache, rotate_on_write, sliding_windows
 from aqua_attention.cache.file import load_cache, save_cache
 from aqua_attention.cache.growing import RotatedLayer
-from aqua_attention.cache.layer import layer_of
+from aqua_attention.cache.layer import Recordable, layer_of
 from aqua_attention.cache.stored import needs_own_cache
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.calibration.projections import Projections
@@ -170,13 +170,17 @@ class Attachment:
         return self.projections.layers[layer.index].plan(config, layer.device, index=layer.index, **facts)
 
     def _why_not_tiled(self) -> str | None:
-        """Why there can be no cache for the decoding kernels; None when there can."""
-        if getattr(self._decoder.config, "attn_logit_softcapping", None) or any(
-            getattr(layer.module, "sinks", None) is not None for layer in self._causal
+        """Why there can be no cache for the decoding kernels; None when there can, or when they have no layer."""
+        if any(self._coverage.left.values()):
+            return "some layers are left dense, and a mask of the size that they need is not made for a decoding step"
+        slides = sliding_windows(self._decoder.config)
+        full = [layer for layer in self._causal if layer.index not in slides]
+        if (full and getattr(self._decoder.config, "attn_logit_softcapping", None)) or any(
+            getattr(layer.module, "sinks", None) is not None for layer in full
         ):
             return "the kernel knows neither softcap nor extra softmax logits"
         dtype = self._decoder.dtype
-        reasons = (why_not_tiled(self._plans[f.module], f.num_attention_heads, dtype) for f in self._causal)
+        reasons = (why_not_tiled(self._plans[f.module], f.num_attention_heads, dtype) for f in full)
         return next(filter(None, reasons), None)
 
     def _before_forward(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
@@ -210,21 +214,22 @@ class Attachment:
         if isinstance(tokens, Tensor):
             check_cache(cache, self._cached(), tokens.shape[0], tokens.shape[1])
         mask = given.get("attention_mask")
-        tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
-        if tiled and not self._can_tile:
+        recordable = [layer for layer in cache.layers if isinstance(layer, Recordable)]
+        if not self._can_tile and any(isinstance(layer, TiledLayer) for layer in recordable):
             if reason := self._why_not_tiled():
                 raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
             self._can_tile = True
-        if tiled:
-            # All hold the same tokens; asking one of them waits for the GPU once a step.
-            is_known = mask is None or (isinstance(mask, Tensor) and tiled[0].knows(mask))
-            for layer in tiled:
+        if recordable:
+            # All hold the same tokens, sliding ones not all of them; asking one waits for the GPU once a step.
+            judge = min(recordable, key=lambda layer: layer.is_sliding)
+            is_known = mask is None or (isinstance(mask, Tensor) and judge.knows(mask))
+            for layer in recordable:
                 layer.mask_is_known = is_known
         if isinstance(mask, Tensor) and mask.ndim == 4:
             interface.as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
-        if needs := torch.is_grad_enabled() and ("the tiled layout" if tiled else needs_own_cache(self.config)):
+        if needs := torch.is_grad_enabled() and ("the tiled layout" if recordable else needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
