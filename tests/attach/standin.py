@@ -44,7 +44,10 @@ class StandIn:
         self.notes, self.is_new = [], True
         type(self).recorded += 1
         with ExitStack() as restore:
-            patches = [(TiledLayer, "_decode", self._noting(TiledLayer._decode)), (applying, "_is_captured", lambda: True)]
+            patches = [
+                (TiledLayer, "_decode", self._noting(TiledLayer._decode)),
+                (applying, "_is_captured", lambda: True),
+            ]
             for place, name, by in patches:
                 restore.callback(setattr, place, name, getattr(place, name))
                 setattr(place, name, by)

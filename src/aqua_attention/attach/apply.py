@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
 from aqua_attention.attach.generate import GenerateCaches, Replaced
 from aqua_attention.attach.recording import Recorder
-from aqua_attention.cache.cache import LAYOUTS, AquaCache, Plans, make_cache, prepare_for, rotate_on_write
+from aqua_attention.cache.cache import (
+    LAYOUTS,
+    AquaCache,
+    Plans,
+    make_cache,
+    prepare_for,
+    rotate_on_write,
+    sliding_windows,
+)
 from aqua_attention.cache.file import load_cache, save_cache
 from aqua_attention.cache.growing import RotatedLayer
-from aqua_attention.cache.layer import layer_of
+from aqua_attention.cache.layer import Recordable, layer_of
 from aqua_attention.cache.stored import needs_own_cache
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.calibration.projections import Projections
@@ -30,6 +41,7 @@ from aqua_attention.model.capture import AttentionLayer, innermost_decoder
 from aqua_attention.ops.backend import tiled_backend, why_not_tiled
 from aqua_attention.ops.plan import Call, LayerPlan
 
+LOG = logging.getLogger("aqua_attention")
 OWN_CACHES = (DynamicCache, AquaCache)
 """Caches whose layers can be ours."""
 SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
@@ -62,6 +74,7 @@ class Attachment:
         *,
         layout: str = "auto",
         record: bool = True,
+        compile: bool = True,
     ) -> None:
         """Check that everything fits; the model is not changed before `attach`. The options are those of `apply`.
 
@@ -70,7 +83,8 @@ class Attachment:
         """
         if layout not in LAYOUTS:
             raise AquaError(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
-        self.model, self.projections, self.layout, self.record = model, projections, layout, record
+        self.model, self.projections = model, projections
+        self.layout, self.record, self.compile = layout, record, compile
         self.on_selection: SelectionObserver | None = None
         self._coverage = coverage = Coverage(model, projections, layers)
         weights: list[Any] = projections.check_model(model, coverage.covered) or [None] * len(coverage.covered)
@@ -120,7 +134,14 @@ class Attachment:
     def _serve_generate(self) -> None:
         """Give `generate` of this model its cache and recorded steps."""
         self._caches = GenerateCaches(lambda room: self.new_cache(room, layout="tiled"), self._why_not_automatic)
-        self._recorder = Recorder(self.model, self.model.forward, self._why_not_replayed, observing=self)
+        parts = CompiledParts(self.model, self._causal, cuda_only=True, report=LOG.warning)
+        self._recorder = Recorder(
+            self.model,
+            self.model.forward,
+            self._why_not_replayed,
+            parts=parts.used if self.compile else nullcontext,
+            observing=self,
+        )
         if not hasattr(self.model, "_prepare_cache_for_generation"):
             return
 
@@ -201,13 +222,17 @@ class Attachment:
         return self.projections.layers[layer.index].plan(config, layer.device, index=layer.index, **facts)
 
     def _why_not_tiled(self) -> str | None:
-        """Why there can be no cache for the decoding kernels; None when there can."""
-        if getattr(self._decoder.config, "attn_logit_softcapping", None) or any(
-            getattr(layer.module, "sinks", None) is not None for layer in self._causal
+        """Why there can be no cache for the decoding kernels; None when there can, or when they have no layer."""
+        if any(self._coverage.left.values()):
+            return "some layers are left dense, and a mask of the size that they need is not made for a decoding step"
+        slides = sliding_windows(self._decoder.config)
+        full = [layer for layer in self._causal if layer.index not in slides]
+        if (full and getattr(self._decoder.config, "attn_logit_softcapping", None)) or any(
+            getattr(layer.module, "sinks", None) is not None for layer in full
         ):
             return "the kernel knows neither softcap nor extra softmax logits"
         dtype = self._decoder.dtype
-        reasons = (why_not_tiled(self._plans[f.module], f.num_attention_heads, dtype) for f in self._causal)
+        reasons = (why_not_tiled(self._plans[f.module], f.num_attention_heads, dtype) for f in full)
         return next(filter(None, reasons), None)
 
     def _why_not_automatic(self) -> str | None:
@@ -230,6 +255,8 @@ class Attachment:
         if not self._recorder.has_graphs(self.model):
             return "only steps on a CUDA GPU are recorded"
         self._look_at_mask(cache, mask)
+        if other := next((each for each in cache.layers if not isinstance(each, Recordable)), None):
+            return f"a {type(other).__name__} of the cache counts its tokens on the host"
         if unready := next((each for each in cache.layers if not each.decodes(1)), None):
             return "the mask hides more than the padding of the prompt" if unready.batch else "there was no prompt"
         return None
@@ -265,8 +292,8 @@ class Attachment:
         if isinstance(tokens, Tensor):
             prepare_for(cache, self._cached(), tokens.shape[0], tokens.shape[1])
         mask = given.get("attention_mask")
-        tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
-        if tiled and not self._can_tile:
+        recordable = [layer for layer in cache.layers if isinstance(layer, Recordable)]
+        if not self._can_tile and any(isinstance(layer, TiledLayer) for layer in recordable):
             if reason := self._why_not_tiled():
                 raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
             self._can_tile = True
@@ -275,18 +302,19 @@ class Attachment:
             interface.as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
-        if needs := torch.is_grad_enabled() and ("the tiled layout" if tiled else needs_own_cache(self.config)):
+        if needs := torch.is_grad_enabled() and ("the tiled layout" if recordable else needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
 
     def _look_at_mask(self, cache: Cache, mask: Any) -> None:
         """Tell tiled layers whether the coming forward pass hides nothing but the padding of a prompt."""
-        tiled = [layer for layer in cache.layers if isinstance(layer, TiledLayer)]
-        if tiled:
-            # All hold the same tokens; asking one of them waits for the GPU once a step.
-            is_known = mask is None or (isinstance(mask, Tensor) and tiled[0].knows(mask))
-            for layer in tiled:
+        recordable = [layer for layer in cache.layers if isinstance(layer, Recordable)]
+        if recordable:
+            # All hold the same tokens, sliding ones not all of them; asking one waits for the GPU once a step.
+            judge = min(recordable, key=lambda layer: layer.is_sliding)
+            is_known = mask is None or (isinstance(mask, Tensor) and judge.knows(mask))
+            for layer in recordable:
                 layer.mask_is_known = is_known
 
     def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
@@ -327,6 +355,7 @@ def apply(
     layers: str | None = None,
     layout: str = "auto",
     record: bool = True,
+    compile: bool = True,
 ) -> Attachment:
     """AQUA attention for `model`, to be used as a context manager that restores everything, also after an error.
 
@@ -342,8 +371,10 @@ def apply(
         layout: of the cache that `generate` gets. "auto": tiled where that is possible, for the decoding kernels;
             "tiled": an AquaError where it is not; "plain": a growing cache.
         record: on a GPU, record the decoding steps of `generate` as a CUDA graph, and replay it.
+        compile: with `record`, have `torch.compile` make a few kernels of the model's norms, rotary embeddings and
+            activations. It takes seconds once, and says so.
 
     An AquaError where the model does not use transformers' attention interface, the projections are not for it, or a
     setting means nothing to it: an encoder has no cache, and no token is its most recent one.
     """
-    return Attachment(model, projections, config or AquaConfig(), layers, layout=layout, record=record)
+    return Attachment(model, projections, config or AquaConfig(), layers, layout=layout, record=record, compile=compile)

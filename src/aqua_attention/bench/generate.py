@@ -19,7 +19,7 @@ from aqua_attention.attach.apply import Attachment, apply
 from aqua_attention.bench.dense import BASELINES
 from aqua_attention.bench.random_llama import need_gpu, random_projections, random_states
 from aqua_attention.bench.timing import read_bandwidth, seconds_of
-from aqua_attention.cache.tiled import TiledLayer
+from aqua_attention.cache.layer import Recordable
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -136,7 +136,7 @@ def fill_cache(cache: Cache, states: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Put keys, as the model computes them, and values of each layer into an empty cache of fixed size."""
     for layer, (keys, values) in zip(cache.layers, states, strict=True):
         layer.update(keys, values)
-        if isinstance(layer, TiledLayer):
+        if isinstance(layer, Recordable):
             layer.store(None)
 
 

@@ -2,7 +2,8 @@
 """Whole caches that rotate keys once, when they are written, and store less of them: dimensions, bits, tokens.
 
 Growing full-attention layers are in `growing.py`. Sliding-window layers are bounded, and stay as they are but for the
-rotation (`layer.py`); so do layers of a fixed size, unless they are tiled for the decoding kernels (`tiled.py`).
+rotation (`layer.py`); so do layers of a fixed size. In the tiled layout, whose decoding step can be recorded, full ones
+are in tiles for the decoding kernels (`tiled.py`), and sliding ones are rings (`ring.py`).
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache, cac
 
 from aqua_attention.cache import layer as common
 from aqua_attention.cache.growing import RotatedLayer
+from aqua_attention.cache.ring import RingLayer
 from aqua_attention.cache.stored import needs_own_cache, stores_the_same
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.errors import AquaError
@@ -27,7 +29,8 @@ class AquaCache(Cache):
 
     Attributes:
         max_length: tokens for which there is room, which grows where more come; None: as many as are held.
-        layout: "tiled" for the decoding kernels, or "plain".
+        layout: "tiled": its decoding step can be recorded; full layers are tiled for the decoding kernels. Or "plain".
+        windows: sizes of the sliding windows, by layer index.
 
     An ordinary `DynamicCache`, which `generate` makes by itself, becomes the same as the growing one while it is empty.
     """
@@ -40,6 +43,7 @@ class AquaCache(Cache):
             layers = DynamicCache(config=config).layers
         else:
             layers = StaticCache(config=config, max_cache_len=max_length).layers
+        self.windows = sliding_windows(config)
         super().__init__(layers=layers, offloading=offloading)
         rotate_on_write(self, plans, config)
 
@@ -103,7 +107,7 @@ def rotate_on_write(cache: Cache, plans: Plans, config: PreTrainedConfig) -> Non
         if mine is plan:
             continue
         if int(layer.get_seq_length()) == 0:
-            cache.layers[index] = _empty(layer, plan, getattr(cache, "layout", None)) or layer
+            cache.layers[index] = _empty(cache, index, plan) or layer
         elif mine is not None and stores_the_same(plan, mine):
             layer.plan = plan
 
@@ -114,23 +118,43 @@ def _planned(cache: Cache, plans: Plans) -> list[tuple[int, LayerPlan, Any, Laye
     return [(*each, getattr(each[2], "plan", None)) for each in found]
 
 
-def _empty(layer: Any, plan: LayerPlan, layout: str | None) -> cache_utils.CacheLayerMixin | None:
+def _empty(cache: Cache, index: int, plan: LayerPlan) -> cache_utils.CacheLayerMixin | None:
     """The rotated layer that takes the place of an empty one; None where there is none.
 
-    Layers of a fixed size are replaced in an `AquaCache` only, which has a `layout`.
+    Layers of a fixed size are replaced in an `AquaCache` only.
     """
+    layer: Any = cache.layers[index]
     if type(layer) in (cache_utils.DynamicLayer, RotatedLayer):
         return RotatedLayer(plan)
     if type(layer) in (cache_utils.DynamicSlidingWindowLayer, common.RotatedSlidingLayer):
         sliding = common.RotatedSlidingLayer(plan, sliding_window=layer.sliding_window)
         sliding.record_past = layer.record_past
         return sliding
-    if layout and type(layer) in (cache_utils.StaticLayer, common.RotatedStaticLayer, TiledLayer):
-        return (TiledLayer if layout == "tiled" else common.RotatedStaticLayer)(plan, max_cache_len=layer.max_cache_len)
-    if layout and type(layer) in (cache_utils.StaticSlidingWindowLayer, common.RotatedStaticSlidingLayer):
-        length = layer.max_cache_len  # its window, or the whole cache where that is shorter
+    if not isinstance(cache, AquaCache):
+        return None
+    is_tiled, length = cache.layout == "tiled", layer.max_cache_len
+    if type(layer) in (cache_utils.StaticLayer, common.RotatedStaticLayer, TiledLayer):
+        return (TiledLayer if is_tiled else common.RotatedStaticLayer)(plan, max_cache_len=length)
+    if type(layer) in (cache_utils.StaticSlidingWindowLayer, common.RotatedStaticSlidingLayer, RingLayer):
+        if is_tiled and index in cache.windows:
+            return RingLayer(plan, max_cache_len=length, sliding_window=cache.windows[index])
+        # Its length is its window, or the whole cache where that is shorter.
         return common.RotatedStaticSlidingLayer(plan, max_cache_len=length, sliding_window=length)
     return None
+
+
+def sliding_windows(config: PreTrainedConfig) -> dict[int, int]:
+    """Sizes of sliding windows by layer index, of layers that see the last tokens; chunks, as Llama 4's, are none.
+
+    It must be the config's own window: masks are made for that.
+    """
+    config = config.get_text_config(decoder=True)
+    kinds, own = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    return {
+        index: own
+        for index, layer in enumerate(DynamicCache(config=config).layers)
+        if own and getattr(layer, "sliding_window", None) == own and (not kinds or kinds[index] == "sliding_attention")
+    }
 
 
 def prepare_for(cache: Cache, plans: Plans, batch: int, new: int) -> None:
@@ -175,10 +199,10 @@ def make_cache(
     if layout == "tiled" and untiled:
         raise AquaError(f"a cache in the tiled layout is impossible here, because {untiled}: use auto or plain")
     cache = AquaCache(config, plans, max_length, offloading, "tiled" if tiled else "plain")
-    if not any(isinstance(layer, TiledLayer) for layer in cache.layers):
-        if needs and max_length is not None:
-            raise AquaError(f"a static cache cannot store {needs}: leave out max_length, or that")
+    if needs and max_length is not None and not any(isinstance(layer, TiledLayer) for layer in cache.layers):
+        raise AquaError(f"a static cache cannot store {needs}: leave out max_length, or that")
+    if not any(isinstance(layer, common.Recordable) for layer in cache.layers):
         if layout == "tiled":
-            raise AquaError("a cache in the tiled layout is impossible here, because all layers have sliding windows")
+            raise AquaError("a cache in the tiled layout is impossible here, because no layer can have it")
         cache.layout = "plain"
     return cache

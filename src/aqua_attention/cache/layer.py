@@ -128,6 +128,50 @@ def wait_for_offloading(device: torch.device) -> None:
         torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
 
 
+class Recordable:
+    """What layers have in common whose decoding step asks the host nothing, so that a CUDA graph can record it.
+
+    A prompt, and a token under a mask that is not known, go another way, which may ask.
+    """
+
+    plan: LayerPlan
+    is_initialized: bool
+    is_sliding: bool
+    batch_size: int
+    mask_is_known = True
+    """Whether the mask of the coming forward pass hides nothing but the padding of a prompt; else tokens are attended
+    to one by one in plain torch. Set before each pass, where nothing is being recorded."""
+    _is_filled = False
+    _new: tuple[Tensor, ...] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Sequences stored; 0 before the first token."""
+        return self.batch_size if self.is_initialized else 0
+
+    def decodes(self, queries: int) -> bool:
+        """Whether so many new tokens are a decoding step."""
+        return queries == 1 and self._is_filled and self.mask_is_known
+
+    def knows(self, mask: Tensor) -> bool:
+        """Whether a mask, [batch, tokens so far and one more], hides nothing but what was padding in a prompt."""
+        raise NotImplementedError
+
+    def store(self, mask: Tensor | None) -> None:
+        """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
+        raise NotImplementedError
+
+    def _taken(self) -> tuple[Tensor, ...]:
+        """What `update` has left to be written, once."""
+        if self._new is None:
+            raise AquaError(
+                f"{type(self).__name__}: the model asked for attention twice after one update of its cache, which the "
+                "tiled layout cannot follow: make the cache with layout='plain'"
+            )
+        new, self._new = self._new, None
+        return new
+
+
 class RotatesOnWrite:
     """What our variants of transformers' bounded layers add to them."""
 

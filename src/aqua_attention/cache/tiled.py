@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from aqua_attention.cache.layer import attend_by_token, check_active, real_tokens, tagged
+from aqua_attention.cache.layer import Recordable, attend_by_token, check_active, real_tokens, tagged
 from aqua_attention.cache.store import tokens_at
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import rotate
@@ -22,7 +22,7 @@ from aqua_attention.ops.layout import Quantization, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 
-class TiledLayer(StaticLayer):
+class TiledLayer(Recordable, StaticLayer):
     """A cache layer of fixed size: keys in tiles by dimension, values by token, see `TiledCache`."""
 
     cache: TiledCache
@@ -31,21 +31,13 @@ class TiledLayer(StaticLayer):
     def __init__(self, plan: LayerPlan, *, max_cache_len: int) -> None:
         super().__init__(max_cache_len=max_cache_len)
         self.plan = plan
-        self.mask_is_known = True
-        """Whether the mask of the coming forward pass hides nothing but the padding of a prompt; else tokens are
-        attended to one by one in plain torch. Set before each pass, where nothing is being recorded."""
         self.reset()
-
-    @property
-    def batch(self) -> int:
-        """Sequences stored; 0 before the first token."""
-        return self.batch_size if self.is_initialized else 0
 
     def reset(self) -> None:
         """Forget everything; what is allocated stays, because recorded CUDA graphs know its addresses."""
         self.is_initialized = False
         self._is_filled = False
-        self._new: tuple[Tensor, Tensor, Tensor] | None = None
+        self._new = None
         """Keys as they came, the same rotated, and values of all tokens so far, that the next attention stores; while
         decoding those of the new one, not rotated."""
 
@@ -105,10 +97,6 @@ class TiledLayer(StaticLayer):
         self._new = raw, keys, values
         return tagged(keys, self), values
 
-    def decodes(self, queries: int) -> bool:
-        """Whether so many new tokens are a decoding step for the kernel."""
-        return queries == 1 and self._is_filled and self.mask_is_known
-
     def attend(self, call: Call, is_sliding: bool) -> Attended:
         """See `CacheLayer`: a decoding step by the kernel, or attention to what `update` returned, stored afterwards.
 
@@ -137,7 +125,7 @@ class TiledLayer(StaticLayer):
 
     @torch.compiler.disable
     def store(self, mask: Tensor | None) -> None:
-        """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
+        """See `Recordable`."""
         raw, keys, values = self._taken()
         given = int(self.get_seq_length())
         new = real_tokens(mask, self.batch_size, keys.shape[2] - given, self.device)
@@ -160,7 +148,7 @@ class TiledLayer(StaticLayer):
         return self.cache.lengths[0].long() + self._padding  # type: ignore[return-value]
 
     def knows(self, mask: Tensor) -> bool:
-        """Whether a mask, [batch, tokens so far and one more], hides nothing but what was padding in a prompt."""
+        """See `Recordable`."""
         if not self._is_filled:
             return True
         given = int(self.get_seq_length())
@@ -181,15 +169,6 @@ class TiledLayer(StaticLayer):
             self.cache.take(beam_idx)
             self._real = self._real.index_select(0, beam_idx)
             self._padding.copy_((~self._real[0]).sum())
-
-    def _taken(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._new is None:
-            raise AquaError(
-                f"{type(self).__name__}: the model asked for attention twice after one update of its cache, which the "
-                "tiled layout cannot follow: make the cache with layout='plain'"
-            )
-        new, self._new = self._new, None
-        return new
 
     def _known(self, given: int) -> Tensor:
         """Which of the tokens so far were no padding, [batch, given]."""
