@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -252,8 +252,6 @@ class Attachment:
             return "record is False"
         if not isinstance(cache, AquaCache) or cache.layout != "tiled":
             return f"the cache is a {getattr(cache, 'layout', '')} {type(cache).__name__}, which is not tiled"
-        if not self._recorder.has_graphs(self.model):
-            return "only steps on a CUDA GPU are recorded"
         self._look_at_mask(cache, mask)
         if other := next((each for each in cache.layers if not isinstance(each, Recordable)), None):
             return f"a {type(other).__name__} of the cache counts its tokens on the host"
@@ -330,7 +328,7 @@ class Attachment:
             )
         observer = self.on_selection
         call = call._replace(sink=plan.sink, recent=plan.recent, is_observed=observer is not None)
-        with torch.autocast(call.query.device.type, enabled=False):
+        with without_autocast(call.query.device.type):
             output, selected, rotated = layer_of(call.key, plan).attend(call, is_sliding)
         if observer is not None:
             observer(plan.index, selected, rotated, plan.head_dim)
@@ -340,6 +338,11 @@ class Attachment:
 def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
     """What the profile of a layer is looked up by, see `machine.resolved`."""
     return Shape(layer.device, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, dtype)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast; entering the real one takes as long as a small kernel."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _is_captured() -> bool:

@@ -112,10 +112,6 @@ class Recorder:
         finally:
             self._local.depth -= 1
 
-    def has_graphs(self, model: nn.Module) -> bool:
-        """Whether there are graphs where the model is."""
-        return next(model.parameters()).device.type == self._graph.device
-
     def forget(self) -> None:
         """Drop all recordings."""
         self._steps.clear()
@@ -123,6 +119,9 @@ class Recorder:
     def __call__(self, *args: Any, **inputs: Any) -> Any:
         """The model's forward pass, replayed where it is a step that was recorded."""
         if torch.compiler.is_compiling() or not getattr(self._local, "depth", 0):
+            return self._forward(*args, **inputs)
+        if not self._has_graphs():
+            self.reason = f"only steps on a GPU ({self._graph.device}) are recorded"
             return self._forward(*args, **inputs)
         cache, tokens = inputs.get(CACHE), inputs.get("input_ids")
         if not isinstance(cache, Cache):
@@ -133,6 +132,10 @@ class Recorder:
             steps.is_fresh, self.reason = True, "no step so far"
             return self._forward(*args, **inputs)
         return self._step(steps, cache, inputs)
+
+    def _has_graphs(self) -> bool:
+        """Whether there are graphs where the model is."""
+        return next(self._model.parameters()).device.type == self._graph.device
 
     def _step(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> Any:
         key = self._key(inputs)

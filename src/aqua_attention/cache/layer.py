@@ -4,6 +4,8 @@
 The bounded ones, with a sliding window or a fixed size, are transformers' own and only rotate what is written.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, Protocol
 
 import torch
@@ -126,6 +128,17 @@ def wait_for_offloading(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
+
+
+def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compiler.disable` where something is compiled; elsewhere it takes as long as a small kernel."""
+    disabled = torch.compiler.disable(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call
 
 
 class Recordable:

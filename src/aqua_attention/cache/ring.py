@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
-from aqua_attention.cache.layer import Recordable, attend_by_token, real_tokens, rotated_keys, tagged
+from aqua_attention.cache.layer import Recordable, attend_by_token, never_compiled, real_tokens, rotated_keys, tagged
 from aqua_attention.ops.mask import window_codes
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
@@ -72,7 +72,7 @@ class RingLayer(Recordable, CacheLayerMixin):
         self.places.fill_(-1)
         self.is_initialized = True
 
-    @torch.compiler.disable
+    @never_compiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new tokens. A decoded one is written at once, others by `attend`, whose mask tells which are padding.
 
@@ -101,7 +101,7 @@ class RingLayer(Recordable, CacheLayerMixin):
         self.store(call.mask)
         return attended
 
-    @torch.compiler.disable
+    @never_compiled
     def store(self, mask: Tensor | None) -> None:
         """Write the tokens that `update` took; the mask of their attention shows which are padding."""
         keys, values = self._taken()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from aqua_attention.cache.layer import Recordable, attend_by_token, check_active, real_tokens, tagged
+from aqua_attention.cache.layer import Recordable, attend_by_token, check_active, never_compiled, real_tokens, tagged
 from aqua_attention.cache.store import tokens_at
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import rotate
@@ -66,6 +66,8 @@ class TiledLayer(Recordable, StaticLayer):
         else:
             held.clear()
             self._padding.zero_()
+        self._nothing = key_states.new_full((1,), torch.nan)
+        """What is handed out while decoding."""
         self._backend = tiled_backend(self.device)
         whole = self.plan.kept == key_states.shape[3]
         self.cache.rotated_from = self.plan.min_length if self._backend.keeps_short_unrotated and whole else 0
@@ -73,7 +75,7 @@ class TiledLayer(Recordable, StaticLayer):
         """Which of the tokens given at once were no padding, [batch, so many]; decoded ones all are."""
         self.is_initialized = True
 
-    @torch.compiler.disable
+    @never_compiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new tokens; `attend` writes them. An AquaError once AQUA has left the model.
 
@@ -85,9 +87,8 @@ class TiledLayer(Recordable, StaticLayer):
             self.lazy_initialization(key_states, value_states)
         if self.decodes(key_states.shape[2]):
             self._new = key_states, key_states, value_states
-            nothing = key_states.new_full((1,), torch.nan)
-            keys = nothing.expand(*key_states.shape[:3], self.plan.kept)
-            return tagged(keys, self), nothing.expand(value_states.shape)
+            keys = self._nothing.expand(*key_states.shape[:3], self.plan.kept)
+            return tagged(keys, self), self._nothing.expand(value_states.shape)
         keys, values = rotate(key_states, self.plan.rotation), value_states
         raw = key_states
         if self._is_filled:
@@ -114,7 +115,7 @@ class TiledLayer(Recordable, StaticLayer):
         self.store(call.mask)
         return attended
 
-    @torch.compiler.disable
+    @never_compiled
     def _decode(self, call: Call) -> Attended:
         """Rotate, choose, append what `update` took, attend."""
         key, _, value = self._taken()
@@ -123,7 +124,7 @@ class TiledLayer(Recordable, StaticLayer):
         selected = chosen.selected(call.query.shape[1]) if call.is_observed and chosen is not None else None
         return Attended(output[:, :, None], selected, rotated[:, :, None].shape)
 
-    @torch.compiler.disable
+    @never_compiled
     def store(self, mask: Tensor | None) -> None:
         """See `Recordable`."""
         raw, keys, values = self._taken()

@@ -118,6 +118,8 @@ def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., T
         batch_size: int, q_length: int, kv_length: int, attention_mask: Tensor | None = None, **given: Any
     ) -> Tensor | None:
         q_offset, kv_offset = given.get("q_offset", 0), given.get("kv_offset", 0)
+        if q_length == kv_length == 1 and isinstance(q_offset, Tensor):
+            return None  # a decoding step of layers that know themselves what is visible
         begins_late = isinstance(kv_offset, Tensor) or kv_offset > 0
         needs_codes = min_length > 0 and (begins_late or given.get("local_size") is not None)
         # A static cache, whose empty end must be hidden; transformers thinks of that only where it compiles.
