@@ -134,6 +134,21 @@ def test_beams_are_those_of_the_growing_cache(family):
         assert torch.equal(model.generate(ids, past_key_values=ring_cache(attachment), **beams), expected)
 
 
+def test_sequences_change_places_with_their_padding(mistral):
+    model, projections = mistral
+    ids, mask = padded(16, 5)
+    order = torch.tensor([1, 0])
+    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS["min_length"])) as attachment, torch.no_grad():
+        results = []
+        for cache in (attachment.new_cache(), ring_cache(attachment)):
+            in_pieces(model, cache, ids[:, :9], mask[:, :9], [8, 1])
+            cache.reorder_cache(order)
+            steps = [slice(number, number + 1) for number in range(9, 16)]
+            results.append(torch.cat([logits_of(model, cache, ids[order], mask[order], step) for step in steps], 1))
+            assert not isinstance(cache.layers[0], RingLayer) or cache.layers[0].mask_is_known
+    assert torch.allclose(results[1], results[0], rtol=0, atol=2e-4)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("sizes", [(9, 1, 1, 8, 1, 1, 10), (3, 1, 2, 1, 1, 1, 1, 15, 3, 3)], ids=["long", "short"])
 def test_logits_and_choices_of_a_chat_are_those_of_the_growing_cache(mistral, name, sizes):
@@ -172,20 +187,26 @@ def test_masks_that_hide_more_than_left_padding_are_obeyed(mistral, name, hidden
         caches = attachment.new_cache(), ring_cache(attachment)
         expected, found = (in_pieces(model, cache, ids, mask, sizes)[mask.bool()] for cache in caches)
     assert torch.allclose(found, expected, rtol=0, atol=2e-4)
+    rings = [layer for layer in caches[1].layers if isinstance(layer, RingLayer)]
+    assert all(torch.equal(ring.counted, mask.sum(-1)) for ring in rings)
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "min_length"])
-@pytest.mark.parametrize("place", [2, 11], ids=["outside the window", "inside it"])
-def test_a_token_may_be_hidden_afterwards(mistral, name, place):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [([], [2]), ([], [11]), ([9], [11]), ([11], [])],
+    ids=["outside the window", "inside it", "another one", "shown again"],
+)
+def test_what_is_hidden_may_change_afterwards(mistral, name, before, after):
     model, projections = mistral
     ids, mask = padded(18, 0)
-    after = mask.clone()
-    after[0, place] = 0
+    then = mask.clone()
+    mask[0, before], then[0, after] = 0, 0
     with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS[name])) as attachment, torch.no_grad():
         results = []
         for cache in (attachment.new_cache(), ring_cache(attachment)):
             in_pieces(model, cache, ids[:, :13], mask[:, :13], [12, 1])
-            steps = [logits_of(model, cache, ids, after, slice(number, number + 1)) for number in range(13, 18)]
+            steps = [logits_of(model, cache, ids, then, slice(number, number + 1)) for number in range(13, 18)]
             results.append(torch.cat(steps, 1))
     assert torch.allclose(results[1], results[0], rtol=0, atol=2e-4)
 

@@ -178,10 +178,10 @@ class Attachment:
                 `torch.compile` and CUDA graphs need.
             offloading: keep the layers that are not in use on the CPU.
             layout: of a cache of fixed size. "tiled": keys by dimension, for the decoding kernels, which read the
-                chosen dimensions only (on a CPU, one in C that is compiled when it is first used); "plain": keys by
-                token, all of them read; "auto": tiled on a GPU, where that is possible. The cache's `layout` says which
-                it is. A tiled one can be recorded in a CUDA graph; `torch.compile` breaks its graph there, so take a
-                plain one for that.
+                chosen dimensions only (on a CPU, one in C that is compiled when it is first used), and sliding-window
+                layers as rings; "plain": keys by token, all of them read; "auto": tiled on a GPU, where that is
+                possible. The cache's `layout` says which it is. A tiled one can be recorded in a CUDA graph;
+                `torch.compile` breaks its graph there, so take a plain one for that.
 
         An AquaError where AQUA is not attached, or a cache of fixed size or its layout cannot store a setting.
         """
