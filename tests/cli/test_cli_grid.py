@@ -42,7 +42,22 @@ def projections_file(tmp_path_factory):
 def grid(tiny_folder, projections_file, texts, tmp_path):
     """Arguments of a grid of eight settings in windows of 64 tokens, without its suites."""
     given = ("eval", "grid", tmp_path / "results", tiny_folder, "-p", projections_file, "--data", texts / "one.txt")
-    knobs = ("--k-ratio", 1, "--k-ratio", 0.5, "--s-ratio", 0, "--s-ratio", 0.25, "--bits", "none", "--bits", 8)
+    knobs = (
+        "--preset",
+        "paper",
+        "--k-ratio",
+        1,
+        "--k-ratio",
+        0.5,
+        "--s-ratio",
+        0,
+        "--s-ratio",
+        0.25,
+        "--bits",
+        "none",
+        "--bits",
+        8,
+    )
     return (*given, *knobs, "--context", 64, "--tokens", 128)
 
 
@@ -172,7 +187,7 @@ def test_transfer_prints_a_matrix_and_keeps_projections(aqua, tiny_folder, texts
     arguments = ("eval", "transfer", tmp_path / "results", tiny_folder)
     arguments += ("--domain", f"one={texts / 'one.txt'}", "--domain", f"two={texts / 'two.txt'}")
     arguments += ("--context", 64, "--calibration-tokens", 256, "--tokens", 128)
-    code, out, err = aqua(*arguments, "--k-ratio", 0.5, "--json", tmp_path / "all.json")
+    code, out, err = aqua(*arguments, "--preset", "paper", "--k-ratio", 0.5, "--json", tmp_path / "all.json")
     assert code == 0, err
     records = json.loads((tmp_path / "all.json").read_text())["records"]
     assert [(r["result"]["calibrated"], r["result"]["tested"]) for r in records] == [
@@ -185,14 +200,23 @@ def test_transfer_prints_a_matrix_and_keeps_projections(aqua, tiny_folder, texts
     assert f"{records[1]['result']['perplexity_change']:+.2%}" in out
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "projections").iterdir()}
     assert len(made) == 2
-    code, _, err = aqua(*arguments, "--k-ratio", 0.5, "--k-ratio", 0.25)
+    code, _, err = aqua(*arguments, "--preset", "paper", "--k-ratio", 0.5, "--k-ratio", 0.25)
     assert (code, "4 of 8 measurements are in" in err) == (0, True)
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
 def test_context_crosses_lengths_and_numbers_of_tokens(aqua, tiny_folder, texts, tmp_path):
     arguments = ("eval", "context", tmp_path / "results", tiny_folder, "--data", texts / "one.txt", "--tokens", 128)
-    arguments += ("--calibration-data", texts / "two.txt", "--k-ratio", 0.5, "--json", tmp_path / "all.json")
+    arguments += (
+        "--calibration-data",
+        texts / "two.txt",
+        "--preset",
+        "paper",
+        "--k-ratio",
+        0.5,
+        "--json",
+        tmp_path / "all.json",
+    )
     code, out, err = aqua(
         *(*arguments, "--calibrated-length", 32, "--calibrated-length", 64, "--tested-length", 64),
         *("--calibration-tokens", 64, "--calibration-tokens", 512),
@@ -294,7 +318,7 @@ def test_json_may_lie_in_a_folder_that_the_run_makes(aqua, grid, tmp_path):
 
 def test_min_length_of_grid_transfer_and_context(aqua, tiny_folder, projections_file, texts, tmp_path):
     written, one, two = tmp_path / "all.json", texts / "one.txt", texts / "two.txt"
-    sizes = ("--k-ratio", 0.25, "--tokens", 128, "--json", written)
+    sizes = ("--preset", "paper", "--k-ratio", 0.25, "--tokens", 128, "--json", written)
     grid = ("grid", tmp_path / "g", tiny_folder, "-p", projections_file, "--data", one, "--context", 64, *sizes)
     code, _, err = aqua("eval", *grid, "--min-length", 0, "--min-length", 48)
     assert code == 0, err
