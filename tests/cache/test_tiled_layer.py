@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import aqua_attention as aqua
+from aqua_attention.config import PRESETS
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 from conftest import VOCABULARY, calibrated, make_gemma3, make_llama, make_mistral
 
@@ -98,6 +99,17 @@ def test_int8_in_a_cache_of_fixed_size_needs_the_tiled_layout(model, monkeypatch
         pytest.raises(aqua.AquaError, match="a static cache cannot store bits=4"),
     ):
         attachment.new_cache(max_length=100, layout="tiled")
+
+
+def test_the_decoding_kernels_take_every_preset_but_the_papers(model):
+    model, projections = model
+    for name in PRESETS:
+        with aqua.apply(model, projections, aqua.AquaConfig.preset(name)) as attachment:
+            if name == "paper":
+                with pytest.raises(aqua.AquaError, match="share is 'head'"):
+                    attachment.new_cache(max_length=100, layout="tiled")
+            else:
+                assert attachment.new_cache(max_length=100, layout="tiled").layout == "tiled"
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])

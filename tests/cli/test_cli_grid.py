@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from aqua_attention import AquaError
+from aqua_attention import AquaConfig, AquaError
 from aqua_attention.cli.options import ModelOptions
 from aqua_attention.evaluate.suites import perplexity as suites
 from conftest import make_llama
@@ -42,22 +42,8 @@ def projections_file(tmp_path_factory):
 def grid(tiny_folder, projections_file, texts, tmp_path):
     """Arguments of a grid of eight settings in windows of 64 tokens, without its suites."""
     given = ("eval", "grid", tmp_path / "results", tiny_folder, "-p", projections_file, "--data", texts / "one.txt")
-    knobs = (
-        "--preset",
-        "paper",
-        "--k-ratio",
-        1,
-        "--k-ratio",
-        0.5,
-        "--s-ratio",
-        0,
-        "--s-ratio",
-        0.25,
-        "--bits",
-        "none",
-        "--bits",
-        8,
-    )
+    knobs = ("--preset", "paper", "--k-ratio", 1, "--k-ratio", 0.5)
+    knobs += ("--s-ratio", 0, "--s-ratio", 0.25, "--bits", "none", "--bits", 8)
     return (*given, *knobs, "--context", 64, "--tokens", 128)
 
 
@@ -207,16 +193,8 @@ def test_transfer_prints_a_matrix_and_keeps_projections(aqua, tiny_folder, texts
 
 def test_context_crosses_lengths_and_numbers_of_tokens(aqua, tiny_folder, texts, tmp_path):
     arguments = ("eval", "context", tmp_path / "results", tiny_folder, "--data", texts / "one.txt", "--tokens", 128)
-    arguments += (
-        "--calibration-data",
-        texts / "two.txt",
-        "--preset",
-        "paper",
-        "--k-ratio",
-        0.5,
-        "--json",
-        tmp_path / "all.json",
-    )
+    arguments += ("--calibration-data", texts / "two.txt", "--preset", "paper", "--k-ratio", 0.5)
+    arguments += ("--json", tmp_path / "all.json")
     code, out, err = aqua(
         *(*arguments, "--calibrated-length", 32, "--calibrated-length", 64, "--tested-length", 64),
         *("--calibration-tokens", 64, "--calibration-tokens", 512),
@@ -339,6 +317,25 @@ def test_min_length_of_grid_transfer_and_context(aqua, tiny_folder, projections_
         assert {record["config"]["min_length"] for record in found[48]} == {48}
         for short, whole in zip(found[48], found[0], strict=True):
             assert short["result"]["kl"] < whole["result"]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--preset", "fast"), [AquaConfig(k_ratio=0.5)]),
+        (("--preset", "fast", "--logit-error", 0.1), [AquaConfig(logit_error=0.1)]),
+        (("--preset", "paper", "--sink", 0, "--sink", 4), [AquaConfig.paper(), AquaConfig.paper(sink=4)]),
+        ((), [AquaConfig()]),
+    ],
+)
+def test_a_grid_measures_the_preset_but_for_what_is_given(
+    aqua, tiny_folder, projections_file, texts, tmp_path, options, expected
+):
+    arguments = ("eval", "grid", tmp_path / "grid", tiny_folder, "-p", projections_file, "--data", texts / "one.txt")
+    code, _, err = aqua(*arguments, "--context", 64, "--tokens", 64, *options, "--json", tmp_path / "all.json")
+    assert code == 0, err
+    records = json.loads((tmp_path / "all.json").read_text())["records"]
+    assert [record["config"] for record in records] == [None, *(config.to_dict() for config in expected)]
 
 
 def test_reasons_are_printed_once_and_nothing_measured_is_exit_code_1(aqua, tiny_folder, texts, tmp_path):
