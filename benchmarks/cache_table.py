@@ -22,6 +22,7 @@ from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 from aqua_attention.io.files import write_json
 
 RATIOS = (1.0, 0.75, 0.5)
+OURS = {"selection": "weighted", "share": "head", "sink": 4, "recent": 64}
 CACHES = {
     "whole": {},
     "s_ratio 0.1": {"s_ratio": 0.1},
@@ -71,9 +72,7 @@ def main() -> None:
         for name, caches in tables.items():
             task = progress.add_task(name)
             settings = [
-                Setting(
-                    aqua.AquaConfig(**{"k_ratio": ratio, "selection": "weighted", "sink": 4, "recent": 64} | fields)
-                )
+                Setting(aqua.AquaConfig(**OURS | {"k_ratio": ratio} | fields))
                 for fields in caches.values()
                 for ratio in RATIOS
             ]

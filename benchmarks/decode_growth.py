@@ -40,13 +40,13 @@ SHAPE = {
 }
 CONFIGS = [
     None,
-    aqua.AquaConfig(k_ratio=0.5),
-    aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=4, recent=64),
-    aqua.AquaConfig(k_ratio=0.5, bits=8),
-    aqua.AquaConfig(k_ratio=0.5, bits=4),
-    aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25, sink=4, recent=64),
-    aqua.AquaConfig(k_ratio=0.5, h2o_ratio=0.5),
-    aqua.AquaConfig(k_ratio=1.0, share="group", sink=4, recent=64),
+    aqua.AquaConfig.paper(k_ratio=0.5),
+    aqua.AquaConfig.paper(k_ratio=0.5, selection="weighted", sink=4, recent=64),
+    aqua.AquaConfig.paper(k_ratio=0.5, bits=8),
+    aqua.AquaConfig.paper(k_ratio=0.5, bits=4),
+    aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25, sink=4, recent=64),
+    aqua.AquaConfig.paper(k_ratio=0.5, h2o_ratio=0.5),
+    aqua.AquaConfig.paper(k_ratio=1.0, share="group", sink=4, recent=64),
     aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64),
 ]
 """Those shared by a group have a cache of fixed size for the decoding kernel."""

@@ -40,7 +40,7 @@ def main(only_int8: bool, part: int, parts: int) -> None:
         rms = torch.rand(groups, kept, device="cuda") + 0.1
         for choice in CHOICES:
             s_ratio = 1 - kept / head_dim
-            config = aqua.AquaConfig(share="group", s_ratio=s_ratio, sink=3, recent=20, **choice)
+            config = aqua.AquaConfig.paper(share="group", s_ratio=s_ratio, sink=3, recent=20, **choice)
             plan = LayerPlan.of(rotation, rms, config)
 
             def random(*shape: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ def main(only_int8: bool, part: int, parts: int) -> None:
             for share in () if only_int8 or part > 0 else ("head", "group"):
                 for window in ({"sink": 0, "recent": 0}, {"sink": 3, "recent": 20}):
                     plan = LayerPlan.of(
-                        rotation, rms, aqua.AquaConfig(share=share, s_ratio=s_ratio, **window, **choice)
+                        rotation, rms, aqua.AquaConfig.paper(share=share, s_ratio=s_ratio, **window, **choice)
                     )
                     query, key = random(2, heads, 131, head_dim), random(2, groups, 131, head_dim)
                     value = random(2, groups, 131, value_dim)

@@ -90,7 +90,7 @@ def layer_prefill(shape: tuple[int, int, int], kind: str) -> dict[str, float]:
 
     def ours(impl: str) -> torch.Tensor:
         sink, recent = WINDOWS[kind]
-        config = aqua.AquaConfig(k_ratio=0.5, sink=sink, recent=recent)
+        config = aqua.AquaConfig.paper(k_ratio=0.5, sink=sink, recent=recent)
         q, k = rotate(query, rotation), rotate(key, rotation)
         selected = select_dimensions(q, LayerPlan.of(rotation, torch.ones(groups, dim), config))
         return attention(q, k, value, selected, sink=sink, recent=recent, impl=impl)
@@ -122,7 +122,7 @@ def model_prefill(model_name: str, kind: str) -> dict[str, float]:
     projections = aqua.Projections.from_statistics(
         collect(model, tokens[:, :256]), {"shape": _shape(model), "key_weights": None}, {}
     )
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, sink=sink, recent=recent)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, sink=sink, recent=recent)):
         return measured(forward)
 
 

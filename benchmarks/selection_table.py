@@ -70,7 +70,7 @@ def main() -> None:
     else:
         columns = list(methods(options.recent))
         settings = [
-            Setting(aqua.AquaConfig(k_ratio=ratio, **fields), basis)
+            Setting(aqua.AquaConfig.paper(k_ratio=ratio, **fields), basis)
             for ratio in RATIOS
             for basis, fields in methods(options.recent).values()
         ]

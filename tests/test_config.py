@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from aqua_attention.config import AquaConfig
+from aqua_attention.config import PAPER, PRESETS, AquaConfig, check_bidirectional, encoder_config
 from aqua_attention.errors import AquaError
 
 BAD_VALUES = [
@@ -50,8 +50,36 @@ def test_the_ends_of_each_range_are_taken(field, value):
     assert getattr(AquaConfig(**{field: value}), field) == value
 
 
-def test_the_defaults_are_the_method_of_the_paper():
-    assert AquaConfig() == AquaConfig(0.75, 0.0, "magnitude", "head", 0, 0)
+def test_the_defaults_are_accurate_and_for_the_decoding_kernels():
+    assert AquaConfig() == AquaConfig(0.75, 0.0, "weighted", "group", 4, 64, None, None, 1.0, None, 0)
+    assert AquaConfig() == AquaConfig.preset() == AquaConfig.preset("accurate")
+
+
+def test_the_method_of_the_paper_has_a_name():
+    assert AquaConfig.paper() == AquaConfig(0.75, 0.0, "magnitude", "head", 0, 0, None, None, 1.0, None, 0)
+    assert AquaConfig.paper() == AquaConfig(**PAPER) == AquaConfig.preset("paper")
+    assert AquaConfig.paper(0.5, sink=4) == AquaConfig(0.5, 0.0, "magnitude", "head", 4, 0)
+    with pytest.raises(AquaError, match="k_ratio is 2"):
+        AquaConfig.paper(2)
+
+
+def test_a_preset_is_a_setting_by_name_and_what_is_given_beside_it_counts():
+    assert list(PRESETS) == ["accurate", "fast", "small", "paper"]
+    assert AquaConfig.preset("fast") == AquaConfig(k_ratio=0.5)
+    assert AquaConfig.preset("small") == AquaConfig(bits=8)
+    assert AquaConfig.preset("fast", k_ratio=0.25, share="head") == AquaConfig(k_ratio=0.25, share="head")
+    assert AquaConfig.preset("paper", recent=64) == AquaConfig.paper(recent=64)
+    with pytest.raises(AquaError, match="preset is 'best': it must be one of accurate, fast, small, paper"):
+        AquaConfig.preset("best")
+
+
+def test_what_causality_and_caches_are_for_does_nothing_in_bidirectional_layers():
+    config = AquaConfig(k_ratio=0.5, recent=9, bits=8, h2o_ratio=0.5, h2o_queries=3, min_length="auto")
+    assert encoder_config(config) == AquaConfig(k_ratio=0.5, recent=0)
+    for harmless in (AquaConfig(), AquaConfig.paper(), AquaConfig(recent=0, sink=1, selection="static")):
+        check_bidirectional("X", harmless)
+    with pytest.raises(AquaError, match=r"recent is 9, but X is bidirectional \(no token is the most recent one\)"):
+        check_bidirectional("X", AquaConfig(recent=9))
 
 
 @pytest.mark.parametrize(

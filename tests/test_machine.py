@@ -22,7 +22,7 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def min_length(shapes=(SHAPE,), **changes):
-    return resolved(aqua.AquaConfig(**{"min_length": "auto"} | changes), shapes).min_length
+    return resolved(aqua.AquaConfig.paper(**{"min_length": "auto"} | changes), shapes).min_length
 
 
 def test_the_next_larger_measured_ratio_counts():
@@ -93,7 +93,7 @@ def test_a_damaged_profile_is_refused(content):
 
 def test_apply_resolves_auto(llama):
     model, projections = llama
-    config = aqua.AquaConfig(k_ratio=0.25, min_length="auto")
+    config = aqua.AquaConfig.paper(k_ratio=0.25, min_length="auto")
     with pytest.raises(aqua.AquaError) as refusal:
         aqua.apply(model, projections, config)
     assert f"{COMMAND} --k-ratio 0.25" in str(refusal.value)
@@ -102,9 +102,9 @@ def test_apply_resolves_auto(llama):
     with aqua.apply(model, projections, config) as attachment, torch.no_grad():
         assert attachment.config.min_length == 20
         found = model(ids).logits
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25, min_length=20)), torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25, min_length=20)), torch.no_grad():
         assert torch.equal(model(ids).logits, found)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25)), torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25)), torch.no_grad():
         assert (model(ids).logits - found).abs().max() > 0.1
 
 

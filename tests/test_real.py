@@ -30,13 +30,13 @@ def test_the_methods_rank_as_the_paper_and_our_findings_say(smollm2):
     windows = token_windows(ids, tokens=1024, context=512, seed=None, prefix=prefix)
     half = {"k_ratio": 0.5}
     settings = {
-        "dense": Setting(aqua.AquaConfig(k_ratio=1)),
-        "ours": Setting(aqua.AquaConfig(**half, selection="weighted", sink=4, recent=64)),
+        "dense": Setting(aqua.AquaConfig.paper(k_ratio=1)),
+        "ours": Setting(aqua.AquaConfig.paper(**half, selection="weighted", sink=4, recent=64)),
         "ours, group": Setting(aqua.AquaConfig(**half, selection="weighted", sink=4, recent=64, share="group")),
-        "weighted": Setting(aqua.AquaConfig(**half, selection="weighted")),
-        "paper": Setting(aqua.AquaConfig(**half)),
-        "unrotated": Setting(aqua.AquaConfig(**half), basis="none"),
-        "static": Setting(aqua.AquaConfig(**half, selection="static")),
+        "weighted": Setting(aqua.AquaConfig.paper(**half, selection="weighted")),
+        "paper": Setting(aqua.AquaConfig.paper(**half)),
+        "unrotated": Setting(aqua.AquaConfig.paper(**half), basis="none"),
+        "static": Setting(aqua.AquaConfig.paper(**half, selection="static")),
     }
     rows = evaluate_perplexity(subject_of(model, projections), list(settings.values()), windows)["rows"]
     kl = {name: row["kl"] for name, row in zip(settings, rows, strict=True)}
@@ -51,7 +51,7 @@ def test_greedy_answers_are_the_dense_ones_at_k_ratio_1_and_readable_at_one_half
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": tokenizer.eos_token_id}
     expected = model.generate(**inputs, **options)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, sink=4, recent=8)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, sink=4, recent=8)):
         assert torch.equal(model.generate(**inputs, **options), expected)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=4, recent=64)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, selection="weighted", sink=4, recent=64)):
         assert "Paris" in tokenizer.decode(model.generate(**inputs, **options)[0])

@@ -14,10 +14,10 @@ from aqua_attention.cache.growing import RotatedLayer
 from aqua_attention.cache.layer import RotatedSlidingLayer
 from conftest import MAKERS, VOCABULARY, calibrated, make_llama
 
-PLAIN = aqua.AquaConfig(k_ratio=0.5)
-WINDOW = aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=2, recent=5)
-DENSE = aqua.AquaConfig(k_ratio=1)
-DENSE_WINDOW = aqua.AquaConfig(k_ratio=1, sink=2, recent=5)
+PLAIN = aqua.AquaConfig.paper(k_ratio=0.5)
+WINDOW = aqua.AquaConfig.paper(k_ratio=0.5, selection="weighted", sink=2, recent=5)
+DENSE = aqua.AquaConfig.paper(k_ratio=1)
+DENSE_WINDOW = aqua.AquaConfig.paper(k_ratio=1, sink=2, recent=5)
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
 
 
@@ -50,7 +50,7 @@ def test_a_quarter_of_the_dimensions_moves_the_logits(tiny):
     """Without this, every test of equality here could pass on a model that ignores its attention."""
     model, projections = tiny
     expected = logits(model, tokens())
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25)):
         assert (logits(model, tokens()) - expected).abs().max() > 0.1
 
 
@@ -87,7 +87,7 @@ def test_left_padded_generation_equals_each_row_alone(tiny, config):
         assert torch.equal(batch[1:], alone)
 
 
-@pytest.mark.parametrize("config", [PLAIN, WINDOW, aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25, share="group")])
+@pytest.mark.parametrize("config", [PLAIN, WINDOW, aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25, share="group")])
 def test_every_cache_gives_the_same_tokens(tiny, config):
     """Rotated on write, made inside the model, static, filled token by token, or none at all."""
     model, projections = tiny
@@ -114,7 +114,7 @@ def greedy_by_hand(model, ids, length):
 def test_generate_stores_rotated_keys_once(tiny):
     model, projections = tiny
     cache = DynamicCache(config=model.config)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25)):
         model.generate(tokens(), past_key_values=cache, **GREEDY)
         assert all(isinstance(layer, (RotatedLayer, RotatedSlidingLayer)) for layer in cache.layers)
         assert cache.layers[0].keys.shape[-1] == 12
@@ -151,7 +151,7 @@ def test_a_cache_outlives_one_apply_only_under_the_same_settings(llama):
         cache = model(input_ids=ids[:, :22], use_cache=True).past_key_values
     with pytest.raises(aqua.AquaError, match="has left the model"):
         model(input_ids=ids[:, 22:], past_key_values=copy.deepcopy(cache))
-    other = aqua.AquaConfig(k_ratio=0.5, s_ratio=0.5)
+    other = aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.5)
     with aqua.apply(model, projections, other), pytest.raises(aqua.AquaError, match="has left the model"):
         model(input_ids=ids[:, 22:], past_key_values=copy.deepcopy(cache))
     with aqua.apply(model, projections, PLAIN), torch.no_grad():
@@ -230,7 +230,7 @@ def test_multi_head_and_multi_query_attention():
         projections, expected = calibrated(model), logits(model, tokens())
         with aqua.apply(model, projections, DENSE_WINDOW):
             assert torch.allclose(logits(model, tokens()), expected, rtol=0, atol=1e-4)
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25, share="group")):
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25, share="group")):
             assert (logits(model, tokens()) - expected).abs().max() > 0.1
 
 

@@ -14,9 +14,9 @@ from conftest import MAKERS, VOCABULARY, calibrated
 pytestmark = pytest.mark.gpu
 
 CONFIGS = [
-    aqua.AquaConfig(k_ratio=0.5),
-    aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=2, recent=5),
-    aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25, share="group", sink=2),
+    aqua.AquaConfig.paper(k_ratio=0.5),
+    aqua.AquaConfig.paper(k_ratio=0.5, selection="weighted", sink=2, recent=5),
+    aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25, share="group", sink=2),
 ]
 
 
@@ -54,7 +54,7 @@ def test_half_precision_k_ratio_1_is_as_close_to_float32_as_dense_is(dtype, wind
     projections, exact = calibrated(model), logits(model, **inputs())
     model = model.to(dtype).cuda()
     dense_error = (logits(model, **inputs()) - exact).abs().mean()
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, recent=window)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, recent=window)):
         assert (logits(model, **inputs()) - exact).abs().mean() < 2 * dense_error
 
 

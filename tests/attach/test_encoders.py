@@ -48,7 +48,7 @@ def states(model, batch):
 def test_k_ratio_1_is_dense(encoder, settings):
     model, projections, batch = encoder
     expected = states(model, batch)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **settings)) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, **settings)) as attachment:
         assert attachment.dense == (["head.attention"] if isinstance(model, tf.SiglipVisionModel) else [])
         assert torch.allclose(states(model, batch), expected, rtol=0, atol=1e-4)
     assert torch.equal(states(model, batch), expected)
@@ -58,14 +58,14 @@ def test_k_ratio_1_is_dense(encoder, settings):
 def test_a_quarter_of_the_dimensions_moves_the_result(encoder, settings):
     model, projections, batch = encoder
     expected = states(model, batch)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25, **settings)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25, **settings)):
         assert (states(model, batch) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("settings", [{}, WEIGHTED, WEIGHTED | {"s_ratio": 0.25}], ids=["paper", "cls", "s_ratio"])
 def test_each_row_of_a_batch_is_what_it_is_alone(encoder, settings):
     model, projections, batch = encoder
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, **settings)), torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, **settings)), torch.no_grad():
         together = first_tensor(model(**batch))
         for row in range(2):
             length = int(batch["attention_mask"][row].sum()) if "attention_mask" in batch else None
@@ -91,7 +91,7 @@ def test_the_result_is_that_of_the_reference_on_the_models_own_states():
     try:
         with torch.no_grad(), observed(model, lambda _, query, key, scaling: seen.append((query, key))):
             model(pixel_values=pixels())
-        config = aqua.AquaConfig(k_ratio=0.5, sink=1)
+        config = aqua.AquaConfig.paper(k_ratio=0.5, sink=1)
         with aqua.apply(model, projections, config):
             states(model, {"pixel_values": pixels()})
     finally:
@@ -115,7 +115,17 @@ def test_the_result_is_that_of_the_reference_on_the_models_own_states():
 def test_what_needs_causality_or_a_cache_is_refused(name, value):
     model = IMAGE_ENCODERS["clip"]()
     with pytest.raises(aqua.AquaError, match=f"{name} is .* CLIPVisionModelWithProjection is bidirectional"):
-        aqua.apply(model, learnt(model), aqua.AquaConfig(**{name: value}))
+        aqua.apply(model, learnt(model), aqua.AquaConfig.paper(**{name: value}))
+
+
+@pytest.mark.parametrize("config", [None, aqua.AquaConfig(), aqua.AquaConfig.paper(sink=4)])
+def test_defaults_that_need_causality_do_not_apply_to_an_encoder(config):
+    model = IMAGE_ENCODERS["clip"]()
+    projections, dense = learnt(model), states(model, {"pixel_values": pixels()})
+    with aqua.apply(model, projections, config) as attachment:
+        found = states(model, {"pixel_values": pixels()})
+    assert (attachment.config.sink, attachment.config.recent) == (4, 0)
+    assert (found - dense).abs().max() > 1e-3, "not every token is exact"
 
 
 def test_one_head_a_group_makes_the_choice_of_a_group_that_of_its_head():
@@ -123,7 +133,7 @@ def test_one_head_a_group_makes_the_choice_of_a_group_that_of_its_head():
     projections, results = learnt(model), []
     dense = states(model, {"pixel_values": pixels()})
     for share in ("head", "group"):
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share=share)):
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, share=share)):
             results.append(states(model, {"pixel_values": pixels()}))
     assert torch.equal(*results)
     assert (results[0] - dense).abs().max() > 0.1
@@ -145,7 +155,7 @@ def test_positions_that_padding_takes_are_not_offered(family):
 
 def test_gradients_flow_through_an_encoder():
     model = IMAGE_ENCODERS["vit"]()
-    with aqua.apply(model, learnt(model), aqua.AquaConfig(k_ratio=0.5, sink=1)):
+    with aqua.apply(model, learnt(model), aqua.AquaConfig.paper(k_ratio=0.5, sink=1)):
         model(pixel_values=pixels()).last_hidden_state.square().mean().backward()
     assert model.layers[0].attention.q_proj.weight.grad.abs().max() > 0
 

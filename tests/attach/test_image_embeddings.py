@@ -52,7 +52,7 @@ def alone(model, inputs):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_figures_are_those_of_images_embedded_one_by_one(name):
     model, inputs = FAMILIES[name](), [as_one_image(name, image) for image in pixels(COUNT)]
-    projections, config = aqua.calibrate_inputs(model, inputs), aqua.AquaConfig(k_ratio=0.25)
+    projections, config = aqua.calibrate_inputs(model, inputs), aqua.AquaConfig.paper(k_ratio=0.25)
     result = evaluate_images(subject_of(model, projections), [Setting(config)], inputs)
     dense = alone(model, inputs)
     with aqua.apply(model, projections, config):
@@ -68,7 +68,7 @@ def test_figures_are_those_of_images_embedded_one_by_one(name):
 def test_images_that_a_model_puts_together_are_embedded_one_by_one(monkeypatch):
     """All tokens of all images in one list, so that the output of a batch does not say which are whose."""
     model, inputs = FAMILIES["llava"](), [as_one_image("llava", image) for image in pixels(COUNT)]
-    projections, settings = aqua.calibrate_inputs(model, inputs), [Setting(aqua.AquaConfig(k_ratio=0.25))]
+    projections, settings = aqua.calibrate_inputs(model, inputs), [Setting(aqua.AquaConfig.paper(k_ratio=0.25))]
     expected = evaluate_images(subject_of(model, projections), settings, inputs)
     original = model.get_image_features
 
@@ -92,7 +92,7 @@ def test_padded_images_are_neither_calibrated_on_nor_measured():
     cut = mask.clone()
     cut[..., 16:] = False
     padded = [allowed[0], whole[1] | {"pixel_attention_mask": cut}]
-    projections, settings = aqua.calibrate_inputs(model, allowed), [Setting(aqua.AquaConfig(k_ratio=0.5))]
+    projections, settings = aqua.calibrate_inputs(model, allowed), [Setting(aqua.AquaConfig.paper(k_ratio=0.5))]
     evaluate_retention(subject_of(model, projections), allowed)
     refused = r"input 1 is padded \(pixel_attention_mask is not all ones\)"
     with pytest.raises(aqua.AquaError, match=refused):

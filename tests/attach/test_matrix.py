@@ -87,7 +87,7 @@ def logits(model, ids):
 def test_k_ratio_1_is_dense_in_every_way_to_generate(family, window):
     model, projections = family
     ids, mask = batch()
-    config = aqua.AquaConfig(k_ratio=1, **window)
+    config = aqua.AquaConfig.paper(k_ratio=1, **window)
     expected = logits(model, ids)
     with aqua.apply(model, projections, config):
         assert torch.allclose(logits(model, ids), expected, rtol=0, atol=1e-4)
@@ -103,16 +103,16 @@ def test_a_quarter_of_the_dimensions_moves_the_logits(family):
     model, projections = family
     ids, _ = batch()
     expected = logits(model, ids)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25)):
         assert (logits(model, ids) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=2, recent=5),
-        aqua.AquaConfig(k_ratio=0.5, share="group", s_ratio=0.25),
-        aqua.AquaConfig(logit_error=0.5, sink=2, recent=5),
+        aqua.AquaConfig.paper(k_ratio=0.5, selection="weighted", sink=2, recent=5),
+        aqua.AquaConfig.paper(k_ratio=0.5, share="group", s_ratio=0.25),
+        aqua.AquaConfig.paper(logit_error=0.5, sink=2, recent=5),
     ],
     ids=["weighted with window", "group with s_ratio", "logit_error with window"],
 )

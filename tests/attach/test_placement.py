@@ -18,8 +18,8 @@ from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.fingerprint import key_weight_digest
 from conftest import VOCABULARY, calibrated, make_llama, subject_of
 
-DENSE, QUARTER = aqua.AquaConfig(k_ratio=1), aqua.AquaConfig(k_ratio=0.25)
-WINDOW = aqua.AquaConfig(k_ratio=0.25, selection="weighted", sink=2, recent=5)
+DENSE, QUARTER = aqua.AquaConfig.paper(k_ratio=1), aqua.AquaConfig.paper(k_ratio=0.25)
+WINDOW = aqua.AquaConfig.paper(k_ratio=0.25, selection="weighted", sink=2, recent=5)
 IDS = torch.randint(2, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 INSIDE = ("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb")

@@ -15,11 +15,11 @@ from conftest import MAKERS, VOCABULARY, calibrated, make_gemma3
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 LENGTH, THRESHOLD = 34, 26
 SETTINGS = {
-    "paper": aqua.AquaConfig(k_ratio=0.25, min_length=THRESHOLD),
-    "group, window": aqua.AquaConfig(k_ratio=0.25, share="group", sink=2, recent=5, min_length=THRESHOLD),
-    "s_ratio, window": aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25, sink=2, recent=5, min_length=THRESHOLD),
-    "adaptive": aqua.AquaConfig(logit_error=0.5, selection="weighted", min_length=THRESHOLD),
-    "int8": aqua.AquaConfig(k_ratio=0.25, bits=8, min_length=THRESHOLD),
+    "paper": aqua.AquaConfig.paper(k_ratio=0.25, min_length=THRESHOLD),
+    "group, window": aqua.AquaConfig.paper(k_ratio=0.25, share="group", sink=2, recent=5, min_length=THRESHOLD),
+    "s_ratio, window": aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25, sink=2, recent=5, min_length=THRESHOLD),
+    "adaptive": aqua.AquaConfig.paper(logit_error=0.5, selection="weighted", min_length=THRESHOLD),
+    "int8": aqua.AquaConfig.paper(k_ratio=0.25, bits=8, min_length=THRESHOLD),
 }
 
 
@@ -192,7 +192,7 @@ def test_a_4_d_mask_in_a_sliding_layer_is_refused():
     model = make_gemma3()
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with (
-        aqua.apply(model, calibrated(model), aqua.AquaConfig(min_length=10)),
+        aqua.apply(model, calibrated(model), aqua.AquaConfig.paper(min_length=10)),
         pytest.raises(aqua.AquaError, match="min_length in a sliding-window layer need a 2-D attention mask"),
     ):
         logits(model, tokens(length=20), attention_mask={"full_attention": mask, "sliding_attention": mask})

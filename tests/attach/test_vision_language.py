@@ -45,11 +45,11 @@ def logits(model, prompt):
 def test_k_ratio_1_is_dense_and_a_quarter_is_not(family, window):
     model, prompt, projections = family
     expected, answer = logits(model, prompt), model.generate(**prompt, **GREEDY)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **window)) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, **window)) as attachment:
         assert attachment.dense == []
         assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=1e-4)
         assert torch.equal(model.generate(**prompt, **GREEDY), answer)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25, **window)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25, **window)):
         assert (logits(model, prompt) - expected).abs().max() > 0.1
     assert torch.equal(logits(model, prompt), expected)
     assert torch.equal(model.generate(**prompt, **GREEDY), answer)
@@ -58,7 +58,7 @@ def test_k_ratio_1_is_dense_and_a_quarter_is_not(family, window):
 @pytest.mark.parametrize("config", [{}, WINDOW, WINDOW | {"s_ratio": 0.25}], ids=["paper", "window", "s_ratio"])
 def test_every_cache_gives_the_same_answer(family, config):
     model, prompt, projections = family
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, **config)) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, **config)) as attachment:
         expected = model.generate(**prompt, **GREEDY)
         assert torch.equal(model.generate(**prompt, **GREEDY, use_cache=False), expected)
         assert torch.equal(model.generate(**prompt, **GREEDY, cache_implementation="static"), expected)
@@ -92,7 +92,7 @@ def test_a_pattern_leaves_the_other_part_dense(family, side):
     hooks = [watch(name) for name in (names[0][0], names[1][0])]
     try:
         logits(model, prompt)
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25), layers=pattern) as attachment:
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25), layers=pattern) as attachment:
             assert attachment.dense == names[1 - side]
             moved = logits(model, prompt)
     finally:
@@ -108,19 +108,21 @@ def test_one_layer_alone_is_chosen_by_its_name(family):
     model, prompt, projections = family
     expected, names = logits(model, prompt), parts(attention_layers(model))
     for chosen in (names[0][1], names[1][0]):
-        for config in (aqua.AquaConfig(k_ratio=1), aqua.AquaConfig(k_ratio=1, **FIRST)):
+        for config in (aqua.AquaConfig.paper(k_ratio=1), aqua.AquaConfig.paper(k_ratio=1, **FIRST)):
             with aqua.apply(model, projections, config, layers=chosen) as attachment:
                 assert chosen not in attachment.dense and len(attachment.dense) == 3
                 assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=1e-4)
     for way in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         answer = model.generate(**prompt, **GREEDY, **way)
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **WINDOW), layers=names[0][1]) as attachment:
+        with aqua.apply(
+            model, projections, aqua.AquaConfig.paper(k_ratio=1, **WINDOW), layers=names[0][1]
+        ) as attachment:
             assert torch.equal(model.generate(**prompt, **GREEDY, **way), answer), way
             if not way:
                 made = attachment.new_cache(), attachment.new_cache(max_length=64)
                 assert all(torch.equal(model.generate(**prompt, **GREEDY, past_key_values=c), answer) for c in made)
     with pytest.raises(aqua.AquaError, match="bits=8 is for all layers of a language model"):
-        aqua.apply(model, projections, aqua.AquaConfig(bits=8), layers=names[0][1])
+        aqua.apply(model, projections, aqua.AquaConfig.paper(bits=8), layers=names[0][1])
     with pytest.raises(aqua.AquaError, match=r"no attention layer has a name like 'decoder\.\*': the names go from"):
         aqua.apply(model, projections, layers="decoder.*")
 
@@ -132,11 +134,11 @@ def test_each_part_has_projections_of_its_own_and_they_join_into_one_file(family
     names = parts(attention_layers(model))
     language, vision = aqua.calibrate_inputs(model, text), aqua.calibrate_inputs(model, images)
     assert [language.model["shape"]["names"], vision.model["shape"]["names"]] == names
-    config, expected = aqua.AquaConfig(k_ratio=0.25, **WINDOW), logits(model, prompt)
+    config, expected = aqua.AquaConfig.paper(k_ratio=0.25, **WINDOW), logits(model, prompt)
     for side, alone in enumerate((language, vision)):
         alone.save(tmp_path / "part.safetensors")
         loaded = aqua.Projections.load(tmp_path / "part.safetensors")
-        alone_config = aqua.AquaConfig(k_ratio=0.25, **(FIRST if side else WINDOW))
+        alone_config = aqua.AquaConfig.paper(k_ratio=0.25, **(FIRST if side else WINDOW))
         with aqua.apply(model, loaded, alone_config) as attachment:
             assert attachment.dense == names[1 - side]
             assert (logits(model, prompt) - expected).abs().max() > 0.1
@@ -201,7 +203,7 @@ def test_a_file_of_the_text_layers_that_names_none_covers_these(family):
     assert "names" not in old.model["shape"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with aqua.apply(model, old, aqua.AquaConfig(k_ratio=0.25, **WINDOW)) as attachment:
+        with aqua.apply(model, old, aqua.AquaConfig.paper(k_ratio=0.25, **WINDOW)) as attachment:
             assert attachment.dense == parts(layers)[1]
             assert (logits(model, prompt) - expected).abs().max() > 0.1
 
@@ -217,7 +219,7 @@ def test_a_file_of_the_language_part_alone_fits_the_whole_model(tmp_path):
     for model in (alone, whole):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25, **WINDOW)) as attachment:
+            with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25, **WINDOW)) as attachment:
                 results.append(logits(model, prompt))
     assert attachment.dense == parts(attention_layers(whole))[1]
     assert torch.allclose(*results, rtol=0, atol=1e-4)
@@ -238,7 +240,7 @@ def test_a_second_attachment_is_refused_whichever_part_the_first_has(family):
 
 def test_settings_of_a_cache_are_for_the_language_part(family):
     model, prompt, projections = family
-    config = aqua.AquaConfig(k_ratio=0.5, bits=8, h2o_ratio=0.5, sink=1, recent=2)
+    config = aqua.AquaConfig.paper(k_ratio=0.5, bits=8, h2o_ratio=0.5, sink=1, recent=2)
     with torch.no_grad(), aqua.apply(model, projections, config):
         assert model.generate(**prompt, **GREEDY).shape[1] == prompt["input_ids"].shape[1] + 8
     vision = parts(attention_layers(model))[1][0].split(".")[0] + ".*"
@@ -263,7 +265,7 @@ def test_a_model_of_pairs_has_both_its_towers_under_aqua():
     with torch.no_grad():
         expected = model(**pair)
         for ratio in (1, 0.25):
-            with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=ratio, **FIRST)):
+            with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=ratio, **FIRST)):
                 found = model(**pair)
             for name in ("text_embeds", "image_embeds"):
                 assert torch.allclose(found[name], expected[name], rtol=0, atol=1e-4) == (ratio == 1), name
@@ -281,17 +283,17 @@ def test_image_layers_that_were_not_found_are_refused_or_dense_by_name():
     assert [layer.side for layer in attention_layers(model)] == ["text", "text"]
     expected, reason = logits(model, prompt), r"image layers could not be found \(TypeError: .*image_sizes.*\)"
     with (
-        aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1)) as attachment,
+        aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1)) as attachment,
         pytest.raises(aqua.AquaError, match=f"CLIPAttention called AQUA .*: its {reason}; to leave them dense"),
     ):
         assert attachment.dense == []
         logits(model, prompt)
     for pattern, left in (("language_model.*", []), ("*layers.0*", ["language_model.layers.1.self_attn"])):
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1), layers=pattern) as attachment:
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1), layers=pattern) as attachment:
             assert attachment.dense[:-1] == left
             assert re.fullmatch(reason, attachment.dense[-1])
             assert torch.allclose(logits(model, prompt), expected, rtol=0, atol=1e-4)
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25), layers=pattern):
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25), layers=pattern):
             assert (logits(model, prompt) - expected).abs().max() > 0.1
     assert torch.equal(logits(model, prompt), expected)
     with pytest.raises(aqua.AquaError, match=rf"no attention layer has a name like 'vision\*'.*; its {reason}"):
@@ -315,6 +317,6 @@ def test_parts_of_two_kinds_that_share_a_config_are_refused():
     attachment = aqua.apply(model, projections)
     with pytest.raises(aqua.AquaError, match="LlavaForConditionalGeneration share a config: give AQUA one kind"):
         attachment.attach()
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1), layers="language_model.*"):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1), layers="language_model.*"):
         found = logits(model, prompt)
     assert torch.allclose(found, logits(model, prompt), rtol=0, atol=1e-4)

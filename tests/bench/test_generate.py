@@ -28,7 +28,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-EXACT = aqua.AquaConfig(k_ratio=1, share="group", sink=4, recent=64)
+EXACT = aqua.AquaConfig.paper(k_ratio=1, share="group", sink=4, recent=64)
 HALF = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64)
 INT8 = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64, bits=8)
 

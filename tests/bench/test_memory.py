@@ -23,7 +23,7 @@ def test_storages_are_counted_once_and_whole():
 
 def test_the_rows_say_what_is_held(llama):
     model, projections = llama
-    configs = [aqua.AquaConfig(), aqua.AquaConfig(s_ratio=0.5), aqua.AquaConfig(bits=8)]
+    configs = [aqua.AquaConfig.paper(), aqua.AquaConfig.paper(s_ratio=0.5), aqua.AquaConfig.paper(bits=8)]
     result = measure_memory(model, projections, configs, length=240, batch=8)
     dense, *others = [row for row in result["rows"] if "absent" not in row]
     length = 240

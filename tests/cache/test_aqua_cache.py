@@ -18,15 +18,16 @@ from conftest import VOCABULARY, calibrated, make_gemma3, make_llama, make_mistr
 
 WINDOW = {"selection": "weighted", "share": "group", "sink": 2, "recent": 8}
 CONFIGS = {
-    "paper": aqua.AquaConfig(k_ratio=0.5),
-    "window": aqua.AquaConfig(k_ratio=0.5, **WINDOW),
-    "narrow": aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25),
+    "paper": aqua.AquaConfig.paper(k_ratio=0.5),
+    "window": aqua.AquaConfig.paper(k_ratio=0.5, **WINDOW),
+    "narrow": aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25),
 }
 STORED = CONFIGS | {
-    "narrow, window": aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25, **WINDOW),
-    "int8": aqua.AquaConfig(k_ratio=0.5, bits=8),
-    "int4, evicted, narrow, window": aqua.AquaConfig(k_ratio=0.5, bits=4, h2o_ratio=0.5, s_ratio=0.25, **WINDOW),
-    "evicted": aqua.AquaConfig(k_ratio=0.5, h2o_ratio=0.5, h2o_queries=16),
+    "narrow, window": aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25, **WINDOW),
+    "narrow, default": aqua.AquaConfig(s_ratio=0.25),
+    "int8": aqua.AquaConfig.paper(k_ratio=0.5, bits=8),
+    "int4, evicted, narrow, window": aqua.AquaConfig.paper(k_ratio=0.5, bits=4, h2o_ratio=0.5, s_ratio=0.25, **WINDOW),
+    "evicted": aqua.AquaConfig.paper(k_ratio=0.5, h2o_ratio=0.5, h2o_queries=16),
 }
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 
@@ -98,7 +99,8 @@ def test_what_a_static_cache_cannot_store_is_said_when_it_is_made(llama):
     for name, words in (
         ("int8", "cannot store bits=8"),
         ("evicted", "cannot store h2o_ratio=0.5"),
-        ("narrow, window", "cannot store s_ratio with an exact window"),
+        ("narrow, window", "cannot store s_ratio with an exact window: leave out max_length, or give sink=0, recent=0"),
+        ("narrow, default", "cannot store s_ratio with an exact window: leave out max_length, or give sink=0"),
     ):
         with aqua.apply(model, projections, STORED[name]) as attachment:
             with pytest.raises(aqua.AquaError, match=words):
@@ -130,6 +132,23 @@ def test_a_saved_cache_goes_on_as_if_it_had_stayed(make, name, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_settings_that_a_file_of_an_earlier_version_lacks_are_the_papers(llama, tmp_path, monkeypatch):
+    model, projections = llama
+    path, paper = tmp_path / "talk.safetensors", aqua.AquaConfig.paper(k_ratio=0.5)
+    with aqua.apply(model, projections, paper) as attachment:
+        cache = attachment.new_cache()
+        logits(model, tokens(), past_key_values=cache)
+        with monkeypatch.context() as earlier:
+            earlier.setattr("aqua_attention.cache.file.STORED_SETTINGS", ("s_ratio", "bits"))
+            attachment.save_cache(cache, path)
+        assert attachment.load_cache(path).get_seq_length() == 200
+    with (
+        aqua.apply(model, projections) as attachment,
+        pytest.raises(aqua.AquaError, match="filled with sink 0, not 4, recent 0, not 64: apply the same settings"),
+    ):
+        attachment.load_cache(path)
+
+
 def test_another_selection_may_go_on_with_a_cache_and_another_storage_may_not(llama, tmp_path):
     model, projections = llama
     path = tmp_path / "talk.safetensors"
@@ -137,9 +156,9 @@ def test_another_selection_may_go_on_with_a_cache_and_another_storage_may_not(ll
         cache = attachment.new_cache()
         logits(model, tokens(), past_key_values=cache)
         attachment.save_cache(cache, path)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.9, selection="weighted", bits=8)) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.9, selection="weighted", bits=8)) as attachment:
         assert attachment.load_cache(path).get_seq_length() == 200
-    config = aqua.AquaConfig(bits=4, s_ratio=0.25)
+    config = aqua.AquaConfig.paper(bits=4, s_ratio=0.25)
     with (
         aqua.apply(model, projections, config) as attachment,
         pytest.raises(
@@ -254,7 +273,7 @@ def test_gradients_are_refused_before_any_layer_has_written():
 
 def test_a_crop_that_one_layer_cannot_do_is_done_by_none():
     model = make_gemma3(sliding_window=64)
-    with aqua.apply(model, calibrated(model), aqua.AquaConfig(k_ratio=1, h2o_ratio=0.3)) as attachment:
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=0.3)) as attachment:
         cache = attachment.new_cache()
         logits(model, tokens(50), past_key_values=cache)
         with pytest.raises(aqua.AquaError, match="the last 3 tokens cannot be taken back"):
@@ -347,7 +366,7 @@ def test_what_was_filled_in_inference_mode_goes_on_outside(llama, name):
 def test_int8_serves_a_model_in_float64(llama):
     model, projections = llama
     model, ids = copy.deepcopy(model).double(), tokens()
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, bits=8)) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, bits=8)) as attachment:
         cache = attachment.new_cache()
         logits(model, ids[:, :150], past_key_values=cache)
         found = logits(model, ids[:, 150:152], past_key_values=cache)
@@ -361,7 +380,7 @@ def test_int8_serves_a_model_in_float64(llama):
 def test_a_growing_cache_of_ours_serves_every_way_to_generate(make, way):
     model, ids = make(), tokens(40, 1)
     assistant = {} if way else {"assistant_model": make_llama(num_hidden_layers=1)}
-    with aqua.apply(model, calibrated(model), aqua.AquaConfig(k_ratio=0.5)) as attachment:
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig.paper(k_ratio=0.5)) as attachment:
         expected = model.generate(ids, **GREEDY | way | assistant)
         found = model.generate(ids, past_key_values=attachment.new_cache(), **GREEDY | way | assistant)
     assert torch.equal(found, expected)

@@ -16,7 +16,7 @@ from aqua_attention.cache.growing import RotatedLayer
 from conftest import VOCABULARY, calibrated, make_llama, make_mistral
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
-INT8 = aqua.AquaConfig(k_ratio=1, bits=8)
+INT8 = aqua.AquaConfig.paper(k_ratio=1, bits=8)
 
 
 def tokens(length=200, batch=2):
@@ -54,7 +54,7 @@ def test_int8_is_close_to_dense_and_not_equal(llama):
 
 def test_int8_with_fewer_key_dimensions_holds_what_it_says(llama):
     model, projections = llama
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, s_ratio=0.25, bits=8)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25, bits=8)):
         cache = DynamicCache(config=model.config)
         model.generate(tokens(), past_key_values=cache, **GREEDY)
     layer = cache.layers[0]
@@ -82,7 +82,7 @@ def test_a_row_of_a_padded_batch_gives_what_it_gives_alone(llama):
 def test_beams_and_selected_sequences_follow_their_cache(llama, bits):
     model, projections = llama
     ids = tokens(batch=3)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, bits=bits)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, bits=bits)):
         cache = filled(model, ids[:, :180])
         cache.batch_select_indices(torch.tensor([2, 0]))
         cache.batch_repeat_interleave(2)
@@ -117,7 +117,7 @@ def test_nothing_dropped_equals_dense_token_for_token(make, batch):
     for options in ({}, {"num_beams": 3}, {"prefill_chunk_size": 16}):
         options = GREEDY | {"attention_mask": mask} | options
         dense = model.generate(ids, **options)
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1)):
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1)):
             assert torch.equal(model.generate(ids, **options), dense)
 
 
@@ -125,7 +125,7 @@ def test_assisted_decoding_gives_the_greedy_tokens(llama):
     """The assistant guesses wrongly most of the time, so the cache is cropped again and again."""
     model, projections = llama
     assistant, ids = make_llama(num_hidden_layers=1), tokens(60, 1)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5)):
         greedy = model.generate(ids, **GREEDY)
         assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), greedy)
 
@@ -180,7 +180,7 @@ def test_a_copied_cache_goes_on_by_itself(llama, bits):
     """One prompt, several continuations: the usual way to reuse a prefix."""
     model, projections = llama
     ids = tokens()
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, bits=bits)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, bits=bits)):
         cache = filled(model, ids[:, :150])
         other = copy.deepcopy(cache)
         expected = logits(model, ids[:, 150:], past_key_values=cache)
@@ -191,7 +191,7 @@ def test_a_copied_cache_goes_on_by_itself(llama, bits):
 def test_sliding_layers_are_never_rounded():
     model = make_mistral()
     projections, ids = calibrated(model), tokens()
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1)):
         expected = logits(model, ids, use_cache=False)
     with aqua.apply(model, projections, INT8):
         assert torch.equal(logits(model, ids, use_cache=False), expected)
@@ -217,9 +217,9 @@ def test_requests_that_cannot_be_met_are_one_clear_error(llama):
         assert cache.get_seq_length() == 200
     for bits in (2, 16, "8", True, 8.0):
         with pytest.raises(aqua.AquaError, match=r"bits is .*: it must be one of None, 8, 4"):
-            aqua.AquaConfig(bits=bits)
+            aqua.AquaConfig.paper(bits=bits)
     with (
-        aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1)),
+        aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1)),
         pytest.raises(aqua.AquaError, match="this cache holds AQUA-rotated keys, but the AQUA that filled it has left"),
     ):
         logits(model, ids[:, :1], past_key_values=cache)

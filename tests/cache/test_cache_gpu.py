@@ -81,7 +81,7 @@ def test_memory_of_a_gpu_follows_the_bytes(llama):
     ids = torch.randint(2, VOCABULARY, (1, 20000), device="cuda")
     held = {}
     for name, config in {"whole": {}, "int8": {"bits": 8}, "int8, half": {"bits": 8, "h2o_ratio": 0.5}}.items():
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **config)) as attachment:
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, **config)) as attachment:
             logits(model, ids[:, :64], past_key_values=attachment.new_cache())
             torch.cuda.synchronize()
             before = torch.cuda.memory_allocated()

@@ -177,7 +177,7 @@ OPERATIONS = st.lists(
 )
 def test_any_sequence_of_operations_is_what_lists_do(operations, ratio, window, padding):
     """Stored tokens, length, output and errors; left-padded rows of different lengths."""
-    config = aqua.AquaConfig(k_ratio=1, h2o_ratio=ratio, sink=window[0], recent=window[1])
+    config = aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=ratio, sink=window[0], recent=window[1])
     layer, lists, generator = make_layer(config), Lists(config, 3), torch.Generator().manual_seed(0)
     for turn, (name, value) in enumerate([("append", 20), *operations]):
         batch, first = len(lists.rows), layer.get_seq_length()
@@ -248,7 +248,7 @@ def tokens(length=200, batch=2):
 @pytest.mark.parametrize("s_ratio", [0.0, 0.25])
 def test_generation_keeps_the_share_and_pages_of_a_prompt_give_what_one_gives(llama, bits, queries, s_ratio):
     model, projections = llama
-    config = aqua.AquaConfig(
+    config = aqua.AquaConfig.paper(
         k_ratio=0.5, s_ratio=s_ratio, bits=bits, h2o_ratio=0.5, h2o_queries=queries, sink=2, recent=20
     )
     ids = tokens(600)
@@ -269,8 +269,8 @@ def test_a_ratio_that_keeps_everything_changes_nothing(llama):
     ids = tokens(60)
     dense = model.generate(ids, **GREEDY)
     for config in (
-        aqua.AquaConfig(k_ratio=1, h2o_ratio=0.01, recent=80),
-        aqua.AquaConfig(k_ratio=1, h2o_ratio=0.99, recent=71, h2o_queries=3),
+        aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=0.01, recent=80),
+        aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=0.99, recent=71, h2o_queries=3),
     ):
         with aqua.apply(model, projections, config):
             assert torch.equal(model.generate(ids, **GREEDY), dense)
@@ -283,7 +283,7 @@ def test_a_row_of_a_padded_batch_evicts_what_it_evicts_alone(llama):
     both = torch.cat([torch.cat([torch.zeros(1, 40, dtype=torch.long), ids], 1), tokens(240, 1)])
     mask = torch.ones_like(both)
     mask[0, :40] = 0
-    config = aqua.AquaConfig(k_ratio=0.5, h2o_ratio=0.4, sink=2, recent=8)
+    config = aqua.AquaConfig.paper(k_ratio=0.5, h2o_ratio=0.4, sink=2, recent=8)
     with aqua.apply(model, projections, config):
         alone = model.generate(ids, **GREEDY)[0, 200:]
         batched = model.generate(both, attention_mask=mask, **GREEDY)[0, 240:]
@@ -295,7 +295,7 @@ def test_eviction_moves_the_logits_and_more_of_it_moves_them_more(llama):
     ids = tokens(300)
     dense, moved = logits(model, ids)[:, 200:], []
     for ratio in (0.9, 0.5, 0.1):
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=ratio)):
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=ratio)):
             cache = DynamicCache(config=model.config)
             first = logits(model, ids[:, :200], past_key_values=cache)
             assert torch.allclose(first, logits(model, ids[:, :200], use_cache=True), atol=1e-4)
@@ -306,7 +306,7 @@ def test_eviction_moves_the_logits_and_more_of_it_moves_them_more(llama):
 def test_sliding_layers_lose_nothing_and_full_ones_beside_them_do():
     model = make_gemma3()
     projections, ids = calibrated(model), tokens(100)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.3)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=0.3)):
         cache = DynamicCache(config=model.config)
         model.generate(ids, past_key_values=cache, **GREEDY)
     stored = [layer.keys.shape[2] for layer in cache.layers]
@@ -321,7 +321,7 @@ def test_sliding_layers_lose_nothing_and_full_ones_beside_them_do():
 def test_only_the_last_queries_count_in_a_short_prompt_too(llama):
     model, projections = llama
     for length in (16, 17):
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.9, h2o_queries=4, recent=20)):
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=0.9, h2o_queries=4, recent=20)):
             cache = DynamicCache(config=model.config)
             logits(model, tokens(length, 1), past_key_values=cache)
         assert torch.allclose(cache.layers[0]._mass.sum(-1), torch.tensor(2 * 4.0)), "two heads a group, four queries"
@@ -332,7 +332,7 @@ def test_a_cache_made_without_a_config_knows_the_sliding_layers(kinds):
     names = {"F": "full_attention", "S": "sliding_attention"}
     model = make_gemma3(layer_types=[names[kind] for kind in kinds])
     projections, ids = calibrated(model), tokens(100)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, h2o_ratio=0.5, bits=4)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, h2o_ratio=0.5, bits=4)):
         bare, whole = DynamicCache(), DynamicCache(config=model.config)
         for part in (slice(0, 70), slice(70, 100)):
             found = logits(model, ids[:, part], past_key_values=bare)
@@ -342,7 +342,7 @@ def test_a_cache_made_without_a_config_knows_the_sliding_layers(kinds):
 def test_an_assistant_is_refused_once_its_guesses_cannot_be_taken_back(llama):
     model, projections = llama
     with (
-        aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.3)),
+        aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=0.3)),
         pytest.raises(aqua.AquaError, match="with h2o_ratio, leave out assisted decoding"),
     ):
         model.generate(
@@ -353,7 +353,7 @@ def test_an_assistant_is_refused_once_its_guesses_cannot_be_taken_back(llama):
 def test_requests_that_cannot_be_met_are_one_clear_error(llama):
     model, projections = llama
     ids = tokens(100)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.5)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=0.5)):
         with pytest.raises(aqua.AquaError, match=r"h2o_ratio=0.5 needs a cache that AQUA has filled"):
             logits(model, ids, use_cache=False)
         with pytest.raises(aqua.AquaError, match=r"h2o_ratio=0.5 has no gradient"):
@@ -368,9 +368,9 @@ def test_requests_that_cannot_be_met_are_one_clear_error(llama):
             logits(model, ids[:, :1], past_key_values=cache, attention_mask=torch.ones(2, 1, 1, 51, dtype=torch.bool))
     for value in (0, 1.5, "half", True):
         with pytest.raises(aqua.AquaError, match=r"h2o_ratio is .*: it must be a number with 0 < h2o_ratio <= 1"):
-            aqua.AquaConfig(h2o_ratio=value)
+            aqua.AquaConfig.paper(h2o_ratio=value)
     with pytest.raises(aqua.AquaError, match="h2o_queries is 0: it must be a whole number"):
-        aqua.AquaConfig(h2o_queries=0)
+        aqua.AquaConfig.paper(h2o_queries=0)
 
 
 @pytest.mark.parametrize("queries", [None, 8, 30])
@@ -382,7 +382,7 @@ def test_padding_changes_nothing_of_what_is_kept(llama, queries, side):
     parts = [padding, ids] if side == "left" else [ids, padding]
     mask = torch.cat([part > 0 for part in parts], 1).long()
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, h2o_ratio=0.5, h2o_queries=queries)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, h2o_ratio=0.5, h2o_queries=queries)):
         alone, padded = DynamicCache(config=model.config), DynamicCache(config=model.config)
         logits(model, ids, past_key_values=alone)
         logits(model, torch.cat(parts, 1), attention_mask=mask, position_ids=positions, past_key_values=padded)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import aqua_attention as aqua
+from aqua_attention.config import PRESETS
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 from conftest import VOCABULARY, calibrated, make_gemma3, make_llama
 
@@ -49,7 +50,7 @@ def tokens(batch, length, seed=0):
 def test_decoded_logits_and_choices_are_those_of_the_growing_cache(model, name, kernel):
     model, projections = model
     ids = tokens(2, 134)
-    config = aqua.AquaConfig(share="group", **SETTINGS[name])
+    config = aqua.AquaConfig.paper(share="group", **SETTINGS[name])
     results = []
     with aqua.apply(model, projections, config) as attachment, torch.no_grad():
         for cache in (attachment.new_cache(), attachment.new_cache(max_length=160, layout="tiled")):
@@ -72,7 +73,7 @@ def test_a_tiled_cache_in_int8_loses_little_more_than_a_growing_one(model, optio
     model, projections = model
     ids, logits = tokens(2, 390, seed=3), {}
     for name, bits, fixed in (("exact", None, True), ("tiled", 8, True), ("growing", 8, False)):
-        config = aqua.AquaConfig(share="group", bits=bits, **options)
+        config = aqua.AquaConfig.paper(share="group", bits=bits, **options)
         with aqua.apply(model, projections, config) as attachment, torch.no_grad():
             cache = attachment.new_cache(**({"max_length": 400, "layout": "tiled"} if fixed else {}))
             model(ids[:, :382], past_key_values=cache)
@@ -86,7 +87,7 @@ def test_a_tiled_cache_in_int8_loses_little_more_than_a_growing_one(model, optio
 
 def test_int8_in_a_cache_of_fixed_size_needs_the_tiled_layout(model, monkeypatch):
     model, projections = model
-    with aqua.apply(model, projections, aqua.AquaConfig(bits=8, share="group")) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(bits=8, share="group")) as attachment:
         with pytest.raises(aqua.AquaError, match="in the tiled layout bits=8 is possible"):
             attachment.new_cache(max_length=100, layout="plain")
         if DEVICE == "cpu":
@@ -94,10 +95,21 @@ def test_int8_in_a_cache_of_fixed_size_needs_the_tiled_layout(model, monkeypatch
             with pytest.raises(aqua.AquaError, match="a static cache cannot store bits=8"):
                 attachment.new_cache(max_length=100, layout="tiled")
     with (
-        aqua.apply(model, projections, aqua.AquaConfig(bits=4, share="group")) as attachment,
+        aqua.apply(model, projections, aqua.AquaConfig.paper(bits=4, share="group")) as attachment,
         pytest.raises(aqua.AquaError, match="a static cache cannot store bits=4"),
     ):
         attachment.new_cache(max_length=100, layout="tiled")
+
+
+def test_the_decoding_kernels_take_every_preset_but_the_papers(model):
+    model, projections = model
+    for name in PRESETS:
+        with aqua.apply(model, projections, aqua.AquaConfig.preset(name)) as attachment:
+            if name == "paper":
+                with pytest.raises(aqua.AquaError, match="share is 'head'"):
+                    attachment.new_cache(max_length=100, layout="tiled")
+            else:
+                assert attachment.new_cache(max_length=100, layout="tiled").layout == "tiled"
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
@@ -105,7 +117,7 @@ def test_generation_with_padding_is_that_of_the_growing_cache(model, options, ke
     model, projections = model
     ids, mask = tokens(3, 20, seed=1), torch.ones(3, 20, dtype=torch.long, device=DEVICE)
     ids[1, :7], mask[1, :7] = 0, 0
-    config = aqua.AquaConfig(share="group", **SETTINGS["weighted"])
+    config = aqua.AquaConfig.paper(share="group", **SETTINGS["weighted"])
     with aqua.apply(model, projections, config) as attachment:
         expected = model.generate(ids, attention_mask=mask, **GREEDY, **options)
         cache = attachment.new_cache(max_length=40, layout="tiled")
@@ -119,7 +131,7 @@ def test_a_prompt_in_pieces_between_decoded_tokens(model, kernel):
     model, projections = model
     ids, mask = tokens(2, 30, seed=2), torch.ones(2, 30, dtype=torch.long, device=DEVICE)
     ids[0, :4], mask[0, :4] = 0, 0
-    config = aqua.AquaConfig(share="group", **SETTINGS["weighted"])
+    config = aqua.AquaConfig.paper(share="group", **SETTINGS["weighted"])
     with aqua.apply(model, projections, config) as attachment, torch.no_grad():
         results = []
         for cache in (attachment.new_cache(), attachment.new_cache(max_length=30, layout="tiled")):
@@ -154,7 +166,10 @@ def test_masks_that_hide_more_than_padding_are_obeyed(model, name, layout):
     mask = torch.tensor(rows, device=DEVICE)
     ids = tokens(2, mask.shape[1], seed=3)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment, torch.no_grad():
+    with (
+        aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, share="group")) as attachment,
+        torch.no_grad(),
+    ):
         results = []
         for cache in (attachment.new_cache(), attachment.new_cache(max_length=12, layout=layout)):
             start, logits = 0, []
@@ -174,7 +189,7 @@ def test_masks_that_hide_more_than_padding_are_obeyed(model, name, layout):
 def test_decoding_without_any_mask_sees_no_empty_end(model, layout, window):
     model, projections = model
     ids = tokens(1, 12, seed=4)
-    config = aqua.AquaConfig(k_ratio=0.5, share="group", **window)
+    config = aqua.AquaConfig.paper(k_ratio=0.5, share="group", **window)
     with aqua.apply(model, projections, config) as attachment, torch.no_grad():
         results = []
         for cache in (attachment.new_cache(), attachment.new_cache(max_length=40, layout=layout)):
@@ -185,7 +200,10 @@ def test_decoding_without_any_mask_sees_no_empty_end(model, layout, window):
 
 def test_a_reset_keeps_the_addresses_that_a_recorded_graph_knows(model):
     model, projections = model
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment, torch.no_grad():
+    with (
+        aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, share="group")) as attachment,
+        torch.no_grad(),
+    ):
         cache = attachment.new_cache(max_length=40, layout="tiled")
         (layer, *_), ids = cache.layers, tokens(2, 12, seed=5)
 
@@ -208,7 +226,7 @@ def test_a_reset_keeps_the_addresses_that_a_recorded_graph_knows(model):
 
 def test_a_tiled_cache_of_another_attachment_is_refused(model):
     model, projections = model
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, share="group")) as attachment:
         cache = attachment.new_cache(max_length=40, layout="tiled")
         for method, given in (("batch_repeat_interleave", 2), ("batch_select_indices", torch.tensor([0]))):
             with pytest.raises(aqua.AquaError, match="cannot repeat or select sequences: make it without max_length"):
@@ -218,21 +236,21 @@ def test_a_tiled_cache_of_another_attachment_is_refused(model):
     wrong = pytest.raises(
         aqua.AquaError, match="this cache is tiled, which is impossible here, because share is 'head'"
     )
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5)), torch.no_grad(), wrong:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5)), torch.no_grad(), wrong:
         model(tokens(1, 5), past_key_values=cache)
 
 
 def test_what_the_layout_cannot_do_is_said(model, monkeypatch):
     model, projections = model
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5)) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5)) as attachment:
         with pytest.raises(aqua.AquaError, match="share is 'head'"):
             attachment.new_cache(max_length=64, layout="tiled")
         assert attachment.new_cache(max_length=64).layout == "plain"
-    wide = aqua.AquaConfig(k_ratio=0.5, share="group", recent=129)
+    wide = aqua.AquaConfig.paper(k_ratio=0.5, share="group", recent=129)
     words = pytest.raises(aqua.AquaError, match="recent 129, and it takes 128 at most: use auto or plain")
     with aqua.apply(model, projections, wide) as attachment, words:
         attachment.new_cache(max_length=64, layout="tiled")
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, share="group")) as attachment:
         with pytest.raises(aqua.AquaError, match="fixed size"):
             attachment.new_cache(layout="tiled")
         with pytest.raises(aqua.AquaError, match="fixed size"):
@@ -260,7 +278,7 @@ def test_sliding_layers_beside_tiled_ones():
     model = make_gemma3()
     projections = calibrated(model)
     model, ids = model.to(DEVICE), tokens(1, 24)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, share="group")) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, share="group")) as attachment:
         expected = model.generate(ids, **GREEDY)
         cache = attachment.new_cache(max_length=40, layout="tiled")
         assert torch.equal(model.generate(ids, past_key_values=cache, **GREEDY), expected)
@@ -274,7 +292,7 @@ def test_a_step_recorded_as_a_cuda_graph_goes_on_by_itself(dtype):
     projections = calibrated(model)
     model = model.to(DEVICE, dtype)
     ids, total = tokens(2, 300), 300
-    config = aqua.AquaConfig(share="group", **SETTINGS["weighted"])
+    config = aqua.AquaConfig.paper(share="group", **SETTINGS["weighted"])
     with aqua.apply(model, projections, config) as attachment, torch.no_grad():
         cache = attachment.new_cache(max_length=total)
         assert cache.layout == "tiled"

@@ -14,7 +14,7 @@ from aqua_attention.cache.store import Growing
 from aqua_attention.cache.window import LEAST_RECENT, WindowStore
 from conftest import VOCABULARY, calibrated, make_gemma3, make_llama
 
-CONFIG = aqua.AquaConfig(k_ratio=0.5, s_ratio=0.5, selection="weighted", sink=3, recent=20)
+CONFIG = aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.5, selection="weighted", sink=3, recent=20)
 
 
 def tokens(length=200, batch=2):
@@ -119,7 +119,7 @@ def test_taking_tokens_back_leaves_the_window_wide(llama):
 
 def test_without_a_window_nothing_is_wide(llama):
     model, projections = llama
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, s_ratio=0.5)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.5)):
         cache = DynamicCache(config=model.config)
         logits(model, tokens(), past_key_values=cache)
     assert cache.layers[0].keys.shape[-1] == 8
@@ -132,6 +132,6 @@ def test_the_window_repairs_most_of_what_narrow_keys_lose(llama):
     ids, moved = tokens(), []
     dense = logits(model, ids)
     for sink, recent in ((0, 0), (3, 60)):
-        with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, s_ratio=0.5, sink=sink, recent=recent)):
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, s_ratio=0.5, sink=sink, recent=recent)):
             moved.append(float((logits(model, ids) - dense).norm() / dense.norm()))
     assert moved[1] < 0.8 * moved[0]

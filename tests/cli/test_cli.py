@@ -73,7 +73,8 @@ def test_merge_is_one_run_over_both_texts(aqua, projections_file, tmp_path):
 def test_eval_perplexity_prints_and_writes_a_row_a_setting(aqua, projections_file, tiny_folder, text_file, tmp_path):
     code, out, err = aqua(
         *("eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file),
-        *("--context", 64, "--tokens", 128, "--k-ratio", 1, "--k-ratio", 0.25, "--json", tmp_path / "rows.json"),
+        *("--preset", "paper", "--k-ratio", 1, "--k-ratio", 0.25),
+        *("--context", 64, "--tokens", 128, "--json", tmp_path / "rows.json"),
     )
     assert code == 0, err
     assert "k_ratio 0.25" in out
@@ -92,7 +93,8 @@ def test_eval_perplexity_prints_and_writes_a_row_a_setting(aqua, projections_fil
 def test_eval_with_an_allowed_error_and_another_basis(aqua, projections_file, tiny_folder, text_file, tmp_path):
     code, out, err = aqua(
         *("eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64),
-        *("--tokens", 64, "--logit-error", 1.0, "--basis", "key-pca", "--json", tmp_path / "rows.json"),
+        *("--preset", "paper", "--logit-error", 1.0, "--basis", "key-pca"),
+        *("--tokens", 64, "--json", tmp_path / "rows.json"),
     )
     assert code == 0, err
     assert "logit_error 1, basis key-pca" in out
@@ -153,7 +155,7 @@ def test_bench_breakeven_measures_a_processor_and_min_length_auto_reads_it(
     monkeypatch.setattr(decode_cpu, "MOST_SECONDS", 0.01)
     shape = ("--device", "cpu", "--heads", 4, "--groups", 2, "--head-dim", 16)
     evaluate = ("eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64)
-    evaluate += ("--tokens", 64, "--k-ratio", 0.25, "--min-length", "auto", "--device", "cpu")
+    evaluate += ("--preset", "paper", "--tokens", 64, "--k-ratio", 0.25, "--min-length", "auto", "--device", "cpu")
     code, _, err = aqua(*evaluate)
     assert (code, "aqua bench breakeven --device cpu --heads 4 --groups 2 --head-dim 16" in err.replace("\n", " ")) == (
         2,

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 
-from aqua_attention import AquaError
+from aqua_attention import AquaConfig, AquaError
 from aqua_attention.cli.options import ModelOptions
 from aqua_attention.evaluate.suites import perplexity as suites
 from conftest import make_llama
@@ -42,7 +42,8 @@ def projections_file(tmp_path_factory):
 def grid(tiny_folder, projections_file, texts, tmp_path):
     """Arguments of a grid of eight settings in windows of 64 tokens, without its suites."""
     given = ("eval", "grid", tmp_path / "results", tiny_folder, "-p", projections_file, "--data", texts / "one.txt")
-    knobs = ("--k-ratio", 1, "--k-ratio", 0.5, "--s-ratio", 0, "--s-ratio", 0.25, "--bits", "none", "--bits", 8)
+    knobs = ("--preset", "paper", "--k-ratio", 1, "--k-ratio", 0.5)
+    knobs += ("--s-ratio", 0, "--s-ratio", 0.25, "--bits", "none", "--bits", 8)
     return (*given, *knobs, "--context", 64, "--tokens", 128)
 
 
@@ -172,7 +173,7 @@ def test_transfer_prints_a_matrix_and_keeps_projections(aqua, tiny_folder, texts
     arguments = ("eval", "transfer", tmp_path / "results", tiny_folder)
     arguments += ("--domain", f"one={texts / 'one.txt'}", "--domain", f"two={texts / 'two.txt'}")
     arguments += ("--context", 64, "--calibration-tokens", 256, "--tokens", 128)
-    code, out, err = aqua(*arguments, "--k-ratio", 0.5, "--json", tmp_path / "all.json")
+    code, out, err = aqua(*arguments, "--preset", "paper", "--k-ratio", 0.5, "--json", tmp_path / "all.json")
     assert code == 0, err
     records = json.loads((tmp_path / "all.json").read_text())["records"]
     assert [(r["result"]["calibrated"], r["result"]["tested"]) for r in records] == [
@@ -185,14 +186,15 @@ def test_transfer_prints_a_matrix_and_keeps_projections(aqua, tiny_folder, texts
     assert f"{records[1]['result']['perplexity_change']:+.2%}" in out
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "projections").iterdir()}
     assert len(made) == 2
-    code, _, err = aqua(*arguments, "--k-ratio", 0.5, "--k-ratio", 0.25)
+    code, _, err = aqua(*arguments, "--preset", "paper", "--k-ratio", 0.5, "--k-ratio", 0.25)
     assert (code, "4 of 8 measurements are in" in err) == (0, True)
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
 def test_context_crosses_lengths_and_numbers_of_tokens(aqua, tiny_folder, texts, tmp_path):
     arguments = ("eval", "context", tmp_path / "results", tiny_folder, "--data", texts / "one.txt", "--tokens", 128)
-    arguments += ("--calibration-data", texts / "two.txt", "--k-ratio", 0.5, "--json", tmp_path / "all.json")
+    arguments += ("--calibration-data", texts / "two.txt", "--preset", "paper", "--k-ratio", 0.5)
+    arguments += ("--json", tmp_path / "all.json")
     code, out, err = aqua(
         *(*arguments, "--calibrated-length", 32, "--calibrated-length", 64, "--tested-length", 64),
         *("--calibration-tokens", 64, "--calibration-tokens", 512),
@@ -294,7 +296,7 @@ def test_json_may_lie_in_a_folder_that_the_run_makes(aqua, grid, tmp_path):
 
 def test_min_length_of_grid_transfer_and_context(aqua, tiny_folder, projections_file, texts, tmp_path):
     written, one, two = tmp_path / "all.json", texts / "one.txt", texts / "two.txt"
-    sizes = ("--k-ratio", 0.25, "--tokens", 128, "--json", written)
+    sizes = ("--preset", "paper", "--k-ratio", 0.25, "--tokens", 128, "--json", written)
     grid = ("grid", tmp_path / "g", tiny_folder, "-p", projections_file, "--data", one, "--context", 64, *sizes)
     code, _, err = aqua("eval", *grid, "--min-length", 0, "--min-length", 48)
     assert code == 0, err
@@ -315,6 +317,25 @@ def test_min_length_of_grid_transfer_and_context(aqua, tiny_folder, projections_
         assert {record["config"]["min_length"] for record in found[48]} == {48}
         for short, whole in zip(found[48], found[0], strict=True):
             assert short["result"]["kl"] < whole["result"]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--preset", "fast"), [AquaConfig(k_ratio=0.5)]),
+        (("--preset", "fast", "--logit-error", 0.1), [AquaConfig(logit_error=0.1)]),
+        (("--preset", "paper", "--sink", 0, "--sink", 4), [AquaConfig.paper(), AquaConfig.paper(sink=4)]),
+        ((), [AquaConfig()]),
+    ],
+)
+def test_a_grid_measures_the_preset_but_for_what_is_given(
+    aqua, tiny_folder, projections_file, texts, tmp_path, options, expected
+):
+    arguments = ("eval", "grid", tmp_path / "grid", tiny_folder, "-p", projections_file, "--data", texts / "one.txt")
+    code, _, err = aqua(*arguments, "--context", 64, "--tokens", 64, *options, "--json", tmp_path / "all.json")
+    assert code == 0, err
+    records = json.loads((tmp_path / "all.json").read_text())["records"]
+    assert [record["config"] for record in records] == [None, *(config.to_dict() for config in expected)]
 
 
 def test_reasons_are_printed_once_and_nothing_measured_is_exit_code_1(aqua, tiny_folder, texts, tmp_path):

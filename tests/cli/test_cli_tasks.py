@@ -40,7 +40,7 @@ def given(tmp_path, tiny_folder, projections_file, monkeypatch):
 
 def test_eval_tasks_prints_and_writes_a_row_a_setting_and_metric(aqua, given, tmp_path):
     written = tmp_path / "out.json"
-    options = ("--k-ratio", 1, "--k-ratio", 0.25, "--few-shot", 2, "--json", written)
+    options = ("--preset", "paper", "--k-ratio", 1, "--k-ratio", 0.25, "--few-shot", 2, "--json", written)
     code, out, err = aqua(*given, *options)
     assert code == 0, err
     assert "k_ratio 0.25" in out
@@ -75,7 +75,7 @@ def test_limit_and_quick_ask_few(aqua, given, tmp_path):
 
 def test_after_ctrl_c_the_same_command_goes_on(aqua, given, tmp_path, monkeypatch):
     state, written = tmp_path / "tasks.state", tmp_path / "out.json"
-    options = ("--few-shot", 0, "--batch", 4, "--k-ratio", 0.25, "--json", written)
+    options = ("--few-shot", 0, "--batch", 4, "--preset", "paper", "--k-ratio", 0.25, "--json", written)
     assert aqua(*given, *options)[0] == 0
     expected = json.loads(written.read_text())
     answer, batches = tasks.answer_items, []

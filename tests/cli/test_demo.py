@@ -7,6 +7,7 @@ import json
 
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.cli import demo
+from aqua_attention.config import AquaConfig
 
 
 def test_the_demo_writes_projections_table_and_summary(monkeypatch, tmp_path, llama, word_tokenizer, words):
@@ -34,11 +35,12 @@ def test_the_demo_writes_projections_table_and_summary(monkeypatch, tmp_path, ll
     ]
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert sorted(Projections.load(tmp_path / "out" / "smollm2.safetensors").layers) == [0, 1, 2]
-    assert [row["setting"]["k_ratio"] for row in summary["rows"]] == [0.75, 0.5, 0.25] * 2
-    assert [row["setting"]["sink"] for row in summary["rows"]] == [0, 0, 0, 4, 4, 4]
+    assert [row["setting"]["k_ratio"] for row in summary["rows"]] == [0.75, 0.5, 0.25, 0.75, 0.75, 0.5, 0.25]
+    assert [row["setting"]["sink"] for row in summary["rows"]] == [0, 0, 0, 4, 4, 4, 4]
+    assert summary["rows"][3]["setting"] == AquaConfig().to_dict()
     assert runs == [False, True]
     dense = demo_continue(llama[0], word_tokenizer, "w1 w2 w3", max_new_tokens=8)
     assert summary["generation"]["dense"] == dense.text
     page = (tmp_path / "out" / "table.md").read_text()
-    assert page.count("| k_ratio") == 6
+    assert page.count("| k_ratio") == 7
     assert f"**Dense.** {dense.text}" in page

@@ -73,8 +73,8 @@ def test_one_declaration_is_a_range_error_words_in_tables_and_settings_of_a_grid
     code = """
 from aqua_attention.evaluate.setting import grid_settings
 from aqua_attention.report.tables import describe_setting
-for setting in grid_settings({"k_ratio": [1, 0.5], "dummy": [0, 0.25], "sink": [0, 4]}):
-    print(describe_setting(setting.config.to_dict()))
+for setting in grid_settings({"k_ratio": [1, 0.5], "dummy": [0, 0.25], "sink": [0, 4], "recent": [0]}):
+    print(describe_setting(setting.config.to_dict()).replace(", weighted, shared by group", ""))
 """
     done = library("-c", code)
     assert done.stdout.splitlines() == [
@@ -137,8 +137,7 @@ def repeated(taken):
 
 
 def test_knobs_that_repeat_are_lists_and_an_option_of_the_command_stands_for_one():
-    defaults = {name: [knob.default] for name, knob in knobs(Dummy).items() if name != "k_ratio"}
-    defaults |= {"logit_error": [], "basis": ["aqua"], "own": 1.0}
+    defaults = {name: [knob.default] for name, knob in knobs(Dummy).items()} | {"basis": ["aqua"], "own": 1.0}
     taken, shown = given(repeated)
     assert taken == defaults
     assert "Its own." in shown
@@ -148,3 +147,40 @@ def test_knobs_that_repeat_are_lists_and_an_option_of_the_command_stands_for_one
     )
     assert taken == defaults | {"few": [None, 2], "word": [9, "auto"], "own": 0.5, "sink": [3]}
     assert str(given(repeated, "--few", 4)[0]) == "few is '4': it must be one of none, 2, 3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], Dummy()),
+        (["--preset", "accurate"], Dummy()),
+        (["--preset", "fast"], Dummy(k_ratio=0.5)),
+        (["--preset", "small"], Dummy(bits=8)),
+        (["--preset", "paper"], Dummy.paper()),
+        (["--preset", "fast", "--k-ratio", 0.25], Dummy(k_ratio=0.25)),
+        (["--k-ratio", 0.75, "--preset", "fast"], Dummy(k_ratio=0.75)),
+        (["--preset", "paper", "--sink", 4], Dummy.paper(sink=4)),
+        (
+            ["--preset", "paper", "--selection", "weighted", "--dummy", 0.5],
+            Dummy.paper(selection="weighted", dummy=0.5),
+        ),
+    ],
+)
+def test_an_option_that_is_given_overrides_the_preset_even_with_its_default(arguments, expected):
+    one, shown = given(single, "--name", "x", "--where", "y", *arguments)
+    assert one == {"name": "x", "config": expected, "place": Place("y", "none")}
+    assert "accurate, fast, small, paper" in shown
+    assert "[default: weighted]" in shown
+    many, _ = given(repeated, *arguments)
+    values = {name: [value] for name, value in expected.to_dict().items()} | {"basis": ["aqua"], "own": 1.0}
+    if "--k-ratio" in arguments:
+        preset = "fast" if "fast" in arguments else "accurate"
+        values |= {"k_ratio": [Dummy.preset(preset).k_ratio], "own": float(expected.k_ratio)}
+    assert many == values
+
+
+@pytest.mark.parametrize("command", [single, repeated])
+def test_an_unknown_preset_is_refused_by_name(command):
+    required = ["--name", "x", "--where", "y"] if command is single else []
+    refusal, _ = given(command, *required, "--preset", "best")
+    assert str(refusal) == "preset is 'best': it must be one of accurate, fast, small, paper"

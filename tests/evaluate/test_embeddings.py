@@ -39,7 +39,7 @@ def measured():
 
 
 def settings(*ratios, **options):
-    return [Setting(aqua.AquaConfig(k_ratio=ratio, **options)) for ratio in ratios]
+    return [Setting(aqua.AquaConfig.paper(k_ratio=ratio, **options)) for ratio in ratios]
 
 
 def test_nothing_left_out_changes_nothing_and_more_left_out_changes_more(measured):
@@ -68,7 +68,7 @@ def test_the_figures_follow_their_definition(measured):
         return found / found.norm(dim=-1, keepdim=True)
 
     dense = embedded()
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25)):
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25)):
         found = embedded()
     row, cosines = result["rows"][0], [float(a @ b) for a, b in zip(dense, found, strict=True)]
     assert row["mean_cosine"] == pytest.approx(sum(cosines) / 10, abs=1e-5)
@@ -87,7 +87,7 @@ def test_the_figures_follow_their_definition(measured):
 
 
 def test_each_layer_has_its_loss_in_every_basis(measured):
-    both = [Setting(aqua.AquaConfig(k_ratio=0.5), basis) for basis in ("aqua", "none")]
+    both = [Setting(aqua.AquaConfig.paper(k_ratio=0.5), basis) for basis in ("aqua", "none")]
     rows = evaluate_images(subject_of(*measured), both, pictures())["retention"]
     assert [(row["selection"], row["basis"], row["k_ratio"]) for row in rows] == [
         ("magnitude", "aqua", 0.5),

@@ -10,6 +10,7 @@ import torch
 
 import aqua_attention as aqua
 from aqua_attention.attach.apply import layer_shape
+from aqua_attention.config import PAPER
 from aqua_attention.evaluate import record as records
 from aqua_attention.evaluate.record import Record, find_record, read_record, record_key, record_path, write_record
 from aqua_attention.evaluate.run import Job, facts_of, failure_kind, run_jobs
@@ -47,7 +48,7 @@ def subject(llama, word_tokenizer):
 
 
 def settings_of(**knobs):
-    return grid_settings({"k_ratio": [0.5]} | knobs)
+    return grid_settings({name: [value] for name, value in PAPER.items()} | {"k_ratio": [0.5]} | knobs)
 
 
 # Settings

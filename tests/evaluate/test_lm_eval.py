@@ -90,8 +90,8 @@ def evaluated(folder):
             bootstrap_iters=0,
         )
 
-    file = str(folder / "tiny.safetensors")
-    runs = {"dense": run("hf")} | {ratio: run("aqua", projections=file, k_ratio=ratio) for ratio in (1, 0.25)}
+    given = {"projections": str(folder / "tiny.safetensors"), "preset": "paper"}
+    runs = {"dense": run("hf")} | {ratio: run("aqua", **given, k_ratio=ratio) for ratio in (1, 0.25)}
     return {name: (found["results"], found["samples"]) for name, found in runs.items()}
 
 
@@ -125,7 +125,7 @@ def test_a_quarter_of_the_dimensions_changes_log_likelihoods_and_texts(evaluated
 def test_our_own_log_likelihoods_are_those_of_the_harness(evaluated, llama, word_tokenizer):
     model, projections = llama
     items = [ChoiceItem((row["question"],) * 2, tuple(f" {text}" for text in row["choices"]), 0, "") for row in ROWS]
-    runs = [None, aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25))]
+    runs = [None, aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25))]
     for name, found in zip(("dense", 0.25), answer_items(model, word_tokenizer, items, runs), strict=True):
         assert torch.allclose(torch.tensor(found), log_likelihoods(evaluated[name][1]), atol=1e-3)
 
@@ -237,10 +237,27 @@ def test_the_settings_arrive_and_aqua_stays_attached(folder):
     model.attachment.detach()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, aqua.AquaConfig()),
+        ({"preset": "fast", "sink": 1}, aqua.AquaConfig(k_ratio=0.5, sink=1)),
+        ({"preset": "paper"}, aqua.AquaConfig.paper()),
+    ],
+)
+def test_a_preset_is_an_argument_and_the_others_override_it(folder, arguments, expected):
+    given = {"pretrained": str(folder / "model"), "projections": str(folder / "tiny.safetensors"), "device": "cpu"}
+    model = AquaLM(**given, **arguments)
+    model.attachment.detach()
+    assert model.attachment.config == expected
+
+
 def test_wrong_arguments_are_refused(folder):
     given = {"pretrained": str(folder / "model"), "projections": str(folder / "tiny.safetensors"), "device": "cpu"}
     with pytest.raises(aqua.AquaError, match="model_args has no projections"):
         AquaLM(given["pretrained"])
+    with pytest.raises(aqua.AquaError, match="preset is 'best': it must be one of accurate"):
+        AquaLM(**given, preset="best")
     with pytest.raises(aqua.AquaError, match="k_ratio is 2"):
         AquaLM(**given, k_ratio=2)
     with pytest.raises(aqua.AquaError, match="no such projections file"):

@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 from aqua_attention.ops.backends.triton import Triton
 
 CONFIGS = [
-    aqua.AquaConfig(k_ratio=0.5),
+    aqua.AquaConfig.paper(k_ratio=0.5),
     aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=2, recent=5),
-    aqua.AquaConfig(logit_error=0.2, min_length=9),
+    aqua.AquaConfig.paper(logit_error=0.2, min_length=9),
 ]
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 

@@ -30,7 +30,7 @@ def log_probabilities(model, windows):
 
 def test_figures_follow_their_definitions(llama, windows):
     model, projections = llama
-    config = aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=1, recent=3)
+    config = aqua.AquaConfig.paper(k_ratio=0.5, selection="weighted", sink=1, recent=3)
     result = evaluate_perplexity(subject_of(model, projections), [Setting(config)], windows)
     dense = log_probabilities(model, windows)
     with aqua.apply(model, projections, config):
@@ -53,12 +53,12 @@ def test_figures_follow_their_definitions(llama, windows):
 def test_the_settings_differ_and_dense_is_free(llama, windows):
     model, projections = llama
     settings = [
-        Setting(aqua.AquaConfig(k_ratio=1)),
-        Setting(aqua.AquaConfig(k_ratio=0.25)),
-        Setting(aqua.AquaConfig(k_ratio=0.25, selection="static")),
-        Setting(aqua.AquaConfig(k_ratio=0.25), basis="none"),
-        Setting(aqua.AquaConfig(k_ratio=0.25, selection="weighted"), basis="none"),
-        Setting(aqua.AquaConfig(k_ratio=0.5, s_ratio=0.5)),
+        Setting(aqua.AquaConfig.paper(k_ratio=1)),
+        Setting(aqua.AquaConfig.paper(k_ratio=0.25)),
+        Setting(aqua.AquaConfig.paper(k_ratio=0.25, selection="static")),
+        Setting(aqua.AquaConfig.paper(k_ratio=0.25), basis="none"),
+        Setting(aqua.AquaConfig.paper(k_ratio=0.25, selection="weighted"), basis="none"),
+        Setting(aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.5)),
     ]
     rows = evaluate_perplexity(subject_of(model, projections), settings, windows)["rows"]
     assert abs(rows[0]["perplexity_change"]) < 1e-5
@@ -74,7 +74,7 @@ def test_progress_counts_every_forward_pass(llama, windows):
     seen = []
     evaluate_perplexity(
         subject_of(model, projections),
-        [Setting(aqua.AquaConfig())],
+        [Setting(aqua.AquaConfig.paper())],
         windows,
         progress=lambda done, total: seen.append((done, total)),
     )
@@ -83,8 +83,8 @@ def test_progress_counts_every_forward_pass(llama, windows):
 
 def test_an_attached_model_is_not_taken_for_dense(llama, windows):
     model, projections = llama
-    with aqua.apply(model, projections, aqua.AquaConfig()), pytest.raises(aqua.AquaError, match="attached"):
-        evaluate_perplexity(subject_of(model, projections), [Setting(aqua.AquaConfig())], windows)
+    with aqua.apply(model, projections, aqua.AquaConfig.paper()), pytest.raises(aqua.AquaError, match="attached"):
+        evaluate_perplexity(subject_of(model, projections), [Setting(aqua.AquaConfig.paper())], windows)
 
 
 def test_nan_weights_are_an_error_and_no_result(llama, windows):
@@ -92,7 +92,7 @@ def test_nan_weights_are_an_error_and_no_result(llama, windows):
     with torch.no_grad():
         model.lm_head.weight[3, 0] = float("nan")
     with pytest.raises(aqua.AquaError, match="LlamaForCausalLM gives NaN: the weights are damaged"):
-        evaluate_perplexity(subject_of(model, projections), [Setting(aqua.AquaConfig())], windows)
+        evaluate_perplexity(subject_of(model, projections), [Setting(aqua.AquaConfig.paper())], windows)
 
 
 def test_tokens_that_the_model_does_not_know_are_an_error(llama, windows):
@@ -126,7 +126,7 @@ class OwnCode(transformers.LlamaPreTrainedModel):
 def test_a_language_model_that_cannot_generate_has_a_perplexity(llama, windows, word_tokenizer):
     model = OwnCode(transformers.LlamaConfig(**SHAPE)).eval()
     model.load_state_dict(llama[0].state_dict())
-    settings = [Setting(aqua.AquaConfig(k_ratio=0.5))]
+    settings = [Setting(aqua.AquaConfig.paper(k_ratio=0.5))]
     expected = evaluate_perplexity(subject_of(*llama), settings, windows)
     assert evaluate_perplexity(subject_of(model, llama[1]), settings, windows)["rows"] == expected["rows"]
     with pytest.raises(aqua.AquaError, match="OwnCode cannot generate"):
@@ -140,5 +140,5 @@ def test_models_without_next_token_logits_are_refused(windows):
     ):
         with pytest.raises(aqua.AquaError, match=f"{type(model).__name__} predicts no next token"):
             evaluate_perplexity(
-                subject_of(model.eval(), calibrated(model.eval())), [Setting(aqua.AquaConfig())], windows
+                subject_of(model.eval(), calibrated(model.eval())), [Setting(aqua.AquaConfig.paper())], windows
             )

@@ -43,7 +43,7 @@ def test_the_figures_follow_their_definition(llama, windows):
     query, key, scaling = seen[0]
     layer = projections.layers[0]
     query, key = rotate(query[:, :, 24:25], layer.rotation), rotate(key, layer.rotation)[:, :, :25]
-    selected = select_dimensions(query, layer.plan(aqua.AquaConfig(k_ratio=0.5)))
+    selected = select_dimensions(query, layer.plan(aqua.AquaConfig.paper(k_ratio=0.5)))
     key = key.repeat_interleave(2, dim=1)
     dense = (query @ key.transpose(-1, -2))[0, :, 0] * scaling
     found = ((query * selected) @ key.transpose(-1, -2))[0, :, 0] * scaling

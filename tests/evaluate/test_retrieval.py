@@ -76,7 +76,7 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
     questions = [question(n, lines=n % 2) for n in (1, 2, 3, 4)]
     ticks = []
     result = evaluate_retrieval(
-        *(subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig(k_ratio=0.5))], questions),
+        *(subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig.paper(k_ratio=0.5))], questions),
         progress=lambda done, total: ticks.append((done, total)),
     )
     assert result["dense"] == {"accuracy": 0.75, "questions": 4}
@@ -99,7 +99,7 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
 
 def test_at_k_ratio_1_every_answer_is_the_dense_one(llama, word_tokenizer):
     model, projections = llama
-    settings = [Setting(aqua.AquaConfig(k_ratio=ratio)) for ratio in (1, 0.25)]
+    settings = [Setting(aqua.AquaConfig.paper(k_ratio=ratio)) for ratio in (1, 0.25)]
     questions = [Question(f"w{n} w7 w{n + 1} w9", "w3", ("1",), {"item": n}) for n in range(6)]
     full, quarter = evaluate_retrieval(subject_of(model, projections, word_tokenizer), settings, questions)["rows"]
     assert full["same_answer"] == 1

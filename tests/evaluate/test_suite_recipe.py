@@ -8,8 +8,9 @@ import json
 import pytest
 from test_grid import FACTS
 
+from aqua_attention.config import AquaConfig
 from aqua_attention.evaluate.run import run_jobs
-from aqua_attention.evaluate.setting import Subject, grid_settings
+from aqua_attention.evaluate.setting import Setting, Subject
 from aqua_attention.evaluate.suites import SUITES, Suite
 from aqua_attention.evaluate.suites.grid import grid_jobs, sizes_of
 from aqua_attention.report.collect import collect
@@ -34,7 +35,7 @@ def dummy(monkeypatch):
 
 def test_a_suite_runs_in_a_grid_and_is_in_the_report(dummy, llama, word_tokenizer, words, tmp_path):
     subject = Subject("tiny", llama[0], word_tokenizer, llama[1], "words", words, "0" * 64)
-    settings = grid_settings({"k_ratio": [0.5, 0.25], "basis": ["aqua"]})
+    settings = [Setting(AquaConfig.paper(ratio)) for ratio in (0.5, 0.25)]
     jobs = grid_jobs(subject, ["dummy"], settings, sizes_of(False, context=64, tokens=128))
     records = run_jobs(tmp_path, jobs, FACTS)
     assert [record.result["products"] for record in records] == [64, 32]

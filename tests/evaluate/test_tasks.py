@@ -86,8 +86,8 @@ def test_answers_that_differ_in_their_last_token_are_read_once(llama, word_token
 
 def test_aqua_acts_on_log_likelihoods(tiny, word_tokenizer):
     model, projections = tiny
-    configs = [aqua.AquaConfig(k_ratio=ratio) for ratio in (1, 0.25)]
-    configs.append(aqua.AquaConfig(k_ratio=1, sink=1, recent=4))
+    configs = [aqua.AquaConfig.paper(k_ratio=ratio) for ratio in (1, 0.25)]
+    configs.append(aqua.AquaConfig.paper(k_ratio=1, sink=1, recent=4))
     runs = [None, *(aqua.apply(model, projections, config) for config in configs)]
     dense, full, quarter, window = (torch.tensor(rows) for rows in answer_items(model, word_tokenizer, CHOICES, runs))
     assert torch.allclose(full, dense, atol=1e-3)
@@ -98,7 +98,7 @@ def test_aqua_acts_on_log_likelihoods(tiny, word_tokenizer):
 def test_what_a_cache_forgets_or_rounds_counts(llama, word_tokenizer):
     model, projections = llama
     changes = [{"bits": 8}, {"h2o_ratio": 0.3}, {"h2o_ratio": 1.0}]
-    runs = [None, *(aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **change)) for change in changes)]
+    runs = [None, *(aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, **change)) for change in changes)]
     items = [choice(seed, lengths=(4, 5), context=200) for seed in range(3)]
     dense, rounded, evicted, whole = (torch.tensor(rows) for rows in answer_items(model, word_tokenizer, items, runs))
     assert torch.allclose(whole, dense, atol=1e-3)
@@ -112,7 +112,7 @@ def test_what_a_cache_forgets_or_rounds_counts(llama, word_tokenizer):
 
 def test_a_padded_batch_writes_what_each_prompt_alone_does(llama, word_tokenizer, short_answers):
     model, projections = llama
-    runs = [None, aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1)), aqua.apply(model, projections)]
+    runs = [None, aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1)), aqua.apply(model, projections)]
     together = list(answer_items(model, word_tokenizer, WRITTEN, runs))
     alone = [[texts[0] for texts in answer_items(model, word_tokenizer, [item], runs)] for item in WRITTEN]
     assert together == [list(texts) for texts in zip(*alone, strict=True)]
@@ -122,7 +122,7 @@ def test_a_padded_batch_writes_what_each_prompt_alone_does(llama, word_tokenizer
 
 def test_aqua_acts_on_what_is_written(llama, word_tokenizer, short_answers):
     model, projections = llama
-    quarter = aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.25))
+    quarter = aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25))
     dense, other = answer_items(model, word_tokenizer, WRITTEN, [None, quarter])
     assert dense != other
 
@@ -159,7 +159,7 @@ def test_a_question_that_is_too_long_is_known_before_the_first_answer(llama, wor
     monkeypatch.setattr(tasks, "answer_items", lambda *given: asked.append(given))
     both = [task(CHOICES, "acc", name="a"), task([choice(0, context=301)], "acc", name="b")]
     with pytest.raises(aqua.AquaError, match=r"^b, a question: the question takes"):
-        evaluate_tasks(subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig())], both)
+        evaluate_tasks(subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig.paper())], both)
     assert asked == []
 
 
@@ -199,7 +199,7 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
     scripted(monkeypatch, (1, 1, 1, 0), (1, 0, 0, 1))
     made = task([choice(seed, lengths=(1, 1)) for seed in range(4)], "acc")
     ticks = []
-    config = aqua.AquaConfig(k_ratio=0.5)
+    config = aqua.AquaConfig.paper(k_ratio=0.5)
     result = evaluate_tasks(
         *(subject_of(model, projections, word_tokenizer), [Setting(config)], [made]),
         batch=2,
@@ -247,7 +247,7 @@ def test_mc2_is_compared_by_sign_and_rounding_is_a_tie(llama, word_tokenizer, mo
     items = [choice(seed, lengths=(1, 1), offered=(0, 1), true=(True, False)) for seed in range(8)]
     scripted(monkeypatch, (0.5,) * 8, (0.4,) * 6 + (0.500001, 0.6))
     (row,) = evaluate_tasks(
-        subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig())], [task(items, "mc2")]
+        subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig.paper())], [task(items, "mc2")]
     )["rows"]
     assert (row["lost"], row["gained"], row["p_value"]) == (6, 1, pytest.approx(2 * 8 / 128))
     assert row["dense"] == 0.5
@@ -261,7 +261,7 @@ def test_at_k_ratio_1_every_figure_is_the_dense_one(tiny, word_tokenizer, short_
         task(several, "mc1", "mc2", name="b"),
         task(WRITTEN, "exact_match", name="c"),
     ]
-    settings = [Setting(aqua.AquaConfig(k_ratio=ratio)) for ratio in (1, 0.25)]
+    settings = [Setting(aqua.AquaConfig.paper(k_ratio=ratio)) for ratio in (1, 0.25)]
     rows = evaluate_tasks(subject_of(model, projections, word_tokenizer), settings, asked)["rows"]
     assert [(row["task"], row["metric"]) for row in rows[:5]] == [
         *(("a", "acc"), ("a", "acc_norm"), ("b", "mc1"), ("b", "mc2"), ("c", "exact_match"))
@@ -277,7 +277,7 @@ def test_at_k_ratio_1_every_figure_is_the_dense_one(tiny, word_tokenizer, short_
 def test_what_lies_outside_the_window_is_said(llama, word_tokenizer, monkeypatch):
     """Prompts of 13 and 14 tokens, of which 12 are exact: 1 and 3 of 91 and 105 pairs are not."""
     scripted(monkeypatch, (1, 1), (1, 1), (1, 1))
-    settings = [Setting(aqua.AquaConfig(sink=2, recent=recent)) for recent in (10, 12)]
+    settings = [Setting(aqua.AquaConfig.paper(sink=2, recent=recent)) for recent in (10, 12)]
     made = task([choice(seed, lengths=(1, 1)) for seed in range(2)], "acc")
     rows = evaluate_tasks(subject_of(llama[0], llama[1], word_tokenizer), settings, [made])["rows"]
     assert [row["outside_window"] for row in rows] == [pytest.approx(4 / 196), 0]
@@ -286,7 +286,7 @@ def test_what_lies_outside_the_window_is_said(llama, word_tokenizer, monkeypatch
 def test_short_queries_lie_inside_the_window(llama, word_tokenizer, monkeypatch):
     """Of prompts of 13 and 14 tokens: only the 14th token sees 14, of which 12 are exact; none sees 15."""
     scripted(monkeypatch, *[(1, 1)] * 5)
-    configs = [aqua.AquaConfig(sink=2, recent=10, min_length=length) for length in (0, 12, 14, 15)]
+    configs = [aqua.AquaConfig.paper(sink=2, recent=10, min_length=length) for length in (0, 12, 14, 15)]
     made = task([choice(seed, lengths=(1, 1)) for seed in range(2)], "acc")
     rows = evaluate_tasks(
         subject_of(llama[0], llama[1], word_tokenizer), [Setting(config) for config in configs], [made]
@@ -303,7 +303,10 @@ def test_min_length_auto_is_a_number_in_rows_and_state(llama, word_tokenizer, mo
     )
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
     write_profile(shape, {0.25: 6}, [4, 8], {})
-    given = subject_of(model, projections, word_tokenizer), [Setting(aqua.AquaConfig(k_ratio=0.25, min_length="auto"))]
+    given = (
+        subject_of(model, projections, word_tokenizer),
+        [Setting(aqua.AquaConfig.paper(k_ratio=0.25, min_length="auto"))],
+    )
     result = evaluate_tasks(*given, [task(CHOICES, "acc")], state=tmp_path / "state")
     assert result["rows"][0]["setting"]["min_length"] == 6
     assert 0 < result["rows"][0]["outside_window"] < 1
@@ -341,7 +344,7 @@ def run(llama, word_tokenizer, short_answers):
             if done == stop_at:
                 raise KeyboardInterrupt
 
-        settings = [Setting(config or aqua.AquaConfig(k_ratio=0.25))]
+        settings = [Setting(config or aqua.AquaConfig.paper(k_ratio=0.25))]
         given = {"tasks": asked, "batch": 2} | more
         result = evaluate_tasks(
             *(subject_of(model, projections, word_tokenizer), settings), state=state, progress=progress, **given
@@ -373,7 +376,7 @@ def test_a_state_of_another_run_is_refused(run, tmp_path, llama, word_tokenizer)
     state = tmp_path / "answers.json"
     run(state)
     for changes, what in (
-        ({"config": aqua.AquaConfig(k_ratio=0.5)}, "settings"),
+        ({"config": aqua.AquaConfig.paper(k_ratio=0.5)}, "settings"),
         ({"batch": 4}, "batch"),
         ({"tasks": [task(CHOICES[1:], "acc", name="a")]}, "the questions of a"),
     ):
@@ -385,7 +388,7 @@ def test_a_state_of_another_run_is_refused(run, tmp_path, llama, word_tokenizer)
             layer.self_attn.k_proj.weight *= torch.linspace(0.97, 1.03, 64)
     with pytest.raises(aqua.AquaError, match="differs in key_weights"), pytest.warns(UserWarning):
         evaluate_tasks(
-            *(subject_of(other, llama[1], word_tokenizer), [Setting(aqua.AquaConfig(k_ratio=0.25))]),
+            *(subject_of(other, llama[1], word_tokenizer), [Setting(aqua.AquaConfig.paper(k_ratio=0.25))]),
             [task(CHOICES, "acc", name="a"), task(WRITTEN, "exact_match", name="c")],
             batch=2,
             state=state,

@@ -32,7 +32,7 @@ from conftest import subject_of
 
 FACTS = {name: "" for name in FACT_NAMES if name not in ("started", "seconds")}
 SIZES = {"calibration_tokens": 256, "tokens": 128, "context": 64, "seed": 0}
-HALF = Setting(aqua.AquaConfig(k_ratio=0.5))
+HALF = Setting(aqua.AquaConfig.paper(k_ratio=0.5))
 
 
 def numbers(seed, low, high):
@@ -114,9 +114,9 @@ def test_random_subspaces_are_as_far_apart_as_the_docstring_says(llama):
 
 
 def test_the_leading_dimensions_are_those_of_the_setting():
-    assert leading_dims(aqua.AquaConfig(k_ratio=0.25), 16) == 4
-    assert leading_dims(aqua.AquaConfig(k_ratio=0.5, s_ratio=0.5), 16) == 4
-    assert leading_dims(aqua.AquaConfig(logit_error=0.1), 16) == 8
+    assert leading_dims(aqua.AquaConfig.paper(k_ratio=0.25), 16) == 4
+    assert leading_dims(aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.5), 16) == 4
+    assert leading_dims(aqua.AquaConfig.paper(logit_error=0.1), 16) == 8
 
 
 # Transfer
@@ -174,12 +174,12 @@ def test_projections_are_made_once_and_again_when_damaged(calibrator, domains, m
         return run_jobs(folder, transfer_jobs(fresh, domains, [setting], **SIZES), FACTS)
 
     assert again(HALF) == first
-    again(Setting(aqua.AquaConfig(k_ratio=0.25)))
+    again(Setting(aqua.AquaConfig.paper(k_ratio=0.25)))
     assert (made, notices) == ([256, 256], [])
     damaged = next((folder / "projections").glob("low-*"))
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:500])
-    again(Setting(aqua.AquaConfig(k_ratio=0.75)))
+    again(Setting(aqua.AquaConfig.paper(k_ratio=0.75)))
     assert (made[2:], damaged.read_bytes() == whole) == ([256], True)
     assert damaged.name in notices[0] and "made again" in notices[0]
 

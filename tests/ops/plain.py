@@ -31,7 +31,7 @@ def attend(query, key, value, rotation, key_rms, config, *, impl="auto", **optio
 
 
 def choose(query, key, value, mask, *, window, softcap=None, s_aux=None, impl="auto"):
-    plan = LayerPlan.of(identity(key.shape[1], query.shape[3], key.shape[3], query.device), None, AquaConfig())
+    plan = LayerPlan.of(identity(key.shape[1], query.shape[3], key.shape[3], query.device), None, AquaConfig.paper())
     call = Call(query, key, value, mask, int(window), 0, plan.scaling, softcap, s_aux)
     return backend.choose(call, plan, impl).name
 

@@ -28,7 +28,7 @@ interpreted = pytest.mark.skipif(not HAS_TRITON, reason="triton's interpreter is
 
 def plan_of(head_dim=16, kv_heads=2, dtype=torch.float32, is_wide=False, **settings):
     """`is_wide`: tokens of the exact window keep every dimension."""
-    config = aqua.AquaConfig(**settings)
+    config = aqua.AquaConfig.paper(**settings)
     width = head_dim if is_wide else config.kept_dims(head_dim)
     rotation = identity(kv_heads, head_dim, width, "cpu").to(dtype)
     return LayerPlan.of(rotation, torch.ones(kv_heads, config.kept_dims(head_dim)), config)
@@ -119,7 +119,7 @@ def test_triton_has_no_gradient_and_keys_of_one_width():
     assert load("triton").why_not(call, plan) == "it has no gradient"
     with torch.no_grad():
         assert load("triton").why_not(call, plan) is None
-    wide = LayerPlan.of(identity(2, 16, 16, "cpu"), torch.ones(2, 12), aqua.AquaConfig(s_ratio=0.25, sink=2))
+    wide = LayerPlan.of(identity(2, 16, 16, "cpu"), torch.ones(2, 12), aqua.AquaConfig.paper(s_ratio=0.25, sink=2))
     with pytest.raises(AquaError, match="tokens that keep more dimensions than others"):
         choose(call_of(wide), wide, "triton")
     assert load("triton").why_not(call, None) == "its kernels rotate and choose by themselves"

@@ -120,15 +120,15 @@ def test_what_changes_between_steps_of_a_cache_counts():
     """What is kept between steps is for one setting; each change comes out as over a cache that saw nothing else."""
     cache, new, given = example(0)
     window = {"share": "group", "selection": "weighted", "sink": 3, "recent": 9}
-    given |= {"config": aqua.AquaConfig(k_ratio=0.25, **window), "scaling": 0.2}
+    given |= {"config": aqua.AquaConfig.paper(k_ratio=0.25, **window), "scaling": 0.2}
     skewed = example(1)[2]["rotation"].transpose(1, 2).contiguous().transpose(1, 2)
     changes = [
         {},
-        {"config": aqua.AquaConfig(k_ratio=0.5, **window)},
-        {"config": aqua.AquaConfig(k_ratio=0.5, min_length=150, **window)},
-        {"config": aqua.AquaConfig(k_ratio=0.5, min_length=9000, **window)},
-        {"config": aqua.AquaConfig(k_ratio=1.0, **window)},
-        {"config": aqua.AquaConfig(logit_error=0.2, **window)},
+        {"config": aqua.AquaConfig.paper(k_ratio=0.5, **window)},
+        {"config": aqua.AquaConfig.paper(k_ratio=0.5, min_length=150, **window)},
+        {"config": aqua.AquaConfig.paper(k_ratio=0.5, min_length=9000, **window)},
+        {"config": aqua.AquaConfig.paper(k_ratio=1.0, **window)},
+        {"config": aqua.AquaConfig.paper(logit_error=0.2, **window)},
         {"scaling": 0.5},
         {"rotation": skewed},
         {"key_rms": torch.rand(2, 64, generator=torch.Generator().manual_seed(7))[:, ::2]},
@@ -163,7 +163,7 @@ def test_what_changes_between_steps_of_a_cache_counts():
 @compiled
 def test_a_choice_that_was_given_back_is_not_written_to_again():
     cache, new, given = example(0)
-    config = aqua.AquaConfig(k_ratio=0.25, share="group", min_length=150)
+    config = aqua.AquaConfig.paper(k_ratio=0.25, share="group", min_length=150)
     _, _, chosen = decode_step(*new, cache, **given, config=config)
     mask, dims = chosen.mask.clone(), chosen.dims.clone()
     cache.lengths.fill_(20)  # all are short now
@@ -179,7 +179,7 @@ def test_a_choice_that_was_given_back_is_not_written_to_again():
 @pytest.mark.parametrize("wrong", ["query", "key", "value", "dtype"])
 def test_a_later_step_that_does_not_fit_is_refused_too(wrong):
     cache, (query, key, value), given = example(0)
-    given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group")
+    given["config"] = aqua.AquaConfig.paper(k_ratio=0.5, share="group")
     decode_step(query, key, value, cache, **given)
     changed = {"query": query[:, :5], "key": key[..., :16], "value": value[..., :16], "dtype": value.double()}[wrong]
     new = {"query": query, "key": key, "value": value} | {"value" if wrong == "dtype" else wrong: changed}
@@ -194,7 +194,7 @@ def test_a_later_step_that_does_not_fit_is_refused_too(wrong):
 @pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
 def test_a_copied_cache_keeps_nothing_of_the_first(way):
     cache, new, given = example(0)
-    given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group")
+    given["config"] = aqua.AquaConfig.paper(k_ratio=0.5, share="group")
     decode_step(*new, cache, **given)
     copied = way(cache)
     assert copied.fixed is None
@@ -211,7 +211,7 @@ def test_a_copied_cache_keeps_nothing_of_the_first(way):
 def test_torch_s_defaults_change_nothing(where):
     """Memory that C writes to is float32 and on the CPU, whatever torch makes by default."""
     cache, new, given = example(0)
-    given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group", min_length=50)
+    given["config"] = aqua.AquaConfig.paper(k_ratio=0.5, share="group", min_length=50)
     expected = decode_step(*new, example(0)[0], **given)[0]
     everything.cache_clear()
     try:
@@ -232,7 +232,7 @@ def test_a_prompt_in_inference_mode_goes_on_without():
     with torch.inference_mode():
         cache, new, given = example(0)
         cache.rotated_from = 202
-    given["config"] = aqua.AquaConfig(k_ratio=0.5, share="group", min_length=202)
+    given["config"] = aqua.AquaConfig.paper(k_ratio=0.5, share="group", min_length=202)
     new = tuple(states.clone() for states in new)
     for length in (201, 202):
         decode_step(*new, cache, **given)
@@ -248,7 +248,7 @@ def test_selection_is_that_of_the_reference_with_ties_and_nan():
 
     def dims(**choice):
         cache = TiledCache(1, 1, 16, 16, 8, torch.float32, "cpu")
-        config = aqua.AquaConfig(**{"selection": "weighted", "share": "group"} | choice)
+        config = aqua.AquaConfig.paper(**{"selection": "weighted", "share": "group"} | choice)
         chosen = decode_step(query, state, state, cache, rotation, rms, config, scaling=1.0)[2]
         dims, mask, counts, _ = chosen
         expected = select_dimensions(query[:, :, None], config, 16, rms, 1.0)[:, 0, 0]
@@ -274,14 +274,14 @@ def test_selection_is_that_of_the_reference_with_ties_and_nan():
         ({"value": (1, 2, 65)}, "value is .* .1, 2, 64."),
         ({"rotation": (2, 64, 63)}, "rotation is .* .2, 64, 64."),
         ({"key_rms": (2, 63)}, "key_rms is .* .2, 64."),
-        ({"config": aqua.AquaConfig()}, "share is 'head'"),
+        ({"config": aqua.AquaConfig.paper()}, "share is 'head'"),
     ],
 )
 def test_a_step_whose_shapes_do_not_fit_its_cache_is_refused(change, words):
     cache = TiledCache(1, 2, 64, 64, 300, torch.float32, "cpu")
     shapes = {"query": (1, 4, 64), "key": (1, 2, 64), "value": (1, 2, 64), "rotation": (2, 64, 64), "key_rms": (2, 64)}
     given = {name: torch.ones(shape) for name, shape in shapes.items()}
-    given |= {"config": aqua.AquaConfig(share="group"), "cache": cache}
+    given |= {"config": aqua.AquaConfig.paper(share="group"), "cache": cache}
     given |= {name: torch.ones(new) if isinstance(new, tuple) else new for name, new in change.items()}
     with pytest.raises(aqua.AquaError, match=words):
         decode_step(**given)
@@ -389,4 +389,4 @@ def test_caches_that_the_kernels_cannot_read_are_refused(layout):
         decode(torch.ones(1, 2, 16), None, cache)
     states, rotation = torch.ones(1, 1, 16), torch.eye(16)[None].contiguous()
     with pytest.raises(aqua.AquaError, match="neither 8-bit codes nor pages"):
-        decode_step(states, states, states, cache, rotation, ones, aqua.AquaConfig(k_ratio=0.5))
+        decode_step(states, states, states, cache, rotation, ones, aqua.AquaConfig.paper(k_ratio=0.5))

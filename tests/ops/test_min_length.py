@@ -63,16 +63,16 @@ def test_short_queries_are_counted_by_position_by_sight_or_by_code():
 
 def test_a_short_query_selects_every_dimension_and_who_is_short_must_be_said():
     query, rms = random(1, 2, 3, 16, seed=0), torch.ones(1, 16, device=DEVICE)
-    config = aqua.AquaConfig(k_ratio=0.25, min_length=3)
+    config = aqua.AquaConfig.paper(k_ratio=0.25, min_length=3)
     short = torch.tensor([[[True, True, False]]], device=DEVICE)
     selected = select_dimensions(query, config, 16, rms, short=short)
     assert selected.sum(-1).tolist() == [[[16, 16, 4], [16, 16, 4]]]
-    plain = select_dimensions(query, aqua.AquaConfig(k_ratio=0.25), 16, rms)
+    plain = select_dimensions(query, aqua.AquaConfig.paper(k_ratio=0.25), 16, rms)
     assert torch.equal(selected[:, :, 2], plain[:, :, 2])
     with pytest.raises(aqua.AquaError, match="it is not said which queries are short"):
         select_dimensions(query, config, 16, rms)
     with pytest.raises(aqua.AquaError, match="only `apply` looks it up"):
-        select_dimensions(query, aqua.AquaConfig(min_length="auto"), 16, rms)
+        select_dimensions(query, aqua.AquaConfig.paper(min_length="auto"), 16, rms)
 
 
 def expected_of(given, config, length, mask=None):
@@ -93,7 +93,7 @@ def expected_of(given, config, length, mask=None):
 def test_torch_paths_switch_at_the_length(impl, window, choice):
     rotation, rms = layer(2, 24, 20)
     for min_length in (1, 2, 30, 66, 67, 500):
-        config = aqua.AquaConfig(sink=window[0], recent=window[1], min_length=min_length, s_ratio=1 / 6, **choice)
+        config = aqua.AquaConfig.paper(sink=window[0], recent=window[1], min_length=min_length, s_ratio=1 / 6, **choice)
         for queries in (66, 1, 5):
             if impl == "fused" and sum(window) and queries < 66:
                 continue  # refused, whatever the length
@@ -111,7 +111,7 @@ def test_padding_is_not_counted(impl):
     places = torch.arange(40, device=DEVICE)
     real = places >= torch.tensor([0, 13], device=DEVICE)[:, None]
     mask = (places <= places[:, None]) & real[:, None, None, :]
-    config = aqua.AquaConfig(k_ratio=0.25, min_length=20)
+    config = aqua.AquaConfig.paper(k_ratio=0.25, min_length=20)
     expected, _ = expected_of(given, config, 20, mask)
     found = attend(*given, config, mask=mask, impl=impl)
     assert torch.allclose(found, expected, rtol=0, atol=2e-5)
@@ -132,7 +132,7 @@ def test_prompt_kernels_switch_at_the_length(choice, share, window):
     rotation, rms = layer(2, 32, 32)
     given = random(2, 6, 130, 32, seed=2) * 2, random(2, 2, 130, 32, seed=3), random(2, 2, 130, 32, seed=4)
     for min_length in (1, 70, 131):
-        config = aqua.AquaConfig(share=share, sink=window[0], recent=window[1], min_length=min_length, **choice)
+        config = aqua.AquaConfig.paper(share=share, sink=window[0], recent=window[1], min_length=min_length, **choice)
         expected, _ = expected_of((*given, rotation, rms), config, min_length)
         found = attention_prefill(*given, rotation, rms, config)
         close = torch.isclose(found, expected, rtol=0, atol=1e-4).all(-1)
@@ -195,7 +195,7 @@ def test_decoding_kernels_switch_at_the_length(name, lengths, above, choice, win
     pytest.importorskip("triton")
     (count, groups), kept, dtype, steps = heads, 48, torch.float16 if "int8" in name else torch.float32, 4
     min_length = max(0, lengths[seed % 2] + 2 + above)
-    config = aqua.AquaConfig(share="group", sink=window[0], recent=window[1], min_length=min_length, **choice)
+    config = aqua.AquaConfig.paper(share="group", sink=window[0], recent=window[1], min_length=min_length, **choice)
     (rotation, _), room = layer(groups, kept, kept, seed), max(lengths) + steps
     keys, values = (random(2, groups, room, kept, seed=seed + n, dtype=dtype) for n in (2, 3))
     cache = TiledCache(2, groups, kept, kept, room, dtype, DEVICE, **options_of(name, groups, kept, room, 2, seed))
@@ -217,7 +217,7 @@ def test_decoding_kernels_switch_at_the_length(name, lengths, above, choice, win
 def test_the_kernel_in_c_switches_at_the_length(choice, window):
     rotation, rms = layer(2, 48, 48, device="cpu")
     for min_length in (1, 299, 302, 512, 9000):
-        config = aqua.AquaConfig(share="group", sink=window[0], recent=window[1], min_length=min_length, **choice)
+        config = aqua.AquaConfig.paper(share="group", sink=window[0], recent=window[1], min_length=min_length, **choice)
         keys, values = (random(2, 2, 510, 48, seed=seed, device="cpu") for seed in (2, 3))
         cache = TiledCache(2, 2, 48, 48, 512, torch.float32, "cpu")
         cache.fill(rotate(keys, rotation), values, torch.tensor([299, 505]))
@@ -236,7 +236,7 @@ def test_the_kernel_in_c_switches_at_the_length(choice, window):
 def test_on_a_cpu_short_sequences_are_not_rotated_and_become_so(min_length, choice, dtype):
     """Beside the same steps over a cache that is rotated throughout; rows reach the length at different times."""
     rotation, rms = layer(2, 48, 48, device="cpu")
-    config = aqua.AquaConfig(share="group", sink=3, recent=9, min_length=min_length, **choice)
+    config = aqua.AquaConfig.paper(share="group", sink=3, recent=9, min_length=min_length, **choice)
     lengths = [0, 128, 255, 382]
     keys, values = (random(4, 2, 390, 48, seed=seed, device="cpu", dtype=dtype) for seed in (2, 3))
     turned = rotate(keys, rotation)
@@ -274,7 +274,7 @@ def test_on_a_cpu_settings_may_change_between_steps():
     cache.fill(keys, values, torch.tensor([40, 10]))
     turned = rotate(keys, rotation)
     for step, (min_length, rotated) in enumerate([(50, 0), (20, 1), (90, 1), (0, 2)]):
-        config = aqua.AquaConfig(k_ratio=0.25, share="group", min_length=min_length)
+        config = aqua.AquaConfig.paper(k_ratio=0.25, share="group", min_length=min_length)
         given = random(2, 2, 32, seed=step, device="cpu"), keys[:, :, step], values[:, :, step]
         found, wide, taken = cpu_decode_step(*given, cache, rotation.clone(), rms, config)
         held, all_values = cache.read()
@@ -294,7 +294,7 @@ def test_on_a_cpu_settings_may_change_between_steps():
 def test_an_empty_sequence_becomes_long_enough_too(lengths, thresholds):
     rotation, rms = layer(1, 32, 32, device="cpu")
     keys, values = (random(2, 1, 40, 32, seed=seed, device="cpu") for seed in (2, 3))
-    config = aqua.AquaConfig(k_ratio=0.5, share="group", min_length=thresholds[1])
+    config = aqua.AquaConfig.paper(k_ratio=0.5, share="group", min_length=thresholds[1])
     results = []
     for rotated_from, held in ((thresholds[0], keys), (0, rotate(keys, rotation))):
         short = torch.tensor(lengths)[:, None, None, None] < rotated_from
@@ -314,7 +314,7 @@ def test_only_the_kernel_in_c_takes_keys_that_are_not_rotated():
     new = torch.ones(1, 1, 32, dtype=torch.float16, device=DEVICE)
     for ratio in (0.5, 1.0):
         with pytest.raises(aqua.AquaError, match="rotated_from is 50: only the CPU kernel takes keys that are not"):
-            gpu_decode_step(new, new, new, cache, rotation, rms, aqua.AquaConfig(k_ratio=ratio, share="group"))
+            gpu_decode_step(new, new, new, cache, rotation, rms, aqua.AquaConfig.paper(k_ratio=ratio, share="group"))
     with pytest.raises(aqua.AquaError, match="rotated_from is 50"):
         decode(new, None, cache)
 
@@ -323,7 +323,7 @@ def test_only_the_kernel_in_c_takes_keys_that_are_not_rotated():
 def test_keys_that_do_not_keep_all_dimensions_are_always_rotated():
     rotation, rms = layer(1, 32, 24, device="cpu")
     cache, new = TiledCache(1, 1, 24, 32, 60, torch.float32, "cpu", rotated_from=50), torch.ones(1, 1, 32)
-    config = aqua.AquaConfig(k_ratio=0.25, s_ratio=0.25, share="group", min_length=50)
+    config = aqua.AquaConfig.paper(k_ratio=0.25, s_ratio=0.25, share="group", min_length=50)
     with pytest.raises(aqua.AquaError, match="rotated_from is 50: it must be 0 where keys do not keep all dimensions"):
         cpu_decode_step(new, new, new, cache, rotation, rms, config)
 
@@ -341,7 +341,7 @@ def test_codes_of_8_bits_need_counts():
 @pytest.mark.gpu
 def test_a_recorded_step_goes_over_the_length():
     """Nothing on the CPU knows the length: the same CUDA graph is dense first and chooses afterwards."""
-    config = aqua.AquaConfig(k_ratio=0.25, share="group", sink=3, recent=9, min_length=643)
+    config = aqua.AquaConfig.paper(k_ratio=0.25, share="group", sink=3, recent=9, min_length=643)
     (rotation, rms), dtype = layer(2, 64, 64), torch.float16
     states = [random(1, 2, 640, 64, seed=seed, dtype=dtype) for seed in (2, 3)]
     query, new = random(1, 4, 64, seed=4, dtype=dtype) * 2, random(1, 2, 64, seed=5, dtype=dtype)

@@ -20,7 +20,7 @@ def chosen(rows, key_rms=None, groups=1, head_dim=None, **settings):
     query = torch.tensor(rows)[None, :, None]
     kept = query.shape[-1]
     key_rms = torch.ones(groups, kept) if key_rms is None else torch.tensor(key_rms)
-    selected = select_dimensions(query, AquaConfig(**settings), head_dim or kept, key_rms)
+    selected = select_dimensions(query, AquaConfig.paper(**settings), head_dim or kept, key_rms)
     assert selected.shape == query.shape
     assert selected.dtype == torch.bool
     return [row.nonzero().flatten().tolist() for row in selected[0, :, 0]]
@@ -89,7 +89,7 @@ def test_the_lower_dimension_wins_a_tie(selection, share):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 @pytest.mark.parametrize("share", SHARES)
 def test_a_gpu_chooses_as_the_cpu_does_also_among_ties_and_nan(share):
-    config = AquaConfig(k_ratio=0.5, selection="weighted", share=share)
+    config = AquaConfig.paper(k_ratio=0.5, selection="weighted", share=share)
     query, rms = normal(2, 8, 500, 128, dtype=torch.float32).round(), torch.ones(2, 128)
     query[0, 0, 0, 100] = torch.nan
     expected = select_dimensions(query, config, 128, rms)
@@ -107,11 +107,11 @@ def test_nan_and_infinity_stay_selected(selection):
 
 def test_none_means_that_every_dimension_is_kept():
     query, rms = torch.ones(1, 1, 1, 4), torch.ones(1, 4)
-    assert select_dimensions(query, AquaConfig(k_ratio=1.0), 4, rms) is None
-    assert select_dimensions(query, AquaConfig(k_ratio=0.76), 4, rms) is None  # ceil(3.04)
-    assert select_dimensions(query, AquaConfig(k_ratio=0.75), 4, rms) is not None
+    assert select_dimensions(query, AquaConfig.paper(k_ratio=1.0), 4, rms) is None
+    assert select_dimensions(query, AquaConfig.paper(k_ratio=0.76), 4, rms) is None  # ceil(3.04)
+    assert select_dimensions(query, AquaConfig.paper(k_ratio=0.75), 4, rms) is not None
     # s_ratio 0.5 left 4 of 8 dimensions; k counts from those, and the whole of them is None again.
-    assert select_dimensions(query, AquaConfig(k_ratio=1.0, s_ratio=0.5), 8, rms) is None
+    assert select_dimensions(query, AquaConfig.paper(k_ratio=1.0, s_ratio=0.5), 8, rms) is None
     assert chosen([[1.0, 2.0, 3.0, 4.0]], head_dim=8, k_ratio=0.5, s_ratio=0.5) == [[2, 3]]
 
 
@@ -122,7 +122,7 @@ def test_none_means_that_every_dimension_is_kept():
 def test_every_row_has_exactly_k_even_with_many_ties(selection, share, seed, shape, percent):
     (heads, groups), kept = shape, 7
     query = normal(2, heads, 5, kept, seed=seed).round()  # small whole numbers: mostly ties
-    config = AquaConfig(k_ratio=percent / 100, selection=selection, share=share)
+    config = AquaConfig.paper(k_ratio=percent / 100, selection=selection, share=share)
     k = config.selected_dims(kept)
     selected = select_dimensions(query, config, kept, torch.ones(groups, kept))
     assert (k == kept) == (selected is None)
@@ -139,7 +139,7 @@ def test_every_row_has_exactly_k_even_with_many_ties(selection, share, seed, sha
 def test_group_sharing_is_head_sharing_when_a_group_has_one_head(selection, seed, groups, percent):
     query, rms = normal(2, groups, 3, 8, seed=seed), normal(groups, 8, seed=seed + 1).abs()
     head, group = (
-        select_dimensions(query, AquaConfig(k_ratio=percent / 100, selection=selection, share=share), 8, rms)
+        select_dimensions(query, AquaConfig.paper(k_ratio=percent / 100, selection=selection, share=share), 8, rms)
         for share in SHARES
     )
     assert torch.equal(head, group)
@@ -194,37 +194,37 @@ ONE = torch.ones(1, 4)
 def test_adaptive_k_drops_as_many_of_the_smallest_as_the_error_allows(allowed, kept):
     """Squared entries 16, 9, 4, 1: dropping the last costs 1, the last two 5, the last three 14."""
     query = torch.tensor([[[[4.0, -3.0, 2.0, -1.0]]]])
-    selected = select_dimensions(query, AquaConfig(logit_error=allowed), 4, ONE, scaling=1.0)
+    selected = select_dimensions(query, AquaConfig.paper(logit_error=allowed), 4, ONE, scaling=1.0)
     assert selected[0, 0, 0].tolist() == [place < kept for place in range(4)]
 
 
 def test_adaptive_k_weighs_by_the_keys_and_the_scaling():
     query, rms = torch.tensor([[[[1.0, 1.0, 1.0]]]]), torch.tensor([[1.0, 2.0, 3.0]])
     # Variances at scaling 0.5: 0.25, 1, 2.25. In order of magnitude (all equal) the last go first.
-    weighted = AquaConfig(logit_error=1.3, selection="weighted")
+    weighted = AquaConfig.paper(logit_error=1.3, selection="weighted")
     assert select_dimensions(query, weighted, 3, rms, scaling=0.5)[0, 0, 0].tolist() == [False, False, True]
-    plain = AquaConfig(logit_error=2.3)
+    plain = AquaConfig.paper(logit_error=2.3)
     assert select_dimensions(query, plain, 3, rms, scaling=0.5)[0, 0, 0].tolist() == [True, True, False]
 
 
 def test_adaptive_k_of_a_group_sums_the_errors_of_its_heads():
     query = torch.tensor([[[[3.0, 0.0, 1.0]], [[0.0, 2.0, 1.0]]]])  # summed squares 9, 4, 2
     for allowed, expected in ((1.9, [True, True, True]), (2.0, [True, True, False]), (6.0, [True, False, False])):
-        config = AquaConfig(logit_error=allowed, share="group")
+        config = AquaConfig.paper(logit_error=allowed, share="group")
         selected = select_dimensions(query, config, 3, torch.ones(1, 3), scaling=1.0)
         assert selected[0, 0, 0].tolist() == selected[0, 1, 0].tolist() == expected
 
 
 def test_adaptive_k_keeps_a_nan_visible():
     query = torch.tensor([[[[float("nan"), 1.0, 2.0, 3.0]]]])
-    assert select_dimensions(query, AquaConfig(logit_error=100.0), 4, ONE, scaling=1.0)[0, 0, 0, 0]
+    assert select_dimensions(query, AquaConfig.paper(logit_error=100.0), 4, ONE, scaling=1.0)[0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("share", ["head", "group"])
 def test_adaptive_k_is_the_fewest_that_hold_the_bound(share):
     generator = torch.Generator().manual_seed(0)
     query, rms = torch.randn(2, 4, 5, 16, generator=generator), torch.rand(2, 16, generator=generator) + 0.1
-    config = AquaConfig(logit_error=0.3, selection="weighted", share=share)
+    config = AquaConfig.paper(logit_error=0.3, selection="weighted", share=share)
     selected = select_dimensions(query, config, 16, rms)
     variance = (query.reshape(2, 2, 2, 5, 16) * rms[:, None, None] / 4).square()
     selected = selected.reshape(variance.shape)

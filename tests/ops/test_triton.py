@@ -85,7 +85,7 @@ def test_a_whole_step_rotates_selects_appends_and_attends(heads, widths, start, 
     """Rows of two lengths, over the moments at which a tile is filled: token by token, checked now and then."""
     (count, groups), (head_dim, kept, value_dim), steps = heads, widths, 16
     lengths = torch.tensor([start, start + 5])
-    config = aqua.AquaConfig(**choice, selection=selection, share="group", s_ratio=1 - kept / head_dim)
+    config = aqua.AquaConfig.paper(**choice, selection=selection, share="group", s_ratio=1 - kept / head_dim)
     rotation = torch.linalg.qr(random(groups, head_dim, head_dim, seed=seed))[0][..., :kept].contiguous()
     rms = random(groups, kept, seed=seed + 1).abs() + 0.1
     total = start + 5 + steps
@@ -146,7 +146,7 @@ def test_selection_in_the_kernel_is_that_of_the_reference_with_ties():
     rms = torch.ones(1, 16, device=DEVICE)
 
     def dims(**choice):
-        config = aqua.AquaConfig(selection="weighted", share="group", **choice)
+        config = aqua.AquaConfig.paper(selection="weighted", share="group", **choice)
         _, (dims, _, counts, _) = prepare(query, state, state, cache, rotation, rms, config, scaling=1.0)
         return sorted(dims[0, 0, : dims.shape[2] if counts is None else counts[0, 0]].tolist())
 
@@ -167,7 +167,7 @@ def test_tiny_queries_of_their_own_heads_are_told_apart():
     """Squares of these would both be zero."""
     query, state = torch.zeros(1, 1, 16, device=DEVICE), torch.zeros(1, 1, 16, device=DEVICE)
     query[0, 0, 3], query[0, 0, 7] = 1e-30, 1e-25
-    config = aqua.AquaConfig(k_ratio=1 / 16)
+    config = aqua.AquaConfig.paper(k_ratio=1 / 16)
     cache = TiledCache(1, 1, 16, 16, 8, torch.float32, DEVICE)
     rotation, rms = torch.eye(16, device=DEVICE)[None], torch.ones(1, 16, device=DEVICE)
     assert prepare(query, state, state, cache, rotation, rms, config)[1].dims.tolist() == [[[7]]]
@@ -176,7 +176,7 @@ def test_tiny_queries_of_their_own_heads_are_told_apart():
 def test_a_full_cache_is_not_written_behind_its_end():
     _, _, _, cache = problem((2, 2), [125], 16, 16, torch.float32)
     held = cache.values.shape[2]
-    config, one = aqua.AquaConfig(k_ratio=0.5, share="group"), torch.ones(1, 2, 16, device=DEVICE)
+    config, one = aqua.AquaConfig.paper(k_ratio=0.5, share="group"), torch.ones(1, 2, 16, device=DEVICE)
     for _ in range(10):
         wide, taken = prepare(
             one, one, one, cache, torch.eye(16, device=DEVICE).expand(2, 16, 16).contiguous(), one[0], config
@@ -221,14 +221,14 @@ def test_requests_that_the_kernels_do_not_take_list_what_they_take():
         ({"value": (1, 2, 65)}, "value is .* .1, 2, 64."),
         ({"rotation": (2, 64, 63)}, "rotation is .* .2, 64, 64."),
         ({"key_rms": (2, 63)}, "key_rms is .* .2, 64."),
-        ({"config": aqua.AquaConfig()}, "share is 'head'"),
+        ({"config": aqua.AquaConfig.paper()}, "share is 'head'"),
     ],
 )
 def test_a_step_whose_shapes_do_not_fit_its_cache_is_refused(change, words):
     cache = TiledCache(1, 2, 64, 64, 300, torch.float32, DEVICE)
     shapes = {"query": (1, 4, 64), "key": (1, 2, 64), "value": (1, 2, 64), "rotation": (2, 64, 64), "key_rms": (2, 64)}
     given = {name: torch.ones(shape, device=DEVICE) for name, shape in shapes.items()}
-    given |= {"config": aqua.AquaConfig(share="group"), "cache": cache}
+    given |= {"config": aqua.AquaConfig.paper(share="group"), "cache": cache}
     given |= {name: torch.ones(new, device=DEVICE) if isinstance(new, tuple) else new for name, new in change.items()}
     with pytest.raises(aqua.AquaError, match=words):
         prepare(**given)
@@ -236,7 +236,7 @@ def test_a_step_whose_shapes_do_not_fit_its_cache_is_refused(change, words):
 
 
 def test_strided_rotations_are_read_right():
-    config, wide = aqua.AquaConfig(k_ratio=0.5, share="group", s_ratio=0.25), random(2, 64, 64, seed=0)
+    config, wide = aqua.AquaConfig.paper(k_ratio=0.5, share="group", s_ratio=0.25), random(2, 64, 64, seed=0)
     results = []
     for rotation in (wide[..., :48], wide[..., :48].contiguous()):
         cache = TiledCache(1, 2, 48, 64, 300, torch.float32, DEVICE)
@@ -291,7 +291,7 @@ def test_pages_that_nobody_has_stay_untouched_and_sequences_do_not_meet():
     keys, values = random(2, 1, 290, 16, seed=1), random(2, 1, 290, 16, seed=2)
     cache.fill(keys, values, torch.tensor([290, 70]))
     rotation, rms = torch.eye(16, device=DEVICE)[None].contiguous(), torch.ones(1, 16, device=DEVICE)
-    config = aqua.AquaConfig(k_ratio=0.5, share="group")
+    config = aqua.AquaConfig.paper(k_ratio=0.5, share="group")
     for step in range(6):
         new = random(3, 2, 1, 16, seed=step)
         query, taken = prepare(new[0], new[1], new[2], cache, rotation, rms, config)
@@ -312,7 +312,7 @@ def test_a_full_sequence_writes_nothing_into_another(name):
     before = [states[1, :, :100].clone() for states in cache.read()]
     for step in range(130):
         new = random(3, 2, 1, 16, seed=step)
-        query, taken = prepare(new[0], new[1], new[2], cache, rotation, rms, aqua.AquaConfig(k_ratio=0.5))
+        query, taken = prepare(new[0], new[1], new[2], cache, rotation, rms, aqua.AquaConfig.paper(k_ratio=0.5))
         decode(query, taken, cache, appended=True)
     assert cache.lengths.tolist() == [3 * TILE, 230]
     for old, new in zip(before, cache.read(), strict=True):

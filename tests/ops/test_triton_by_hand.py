@@ -63,7 +63,7 @@ def test_the_kernel_placed_by_hand_equals_the_reference(name, monkeypatch):
     monkeypatch.setattr("aqua_attention.ops.backends.triton.decode.BY_HAND_TILES", 1)
     (count, groups), (head_dim, kept, value_dim), choice, dtype = BY_HAND[name]
     lengths, scaling = torch.tensor([1020, 1, 300, 2049]), head_dim**-0.5
-    config = aqua.AquaConfig(**choice, selection="weighted", share="group", s_ratio=1 - kept / head_dim)
+    config = aqua.AquaConfig.paper(**choice, selection="weighted", share="group", s_ratio=1 - kept / head_dim)
     rotation = torch.linalg.qr(random(groups, head_dim, head_dim, seed=1))[0][..., :kept].contiguous()
     rms = random(groups, kept, seed=2).abs() + 0.1
     keys, values = (random(4, groups, 2100, n, seed=n, dtype=dtype) for n in (kept, value_dim))

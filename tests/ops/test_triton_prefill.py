@@ -56,7 +56,7 @@ def projection(groups, head_dim, kept, seed):
 
 
 def config_of(widths, **changes):
-    return aqua.AquaConfig(s_ratio=1 - widths[1] / widths[0], **changes)
+    return aqua.AquaConfig.paper(s_ratio=1 - widths[1] / widths[0], **changes)
 
 
 def check_choice(rotated, narrow, config, head_dim, key_rms):
@@ -144,7 +144,7 @@ def test_choice_by_hand(dtype):
     query[0, 0, 5, :3] = torch.tensor([1.0, torch.inf, 2])
     rotation, key_rms = torch.eye(16, device=DEVICE)[None], torch.ones(1, 16, device=DEVICE)
     for share in ("head", "group"):
-        config = aqua.AquaConfig(k_ratio=0.25, share=share)
+        config = aqua.AquaConfig.paper(k_ratio=0.25, share=share)
         rotated, narrow = rotate_and_narrow(query, rotation, key_rms, config)
         chosen = [row.nonzero().flatten().tolist() for row in narrow[0, 0]]
         assert chosen[:5] == [[0, 1, 2, 4], [9, 10, 11, 14], [], [0, 1, 2, 3], [0, 1, 2, 3]]
@@ -152,9 +152,9 @@ def test_choice_by_hand(dtype):
         assert narrow[0, 0, 4, :4].isnan().all(), "a NaN is turned into every dimension"
         check_choice(rotated, narrow, config, 16, key_rms)
     key_rms[0, 4], key_rms[0, 2] = 0, 3
-    _, narrow = rotate_and_narrow(query, rotation, key_rms, aqua.AquaConfig(k_ratio=0.25, selection="weighted"))
+    _, narrow = rotate_and_narrow(query, rotation, key_rms, aqua.AquaConfig.paper(k_ratio=0.25, selection="weighted"))
     assert narrow[0, 0, 0].nonzero().flatten().tolist() == [0, 1, 2, 5]
-    _, narrow = rotate_and_narrow(query, rotation, key_rms, aqua.AquaConfig(k_ratio=0.25, selection="static"))
+    _, narrow = rotate_and_narrow(query, rotation, key_rms, aqua.AquaConfig.paper(k_ratio=0.25, selection="static"))
     assert narrow[0, 0, 0].nonzero().flatten().tolist() == [0, 1, 2]
 
 
@@ -167,7 +167,7 @@ def test_more_infinities_and_nan_than_places(dtype):
     for _ in range(2):
         for count in (1, 3, 4, 5, 12):
             for share in ("head", "group"):
-                config = aqua.AquaConfig(k_ratio=count / 16, selection="weighted", share=share)
+                config = aqua.AquaConfig.paper(k_ratio=count / 16, selection="weighted", share=share)
                 rotated, narrow = rotate_and_narrow(query, rotation, key_rms, config)
                 selected = select_dimensions(rotated, config, 16, key_rms)
                 assert torch.equal(narrow, torch.where(selected, rotated, 0))
@@ -188,7 +188,7 @@ def test_as_many_dimensions_as_an_error_allows_by_hand():
         (14 / 16, [[0], [3, 4]]),
         (100.0, [[0], [3]]),
     ):
-        _, narrow = rotate_and_narrow(query, rotation, key_rms, aqua.AquaConfig(logit_error=limit))
+        _, narrow = rotate_and_narrow(query, rotation, key_rms, aqua.AquaConfig.paper(logit_error=limit))
         assert [row.nonzero().flatten().tolist() for row in narrow[0, 0]] == [*expected, []], limit
 
 
@@ -229,7 +229,7 @@ def test_views_and_copies_give_the_same(dtype):
     rotation, key_rms = projection(2, 64, 64, 0)
     states = random(2, 40, 4, 64, seed=1, dtype=dtype).transpose(1, 2)
     key, value = (random(2, 40, 2, 64, seed=seed, dtype=dtype).transpose(1, 2) for seed in (2, 3))
-    config = aqua.AquaConfig(k_ratio=0.5, sink=2, recent=3)
+    config = aqua.AquaConfig.paper(k_ratio=0.5, sink=2, recent=3)
     views = attention_prefill(states, key, value, rotation, key_rms, config)
     copies = [each.contiguous() for each in (states, key, value)]
     assert torch.equal(views, attention_prefill(*copies, rotation, key_rms, config))
@@ -250,7 +250,7 @@ def test_a_nan_in_a_query_stays_in_its_output():
     rotation, key_rms = projection(1, 64, 64, 0)
     query, key = random(1, 2, 90, 64, seed=1), random(1, 1, 90, 64, seed=2)
     query[0, 1, [3, 70]] = torch.nan
-    found = attention_prefill(query, key, key, rotation, key_rms, aqua.AquaConfig(k_ratio=0.5, sink=2, recent=5))
+    found = attention_prefill(query, key, key, rotation, key_rms, aqua.AquaConfig.paper(k_ratio=0.5, sink=2, recent=5))
     rows = found.isnan().all(-1)[0, 1].nonzero().flatten().tolist()
     assert rows == [3, 70]
     assert found.isnan().any(-1).sum() == 2
@@ -285,7 +285,7 @@ def test_requests_that_the_kernels_do_not_take_list_what_they_take():
 @pytest.mark.parametrize("selection", ["magnitude", "weighted"])
 def test_a_long_prompt_on_a_gpu(groups, selection):
     """So many tokens that every program rotates several blocks."""
-    config = aqua.AquaConfig(k_ratio=0.5, selection=selection, share="group" if groups == 8 else "head")
+    config = aqua.AquaConfig.paper(k_ratio=0.5, selection=selection, share="group" if groups == 8 else "head")
     rotation, key_rms = projection(groups, 128, 128, 0)
     query = random(1, 3000, 32, 128, seed=1, dtype=torch.bfloat16).transpose(1, 2)
     rotated, narrow = rotate_and_narrow(query, rotation, key_rms, config)
@@ -328,7 +328,7 @@ def test_what_was_not_chosen_is_not_reported():
     query, key = random(1, 4, 20, 64, seed=1), random(1, 2, 20, 64, seed=2)
 
     def selected(**settings):
-        plan = LayerPlan.of(rotation, key_rms, aqua.AquaConfig(**settings))
+        plan = LayerPlan.of(rotation, key_rms, aqua.AquaConfig.paper(**settings))
         found = attend(plan.call(query, key, key, is_observed=True), plan, "triton")
         plain = attend(plan.call(query, key, key, is_observed=True), plan, "chunked")
         assert (found.selected is None) == (plain.selected is None)
@@ -339,6 +339,6 @@ def test_what_was_not_chosen_is_not_reported():
     assert selected(k_ratio=0.5, min_length=21) is None, "too short to choose"
     # The exact window has the whole prompt: what is chosen takes no part, and is asked of the reference.
     inside = selected(k_ratio=0.5, sink=4, recent=16)
-    plan = LayerPlan.of(rotation, key_rms, aqua.AquaConfig(k_ratio=0.5))
+    plan = LayerPlan.of(rotation, key_rms, aqua.AquaConfig.paper(k_ratio=0.5))
     assert torch.equal(inside, select_of_plan(rotate_on_gpu(query, rotation), plan))
     assert selected(k_ratio=0.5, sink=4, recent=16, min_length=20)[:, :, :19].all()

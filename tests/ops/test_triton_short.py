@@ -112,12 +112,12 @@ def problem_of_step(dtype=torch.float16, room=300, is_quantized=False, batch=1):
 def test_one_launch_is_taken_where_every_dimension_counts(monkeypatch, choice, options, expected):
     monkeypatch.setattr(gpu_step, "sm_count", lambda _: 132)
     given = problem_of_step(**options)
-    config = aqua.AquaConfig(**choice, share="group")
+    config = aqua.AquaConfig.paper(**choice, share="group")
     assert (splits_of_short(given[0], given[3], config) is not None) == expected
 
 
 def test_both_ways_of_a_step_agree():
-    config = aqua.AquaConfig(k_ratio=0.5, min_length=1000, share="group", sink=3, recent=20)
+    config = aqua.AquaConfig.paper(k_ratio=0.5, min_length=1000, share="group", sink=3, recent=20)
     given, again = problem_of_step(), problem_of_step()
     assert splits_of_short(given[0], given[3], config) is not None
     found, wide, taken = decode_step(*given, config)
@@ -132,7 +132,7 @@ def test_both_ways_of_a_step_agree():
 
 def test_one_launch_refuses_what_does_not_fit():
     query, key, value, cache, rotation, rms = problem_of_step()
-    config = aqua.AquaConfig(k_ratio=1.0, share="group")
+    config = aqua.AquaConfig.paper(k_ratio=1.0, share="group")
     with pytest.raises(aqua.AquaError, match="key is"):
         decode_step(query, key[:, :1], value, cache, rotation, rms, config)
     with pytest.raises(aqua.AquaError, match="recent 129"):
@@ -146,7 +146,7 @@ def test_one_launch_refuses_what_does_not_fit():
 def test_timed_steps_stay_at_one_length():
     query, key, value, cache, rotation, rms = problem_of_step(batch=3)
     turns, start_again = at_one_length(cache)
-    config = aqua.AquaConfig(k_ratio=1.0, share="group")
+    config = aqua.AquaConfig.paper(k_ratio=1.0, share="group")
     for _ in range(2):
         start_again()
         used = [next(turns) for _ in range(4)]
@@ -160,7 +160,7 @@ def test_timed_steps_stay_at_one_length():
 def test_recorded_steps_are_steps():
     """Kernels that start early, one behind the other, in a graph: each sees what the one before has written."""
     query, key, value, cache, rotation, rms = problem_of_step(dtype=torch.bfloat16, room=700)
-    config = aqua.AquaConfig(k_ratio=1.0, share="group")
+    config = aqua.AquaConfig.paper(k_ratio=1.0, share="group")
     held = cache.tiles, cache.tail, cache.values, cache.lengths
     start = [states.clone() for states in held]
     expected = [decode_step(query, key, value, cache, rotation, rms, config)[0] for _ in range(300)]

@@ -59,17 +59,17 @@ def settings():
     """Pairs of a configuration and its result."""
     pairs = []
     for ratio in (1.0, 0.75, 0.5, 0.25):
-        pairs.append((AquaConfig(k_ratio=ratio), losses(ratio, 3.0)))
-        pairs.append((AquaConfig(k_ratio=ratio, **OURS), losses(ratio, 0.2)))
-        pairs.append((AquaConfig(k_ratio=ratio, share="group", **OURS), losses(ratio, 0.5)))
+        pairs.append((AquaConfig.paper(k_ratio=ratio), losses(ratio, 3.0)))
+        pairs.append((AquaConfig.paper(k_ratio=ratio, **OURS), losses(ratio, 0.2)))
+        pairs.append((AquaConfig.paper(k_ratio=ratio, share="group", **OURS), losses(ratio, 0.5)))
     for ratio in (0.25, 0.5):
-        pairs.append((AquaConfig(k_ratio=1, s_ratio=ratio, **OURS), losses(1 - ratio, 0.8)))
+        pairs.append((AquaConfig.paper(k_ratio=1, s_ratio=ratio, **OURS), losses(1 - ratio, 0.8)))
     for bits in (8, 4):
-        pairs.append((AquaConfig(k_ratio=1, bits=bits, **OURS), losses(bits / 10)))
-        pairs.append((AquaConfig(k_ratio=1, bits=bits, h2o_ratio=0.5, **OURS), losses(bits / 20)))
+        pairs.append((AquaConfig.paper(k_ratio=1, bits=bits, **OURS), losses(bits / 10)))
+        pairs.append((AquaConfig.paper(k_ratio=1, bits=bits, h2o_ratio=0.5, **OURS), losses(bits / 20)))
     for bound in (0.05, 0.1, 0.2):
         uneven = losses(0.7 - bound, 0.3) | {"mean_k_per_layer": [0.2, 0.5, 0.6, 0.7 - bound]}
-        pairs.append((AquaConfig(logit_error=bound, **OURS), uneven))
+        pairs.append((AquaConfig.paper(logit_error=bound, **OURS), uneven))
     return pairs
 
 
@@ -115,7 +115,7 @@ def records():
     """Of every suite some."""
     made = [record("perplexity", None, losses(1.0) | DENSE)]
     made += [record("perplexity", config, result) for config, result in settings()]
-    half, ours = AquaConfig(k_ratio=0.5), AquaConfig(k_ratio=0.5, **OURS)
+    half, ours = AquaConfig.paper(k_ratio=0.5), AquaConfig.paper(k_ratio=0.5, **OURS)
     depths = (0.0, 0.25, 0.5, 0.75, 1.0)
     for config, loss in ((None, 0.0), (half, 0.4), (ours, 0.1)):
         needle = retrieval("length", (1024, 2048, 4096), depths, lambda n, d, loss=loss: 1 - loss * d * n / 4096)
@@ -134,7 +134,7 @@ def records():
                     {"layer": layer, "score_loss": values, "softmax_loss": values} for layer, values in enumerate(heads)
                 ],
             }
-            made.append(record("retention", AquaConfig(k_ratio=ratio, selection=selection), result))
+            made.append(record("retention", AquaConfig.paper(k_ratio=ratio, selection=selection), result))
     for task, metric in (("hellaswag", "acc_norm"), ("arc_easy", "acc"), ("truthfulqa", "mc2")):
         result = {"task": task, "metric": metric, "value": 0.41, "stderr": 0.012, "count": 400, "dense": 0.43}
         made.append(
@@ -151,7 +151,7 @@ def records():
     refused = {"kind": "error", "message": "length is 9000: the model knows 8192 positions"}
     made.append(record("needle", half, error=refused, options={"lengths": [9000]}))
     memory = {"kind": "out_of_memory", "message": "tried to allocate 12 GiB"}
-    return [*made, record("perplexity", AquaConfig(k_ratio=0.9), error=memory)]
+    return [*made, record("perplexity", AquaConfig.paper(k_ratio=0.9), error=memory)]
 
 
 def benchmarks():
@@ -175,7 +175,7 @@ def benchmarks():
     rows = [
         {"setting": "DynamicCache", "bytes": 10**8, "ratio": 1.0, "peak_bytes": 2 * 10**8, "peak_ratio": 1.0},
         {"setting": "QuantizedCache int8", "absent": "hqq is not installed"},
-        {"setting": AquaConfig(bits=8).to_dict() | {"effective_ratio": 0.75}, "bytes": 55 * 10**6, "ratio": 0.55}
+        {"setting": AquaConfig.paper(bits=8).to_dict() | {"effective_ratio": 0.75}, "bytes": 55 * 10**6, "ratio": 0.55}
         | {"peak_bytes": None, "peak_ratio": None},
     ]
     layers = [
@@ -192,7 +192,14 @@ def benchmarks():
         {"k_ratio": 0.5, "k": 64, "whole": 2000.0, "dense": 6000.0, "paper": 512.0, "theory": 320.0},
     ]
     items = {"task": "arc_easy", "metric": "acc", "value": 0.43, "stderr": 0.02, "count": 400}
-    paired = {"setting": AquaConfig().to_dict(), "basis": "aqua", "dense": 0.43, "lost": 1, "gained": 0, "p_value": 1.0}
+    paired = {
+        "setting": AquaConfig.paper().to_dict(),
+        "basis": "aqua",
+        "dense": 0.43,
+        "lost": 1,
+        "gained": 0,
+        "p_value": 1.0,
+    }
     return {
         "breakeven.json": small | {"rows": times, "breakeven": lengths, "profile": "profile.json"},
         "tasks.json": {"model": "other", "dense": [items], "rows": [items | paired]},

@@ -12,8 +12,9 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import write_result
 from aqua_attention.report.collect import collect
+from aqua_attention.report.tables import describe_setting
 
-HALF = AquaConfig(k_ratio=0.5)
+HALF = AquaConfig.paper(k_ratio=0.5)
 GOOD = samples.record("perplexity", HALF, samples.losses(0.5))
 
 
@@ -147,8 +148,20 @@ def test_older_figures_lack_newer_fields_of_a_configuration(tmp_path):
     samples.write(tmp_path, values=[], files={"rows.json": {"dense": samples.DENSE, "rows": [row]}})
     dense, record = collect(tmp_path).records
     assert dense.setting is None
-    assert record.setting == AquaConfig(k_ratio=0.5, **samples.OURS).to_dict()
+    assert record.setting == AquaConfig.paper(k_ratio=0.5, **samples.OURS).to_dict()
     assert record.basis == "none"
+
+
+@pytest.mark.parametrize("fields", [{}, {"k_ratio": 0.5}, {"k_ratio": 0.5, "share": "group"}])
+def test_what_a_record_of_an_earlier_version_leaves_out_was_as_in_the_paper(fields, tmp_path):
+    """Even where the defaults are others by now; the words of the setting stay, too."""
+    value = samples.record("perplexity", AquaConfig.paper(), samples.losses(0.75)) | {"config": fields}
+    row = {"setting": fields, "basis": "aqua", "perplexity": 21.0, "perplexity_change": 0.05, "kl": 0.02, "mean_k": 0.5}
+    samples.write(tmp_path, values=[value], files={"rows.json": {"dense": samples.DENSE, "rows": [row]}})
+    settings = [record.setting for record in collect(tmp_path).records if record.setting is not None]
+    assert settings == [AquaConfig.paper(**fields).to_dict()] * 2
+    shared = ", shared by group" if "share" in fields else ""
+    assert describe_setting(fields | {"k_ratio": 0.5}) == f"k_ratio 0.5{shared}"
 
 
 def test_retrieval_figures_are_counted_by_cell(tmp_path):

@@ -35,7 +35,10 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, tiny_folder, llama, texts):
     """The folder, with what each command wrote with --json beside it."""
-    folder, given = tmp_path_factory.mktemp("measured") / "results", ("--k-ratio", 0.5, "--k-ratio", 0.25)
+    folder, given = (
+        tmp_path_factory.mktemp("measured") / "results",
+        ("--preset", "paper", "--k-ratio", 0.5, "--k-ratio", 0.25),
+    )
     folder.mkdir()
     projections = folder.parent / "tiny.safetensors"
     llama[1].save(projections)

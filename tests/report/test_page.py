@@ -101,14 +101,14 @@ def test_the_first_table_says_what_one_gains_and_loses(whole):
 
 def test_a_setting_that_was_only_asked_questions_has_a_row_too(tmp_path):
     needle = samples.retrieval("length", (64,), (0.5,), lambda *_: 0.7)
-    asked = [samples.record("needle", config, needle) for config in (None, AquaConfig(s_ratio=0.5))]
+    asked = [samples.record("needle", config, needle) for config in (None, AquaConfig.paper(s_ratio=0.5))]
     page, _, _ = made(samples.write(tmp_path / "alone", values=asked, files={}))
     rows = Page(page).tables[0]
     assert rows[1:] == [
         ["dense", "100%", "100%", "100%", "", "", "", "", "7/10"],
         ["k_ratio 0.75, s_ratio 0.5", "", "50%", "75%", "", "", "", "", "7/10"],
     ]
-    both = [samples.record("perplexity", AquaConfig(), samples.losses(0.75)), *asked]
+    both = [samples.record("perplexity", AquaConfig.paper(), samples.losses(0.75)), *asked]
     page, _, _ = made(samples.write(tmp_path / "both", values=both, files={}))
     assert [row[0] for row in Page(page).tables[0]] == ["setting", "dense", "k_ratio 0.75", "k_ratio 0.75, s_ratio 0.5"]
 
@@ -124,7 +124,7 @@ def test_a_setting_that_was_only_asked_questions_has_a_row_too(tmp_path):
     ],
 )
 def test_bytes_follow_from_the_setting(fields, keys, both):
-    setting = AquaConfig(**fields).to_dict()
+    setting = AquaConfig.paper(**fields).to_dict()
     assert key_share(setting) == pytest.approx(keys)
     assert cache_share(setting) == pytest.approx(both)
 
@@ -185,11 +185,11 @@ def test_images_of_the_markdown_stand_alone(whole):
 def test_names_from_files_never_become_markup(tmp_path):
     bad = "<script>alert(1)</script>\"'&$x^2$ `*_|[a](b)"
     values = [
-        samples.record("perplexity", AquaConfig(k_ratio=ratio), samples.losses(ratio), model=bad, command=bad)
+        samples.record("perplexity", AquaConfig.paper(k_ratio=ratio), samples.losses(ratio), model=bad, command=bad)
         for ratio in (0.5, 1.0)
     ]
     names = {"calibrated": bad, "tested": "b"}
-    values.append(samples.record("transfer", AquaConfig(), samples.losses(0.5) | names, model=bad))
+    values.append(samples.record("transfer", AquaConfig.paper(), samples.losses(0.5) | names, model=bad))
     values.append(samples.record("tasks", None, {"task": bad, "metric": bad, "value": 0.5}, model=bad))
     samples.write(tmp_path, values=values, files={'<b>"x.json': {"x": bad}})
     page, text, images = made(tmp_path)
@@ -228,9 +228,12 @@ def test_changes_close_to_each_other_are_inside_their_axis():
 
 def test_more_curves_than_colours_are_grey_and_a_long_table_is_cut(tmp_path):
     values = [
-        samples.record("perplexity", AquaConfig(k_ratio=0.5, sink=sink), samples.losses(0.5)) for sink in range(400)
+        samples.record("perplexity", AquaConfig.paper(k_ratio=0.5, sink=sink), samples.losses(0.5))
+        for sink in range(400)
     ]
-    values += [samples.record("perplexity", AquaConfig(k_ratio=ratio), samples.losses(ratio)) for ratio in (0.25, 0.75)]
+    values += [
+        samples.record("perplexity", AquaConfig.paper(k_ratio=ratio), samples.losses(ratio)) for ratio in (0.25, 0.75)
+    ]
     page, text, _ = made(samples.write(tmp_path, values=values, files={}))
     assert "others: see the numbers" in page
     assert "The first 300 of 403 rows; report.md has all." in page
@@ -244,12 +247,12 @@ def test_nan_is_shown_as_such(tmp_path):
     needle["cells"][0] |= {"right": math.nan, "asked": 0}
     far = {"calibrated_length": None, "tested_length": 64, "calibration_tokens": None}
     values = [
-        samples.record("perplexity", AquaConfig(k_ratio=0.5), result),
-        samples.record("perplexity", AquaConfig(k_ratio=0.25), samples.losses(0.25)),
-        samples.record("needle", AquaConfig(), needle | {"p_value": None}),
-        samples.record("context", AquaConfig(), result | far),
+        samples.record("perplexity", AquaConfig.paper(k_ratio=0.5), result),
+        samples.record("perplexity", AquaConfig.paper(k_ratio=0.25), samples.losses(0.25)),
+        samples.record("needle", AquaConfig.paper(), needle | {"p_value": None}),
+        samples.record("context", AquaConfig.paper(), result | far),
     ]
-    values.append(samples.record("perplexity", AquaConfig(k_ratio=1), samples.losses(1) | {"kl": -1e-9}))
+    values.append(samples.record("perplexity", AquaConfig.paper(k_ratio=1), samples.losses(1) | {"kl": -1e-9}))
     page = Page(made(samples.write(tmp_path, values=values, files={}))[0])
     assert next(row for row in page.tables[0] if row[0] == "k_ratio 1")[5:7] == ["+0.00%", "0.0000"]
     row = next(row for row in page.tables[0] if row[0] == "k_ratio 0.5")
@@ -350,7 +353,7 @@ def test_what_the_commands_write_is_understood(aqua, tmp_path, tiny_folder, llam
     results.mkdir()
     given = (tiny_folder, "-p", projections, "--data", text)
     short = ("--context", 64, "--tokens", 128)
-    ratios = ("--k-ratio", 1, "--k-ratio", 0.25)
+    ratios = ("--preset", "paper", "--k-ratio", 1, "--k-ratio", 0.25)
     commands = {
         "perplexity": ("eval", "perplexity", *given, *short, *ratios),
         "adaptive": ("eval", "perplexity", *given, *short, "--logit-error", 1),

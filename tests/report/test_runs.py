@@ -13,7 +13,7 @@ from aqua_attention.report.runs import told_apart
 pytest.importorskip("matplotlib")
 from aqua_attention.report.page import sections_of
 
-HALF = AquaConfig(k_ratio=0.5)
+HALF = AquaConfig.paper(k_ratio=0.5)
 SEEDS = ["calibrated seed 0", "calibrated seed 1"]
 
 
@@ -146,7 +146,7 @@ def test_a_whole_step_says_whether_the_rest_was_compiled(tmp_path, compiled):
 
 
 def test_few_tokens_stand_before_many_within_a_setting(tmp_path):
-    whole = AquaConfig(k_ratio=1)
+    whole = AquaConfig.paper(k_ratio=1)
     values = [
         samples.context(512, 512, tokens, config, 1) for tokens in (65536, 4096, 16384) for config in (whole, HALF)
     ]

@@ -56,7 +56,8 @@ class Attachment:
     rotated at each step.
 
     Attributes:
-        model, projections, config: as given, but a `min_length` of "auto" is a number.
+        model, projections, config: as given, but a `min_length` of "auto" is a number, and for an encoder what needs a
+            causal order or a cache does nothing (such as `recent`, which is 0).
         sides: "text", "images" or both: what the layers under AQUA read.
         dense: names of the attention layers that stay dense: the projections or the pattern leave them out, AQUA cannot
             take them, as an nn.MultiheadAttention (the pooling head of SigLIP), or they were not found, for a reason.
@@ -94,6 +95,7 @@ class Attachment:
         self._causal = [layer for layer in self._found if layer.causal]
         if not self._causal:
             check_bidirectional(type(model).__name__, config)
+            config = encoder_config(config)
         self.config = config = resolved(config, [layer_shape(layer, model.dtype) for layer in self._causal])
         for layer in self._found:
             config.kept_dims(layer.head_dim)
@@ -363,12 +365,13 @@ def apply(
     """AQUA attention for `model`, to be used as a context manager that restores everything, also after an error.
 
     Example:
-        >>> with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5, selection="weighted", sink=4, recent=64)):
+        >>> with aqua.apply(model, projections):
         ...     model.generate(**inputs)
 
     For a lasting change: `attachment = aqua.apply(model, projections, config).attach()`, and `attachment.detach()`.
 
     Args:
+        config: None is `AquaConfig()`.
         layers: only the layers whose name matches, such as "vision_tower.*" in a vision-language model; the others stay
             dense, as do those that the projections do not cover. `Attachment.dense` names them.
         layout: of the cache that `generate` gets. "auto": tiled where that is possible, for the decoding kernels;

@@ -192,9 +192,10 @@ def make_cache(
     on_gpu = all(plan.rotation.is_cuda for plan in plans.values())
     tiled = not untiled and (layout == "tiled" or (layout == "auto" and on_gpu))
     if not tiled and max_length is not None and (needs or any_plan.has_window_store):
+        stored, remedy = needs or "s_ratio with an exact window", "leave it out" if needs else "give sink=0, recent=0"
         raise AquaError(
-            f"a static cache cannot store {needs or 's_ratio with an exact window (sink, recent)'}: leave out "
-            "max_length, or that" + ("; in the tiled layout bits=8 is possible" if not untiled else "")
+            f"a static cache cannot store {stored}: leave out max_length, or {remedy}"
+            + ("; in the tiled layout bits=8 is possible" if not untiled else "")
         )
     if layout == "tiled" and untiled:
         raise AquaError(f"a cache in the tiled layout is impossible here, because {untiled}: use auto or plain")

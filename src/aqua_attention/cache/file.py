@@ -12,6 +12,7 @@ from aqua_attention.cache.cache import AquaCache, Plans
 from aqua_attention.cache.growing import RotatedLayer
 from aqua_attention.cache.layer import RotatedSlidingLayer
 from aqua_attention.cache.stored import same_weights, stores_the_same, tensors_of
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model.sides import inputs_digest
@@ -45,7 +46,7 @@ def save_cache(path: Path | str, cache: Any, plans: Plans, model: dict[str, Any]
     header = {
         "model": model,
         "key_weights": [plans[index].key_weights for index in sorted(plans)],
-        "settings": _settings(plans),
+        "settings": _settings(next(iter(plans.values())).config),
         "rotations": _rotation_digest(plans),
         "layers": layers,
     }
@@ -65,7 +66,8 @@ def load_cache(path: Path | str, cache: AquaCache, plans: Plans, model: dict[str
             raise stored.error("it was made for another model")
         if header["model"]["dtype"] != model["dtype"]:
             raise stored.error(f"it was filled by a model in {header['model']['dtype']}, this one is {model['dtype']}")
-        settings, there = _settings(plans), header["settings"]
+        settings, there = _settings(next(iter(plans.values())).config), _settings(AquaConfig.paper())
+        there |= header["settings"]
         if there != settings:
             changed = [f"{name} {there[name]}, not {our}" for name, our in settings.items() if there[name] != our]
             raise stored.error(f"it was filled with {', '.join(changed)}", "apply the same settings, or ")
@@ -91,8 +93,8 @@ def load_cache(path: Path | str, cache: AquaCache, plans: Plans, model: dict[str
         raise stored.error("its layers hold different numbers of tokens or sequences")
 
 
-def _settings(plans: Plans) -> dict[str, Any]:
-    settings = next(iter(plans.values())).config.to_dict()
+def _settings(config: AquaConfig) -> dict[str, Any]:
+    settings = config.to_dict()
     return {name: settings[name] for name in settings if name in STORED_SETTINGS}
 
 

@@ -53,10 +53,10 @@ class Heads:
 
 @dataclass(frozen=True)
 class ExactWindow:
-    """The tokens scored with every dimension, as we recommend them."""
+    """The tokens scored with every dimension."""
 
-    sink: int = 4
-    recent: int = 64
+    sink: int = AquaConfig.sink
+    recent: int = AquaConfig.recent
 
 
 @benchmarks.command()
@@ -142,8 +142,7 @@ def generate(
 
     half, sizes = getattr(torch, _half(dtype)), read_sizes(size)
     kinds = [(ratio, None) for ratio in dict.fromkeys(k_ratio)] + ([(min(k_ratio), 8)] if int8 else [])
-    ours = AquaConfig(selection="weighted", share="group", **vars(exact))
-    settings = tuple(replace(ours, k_ratio=ratio, bits=bits) for ratio, bits in kinds)
+    settings = tuple(AquaConfig(k_ratio=ratio, bits=bits, **vars(exact)) for ratio, bits in kinds)
     model = make_model(num_hidden_layers=layers, dtype=half)
     results = []
     with compiled(model) if compile else nullcontext():

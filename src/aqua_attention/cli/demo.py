@@ -31,9 +31,9 @@ PROMPT = "Explain in a few sentences what a Python dictionary is and when to use
 NEW_TOKENS = 64
 
 
-def ours(k_ratio: float) -> AquaConfig:
-    """The setting we recommend, at a given share of dimensions."""
-    return AquaConfig(k_ratio=k_ratio, selection="weighted", sink=4, recent=64)
+def by_head(k_ratio: float) -> AquaConfig:
+    """The default, but each query head has its own dimensions, as in the paper."""
+    return AquaConfig(k_ratio=k_ratio, share="head")
 
 
 def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     projections = calibrate(model, tokenizer, text, **sizes, progress=watch)
     projections.save(out / "smollm2.safetensors")
     lap("calibrate")
-    configs = [AquaConfig(k_ratio=ratio) for ratio in RATIOS] + [ours(ratio) for ratio in RATIOS]
+    configs = [*map(AquaConfig.paper, RATIOS), AquaConfig(), *map(by_head, RATIOS)]
     settings, watch = [Setting(config) for config in configs], partial(progress, "evaluate")
     subject = Subject(DEFAULT_MODEL, model, tokenizer, projections, text=load_text("builtin:evaluation"))
     windows = subject.windows(EVALUATION_TOKENS, CONTEXT)
@@ -67,14 +67,14 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     progress("generate", 0, 2)
     dense = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS)
     progress("generate", 1, 2)
-    attachment = apply(model, projections, ours(0.5))
+    attachment = apply(model, projections, by_head(0.5))
     aqua = continue_prompt(model, tokenizer, PROMPT, max_new_tokens=NEW_TOKENS, attachment=attachment)
     progress("generate", 2, 2)
     lap("generate")
     same = dense.token_ids == aqua.token_ids
     versions = {"aqua_attention": __version__, "python": platform.python_version()}
     summary["generation"] = {"prompt": PROMPT, "dense": dense.text, "aqua": aqua.text}
-    summary["generation"] |= {"setting": ours(0.5).to_dict(), "same_tokens": same}
+    summary["generation"] |= {"setting": by_head(0.5).to_dict(), "same_tokens": same}
     summary |= {"seconds": seconds, "peak_memory_bytes": _peak_memory(), "model": DEFAULT_MODEL}
     summary["versions"] = versions | {"torch": torch.__version__, "transformers": transformers.__version__}
     write_atomically(out / "table.md", demo_markdown(summary).encode())

@@ -87,7 +87,7 @@ def lines(
     """Line retrieval (LongEval): find one of hundreds of numbered lines; dense and AQUA on the same questions.
 
     Example: `aqua eval lines smollm2 -p smollm2.safetensors --lines 100 --count 50 --k-ratio 0.75 --k-ratio 0.5
-    --selection weighted --sink 4 --recent 64 --json lines.json`
+    --json lines.json`
     """
     settings = settings_of(knobs)
     from aqua_attention.evaluate.suites.grid import Sizes
@@ -119,7 +119,7 @@ def needle(
     """Needle in a haystack: secret numbers hidden at each depth of texts of each length, dense and AQUA.
 
     Example: `aqua eval needle smollm2 -p smollm2.safetensors --data essays/ --length 2048 --length 4096 --k-ratio 0.5
-    --selection weighted --sink 4 --recent 64 --json needle.json`
+    --json needle.json`
     """
     settings = settings_of(knobs)
     from aqua_attention.evaluate.suites.grid import Sizes

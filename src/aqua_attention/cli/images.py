@@ -60,7 +60,7 @@ def images(
     """
     default = selection is None and basis == "aqua"
     methods = METHODS if default else [(name, basis) for name in selection or ["magnitude"]]
-    same, given = AquaConfig(share=share, sink=sink), product(k_ratio or GRID, methods)
+    same, given = AquaConfig.paper(share=share, sink=sink), product(k_ratio or GRID, methods)
     configs = [(replace(same, k_ratio=ratio, selection=name), its_basis) for ratio, (name, its_basis) in given]
     from aqua_attention.evaluate.record import file_digest
     from aqua_attention.evaluate.setting import Setting, Subject

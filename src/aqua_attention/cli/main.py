@@ -199,8 +199,8 @@ def generate(
 ) -> None:
     """Continue a prompt with AQUA attention (greedy).
 
-    Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --k-ratio 0.5
-    --selection weighted --sink 4 --recent 64 --compare`
+    Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --preset fast
+    --compare`
     """
     from aqua_attention.attach.apply import apply
     from aqua_attention.evaluate.generation import continue_prompt

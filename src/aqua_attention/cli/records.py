@@ -14,7 +14,6 @@ import typer
 
 from aqua_attention.cli.options import Chat, Grid, ModelOptions, ProjectionsFile, Quick, Rows, Seed, Text
 from aqua_attention.cli.terminal import Show, check_writable, command_line, progress_bar, stoppable
-from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.suites import SUITES
 
@@ -133,7 +132,7 @@ def grid(
     results: ResultsFolder,
     projections: ProjectionsFile,
     suite: Annotated[list[str], f"{GRID_SUITES}; repeat."] = DEFAULT_SUITES,
-    k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.75)."] = None,
+    k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (that of the preset)."] = None,
     logit_error: Annotated[list[float] | None, "Adaptive k, beside the k_ratios given; repeat."] = None,
     knobs: Grid,
     data: Text = "builtin:evaluation",
@@ -145,7 +144,7 @@ def grid(
     """Every combination of the repeated options under every suite, a record each; stopped, the same command goes on.
 
     Example: `aqua eval grid results smollm2 -p smollm2.safetensors --quick --suite perplexity --suite needle
-    --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5 --selection weighted --sink 4 --recent 64`
+    --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5`
     """
     sizes = given.sizes()
     from aqua_attention.evaluate.record import file_digest
@@ -153,7 +152,7 @@ def grid(
     from aqua_attention.evaluate.suites.grid import check_suites, grid_jobs
     from aqua_attention.report.record_tables import record_table
 
-    k_ratio = k_ratio or ([] if logit_error else [AquaConfig().k_ratio])
+    k_ratio = k_ratio or ([] if logit_error else knobs["k_ratio"])
     settings = grid_settings(knobs | {"k_ratio": k_ratio, "logit_error": logit_error or []})
     check_suites(suite, settings)
     subject = model.subject(projections, data, name=model.name, seed=seed, chat=chat)

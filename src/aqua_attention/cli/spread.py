@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One declaration, many options: what a command takes as a dataclass, or as knobs, is spread into typer's options."""
+"""One declaration, many options: what a command takes as a dataclass, or as knobs, is spread into typer's options.
+
+Beside the knobs there is `--preset`. Its setting holds but for the knobs that the user has given.
+"""
 
 import dataclasses
 import functools
@@ -11,16 +14,21 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 import typer
 
-from aqua_attention.config import AquaConfig, Knob, knobs
+from aqua_attention.config import DEFAULT_PRESET, PRESETS, AquaConfig, Knob, knobs
 from aqua_attention.errors import AquaError
 
 BASIS = Knob("aqua; to compare: none (not rotated) or key-pca (keys alone)", default="aqua")
 """No knob of `AquaConfig`: a setting has it beside them."""
+PRESET = Annotated[str, f"A setting by name: {', '.join(PRESETS)}; options that you give change it."]
+_CONTEXT = "typer_context"
+"""The parameter by which typer tells which options were given."""
 
 
 @dataclass(frozen=True)
 class Knobs:
     """Marks a parameter that takes every knob, and the basis, as {name: [values]}: `Annotated[dict, Knobs()]`.
+
+    Knobs that are not given have one value, the preset's; so have those that the command has an option of its own for.
 
     Attributes:
         repeat: the options that may be given several times; the others have one value.
@@ -38,6 +46,25 @@ class Option(NamedTuple):
     read: Callable[[Any], Any] = lambda value: value
 
 
+class Part(NamedTuple):
+    """The options that a parameter is spread into, and what makes it from their values.
+
+    `has_preset`: `make` has a value for every option, and is only told those that the user has given.
+    """
+
+    options: list[Option]
+    make: Callable[..., Any]
+    has_preset: bool = False
+
+    def made(self, given: dict[str, Any], context: typer.Context | None) -> Any:
+        """The parameter's value, of all values that the command was called with."""
+        values = {}
+        for name, read in ((option.parameter.name, option.read) for option in self.options):
+            if not self.has_preset or _is_given(name, context):
+                values[name] = read(given[name])
+        return self.make(**values)
+
+
 def spread(command: Callable[..., None]) -> Callable[..., None]:
     """The command with its dataclasses spread into options, one a field, and `AquaConfig` and `Knobs` into one a knob.
 
@@ -48,21 +75,22 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     parameters = inspect.signature(command, eval_str=True).parameters.values()
     parts = {each.name: part for each in parameters if (part := _part(each.annotation))}
     own = {each.name for each in parameters if each.name not in parts}
-    for options, _ in parts.values():
-        options[:] = [option for option in options if option.parameter.name not in own]
-    flat = [one for each in parameters for one in (parts[each.name][0] if each.name in parts else [Option(each)])]
+    for part in parts.values():
+        part.options[:] = [option for option in part.options if option.parameter.name not in own]
+    flat = [one for each in parameters for one in (parts[each.name].options if each.name in parts else [Option(each)])]
     flat.sort(key=lambda option: option.parameter.name == "json")  # last, whoever has it
     declared, shown = knobs() | {"basis": BASIS}, []
     for parameter in (option.parameter for option in flat):
         explained = _explained(parameter.annotation, declared.get(parameter.name))
         shown.append(parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=explained))
+    if any(part.has_preset for part in parts.values()):
+        shown.append(_parameter(_CONTEXT, typer.Context, MISSING))
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
-        made = {}
-        for name, (options, make) in parts.items():
-            made[name] = make(**{one.parameter.name: one.read(given.pop(one.parameter.name)) for one in options})
-        command(**given, **made)
+        context = given.pop(_CONTEXT, None)
+        made = {name: part.made(given, context) for name, part in parts.items()}
+        command(**{name: given[name] for name in own}, **made)
 
     with_options.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
@@ -78,24 +106,34 @@ class Commands(typer.Typer):
         return lambda function: added(spread(function))
 
 
-def _part(annotation: Any) -> tuple[list[Option], Callable[..., Any]] | None:
-    """The options that a parameter is spread into, and what makes it from their values; None if it is an option."""
+def _is_given(name: str, context: typer.Context | None) -> bool:
+    """Whether the user has given an option, be it with the value of its default."""
+    source = context.get_parameter_source(name) if context else None
+    return source is not None and source.name != "DEFAULT"
+
+
+def _part(annotation: Any) -> Part | None:
+    """What a parameter is spread into; None if it is an option."""
+    preset = Option(_parameter("preset", PRESET, DEFAULT_PRESET))
     for mark in get_args(annotation):
         if isinstance(mark, Knobs):
             declared = knobs(mark.config) | {"basis": BASIS}
-            return [_knob_option(name, knob, name in mark.repeat) for name, knob in declared.items()], _as_lists
+            options = [_knob_option(name, knob, name in mark.repeat) for name, knob in declared.items()]
+            return Part([preset, *options], functools.partial(_as_lists, mark.config), has_preset=True)
     if not isinstance(annotation, type) or not dataclasses.is_dataclass(annotation):
         return None
     declared_in: Any = annotation
     if issubclass(annotation, AquaConfig):
-        return [_knob_option(name, knob) for name, knob in knobs(declared_in).items()], annotation
+        options = [_knob_option(name, knob) for name, knob in knobs(declared_in).items()]
+        return Part([preset, *options], lambda preset=DEFAULT_PRESET, **given: annotation.preset(preset, **given), True)
     hints = get_type_hints(annotation, include_extras=True)
     fields = [field for field in dataclasses.fields(annotation) if field.init]
-    return [Option(_parameter(field.name, hints[field.name], field.default)) for field in fields], annotation
+    return Part([Option(_parameter(field.name, hints[field.name], field.default)) for field in fields], annotation)
 
 
-def _as_lists(**given: Any) -> dict[str, list[Any]]:
-    return {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+def _as_lists(config: Any, preset: str = DEFAULT_PRESET, **given: Any) -> dict[str, list[Any]]:
+    values = config.preset(preset).to_dict() | {"basis": BASIS.default} | given
+    return {name: value if isinstance(value, list) else [value] for name, value in values.items()}
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> Parameter:

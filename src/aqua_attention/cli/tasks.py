@@ -33,7 +33,7 @@ def tasks(
     """Multiple choice and arithmetic from local files, dense and AQUA on the same questions.
 
     Example: `aqua eval tasks smollm2 -p smollm2.safetensors --task hellaswag=hellaswag_val.jsonl --task gsm8k=gsm8k/
-    --limit 100 --k-ratio 0.5 --selection weighted --sink 4 --recent 64 --state tasks.state --json tasks.json`
+    --limit 100 --k-ratio 0.5 --state tasks.state --json tasks.json`
     """
     settings = settings_of(knobs)
     check_writable(state, show.json)
@@ -72,11 +72,11 @@ def _some_of(files: list[Any]) -> str:
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with the model type `aqua`; all arguments are its own (`aqua lm-eval run --help`).
 
-    Its --model_args are those of `--model hf`, and projections, basis, k_ratio, selection, sink, recent, ...; its
+    Its --model_args are those of `--model hf`, and projections, basis, preset, k_ratio, selection, sink, ...; its
     --output_path writes the figures, and with --use_cache a stopped run goes on.
 
     Example: `aqua lm-eval run --model aqua --model_args
-    pretrained=smollm2,projections=smollm2.safetensors,k_ratio=0.5,selection=weighted,sink=4,recent=64
+    pretrained=smollm2,projections=smollm2.safetensors,preset=fast
     --tasks arc_easy --limit 100`
     """
     try:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from aqua_attention.attach.apply import apply
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.config import AquaConfig, knobs
+from aqua_attention.config import DEFAULT_PRESET, AquaConfig, knobs
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
 from aqua_attention.errors import AquaError
 
@@ -24,8 +24,8 @@ from aqua_attention.errors import AquaError
 class AquaLM(HFLM):
     """A transformers model under AQUA attention, in log-likelihoods and in generation.
 
-    `model_args` are those of `hf`, and `projections`, `basis` and the fields of `AquaConfig`:
-    `pretrained=smollm2,projections=smollm2.safetensors,k_ratio=0.5,selection=weighted,sink=4,recent=64`.
+    `model_args` are those of `hf`, and `projections`, `basis`, `preset` (see `AquaConfig.preset`) and the fields of
+    `AquaConfig`: `pretrained=smollm2,projections=smollm2.safetensors,preset=paper,k_ratio=0.5`.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class AquaLM(HFLM):
         pretrained: str | PreTrainedModel = DEFAULT_MODEL,
         projections: str | Path | Projections | None = None,
         basis: str = "aqua",
+        preset: str = DEFAULT_PRESET,
         device: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -41,7 +42,8 @@ class AquaLM(HFLM):
         A `device` of None takes cuda where there is one, else cpu; `basis`: see `Projections.with_basis`. AquaError as
         `apply`, and without projections.
         """
-        config = AquaConfig(**{name: kwargs.pop(name) for name in knobs() if name in kwargs})
+        given = {name: kwargs.pop(name) for name in knobs() if name in kwargs}
+        config = AquaConfig.preset(preset, **given)
         if projections is None:
             raise AquaError(
                 "model_args has no projections: make them with `aqua calibrate`, and add projections=FILE to model_args"

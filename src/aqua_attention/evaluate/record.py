@@ -137,13 +137,16 @@ def check_schema(value: dict[str, Any]) -> None:
 
 
 def read_setting(value: Any) -> dict[str, Any] | None:
-    """All fields of an AquaConfig, also where an older version wrote fewer; Unusable where they are none."""
+    """All fields of an AquaConfig; Unusable where they are none.
+
+    An earlier version wrote fewer: what it left out was as in the paper.
+    """
     if value is None:
         return None
     _expect("an object", "its config is", value)
     fields = {name: each for name, each in value.items() if name != "effective_ratio"}
     try:
-        return AquaConfig(**fields).to_dict()
+        return AquaConfig.paper(**fields).to_dict()
     except AquaError as error:
         raise Unusable(f"its config is wrong: {error}") from error
     except TypeError:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from aqua_attention.config import knobs
+from aqua_attention.config import AquaConfig
 from aqua_attention.evaluate.record import number
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ def perplexity_table(result: dict[str, Any]) -> Table:
 
 def describe_setting(setting: dict[str, Any], basis: str = "aqua") -> str:
     """One line that names what differs from the paper's method, such as "k_ratio 0.5, weighted, exact 4 + 64"."""
-    declared = {name: knob.default for name, knob in knobs().items()}
-    given = {name: setting[name] for name in declared if setting.get(name, declared[name]) != declared[name]}
+    paper = AquaConfig.paper().to_dict()
+    given = {name: setting[name] for name in paper if setting.get(name, paper[name]) != paper[name]}
     queries, sink, recent = given.pop("h2o_queries", None), given.pop("sink", 0), given.pop("recent", 0)
     given["k_ratio"] = setting["k_ratio"]
     if "logit_error" in given:

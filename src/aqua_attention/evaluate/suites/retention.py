@@ -39,6 +39,8 @@ def evaluate_retention(
 ) -> dict[str, Any]:
     """Loss of scores and of softmax for every layer, head, selection and ratio, on the model's own dense states.
 
+    Each query head has its own dimensions, and there is no exact window.
+
     Every earlier token counts as visible, also in sliding-window layers, and in bidirectional layers every token;
     softcap is left out.
 
@@ -59,7 +61,7 @@ def evaluate_retention(
     found = attention_layers(model)
     projections.check_model(model, found)
     layers = {layer.module: layer for layer in projections.covered(found)}
-    configs = [AquaConfig(k_ratio=ratio, selection=selection) for selection in selections for ratio in k_ratios]
+    configs = [AquaConfig.paper(ratio, selection=selection) for selection in selections for ratio in k_ratios]
     if isinstance(windows, Tensor):
         check_tokens(model, windows, context=windows.shape[1])
         given = {TEXT}
@@ -100,7 +102,7 @@ def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) 
     """A job for each basis, selection and k_ratio, the first of which measures all of its basis."""
     windows = subject.windows(sizes.retention_tokens, sizes.context)
     distinct = dict.fromkeys(
-        Setting(AquaConfig(k_ratio=setting.config.k_ratio, selection=setting.config.selection), setting.basis)
+        Setting(AquaConfig.paper(setting.config.k_ratio, selection=setting.config.selection), setting.basis)
         for setting in settings
         if setting.config.logit_error is None
     )
