@@ -13,9 +13,11 @@ from aqua_attention.errors import AquaError
 SELECTIONS = ("magnitude", "weighted", "static")
 SHARES = ("head", "group")
 BITS = (None, 8, 4)
+SLIDING = ("exact", "approximate")
 AUTO = "auto"
 """A `min_length` that `apply` reads from the machine's profile."""
 PAPER: dict[str, Any] = {"k_ratio": 0.75, "selection": "magnitude", "share": "head", "sink": 0, "recent": 0}
+PAPER["sliding"] = "approximate"
 """The paper's method, where the defaults are another. A file of an earlier version that lacks a knob means this."""
 DEFAULT_PRESET = "accurate"
 PRESETS: dict[str, dict[str, Any]] = {
@@ -103,6 +105,9 @@ class AquaConfig:
         min_length: a query that sees fewer tokens of its sequence, its own included and padding not, multiplies every
             stored dimension: below it, choosing costs more than it saves. In a sliding-window layer all tokens so far
             count. "auto": `apply` takes the number from what `aqua bench breakeven` measured here, for decoding.
+        sliding: sliding-window layers of a decoder. "exact": they multiply and store every dimension. They read their
+            window only, so that leaving dimensions out saves no time there and costs most of the loss (ours).
+            "approximate": they are as the others (the paper).
 
     Sliding-window layers are never rounded and lose no tokens, whatever `bits` and `h2o_ratio` say.
 
@@ -142,6 +147,9 @@ class AquaConfig:
             *(_TOKENS, (AUTO,), "all queries of a sequence see as many tokens"),
         ),
     ] = 0
+    sliding: Annotated[
+        str, Knob("Sliding-window layers: exact, or approximate as the others (the paper)", choices=SLIDING)
+    ] = "exact"
 
     def __post_init__(self) -> None:
         config: Any = type(self)
@@ -199,6 +207,10 @@ class AquaConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
         return dataclasses.asdict(self)
+
+    def exact(self) -> Self:
+        """The same with every dimension multiplied and stored, for a layer where nothing is to be saved."""
+        return dataclasses.replace(self, k_ratio=1.0, logit_error=None, s_ratio=0.0, sink=0, recent=0, min_length=0)
 
 
 @cache

@@ -107,7 +107,7 @@ def in_pieces(model, cache, ids, mask, sizes):
 def test_generation_is_that_of_the_growing_cache(family, name, length, padding):
     model, projections = family
     ids, mask = padded(length, padding)
-    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS[name])) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(**SETTINGS[name])) as attachment:
         expected = model.generate(ids, attention_mask=mask, **GREEDY, **LOGITS)
         cache = ring_cache(attachment)
         found = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY, **LOGITS)
@@ -120,7 +120,7 @@ def test_k_ratio_1_is_dense(family, window):
     model, projections = family
     ids, mask = padded(10, 4)
     expected = model.generate(ids, attention_mask=mask, **GREEDY)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=1, **window)) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=1, **window)) as attachment:
         found = model.generate(ids, attention_mask=mask, past_key_values=ring_cache(attachment), **GREEDY)
     assert torch.equal(found, expected)
 
@@ -129,7 +129,7 @@ def test_beams_are_those_of_the_growing_cache(family):
     model, projections = family
     ids, mask = padded(9, 3)
     beams = {"attention_mask": mask, "num_beams": 3} | GREEDY
-    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS["window"])) as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(**SETTINGS["window"])) as attachment:
         expected = model.generate(ids, **beams)
         assert torch.equal(model.generate(ids, past_key_values=ring_cache(attachment), **beams), expected)
 
@@ -138,7 +138,7 @@ def test_sequences_change_places_with_their_padding(mistral):
     model, projections = mistral
     ids, mask = padded(16, 5)
     order = torch.tensor([1, 0])
-    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS["min_length"])) as attachment, torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(**SETTINGS["min_length"])) as attachment, torch.no_grad():
         results = []
         for cache in (attachment.new_cache(), ring_cache(attachment)):
             in_pieces(model, cache, ids[:, :9], mask[:, :9], [8, 1])
@@ -154,7 +154,7 @@ def test_sequences_change_places_with_their_padding(mistral):
 def test_logits_and_choices_of_a_chat_are_those_of_the_growing_cache(mistral, name, sizes):
     model, projections = mistral
     (ids, mask), results = padded(sum(sizes), 2), []
-    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS[name])) as attachment, torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(**SETTINGS[name])) as attachment, torch.no_grad():
         for cache in (attachment.new_cache(), ring_cache(attachment, room=31)):
             seen = []
             attachment.on_selection = lambda index, selected, *_, seen=seen: seen.append(selected)
@@ -183,7 +183,7 @@ def test_masks_that_hide_more_than_left_padding_are_obeyed(mistral, name, hidden
     sizes, places = HIDDEN[hidden]
     ids, mask = padded(22, 0)
     mask[tuple(zip(*places, strict=True))] = 0
-    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS[name])) as attachment, torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(**SETTINGS[name])) as attachment, torch.no_grad():
         caches = attachment.new_cache(), ring_cache(attachment)
         expected, found = (in_pieces(model, cache, ids, mask, sizes)[mask.bool()] for cache in caches)
     assert torch.allclose(found, expected, rtol=0, atol=2e-4)
@@ -202,7 +202,7 @@ def test_what_is_hidden_may_change_afterwards(mistral, name, before, after):
     ids, mask = padded(18, 0)
     then = mask.clone()
     mask[0, before], then[0, after] = 0, 0
-    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS[name])) as attachment, torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(**SETTINGS[name])) as attachment, torch.no_grad():
         results = []
         for cache in (attachment.new_cache(), ring_cache(attachment)):
             in_pieces(model, cache, ids[:, :13], mask[:, :13], [12, 1])
@@ -236,7 +236,7 @@ def test_a_decoding_step_of_a_whole_model_asks_the_host_nothing(mistral, monkeyp
     model, projections = mistral
     ids, mask = padded(16, 4)
     for settings in SETTINGS.values():
-        with aqua.apply(model, projections, aqua.AquaConfig(**settings)) as attachment, torch.no_grad():
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(**settings)) as attachment, torch.no_grad():
             caches = attachment.new_cache(), attachment.new_cache(max_length=20, layout="tiled")
             for cache in caches:
                 in_pieces(model, cache, ids[:, :10], mask[:, :10], [9, 1])
@@ -304,7 +304,7 @@ EXTRAS = {"": {}, "softcap": {"softcap": 2.0}, "s_aux": {"s_aux": torch.tensor([
 @pytest.mark.parametrize("extra", EXTRAS)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_recorded_step_goes_on_by_itself(name, extra):
-    plan, states = some_plan(aqua.AquaConfig(**SETTINGS[name]))
+    plan, states = some_plan(aqua.AquaConfig.paper(**SETTINGS[name]))
     ring, growing = RingLayer(plan, max_cache_len=40, sliding_window=7), RotatedSlidingLayer(plan, sliding_window=7)
     tape, static, recorded = Tape(), [torch.empty_like(each[0]) for each in states], None
     for length, new in enumerate(zip(*states, strict=True)):
@@ -324,7 +324,7 @@ def test_a_recorded_step_goes_on_by_itself(name, extra):
 
 @pytest.mark.parametrize("room", [9, 30])
 def test_a_ring_grows_up_to_its_window(room):
-    plan, states = some_plan(aqua.AquaConfig(**SETTINGS["window"]))
+    plan, states = some_plan(aqua.AquaConfig.paper(**SETTINGS["window"]))
     grown, large = (RingLayer(plan, max_cache_len=size, sliding_window=12) for size in (5, 30))
     for number, new in enumerate(zip(*states, strict=True)):
         if number == 5:
@@ -341,7 +341,7 @@ def test_a_ring_grows_up_to_its_window(room):
 
 
 def test_an_empty_ring_grows_too():
-    plan, states = some_plan(aqua.AquaConfig(**SETTINGS["plain"]))
+    plan, states = some_plan(aqua.AquaConfig.paper(**SETTINGS["plain"]))
     ring = RingLayer(plan, max_cache_len=5, sliding_window=12)
     for size in (8, 12):
         ring.grow(size)
@@ -352,7 +352,7 @@ def test_an_empty_ring_grows_too():
 
 def test_a_reset_keeps_addresses_and_forgets(mistral):
     model, projections = mistral
-    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS["window"])) as attachment, torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(**SETTINGS["window"])) as attachment, torch.no_grad():
         cache, ids = attachment.new_cache(max_length=40, layout="tiled"), tokens(2, 12)
         layer = cache.layers[0]
 
@@ -382,7 +382,7 @@ def test_bfloat16_stays_near_the_growing_cache():
     projections = calibrated(model)
     model, ids, logits = model.bfloat16(), tokens(2, 24), []
     ones = torch.ones_like(ids)
-    with aqua.apply(model, projections, aqua.AquaConfig(**SETTINGS["window"])) as attachment, torch.no_grad():
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(**SETTINGS["window"])) as attachment, torch.no_grad():
         for cache in (attachment.new_cache(), attachment.new_cache(max_length=24, layout="tiled")):
             logits.append(in_pieces(model, cache, ids, ones, [9] + [1] * 15).float())
     assert (logits[1] - logits[0]).norm() < 0.05 * logits[0].norm()
@@ -393,7 +393,7 @@ def test_a_model_of_sliding_layers_only_needs_no_kernel(mistral):
     model, projections = mistral
     ids, mask = padded(10, 3)
     for settings in ({"k_ratio": 0.5, "recent": 200}, {"k_ratio": 0.5, "s_ratio": 0.25, "sink": 1, "recent": 3}):
-        with aqua.apply(model, projections, aqua.AquaConfig(**settings)) as attachment:
+        with aqua.apply(model, projections, aqua.AquaConfig.paper(**settings)) as attachment:
             expected = model.generate(ids, attention_mask=mask, **GREEDY)
             cache = attachment.new_cache(max_length=40, layout="tiled")
             assert {type(layer) for layer in cache.layers} == {RingLayer}
@@ -404,7 +404,7 @@ def test_a_model_of_sliding_layers_only_needs_no_kernel(mistral):
             with pytest.raises(aqua.AquaError, match="the tiled layout has no gradient"):
                 model(ids[:, :1].expand(2, 1), past_key_values=attachment.new_cache(max_length=40, layout="tiled"))
     with (
-        aqua.apply(model, projections, aqua.AquaConfig(bits=8)) as attachment,
+        aqua.apply(model, projections, aqua.AquaConfig.paper(bits=8)) as attachment,
         pytest.raises(aqua.AquaError, match="a static cache cannot store bits=8"),
     ):
         attachment.new_cache(max_length=40, layout="tiled")
@@ -413,7 +413,7 @@ def test_a_model_of_sliding_layers_only_needs_no_kernel(mistral):
 def test_a_layer_left_dense_needs_a_whole_mask(mistral):
     model, projections = mistral
     ids = tokens(1, 10)
-    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5), layers="*.0.*") as attachment:
+    with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5), layers="*.0.*") as attachment:
         with pytest.raises(aqua.AquaError, match="some layers are left dense"):
             attachment.new_cache(max_length=40, layout="tiled")
         expected = model.generate(ids, **GREEDY)
@@ -437,7 +437,7 @@ def test_a_step_recorded_as_a_cuda_graph_goes_on_by_itself(maker, name):
     projections = calibrated(model)
     model = model.cuda()
     ids, total = tokens(2, 60).cuda(), 60
-    config = aqua.AquaConfig(**SETTINGS[name] | {"share": "group"})
+    config = aqua.AquaConfig.paper(**SETTINGS[name] | {"share": "group"})
     with aqua.apply(model, projections, config) as attachment, torch.no_grad():
         cache = attachment.new_cache(max_length=total)
         assert cache.layout == "tiled"

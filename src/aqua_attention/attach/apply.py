@@ -109,6 +109,9 @@ class Attachment:
             )
         if needs and any(coverage.left.values()):
             raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
+        windows = sliding_windows(self._decoder.config) if self._causal else {}
+        self._exact_windows = windows if config.sliding == "exact" else {}
+        """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
         self._plans: dict[nn.Module, LayerPlan] = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -123,8 +126,9 @@ class Attachment:
         attention = interface.attention_function(type(self.model).__name__, self._attend)
         try:
             for stack in stacks:
-                plan = self._plans[stack[0].module]
-                builder = interface.mask_builder(plan.sink, plan.recent, plan.min_length)
+                config = self.config if stack[0].causal else encoder_config(self.config)
+                exact = next(iter(self._exact_windows.values()), None) if stack[0].causal else None
+                builder = interface.mask_builder(config.sink, config.recent, config.threshold, exact)
                 alone = len(stacks) == 1 and self._coverage.alone
                 self._undo += install_stack(self.model, stack, alone, attention, builder, self._before_forward)
         except BaseException:
@@ -220,6 +224,8 @@ class Attachment:
     def _plan(self, layer: AttentionLayer) -> LayerPlan:
         """All that is known of a layer before its first call."""
         config = self.config if layer.causal else encoder_config(self.config)
+        if layer.causal and layer.index in self._exact_windows:
+            config = config.exact()
         facts = {"causal": layer.causal, "key_weights": self._key_weights[layer.module]}
         return self.projections.layers[layer.index].plan(config, layer.device, index=layer.index, **facts)
 

@@ -185,13 +185,12 @@ def make_cache(
         raise AquaError(f"layout is {layout!r}: it must be one of {', '.join(LAYOUTS)}")
     if max_length is not None and max_length < 1:
         raise AquaError(f"max_length is {max_length}: it must be 1 or more")
-    any_plan = next(iter(plans.values()))
-    needs = needs_own_cache(any_plan.config)
+    needs = needs_own_cache(next(iter(plans.values())).config)
     if max_length is None or offloading:
         untiled = "it has a fixed size and stays where it is (give max_length, no offloading)"
     on_gpu = all(plan.rotation.is_cuda for plan in plans.values())
     tiled = not untiled and (layout == "tiled" or (layout == "auto" and on_gpu))
-    if not tiled and max_length is not None and (needs or any_plan.has_window_store):
+    if not tiled and max_length is not None and (needs or any(plan.has_window_store for plan in plans.values())):
         stored, remedy = needs or "s_ratio with an exact window", "leave it out" if needs else "give sink=0, recent=0"
         raise AquaError(
             f"a static cache cannot store {stored}: leave out max_length, or {remedy}"

@@ -46,7 +46,7 @@ def save_cache(path: Path | str, cache: Any, plans: Plans, model: dict[str, Any]
     header = {
         "model": model,
         "key_weights": [plans[index].key_weights for index in sorted(plans)],
-        "settings": _settings(next(iter(plans.values())).config),
+        "settings": _settings([plans[index].config for index in sorted(plans)]),
         "rotations": _rotation_digest(plans),
         "layers": layers,
     }
@@ -66,7 +66,7 @@ def load_cache(path: Path | str, cache: AquaCache, plans: Plans, model: dict[str
             raise stored.error("it was made for another model")
         if header["model"]["dtype"] != model["dtype"]:
             raise stored.error(f"it was filled by a model in {header['model']['dtype']}, this one is {model['dtype']}")
-        settings, there = _settings(next(iter(plans.values())).config), _settings(AquaConfig.paper())
+        settings, there = _settings([plans[index].config for index in sorted(plans)]), _settings([AquaConfig.paper()])
         there |= header["settings"]
         if there != settings:
             changed = [f"{name} {there[name]}, not {our}" for name, our in settings.items() if there[name] != our]
@@ -93,9 +93,11 @@ def load_cache(path: Path | str, cache: AquaCache, plans: Plans, model: dict[str
         raise stored.error("its layers hold different numbers of tokens or sequences")
 
 
-def _settings(config: AquaConfig) -> dict[str, Any]:
-    settings = config.to_dict()
-    return {name: settings[name] for name in settings if name in STORED_SETTINGS}
+def _settings(configs: list[AquaConfig]) -> dict[str, Any]:
+    """What the layers of these settings store alike, by name; a list where sliding ones store something else."""
+    every = [config.to_dict() for config in configs]
+    values = {name: list(dict.fromkeys(each[name] for each in every)) for name in STORED_SETTINGS}
+    return {name: each[0] if len(each) == 1 else each for name, each in values.items()}
 
 
 def _rotation_digest(plans: Plans) -> str:

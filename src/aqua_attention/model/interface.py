@@ -107,11 +107,15 @@ def check_detached(model: PreTrainedModel) -> None:
         raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
 
 
-def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., Tensor | None]:
+def mask_builder(
+    sink: int, recent: int, min_length: int = 0, exact_window: int | None = None
+) -> Callable[..., Tensor | None]:
     """A mask function for transformers: None where causal order says it all, else boolean, or codes.
 
     The window, and which queries are short, are laid down here because only here are positions, padding and cache
     offsets known together. Where a query sees all tokens of its sequence so far, their number says whether it is short.
+
+    `exact_window` is the size of sliding windows in which every dimension is multiplied: a boolean mask will do there.
     """
 
     def build(
@@ -127,7 +131,8 @@ def mask_builder(sink: int, recent: int, min_length: int = 0) -> Callable[..., T
             given["allow_is_causal_skip"] = False
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
         visible: Tensor | None = sdpa_mask(**sizes, attention_mask=attention_mask, **given)
-        if visible is None or (sink + recent == 0 and not needs_codes):
+        is_exact = exact_window is not None and given.get("local_size") == exact_window
+        if visible is None or is_exact or (sink + recent == 0 and not needs_codes):
             return visible
         device = visible.device
         query_positions = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)

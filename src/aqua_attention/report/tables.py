@@ -83,6 +83,7 @@ GENERATE = (
 )
 WORDS = {name: f"{name} {{:g}}" for name in ("logit_error", "k_ratio", "s_ratio")}
 WORDS |= {"bits": "int{}", "h2o_ratio": "h2o_ratio {}", "basis": "{}", "selection": "{}", "share": "shared by {}"}
+WORDS["sliding"] = "sliding {}"
 """How a setting's values are written, in their order; any other knob is "name value"."""
 
 
