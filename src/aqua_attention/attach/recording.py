@@ -135,8 +135,8 @@ class Recorder:
             self._local.depth -= 1
 
     def has_graphs(self, model: nn.Module) -> bool:
-        """Whether there are graphs where the model is."""
-        return next(model.parameters()).device.type == self._graph.device
+        """Whether there are graphs where the model is, or a part of it."""
+        return any(weight.device.type == self._graph.device for weight in model.parameters())
 
     def forget(self) -> None:
         """Drop all recordings."""
