@@ -262,6 +262,33 @@ def test_generate_compares_dense_and_aqua(aqua, projections_file, tiny_folder, t
     assert out.count(result["aqua"]) == 2
 
 
+def test_generate_takes_the_fast_path_and_explains_it(aqua, projections_file, tiny_folder, tmp_path, monkeypatch):
+    from aqua_attention.ops.backends.cpu.build import no_kernel_reason
+
+    if reason := no_kernel_reason():
+        pytest.skip(reason)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = ("generate", tiny_folder, "-p", projections_file, "--prompt", "w1 w2 w3 w4", "--max-new-tokens", 8)
+    arguments += ("--device", "cpu", "--k-ratio", 0.5, "--share", "group", "--sink", 0, "--recent", 0)
+    code, out, _ = aqua(*arguments, "--explain", "--json", tmp_path / "out.json")
+    assert code == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    explained = result["explain"]
+    assert (explained["length"], explained["last"]["layout"], explained["last"]["steps"]) == (4, "tiled", 7)
+    assert (explained["decoding"]["backends"], explained["reason"]) == ({"cpu": 3}, None)
+    answer, lines = out.split("\n\n")
+    assert answer == result["aqua"]
+    assert lines.startswith("prompt of 4 tokens: fused\ndecoding after 4 tokens: cpu, tiled cache")
+    assert lines.endswith("last call: tiled cache, 7 steps\n")
+    assert aqua(*arguments)[1] == f"{answer}\n", "it explains itself to those who ask"
+    code, out, _ = aqua(*arguments, "--layout", "plain", "--no-record", "--no-compile", "--explain")
+    assert (code, out.startswith(answer)) == (0, True)
+    assert "  not faster, because layout is 'plain': leave layout out\n" in out
+    assert "last call: growing cache, 7 steps" in out
+    code, _, err = aqua(*arguments, "--share", "head", "--layout", "tiled")
+    assert (code, "layout='tiled' is impossible here, because share is 'head'" in err) == (2, True)
+
+
 MODEL_ERRORS = {
     "k_ratio 0": (["--k-ratio", "0"], r"k_ratio is 0.0: it must be a number with 0 < k_ratio <= 1"),
     "k_ratio 1.5": (["--k-ratio", "1.5"], r"k_ratio is 1.5"),

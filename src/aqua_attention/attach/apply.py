@@ -16,8 +16,11 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
+from aqua_attention.attach.explain import Known, explained
+from aqua_attention.attach.explanation import Explanation
 from aqua_attention.attach.generate import GenerateCaches, Replaced
-from aqua_attention.attach.recording import Recorder
+from aqua_attention.attach.possible import look_at_mask, why_no_tiles, why_not_by_itself, why_not_replayed
+from aqua_attention.attach.recording import NO_GRAPHS, Recorder
 from aqua_attention.cache.cache import (
     LAYOUTS,
     AquaCache,
@@ -34,11 +37,10 @@ from aqua_attention.cache.stored import needs_own_cache
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig, check_bidirectional, encoder_config
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, Reason, said
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
-from aqua_attention.ops.backend import tiled_backend, why_not_tiled
 from aqua_attention.ops.plan import Call, LayerPlan
 
 LOG = logging.getLogger("aqua_attention")
@@ -125,6 +127,8 @@ class Attachment:
         check_stacks(self.model, stacks)
         attention = interface.attention_function(type(self.model).__name__, self._attend)
         try:
+            if self.layout == "tiled" and (reason := self._why_not_automatic()):
+                raise AquaError(f"layout='tiled' is impossible here, because {said(reason, 'leave layout out')}")
             for stack in stacks:
                 config = self.config if stack[0].causal else encoder_config(self.config)
                 exact = next(iter(self._exact_windows.values()), None) if stack[0].causal else None
@@ -140,7 +144,7 @@ class Attachment:
     def _serve_generate(self) -> None:
         """Give `generate` of this model its cache and recorded steps."""
         self._caches = GenerateCaches(lambda room: self.new_cache(room, layout="tiled"), self._why_not_automatic)
-        parts = CompiledParts(self.model, self._causal, cuda_only=True, report=LOG.warning)
+        self._parts = parts = CompiledParts(self.model, self._causal, cuda_only=True, report=LOG.warning)
         self._recorder = Recorder(
             self.model,
             self.model.forward,
@@ -198,6 +202,28 @@ class Attachment:
         untiled = self._why_not_tiled() if max_length is not None else None
         return make_cache(self._decoder.config, self._cached(), max_length, offloading, layout, untiled)
 
+    def explain(self, length: int = 4096, batch: int = 1) -> Explanation:
+        """What a prompt of so many tokens and decoding after it run on, what that reads, and what would be faster.
+
+        Before `generate` was called it says what will happen, then also what did. Print it, or take its fields.
+
+        Args:
+            length: tokens of each sequence, without padding; batch: sequences.
+
+        An AquaError where AQUA is not attached, or sizes below 1.
+        """
+        if not self._plans:
+            raise AquaError("AQUA is not attached: ask for an explanation inside `apply`, or after attach()")
+        if min(length, batch) < 1:
+            raise AquaError(f"length is {length} and batch {batch}: they must be 1 or more")
+        untiled, cache = self._why_not_automatic() if self._causal else None, None
+        if self._rotates_on_write:
+            cache = self.new_cache() if untiled else self.new_cache(length, layout="tiled")
+        known = Known(
+            self._decoder, self._found, self._plans, len(self.dense), cache, untiled, self._why_not_recorded()
+        )
+        return explained(known, self._caches, self._recorder, self._parts if self.compile else None, length, batch)
+
     def save_cache(self, cache: Cache, path: Path | str) -> None:
         """Write a growing cache that this attachment has filled to one safetensors file, whole or not at all.
 
@@ -231,41 +257,26 @@ class Attachment:
 
     def _why_not_tiled(self) -> str | None:
         """Why there can be no cache for the decoding kernels; None when there can, or when they have no layer."""
-        if any(self._coverage.left.values()):
-            return "some layers are left dense, and a mask of the size that they need is not made for a decoding step"
-        slides = sliding_windows(self._decoder.config)
-        full = [layer for layer in self._causal if layer.index not in slides]
-        if (full and getattr(self._decoder.config, "attn_logit_softcapping", None)) or any(
-            getattr(layer.module, "sinks", None) is not None for layer in full
-        ):
-            return "the kernel knows neither softcap nor extra softmax logits"
-        dtype = self._decoder.dtype
-        reasons = (why_not_tiled(self._plans[f.module], f.num_attention_heads, dtype) for f in full)
-        return next(filter(None, reasons), None)
+        return self._coverage.why_no_tiles() or why_no_tiles(self._decoder, self._causal, self._plans)
 
     def _why_not_automatic(self) -> str | None:
         """Why `generate` is not given a tiled cache; None when it is."""
         if self.layout == "plain":
-            return "layout is 'plain'"
+            return Reason("layout is 'plain'", "leave layout out")
         if not self._rotates_on_write:
-            return f"{type(self.model).__name__} does not take its keys straight from its cache"
+            return Reason(f"{type(self.model).__name__} does not take its keys straight from its cache")
         devices = {plan.rotation.device for plan in self._cached().values()}
-        if self.layout == "auto" and not all(tiled_backend(each).decodes_automatically(each) for each in devices):
-            return "triton's interpreter stands for a GPU, which is for tests: give layout='tiled'"
-        return self._why_not_tiled()
+        return (self.layout == "auto" and why_not_by_itself(devices)) or self._why_not_tiled()
+
+    def _why_not_recorded(self) -> str | None:
+        """Why no decoding step is recorded, whatever the cache; None when some can be."""
+        if not self._recorder.has_graphs():
+            return NO_GRAPHS
+        return None if self.record else Reason("record is False", "set record=True")
 
     def _why_not_replayed(self, cache: Any, mask: Tensor | None) -> str | None:
         """Why the next decoding step on this cache cannot be recorded; None when it can."""
-        if not self.record:
-            return "record is False"
-        if not isinstance(cache, AquaCache) or cache.layout != "tiled":
-            return f"the cache is a {getattr(cache, 'layout', '')} {type(cache).__name__}, which is not tiled"
-        self._look_at_mask(cache, mask)
-        if other := next((each for each in cache.layers if not isinstance(each, Recordable)), None):
-            return f"a {type(other).__name__} of the cache counts its tokens on the host"
-        if unready := next((each for each in cache.layers if not each.decodes(1)), None):
-            return "the mask hides more than the padding of the prompt" if unready.batch else "there was no prompt"
-        return None
+        return self._why_not_recorded() or why_not_replayed(cache, mask)
 
     def _before_forward(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
         """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
@@ -301,9 +312,10 @@ class Attachment:
         recordable = [layer for layer in cache.layers if isinstance(layer, Recordable)]
         if not self._can_tile and any(isinstance(layer, TiledLayer) for layer in recordable):
             if reason := self._why_not_tiled():
-                raise AquaError(f"this cache is tiled, which is impossible here, because {reason}: make a new one")
+                remedies = said(reason, "make a new one")
+                raise AquaError(f"this cache is tiled, which is impossible here, because {remedies}")
             self._can_tile = True
-        self._look_at_mask(cache, mask)
+        look_at_mask(cache, mask)
         if isinstance(mask, Tensor) and mask.ndim == 4:
             interface.as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
@@ -312,16 +324,6 @@ class Attachment:
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
-
-    def _look_at_mask(self, cache: Cache, mask: Any) -> None:
-        """Tell tiled layers whether the coming forward pass hides nothing but the padding of a prompt."""
-        recordable = [layer for layer in cache.layers if isinstance(layer, Recordable)]
-        if recordable:
-            # All hold the same tokens, sliding ones not all of them; asking one waits for the GPU once a step.
-            judge = min(recordable, key=lambda layer: layer.is_sliding)
-            is_known = mask is None or (isinstance(mask, Tensor) and judge.knows(mask))
-            for layer in recordable:
-                layer.mask_is_known = is_known
 
     def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
         """Attention of one layer; query and key arrive after rotary embedding."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, Reason
 from aqua_attention.model.capture import AttentionLayer, chosen_layers, innermost_decoder, layers_and_gaps
 from aqua_attention.model.interface import NAME_PREFIX, install
 
@@ -30,7 +30,7 @@ class Coverage:
     def __init__(self, model: PreTrainedModel, projections: Projections, pattern: str | None) -> None:
         """Look the layers up; an AquaError where the model cannot take AQUA, or no layer has such a name."""
         every, gaps = layers_and_gaps(model)
-        self.name, self.gaps = type(model).__name__, gaps
+        self.name, self.gaps, self._pattern = type(model).__name__, gaps, pattern
         self.covered = projections.covered(every)
         self.found = chosen_layers(self.covered, pattern, gaps)
         self.left = {layer.module: layer.causal for layer in every if layer not in self.found}
@@ -44,6 +44,14 @@ class Coverage:
             for name, module in model.named_modules()
             if isinstance(module, nn.MultiheadAttention)
         ]
+
+    def why_no_tiles(self) -> str | None:
+        """Why no cache is for the decoding kernels; None when there are no causal layers that stay dense."""
+        if not any(self.left.values()):
+            return None
+        text = "some layers are left dense, and a mask of the size that they need is not made for a decoding step"
+        remedy = "leave out the pattern of layers (layers=...)" if self._pattern else "calibrate all layers"
+        return Reason(text, remedy)
 
     def check_call(self, module: nn.Module, is_causal: bool, dropout: float, found_causal: bool | None) -> None:
         """Raise AquaError for an attention call of a layer that is none of these, or not as it was found.

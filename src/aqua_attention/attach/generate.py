@@ -10,12 +10,16 @@ from typing import Any
 from torch import nn
 
 from aqua_attention.cache.cache import AquaCache
+from aqua_attention.errors import Reason
 
 ROOM = 256
 """Sizes are multiples of so many tokens, so that the next call can have the same cache."""
 MOST_NEW = 8192
 """Tokens that room is made for beyond twice the prompt, however many are allowed: `generate` may end early."""
 MODES = ("greedy_search", "sample")
+REMEDIES = {"beam search": "set num_beams=1", "beam sample": "set num_beams=1"}
+REMEDIES |= {"assisted generation": "leave out the assistant, or prompt lookup"}
+NEVER_CALLED = Reason("generate was not called so far")
 
 
 class Replaced:
@@ -57,13 +61,16 @@ class GenerateCaches:
         self._make, self._why_not = make, why_not
         self._spare: tuple[int, AquaCache] | None = None
         self._local = threading.local()
-        self.reason: str | None = "generate was not called so far"
+        self.reason: str | None = NEVER_CALLED
         """Why the last call got no cache of ours; None when it got one."""
+        self.layout = ""
+        """Of the cache of the last call: "tiled", "plain", "growing", or what the user has asked for."""
 
     def prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of `_prepare_cache_for_generation`: put a cache where it finds one that the user gave."""
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         self.reason = self._why_not_given(given) or self._why_not()
+        self.layout = "tiled" if self.reason is None else _layout(given)
         if self.reason is None:
             config = given["generation_config"]
             batch = given["batch_size"] * max(config.num_return_sequences or 1, 1)
@@ -90,16 +97,19 @@ class GenerateCaches:
     def _why_not_given(self, given: dict[str, Any]) -> str | None:
         names = ("generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length")
         if missing := [name for name in names if name not in given]:
-            return f"this version of transformers does not say {', '.join(missing)} where it makes its cache"
+            text = f"this version of transformers does not say {', '.join(missing)} where it makes its cache"
+            return Reason(text, "install transformers 5.16")
         config, mode = given["generation_config"], given["generation_mode"]
         if given["model_kwargs"].get("past_key_values") is not None:
-            return "the call was given a cache of its own"
+            remedy = "leave past_key_values out, or give new_cache(max_length, layout='tiled')"
+            return Reason("the call was given a cache of its own", remedy)
         if config.use_cache is False:
-            return "use_cache is False"
+            return Reason("use_cache is False", "set use_cache=True")
         if config.cache_implementation not in (None, "dynamic"):
-            return f"cache_implementation is {config.cache_implementation!r}"
+            return Reason(f"cache_implementation is {config.cache_implementation!r}", "leave cache_implementation out")
         if getattr(mode, "value", mode) not in MODES or config.is_assistant:
-            return f"{str(getattr(mode, 'value', mode)).replace('_', ' ')} moves or drops tokens of its cache"
+            name = "assisted generation" if config.is_assistant else str(getattr(mode, "value", mode)).replace("_", " ")
+            return Reason(f"{name} moves or drops tokens of its cache", REMEDIES.get(name, ""))
         return None
 
     def _take(self, batch: int, room: int) -> AquaCache:
@@ -109,6 +119,18 @@ class GenerateCaches:
             return spare[1]
         del spare  # it makes room first
         return self._make(room)
+
+
+def _layout(given: dict[str, Any]) -> str:
+    """What kind of cache a call has that gets none of ours."""
+    cache, config = given.get("model_kwargs", {}).get("past_key_values"), given.get("generation_config")
+    if isinstance(cache, AquaCache):
+        return cache.layout if cache.max_length else "growing"
+    if cache is not None:
+        return type(cache).__name__
+    if getattr(config, "use_cache", None) is False:
+        return "no"
+    return getattr(config, "cache_implementation", None) or "growing"
 
 
 def _room(given: dict[str, Any]) -> int:

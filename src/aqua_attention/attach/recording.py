@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,10 +18,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from transformers import Cache
 
+from aqua_attention.errors import Reason
+
 CACHE, MASK = "past_key_values", "attention_mask"
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 OUR_HOOKS = ("aqua_attention.", "transformers.")
 """Hooks of these packages do nothing in a step that a replay would miss."""
+
+
+NO_STEP, FIRST_STEP = Reason("no step so far"), Reason("the first step is not recorded")
+NO_GRAPHS = Reason("only steps on a CUDA GPU are recorded")
+NATURAL = (NO_STEP, FIRST_STEP, NO_GRAPHS)
+"""Reasons against which nothing can or need be done."""
 
 
 class CudaGraph:
@@ -70,6 +79,15 @@ class RecordedSteps:
         self.state: Any = None
 
 
+@dataclass
+class GenerateCall:
+    """What one call of `generate` did: decoding steps, those of them replayed, and seconds spent on recording."""
+
+    steps: int = 0
+    replays: int = 0
+    seconds: float = 0.0
+
+
 class Recorder:
     """Stands before a model's `forward`, and replays decoding steps inside `generate`.
 
@@ -77,6 +95,7 @@ class Recorder:
         reason: why the last forward pass was not replayed; empty when it was.
         seconds: what the last recording took.
         replays: steps replayed so far.
+        last: what the last call of `generate` did, or does.
     """
 
     def __init__(
@@ -97,16 +116,20 @@ class Recorder:
             parts: a context in which the step runs that is recorded, and the one before: parts of the model compiled.
             observing: has `on_selection`, see `Attachment`.
         """
-        self._model, self._forward, self._why_not = model, forward, why_not
+        self.model, self._forward, self._why_not = model, forward, why_not
         self._parts, self._observing, self._graph = parts, observing, CudaGraph
         self._steps: WeakKeyDictionary[Any, RecordedSteps] = WeakKeyDictionary()
         self._local = threading.local()
-        self.reason, self.seconds, self.replays = "no step so far", 0.0, 0
+        self.reason: str = NO_STEP
+        self.seconds, self.replays, self.last = 0.0, 0, GenerateCall()
 
     @contextmanager
     def generating(self) -> Iterator[None]:
         """While open, steps of this thread are replayed: `generate` changes no weights or masks between them."""
+        if not getattr(self._local, "depth", 0):
+            self.last = GenerateCall()
         self._local.depth = getattr(self._local, "depth", 0) + 1
+        self._local.has_graphs = self.has_graphs()
         try:
             yield
         finally:
@@ -120,24 +143,25 @@ class Recorder:
         """The model's forward pass, replayed where it is a step that was recorded."""
         if torch.compiler.is_compiling() or not getattr(self._local, "depth", 0):
             return self._forward(*args, **inputs)
-        if not self._has_graphs():
-            self.reason = f"only steps on a GPU ({self._graph.device}) are recorded"
+        if not self._local.has_graphs:
+            self.reason = NO_GRAPHS
             return self._forward(*args, **inputs)
         cache, tokens = inputs.get(CACHE), inputs.get("input_ids")
         if not isinstance(cache, Cache):
-            self.reason = "there is no cache"
+            self.reason = Reason("there is no cache", "set use_cache=True")
             return self._forward(*args, **inputs)
         steps = self._steps.setdefault(cache, RecordedSteps())
         if args or not isinstance(tokens, Tensor) or tokens.shape[1] != 1:
-            steps.is_fresh, self.reason = True, "no step so far"
+            steps.is_fresh, self.reason = True, NO_STEP
             return self._forward(*args, **inputs)
         return self._step(steps, cache, inputs)
 
-    def _has_graphs(self) -> bool:
-        """Whether there are graphs where the model is."""
-        return next(self._model.parameters()).device.type == self._graph.device
+    def has_graphs(self) -> bool:
+        """Whether there are graphs where the model is, or a part of it."""
+        return any(weight.device.type == self._graph.device for weight in self.model.parameters())
 
     def _step(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> Any:
+        self.last.steps += 1
         key = self._key(inputs)
         if steps.is_fresh or steps.left == 0 or key != steps.key:
             if reason := self._why_not_begin(steps, cache, inputs, key):
@@ -146,7 +170,7 @@ class Recorder:
             self._begin(steps, cache, key)
         steps.left -= 1
         if not steps.is_warm:
-            steps.is_warm, self.reason = True, "the first step is not recorded"
+            steps.is_warm, self.reason = True, FIRST_STEP
             with self._parts():
                 return self._forward(**inputs)
         if steps.graph is None and not self._record(steps, cache, inputs):
@@ -167,18 +191,18 @@ class Recorder:
     ) -> str | None:
         if steps.refused:
             return steps.refused
-        if reason := why_not_recorded(self._model):
+        if reason := why_not_recorded(self.model):
             return reason
         if torch.is_grad_enabled():
-            return "gradients are being recorded: use torch.no_grad()"
+            return Reason("gradients are being recorded", "use torch.no_grad()")
         others = (name for name, value in inputs.items() if name != CACHE and not isinstance(value, (Tensor, *PLAIN)))
         if other := next(others, None):
             return f"{other} is a {type(inputs[other]).__name__}, and only tensors and numbers can be recorded"
         if inputs.get("return_dict") is False:
-            return "return_dict is False"
+            return Reason("return_dict is False", "leave return_dict out")
         mask = inputs.get(MASK)
         if mask is not None and inputs.get("position_ids") is None:
-            return "there is a mask and no position_ids"
+            return Reason("there is a mask and no position_ids", "give position_ids")
         return self._why_not(cache, mask)
 
     def _begin(self, steps: RecordedSteps, cache: Any, key: tuple[Any, ...]) -> None:
@@ -187,7 +211,7 @@ class Recorder:
         if held >= cache.max_length:
             steps.forget()
             cache.make_room(held + 1)
-        if steps.graph is not None and (key != steps.key or steps.state != model_state(self._model)):
+        if steps.graph is not None and (key != steps.key or steps.state != model_state(self.model)):
             steps.forget()
         steps.key, steps.is_fresh, steps.left = key, False, cache.max_length - held
 
@@ -204,12 +228,13 @@ class Recorder:
             with self._parts(), self._observed(steps.observed):
                 outputs = graph.record(lambda: self._forward(**steps.inputs, **{CACHE: cache}))
         except RuntimeError as error:
-            steps.refused = self.reason = f"recording failed: {(str(error).splitlines() or [''])[0][:160]}"
+            steps.refused = self.reason = Reason(f"recording failed: {(str(error).splitlines() or [''])[0][:160]}")
             return False
         steps.kind = type(outputs)
         steps.outputs = {name: value for name, value in outputs.items() if name != CACHE}
-        steps.graph, steps.state = graph, model_state(self._model)
+        steps.graph, steps.state = graph, model_state(self.model)
         self.seconds = time.perf_counter() - start
+        self.last.seconds += self.seconds
         return True
 
     def _replay(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> Any:
@@ -219,6 +244,7 @@ class Recorder:
                 steps.inputs[name].copy_(value)
         steps.graph.replay()
         self.reason, self.replays = "", self.replays + 1
+        self.last.replays += 1
         for told in steps.observed:
             self._observing.on_selection(*told)
         # The next replay writes over them.
@@ -243,11 +269,13 @@ def why_not_recorded(model: nn.Module) -> str | None:
     """Why no step of this model can be recorded; None when it can."""
     devices = {tensor.device for tensor in model.parameters()}
     if len(devices) > 1:
-        return f"the model lies on several devices ({', '.join(sorted(map(str, devices)))})"
+        text = f"the model lies on several devices ({', '.join(sorted(map(str, devices)))})"
+        return Reason(text, "load the model onto one device")
     for name, module in model.named_modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(not str(getattr(hook, "__module__", "")).startswith(OUR_HOOKS) for hook in hooks):
-            return f"{name or type(model).__name__} has a forward hook, which a replayed step would not call"
+            text = f"{name or type(model).__name__} has a forward hook, which a replayed step would not call"
+            return Reason(text, "remove the hook")
     return None
 
 

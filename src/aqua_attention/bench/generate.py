@@ -20,6 +20,7 @@ from aqua_attention.bench.dense import BASELINES
 from aqua_attention.bench.random_llama import need_gpu, random_projections, random_states
 from aqua_attention.bench.timing import read_bandwidth, seconds_of
 from aqua_attention.cache.layer import Recordable
+from aqua_attention.cache.stored import states_bytes
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -217,14 +218,12 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def step_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConfig | None) -> int:
     """Bytes of weights, keys and values that a step reads; of keys the chosen dimensions; None: dense.
 
-    The few tokens of the exact window, read whole, are counted as the others; with 8 bits, two scales of two bytes for
-    each token and head.
+    The few tokens of the exact window, read whole, are counted as the others.
     """
     shape = model.config
-    read = shape.head_dim + (shape.head_dim if config is None else config.selected_dims(shape.head_dim))
-    size, scales = (1, 4) if config is not None and config.bits == 8 else (model.dtype.itemsize, 0)
+    read, bits = (shape.head_dim, None) if config is None else (config.selected_dims(shape.head_dim), config.bits)
     tokens = shape.num_hidden_layers * batch * shape.num_key_value_heads * length
-    return weight_bytes(model) + int(tokens * (read * size + scales))
+    return weight_bytes(model) + tokens * states_bytes(read, shape.head_dim, model.dtype.itemsize, bits)
 
 
 def compare(rows: list[dict[str, Any]], batch: int, bandwidth: float) -> None:

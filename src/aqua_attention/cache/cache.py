@@ -16,7 +16,7 @@ from aqua_attention.cache.growing import RotatedLayer
 from aqua_attention.cache.ring import RingLayer
 from aqua_attention.cache.stored import needs_own_cache, stores_the_same
 from aqua_attention.cache.tiled import TiledLayer
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, said
 from aqua_attention.ops.plan import LayerPlan
 
 LAYOUTS = ("auto", "tiled", "plain")
@@ -197,7 +197,9 @@ def make_cache(
             + ("; in the tiled layout bits=8 is possible" if not untiled else "")
         )
     if layout == "tiled" and untiled:
-        raise AquaError(f"a cache in the tiled layout is impossible here, because {untiled}: use auto or plain")
+        raise AquaError(
+            f"a cache in the tiled layout is impossible here, because {said(untiled, 'use layout auto or plain')}"
+        )
     cache = AquaCache(config, plans, max_length, offloading, "tiled" if tiled else "plain")
     if needs and max_length is not None and not any(isinstance(layer, TiledLayer) for layer in cache.layers):
         raise AquaError(f"a static cache cannot store {needs}: leave out max_length, or that")

@@ -58,6 +58,11 @@ class Quantized:
     def whole(self) -> int:  # noqa: D102
         return self._tail.length
 
+    def token_bytes(self, width: int) -> int:
+        """Bytes of a quantized state of so many channels."""
+        leading, half, groups = self._split(width)
+        return leading + half + 2 * len(groups) * torch.bfloat16.itemsize
+
     def append(self, states: Tensor) -> None:  # noqa: D102
         if states.requires_grad:
             raise AquaError(f"int{self.bits} storage has no gradient: leave bits out, or use torch.no_grad()")

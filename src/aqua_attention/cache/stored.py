@@ -67,6 +67,29 @@ def same_weights(first: list[float] | None, second: list[float] | None) -> bool:
     return first is None or second is None or not other_weights([first], [second])
 
 
+def token_bytes(plan: LayerPlan, itemsize: int, length: int, is_tiled: bool) -> float:
+    """Bytes of keys and values that a decoding step reads for a token that is in no exact window and not whole.
+
+    Args:
+        itemsize: bytes of a number of the model's dtype; length: tokens of the sequence.
+        is_tiled: whether the layer is in tiles; else it is a growing one, of which every stored dimension is read.
+    """
+    heads, bits = plan.num_key_value_heads, plan.config.bits
+    if is_tiled:
+        read = plan.kept if plan.why_not_skipping(length) else plan.k
+        return heads * states_bytes(read, plan.head_dim, itemsize, bits)
+    if bits is None:
+        return plan.config.h2o_ratio * heads * states_bytes(plan.kept, plan.head_dim, itemsize, None)
+    keys, values = _unwindowed_stores(plan)
+    assert isinstance(keys, Quantized) and isinstance(values, Quantized)
+    return plan.config.h2o_ratio * heads * (keys.token_bytes(plan.kept) + values.token_bytes(plan.head_dim))
+
+
+def states_bytes(read: int, value_dim: int, itemsize: int, bits: int | None) -> int:
+    """Bytes of so many dimensions of a key, and of a value; those of 8 bits, as tiles have them, with their scales."""
+    return read + value_dim + 2 * torch.bfloat16.itemsize if bits == 8 else (read + value_dim) * itemsize
+
+
 def _unwindowed_stores(plan: LayerPlan) -> tuple[Store, Store]:
     """Those of the leading dimensions of all keys, and of values."""
     bits = plan.config.bits

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +16,7 @@ from aqua_attention.cli import records
 from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
-from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsFile, load_projections
+from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsFile, Serving, load_projections
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
 from aqua_attention.cli.terminal import Show, check_writable, progress_bar, progress_bars, stoppable
@@ -193,29 +194,38 @@ def generate(
     max_new_tokens: Annotated[int, "How many tokens to write at most."] = 64,
     config: AquaConfig,
     compare: Annotated[bool, "--compare", "Write the dense model's answer too."] = False,
+    explain: Annotated[bool, "--explain", "Say what it ran on, and what would be faster."] = False,
+    serving: Serving,
     chat: Chat = True,
     model: ModelOptions,
     show: Show,
 ) -> None:
-    """Continue a prompt with AQUA attention (greedy).
+    """Continue a prompt with AQUA attention (greedy), by the fastest path there is; --explain says which.
 
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --preset fast
     --compare`
     """
     from aqua_attention.attach.apply import apply
-    from aqua_attention.evaluate.generation import continue_prompt
+    from aqua_attention.evaluate.generation import continue_tokens, encode_prompt
 
     learned, (loaded, tokenizer) = load_projections(projections), model.load()
-    attachment = apply(loaded, learned, config)
-    attached = {"dense": None, "aqua": attachment} if compare else {"aqua": attachment}
+    attachment = apply(loaded, learned, config, **vars(serving))
     result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
-    for name, each in attached.items():
-        written = continue_prompt(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, attachment=each, chat=chat)
-        result[name] = written.text
+    tokens = encode_prompt(tokenizer, prompt, chat=chat)
+    written = partial(continue_tokens, loaded, tokenizer, tokens, max_new_tokens=max_new_tokens)
+    if compare:
+        result["dense"] = written().text
+    with attachment:
+        result["aqua"] = written().text
+        explanation = attachment.explain(tokens.shape[1]) if explain else None
+    if explanation:
+        result["explain"] = explanation.to_dict()
     show(result)
     if compare:
         typer.echo(f"--- dense\n{result['dense']}\n--- AQUA")
     typer.echo(result["aqua"])
+    if explanation:
+        typer.echo(f"\n{explanation}")
 
 
 @app.command()

@@ -91,6 +91,15 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """How `generate` decodes under AQUA, as `apply` takes it."""
+
+    layout: Annotated[str, "Of the cache: auto, tiled (for the decoding kernels) or plain (it grows)."] = "auto"
+    record: Annotated[bool, "Record decoding steps as a CUDA graph, on a GPU."] = True
+    compile: Annotated[bool, "Compile norms, MLPs and rotary embeddings for recorded steps."] = True
+
+
+@dataclass(frozen=True)
 class Windows:
     """Windows of a text, from its start."""
 

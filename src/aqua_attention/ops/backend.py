@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, Reason
 from aqua_attention.ops import select
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
@@ -47,6 +47,8 @@ class Backend:
 
     def why_not(self, call: Call, plan: LayerPlan | None) -> str | None:
         """Why it cannot take this call; None when it can.
+
+        It is asked while `torch.compile` traces a call too, which cannot make a `Reason`.
 
         Args:
             plan: None for `attend_rotated`.
@@ -86,7 +88,7 @@ class Backend:
         return True
 
     def why_not_tiled(self, plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
-        """Why it cannot decode from a tiled cache of this layer; None when it can."""
+        """Why it cannot decode from a tiled cache of this layer, a `Reason` where a setting helps; None when it can."""
         return "it reads no tiles"
 
     def decode(
@@ -139,6 +141,12 @@ def choose(call: Call, plan: LayerPlan | None, impl: str = "auto") -> Backend:
     return backend
 
 
+def why_not_preferred(call: Call, plan: LayerPlan | None) -> str | None:
+    """Why `choose` takes another backend than the one it prefers for such a call; None when it takes that one."""
+    known = map(load, names(rotated=plan is None))
+    return next(backend for backend in known if backend.is_automatic(call)).why_not(call, plan)
+
+
 def rotate(states: Tensor, rotation: Tensor) -> Tensor:
     """`ops.select.rotate`, by a kernel where there is one for these states."""
     for name in BACKENDS:
@@ -165,9 +173,21 @@ def why_not_tiled(plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype)
     if reason := tiled_backend(plan.rotation.device).why_not_tiled(plan, num_attention_heads, dtype):
         return reason
     if config.share != "group" and num_attention_heads != plan.num_key_value_heads:
-        return f"share is {config.share!r}, and the kernel reads the same dimensions for a group (share='group')"
-    if config.bits == 4 or config.h2o_ratio < 1 or plan.has_window_store:
-        return "it stores neither bits=4, h2o_ratio nor s_ratio with an exact window"
+        text = f"share is {config.share!r}, and the kernel reads the same dimensions for a group"
+        return Reason(text, "set share='group' to read fewer bytes")
+    if remedy := _remedy_for_stored(plan):
+        return Reason("it stores neither bits=4, h2o_ratio nor s_ratio with an exact window", remedy)
     if max(config.sink, config.recent) > TILE:
-        return f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
+        text = f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
+        return Reason(text, f"set sink and recent to {TILE} or less")
     return None
+
+
+def _remedy_for_stored(plan: LayerPlan) -> str:
+    """What to change in what a cache stores, so that it can be in tiles; empty where it can."""
+    if plan.config.bits == 4:
+        on_gpu = plan.rotation.device.type == "cuda"
+        return "set bits=8, or leave bits out" if on_gpu else "leave bits out (bits=8 needs a GPU)"
+    if plan.config.h2o_ratio < 1:
+        return "set h2o_ratio=1"
+    return "leave s_ratio out, or sink and recent" if plan.has_window_store else ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, Reason
 
 
 class Call(NamedTuple):
@@ -148,6 +148,14 @@ class LayerPlan:
     def needs_codes(self) -> bool:
         """Whether a mask must say more than what is visible, see `ops.mask`."""
         return self.sink + self.recent + self.min_length > 0
+
+    def why_not_skipping(self, length: int) -> str | None:
+        """Why queries multiply every stored dimension in sequences of so many tokens; None when they do not."""
+        if not self.selects:
+            return Reason(f"k_ratio is {self.config.k_ratio:g}: every dimension is multiplied", "set k_ratio below 1")
+        if length < self.min_length:
+            return Reason(f"sequences of fewer than {self.min_length} tokens multiply every dimension (min_length)")
+        return None
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Call:
         """A call of this layer, with its window and, unless `options` has another, its scaling."""

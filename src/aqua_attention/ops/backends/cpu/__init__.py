@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from aqua_attention.errors import Reason
 from aqua_attention.ops.backend import Backend
 from aqua_attention.ops.layout import WIDEST, Chosen, TiledCache
 from aqua_attention.ops.plan import LayerPlan
@@ -27,9 +28,10 @@ class Cpu(Backend):
         if reason := no_kernel_reason():
             return reason
         if dtype not in (torch.float32, torch.bfloat16):
-            return f"the model is {dtype}, and the CPU kernel takes float32 and bfloat16"
+            text = f"the model is {dtype}, and the CPU kernel takes float32 and bfloat16"
+            return Reason(text, "load the model with dtype='bfloat16' or 'float32'")
         if plan.config.bits == 8:
-            return "the CPU kernel reads no bits=8"
+            return Reason("the CPU kernel reads no bits=8", "leave bits out")
         return (
             f"heads have {plan.head_dim} dimensions, and it takes {WIDEST} at most" if plan.head_dim > WIDEST else None
         )

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, Reason, said
 from aqua_attention.io.files import cache_folder
 
 SOURCE = Path(__file__).with_name("decode.c")
@@ -25,7 +25,7 @@ def no_kernel_reason() -> str | None:
     if platform.system() != "Linux":
         return f"the kernel is for Linux, this is {platform.system()}"
     if _compiler() is None:
-        return "there is no C compiler (install gcc, or set CC)"
+        return Reason("there is no C compiler", "install gcc, or set CC")
     return None
 
 
@@ -37,7 +37,7 @@ def kernels() -> ctypes.CDLL:
         AquaError: there is no compiler, it fails, or the result cannot be kept or loaded.
     """
     if reason := no_kernel_reason():
-        raise AquaError(f"impl='cpu' is impossible here, because {reason}")
+        raise AquaError(f"impl='cpu' is impossible here, because {said(reason)}")
     compiler = _compiler()
     assert compiler is not None
     folder = cache_folder("kernels")

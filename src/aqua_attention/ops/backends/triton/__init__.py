@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from aqua_attention.errors import Reason
 from aqua_attention.ops.backend import Backend
 from aqua_attention.ops.layout import LARGEST_QUANTIZED, WIDEST, Chosen, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
@@ -14,6 +15,7 @@ from aqua_attention.ops.plan import Attended, Call, LayerPlan
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32: two tiles on their way need more shared memory than wider ones leave."""
+LOAD_BFLOAT16 = "load the model with dtype='bfloat16'"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -31,7 +33,8 @@ class Triton(Backend):
         if call.mask is not None:
             return "it knows no mask"
         if plan.rotation.shape[2] != plan.kept:
-            return "it knows no tokens that keep more dimensions than others (s_ratio with an exact window)"
+            text = "it knows no tokens that keep more dimensions than others (s_ratio with an exact window)"
+            return Reason(text, "leave s_ratio out, or sink and recent")
         if call.softcap is not None or call.s_aux is not None:
             return "it knows neither softcap nor extra softmax logits (s_aux)"
         queries, keys = call.query.shape[2], call.key.shape[2]
@@ -39,7 +42,8 @@ class Triton(Backend):
             return f"it is for a whole prompt, with as many queries as keys: {queries} and {keys}"
         widest = max(call.query.shape[3], call.key.shape[3], call.value.shape[3])
         if call.query.dtype not in DTYPES or widest > WIDEST:
-            return f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
+            text = f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
+            return Reason(text, "" if widest > WIDEST else LOAD_BFLOAT16)
         if plan.rotation.dtype != torch.float32:
             return f"the rotation is {plan.rotation.dtype}, and it takes torch.float32"
         return "it has no gradient" if call.has_gradient else None
@@ -86,11 +90,13 @@ class Triton(Backend):
         if reason := no_kernels_reason(plan.rotation.device):
             return reason
         if bits is not None and head_dim > LARGEST_QUANTIZED:
-            return f"heads have {head_dim} dimensions, and with bits=8 it takes {LARGEST_QUANTIZED} at most"
+            text = f"heads have {head_dim} dimensions, and with bits=8 it takes {LARGEST_QUANTIZED} at most"
+            return Reason(text, "leave bits out")
         if dtype not in DTYPES:
-            return f"the model is {dtype}, and it takes bfloat16, float16 and float32"
+            return Reason(f"the model is {dtype}, and it takes bfloat16, float16 and float32", LOAD_BFLOAT16)
         if dtype == torch.float32 and head_dim > LARGEST_FLOAT32 and plan.rotation.is_cuda:
-            return f"heads have {head_dim} dimensions, and in float32 it takes {LARGEST_FLOAT32} at most"
+            text = f"heads have {head_dim} dimensions, and in float32 it takes {LARGEST_FLOAT32} at most"
+            return Reason(text, LOAD_BFLOAT16)
         return f"heads have {head_dim} dimensions, and it takes {WIDEST} at most" if head_dim > WIDEST else None
 
     def decode(
@@ -109,10 +115,10 @@ def is_interpreted(device: torch.device) -> bool:
 
 def no_kernels_reason(device: torch.device) -> str | None:
     """Why our kernels cannot run on this device; None when they can."""
-    if not HAS_TRITON:
-        return "triton is not installed"
     if torch.compiler.is_compiling():
         return "the call is being compiled by torch.compile"
+    if not HAS_TRITON:
+        return Reason("triton is not installed", "install triton")
     if device.type == "cuda" and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
         return "the kernels are for NVIDIA GPUs of compute capability 8.0 and newer"
     if device.type != "cuda" and not is_interpreted(device):
