@@ -103,7 +103,9 @@ class Windows:
 class MaybeModel(ModelOptions):
     """A model, where the command has one of its own too."""
 
-    model: Annotated[str | None, typer.Argument(help="As elsewhere; none: random weights.")] = None  # type: ignore[assignment]
+    model: Annotated[
+        str | None, typer.Argument(help="smollm2, a folder, a .gguf file, or a hub id; none: random weights.")
+    ] = None  # type: ignore[assignment]
 
 
 def load_projections(path: Path) -> Projections:
