@@ -10,8 +10,8 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.reference import attention_reference
 
 pytest.importorskip("triton")
-from aqua_attention.bench.decode import _check, _close, read_sizes
-from aqua_attention.bench.problem import LOUD, Attended
+from aqua_attention.bench.decode import _check, _close
+from aqua_attention.bench.problem import LOUD, Attended, read_sizes
 
 LENGTH = 4096
 

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark of a whole decoding step, but for its timing: what is counted, how caches are filled, and the gate."""
+"""`aqua bench generate`, but for its figures: what is counted and compared, its command, and what it refuses."""
 
 from __future__ import annotations
 
-import sys
+import json
 
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-import aqua_attention as aqua
-from aqua_attention.cache.cache import AquaCache
-from aqua_attention.cli import main as cli
-from aqua_attention.report.tables import generate_table
-from conftest import VOCABULARY, calibrated, make_llama
-
-pytest.importorskip("triton")
+import aqua_attention as aqua_package
+from aqua_attention.bench import clocked, random_llama
 from aqua_attention.bench import generate as bench
-from aqua_attention.bench import random_llama
+from aqua_attention.evaluate.suites import SUITES
+from aqua_attention.model.capture import attention_layers
+from aqua_attention.report.recognise import records_of
+from aqua_attention.report.tables import generate_table
+from conftest import VOCABULARY, calibrated, make_llama, make_mistral
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {
@@ -28,9 +27,10 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 16,
 }
-EXACT = aqua.AquaConfig.paper(k_ratio=1, share="group", sink=4, recent=64)
-HALF = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64)
-INT8 = aqua.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64, bits=8)
+EXACT = aqua_package.AquaConfig(k_ratio=1, selection="weighted", share="group", sink=4, recent=64)
+
+HALF = aqua_package.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64)
+INT8 = aqua_package.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64, bits=8)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,21 @@ def model():
     return random_llama.make_model(**SHAPE, vocab_size=VOCABULARY, dtype=torch.float32, device=DEVICE)
 
 
+@pytest.fixture(scope="module")
+def projections_file(tmp_path_factory):
+    """Projections of `tiny_folder`."""
+    path = tmp_path_factory.mktemp("projections") / "tiny.safetensors"
+    calibrated(make_llama()).save(path)
+    return path
+
+
 def test_the_model_is_the_same_each_time_and_leaves_the_random_state(model):
     before = torch.get_rng_state()
     twin = random_llama.make_model(**SHAPE | {"num_hidden_layers": 1}, device=DEVICE)
     assert twin.dtype == torch.bfloat16
     assert twin.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(aqua.AquaError, match="heads must divide"):
+    with pytest.raises(aqua_package.AquaError, match="heads must divide"):
         random_llama.make_model(num_attention_heads=4, num_key_value_heads=3, device=DEVICE)
 
 
@@ -53,202 +61,200 @@ def test_bytes_are_those_of_the_weights_but_the_embeddings_and_of_the_chosen_dim
     attention, mlp, norms = 2 * 64 * 64 + 2 * 64 * 32, 3 * 64 * 96, 2 * 64
     weights = bench.weight_bytes(model)
     assert weights == 4 * (2 * (attention + mlp + norms) + 64 + 64 * VOCABULARY)
+    layers = attention_layers(model)
     # Two layers, three sequences, two heads, 100 tokens.
     tokens = 2 * 3 * 2 * 100
-    assert bench.step_bytes(model, 3, 100, None) - weights == tokens * (16 + 16) * 4
-    assert bench.step_bytes(model, 3, 100, EXACT) - weights == tokens * (16 + 16) * 4
-    assert bench.step_bytes(model, 3, 100, HALF) - weights == tokens * (16 + 8) * 4
-    assert bench.step_bytes(model, 3, 100, INT8) - weights == tokens * (16 + 8 + 4)
+    for config, each in ((None, 32 * 4), (EXACT, 32 * 4), (HALF, 24 * 4), (INT8, 24 + 4)):
+        read = bench.step_bytes(model, layers, batch=3, length=100, config=config)
+        assert read - weights == tokens * each
 
 
-def test_rows_are_compared_with_the_fastest_dense_one_and_with_the_bandwidth():
-    rows = [
-        {"name": "slow", "k_ratio": None, "seconds": 0.040, "bytes": 40e9},
-        {"name": "gone", "k_ratio": None, "absent": "failed: no memory"},
-        {"name": "fast", "k_ratio": None, "seconds": 0.020, "bytes": 40e9},
-        {"name": "aqua", "k_ratio": 0.5, "seconds": 0.016, "bytes": 32e9},
+def test_tied_embeddings_are_read_and_of_a_sliding_window_only_its_tokens():
+    tied, apart = make_llama(tie_word_embeddings=True), make_llama()
+    assert bench.weight_bytes(tied) == bench.weight_bytes(apart)
+    mistral = make_mistral()
+    sizes = {"batch": 1, "length": 100, "config": INT8}
+    read = bench.step_bytes(mistral, attention_layers(mistral), **sizes) - bench.weight_bytes(mistral)
+    assert read == 3 * 2 * 12 * (16 + 8) * 4
+
+
+def measured_rows():
+    """Rows as they are measured, before they are compared."""
+    rows = [("transformers, default", None, 0.060, 0.30), ("dense, recorded (SDPA cuDNN)", None, 0.020, 0.28)]
+    rows += [("AQUA", 0.5, 0.016, 0.35)]
+    figures = {"bits": None, "bytes": 32e9, "peak_bytes": 2**34, "step_seconds": None, "added_seconds": None}
+    made = [
+        figures | {"name": name, "k_ratio": ratio, "seconds": seconds, "first_seconds": first, "recorded": None}
+        for name, ratio, seconds, first in rows
     ]
-    bench.compare(rows, 8, 4e12)
-    assert [row.get("ratio") for row in rows] == pytest.approx([0.5, None, 1.0, 1.25])
+    made[-1] |= {"recorded": True, "added_seconds": 0.0004, "step_seconds": 0.0156}
+    return [*made, {"name": "transformers, static, compiled", "k_ratio": None, "absent": "failed: no memory"}]
+
+
+def test_rows_are_compared_with_the_recorded_dense_one_the_default_and_the_bandwidth():
+    rows = measured_rows()
+    assert bench.compare(rows, 8, 4e12) == "dense, recorded (SDPA cuDNN)"
+    assert [row.get("ratio") for row in rows] == pytest.approx([1 / 3, 1.0, 1.25, None])
+    assert [row.get("default_ratio") for row in rows] == pytest.approx([1.0, 3.0, 3.75, None])
+    assert [row.get("first_ratio") for row in rows] == pytest.approx([0.30 / 0.28, 1.0, 1.25, None])
     given = {"device": "GPU", "batch": 8, "length": 32768, "layers": 32, "hidden": 4096, "dtype": "torch.bfloat16"}
-    titles, cells = generate_table(given | {"rows": rows})
-    assert titles[0] == "GPU, 8 x 32768 tokens, 32 layers of 4096, torch.bfloat16"
-    assert cells == [
-        ["slow", "200.0", "40.00", "0.50", "10.00", "25.0%"],
-        ["gone", "absent: failed: no memory", "", "", "", ""],
-        ["fast", "400.0", "20.00", "1.00", "10.00", "50.0%"],
-        ["aqua, k_ratio 0.5", "500.0", "16.00", "1.25", "8.00", "50.0%"],
-    ]
-    alone = [rows[-1] | {}]
-    bench.compare(alone, 8, 4e12)
-    assert alone[0]["ratio"] is None
-    assert generate_table(given | {"rows": alone})[1][0][3] == ""
+    titles, cells = generate_table(given | {"new_tokens": 72, "compiled": True, "rows": rows})
+    assert titles[0] == "GPU, 8 x 32768 tokens, 32 layers of 4096, torch.bfloat16, compiled"
+    assert cells[2] == ["AQUA, k_ratio 0.5", "350", "1.25", "16.00", "1.25", "3.75", "16.0", "yes", "0.40", "50.0%"]
+    assert cells[3] == ["transformers, static, compiled", "absent: failed: no memory", *[""] * 8]
+    # Without a recorded dense row the fastest dense one is the baseline, and what no row has is no column.
+    rows = [row for row in measured_rows() if not row["name"].startswith("dense")]
+    assert bench.compare(rows, 8, None) == "transformers, default"
+    assert [row.get("ratio") for row in rows] == pytest.approx([1.0, 3.75, None])
+    assert "of the roofline" not in generate_table(given | {"new_tokens": 72, "rows": rows})[0]
+    alone = measured_rows()[2:3]
+    assert bench.compare(alone, 8, None) is None
+    assert alone[0]["ratio"] is alone[0]["default_ratio"] is alone[0]["first_ratio"] is None
+
+
+def test_a_file_of_an_earlier_version_keeps_its_columns():
+    row = {"name": "aqua", "k_ratio": 0.5, "seconds": 0.02, "tokens_per_second": 50.0, "ratio": 1.5}
+    result = {"batch": 1, "length": 4096, "rows": [row | {"roofline_seconds": 0.01, "share": 0.5}]}
+    titles, cells = generate_table(result)
+    assert titles[1:] == ["tokens/s", "ms a token", "to the best dense", "roofline: ms", "of the roofline"]
+    assert cells == [["aqua, k_ratio 0.5", "50.0", "20.00", "1.50", "10.00", "50.0%"]]
 
 
 @torch.no_grad()
 def test_a_filled_cache_goes_on_as_after_a_prompt():
     model = make_llama()
     projections, model = calibrated(model), model.to(DEVICE)
-    ids = torch.randint(1, VOCABULARY, (2, 303), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    ids = torch.randint(1, VOCABULARY, (2, 103), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     prompt = DynamicCache(config=model.config)
-    model(ids[:, :300], past_key_values=prompt)
+    model(ids[:, :100], past_key_values=prompt)
     states = [(layer.keys.clone(), layer.values.clone()) for layer in prompt.layers]
 
     def logits(cache):
-        return torch.cat([model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(300, 303)], 1)
+        return torch.cat([model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(100, 103)], 1)
 
     dense = logits(prompt)
-    static = StaticCache(config=model.config, max_cache_len=310)
-    for _ in range(2):
-        static.reset()
-        bench.fill_cache(static, states)
-        assert torch.allclose(logits(static), dense, atol=2e-4)
+    dynamic, static = DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=110)
+    for cache in (dynamic, static, static):
+        cache.reset()
+        clocked.fill_cache(cache, states)
+        assert torch.allclose(logits(cache), dense, atol=2e-4)
     # The dense prompt's states are AQUA's at k_ratio 1.
-    with aqua.apply(model, projections, EXACT) as attachment:
-        real, filled = (attachment.new_cache(max_length=310, layout="tiled") for _ in range(2))
-        model(ids[:, :300], past_key_values=real)
-        bench.fill_cache(filled, states)
-        assert int(filled.get_seq_length()) == 300
+    with aqua_package.apply(model, projections, EXACT) as attachment:
+        filled = attachment.new_cache(max_length=110, layout="tiled")
+        clocked.fill_cache(filled, states)
+        assert int(filled.get_seq_length()) == 100
         found = logits(filled)
-        assert torch.allclose(found, logits(real), atol=2e-4)
         assert torch.allclose(found, dense, atol=2e-4)
         filled.reset()
-        bench.fill_cache(filled, states)
+        clocked.fill_cache(filled, states)
         assert torch.equal(logits(filled), found)
 
 
-@torch.no_grad()
-def test_the_gate_lets_what_is_right_through(model):
-    # In float32, the order of a sum makes no more than the least that is allowed.
-    assert bench.check_logits(model, random_llama.random_projections(model), (EXACT, HALF, INT8), 2) == bench.TOLERANCE
-    assert model.config._attn_implementation == "sdpa"
+def test_a_clock_counts_every_token_and_changes_none(model):
+    task = clocked.Task(model, torch.arange(1, 41, device=DEVICE)[None], new_tokens=16)
+    assert (task.batch, task.length, task.room) == (1, 40, 56)
+    given, seen = {"pad_token_id": 0}, []
+    with clocked.plain_generation(model):
+        times = clocked.clocked(task, lambda: seen.append(1) or dict(given), 16)
+        assert model.generation_config.eos_token_id is None
+    assert seen == [1]
+    assert len(times.tokens) == 15
+    assert 0 < times.first < times.total
+    assert sum(times.tokens) <= times.total - times.first
+    assert model.generation_config.eos_token_id is not None
 
 
-FAULTS = {
-    "a token missing": lambda keys, values: (keys[:, :, 1:], values[:, :, 1:]),
-    "keys of other heads": lambda keys, values: (keys.flip(1), values),
-    "values of other tokens": lambda keys, values: (keys, values.roll(1, 2)),
-    "a second sequence damaged": lambda keys, values: (keys, torch.cat([values[:1], 0 * values[1:]])),
+def test_a_small_model_is_measured_on_a_cpu_by_the_command(aqua, tmp_path, monkeypatch):
+    monkeypatch.setattr(random_llama, "LLAMA_SMALL", random_llama.LLAMA_8B | SHAPE | {"vocab_size": VOCABULARY})
+    file = tmp_path / "generate.json"
+    arguments = ("--device", "cpu", "--size", "2x40", "--length", 24, "--new-tokens", 16, "--int8", "--json", file)
+    code, out, err = aqua("bench", "generate", *arguments)
+    assert code == 0, err
+    assert "AQUA, k_ratio 0.5" in out
+    value = json.loads(file.read_text())
+    assert value["model"] == "random weights, 2 layers"
+    assert value["prompts"] == "random tokens"
+    assert [(each["batch"], each["length"]) for each in value["results"]] == [(2, 40), (1, 24)]
+    for result in value["results"]:
+        names = [(row["name"], row["k_ratio"], row["bits"]) for row in result["rows"]]
+        assert names[0] == ("transformers, default", None, None)
+        assert names[1:] == [("AQUA", 1.0, None), ("AQUA", 0.5, None), ("AQUA, int8", 0.5, 8)]
+        assert result["baseline"] == "transformers, default"
+        assert not result["compiled"]
+        assert not result["is_filled"]
+        for row in result["rows"]:
+            assert row["ratio"] == pytest.approx(result["rows"][0]["seconds"] / row["seconds"])
+            assert row["tokens_per_second"] == pytest.approx(result["batch"] / row["seconds"])
+            assert row["first_seconds"] > 0
+            assert row["step_seconds"] is row["share"] is None
+        ours = result["rows"][1:]
+        assert {row["recorded"] for row in ours} == {False}
+        assert all(row["reason"] for row in ours)
+        assert {row["layout"] for row in ours} <= {"tiled", "plain"}
+    found = records_of(value, "generate.json")
+    assert [record.suite for record in found] == ["generate", "generate"]
+    assert SUITES["generate"].command == "aqua bench generate"
+
+
+def test_a_model_of_the_user_is_measured_with_his_text(aqua, tmp_path, tiny_folder, projections_file, words):
+    text, file = tmp_path / "text.txt", tmp_path / "generate.json"
+    text.write_text(words)
+    arguments = ("--length", 40, "--new-tokens", 16, "--k-ratio", 0.5, "--no-int8", "--device", "cpu")
+    code, _, err = aqua(
+        *("bench", "generate", tiny_folder, "-p", projections_file, *arguments, "--data", text, "--json", file)
+    )
+    assert code == 0, err
+    value = json.loads(file.read_text())
+    assert (value["model"], value["prompts"]) == (str(tiny_folder), str(text))
+    assert [row["name"] for row in value["results"][0]["rows"]] == ["transformers, default", "AQUA"]
+    code, _, err = aqua(
+        "bench", "generate", tiny_folder, "-p", projections_file, *arguments, "--data", text, "--size", "90x40"
+    )
+    assert code == 2
+    assert "too few for 90 prompts of 40" in err.replace("\n", " ")
+
+
+REFUSED = {
+    "is there no GPU": (["--device", "cuda"], "device is 'cuda', and there is no CUDA GPU here: choose cpu"),
+    "another device": (["--device", "abacus"], "device is 'abacus': it must be cpu, cuda or cuda:NUMBER"),
+    "a size": (["--size", "8"], "size is '8': it must be sequences x tokens, such as 8x32768"),
+    "a short prompt": (["--length", "4", "--layers", "1"], "size is 1x4: a prompt must have 16 tokens or more"),
+    "few tokens": (["--new-tokens", "9", "--layers", "1"], "new_tokens is 9: it must be 16 or more"),
+    "a dtype": (["--dtype", "int8"], "dtype is 'int8': it must be auto, float32, bfloat16, float16"),
+    "a ratio": (["--k-ratio", "2", "--layers", "1"], "k_ratio is 2.0"),
+    "layers": (["--layers", "0"], "there must be a layer"),
+    "projections of no model": (["-p", "p"], "projections and data are of a MODEL"),
+    "a model alone": (["MODEL"], "needs its projections: make them by `aqua calibrate`, and give -p FILE"),
+    "layers of a model": (["MODEL", "-p", "p", "--layers", "2"], "layers is of the random model"),
+    "too long": (["MODEL", "-p", "FILE", "--length", "250"], "the model knows 256 positions"),
+    "always too long": (["MODEL", "-p", "FILE"], "the model knows 256 positions: choose fewer tokens"),
 }
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("fault", FAULTS)
-def test_the_gate_refuses_what_is_wrong(model, monkeypatch, fault):
-    fill = bench.fill_cache
-
-    def wrong(cache, states):
-        is_ours = isinstance(cache, AquaCache)
-        fill(cache, (FAULTS[fault](*each) if is_ours else each for each in states))
-
-    monkeypatch.setattr(bench, "fill_cache", wrong)
-    with pytest.raises(aqua.AquaError, match="a decoding step is wrong: the logits of aqua, k_ratio 1 are off"):
-        bench.check_logits(model, random_llama.random_projections(model), (HALF,), 2)
-
-
-def test_logits_that_are_not_numbers_are_refused():
-    right = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
-    bench.check_near(right * 1.01, right, "it", 0.02)
-    for wrong in (right * 1.03, right * torch.nan, torch.cat([right[:1], -right[1:]])):
-        with pytest.raises(aqua.AquaError, match="the logits of it are off by"):
-            bench.check_near(wrong, right, "it", 0.02)
-
-
-@torch.no_grad()
-def test_a_dense_kernel_takes_the_place_of_transformers_own_and_leaves_it(model, monkeypatch):
-    def plain(query, keys, values):
-        return lambda: torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, None], keys, values, enable_gqa=True
-        )[:, :, 0]
-
-    monkeypatch.setitem(bench.BASELINES, "plain", plain)
-    steps = bench.Steps(model, 2, 40)
-    expected = steps()
-    for length, is_right in ((41, True), (30, False)):
-        steps.restart()
-        with bench._dense_kernel(model, "plain", length):
-            assert torch.allclose(steps(), expected, atol=1e-4) == is_right
-    assert model.config._attn_implementation == "sdpa"
-
-
-@torch.no_grad()
-def test_a_compiled_model_is_the_same_and_as_before_afterwards(model):
-    ids = torch.arange(1, 20, device=DEVICE)[None]
-    expected, runs = model(ids).logits, []
-
-    def backend(graph, inputs):
-        def run(*given):
-            runs.append(graph)
-            return graph(*given)
-
-        return run
-
-    with random_llama.compiled(model, backend=backend):
-        assert torch.allclose(model(ids).logits, expected, atol=1e-5)
-        # Rotary embeddings; a norm before attention and one before the rest, and both, in two layers; a last norm.
-        assert len(runs) == 10
-    assert torch.equal(model(ids).logits, expected)
-    assert len(runs) == 10
-
-
-@torch.no_grad()
-def test_what_cannot_be_compiled_is_named(model):
-    def backend(graph, inputs):
-        raise RuntimeError("no compiler")
-
-    ids = torch.tensor([[5]], device=DEVICE)
-    expected = model(ids).logits
-    named = pytest.warns(UserWarning, match=r"measured without torch.compile: .*LlamaMLP: RuntimeError: no compiler")
-    with named, random_llama.compiled(model, backend=backend):
-        assert torch.equal(model(ids).logits, expected)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the next one measures")
-def test_all_but_the_times_is_measured_without_a_gpu_too(model, monkeypatch):
-    for name, result in (("need_gpu", None), ("seconds_of", 0.5), ("read_bandwidth", 1e6)):
-        monkeypatch.setattr(bench, name, lambda *_, result=result: result)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
-    result = bench.measure_generate(model, batch=2, length=200, settings=(EXACT, INT8))
-    rows = [row for row in result["rows"] if "absent" not in row]
-    names = [row["name"] for row in rows]
-    assert (names[0], names[-2:]) == ("transformers, sdpa", ["aqua", "aqua, int8"])
-    assert {row["tokens_per_second"] for row in rows} == {4.0}
-    cache = 2 * 2 * 2 * 200 * (16 + 8 + 4)
-    assert rows[-1]["bytes"] == result["weight_bytes"] + cache
-    assert rows[-1]["roofline_seconds"] == pytest.approx(rows[-1]["bytes"] / 1e6)
-    assert len(generate_table(result)[1]) == len(result["rows"])
-    assert model.config._attn_implementation == "sdpa"
-
-
-def test_steps_that_fill_the_cache_are_not_reported(model, monkeypatch):
-    steps = bench.Steps(model, 2, 10)
-    monkeypatch.setattr(bench, "seconds_of", lambda run: [run() for _ in range(bench.ROOM)] and 1.0)
-    with torch.no_grad(), pytest.raises(aqua.AquaError, match="take a larger model"):
-        steps.seconds()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what there is not")
+@pytest.mark.parametrize("refused", REFUSED)
+def test_what_cannot_be_measured_is_refused(aqua, refused, tiny_folder, projections_file):
+    arguments, words = REFUSED[refused]
+    given = {"MODEL": tiny_folder, "FILE": projections_file}
+    code, _, err = aqua("bench", "generate", *(given.get(each, each) for each in arguments))
+    assert code == 2
+    assert words in err.replace("\n", " ")
 
 
 @pytest.mark.gpu
-def test_a_small_model_is_measured():
-    model = random_llama.make_model(num_hidden_layers=2)
-    result = bench.measure_generate(model, batch=2, length=1000, settings=(EXACT, HALF, INT8))
+@pytest.mark.parametrize("size", [(2, 1000), (8, 9000)])
+def test_a_small_model_is_measured_on_a_gpu(size):
+    pytest.importorskip("triton")
+    model = random_llama.make_model(num_hidden_layers=2, vocab_size=1024)
+    settings = (EXACT, HALF, INT8)
+    projections = random_llama.random_projections(model)
+    result = bench.GenerateBenchmark(model, projections, settings, is_random=True).measure(*size)
+    assert result["is_filled"] == (size[0] == 8)
     rows = [row for row in result["rows"] if "absent" not in row]
-    assert [row["name"] for row in rows[-3:]] == ["aqua", "aqua", "aqua, int8"]
-    assert max(row["ratio"] for row in rows if row["k_ratio"] is None) == 1
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what there is not")
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "aqua bench generate measures decoding on a CUDA GPU: there is none"),
-        (["--size", "8"], "size is '8': it must be sequences x tokens, such as 8x32768"),
-        (["--dtype", "int8"], "dtype is 'int8': it must be bfloat16 or float16"),
-        (["--k-ratio", "2"], "k_ratio is 2.0"),
-    ],
-)
-def test_without_a_gpu_or_with_wrong_options_it_says_so(monkeypatch, capsys, arguments, words):
-    monkeypatch.setattr(sys, "argv", ["aqua", "bench", "generate", *arguments])
-    with pytest.raises(SystemExit) as leaving:
-        cli.main()
-    assert leaving.value.code == 2
-    assert words in capsys.readouterr().err.replace("\n", " ")
+    assert [row["name"] for row in rows[-3:]] == ["AQUA", "AQUA", "AQUA, int8"]
+    assert result["baseline"].startswith("dense, recorded (")
+    for row in rows[-4:]:
+        assert row["recorded"], row["reason"]
+        assert row["step_seconds"] > 0
+        assert row["added_seconds"] == pytest.approx(row["seconds"] - row["step_seconds"])
+    assert not hasattr(model, "_compiled_call")

@@ -145,6 +145,20 @@ def test_a_whole_step_says_whether_the_rest_was_compiled(tmp_path, compiled):
     assert [title.startswith("A whole step, compiled: ") for title in titles] == [compiled]
 
 
+def test_generate_has_its_own_columns_and_the_users_model(tmp_path):
+    result = samples.benchmarks()["generate.json"]["results"][0]
+    new = {"first_seconds": 0.3, "first_ratio": 1.02, "default_ratio": 3.5, "peak_bytes": 2**34, "recorded": True}
+    rows = [row | new for row in result["rows"]]
+    value = {"model": "mine", "results": [result | {"new_tokens": 72, "rows": rows}]}
+    block = blocks(tmp_path, "Time and memory", files={"generate.json": value})[0]
+    assert block.title.startswith("model.generate: mine, GPU, 8 x 32768 tokens")
+    titles, cells = block.table
+    assert titles[:5] == ["setting", "first token: ms", "to dense", "ms a token", "speed to dense"]
+    assert cells[2][:5] == ["aqua, k_ratio 0.5", "300", "1.02", "18.00", "1.11"]
+    assert dict(zip(titles, cells[2], strict=True))["recorded"] == "yes"
+    assert "generate adds: ms" not in titles
+
+
 def test_few_tokens_stand_before_many_within_a_setting(tmp_path):
     whole = AquaConfig.paper(k_ratio=1)
     values = [

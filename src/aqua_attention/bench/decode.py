@@ -182,17 +182,6 @@ def at_one_length(cache: TiledCache) -> tuple[Iterator[TiledCache], Callable[[],
     return cycle(caches), lambda: lengths.copy_(start.expand_as(lengths))
 
 
-def read_sizes(sizes: list[str]) -> list[tuple[int, int]]:
-    """Sequences and tokens of "8x32768" and the like; an AquaError if it is written in another way."""
-    found = []
-    for size in sizes:
-        batch, _, length = size.partition("x")
-        if not (batch.isdecimal() and length.isdecimal() and int(batch) > 0 and int(length) > 1):
-            raise AquaError(f"size is {size!r}: it must be sequences x tokens, such as 8x32768")
-        found.append((int(batch), int(length)))
-    return found
-
-
 def _append(problem: Problem) -> None:
     """What dense attention does before: one launch writes a key and a value behind the others of each sequence."""
     batch, kv_heads, length, dim = problem.keys.shape

@@ -1,258 +1,280 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of a whole decoding step of a model as `generate` takes it, dense and with AQUA: weights, attention, and all.
+"""What AQUA gains in `model.generate`: of random weights or of a user's model, on this machine, beside dense attention.
 
-The model has random weights and its caches hold random keys and values, which take the time that real ones do. Nothing
-is timed before it is right: dense and AQUA at k_ratio 1 must give the same logits, and a recorded step those of one
-that is not recorded.
+Nothing is timed before it is right, see `generate_gate`. The kernels themselves are measured by `decode`.
 """
 
-import gc
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import Cache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
+from aqua_attention.attach import recording
 from aqua_attention.attach.apply import Attachment, apply
-from aqua_attention.bench.dense import BASELINES
-from aqua_attention.bench.random_llama import need_gpu, random_projections, random_states
-from aqua_attention.bench.timing import read_bandwidth, seconds_of
-from aqua_attention.cache.layer import Recordable
+from aqua_attention.attach.compiled import CompiledParts
+from aqua_attention.bench.clocked import (
+    SETTLING,
+    Options,
+    Task,
+    default_options,
+    figures,
+    free,
+    own_options,
+    plain_generation,
+)
+from aqua_attention.bench.generate_dense import KERNELS, NAME, Parts, dense_row, static_options, why_failed
+from aqua_attention.bench.generate_gate import FORCED, SHORT, Gate, check_generate
+from aqua_attention.cache.cache import sliding_windows
 from aqua_attention.cache.stored import states_bytes
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.model.interface import install
+from aqua_attention.machine import device_name
+from aqua_attention.model.capture import AttentionLayer, attention_layers, input_device
+from aqua_attention.model.limits import check_tokens
+from aqua_attention.ops.backend import tiled_backend
 
 Settings = tuple[AquaConfig, ...]
-ROOM = 128
-"""Tokens that the timed steps may append. A static cache of transformers is read to its end, so that more would slow
-the dense step down."""
-SHORT = 300
-"""Tokens of the check of every setting: full tiles and a tail."""
-TOLERANCE, NOISE, MOST = 0.02, 3.0, 0.2
-"""Relative difference of logits that is allowed, or so many times what another dense attention makes, if that is more,
-but never more than the last: in 16 bits, 32 layers of random weights make 0.04 of the order of a sum, and 0.5 of a
-token of `SHORT` that is missed."""
+Progress = Callable[[int, int], None]
+Prompts = Callable[[int, int], Tensor]
+"""Maps a number of sequences and a length to token ids of that shape."""
+MOST_PROMPT = 65536
+"""Tokens of all prompts together, beyond which caches of random weights are filled without a prompt: its activations
+take more memory than the GPU has."""
+LEAST = 16
+"""Tokens of a prompt, and new ones."""
+NEW_TOKENS = SETTLING + 64
+DEFAULT, STATIC = "transformers, default", "transformers, static, compiled"
 # What results say of a model, by what its config calls it.
 SIZES = {"layers": "num_hidden_layers", "hidden": "hidden_size", "intermediate": "intermediate_size"}
 SIZES |= {"heads": "num_attention_heads", "groups": "num_key_value_heads", "head_dim": "head_dim"}
 SIZES["vocabulary"] = "vocab_size"
-DENSE_KERNELS = ("SDPA flash", "SDPA flash, packed", "SDPA cuDNN", "SDPA cuDNN, packed")
-"""Those of `BASELINES` that read the layout of transformers' static cache."""
 
 
-@torch.no_grad()
-def measure_generate(model: PreTrainedModel, *, batch: int, length: int, settings: Settings) -> dict[str, Any]:
-    """Check and time one greedy decoding step, recorded as a CUDA graph, of `batch` sequences of `length` tokens.
+class GenerateBenchmark:
+    """`model.generate` with transformers' caches, with dense attention recorded as ours is, and with AQUA."""
 
-    Args:
-        model: from `make_model`.
-        settings: of AQUA, each possible in the tiled layout.
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        projections: Projections,
+        settings: Settings,
+        *,
+        new_tokens: int = NEW_TOKENS,
+        compile: bool = True,
+        static: bool = True,
+        prompts: Prompts | None = None,
+        is_random: bool = False,
+    ) -> None:
+        """For one model, which is as before after each measurement.
 
-    Returns:
-        `{"batch", "length", ..., "read_bandwidth", "rows"}`; a row a setting: `name`, `k_ratio` (None: dense), `bits`
-        (None: those of the model), `seconds` (median of a step, a token of each sequence), `tokens_per_second` (of all
-        sequences), `ratio` (to the fastest dense one, above 1 is faster; None where none ran), `bytes` (weights, keys
-        and values that a step needs), `roofline_seconds` (what reading them takes at the measured bandwidth) and
-        `share` (these of `seconds`); or `absent` (why a dense one did not run).
+        Args:
+            settings: of AQUA, a row each.
+            new_tokens: that each call generates; those after the first 8 are counted.
+            compile: as `apply` takes it, for the recorded dense steps too.
+            static: with transformers' compiled static cache, on a GPU.
+            prompts: None for random tokens.
+            is_random: its weights are, so that more tokens than `MOST_PROMPT` may be random keys and values instead.
 
-    Raises:
-        AquaError: no CUDA GPU, logits that are wrong, or steps so short that timing them filled the cache.
-    """
-    need_gpu()
-    projections = random_projections(model)
-    limit = check_logits(model, projections, settings, batch)
-    rows: list[dict[str, Any]] = []
-    steps = Steps(model, batch, length)
-    expected: Tensor | None = None
-    for kernel in (None, *DENSE_KERNELS):
-        row: dict[str, Any] = {"name": kernel or "transformers, sdpa", "k_ratio": None, "bits": None}
+        An AquaError where too few tokens would be counted.
+        """
+        if new_tokens < LEAST:
+            raise AquaError(f"new_tokens is {new_tokens}: it must be {LEAST} or more, {SETTLING} are not counted")
+        self.model, self.projections, self.settings = model, projections, settings
+        self.new_tokens, self.compile, self.static, self.is_random = new_tokens, compile, static, is_random
+        self.device, self._layers = input_device(model), attention_layers(model)
+        self._prompts = prompts or self._random_prompts
+        self._gates: dict[int, Gate] = {}
+        self._bandwidth: float | None = None
+
+    @torch.no_grad()
+    def measure(self, batch: int, length: int, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+        """Check and time every row for `batch` prompts of `length` tokens.
+
+        Returns:
+            `{"device", "batch", "length", ..., "new_tokens", "is_filled", "baseline", "read_bandwidth", "rows"}`. A
+            row: `name`, `k_ratio` (None: dense), `bits` (None: those of the model), `seconds` (median of a token of
+            each sequence), `tokens_per_second` (of all), `first_seconds` (from the call to the first token, median of
+            3; None for a filled cache), `peak_bytes` (of the second call), `once_seconds` (what the first call took
+            more: to compile, to record), `recorded` and `reason` (why not), `step_seconds` (the recorded step alone)
+            and `added_seconds` (what `generate` adds to it), `ratio` (to the baseline, above 1 is faster),
+            `default_ratio` (to transformers' default), `first_ratio` (of the first token to the fastest dense one,
+            above 1 is slower), `bytes` (weights, keys and values that a step needs), `roofline_seconds` (what reading
+            them takes at the measured bandwidth) and `share` (these of `seconds`); or `absent` (why it did not run).
+
+        Raises:
+            AquaError: logits that are wrong, or a size that the model cannot have.
+        """
+        task = self._task(batch, length)
+        rows: list[dict[str, Any]] = []
+        with plain_generation(self.model):
+            runs = self._runs(task, self._gate(task))
+            for done, run in enumerate(runs):
+                progress(done, len(runs))
+                free()
+                rows.append(run())
+        free()
+        progress(len(runs), len(runs))
+        if self.device.type == "cuda" and self._bandwidth is None:
+            from aqua_attention.bench.timing import read_bandwidth
+
+            self._bandwidth = read_bandwidth()
+        baseline = compare(rows, batch, self._bandwidth)
+        return self._facts(task) | {"baseline": baseline, "read_bandwidth": self._bandwidth, "rows": rows}
+
+    def _task(self, batch: int, length: int) -> Task:
+        is_filled = self.is_random and batch * length > MOST_PROMPT
+        if length < LEAST:
+            raise AquaError(f"size is {batch}x{length}: a prompt must have {LEAST} tokens or more")
+        ids = self._prompts(batch, length + is_filled).to(self.device)
+        check_tokens(self.model, ids, context=ids.shape[1] + self.new_tokens)
+        return Task(self.model, ids, self.new_tokens, is_filled)
+
+    def _random_prompts(self, batch: int, length: int) -> Tensor:
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+
+    def _gate(self, task: Task) -> Gate:
+        """What was found right for so many sequences; looked at once, for all lengths."""
+        if task.batch not in self._gates:
+            # Keys that random weights compute are so much alike that attention hardly matters: random ones do too.
+            kinds = (False, True) if self.is_random else (False,)
+            ids = task.ids[:, : min(SHORT + 1, task.length)]
+            tasks = [Task(self.model, ids, FORCED, filled) for filled in kinds]
+            self._gates[task.batch] = check_generate(
+                tasks,
+                self.projections,
+                self.settings,
+                kernels=KERNELS if self._records else (),
+                parts=self._parts(),
+                compile=self.compile,
+            )
+        return self._gates[task.batch]
+
+    @property
+    def _records(self) -> bool:
+        """Whether steps can be recorded where the model is."""
+        return self.device.type == recording.CudaGraph.device
+
+    def _parts(self) -> Parts:
+        """What `apply` compiles, for dense steps."""
+        if not self.compile:
+            return nullcontext
+        return CompiledParts(self.model, self._layers, cuda_only=True).used
+
+    def _runs(self, task: Task, gate: Gate) -> list[Callable[[], dict[str, Any]]]:
+        """What measures each row."""
+        runs: list[Callable[[], dict[str, Any]]] = [lambda: self._dense(task, DEFAULT, default_options(task))]
+        if self.static and self.device.type == "cuda":
+            runs.append(lambda: self._static(task))
+        if gate.kernels:
+            runs.append(lambda: self._counted(task, dense_row(task, gate.kernels, self._parts()), None))
+        return runs + [lambda config=config: self._ours(task, config) for config in self.settings]
+
+    def _dense(self, task: Task, name: str, options: Options) -> dict[str, Any]:
+        row: dict[str, Any] = {"name": name, "k_ratio": None, "bits": None}
         try:
-            with _dense_kernel(model, kernel, length + 1):
-                steps.restart()
-                found = steps()
-                check_near(found, expected, f"{row['name']}, {length} tokens", limit)
-                expected = found if expected is None else expected
-                rows.append(row | {"seconds": steps.seconds(), "bytes": step_bytes(model, batch, length, None)})
-        except (RuntimeError, ImportError) as error:
-            rows.append(row | {"absent": f"failed: {str(error).splitlines()[0][:120]}"})
-    del steps
-    for config in settings:
-        # What the caches before held, graphs and all, makes room first.
-        _free()
-        name = "aqua, int8" if config.bits else "aqua"
-        with apply(model, projections, config) as attachment:
-            steps = Steps(model, batch, length, attachment)
-            check_near(steps(), expected if is_exact(config) else None, f"{name}, {length} tokens", limit)
-            row = {"name": name, "k_ratio": config.k_ratio, "bits": config.bits, "seconds": steps.seconds()}
-            rows.append(row | {"bytes": step_bytes(model, batch, length, config)})
-        del steps
-    _free()
-    bandwidth = read_bandwidth()
-    compare(rows, batch, bandwidth)
-    known = {"device": torch.cuda.get_device_name(), "batch": batch, "length": length}
-    known |= {name: getattr(model.config, field) for name, field in SIZES.items()}
-    known |= {"dtype": str(model.dtype), "weight_bytes": weight_bytes(model), "read_bandwidth": bandwidth}
-    return known | {"rows": rows}
+            return self._counted(task, row | figures(task, options), None)
+        except torch.OutOfMemoryError as error:
+            return row | {"absent": why_failed(error)}
+
+    def _static(self, task: Task) -> dict[str, Any]:
+        try:
+            if task.is_filled:  # `generate` takes the cache from us, and compiles as well
+                return self._dense(task, STATIC, static_options(task, compiled=True))
+            return self._dense(task, STATIC, lambda: {"cache_implementation": "static"})
+        except Exception as error:  # whatever transformers' and torch's compilers raise
+            return {"name": STATIC, "k_ratio": None, "bits": None, "absent": why_failed(error)}
+        finally:
+            # Its graphs hold memory, and for another size it would compile for sizes that change.
+            vars(self.model).pop("_compiled_call", None)
+            torch.compiler.reset()
+
+    def _ours(self, task: Task, config: AquaConfig) -> dict[str, Any]:
+        name = f"AQUA, int{config.bits}" if config.bits else "AQUA"
+        row: dict[str, Any] = {"name": name, "k_ratio": config.k_ratio, "bits": config.bits}
+        row["setting"] = config.to_dict()
+        try:
+            with apply(self.model, self.projections, config, compile=self.compile) as attachment:
+                row |= figures(task, own_options(task, attachment), attachment._recorder)
+                return self._counted(task, row | facts(attachment), config)
+        except torch.OutOfMemoryError as error:
+            return row | {"absent": why_failed(error)}
+
+    def _counted(self, task: Task, row: dict[str, Any], config: AquaConfig | None) -> dict[str, Any]:
+        read = step_bytes(task.model, self._layers, batch=task.batch, length=task.length, config=config)
+        return row if "absent" in row else row | {"bytes": read}
+
+    def _facts(self, task: Task) -> dict[str, Any]:
+        shape = self.model.config.get_text_config()
+        known = {"device": device_name(self.device), "batch": task.batch, "length": task.length}
+        known |= {name: getattr(shape, field, None) for name, field in SIZES.items()}
+        known |= {"dtype": str(self.model.dtype), "weight_bytes": weight_bytes(self.model)}
+        known |= {
+            "new_tokens": self.new_tokens,
+            "is_filled": task.is_filled,
+            "compiled": self.compile and self._records,
+        }
+        return known | {"versions": {"torch": torch.__version__, "transformers": transformers.__version__}}
 
 
-class Steps:
-    """Greedy decoding of random sequences: each call appends a token of each to the cache and chooses the next."""
-
-    def __init__(self, model: PreTrainedModel, batch: int, length: int, attachment: Attachment | None = None) -> None:
-        """Fill a cache with `random_states`: the tiled one of `attachment`, or a static one of transformers."""
-        room = length + ROOM
-        self.model, self.batch, self.length = model, batch, length
-        self.cache: Cache = StaticCache(config=model.config, max_cache_len=room)
-        if attachment is not None:
-            self.cache = attachment.new_cache(max_length=room, layout="tiled")
-        self.token = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin anew with the first `length` tokens; nothing is allocated anew."""
-        self.cache.reset()
-        fill_cache(self.cache, random_states(self.model, self.batch, self.length))
-        self.token.copy_(torch.arange(self.batch)[:, None] + 1)
-
-    def __call__(self) -> Tensor:
-        """Logits of the next token, [batch, vocabulary]."""
-        logits: Tensor = self.model(self.token, past_key_values=self.cache).logits[:, -1]
-        self.token.copy_(logits.argmax(-1, keepdim=True))
-        return logits
-
-    def seconds(self) -> float:
-        """Median time of a step; an AquaError when the cache had no room for all that were timed."""
-        seconds = seconds_of(self)
-        # A full cache appends nothing, which would take less time.
-        if int(self.cache.get_seq_length()) >= self.length + ROOM:
-            raise AquaError(f"the timed steps filled a cache with room for {ROOM} more tokens: take a larger model")
-        return seconds
-
-
-def fill_cache(cache: Cache, states: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Put keys, as the model computes them, and values of each layer into an empty cache of fixed size."""
-    for layer, (keys, values) in zip(cache.layers, states, strict=True):
-        layer.update(keys, values)
-        if isinstance(layer, Recordable):
-            layer.store(None)
-
-
-def check_logits(model: PreTrainedModel, projections: Projections, settings: Settings, batch: int) -> float:
-    """The relative difference of logits that is allowed; with few tokens, so that dense and AQUA fit beside each other.
-
-    An AquaError when AQUA at k_ratio 1 is not dense, or a CUDA graph of some setting not what it records.
-    """
-    steps = Steps(model, batch, SHORT)
-    expected = steps()
-    check_near(expected, None, "dense", 0)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    steps.restart()
-    limit = min(max(TOLERANCE, NOISE * difference(steps(), expected)), MOST)
-    model.set_attn_implementation(before)
-    check_graph(steps, "dense", limit)
-    exact = AquaConfig(k_ratio=1, selection="weighted", share="group", sink=settings[0].sink, recent=settings[0].recent)
-    for config in dict.fromkeys((exact, *settings)):
-        name = f"aqua, k_ratio {config.k_ratio:g}" + (f", int{config.bits}" if config.bits else "")
-        with apply(model, projections, config) as attachment:
-            steps = Steps(model, batch, SHORT, attachment)
-            check_near(steps(), expected if is_exact(config) else None, name, limit)
-            check_graph(steps, name, limit)
-    return limit
-
-
-def check_graph(steps: Steps, name: str, limit: float) -> None:
-    """Raise AquaError when replayed steps do not give what the same steps give that are not recorded."""
-    if steps.model.device.type != "cuda":
-        return
-    steps.restart()
-    expected = [(steps.token.clone(), steps().clone()) for _ in range(3)]
-    steps.restart()
-    steps()  # what is made once is made before the recording
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = steps()
-    # The same tokens: of two that are equally likely, rounding would choose, and all that follows be another text.
-    for token, right in expected[1:]:
-        steps.token.copy_(token)
-        graph.replay()
-        if not torch.equal(steps.token, logits.argmax(-1, keepdim=True)):
-            raise AquaError("a decoding step is wrong: as a CUDA graph it does not choose the likeliest token")
-        check_near(logits, right, f"{name}, as a CUDA graph", limit)
-
-
-def check_near(found: Tensor, expected: Tensor | None, name: str, limit: float) -> None:
-    """Raise AquaError when logits, [batch, vocabulary], are further from the expected ones than `limit`.
-
-    Where these are not known (None), they must be finite.
-    """
-    if expected is None and not bool(torch.isfinite(found).all()):
-        raise AquaError(f"a decoding step is wrong: the logits of {name} are not all finite")
-    error = 0.0 if expected is None else difference(found, expected)
-    if not error <= limit:
-        raise AquaError(f"a decoding step is wrong: the logits of {name} are off by {error:.2g}, allowed: {limit:.2g}")
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Relative difference of logits, [batch, vocabulary], of the worst sequence; infinite where they are no numbers."""
-    errors = (found.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1)
-    return float(errors.nan_to_num(torch.inf).max())
-
-
-def is_exact(config: AquaConfig) -> bool:
-    """Whether it is dense attention up to rounding to the model's dtype."""
-    return config.k_ratio == 1 and config.s_ratio == 0 and config.logit_error is None and config.bits is None
+def facts(attachment: Attachment) -> dict[str, Any]:
+    """What the last `generate` of an attachment took: the layout of its cache, its backend, and why not another."""
+    untiled = attachment._why_not_automatic()
+    if untiled is not None:
+        return {"layout": "plain", "backend": None, "reason": untiled}
+    device = next(iter(attachment._cached().values())).rotation.device
+    return {"layout": "tiled", "backend": tiled_backend(device).name, "reason": attachment._recorder.reason}
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a step reads: all but the table of input embeddings, of which it reads a few rows."""
-    embeddings = model.get_input_embeddings().weight
-    return sum(each.nbytes for each in model.parameters() if each is not embeddings)
+    """Bytes of the weights that a step reads: of input embeddings it reads a few rows, if they are not the output's."""
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    unread = None if head is not None and head.weight is embeddings else embeddings
+    return sum(each.nbytes for each in model.parameters() if each is not unread)
 
 
-def step_bytes(model: PreTrainedModel, batch: int, length: int, config: AquaConfig | None) -> int:
+def step_bytes(
+    model: PreTrainedModel, layers: list[AttentionLayer], *, batch: int, length: int, config: AquaConfig | None
+) -> int:
     """Bytes of weights, keys and values that a step reads; of keys the chosen dimensions; None: dense.
 
-    The few tokens of the exact window, read whole, are counted as the others.
+    The few tokens of the exact window, read whole, are counted as the others. Of a sliding window all tokens in it are
+    read, in the model's dtype.
     """
-    shape = model.config
-    read, bits = (shape.head_dim, None) if config is None else (config.selected_dims(shape.head_dim), config.bits)
-    tokens = shape.num_hidden_layers * batch * shape.num_key_value_heads * length
-    return weight_bytes(model) + tokens * states_bytes(read, shape.head_dim, model.dtype.itemsize, bits)
+    read, windows = weight_bytes(model), sliding_windows(model.config)
+    for layer in (layer for layer in layers if layer.causal):
+        slides, dims = layer.index in windows, layer.head_dim
+        is_whole = config is None or (slides and config.sliding == "exact")
+        chosen = dims if is_whole or config is None else config.selected_dims(dims)
+        bits = None if slides or config is None else config.bits
+        tokens = batch * layer.num_key_value_heads * min(length, windows.get(layer.index, length))
+        read += tokens * states_bytes(chosen, dims, model.dtype.itemsize, bits)
+    return read
 
 
-def compare(rows: list[dict[str, Any]], batch: int, bandwidth: float) -> None:
-    """Add what follows from `seconds` and `bytes` to the rows that have them; `bandwidth` is in bytes a second."""
-    dense = [row["seconds"] for row in rows if row["k_ratio"] is None and "seconds" in row]
-    for row in (row for row in rows if "seconds" in row):
-        row["tokens_per_second"] = batch / row["seconds"]
-        row["ratio"] = min(dense) / row["seconds"] if dense else None
-        row["roofline_seconds"] = row["bytes"] / bandwidth
-        row["share"] = row["roofline_seconds"] / row["seconds"]
+def compare(rows: list[dict[str, Any]], batch: int, bandwidth: float | None) -> str | None:
+    """Add to the rows what follows from their times; `bandwidth` is in bytes a second.
 
-
-def _dense_kernel(model: PreTrainedModel, kernel: str | None, length: int) -> ExitStack:
-    """While open, attention is this one of `BASELINES` over the first `length` tokens of the cache; None: as it was.
-
-    Transformers' own copies keys and values for each query head and reads the empty end of the cache. These do not;
-    steps after the first leave out the few tokens appended by then, which takes as long but for those.
+    Returns:
+        The name of the baseline: the recorded dense row, or where there is none the fastest dense one.
     """
-    restore = ExitStack()
-    if kernel is None:
-        return restore
-
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        return BASELINES[kernel](query[:, :, 0], key[:, :, :length], value[:, :, :length])()[:, None], None
-
-    restore.callback(install(model, attend, lambda *_, **__: None)[1])
-    return restore
-
-
-def _free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+    measured = [row for row in rows if "seconds" in row]
+    dense = [row for row in measured if row["k_ratio"] is None]
+    recorded = [row for row in dense if row["name"].startswith(NAME)]
+    baseline = min(recorded or dense, key=lambda row: float(row["seconds"]), default=None)
+    default = next((row for row in dense if row["name"] == DEFAULT), None)
+    firsts = [row["first_seconds"] for row in dense if row.get("first_seconds") is not None]
+    for row in measured:
+        seconds, first = row["seconds"], row.get("first_seconds")
+        row["tokens_per_second"] = batch / seconds
+        row["ratio"] = baseline["seconds"] / seconds if baseline else None
+        row["default_ratio"] = default["seconds"] / seconds if default else None
+        row["first_ratio"] = first / min(firsts) if firsts and first is not None else None
+        row["roofline_seconds"] = row["bytes"] / bandwidth if bandwidth else None
+        row["share"] = row["roofline_seconds"] / seconds if bandwidth else None
+    return baseline["name"] if baseline else None

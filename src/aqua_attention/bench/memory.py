@@ -71,7 +71,7 @@ def measure_memory(
         progress(done, len(runs))
         try:
             cache = make()
-            before = _memory(model.device, reset=True)
+            before = memory_in_use(model.device, reset=True)
             with attachment or nullcontext():
                 _generate(model, tokens, cache)
         except (ImportError, ValueError, RuntimeError, AssertionError, TypeError) as error:
@@ -79,7 +79,7 @@ def measure_memory(
                 raise
             rows.append({"setting": setting, "absent": str(error).splitlines()[0]})
             continue
-        peak = _memory(model.device)
+        peak = memory_in_use(model.device)
         added = None if peak is None or before is None else peak - before
         rows.append({"setting": setting, "bytes": storage_bytes(cache), "peak_bytes": added})
         del cache
@@ -124,8 +124,9 @@ def _generate(model: PreTrainedModel, tokens: Tensor, cache: Any) -> None:
     model.generate(**GREEDY | counts | given, pad_token_id=0)
 
 
-def _memory(device: torch.device, *, reset: bool = False) -> int | None:
-    """Most memory in use since the last reset, or with `reset` what is in use now."""
+def memory_in_use(device: torch.device, *, reset: bool = False) -> int | None:
+    """Most bytes in use since the last reset, or with `reset` those in use now: of a GPU what torch has allocated, else
+    of this process; None where the system does not tell."""
     if device.type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)

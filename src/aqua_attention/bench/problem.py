@@ -94,3 +94,14 @@ class Attended(NamedTuple):
         limit = tolerance * yardstick + least * float(exact.norm())
         if not error <= limit:
             raise AquaError(f"a kernel is wrong: {name} is {error:.2e} from float64, {limit:.2e} is allowed")
+
+
+def read_sizes(sizes: list[str]) -> list[tuple[int, int]]:
+    """Sequences and tokens of "8x32768" and the like; an AquaError if it is written in another way."""
+    found = []
+    for size in sizes:
+        batch, _, length = size.partition("x")
+        if not (batch.isdecimal() and length.isdecimal() and int(batch) > 0 and int(length) > 1):
+            raise AquaError(f"size is {size!r}: it must be sequences x tokens, such as 8x32768")
+        found.append((int(batch), int(length)))
+    return found

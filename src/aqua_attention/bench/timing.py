@@ -55,11 +55,16 @@ def _replay(run: Callable[[], Any], reset: Callable[[], Any], repeats: int, runs
             run()
     reset()
     graph.replay()
+    return replay_seconds(graph.replay, runs, reset) / repeats
+
+
+def replay_seconds(replay: Callable[[], Any], runs: int, reset: Callable[[], Any] = lambda: None) -> float:
+    """Median time of a graph that is there, one replay behind the other."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
     for start, stop in events:
         reset()
         start.record()
-        graph.replay()
+        replay()
         stop.record()
     torch.cuda.synchronize()
-    return median(start.elapsed_time(stop) for start, stop in events) / 1e3 / repeats
+    return median(start.elapsed_time(stop) for start, stop in events) / 1e3

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.cli.options import Device, Dtype, ModelOptions, ProjectionsFile, load_projections
+from aqua_attention.cli.options import Device, Dtype, MaybeModel, ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.terminal import Show, progress_bar
 from aqua_attention.config import AquaConfig
@@ -24,7 +25,8 @@ S_RATIOS = [0.0, 0.25]
 H2O_RATIOS = [1.0, 0.5]
 SIZES = ["32x32768", "8x131072"]
 K_RATIOS = [1.0, 0.75, 0.5, 0.25]
-GENERATE_SIZES = [f"{batch}x{length}" for batch in (1, 8) for length in (4096, 16384, 32768)]
+GENERATE_SIZES = ["1x1024", "1x8192", "1x32768", "8x8192", "8x32768"]
+CPU_SIZES = ["1x512", "1x8192"]
 GENERATE_K_RATIOS = [1.0, 0.5]
 BREAKEVEN_K_RATIOS = [0.75, 0.5]
 
@@ -57,6 +59,31 @@ class ExactWindow:
 
     sink: int = AquaConfig.sink
     recent: int = AquaConfig.recent
+
+
+@dataclass(frozen=True)
+class GenerateSizes:
+    """How many prompts, how long, and how much is generated after them."""
+
+    size: Annotated[list[str] | None, "Prompts and tokens in each, such as 8x8192; repeat."] = None
+    length: Annotated[int | None, "The same as --size 1xLENGTH."] = None
+    new_tokens: Annotated[int, "Tokens that each call generates; those after the first 8 are counted."] = 72
+
+    def of(self, model: Any, *, is_random: bool) -> list[tuple[int, int]]:
+        """Those asked for, or by default what is usual on the device; of a user's model single prompts that fit."""
+        from aqua_attention.bench.problem import read_sizes
+        from aqua_attention.model.limits import position_limit
+
+        if self.size or self.length is not None:
+            return read_sizes([*(self.size or []), *([] if self.length is None else [f"1x{self.length}"])])
+        usual = read_sizes(GENERATE_SIZES if model.device.type == "cuda" else CPU_SIZES)
+        if is_random:
+            return usual
+        limit = position_limit(model)
+        fit = [each for each in usual if each[0] == 1 and (limit is None or each[1] + self.new_tokens <= limit)]
+        if not fit:
+            raise AquaError(f"the model knows {limit} positions: choose fewer tokens by --length and --new-tokens")
+        return fit
 
 
 @benchmarks.command()
@@ -104,7 +131,8 @@ def decode(
     Example: `aqua bench decode --size 32x32768 --size 8x131072 --json decode.json`
     """
     with _needing_triton("decode"):
-        from aqua_attention.bench.decode import measure_decode, read_sizes
+        from aqua_attention.bench.decode import measure_decode
+    from aqua_attention.bench.problem import read_sizes
     from aqua_attention.report.tables import decode_table
 
     layouts = tuple((bits, tokens) for bits in ((None, 8) if int8 else (None,)) for tokens in (None, *(page or ())))
@@ -119,38 +147,65 @@ def decode(
 @benchmarks.command()
 def generate(
     *,
-    size: Size = GENERATE_SIZES,
-    layers: Annotated[int, "Layers of the model, which else has the shape of Llama-3.1-8B."] = 32,
+    projections: Annotated[Path | None, "--projections", "-p", "Of MODEL: the file made by `aqua calibrate`."] = None,
+    sizes: GenerateSizes,
     k_ratio: list[float] = GENERATE_K_RATIOS,
-    int8: Annotated[bool, "The smallest k_ratio with keys and values in int8 too."] = True,
-    compile: Annotated[bool, "Norms, rotary embeddings and activations by torch.compile, in every row."] = True,
+    int8: Annotated[bool | None, "The smallest k_ratio with keys and values in int8 too (default: on a GPU)."] = None,
+    compile: Annotated[bool, "Compile norms, rotary embeddings and MLPs of recorded steps, dense ones too."] = True,
+    static: Annotated[bool, "Measure transformers' compiled static cache too: it compiles for a minute a size."] = True,
+    layers: Annotated[int | None, "Without MODEL: layers of the random one."] = None,
+    data: Annotated[str | None, "With MODEL: prompts from this text, see `aqua calibrate` (default: random)."] = None,
     exact: ExactWindow,
-    dtype: Half = "bfloat16",
+    model: MaybeModel,
     show: Show,
 ) -> None:
-    """One whole decoding step of a Llama of random weights on a CUDA GPU, checked and timed: dense and with AQUA.
+    """What AQUA gains in `model.generate` on this machine: first token, milliseconds a token, memory, dense beside it.
 
-    Example: `aqua bench generate --size 1x4096 --size 8x32768 --json generate.json`
+    MODEL is yours, with its projections. Without one, weights are random: Llama-3.1-8B's shape on a GPU, a small Llama
+    on a CPU. Rows: transformers' default, its compiled static cache, dense attention in steps recorded as ours are (the
+    fastest kernel), and AQUA. All are checked before they are timed.
+
+    Example: `aqua bench generate smollm2 -p smollm2.safetensors --length 4096 --json generate.json`
     """
-    with _needing_triton("generate"):
-        from aqua_attention.bench.decode import read_sizes
-        from aqua_attention.bench.generate import measure_generate
-        from aqua_attention.bench.random_llama import compiled, make_model
-    import torch
-
+    from aqua_attention.bench.generate import GenerateBenchmark
     from aqua_attention.report.tables import generate_table
 
-    half, sizes = getattr(torch, _half(dtype)), read_sizes(size)
-    kinds = [(ratio, None) for ratio in dict.fromkeys(k_ratio)] + ([(min(k_ratio), 8)] if int8 else [])
-    settings = tuple(AquaConfig(k_ratio=ratio, bits=bits, **vars(exact)) for ratio, bits in kinds)
-    model = make_model(num_hidden_layers=layers, dtype=half)
-    results = []
-    with compiled(model) if compile else nullcontext():
-        for batch, length in sizes:
-            measured = measure_generate(model, batch=batch, length=length, settings=settings)
-            results.append(measured | {"compiled": compile})
-            # What is measured stays when a later size fails.
-            show({"results": results}, generate_table(results[-1]), suite="generate")
+    loaded, learned, prompts, name = _subject(model, projections, data, layers)
+    on_gpu = loaded.device.type == "cuda"
+    kinds: list[tuple[float, int | None]] = [(ratio, None) for ratio in dict.fromkeys(k_ratio)]
+    kinds += [(min(k_ratio), 8)] if (on_gpu if int8 is None else int8) else []
+    ours = AquaConfig(**vars(exact))
+    settings = tuple(replace(ours, k_ratio=ratio, bits=bits) for ratio, bits in kinds)
+    given: dict[str, Any] = {"new_tokens": sizes.new_tokens, "compile": compile, "static": static, "prompts": prompts}
+    benchmark = GenerateBenchmark(loaded, learned, settings, is_random=model.model is None, **given)
+    results: list[dict[str, Any]] = []
+    shared = {"model": name, "prompts": data or "random tokens"}
+    for batch, tokens in sizes.of(loaded, is_random=model.model is None):
+        with progress_bar(f"{batch} x {tokens}") as progress:
+            results.append(benchmark.measure(batch, tokens, progress))
+        # What is measured stays when a later size fails.
+        show(shared | {"results": results}, generate_table(results[-1]), suite="generate")
+
+
+def _subject(model: MaybeModel, projections: Path | None, data: str | None, layers: int | None) -> tuple[Any, ...]:
+    """What `generate` measures: model, projections, prompts (None: random), and the model's name."""
+    if model.model is None:
+        if projections or data:
+            raise AquaError("projections and data are of a MODEL: name it, or leave them out")
+        from aqua_attention.bench.random_llama import make_llama, random_projections
+
+        made = make_llama(model.device, model.dtype, layers)
+        return made, random_projections(made), None, f"random weights, {made.config.num_hidden_layers} layers"
+    if projections is None:
+        raise AquaError(f"{model.model} needs its projections: make them by `aqua calibrate`, and give -p FILE")
+    if layers is not None:
+        raise AquaError("layers is of the random model: leave it out, or MODEL")
+    learned, (loaded, tokenizer) = load_projections(projections), model.load()
+    if data is None:
+        return loaded, learned, None, model.name
+    from aqua_attention.data.text import load_text, text_prompts
+
+    return loaded, learned, text_prompts(tokenizer, load_text(data)), model.name
 
 
 @benchmarks.command()

@@ -108,6 +108,15 @@ class Windows:
     tokens: Tokens = 8192
 
 
+@dataclass(frozen=True)
+class MaybeModel(ModelOptions):
+    """A model, where the command has one of its own too."""
+
+    model: Annotated[
+        str | None, typer.Argument(help="smollm2, a folder, a .gguf file, or a hub id; none: random weights.")
+    ] = None  # type: ignore[assignment]
+
+
 def load_projections(path: Path) -> Projections:
     """The projections of a file."""
     from aqua_attention.calibration.projections import Projections

@@ -7,7 +7,7 @@ import gzip
 import hashlib
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,3 +192,19 @@ def token_windows(
         starts = [start + int((index + rng.random()) * slack / count) for index, start in enumerate(starts)]
     head = torch.tensor(prefix, dtype=torch.int64, device=ids.device)
     return torch.stack([torch.cat([head, ids[start : start + width]]) for start in starts])
+
+
+def text_prompts(tokenizer: PreTrainedTokenizerBase, text: str) -> Callable[[int, int], torch.Tensor]:
+    """What maps a number of prompts and a length to token ids of that shape, one behind the other in a text.
+
+    They raise an AquaError where the text is too short.
+    """
+    ids, prefix = tokenize(tokenizer, text)
+
+    def prompts(batch: int, length: int) -> torch.Tensor:
+        found = token_windows(ids, tokens=batch * length, context=length, seed=None, prefix=prefix)
+        if len(found) < batch:
+            raise AquaError(f"the text has {len(ids)} tokens, too few for {batch} prompts of {length}: give more text")
+        return found
+
+    return prompts

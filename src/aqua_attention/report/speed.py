@@ -8,7 +8,17 @@ from dataclasses import dataclass
 from aqua_attention.evaluate.record import Record, number, numbers
 from aqua_attention.report.document import Block, Section, count, plain
 from aqua_attention.report.figures import Axis, bars, curves
-from aqua_attention.report.tables import DECODE, GENERATE, MEMORY, Column, benchmark_table, row_name, size_of
+from aqua_attention.report.tables import (
+    DECODE,
+    GENERATE,
+    MEMORY,
+    STEPS,
+    Column,
+    benchmark_table,
+    generate_columns,
+    row_name,
+    size_of,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,11 @@ BENCHMARKS = {
         mark="ceiling",
     ),
     "generate": _Benchmark(
-        "A whole step",
-        "A whole decoding step of a model; roofline: what reading its bytes takes at the measured bandwidth.",
-        *("setting", GENERATE, "tokens a second (higher is faster)", "tokens_per_second", "z.3g"),
+        "model.generate",
+        "Times as often as dense attention, whose steps are recorded too where ours are (the fastest kernel), writes a "
+        "token. First token: from the call on, and times as long as dense attention's. Roofline: what reading weights, "
+        "keys and values takes at the measured bandwidth.",
+        *("setting", GENERATE, "speed to dense attention (higher is faster)"),
     ),
     "memory": _Benchmark(
         "Memory",
@@ -44,6 +56,12 @@ BENCHMARKS = {
         *("cache", MEMORY, "bytes to DynamicCache (lower is smaller)"),
     ),
 }
+STEPS_ALONE = _Benchmark(
+    "A whole step",
+    "A whole decoding step of a model; roofline: what reading its bytes takes at the measured bandwidth.",
+    *("setting", STEPS, "tokens a second (higher is faster)", "tokens_per_second", "z.3g"),
+)
+"""What `aqua bench generate` of earlier versions measured."""
 LENGTHS_NOTE = "Rotate, choose, append and attend, of one sequence; lower is faster."
 BREAKEVEN_NOTE = (
     "From which length on choosing dimensions is faster, and stays so, among the lengths measured. Theory counts "
@@ -61,7 +79,10 @@ def speed_sections(records: Sequence[Record]) -> list[Section]:
 
 
 def _measured(identity: str, record: Record) -> list[Block]:
-    kind, result = BENCHMARKS[record.suite], record.figures
+    kind, result, columns = BENCHMARKS[record.suite], record.figures, BENCHMARKS[record.suite].columns
+    if record.suite == "generate":
+        columns = generate_columns(result)
+        kind = kind if "new_tokens" in result else STEPS_ALONE
     drawn = [row for row in result["rows"] if "absent" not in row and math.isfinite(number(row.get(kind.key)))]
     panels = []
     if drawn:
@@ -69,10 +90,13 @@ def _measured(identity: str, record: Record) -> list[Block]:
         values = [(row_name(row), number(row[kind.key])) for row in drawn]
         panels = [bars(identity, f"{kind.x}, {len(drawn)} rows", Axis(kind.x), values, kind.form, marks)]
     size = ", ".join(
-        filter(None, [record.model if record.suite == "memory" else "", size_of(result).replace("torch.", "")])
+        filter(
+            None,
+            [record.model if record.suite in ("memory", "generate") else "", size_of(result).replace("torch.", "")],
+        )
     )
     title = f"{kind.title}{', compiled' if result.get('compiled') else ''}: {size}"
-    return [Block(title, benchmark_table(kind.first, result, kind.columns), [record], panels, kind.note)]
+    return [Block(title, benchmark_table(kind.first, result, columns), [record], panels, kind.note)]
 
 
 def _breakeven(identity: str, record: Record) -> list[Block]:

@@ -35,6 +35,14 @@ class Column:
         return "" if value is None else written(number(value) * self.times / self.per, self.form)
 
 
+class YesNo(Column):
+    """A fact of each row."""
+
+    def cell(self, row: Row) -> str:
+        """In a word; nothing where it is not known."""
+        return {True: "yes", False: "no"}.get(row.get(self.key), "")  # type: ignore[arg-type]
+
+
 def written(value: float, form: str) -> str:
     """A figure in a format; NaN and infinity as such."""
     return "NaN" if math.isnan(value) else f"{value:{form if math.isfinite(value) else ''}}".replace("inf", "infinite")
@@ -75,6 +83,17 @@ DECODE = (
     Column("whole step: to the best dense", "step_ratio", ".2f"),
 )
 GENERATE = (
+    Column("first token: ms", "first_seconds", ".0f", 1e3),
+    Column("to dense", "first_ratio", ".2f"),
+    Column("ms a token", "seconds", ".2f", 1e3),
+    Column("speed to dense", "ratio", ".2f"),
+    Column("to default", "default_ratio", ".2f"),
+    Column("peak GiB", "peak_bytes", ".1f", per=2**30),
+    YesNo("recorded", "recorded", ""),
+    Column("generate adds: ms", "added_seconds", ".2f", 1e3),
+    Column("of the roofline", "share", ".1%"),
+)
+STEPS = (
     Column("tokens/s", "tokens_per_second", ".1f"),
     Column("ms a token", "seconds", ".2f", 1e3),
     Column("to the best dense", "ratio", ".2f"),
@@ -170,9 +189,17 @@ def decode_table(result: dict[str, Any]) -> Table:
     return benchmark_table(size_of(result), result, columns)
 
 
+def generate_columns(result: Row) -> Sequence[Column]:
+    """Of a result of `aqua bench generate` those that some row has; files of earlier versions measured steps alone."""
+    if "new_tokens" not in result:
+        return STEPS
+    return [column for column in GENERATE if any(column.cell(row) for row in result["rows"])]
+
+
 def generate_table(result: dict[str, Any]) -> Table:
-    """What `measure_generate` returned: a row a setting."""
-    return benchmark_table(f"{size_of(result)}{', compiled' if result.get('compiled') else ''}", result, GENERATE)
+    """What `GenerateBenchmark.measure` returned: a row a setting."""
+    size = f"{size_of(result)}{', compiled' if result.get('compiled') else ''}"
+    return benchmark_table(size, result, generate_columns(result))
 
 
 def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:
