@@ -24,6 +24,7 @@ from aqua_attention.ops.backends.triton import (
     decode_int8_mma,
     decode_kernel,
     decode_short,
+    fill,
     prepare,
     rotate,
     window,
@@ -67,7 +68,7 @@ class Launch:
 
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
-KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
+KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8", "int64": "i64"}
 KINDS = {"torch." + name: kind for name, kind in KINDS.items()}
 for name in ("decode_kernel", "mass_kernel", "merge_kernel"):
     setattr(decode, name, Launch(getattr(decode, name)))
@@ -78,6 +79,7 @@ decode_short.decode_short_kernel = Launch(decode_short.decode_short_kernel)
 decode_short.starts_early = decode.starts_early
 rotate._rotate_and_narrow = Launch(rotate._rotate_and_narrow)
 window._window = Launch(window._window)
+fill._fill = Launch(fill._fill)
 
 import torch
 import aqua_attention as aqua
@@ -113,6 +115,8 @@ def build(dtype, heads, groups, head_dim, kept, value_dim, quantization=False, p
     turned = torch.zeros(1, heads, 300, kept, dtype=dtype)
     call = Call(turned, keys, values, None, sink=4, recent=64, scaling=0.1)
     window.window_merge(call, far, far[..., 0].float())
+    for order in (None, torch.zeros(1, 300, dtype=torch.int64)):
+        fill.fill(cache, keys, values, torch.tensor([300]), order)
 
 
 for given in CASES:

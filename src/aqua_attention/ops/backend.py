@@ -85,6 +85,18 @@ class Backend:
         """Why it cannot decode from a tiled cache of this layer; None when it can."""
         return "it reads no tiles"
 
+    def fill(
+        self, cache: TiledCache, keys: Tensor, values: Tensor, lengths: Tensor, order: Tensor | None = None
+    ) -> None:
+        """`TiledCache.fill`, with the token at place order[b, t] as token t of sequence b; None: as they are.
+
+        Args:
+            order: int64 [batch, length].
+        """
+        if order is not None:
+            keys, values = (states.gather(2, order[:, None, :, None].expand(states.shape)) for states in (keys, values))
+        cache.fill(keys, values, lengths)
+
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
     ) -> tuple[Tensor, Tensor, Chosen | None]:

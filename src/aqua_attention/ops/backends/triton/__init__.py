@@ -89,6 +89,14 @@ class Triton(Backend):
             return f"heads have {head_dim} dimensions, and in float32 it takes {LARGEST_FLOAT32} at most"
         return f"heads have {head_dim} dimensions, and it takes {WIDEST} at most" if head_dim > WIDEST else None
 
+    def fill(
+        self, cache: TiledCache, keys: Tensor, values: Tensor, lengths: Tensor, order: Tensor | None = None
+    ) -> None:
+        """See `Backend`. Unlike the plain path it does not wait for the GPU."""
+        from aqua_attention.ops.backends.triton.fill import fill
+
+        fill(cache, keys, values, lengths, order)
+
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
     ) -> tuple[Tensor, Tensor, Chosen | None]:
