@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import aqua_attention as aqua
 from aqua_attention.config import PRESETS
@@ -83,6 +84,31 @@ def test_a_tiled_cache_in_int8_loses_little_more_than_a_growing_one(model, optio
                 assert cache.layers[0].cache.tiles.dtype == (torch.float32 if bits is None else torch.uint8)
     tiled, growing = ((logits[name] - logits["exact"]).norm() for name in ("tiled", "growing"))
     assert 0 < tiled < 3 * growing
+
+
+class Asked(TorchDispatchMode):
+    """Counts how often the host asks for a number that a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_prompt_without_a_mask_waits_for_nothing(model, bits):
+    model, projections = model
+    ids = tokens(2, 40, seed=7)
+    config = aqua.AquaConfig(share="group", bits=bits, **SETTINGS["weighted"])
+    with aqua.apply(model, projections, config) as attachment, torch.no_grad():
+        cache = attachment.new_cache(max_length=50, layout="tiled")
+        with Asked() as asked:
+            model(ids, past_key_values=cache)
+        assert asked.count == 0
+        with asked:
+            assert int(cache.get_seq_length()) == 40
+        assert asked.count == 1
 
 
 def test_int8_in_a_cache_of_fixed_size_needs_the_tiled_layout(model, monkeypatch):

@@ -20,10 +20,12 @@ from triton.compiler import ASTSource
 
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from aqua_attention.ops.backends.triton import (
+    codes,
     decode,
     decode_int8_mma,
     decode_kernel,
     decode_short,
+    fill,
     prepare,
     rotate,
     window,
@@ -68,6 +70,7 @@ class Launch:
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
+KINDS["int64"] = "i64"
 KINDS = {"torch." + name: kind for name, kind in KINDS.items()}
 for name in ("decode_kernel", "mass_kernel", "merge_kernel"):
     setattr(decode, name, Launch(getattr(decode, name)))
@@ -78,6 +81,8 @@ decode_short.decode_short_kernel = Launch(decode_short.decode_short_kernel)
 decode_short.starts_early = decode.starts_early
 rotate._rotate_and_narrow = Launch(rotate._rotate_and_narrow)
 window._window = Launch(window._window)
+fill._fill = Launch(fill._fill)
+codes._encode, codes._widen = Launch(codes._encode), Launch(codes._widen)
 
 import torch
 import aqua_attention as aqua
@@ -113,6 +118,10 @@ def build(dtype, heads, groups, head_dim, kept, value_dim, quantization=False, p
     turned = torch.zeros(1, heads, 300, kept, dtype=dtype)
     call = Call(turned, keys, values, None, sink=4, recent=64, scaling=0.1)
     window.window_merge(call, far, far[..., 0].float())
+    for channels in (None, (torch.ones(groups, 1, kept), torch.zeros(groups, 1, kept))):
+        codes.widen(*codes.encode(keys, channels), channels, keys)
+    for order in (None, torch.zeros(1, 300, dtype=torch.int64)):
+        fill.fill(cache, keys, values, torch.tensor([300]), order)
 
 
 for given in CASES:

@@ -104,27 +104,36 @@ class RotatedLayer(DynamicLayer):
         """See `CacheLayer`. Then tokens are evicted, if that is due; never those of a layer with a sliding window."""
         if self.plan.is_plain:
             return attend_by_token(call, self.plan)
-        queries, keys = call.query.shape[2], call.key.shape[2]
-        query = rotate(call.query, self.plan.rotation).to(call.value.dtype)
-        short = short_queries(call.mask, self.plan.min_length, queries=queries, keys=keys, device=query.device)
-        selected = select_dimensions(query, self.plan, short, scaling=call.scaling)
         if offloaded := self._is_offloaded:
             self.prefetch()
-        eviction = None if is_sliding else self._eviction
-        watched = eviction is not None or isinstance(self._keys, WindowStore)
-        call = call._replace(query=query, mask=self._visible(call.mask, queries))
-        real = None
-        if watched:
+        queries, eviction = call.query.shape[2], None if is_sliding else self._eviction
+        real, mass = None, None
+        if eviction is not None or isinstance(self._keys, WindowStore):
             self._has_padding = self._has_padding or call.mask is not None
             real = real_tokens(call.mask, self._keys.batch, queries, self.device)
-        counted = eviction.counted(real) if eviction is not None and real is not None else None
-        attend = self._attend_few if queries <= FEW_QUERIES else self._attend_many
-        output, mass = attend(call, selected, counted)
+        if eviction is None and queries > FEW_QUERIES:
+            attended = attend_by_token(call._replace(key=self._keys.read(), value=self._values.read()), self.plan)
+        else:
+            counted = eviction.counted(real) if eviction is not None and real is not None else None
+            attended, mass = self._attend_stored(call, counted)
         if real is not None:
             self._attended(real, mass)
         if offloaded:
             self.offload()
-        return Attended(output, selected, query.shape)
+        return attended
+
+    def _attend_stored(self, call: Call, counted: Tensor | None) -> tuple[Attended, Tensor | None]:
+        """Attention to what is stored, which may be fewer tokens than were given; and what each token was given by
+        `counted` queries.
+        """
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        query = rotate(call.query, self.plan.rotation).to(call.value.dtype)
+        short = short_queries(call.mask, self.plan.min_length, queries=queries, keys=keys, device=query.device)
+        selected = select_dimensions(query, self.plan, short, scaling=call.scaling)
+        call = call._replace(query=query, mask=self._visible(call.mask, queries))
+        attend = self._attend_few if queries <= FEW_QUERIES else self._attend_many
+        output, mass = attend(call, selected, counted)
+        return Attended(output, selected, query.shape), mass
 
     def _attend_few(self, call: Call, selected: Tensor | None, counted: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Output of a few rotated queries, multiplied with what is stored, and what `counted` ones give each token."""
@@ -136,13 +145,12 @@ class RotatedLayer(DynamicLayer):
         return output, None if counted is None else group_mass(probabilities, heads, counted)
 
     def _attend_many(self, call: Call, selected: Tensor | None, counted: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The same, with keys and values made of what is stored."""
+        """The same where tokens are evicted, with keys and values made of what is stored."""
+        assert counted is not None and self._eviction is not None
         query, key, options = call.query, self._keys.read().to(call.value.dtype), call.options
         output = attention(query, key, self._values.read(), selected, **options)
-        if counted is None:
-            return output, None
         # Without padding it is known without a look at the mask that only the last queries count.
-        limit, mask = self._eviction.queries if self._eviction else None, options.pop("mask")
+        limit, mask = self._eviction.queries, options.pop("mask")
         last = slice(-limit if limit and mask is None else None, None)
         chosen, seen = (None if each is None else each[:, :, last] for each in (selected, mask))
         return output, attention_mass(query[:, :, last], key, chosen, counted[:, last], seen, **options)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from aqua_attention.cache.store import Growing
 from aqua_attention.errors import AquaError
+from aqua_attention.ops.backend import Backend, Channels, encoder
 
 GROUP = 32
 """Channels that share a scale, in 4 bits. In 8 bits, all do."""
@@ -72,8 +73,9 @@ class Quantized:
             return
         tail = states if self._tail.length == 0 else torch.cat([self._tail.read(), states], 2)
         old = tail.shape[2] - self.recent
-        for start in range(0, old, TOKENS_AT_ONCE):
-            quantized = self._quantized(tail[:, :, start : min(start + TOKENS_AT_ONCE, old)])
+        at_once = TOKENS_AT_ONCE if self._encoder(states) is None else old
+        for start in range(0, old, at_once):
+            quantized = self._quantized(tail[:, :, start : min(start + at_once, old)])
             for store, part in zip(self._stores[:-1], quantized, strict=True):
                 store.append(part)
         self._tail.hold(tail[:, :, old:])
@@ -84,6 +86,10 @@ class Quantized:
             return tail
         states = tail.new_empty((*tail.shape[:2], self.length, tail.shape[3]))
         states[:, :, self._scales.length :] = tail
+        if (backend := self._encoder(states)) is not None:
+            fixed, out = self._fixed(states.device), states[:, :, : self._scales.length]
+            backend.widen(self._bytes.read(), self._scales.read(), self._zero_points.read(), fixed, out)
+            return states
         groups = self._affine(tail.shape[3])
         for part, codes in self._parts(tail.shape[3]):
             pairs = zip(groups, codes, strict=True)
@@ -156,6 +162,14 @@ class Quantized:
             store.hold(tensors.get(name))
         self.length = self._scales.length + self._tail.length
 
+    def _encoder(self, states: Tensor) -> Backend | None:
+        """The backend with kernels for such states; None: they are rounded and widened here."""
+        return encoder(states) if self.bits == 8 else None
+
+    def _fixed(self, device: torch.device) -> Channels:
+        """Scale and mean of the channels; None: they have none."""
+        return (self._channels[0].to(device), self._channels[1].to(device)) if self._channels else None
+
     def _affine(self, width: int) -> list[tuple[slice, Tensor, Tensor]]:
         """Groups of channels, and scale and shift of their codes, each float32 [batch, heads, quantized tokens, 1]."""
         if self._scales.length == 0:
@@ -199,11 +213,14 @@ class Quantized:
 
     def _quantized(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes of 8 bits, pairs of 4 bits, scales and zero points: [batch, heads, tokens, any], as they are stored."""
+        fixed = self._fixed(states.device)
+        if (backend := self._encoder(states)) is not None:
+            codes, scales, zero_points = backend.encode(states, fixed)
+            return codes, codes[..., :0], scales, zero_points
         states = states.float()
-        if self._channels:
-            scale, mean = (each.to(states.device) for each in self._channels)
-            states = (states - mean) / scale
-        codes, scales, zero_points = [], [], []
+        if fixed is not None:
+            states = (states - fixed[1]) / fixed[0]
+        codes_of, scales_of, zero_points_of = [], [], []
         leading, half, groups = self._split(states.shape[-1])
         for channels, bits in groups:
             some, most = states[..., channels], 2 ** (bits - 1)
@@ -211,10 +228,10 @@ class Quantized:
             zero_point = ((some.amax(-1, keepdim=True) + some.amin(-1, keepdim=True)) / 2).to(torch.bfloat16)
             some = some - zero_point.float()
             scale = (some.abs().amax(-1, keepdim=True) / (most - 0.5)).clamp_min(1e-30).to(torch.bfloat16)
-            codes.append((some / scale.float()).floor().add_(most).clamp_(0, 2 * most - 1).to(torch.uint8))
-            scales.append(scale)
-            zero_points.append(zero_point)
-        each = torch.cat(codes, -1)
+            codes_of.append((some / scale.float()).floor().add_(most).clamp_(0, 2 * most - 1).to(torch.uint8))
+            scales_of.append(scale)
+            zero_points_of.append(zero_point)
+        each = torch.cat(codes_of, -1)
         low, high = each[..., leading : leading + half], each[..., leading + half :]
         nibbles = low | (F.pad(high, (0, low.shape[-1] - high.shape[-1])) << 4)
-        return each[..., :leading], nibbles, torch.cat(scales, -1), torch.cat(zero_points, -1)
+        return each[..., :leading], nibbles, torch.cat(scales_of, -1), torch.cat(zero_points_of, -1)

@@ -128,19 +128,24 @@ class TiledLayer(Recordable, StaticLayer):
     def store(self, mask: Tensor | None) -> None:
         """See `Recordable`."""
         raw, keys, values = self._taken()
-        given = int(self.get_seq_length())
-        new = real_tokens(mask, self.batch_size, keys.shape[2] - given, self.device)
-        self._real = real = torch.cat([self._known(given), new], 1)
-        self._padding.copy_((~real[0]).sum())
+        lengths, order = self._counted(mask, keys.shape[2])
         if self.cache.rotated_from:
             # Those that are short still are held as they came.
-            keys = torch.where((real.sum(-1) < self.cache.rotated_from)[:, None, None, None], raw, keys)
-        if not bool(real.all()):
-            # The real ones first, in order.
-            order = (~real).to(torch.int8).sort(dim=-1, stable=True).indices
-            keys, values = tokens_at(order, keys), tokens_at(order, values)
-        self.cache.fill(keys, values, real.sum(-1))
+            keys = torch.where((lengths < self.cache.rotated_from)[:, None, None, None], raw, keys)
+        self._backend.fill(self.cache, keys, values, lengths, order)
         self._is_filled = True
+
+    def _counted(self, mask: Tensor | None, length: int) -> tuple[Tensor, Tensor | None]:
+        """Real tokens of each sequence, once `length` were given, and the order with these first; None: as they are."""
+        if mask is None and self._real.shape[1] == 0:
+            return torch.full((self.batch_size,), length, device=self.device), None
+        given = int(self.get_seq_length()) if self._is_filled else 0
+        new = real_tokens(mask, self.batch_size, length - given, self.device)
+        self._real = real = torch.cat([self._known(given), new], 1)
+        self._padding.copy_((~real[0]).sum())
+        # A GPU is not asked whether that is needed: the answer takes longer.
+        in_order = self.device.type == "cpu" and bool(real.all())
+        return real.sum(-1), None if in_order else (~real).to(torch.int8).sort(dim=-1, stable=True).indices
 
     def get_seq_length(self) -> int:  # type: ignore[override,unused-ignore]
         """Tokens given so far, padding too: a tensor, so that a recorded step goes on counting."""

@@ -27,6 +27,8 @@ BACKENDS = {
     "reference": "aqua_attention.ops.backends.torch:Reference",
 }
 """In order of preference: "auto" is the first that gives no reason against a call."""
+Channels = tuple[Tensor, Tensor] | None
+"""Scale and mean of the channels of rotated keys, float32 [heads, 1, width]; None: of values, which have none."""
 
 
 class Backend:
@@ -79,6 +81,22 @@ class Backend:
         """`ops.select.rotate`."""
         raise NotImplementedError
 
+    def why_not_encode(self, states: Tensor) -> str | None:
+        """Why it does not make codes of these states; None when it does."""
+        return "it makes no codes"
+
+    def encode(self, states: Tensor, channels: Channels) -> tuple[Tensor, Tensor, Tensor]:
+        """States [batch, heads, length, width] as a growing cache stores them in 8 bits, see `cache.quantized`.
+
+        Returns:
+            Codes, uint8 of the same shape, and bfloat16 scales and zero points, [batch, heads, length, 1].
+        """
+        raise NotImplementedError
+
+    def widen(self, codes: Tensor, scales: Tensor, zero_points: Tensor, channels: Channels, out: Tensor) -> None:
+        """Write the states that `encode` made these of to `out`, of their shape, in its dtype."""
+        raise NotImplementedError
+
     def serves_tiles(self, device: torch.device) -> bool:
         """Whether it is the one that decodes from a `TiledCache` on such a device."""
         return False
@@ -90,6 +108,18 @@ class Backend:
     def why_not_tiled(self, plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
         """Why it cannot decode from a tiled cache of this layer, a `Reason` where a setting helps; None when it can."""
         return "it reads no tiles"
+
+    def fill(
+        self, cache: TiledCache, keys: Tensor, values: Tensor, lengths: Tensor, order: Tensor | None = None
+    ) -> None:
+        """`TiledCache.fill`, with the token at place order[b, t] as token t of sequence b; None: as they are.
+
+        Args:
+            order: int64 [batch, length].
+        """
+        if order is not None:
+            keys, values = (states.gather(2, order[:, None, :, None].expand(states.shape)) for states in (keys, values))
+        cache.fill(keys, values, lengths)
 
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
@@ -154,6 +184,11 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
         if backend.why_not_rotate(states, rotation) is None:
             return backend.rotate(states, rotation)
     return select.rotate(states, rotation)
+
+
+def encoder(states: Tensor) -> Backend | None:
+    """The backend that makes codes of these states; None: plain torch does, in `cache.quantized`."""
+    return next((backend for backend in map(load, BACKENDS) if backend.why_not_encode(states) is None), None)
 
 
 def tiled_backend(device: torch.device) -> Backend:

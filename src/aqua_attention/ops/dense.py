@@ -46,6 +46,14 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     return output
 
 
+def widened(states: Tensor, width: int) -> Tensor:
+    """States with zeros behind their last dimension; the same tensor where it has that width, which `F.pad` copies.
+
+    Keys narrower than values push fused kernels onto a slow path; zeros change no score.
+    """
+    return states if states.shape[-1] == width else F.pad(states, (0, width - states.shape[-1]))
+
+
 def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Causal attention of as many queries as keys, with the log-sum-exp of each query's scaled scores.
 

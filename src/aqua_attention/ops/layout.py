@@ -217,15 +217,10 @@ class TiledCache:
         Raises:
             AquaError: it does not fit; nothing is changed then.
         """
-        length = keys.shape[2]
-        shape = (*self.tail.shape[:2], length, self.tail.shape[3])
-        if keys.shape != shape or values.shape != (*shape[:3], self.values.shape[3]) or length > self.max_length:
-            raise AquaError(
-                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit a cache of keys "
-                f"{(*shape[:2], self.max_length, shape[3])} and value_dim {self.values.shape[3]}"
-            )
-        if lengths.shape != shape[:1] or int(lengths.min()) < 0 or int(lengths.max()) > length:
-            raise AquaError(f"lengths are {lengths.tolist()}: they must be {shape[0]} numbers from 0 to {length}")
+        self.check_prompt(keys, values)
+        batch, length = len(self.lengths), keys.shape[2]
+        if lengths.shape != (batch,) or int(lengths.min()) < 0 or int(lengths.max()) > length:
+            raise AquaError(f"lengths are {lengths.tolist()}: they must be {batch} numbers from 0 to {length}")
         self.lengths.copy_(lengths)
         for row, count in enumerate(lengths.tolist()):
             self._fill_row(row, keys[row, :, :count], values[row, :, :count])
@@ -234,7 +229,7 @@ class TiledCache:
         """Write a sequence: keys [num_key_value_heads, its length, kept], values likewise."""
         count = keys.shape[1]
         indices, room = self._block_indices(row, count), -(-count // self.block_size) * self.block_size
-        wide, given = (F.pad(states, (0, 0, 0, room - count)) for states in (keys, values))
+        wide, given = (F.pad(states, (0, 0, 0, room - count)) if room > count else states for states in (keys, values))
         if self.quantization is not None:
             wide = (wide.float() - self.quantization.channel_mean[:, None]) / self.quantization.channel_scale[:, None]
             wide, key_scales = quantized(wide)
@@ -262,6 +257,15 @@ class TiledCache:
                 keys, values = self.read([row])
                 self._fill_row(row, rotate(keys, rotation)[0], values[0])
         self.rotated_from = min(self.rotated_from, threshold)
+
+    def check_prompt(self, keys: Tensor, values: Tensor) -> None:
+        """Raise AquaError for keys and values of a prompt, as `fill` takes them, that do not fit."""
+        shape = (*self.tail.shape[:2], keys.shape[2], self.tail.shape[3])
+        if keys.shape != shape or values.shape != (*shape[:3], self.values.shape[3]) or shape[2] > self.max_length:
+            raise AquaError(
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit a cache of keys "
+                f"{(*shape[:2], self.max_length, shape[3])} and value_dim {self.values.shape[3]}"
+            )
 
     def check_rotated(self) -> None:
         """Raise AquaError where keys may be as they came, which only the CPU kernel knows how to treat."""

@@ -88,10 +88,9 @@ def attention_fused(call: Call, selected: Tensor | None) -> Tensor:
     """
     query, key, value, mask, sink, recent, scaling = call[:7]
     width = max(query.shape[-1], value.shape[-1])
-    # Keys narrower than values push the fused kernels onto a slow path; zeros change no score.
-    query, key = (F.pad(states, (0, width - states.shape[-1])) for states in (query, key))
+    query, key = (dense.widened(states, width) for states in (query, key))
     if selected is not None:
-        selected = F.pad(selected, (0, width - selected.shape[-1]))
+        selected = dense.widened(selected, width)
     length, window = query.shape[2], sink + recent
     if selected is None or (window > 0 and length <= window):
         return dense.dense_attention(query, key, value, mask, scaling)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aqua_attention.errors import Reason
-from aqua_attention.ops.backend import Backend
+from aqua_attention.ops.backend import Backend, Channels
 from aqua_attention.ops.layout import LARGEST_QUANTIZED, WIDEST, Chosen, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
@@ -60,21 +60,31 @@ class Triton(Backend):
 
     def why_not_rotate(self, states: Tensor, rotation: Tensor) -> str | None:
         """See `Backend`."""
-        if not states.is_cuda:
-            return "the states are not on a GPU"
-        if reason := no_kernels_reason(states.device):
-            return reason
-        if states.dtype not in DTYPES or rotation.dtype != torch.float32 or max(rotation.shape) > WIDEST:
-            return "it takes 16 bits and float32, a rotation in float32, and no wider heads"
-        if states.numel() == 0 or (torch.is_grad_enabled() and states.requires_grad):
-            return "it has no gradient, and does not rotate nothing"
-        return None
+        if rotation.dtype != torch.float32 or max(rotation.shape) > WIDEST:
+            return "it takes a rotation in float32, and no wider heads"
+        return _why_not_states(states)
 
     def rotate(self, states: Tensor, rotation: Tensor) -> Tensor:
         """See `Backend`."""
         from aqua_attention.ops.backends.triton.rotate import rotate_on_gpu
 
         return rotate_on_gpu(states, rotation)
+
+    def why_not_encode(self, states: Tensor) -> str | None:
+        """See `Backend`."""
+        return _why_not_states(states)
+
+    def encode(self, states: Tensor, channels: Channels) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Backend`."""
+        from aqua_attention.ops.backends.triton.codes import encode
+
+        return encode(states, channels)
+
+    def widen(self, codes: Tensor, scales: Tensor, zero_points: Tensor, channels: Channels, out: Tensor) -> None:
+        """See `Backend`."""
+        from aqua_attention.ops.backends.triton.codes import widen
+
+        widen(codes, scales, zero_points, channels, out)
 
     def serves_tiles(self, device: torch.device) -> bool:
         """See `Backend`."""
@@ -99,6 +109,14 @@ class Triton(Backend):
             return Reason(text, LOAD_BFLOAT16)
         return f"heads have {head_dim} dimensions, and it takes {WIDEST} at most" if head_dim > WIDEST else None
 
+    def fill(
+        self, cache: TiledCache, keys: Tensor, values: Tensor, lengths: Tensor, order: Tensor | None = None
+    ) -> None:
+        """See `Backend`. Unlike the plain path it does not wait for the GPU."""
+        from aqua_attention.ops.backends.triton.fill import fill
+
+        fill(cache, keys, values, lengths, order)
+
     def decode(
         self, query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
     ) -> tuple[Tensor, Tensor, Chosen | None]:
@@ -106,6 +124,19 @@ class Triton(Backend):
         from aqua_attention.ops.backends.triton.step import decode_step
 
         return decode_step(query, key, value, cache, plan, scaling)
+
+
+def _why_not_states(states: Tensor) -> str | None:
+    """Why no kernel takes these states, whose heads are rotated or rounded; None when one does."""
+    if not states.is_cuda:
+        return "the states are not on a GPU"
+    if reason := no_kernels_reason(states.device):
+        return reason
+    if states.dtype not in DTYPES or states.shape[-1] > WIDEST:
+        return "it takes 16 bits and float32, and no wider heads"
+    if states.numel() == 0 or (torch.is_grad_enabled() and states.requires_grad):
+        return "it has no gradient, and does nothing with nothing"
+    return None
 
 
 def is_interpreted(device: torch.device) -> bool:

@@ -5,12 +5,10 @@ Zeroing the dropped entries of a query and running dense attention is AQUA, so b
 kernel for dense attention. Both move little more than what they read and write.
 """
 
-import torch.nn.functional as F
-
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.rotate import by_token, check_rotation, rotate_and_narrow, rotate_on_gpu
 from aqua_attention.ops.backends.triton.window import window_merge
-from aqua_attention.ops.dense import attention_with_lse, dense_attention
+from aqua_attention.ops.dense import attention_with_lse, dense_attention, widened
 from aqua_attention.ops.layout import WIDEST
 from aqua_attention.ops.mask import short_queries
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
@@ -49,15 +47,14 @@ def attention_prefill(call: Call, plan: LayerPlan) -> Attended:
             query, plan, call.scaling, both=window > 0, is_observed=call.is_observed
         )
     key, value = by_token(key), by_token(value)
-    # Keys narrower than values push the fused kernels onto a slow path; zeros change no score.
     width = max(kept, value.shape[3])
-    wide_key = F.pad(key, (0, width - kept))
+    wide_key = widened(key, width)
     if window == 0 or in_window or narrow is rotated:
-        output = dense_attention(F.pad(narrow, (0, width - kept)), wide_key, value, None, call.scaling)
+        output = dense_attention(widened(narrow, width), wide_key, value, None, call.scaling)
         return Attended(output, selected, rotated.shape)
     outside = slice(call.sink, length - call.recent)
     far = attention_with_lse(
-        F.pad(narrow[:, :, window:], (0, width - kept)), wide_key[:, :, outside], value[:, :, outside], call.scaling
+        widened(narrow[:, :, window:], width), wide_key[:, :, outside], value[:, :, outside], call.scaling
     )
     output = window_merge(call._replace(query=rotated, key=key, value=value), *far)
     return Attended(output, selected, rotated.shape)

@@ -246,7 +246,7 @@ def append(
                 tl.load(channel_scale_ptr + narrow, column, 1.0),
                 tl.load(channel_mean_ptr + narrow, column, 0.0),
             )
-            codes, scales = _quantized((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
+            codes, scales = quantized((old.to(tl.float32) - mean[:, None]) / scale[:, None], 0)
             tl.store(token_pointers(key_scales_ptr, block_table_ptr, block_ids, 1, BLOCK), scales)
         else:
             codes = old
@@ -258,7 +258,7 @@ def append(
         page = tl.load(block_table_ptr + page)
     at = (first_block + page.to(tl.int64) * block_stride) * BLOCK + position % BLOCK
     if value_scales_ptr is not None:
-        value_codes, value_scale = _quantized(value.to(tl.float32), 0)
+        value_codes, value_scale = quantized(value.to(tl.float32), 0)
         tl.store(value_scales_ptr + at, value_scale)
         tl.store(values_ptr + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
     else:
@@ -266,7 +266,7 @@ def append(
 
 
 @triton.jit
-def _quantized(states, AXIS: tl.constexpr):
+def quantized(states, AXIS: tl.constexpr):
     """`ops.layout.quantized` along an axis."""
     scale = (tl.max(tl.abs(states), AXIS) / 127 * 1.0078125).to(tl.bfloat16)
     # The largest of numbers leaves NaN out.

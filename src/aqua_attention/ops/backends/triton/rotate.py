@@ -62,9 +62,9 @@ def rotate_and_narrow(
     The queries are those of a whole prompt: the first `min_length` - 1 of them are short, and stay as they are.
 
     Returns:
-        The rotated queries and the narrow ones, both [batch, num_attention_heads, length, kept], contiguous, in the
-        query's dtype; one and the same tensor where every dimension is selected. Then what is selected, boolean, in
-        their shape; None: every dimension, or it is not observed. Sums over the heads of a group and expected errors
+        The rotated queries and the narrow ones, both [batch, num_attention_heads, length, kept] as of `empty_by_token`,
+        in the query's dtype; one and the same tensor where every dimension is selected. Then what is selected, boolean,
+        in their shape; None: every dimension, or it is not observed. Sums over the heads of a group and expected errors
         are in float32 in another order than the reference's: where two sizes, or an error and `logit_error`, differ by
         rounding only, another dimension may be taken. An infinite query may turn into NaN.
 
@@ -72,7 +72,7 @@ def rotate_and_narrow(
         AquaError: shapes or dtypes that the kernel does not take; the message lists what it takes.
     """
     check_rotation(query, plan.rotation, plan.key_rms)
-    rotated, selected = query.new_empty((*query.shape[:3], plan.rotation.shape[2])), None
+    rotated, selected = empty_by_token(query, plan.rotation.shape[2]), None
     if not plan.selects:
         _launch(query, plan.rotation, rotated)
         return rotated, rotated, None
@@ -81,6 +81,16 @@ def rotate_and_narrow(
     narrow = torch.empty_like(rotated) if both else rotated
     _launch(query, plan.rotation, rotated, narrow, selected, plan, scaling)
     return rotated, narrow, selected
+
+
+def empty_by_token(query: Tensor, width: int) -> Tensor:
+    """What will be of queries, [batch, heads, length, width]: the heads of a token lie next to each other.
+
+    So do those of a model's queries, and fused kernels give their output the order of the queries: the model then has
+    nothing to copy.
+    """
+    batch, heads, length, _ = query.shape
+    return query.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
 def by_token(states: Tensor) -> Tensor:
@@ -144,6 +154,7 @@ def _launch(
             rotated if narrow is None else narrow,
             None if selected is None else selected.view(torch.int8),
             *states.stride()[:3],
+            *rotated.stride()[:3],
             length,
             0 if plan is None else plan.k,
             0.0 if plan is None else float(plan.config.logit_error or 0.0),
@@ -222,6 +233,9 @@ def _rotate_and_narrow(
     stride_batch,
     stride_head,
     stride_token,
+    written_batch,
+    written_head,
+    written_token,
     length,
     count,
     limit,
@@ -244,7 +258,7 @@ def _rotate_and_narrow(
     HALVINGS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    group, groups, row = tl.program_id(1), tl.num_programs(1), tl.program_id(2).to(tl.int64)
+    group, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     dims = tl.arange(0, KEPT_PADDED)
     rotation_ptr += group * HEAD_DIM * KEPT
     high, low = 0, 0
@@ -259,8 +273,8 @@ def _rotate_and_narrow(
         tokens = item % blocks * TOKENS + tl.arange(0, TOKENS)
         there = tokens < length
         first = group * GROUP + item // blocks * TOGETHER
-        start = (row * groups * GROUP + first) * length
-        offsets = tokens[:, None] * KEPT + dims[None, :]
+        start = row * written_batch + first.to(tl.int64) * written_head
+        offsets = tokens.to(tl.int64)[:, None] * written_token + dims[None, :]
         written = there[:, None] & (dims[None, :] < KEPT)
         turned = tl.zeros([TOKENS, KEPT_PADDED], states_ptr.dtype.element_ty)
         size = tl.zeros([TOKENS, KEPT_PADDED], tl.float32)
@@ -270,7 +284,7 @@ def _rotate_and_narrow(
             source = (head_ptr, stride_token, tokens, there)
             turned = _turn(source, rotation, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED, TOKENS, PRECISION)
             if BOTH or TOGETHER > 1 or MODE == "none":
-                tl.store(rotated_ptr + (start + member * length) * KEPT + offsets, turned, written)
+                tl.store(rotated_ptr + start + member * written_head + offsets, turned, written)
             if MODE == "largest" or MODE == "error":
                 error = tl.abs(turned.to(tl.float32) * weight)
                 one = error if SELECTION == "weighted" else tl.abs(turned.to(tl.float32))
@@ -299,14 +313,14 @@ def _rotate_and_narrow(
                 wanted = tl.where((tokens + 1 < min_length)[:, None], every, wanted)
             if TOGETHER == 1:
                 if selected_ptr is not None:
-                    tl.store(selected_ptr + start * KEPT + offsets, (wanted > 0).to(tl.int8), written)
+                    tl.store(selected_ptr + start + offsets, (wanted > 0).to(tl.int8), written)
                     wanted = tl.where(wanted > 0, turned.to(tl.float32), 0.0)
-                tl.store(narrow_ptr + start * KEPT + offsets, wanted.to(turned.dtype), written)
+                tl.store(narrow_ptr + start + offsets, wanted.to(turned.dtype), written)
             else:
                 # Other threads of this program may have written what one reads here.
                 tl.debug_barrier()
                 for member in range(TOGETHER):
-                    offset = (start + member * length) * KEPT
+                    offset = start + member * written_head
                     turned = tl.load(rotated_ptr + offset + offsets, written, 0.0)
                     tl.store(narrow_ptr + offset + offsets, tl.where(wanted > 0, turned, 0.0).to(turned.dtype), written)
                     if selected_ptr is not None:

@@ -8,7 +8,7 @@ from torch import Tensor, float32
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.blocks import LOG2_E, on_device_of, online_softmax, padded
-from aqua_attention.ops.backends.triton.rotate import PRECISION, by_token
+from aqua_attention.ops.backends.triton.rotate import PRECISION, by_token, empty_by_token
 from aqua_attention.ops.plan import Call
 
 WINDOW_ROWS, WINDOW_KEYS, WINDOW_STAGES = 64, 32, 2
@@ -24,7 +24,7 @@ def window_merge(call: Call, far: Tensor, far_lse: Tensor) -> Tensor:
             [batch, num_attention_heads, length - sink - recent, value_dim]; far_lse: its log-sum-exp, float32.
 
     Returns:
-        [batch, num_attention_heads, length, value_dim], contiguous, in the dtype of the values.
+        [batch, num_attention_heads, length, value_dim] as of `empty_by_token`, in the dtype of the values.
 
     Raises:
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
@@ -42,7 +42,7 @@ def window_merge(call: Call, far: Tensor, far_lse: Tensor) -> Tensor:
             f"{(*rest, value_dim)} and torch.float32 {rest}"
         )
     query, key, value, far = (by_token(states) for states in (call.query, call.key, call.value, far))
-    output = value.new_empty((batch, heads, length, value_dim))
+    output = empty_by_token(query, value_dim)
     widths = [padded(width) for width in (kept, value_dim)]
     together = triton.next_power_of_2(heads // kv_heads)
     rows = max(WINDOW_ROWS, together)
@@ -179,7 +179,7 @@ def _window(
     merged = output * near_share[:, None] + far * far_share[:, None]
     merged = merged / tl.where(there, total * near_share + far_share, 1.0)[:, None]
     tl.store(
-        output_ptr + ((row * groups * GROUP + heads) * length + tokens)[:, None] * VALUE_DIM + columns[None, :],
+        output_ptr + ((row * length + tokens) * (groups * GROUP) + heads)[:, None] * VALUE_DIM + columns[None, :],
         merged.to(output_ptr.dtype.element_ty),
         there[:, None] & (columns[None, :] < VALUE_DIM),
     )
