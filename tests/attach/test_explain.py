@@ -340,6 +340,7 @@ def test_a_hybrid_model_is_counted(graphs, models):
         found = attachment.explain(100)
         assert found.decoding.layers == {"ring": 2, "tiled": 1}
         assert (found.decoding.sliding, found.decoding.backends) == (2, {"fused": 2, "cpu": 1})
+        assert (found.reason, found.decoding.unskipped) == (None, None), "windows are exact on purpose"
         line = "  2 of 3 layers slide: they read their window only, AQUA saves nothing there"
         assert line in str(found).splitlines()
         model.generate(PROMPT, **GREEDY)
@@ -526,3 +527,9 @@ def test_a_reason_is_a_text_with_a_remedy():
     )
     assert remedy_of("any text") == remedy_of(None) == ""
     assert why_not_tiled(plan(share="head"), 4, torch.float32).remedy == "set share='group' to read fewer bytes"
+
+
+def test_windows_that_skip_nothing_are_no_obstacle(models):
+    with attached(*models("sliding"), settings={"k_ratio": 1.0}) as attachment:
+        found = attachment.explain()
+    assert (found.reason, found.decoding.unskipped, found.decoding.sliding) == (None, None, 3)

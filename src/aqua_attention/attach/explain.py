@@ -113,9 +113,15 @@ def _decoding(
         compiled=compiled,
         left_out=left_out,
         uncompiled=uncompiled,
-        unskipped=next((why for each in layers if (why := each.plan.why_not_skipping(length))), None),
+        unskipped=_why_not_skipping(layers, length),
         bytes=_bytes(layers, known.decoder.dtype.itemsize, length, batch),
     )
+
+
+def _why_not_skipping(layers: list[_Layer], length: int) -> str | None:
+    """Why layers that see the whole context multiply every dimension; those with a window are exact on purpose."""
+    reasons = (each.plan.why_not_skipping(length) for each in layers if each.window is None)
+    return next(filter(None, reasons), None)
 
 
 def _kind(cached: Any) -> str:

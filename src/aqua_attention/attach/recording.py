@@ -143,15 +143,17 @@ class Recorder:
         """The model's forward pass, replayed where it is a step that was recorded."""
         if torch.compiler.is_compiling() or not getattr(self._local, "depth", 0):
             return self._forward(*args, **inputs)
+        cache, tokens = inputs.get(CACHE), inputs.get("input_ids")
+        is_step = not args and isinstance(tokens, Tensor) and tokens.shape[1] == 1
+        self.last.steps += is_step
         if not self._local.has_graphs:
             self.reason = NO_GRAPHS
             return self._forward(*args, **inputs)
-        cache, tokens = inputs.get(CACHE), inputs.get("input_ids")
         if not isinstance(cache, Cache):
             self.reason = Reason("there is no cache", "set use_cache=True")
             return self._forward(*args, **inputs)
         steps = self._steps.setdefault(cache, RecordedSteps())
-        if args or not isinstance(tokens, Tensor) or tokens.shape[1] != 1:
+        if not is_step:
             steps.is_fresh, self.reason = True, NO_STEP
             return self._forward(*args, **inputs)
         return self._step(steps, cache, inputs)
@@ -161,7 +163,6 @@ class Recorder:
         return any(weight.device.type == self._graph.device for weight in self.model.parameters())
 
     def _step(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> Any:
-        self.last.steps += 1
         key = self._key(inputs)
         if steps.is_fresh or steps.left == 0 or key != steps.key:
             if reason := self._why_not_begin(steps, cache, inputs, key):
