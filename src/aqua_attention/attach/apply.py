@@ -16,8 +16,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
-from aqua_attention.attach.generate import GenerateCaches, Replaced
+from aqua_attention.attach.generate import GenerateCaches, Replaced, extends_masks
 from aqua_attention.attach.recording import Recorder
+from aqua_attention.attach.rehearsal import is_recorded
 from aqua_attention.cache.cache import (
     LAYOUTS,
     AquaCache,
@@ -146,7 +147,7 @@ class Attachment:
             return
 
         def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self._recorder.generating():
+            with self._recorder.generating(extends_masks(self.model, kwargs)):
                 return self._caches.generate(original, *args, **kwargs)
 
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -251,7 +252,8 @@ class Attachment:
         if not self.record:
             return "record is False"
         if not isinstance(cache, AquaCache) or cache.layout != "tiled":
-            return f"the cache is a {getattr(cache, 'layout', '')} {type(cache).__name__}, which is not tiled"
+            kind = f"plain {type(cache).__name__}" if isinstance(cache, AquaCache) else type(cache).__name__
+            return f"the cache is a {kind}, which is not tiled"
         if not self._recorder.has_graphs(self.model):
             return "only steps on a CUDA GPU are recorded"
         self._look_at_mask(cache, mask)
@@ -344,7 +346,9 @@ def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
 
 def _is_captured() -> bool:
     """Whether this call is being compiled or recorded, when lengths cannot be looked at."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    if torch.compiler.is_compiling() or is_recorded():
+        return True
+    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def apply(
