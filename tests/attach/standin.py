@@ -2,21 +2,27 @@
 """A stand-in for a CUDA graph on a CPU: torch's operations and our kernels are noted once, and run again on replay.
 
 Like a graph it knows the tensors of the step that was recorded, and nothing of Python. A host that waits for a value
-while it is recorded is an error, as it is on a GPU.
+while it is recorded is an error, as it is on a GPU. On a GPU the real graphs are taken, and counted.
 """
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import threading
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from aqua_attention.attach import apply as applying
+from aqua_attention.attach import recording
+from aqua_attention.attach.recording import CudaGraph
+from aqua_attention.attach.rehearsal import WAITS
 from aqua_attention.cache.tiled import TiledLayer
+from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 
-WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_local = threading.local()
+_decode = TiledLayer._decode
 
 
 class Notes(TorchDispatchMode):
@@ -35,27 +41,23 @@ class Notes(TorchDispatchMode):
 
 
 class StandIn:
-    """In place of `CudaGraph`."""
+    """In place of `CudaGraph`. What is recorded has been computed, so the first replay does nothing."""
 
     device = "cpu"
     recorded = 0
 
     def record(self, run):
         self.notes, self.is_new = [], True
-        type(self).recorded += 1
-        with ExitStack() as restore:
-            patches = [
-                (TiledLayer, "_decode", self._noting(TiledLayer._decode)),
-                (applying, "_is_captured", lambda: True),
-            ]
-            for place, name, by in patches:
-                restore.callback(setattr, place, name, getattr(place, name))
-                setattr(place, name, by)
-            restore.enter_context(Notes(self.notes))
-            return run()
+        StandIn.recorded += 1
+        _local.notes = self.notes
+        try:
+            with Notes(self.notes):
+                return run()
+        finally:
+            _local.notes = None
 
     def replay(self):
-        if self.is_new:  # recording has computed it
+        if self.is_new:
             self.is_new = False
             return
         for func, args, kwargs, out in self.notes:
@@ -63,25 +65,44 @@ class StandIn:
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
-    def _noting(self, decode):
-        """A layer's step as one note: what its kernel writes passes no dispatcher."""
 
-        def noted(layer, call):
-            taken = layer._taken()
+class Counted(CudaGraph):
+    """Real graphs."""
 
-            def again():
-                layer._new = taken
-                return tuple(each for each in decode(layer, call))
+    recorded = 0
 
-            with _disable_current_modes():
-                out = again()
-            self.notes.append((again, (), {}, out))
-            return type(out)(*out) if hasattr(out, "_fields") else applying_attended(out)
-
-        return noted
+    def record(self, run):
+        Counted.recorded += 1
+        return super().record(run)
 
 
-def applying_attended(out):
-    from aqua_attention.ops.plan import Attended
+def decode(layer, call):
+    """A layer's step as one note while this thread records: what its kernel writes passes no dispatcher."""
+    notes = getattr(_local, "notes", None)
+    if notes is None:
+        return _decode(layer, call)
+    taken = layer._taken()
 
-    return Attended(*out)
+    def again():
+        layer._new = taken
+        return _decode(layer, call)
+
+    with _disable_current_modes():
+        out = again()
+    notes.append((again, (), {}, out))
+    return out
+
+
+GRAPH = Counted if DEVICE == "cuda" else StandIn
+
+
+def use_graphs(monkeypatch):
+    """What records steps during a test, with `recorded`: how many so far. On a CPU the kernel in C decodes."""
+    if DEVICE == "cpu":
+        if reason := no_kernel_reason():
+            pytest.skip(reason)
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        monkeypatch.setattr(TiledLayer, "_decode", decode)
+    monkeypatch.setattr(recording, "CudaGraph", GRAPH)
+    monkeypatch.setattr(GRAPH, "recorded", 0)
+    return GRAPH

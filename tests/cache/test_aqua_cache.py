@@ -79,19 +79,19 @@ def test_a_static_cache_compiles_without_a_break(llama, name):
     assert len(graphs) == 1
 
 
-def test_a_static_cache_has_room_for_so_many(llama):
+def test_a_static_cache_grows_where_more_tokens_come(llama):
     model, projections = llama
     ids = tokens(64)
     with aqua.apply(model, projections, CONFIGS["paper"]) as attachment:
-        cache = attachment.new_cache(max_length=64)
-        logits(model, ids[:, :60], past_key_values=cache)
-        with pytest.raises(aqua.AquaError, match="room for 64 tokens and holds 60, 5 more do not fit"):
-            logits(model, ids[:, :5], past_key_values=cache)
-        assert int(cache.get_seq_length()) == 60
-        found = logits(model, ids[:, 60:], past_key_values=cache)
-        assert torch.allclose(found, logits(model, ids)[:, 60:], rtol=0, atol=1e-4)
-        with pytest.raises(aqua.AquaError, match="room for 20 tokens"):
-            model.generate(ids[:, :10], past_key_values=attachment.new_cache(max_length=20), **GREEDY)
+        cache = attachment.new_cache(max_length=40)
+        logits(model, ids[:, :40], past_key_values=cache)
+        found = logits(model, ids[:, 40:], past_key_values=cache)
+        assert (cache.max_length, int(cache.get_seq_length())) == (64, 64)
+        assert torch.allclose(found, logits(model, ids)[:, 40:], rtol=0, atol=1e-4)
+        expected = model.generate(ids[:, :10], **GREEDY)
+        small = attachment.new_cache(max_length=12)
+        assert torch.equal(model.generate(ids[:, :10], past_key_values=small, **GREEDY), expected)
+        assert small.max_length > 12
 
 
 def test_what_a_static_cache_cannot_store_is_said_when_it_is_made(llama):

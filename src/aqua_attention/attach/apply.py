@@ -18,9 +18,10 @@ from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
 from aqua_attention.attach.explain import Known, explained
 from aqua_attention.attach.explanation import Explanation
-from aqua_attention.attach.generate import GenerateCaches, Replaced
+from aqua_attention.attach.generate import GenerateCaches, Replaced, extends_masks
 from aqua_attention.attach.possible import look_at_mask, why_no_tiles, why_not_by_itself, why_not_replayed
 from aqua_attention.attach.recording import NO_GRAPHS, Recorder
+from aqua_attention.attach.rehearsal import is_recorded
 from aqua_attention.cache.cache import (
     LAYOUTS,
     AquaCache,
@@ -156,7 +157,7 @@ class Attachment:
             return
 
         def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self._recorder.generating():
+            with self._recorder.generating(extends_masks(self.model, kwargs)):
                 return self._caches.generate(original, *args, **kwargs)
 
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -357,7 +358,9 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 def _is_captured() -> bool:
     """Whether this call is being compiled or recorded, when lengths cannot be looked at."""
-    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    if torch.compiler.is_compiling() or is_recorded():
+        return True
+    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def apply(

@@ -16,6 +16,7 @@ ROOM = 256
 """Sizes are multiples of so many tokens, so that the next call can have the same cache."""
 MOST_NEW = 8192
 """Tokens that room is made for beyond twice the prompt, however many are allowed: `generate` may end early."""
+UPDATE = "_update_model_kwargs_for_generation"
 MODES = ("greedy_search", "sample")
 REMEDIES = {"beam search": "set num_beams=1", "beam sample": "set num_beams=1"}
 REMEDIES |= {"assisted generation": "leave out the assistant, or prompt lookup"}
@@ -60,6 +61,7 @@ class GenerateCaches:
         """Let `make(room)` make them, unless `why_not()` gives a reason."""
         self._make, self._why_not = make, why_not
         self._spare: tuple[int, AquaCache] | None = None
+        self._lock = threading.Lock()
         self._local = threading.local()
         self.reason: str | None = NEVER_CALLED
         """Why the last call got no cache of ours; None when it got one."""
@@ -113,7 +115,8 @@ class GenerateCaches:
         return None
 
     def _take(self, batch: int, room: int) -> AquaCache:
-        spare, self._spare = self._spare, None
+        with self._lock:
+            spare, self._spare = self._spare, None
         if spare is not None and spare[0] == batch and room <= (spare[1].max_length or 0) <= 2 * room:
             spare[1].reset()
             return spare[1]
@@ -131,6 +134,15 @@ def _layout(given: dict[str, Any]) -> str:
     if getattr(config, "use_cache", None) is False:
         return "no"
     return getattr(config, "cache_implementation", None) or "growing"
+
+
+def extends_masks(model: nn.Module, options: dict[str, Any]) -> bool:
+    """Whether `generate`, called with these options, gives each step the mask before and tokens that are seen."""
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    chunk = options.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    steps = (getattr(model, name, None) for name in ("prepare_inputs_for_generation", UPDATE))
+    known = all(str(getattr(step, "__module__", "")).startswith("transformers.") for step in steps)
+    return known and chunk != 1 and options.get("custom_generate") is None
 
 
 def _room(given: dict[str, Any]) -> int:

@@ -170,6 +170,10 @@ class Recordable:
         """Whether a mask, [batch, tokens so far and one more], hides nothing but what was padding in a prompt."""
         raise NotImplementedError
 
+    def addresses(self) -> list[int]:
+        """Where what a recorded step reads and writes lies, which changes when the layer allocates anew."""
+        raise NotImplementedError
+
     def store(self, mask: Tensor | None) -> None:
         """Write the tokens that `update` took and that the mask of their attention shows to be no padding."""
         raise NotImplementedError

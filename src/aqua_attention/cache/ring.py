@@ -53,6 +53,11 @@ class RingLayer(Recordable, CacheLayerMixin):
         self._new = None
         """Rotated keys and values that the next attention stores."""
 
+    def addresses(self) -> list[int]:
+        """See `Recordable`."""
+        return [each.data_ptr() for each in (*self._stored(), self.places, self.counted, self.given)]
+
+    @torch.inference_mode(False)  # so that what is allocated now can be written to in any mode
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, dtypes and device of the first states, which are not rotated."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -151,6 +156,7 @@ class RingLayer(Recordable, CacheLayerMixin):
             for tensor in (*self._stored(), self.places, self.counted):
                 tensor.copy_(tensor.index_select(0, beam_idx.to(self.device)))
 
+    @torch.inference_mode(False)
     def grow(self, room: int) -> None:
         """Make room for so many tokens, as far as the window needs it; nothing is forgotten.
 

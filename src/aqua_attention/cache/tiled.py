@@ -41,15 +41,23 @@ class TiledLayer(Recordable, StaticLayer):
         """Keys as they came, the same rotated, and values of all tokens so far, that the next attention stores; while
         decoding those of the new one, not rotated."""
 
+    def addresses(self) -> list[int]:
+        """See `Recordable`."""
+        held = (*vars(self.cache).values(), self._padding)
+        return [tensor.data_ptr() for tensor in held if isinstance(tensor, Tensor)]
+
+    @torch.inference_mode(False)  # so that what is allocated now can be written to in any mode
     def grow(self, room: int) -> None:
         """Make room for so many tokens; what is held stays. Its addresses change, so that steps are recorded anew."""
         self.max_cache_len = room
         if self.is_initialized:
             self.cache = self.cache.enlarged(room)
 
+    @torch.inference_mode(False)
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for the batch, dtype and device of the first states."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        # Under autocast keys are wider than values; attention is in the values' dtype.
+        self.dtype, self.device = value_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         shape = (self.batch_size, self.num_heads, self.plan.kept, value_states.shape[3], self.max_cache_len)
         held: TiledCache | None = self.__dict__.get("cache")
@@ -88,7 +96,7 @@ class TiledLayer(Recordable, StaticLayer):
         if self.decodes(key_states.shape[2]):
             self._new = key_states, key_states, value_states
             keys = self._nothing.expand(*key_states.shape[:3], self.plan.kept)
-            return tagged(keys, self), self._nothing.expand(value_states.shape)
+            return tagged(keys, self), self._nothing.to(value_states.dtype).expand(value_states.shape)
         keys, values = rotate(key_states, self.plan.rotation), value_states
         raw = key_states
         if self._is_filled:
@@ -119,15 +127,15 @@ class TiledLayer(Recordable, StaticLayer):
     def _decode(self, call: Call) -> Attended:
         """Rotate, choose, append what `update` took, attend."""
         key, _, value = self._taken()
-        query, key, value = (states[:, :, 0] for states in (call.query, key, value))
+        query, key, value = (states[:, :, 0].to(self.dtype) for states in (call.query, key, value))
         output, rotated, chosen = self._backend.decode(query, key, value, self.cache, self.plan, call.scaling)
         selected = chosen.selected(call.query.shape[1]) if call.is_observed and chosen is not None else None
-        return Attended(output[:, :, None], selected, rotated[:, :, None].shape)
+        return Attended(output[:, :, None].to(call.value.dtype), selected, rotated[:, :, None].shape)
 
     @never_compiled
     def store(self, mask: Tensor | None) -> None:
         """See `Recordable`."""
-        raw, keys, values = self._taken()
+        raw, keys, values = (states.to(self.dtype) for states in self._taken())
         lengths, order = self._counted(mask, keys.shape[2])
         if self.cache.rotated_from:
             # Those that are short still are held as they came.
