@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM, StaticCache
 
 import aqua_attention as aqua_package
 from aqua_attention.bench import clocked, random_llama
@@ -226,7 +226,10 @@ REFUSED = {
     "projections of no model": (["-p", "p"], "projections and data are of a MODEL"),
     "a model alone": (["MODEL"], "needs its projections: make them by `aqua calibrate`, and give -p FILE"),
     "layers of a model": (["MODEL", "-p", "p", "--layers", "2"], "layers is of the random model"),
-    "too long": (["MODEL", "-p", "FILE", "--length", "250"], "the model knows 256 positions"),
+    "too long a text": (
+        ["MODEL", "-p", "FILE", "--length", "250", "--data", "builtin:evaluation"],
+        "the model knows 256 positions",
+    ),
     "always too long": (["MODEL", "-p", "FILE"], "the model knows 256 positions: choose fewer tokens"),
 }
 
@@ -239,6 +242,17 @@ def test_what_cannot_be_measured_is_refused(aqua, refused, tiny_folder, projecti
     code, _, err = aqua("bench", "generate", *(given.get(each, each) for each in arguments))
     assert code == 2
     assert words in err.replace("\n", " ")
+
+
+def test_random_prompts_may_be_longer_than_rotary_positions():
+    model = make_llama()
+    benchmark = bench.GenerateBenchmark(model, calibrated(model), (HALF,), new_tokens=16, is_random=False)
+    with pytest.warns(UserWarning, match="knows 256 positions: beyond them only times mean something"):
+        assert benchmark._task(1, 250).length == 250
+    learned = OPTForCausalLM(OPTConfig(num_hidden_layers=1, hidden_size=32, ffn_dim=32, max_position_embeddings=64))
+    benchmark.model = learned
+    with pytest.raises(aqua_package.AquaError, match="knows 64 positions"):
+        benchmark._task(1, 60)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@
 Nothing is timed before it is right, see `generate_gate`. The kernels themselves are measured by `decode`.
 """
 
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -35,7 +36,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import device_name
 from aqua_attention.model.capture import AttentionLayer, attention_layers, input_device
-from aqua_attention.model.limits import check_tokens
+from aqua_attention.model.limits import check_tokens, has_learned_positions, position_limit
 from aqua_attention.ops.backend import tiled_backend
 
 Settings = tuple[AquaConfig, ...]
@@ -87,7 +88,7 @@ class GenerateBenchmark:
         self.model, self.projections, self.settings = model, projections, settings
         self.new_tokens, self.compile, self.static, self.is_random = new_tokens, compile, static, is_random
         self.device, self._layers = input_device(model), attention_layers(model)
-        self._prompts = prompts or self._random_prompts
+        self._prompts, self._reads_text = prompts or self._random_prompts, prompts is not None
         self._gates: dict[int, Gate] = {}
         self._bandwidth: float | None = None
 
@@ -126,12 +127,20 @@ class GenerateBenchmark:
         baseline = compare(rows, batch, self._bandwidth)
         return self._facts(task) | {"baseline": baseline, "read_bandwidth": self._bandwidth, "rows": rows}
 
+    def _check_positions(self, ids: Tensor) -> None:
+        """An AquaError for more positions than the model knows; a warning where random tokens may have more."""
+        context, limit = ids.shape[1] + self.new_tokens, position_limit(self.model)
+        if limit is None or context <= limit or self._reads_text or has_learned_positions(self.model):
+            check_tokens(self.model, ids, context=context)
+        else:
+            warnings.warn(f"the model knows {limit} positions: beyond them only times mean something", stacklevel=2)
+
     def _task(self, batch: int, length: int) -> Task:
         is_filled = self.is_random and batch * length > MOST_PROMPT
         if length < LEAST:
             raise AquaError(f"size is {batch}x{length}: a prompt must have {LEAST} tokens or more")
         ids = self._prompts(batch, length + is_filled).to(self.device)
-        check_tokens(self.model, ids, context=ids.shape[1] + self.new_tokens)
+        self._check_positions(ids)
         return Task(self.model, ids, self.new_tokens, is_filled)
 
     def _random_prompts(self, batch: int, length: int) -> Tensor:

@@ -2,7 +2,7 @@
 """What a model can do: predict, generate, and how many tokens and positions it knows."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aqua_attention.errors import AquaError
@@ -54,6 +54,12 @@ def check_tokens(model: PreTrainedModel, token_ids: Tensor, *, context: int) -> 
             f"the text has token {int(token_ids.max())}, the model knows {known} tokens: the tokenizer is another "
             "model's"
         )
+
+
+def has_learned_positions(model: PreTrainedModel) -> bool:
+    """Whether positions are looked up in a table, which ends; rotary ones go on."""
+    tables = (name for name, module in model.named_modules() if isinstance(module, nn.Embedding))
+    return any("position" in name or name.endswith("wpe") for name in tables)
 
 
 def position_limit(model: PreTrainedModel) -> int | None:
