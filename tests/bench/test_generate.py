@@ -249,7 +249,7 @@ def test_random_prompts_may_be_longer_than_rotary_positions():
     benchmark = bench.GenerateBenchmark(model, calibrated(model), (HALF,), new_tokens=16, is_random=False)
     with pytest.warns(UserWarning, match="knows 256 positions: beyond them only times mean something"):
         assert benchmark._task(1, 250).length == 250
-    learned = OPTForCausalLM(OPTConfig(num_hidden_layers=1, hidden_size=32, ffn_dim=32, max_position_embeddings=64))
+    learned = OPTForCausalLM(OPTConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=64))
     benchmark.model = learned
     with pytest.raises(aqua_package.AquaError, match="knows 64 positions"):
         benchmark._task(1, 60)
