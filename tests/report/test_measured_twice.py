@@ -35,10 +35,8 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, tiny_folder, llama, texts):
     """The folder, with what each command wrote with --json beside it."""
-    folder, given = (
-        tmp_path_factory.mktemp("measured") / "results",
-        ("--preset", "paper", "--k-ratio", 0.5, "--k-ratio", 0.25),
-    )
+    folder, ratios = tmp_path_factory.mktemp("measured") / "results", ("--k-ratio", 0.5, "--k-ratio", 0.25)
+    given = ("--preset", "paper", *ratios)
     folder.mkdir()
     projections = folder.parent / "tiny.safetensors"
     llama[1].save(projections)
@@ -51,7 +49,7 @@ def results(tmp_path_factory, tiny_folder, llama, texts):
             known = (tiny_folder, "-p", projections)
             commands = {
                 "perplexity": (*known, *text, *short, *given),
-                "retention": (*known, *text, *short, *given),
+                "retention": (*known, *text, *short, *ratios),
                 "tasks": (*known, "--task", f"arc_easy={texts / name}.jsonl", "--few-shot", 0, *given),
                 "grid": (folder, *known, *text, *short, *given, "--suite", "perplexity"),
                 "transfer": (
