@@ -115,7 +115,7 @@ class AquaConfig:
         AquaError: a value is out of range; the message names the field, the value and the range.
     """
 
-    k_ratio: Annotated[float, Knob("Share of dimensions multiplied", "0 < k_ratio <= 1")] = 0.75
+    k_ratio: Annotated[float, Knob("Share of dimensions multiplied", "0 < k_ratio <= 1")] = 0.9
     s_ratio: Annotated[float, Knob("Share of trailing key dimensions never stored", "0 <= s_ratio < 1")] = 0.0
     selection: Annotated[
         str, Knob("magnitude (the paper), weighted (ours) or static (PCA slice)", choices=SELECTIONS)

@@ -127,10 +127,13 @@ class TiledLayer(Recordable, StaticLayer):
     def _decode(self, call: Call) -> Attended:
         """Rotate, choose, append what `update` took, attend."""
         key, _, value = self._taken()
-        query, key, value = (states[:, :, 0].to(self.dtype) for states in (call.query, key, value))
+        query, key, value = call.query.squeeze(2), key.squeeze(2), value.squeeze(2)
+        if not query.dtype == key.dtype == value.dtype == self.dtype:
+            query, key, value = query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
         output, rotated, chosen = self._backend.decode(query, key, value, self.cache, self.plan, call.scaling)
-        selected = chosen.selected(call.query.shape[1]) if call.is_observed and chosen is not None else None
-        return Attended(output[:, :, None].to(call.value.dtype), selected, rotated[:, :, None].shape)
+        selected = chosen.selected(query.shape[1]) if call.is_observed and chosen is not None else None
+        shape = torch.Size((*rotated.shape[:2], 1, rotated.shape[2]))
+        return Attended(output.unsqueeze(2).to(call.value.dtype), selected, shape)
 
     @never_compiled
     def store(self, mask: Tensor | None) -> None:

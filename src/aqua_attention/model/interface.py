@@ -86,7 +86,8 @@ def attention_function(
     ) -> tuple[Tensor, None]:
         causal, scaling = given.get("is_causal"), given.get("scaling")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        if unknown := next((each for each in SCORE_ARGUMENTS if given.get(each) is not None), None):
+        unknown = None if SCORE_ARGUMENTS.isdisjoint(given) else _unknown(given)
+        if unknown:
             raise AquaError(f"{name} passes {unknown} to its attention, which AQUA does not support")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask, options = as_aqua_mask(attention_mask), (given.get("softcap"), given.get("s_aux"))
@@ -96,8 +97,14 @@ def attention_function(
     return attention
 
 
-SCORE_ARGUMENTS = ("position_bias", "alibi", "head_mask", "sinks", "indices", "block_indices", "cu_seq_lens_q")
+SCORE_ARGUMENTS = frozenset(
+    ("position_bias", "alibi", "head_mask", "sinks", "indices", "block_indices", "cu_seq_lens_q")
+)
 """Arguments with which a model changes scores or visibility in ways that AQUA does not know."""
+
+
+def _unknown(given: dict[str, Any]) -> str | None:
+    return next((name for name in sorted(SCORE_ARGUMENTS) if given.get(name) is not None), None)
 
 
 def check_detached(model: PreTrainedModel) -> None:
