@@ -51,7 +51,7 @@ def test_the_ends_of_each_range_are_taken(field, value):
 
 
 def test_the_defaults_are_accurate_and_for_the_decoding_kernels():
-    assert AquaConfig() == AquaConfig(0.75, 0.0, "weighted", "group", 4, 64, None, None, 1.0, None, 0)
+    assert AquaConfig() == AquaConfig(0.9, 0.0, "weighted", "group", 4, 64, None, None, 1.0, None, 0)
     assert AquaConfig() == AquaConfig.preset() == AquaConfig.preset("accurate")
 
 

@@ -70,6 +70,7 @@ class GenerateBenchmark:
         static: bool = True,
         prompts: Prompts | None = None,
         is_random: bool = False,
+        fill: bool = False,
     ) -> None:
         """For one model, which is as before after each measurement.
 
@@ -80,6 +81,7 @@ class GenerateBenchmark:
             static: with transformers' compiled static cache, on a GPU.
             prompts: None for random tokens.
             is_random: its weights are, so that more tokens than `MOST_PROMPT` may be random keys and values instead.
+            fill: however few tokens they are; no prompt is read.
 
         An AquaError where too few tokens would be counted.
         """
@@ -87,6 +89,7 @@ class GenerateBenchmark:
             raise AquaError(f"new_tokens is {new_tokens}: it must be {LEAST} or more, {SETTLING} are not counted")
         self.model, self.projections, self.settings = model, projections, settings
         self.new_tokens, self.compile, self.static, self.is_random = new_tokens, compile, static, is_random
+        self.fill = fill
         self.device, self._layers = input_device(model), attention_layers(model)
         self._prompts, self._reads_text = prompts or self._random_prompts, prompts is not None
         self._gates: dict[int, Gate] = {}
@@ -136,7 +139,7 @@ class GenerateBenchmark:
             warnings.warn(f"the model knows {limit} positions: beyond them only times mean something", stacklevel=2)
 
     def _task(self, batch: int, length: int) -> Task:
-        is_filled = self.is_random and batch * length > MOST_PROMPT
+        is_filled = self.fill or (self.is_random and batch * length > MOST_PROMPT)
         if length < LEAST:
             raise AquaError(f"size is {batch}x{length}: a prompt must have {LEAST} tokens or more")
         ids = self._prompts(batch, length + is_filled).to(self.device)

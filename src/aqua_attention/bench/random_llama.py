@@ -81,8 +81,10 @@ def random_projections(model: PreTrainedModel) -> Projections:
 
 def random_states(model: PreTrainedModel, batch: int, length: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Keys, as the model computes them, and values of each layer, [batch, num_key_value_heads, length, head_dim]."""
-    shape = batch, model.config.num_key_value_heads, length, model.config.head_dim
-    for index in range(model.config.num_hidden_layers):
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = batch, config.num_key_value_heads, length, head_dim
+    for index in range(config.num_hidden_layers):
         given = {"generator": torch.Generator(model.device).manual_seed(index), "device": model.device}
         keys, values = (torch.randn(shape, **given, dtype=model.dtype) for _ in range(2))
         yield KEY_SCALE * keys, values

@@ -68,6 +68,7 @@ class GenerateSizes:
     size: Annotated[list[str] | None, "Prompts and tokens in each, such as 8x8192; repeat."] = None
     length: Annotated[int | None, "The same as --size 1xLENGTH."] = None
     new_tokens: Annotated[int, "Tokens that each call generates; those after the first 8 are counted."] = 72
+    fill: Annotated[bool, "--fill", "Caches begin with random tokens. No prompt is read, and none is timed."] = False
 
     def of(self, model: Any, *, is_random: bool) -> list[tuple[int, int]]:
         """Those asked for, or by default what is usual on the device; of a user's model single prompts that fit."""
@@ -176,7 +177,13 @@ def generate(
     kinds += [(min(k_ratio), 8)] if (on_gpu if int8 is None else int8) else []
     ours = AquaConfig(**vars(exact))
     settings = tuple(replace(ours, k_ratio=ratio, bits=bits) for ratio, bits in kinds)
-    given: dict[str, Any] = {"new_tokens": sizes.new_tokens, "compile": compile, "static": static, "prompts": prompts}
+    given: dict[str, Any] = {
+        "new_tokens": sizes.new_tokens,
+        "fill": sizes.fill,
+        "compile": compile,
+        "static": static,
+        "prompts": prompts,
+    }
     benchmark = GenerateBenchmark(loaded, learned, settings, is_random=model.model is None, **given)
     results: list[dict[str, Any]] = []
     shared = {"model": name, "prompts": data or "random tokens"}
