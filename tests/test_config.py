@@ -56,9 +56,11 @@ def test_the_defaults_are_accurate_and_for_the_decoding_kernels():
 
 
 def test_the_method_of_the_paper_has_a_name():
-    assert AquaConfig.paper() == AquaConfig(0.75, 0.0, "magnitude", "head", 0, 0, None, None, 1.0, None, 0)
+    assert AquaConfig.paper() == AquaConfig(
+        0.75, 0.0, "magnitude", "head", 0, 0, None, None, 1.0, None, 0, "approximate"
+    )
     assert AquaConfig.paper() == AquaConfig(**PAPER) == AquaConfig.preset("paper")
-    assert AquaConfig.paper(0.5, sink=4) == AquaConfig(0.5, 0.0, "magnitude", "head", 4, 0)
+    assert AquaConfig.paper(0.5, sink=4) == AquaConfig(0.5, 0.0, "magnitude", "head", 4, 0, sliding="approximate")
     with pytest.raises(AquaError, match="k_ratio is 2"):
         AquaConfig.paper(2)
 
@@ -154,6 +156,7 @@ def test_to_dict_holds_every_field_and_survives_json():
         "h2o_ratio": 1.0,
         "h2o_queries": None,
         "min_length": 0,
+        "sliding": "exact",
     }
     assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config
 

@@ -74,7 +74,7 @@ def test_one_declaration_is_a_range_error_words_in_tables_and_settings_of_a_grid
 from aqua_attention.evaluate.setting import grid_settings
 from aqua_attention.report.tables import describe_setting
 for setting in grid_settings({"k_ratio": [1, 0.5], "dummy": [0, 0.25], "sink": [0, 4], "recent": [0]}):
-    print(describe_setting(setting.config.to_dict()).replace(", weighted, shared by group", ""))
+    print(describe_setting(setting.config.to_dict()).replace(", weighted, shared by group, sliding exact", ""))
 """
     done = library("-c", code)
     assert done.stdout.splitlines() == [
