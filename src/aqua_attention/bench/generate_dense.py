@@ -26,6 +26,15 @@ Reasons = dict[str, str | None]
 """Kernels by name, and why one does not run; None where it does."""
 
 
+class UncompiledStaticCache(StaticCache):
+    """A static cache for which `generate` makes no mask in each step, which these kernels would not read."""
+
+    @property
+    def is_compileable(self) -> bool:
+        """False."""
+        return False
+
+
 @contextmanager
 def recorded_dense(model: PreTrainedModel, kernel: str, length: int, parts: Parts) -> Iterator[Recorder]:
     """While open, steps of the model attend to `length` tokens of a static cache by this kernel, and are recorded.
@@ -79,7 +88,8 @@ def dense_row(task: Task, kernels: Reasons, parts: Parts) -> dict[str, Any]:
 
 def static_options(task: Task, *, compiled: bool = False) -> Options:
     """Hand `generate` a static cache, the same one each time; `compiled`: have transformers compile its steps."""
-    cache = StaticCache(config=task.model.config, max_cache_len=task.room)
+    kind = StaticCache if compiled else UncompiledStaticCache
+    cache = kind(config=task.model.config, max_cache_len=task.room)
     cache.max_length = task.room  # `Recorder` asks for it
 
     def given() -> dict[str, Any]:
