@@ -20,11 +20,12 @@ from aqua_attention.bench import generate_dense as dense
 from aqua_attention.bench import generate_gate as gate
 from aqua_attention.bench.clocked import Task, default_options
 from aqua_attention.cache.cache import AquaCache
+from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.ops.backends.triton import Triton
 from conftest import VOCABULARY, make_llama, make_mistral
 
 sys.path.append(str(Path(__file__).parents[1] / "attach"))
-from standin import StandIn
+from standin import StandIn, decode
 
 SHAPE = {
     "num_hidden_layers": 2,
@@ -50,6 +51,7 @@ def model():
 def recorded(monkeypatch):
     """Steps are recorded on the CPU, by the stand-in; the kernel for CPUs decodes, not triton's interpreter."""
     monkeypatch.setattr(recording, "CudaGraph", StandIn)
+    monkeypatch.setattr(TiledLayer, "_decode", decode)
     monkeypatch.setattr(Triton, "serves_tiles", lambda *_: False)
 
 

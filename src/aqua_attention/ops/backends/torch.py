@@ -27,8 +27,8 @@ class _Torch(Backend):
         """See `Backend`."""
         query, selected = rotate(call.query, plan.rotation), None
         queries, keys = query.shape[2], call.key.shape[2]
-        # Choosing is what short sequences should not pay for.
-        if call.mask is not None or keys >= plan.min_length:
+        # Choosing is what short sequences should not pay for; where tokens keep fewer dimensions, that must be said.
+        if call.mask is not None or keys >= plan.min_length or plan.has_window_store:
             short = short_queries(call.mask, plan.min_length, queries=queries, keys=keys, device=query.device)
             selected = select_dimensions(query, plan, short, scaling=call.scaling)
         return Attended(self.attend_rotated(call._replace(query=query), selected), selected, query.shape)
