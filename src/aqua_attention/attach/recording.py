@@ -24,6 +24,7 @@ from aqua_attention.attach.rehearsal import GeneratingThreads, Rehearsal, as_rec
 from aqua_attention.errors import Reason
 
 CACHE, MASK = "past_key_values", "attention_mask"
+Key = tuple[Any, ...]
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 FIXED = (Tensor, *PLAIN, PreTrainedTokenizerBase)
 """What a recording can have as an input; `generate` hands the tokenizer of stop strings on to the model."""
@@ -33,6 +34,9 @@ OUR_HOOKS = ("aqua_attention.", "transformers.")
 
 NO_STEP, FIRST_STEP = Reason("no step so far"), Reason("the first step is not recorded")
 NO_GRAPHS = Reason("only steps on a CUDA GPU are recorded")
+CHANGING = Reason("inputs other than tokens change from step to step")
+MOST_RECORDINGS = 4
+"""In one call, for a cache of one size. A model whose inputs change would need one for each step."""
 NATURAL = (NO_STEP, FIRST_STEP, NO_GRAPHS)
 """Reasons against which nothing can or need be done."""
 threads = GeneratingThreads()
@@ -43,15 +47,23 @@ class CudaGraph:
 
     device = "cuda"
 
+    def __init__(self, where: torch.device) -> None:
+        """One on this device, which need not be the current one."""
+        self._where = where
+
     def record(self, run: Callable[[], Any]) -> Any:
         """Record what `run` launches; returns what it returns, which each replay writes anew."""
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            return run()
+        with torch.cuda.device(self._where):
+            # torch's own stream for this lies on the device that was the current one first.
+            stream = torch.cuda.Stream(self._where)
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                return run()
 
     def replay(self) -> None:
         """Run it again."""
-        self._graph.replay()
+        with torch.cuda.device(self._where):
+            self._graph.replay()
 
 
 @dataclass(eq=False)
@@ -61,11 +73,13 @@ class GenerateCall:
     Attributes:
         extends_masks: see `Recorder.generating`.
         has_graphs: whether there are graphs where the model is.
-        steps: decoding steps; replays: those of them that were replayed; seconds: spent on recording.
+        recordings: how often a step was recorded; seconds: spent on that.
+        steps: decoding steps; replays: those of them that were replayed.
     """
 
     extends_masks: bool = True
     has_graphs: bool = True
+    recordings: int = 0
     steps: int = 0
     replays: int = 0
     seconds: float = 0.0
@@ -135,8 +149,8 @@ class Recorder:
         self.model, self._forward, self._why_not = model, forward, why_not
         self._parts, self._observing, self._graph = parts, observing, CudaGraph
         self._steps: WeakKeyDictionary[Any, RecordedSteps] = WeakKeyDictionary()
-        self._rehearsed: dict[tuple[str, ...], str | None] = {}
-        """By names of inputs, why the model's step cannot be recorded; None when it can."""
+        self._rehearsed: dict[Key, str | None] = {}
+        """By inputs, why the model's step cannot be recorded; None when it can."""
         self._local = threading.local()
         self.reason: str = NO_STEP
         self.seconds, self.replays, self.last = 0.0, 0, GenerateCall()
@@ -190,34 +204,36 @@ class Recorder:
     def _step(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> Any:
         key = self._key(inputs)
         is_new = steps.is_fresh or steps.left == 0 or key != steps.key
-        if reason := self._why_not_begin(steps, cache, inputs) if is_new else self._why_not_go_on(cache, inputs):
+        if reason := self._why_not_begin(steps, cache, inputs, key) if is_new else self._why_not_go_on(cache, inputs):
             self.reason, steps.is_fresh = reason, True
             return self._forward(**inputs)
         if is_new:
             self._begin(steps, cache, key)
         steps.left -= 1
-        names = tuple(sorted(inputs))
-        if names not in self._rehearsed:
-            return self._rehearse(steps, names, inputs)
         if not steps.is_warm:
             steps.is_warm, self.reason = True, FIRST_STEP
             with self._parts():
                 return self._forward(**inputs)
+        if key not in self._rehearsed:
+            return self._rehearse(steps, key, inputs)
         if steps.graph is None and not self._record(steps, cache, inputs):
             steps.is_fresh = True
             return self._forward(**inputs)
         return self._replay(steps, cache, inputs)
 
-    def _rehearse(self, steps: RecordedSteps, names: tuple[str, ...], inputs: dict[str, Any]) -> Any:
-        """Run a step as if it were recorded. Not with compiled parts, which torch does not run under a mode."""
+    def _rehearse(self, steps: RecordedSteps, key: Key, inputs: dict[str, Any]) -> Any:
+        """Run a step as if it were recorded, after one in which everything is checked as always.
+
+        Not with compiled parts, which torch does not run under a mode.
+        """
         self.reason = "the first step is rehearsed"
         with as_recorded(), Rehearsal() as rehearsal:
             outputs = self._forward(**{name: value for name, value in inputs.items() if name != MASK})
-        self._rehearsed[names] = rehearsal.reason
+        self._rehearsed[key] = rehearsal.reason
         steps.is_fresh = rehearsal.reason is not None
         return outputs
 
-    def _key(self, inputs: dict[str, Any]) -> tuple[Any, ...]:
+    def _key(self, inputs: dict[str, Any]) -> Key:
         """What must be the same for a recording to be the step that these inputs ask for."""
         found: list[Any] = [torch.is_inference_mode_enabled(), getattr(self._observing, "on_selection", None) is None]
         found.append(_autocast(self._graph.device))
@@ -231,9 +247,9 @@ class Recorder:
         mask = inputs.get(MASK)
         return None if mask is None or self._local.call.extends_masks else self._why_not(cache, mask)
 
-    def _why_not_begin(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> str | None:
-        if steps.refused:
-            return steps.refused
+    def _why_not_begin(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any], key: Key) -> str | None:
+        if reason := steps.refused or self._rehearsed.get(key) or self._why_not(cache, inputs.get(MASK)):
+            return reason
         if reason := why_not_recorded(self.model):
             return reason
         if torch.is_grad_enabled():
@@ -246,14 +262,15 @@ class Recorder:
         mask = inputs.get(MASK)
         if mask is not None and inputs.get("position_ids") is None:
             return Reason("there is a mask and no position_ids", "give position_ids")
-        return self._why_not(cache, mask) or self._rehearsed.get(tuple(sorted(inputs)))
+        return None
 
-    def _begin(self, steps: RecordedSteps, cache: Any, key: tuple[Any, ...]) -> None:
+    def _begin(self, steps: RecordedSteps, cache: Any, key: Key) -> None:
         """Look at what a replay takes for granted: room, inputs, the model."""
         held = int(cache.get_seq_length())
         if held >= cache.max_length:
             steps.forget()
             cache.make_room(held + 1)
+            self._local.call.recordings = 0  # one more for a cache that has grown is no sign of changing inputs
         if steps.graph is not None and (key != steps.key or steps.state != self._state(cache)):
             steps.forget()
         steps.key, steps.is_fresh, steps.left = key, False, cache.max_length - held
@@ -264,7 +281,12 @@ class Recorder:
 
     def _record(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> bool:
         """Record a step; whether that was possible. Nothing is computed, and the cache does not change."""
-        start, graph = time.perf_counter(), self._graph()
+        call: GenerateCall = self._local.call
+        if call.recordings == MOST_RECORDINGS:
+            self.reason = CHANGING
+            return False
+        call.recordings += 1
+        start, graph = time.perf_counter(), self._graph(next(self.model.parameters()).device)
         steps.inputs = {
             name: value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
             for name, value in inputs.items()
@@ -277,7 +299,7 @@ class Recorder:
             try:
                 with self._parts(), self._observed(steps.observed), as_recorded(), self._without_autocast_cache():
                     outputs = graph.record(lambda: self._forward(**steps.inputs, **{CACHE: cache}))
-            except RuntimeError as error:
+            except Exception as error:  # without a recording it may be none, or say it better
                 steps.refused = self.reason = Reason(f"recording failed: {(str(error).splitlines() or [''])[0][:160]}")
                 return False
         steps.kind = type(outputs)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,8 +19,14 @@ WAITS = (
     "aten::nonzero",
     "aten::masked_select",
     "aten::_unique2",
+    "aten::unique_dim",
+    "aten::unique_consecutive",
+    "aten::bincount",
+    "aten::repeat_interleave",
 )
 """Operations after which the host knows a value, or a size that depends on one."""
+INDEXED = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+"""These wait where an index is a mask."""
 COPIES = ("aten::copy_", "aten::_to_copy")
 _local = threading.local()
 
@@ -32,7 +39,8 @@ class Rehearsal(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         name = func.name().split(".")[0]
-        if name in WAITS or (name in COPIES and _leaves_device(args, found)):
+        waits = name in WAITS or (name in INDEXED and _has_mask(args[1]))
+        if waits or (name in COPIES and _leaves_device(args, found)):
             self.reason = self.reason or f"the model's step waits for a value ({name})"
         return found
 
@@ -50,6 +58,10 @@ def as_recorded() -> Iterator[None]:
 def is_recorded() -> bool:
     """Whether this thread records a step or rehearses that, so that nothing may look at a length or a mask."""
     return getattr(_local, "recorded", False)
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(isinstance(each, Tensor) and each.dtype in (torch.bool, torch.uint8) for each in indices)
 
 
 def _leaves_device(args: Any, found: Any) -> bool:

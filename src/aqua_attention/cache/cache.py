@@ -56,11 +56,12 @@ class AquaCache(Cache):
         """See that so many tokens fit: more than there is room for move to a cache half as large again, or more."""
         if self.max_length is None or tokens <= self.max_length:
             return
-        self.max_length = max(tokens, self.max_length + self.max_length // 2)
-        sizes = StaticCache(config=self._config, max_cache_len=self.max_length).layers
+        room = max(tokens, self.max_length + self.max_length // 2)
+        sizes = StaticCache(config=self._config, max_cache_len=room).layers
         for layer, like in zip(self.layers, sizes, strict=True):
             if layer.max_cache_len < like.max_cache_len:
                 layer.grow(like.max_cache_len)
+        self.max_length = room  # only now: memory may have ended
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens: -n forgets n of them; an AquaError where a layer cannot, and nothing is changed."""

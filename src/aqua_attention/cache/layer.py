@@ -249,9 +249,9 @@ class Grows:
     def grow(self, room: int) -> None:
         """Make room for so many tokens; what is held stays."""
         more = room - self.max_cache_len
-        self.max_cache_len = room
         if self.keys is not None and self.values is not None:
             self.keys, self.values = (F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values))
+        self.max_cache_len = room
 
 
 class RotatedStaticLayer(Grows, RotatesOnWrite, StaticLayer):

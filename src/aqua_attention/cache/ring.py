@@ -165,10 +165,10 @@ class RingLayer(Recordable, CacheLayerMixin):
         more = min(room, self.sliding_window) - self.max_cache_len
         if more <= 0:
             return
-        self.max_cache_len += more
         if self.is_initialized:
             self.keys, self.values = (pad(states, (0, 0, 0, more)) for states in self._stored())
             self.places = pad(self.places, (0, more), value=-1)
+        self.max_cache_len += more
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         """Write the token of a decoding step, which is no padding."""

@@ -49,9 +49,9 @@ class TiledLayer(Recordable, StaticLayer):
     @torch.inference_mode(False)  # so that what is allocated now can be written to in any mode
     def grow(self, room: int) -> None:
         """Make room for so many tokens; what is held stays. Its addresses change, so that steps are recorded anew."""
-        self.max_cache_len = room
         if self.is_initialized:
             self.cache = self.cache.enlarged(room)
+        self.max_cache_len = room
 
     @torch.inference_mode(False)
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:

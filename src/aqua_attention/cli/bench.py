@@ -27,7 +27,7 @@ SIZES = ["32x32768", "8x131072"]
 K_RATIOS = [1.0, 0.75, 0.5, 0.25]
 GENERATE_SIZES = ["1x1024", "1x8192", "1x32768", "8x8192", "8x32768"]
 CPU_SIZES = ["1x512", "1x8192"]
-GENERATE_K_RATIOS = [1.0, 0.5]
+GENERATE_K_RATIOS = [AquaConfig.k_ratio, 0.5]
 BREAKEVEN_K_RATIOS = [0.75, 0.5]
 
 Size = Annotated[list[str], "Sequences and tokens in each, such as 8x32768; repeat."]
