@@ -178,7 +178,7 @@ def test_a_small_model_is_measured_on_a_cpu_by_the_command(aqua, tmp_path, monke
     for result in value["results"]:
         names = [(row["name"], row["k_ratio"], row["bits"]) for row in result["rows"]]
         assert names[0] == ("transformers, default", None, None)
-        assert names[1:] == [("AQUA", 1.0, None), ("AQUA", 0.5, None), ("AQUA, int8", 0.5, 8)]
+        assert names[1:] == [("AQUA", 0.9, None), ("AQUA", 0.5, None), ("AQUA, int8", 0.5, 8)]
         assert result["baseline"] == "transformers, default"
         assert not result["compiled"]
         assert not result["is_filled"]

@@ -35,8 +35,8 @@ OUR_HOOKS = ("aqua_attention.", "transformers.")
 NO_STEP, FIRST_STEP = Reason("no step so far"), Reason("the first step is not recorded")
 NO_GRAPHS = Reason("only steps on a CUDA GPU are recorded")
 CHANGING = Reason("inputs other than tokens change from step to step")
-MOST_RECORDINGS = 4
-"""In one call, for a cache of one size. A model whose inputs change would need one for each step."""
+MOST_CHANGES = 3
+"""In one call. A model whose inputs grow would be recorded anew in each step."""
 NATURAL = (NO_STEP, FIRST_STEP, NO_GRAPHS)
 """Reasons against which nothing can or need be done."""
 threads = GeneratingThreads()
@@ -73,13 +73,13 @@ class GenerateCall:
     Attributes:
         extends_masks: see `Recorder.generating`.
         has_graphs: whether there are graphs where the model is.
-        recordings: how often a step was recorded; seconds: spent on that.
-        steps: decoding steps; replays: those of them that were replayed.
+        changes: how often a step's inputs were of another shape than those of the step before.
+        steps: decoding steps; replays: those of them that were replayed; seconds: spent on recording.
     """
 
     extends_masks: bool = True
     has_graphs: bool = True
-    recordings: int = 0
+    changes: int = 0
     steps: int = 0
     replays: int = 0
     seconds: float = 0.0
@@ -204,6 +204,7 @@ class Recorder:
     def _step(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> Any:
         key = self._key(inputs)
         is_new = steps.is_fresh or steps.left == 0 or key != steps.key
+        self._local.call.changes += steps.key is not None and key != steps.key
         if reason := self._why_not_begin(steps, cache, inputs, key) if is_new else self._why_not_go_on(cache, inputs):
             self.reason, steps.is_fresh = reason, True
             return self._forward(**inputs)
@@ -248,6 +249,8 @@ class Recorder:
         return None if mask is None or self._local.call.extends_masks else self._why_not(cache, mask)
 
     def _why_not_begin(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any], key: Key) -> str | None:
+        if self._local.call.changes > MOST_CHANGES:
+            return CHANGING
         if reason := steps.refused or self._rehearsed.get(key) or self._why_not(cache, inputs.get(MASK)):
             return reason
         if reason := why_not_recorded(self.model):
@@ -270,7 +273,6 @@ class Recorder:
         if held >= cache.max_length:
             steps.forget()
             cache.make_room(held + 1)
-            self._local.call.recordings = 0  # one more for a cache that has grown is no sign of changing inputs
         if steps.graph is not None and (key != steps.key or steps.state != self._state(cache)):
             steps.forget()
         steps.key, steps.is_fresh, steps.left = key, False, cache.max_length - held
@@ -281,11 +283,6 @@ class Recorder:
 
     def _record(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> bool:
         """Record a step; whether that was possible. Nothing is computed, and the cache does not change."""
-        call: GenerateCall = self._local.call
-        if call.recordings == MOST_RECORDINGS:
-            self.reason = CHANGING
-            return False
-        call.recordings += 1
         start, graph = time.perf_counter(), self._graph(next(self.model.parameters()).device)
         steps.inputs = {
             name: value.clone(memory_format=torch.contiguous_format) if isinstance(value, Tensor) else value
