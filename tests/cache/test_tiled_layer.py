@@ -273,7 +273,9 @@ def test_what_the_layout_cannot_do_is_said(model, monkeypatch):
             attachment.new_cache(max_length=64, layout="tiled")
         assert attachment.new_cache(max_length=64).layout == "plain"
     wide = aqua.AquaConfig.paper(k_ratio=0.5, share="group", recent=129)
-    words = pytest.raises(aqua.AquaError, match="recent 129, and it takes 128 at most: use auto or plain")
+    words = pytest.raises(
+        aqua.AquaError, match="recent 129, and it takes 128 at most: set sink and recent to 128 or less"
+    )
     with aqua.apply(model, projections, wide) as attachment, words:
         attachment.new_cache(max_length=64, layout="tiled")
     with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, share="group")) as attachment:
