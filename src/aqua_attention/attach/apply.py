@@ -6,7 +6,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from aqua_attention.machine import Shape, resolved
 from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
 from aqua_attention.ops.plan import Call, LayerPlan
+from aqua_attention.ops.select import without_autocast
 
 LOG = logging.getLogger("aqua_attention")
 OWN_CACHES = (DynamicCache, AquaCache)
@@ -354,11 +355,6 @@ class Attachment:
 def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
     """What the profile of a layer is looked up by, see `machine.resolved`."""
     return Shape(layer.device, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, dtype)
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A context without autocast; entering the real one takes as long as a small kernel."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _is_captured() -> bool:

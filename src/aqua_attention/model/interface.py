@@ -18,6 +18,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import attention
 from aqua_attention.ops.mask import HIDDEN, bidirectional, window_codes
 from aqua_attention.ops.plan import Call
+from aqua_attention.ops.select import without_autocast
 
 NAME_PREFIX = "aqua-"
 _numbers = itertools.count(1)
@@ -186,5 +187,5 @@ def attend_dense(call: Call) -> Tensor:
         # Keys behind the queries are the empty end of a static cache.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     options = call.options | {"mask": None if mask is None else mask != HIDDEN}
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return attention(query.to(value.dtype), key.to(value.dtype), value, None, **options)

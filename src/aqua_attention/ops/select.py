@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotation, and the choice of the dimensions that a query multiplies."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,8 +28,13 @@ def rotate(states: Tensor, rotation: Tensor) -> Tensor:
     dtype = torch.promote_types(states.dtype, rotation.dtype)
     # The query heads of one key-value head lie next to each other, so they are one tall matrix for its rotation.
     tall = states.to(dtype).reshape(batch, kv_heads, heads // kv_heads * length, head_dim)
-    with torch.autocast(states.device.type, enabled=False):
+    with without_autocast(states.device.type):
         return (tall @ rotation.to(dtype)).reshape(batch, heads, length, -1).to(states.dtype)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context without autocast; entering torch's own takes as long as a small kernel."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def select_dimensions(
