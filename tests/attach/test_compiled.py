@@ -113,9 +113,11 @@ def test_every_family_is_the_same_compiled_and_as_before_afterwards(name):
 )
 def test_what_inductor_makes_is_the_same_but_for_rounding(make, dtype):
     model = make().to(dtype)
-    expected, parts = steps(model), parts_of(model, backend="inductor")
-    largest = float(expected.abs().max())
-    assert torch.allclose(steps(model, parts), expected, rtol=0, atol=largest * (1e-5 if dtype.itemsize == 4 else 1e-2))
+    rounded, parts = steps(model), parts_of(model, backend="inductor")
+    found, exact = steps(model, parts), steps(model.double())
+    # As near to the exact logits as the model's own code is: where that rounds, inductor rounds elsewhere.
+    error, allowed = float((found - exact).abs().max()), float((rounded - exact).abs().max())
+    assert 0 < error <= 2 * allowed
     assert parts.left_out == {}
     assert parts.seconds > 0
 

@@ -93,4 +93,4 @@ def test_a_hybrid_model():
     projections = calibrated(model)
     before, after = explained((model.cuda(), projections))
     assert (before.decoding.layers, before.decoding.sliding) == ({"ring": 2, "tiled": 1}, 2)
-    assert (after.last.replays, after.reason) == (4, None)
+    assert (after.last.steps, after.last.replays, after.reason) == (5, 3, None)
