@@ -104,10 +104,10 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.decodes(key_states.shape[2]):
-            self._new = key_states, key_states, value_states
             keys = self._nothing.expand(*key_states.shape[:3], self.plan.kept)
-            self._handed = self._nothing.to(value_states.dtype).expand(value_states.shape)
-            return tagged(keys, self), self._handed
+            values = self._nothing.to(value_states.dtype).expand(value_states.shape)
+            self._new = key_states, values, value_states
+            return tagged(keys, self), values
         keys, values = rotate(key_states, self.plan.rotation), value_states
         raw = key_states
         if self._is_filled:
@@ -137,8 +137,8 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
     @never_compiled
     def _decode(self, call: Call) -> Attended:
         """Rotate, choose, append what `update` took, attend."""
-        check_handed_out(call.value, self._handed, "the tiled layout")
-        key, _, value = self._taken()
+        key, handed, value = self._taken()
+        check_handed_out(call.value, handed, "the tiled layout")
         query, key, value = call.query.squeeze(2), key.squeeze(2), value.squeeze(2)
         if not query.dtype == key.dtype == value.dtype == self.dtype:
             query, key, value = query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
