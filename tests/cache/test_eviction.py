@@ -153,7 +153,7 @@ class Lists:
 def make_layer(config):
     ones = torch.ones(GROUPS, DIM)
     rotation = torch.eye(DIM).expand(GROUPS, DIM, DIM)
-    return RotatedLayer(LayerProjection(rotation, ones, 0 * ones, ones, ones, ones).plan(config))
+    return RotatedLayer(LayerProjection(rotation, ones, 0 * ones, ones, ones, ones, ones).plan(config))
 
 
 OPERATIONS = st.lists(

@@ -73,7 +73,7 @@ def random_projections(model: PreTrainedModel) -> Projections:
         kv_heads, dim = layer.num_key_value_heads, layer.head_dim
         ones = torch.ones(kv_heads, dim)
         rotation = torch.linalg.qr(torch.randn(kv_heads, dim, dim, generator=generator)).Q.contiguous()
-        of_keys = {"key_rms": KEY_SCALE * ones, "key_mean": 0 * ones, "key_std": KEY_SCALE * ones}
+        of_keys = dict.fromkeys(("key_rms", "key_std", "key_spread"), KEY_SCALE * ones) | {"key_mean": 0 * ones}
         projections[layer.index] = LayerProjection(rotation, **of_keys, query_rms=ones, energy=ones / dim)
     identity = {"name": "random", "shape": shape_of(model, layers), "key_weights": key_weight_digest(layers)}
     return Projections(projections, {}, identity)

@@ -22,7 +22,8 @@ from aqua_attention.model.sides import TEXT
 from aqua_attention.ops.plan import LayerPlan
 
 KIND = "aqua_attention"
-BASES = ("aqua", "none", "key-pca")
+BASES = ("aqua", "svd", "none", "key-pca")
+LEARNED = "learned"
 ORTHOGONALITY_TOLERANCE = 1e-4
 RECALIBRATE = "calibrate again with `aqua calibrate`"
 
@@ -36,6 +37,8 @@ class LayerProjection:
         key_rms, query_rms: root mean square of rotated keys and queries over the calibration text, not centred,
             [num_key_value_heads, head_dim]; float32.
         key_mean, key_std: mean and standard deviation of rotated keys, [num_key_value_heads, head_dim]; float32.
+        key_spread: how large the keys are that a query attends to along each dimension, which "weighted" selection and
+            `logit_error` read, [num_key_value_heads, head_dim]; float32. It is `key_rms`, but in a learned basis.
         energy: share of the squared length of queries and keys together along each dimension,
             [num_key_value_heads, head_dim]; sums to 1; float32.
     """
@@ -45,6 +48,7 @@ class LayerProjection:
     key_mean: Tensor
     key_std: Tensor
     query_rms: Tensor
+    key_spread: Tensor
     energy: Tensor
 
     def plan(self, config: AquaConfig, device: torch.device | str = "cpu", **facts: Any) -> LayerPlan:
@@ -54,10 +58,10 @@ class LayerProjection:
         # Tokens of an exact window keep every dimension.
         width = head_dim if config.sink + config.recent > 0 else kept
         rotation = self.rotation[..., :width].contiguous().to(device)
-        key_rms, scale, mean = (
-            each[..., :kept].contiguous().to(device) for each in (self.key_rms, self.key_std, self.key_mean)
+        spread, scale, mean = (
+            each[..., :kept].contiguous().to(device) for each in (self.key_spread, self.key_std, self.key_mean)
         )
-        return LayerPlan(rotation, key_rms, config, head_dim**-0.5, key_scale=scale, key_mean=mean, **facts)
+        return LayerPlan(rotation, spread, config, head_dim**-0.5, key_scale=scale, key_mean=mean, **facts)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,8 @@ class Projections:
         statistics: the calibration sums, by layer index.
         model: what the projections fit: `shape` (see `fingerprint.shape_of`), `key_weights` (digest or None), `name`.
         calibration: provenance: `text_sha256`, `tokens`, `context`, `seed`, `library_version`.
-        basis: "aqua"; for comparison "none", the model's own dimensions, or "key-pca", the principal components of the
-            centred keys alone.
+        basis: "aqua", the singular vectors, or "learned"; for comparison "none", the model's own dimensions, or
+            "key-pca", the principal components of the centred keys alone.
     """
 
     layers: dict[int, LayerProjection]
@@ -86,14 +90,19 @@ class Projections:
         """Decompose the statistics of every layer (paper, section 3: SVD of the stacked queries and keys)."""
         for index, layer in statistics.items():
             layer.check_finite(index)
-        layers = {index: _layer_projection(layer, _rotation(layer, basis)) for index, layer in statistics.items()}
+        layers = {index: layer_projection(layer, _rotation(layer, basis)) for index, layer in statistics.items()}
         return cls(layers, statistics, model, calibration, basis)
 
     def with_basis(self, basis: str) -> Projections:
-        """The same calibration in another basis: "aqua", "none" (not rotated, as SparQ) or "key-pca" (as Loki)."""
-        if basis == self.basis:
-            return self
-        return Projections.from_statistics(self.statistics, self.model, self.calibration, basis)
+        """The same calibration in another basis.
+
+        Args:
+            basis: "aqua", as calibrated; "svd", the singular vectors, though others were learned; "none", not rotated,
+                as SparQ; "key-pca", as Loki.
+        """
+        own = basis == "aqua" or (basis == "svd" and self.basis == "aqua") or basis == self.basis
+        name = "aqua" if basis == "svd" else basis
+        return self if own else Projections.from_statistics(self.statistics, self.model, self.calibration, name)
 
     @property
     def fits(self) -> str:
@@ -119,6 +128,8 @@ class Projections:
         if self.basis != other.basis:
             verb = "joined" if are_parts else "merged"
             raise AquaError(f"projections in different bases cannot be {verb}: {self.basis} and {other.basis}")
+        if self.basis == LEARNED and not are_parts:
+            raise AquaError("learned projections cannot be merged: learn on both texts with `aqua calibrate`")
         parts = [self.calibration, other.calibration]
         sums = {name: sum(part.get(name, 0) for part in parts) for name in ("tokens", "inputs", "images")}
         read = {name: sums[name] for name in sums if name == "tokens" or any(name in part for part in parts)}
@@ -199,9 +210,12 @@ class Projections:
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, whole or not at all.
 
-        Tensors a layer: `rotation` (float32), `query_gram`, `key_gram`, `key_sum` (float64), `counts` (int64).
+        Tensors a layer: `rotation` (float32), `query_gram`, `key_gram`, `key_sum` (float64), `counts` (int64), and of a
+        learned basis `key_spread` (float32).
         """
         rotations = {f"layers.{index}.rotation": layer.rotation for index, layer in self.layers.items()}
+        if self.basis == LEARNED:
+            rotations |= {f"layers.{index}.key_spread": layer.key_spread for index, layer in self.layers.items()}
         header = {"basis": self.basis, "model": self.model, "calibration": self.calibration}
         write_tensors(path, KIND, header, rotations | named_tensors(self.statistics))
 
@@ -227,7 +241,9 @@ class Projections:
             if deviation > ORTHOGONALITY_TOLERANCE:
                 raise stored.error(f"the rotation of layer {index} is not orthogonal ({deviation:.1e})")
             statistics[index] = take_layer(stored, index, kv_heads, dim)
-            layers[index] = _layer_projection(statistics[index], rotation)
+            named = f"layers.{index}.key_spread"
+            spread = stored.take(named, torch.float32, kv_heads, dim) if basis == LEARNED else None
+            layers[index] = layer_projection(statistics[index], rotation, spread)
         stored.finish()
         return cls(layers, statistics, model, calibration, str(basis))
 
@@ -279,7 +295,8 @@ def _principal(gram: Tensor) -> Tensor:
     return (vectors * vectors.gather(-2, largest).sign()).float()
 
 
-def _layer_projection(layer: LayerStatistics, rotation: Tensor) -> LayerProjection:
+def layer_projection(layer: LayerStatistics, rotation: Tensor, key_spread: Tensor | None = None) -> LayerProjection:
+    """All that a layer's statistics say of a rotation; a `key_spread` of None is `key_rms`."""
     wide = rotation.double()
 
     def along(gram: Tensor) -> Tensor:
@@ -294,6 +311,7 @@ def _layer_projection(layer: LayerStatistics, rotation: Tensor) -> LayerProjecti
     return LayerProjection(
         rotation=rotation,
         key_rms=square.sqrt().float(),
+        key_spread=square.sqrt().float() if key_spread is None else key_spread,
         key_mean=mean.float(),
         key_std=std.float(),
         query_rms=(along(layer.query_gram) / layer.query_count).sqrt().float(),

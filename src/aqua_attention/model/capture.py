@@ -55,13 +55,13 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
     they enter the scores: after rotary embedding and after any query-key norm. The dictionary says of each module that
     has called whether its attention is causal.
     """
-    with _watched(model, lambda module, call: observer(module, call.query, call.key, call.scaling)) as directions:
+    with watched(model, lambda module, call: observer(module, call.query, call.key, call.scaling)) as directions:
         yield directions
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, observer: Callable[[nn.Module, Call], None]) -> Iterator[dict[nn.Module, bool]]:
-    """`observed` by an `observer(module, call)`."""
+def watched(model: PreTrainedModel, observer: Callable[[nn.Module, Call], None]) -> Iterator[dict[nn.Module, bool]]:
+    """As `observed`, by an `observer(module, call)` that sees the whole call."""
     directions: dict[nn.Module, bool] = {}
 
     def dense(module: nn.Module, call: Call, causal: bool, _: dict[str, Any]) -> Tensor:
@@ -156,7 +156,7 @@ def _probed(model: PreTrainedModel, side: str) -> _Probed:
         calls.clear()
         try:
             with torch.no_grad(), evaluation_mode(model):
-                with _watched(model, lambda module, call: calls.setdefault(module, []).append(call)) as causal:
+                with watched(model, lambda module, call: calls.setdefault(module, []).append(call)) as causal:
                     output = run(**inputs, **cached)
                 return _Probed(run, inputs, calls, causal, output, sides.first_tensor(run(**inputs)))
         except AquaError as error:

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A rotation learned for what AQUA does with it: to drop, for each query, the dimensions that matter least.
+
+The loss of a query is what dropping does to its attention: the KL divergence of the softmax, and the squared error of
+the head's output. Both are taken for several numbers of dimensions, each relative to the singular vectors' loss.
+Rotations stay orthogonal, because each step multiplies them by the exponential of a skew-symmetric matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aqua_attention.calibration.sample import Sample, joined
+
+RATE, MOMENTUM, SCALE_DECAY = 0.006, 0.9, 0.99
+BATCH, KEPT = 64, 4
+"""Queries in a step, drawn from the samples of the last few windows."""
+EVALUATED = 128
+"""Queries evaluated at once."""
+
+
+ORIGINS = ("svd", "none", "learned")
+"""Where a head's rotation comes from."""
+STATE = ("rotation", "momentum", "scale", "best", "loss", "origin", "covariance")
+"""Attributes of a `Learner` that change; samples are drawn again."""
+
+
+class Target(NamedTuple):
+    """One way in which dimensions are dropped, and how much it counts.
+
+    Attributes:
+        ratio: share of the dimensions that are multiplied.
+        kind: "group" or "head", see `share` of AquaConfig; "stored": the first ones, as `s_ratio` keeps them.
+    """
+
+    ratio: float
+    kind: str
+    weight: float
+
+
+TARGETS = (
+    Target(0.25, "group", 3.0),
+    Target(0.5, "group", 1.0),
+    Target(0.75, "group", 1.0),
+    Target(0.5, "head", 1.0),
+    Target(0.75, "stored", 1.0),
+)
+
+
+@dataclass
+class Learner:
+    """Rotations of some key-value heads that are learned together.
+
+    Attributes:
+        start: the singular vectors, [heads, head_dim, head_dim].
+        held: a sample that no step sees. It decides for each head which rotation is the best so far.
+        covariance: of keys under attention, see `Sample.covariance`, mean over `windows` windows.
+        rotation: the present one; momentum, scale: of its steps; steps: taken.
+        best: the best rotation so far; loss: its loss on `held` relative to `start`, [heads]; origin: whether it is the
+            start, not rotated, or learned, a place in `ORIGINS`.
+    """
+
+    start: Tensor
+    held: Sample
+    covariance: Tensor
+    scaling: float
+    windows: int = 1
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        """Begin at the singular vectors, or where no rotation is better."""
+        self.rotation, self.best = self.start.clone(), self.start.clone()
+        self.momentum, self.scale = torch.zeros_like(self.start), torch.zeros_like(self.start)
+        self.loss = torch.ones(len(self.start), device=self.start.device)
+        self.origin = torch.zeros_like(self.loss, dtype=torch.int64)
+        self._base = self.losses(self.held, self.start).clamp_min(1e-12)
+        self._recent: list[Sample] = []
+        unrotated = torch.eye(self.start.shape[-1], device=self.start.device).expand_as(self.start)
+        self._keep_better(sorted_by_energy(unrotated, self.held, self.covariance), ORIGINS.index("none"))
+
+    def see(self, sample: Sample) -> None:
+        """Take in what one window gave."""
+        mean = self.covariance * (self.windows / (self.windows + 1))
+        self.covariance, self.windows = mean + sample.covariance() / (self.windows + 1), self.windows + 1
+        self._recent = [*self._recent, sample][-KEPT:]
+
+    def step(self, progress: float, seed: int) -> None:
+        """One step on some of the queries seen last; `progress` goes from 0 to 1, and the rate falls with it."""
+        counts = [each.query.shape[1] for each in self._recent]
+        chosen = torch.randint(sum(counts), (BATCH,), generator=torch.Generator().manual_seed(seed))
+        parts = torch.split(torch.arange(sum(counts)), counts)
+        batch = joined(
+            [
+                each.take((chosen[(chosen >= part[0]) & (chosen <= part[-1])] - part[0]).to(each.query.device))
+                for each, part in zip(self._recent, parts, strict=True)
+            ],
+            1,
+        )
+        with torch.enable_grad():
+            turn = torch.zeros_like(self.rotation).requires_grad_()
+            # The derivative at zero of the exponential that the step multiplies by.
+            turned = self.rotation + self.rotation @ (turn - turn.transpose(-1, -2))
+            (gradient,) = torch.autograd.grad(self._relative(self.losses(batch, turned)).sum(), turn)
+        self.steps += 1
+        self.momentum = MOMENTUM * self.momentum + (1 - MOMENTUM) * gradient
+        self.scale = SCALE_DECAY * self.scale + (1 - SCALE_DECAY) * gradient.square()
+        mean = self.momentum / (1 - MOMENTUM**self.steps)
+        size = (self.scale / (1 - SCALE_DECAY**self.steps)).sqrt() + 1e-12
+        self.rotation = self.rotation @ torch.matrix_exp(-RATE * (1 - progress) * mean / size)
+
+    def consider(self) -> None:
+        """Keep the present rotation for the heads for which it is the best so far."""
+        self.rotation = _orthogonal(self.rotation)
+        self._keep_better(self.rotation, ORIGINS.index("learned"))
+
+    def _keep_better(self, rotation: Tensor, origin: int) -> None:
+        found = self._relative(self.losses(self.held, rotation))
+        better = found < self.loss
+        self.loss, self.origin = torch.where(better, found, self.loss), self.origin.masked_fill(better, origin)
+        self.best = torch.where(better[:, None, None], rotation, self.best)
+
+    def _relative(self, losses: Tensor) -> Tensor:
+        """Losses of each head in one number, 1 for the singular vectors; [heads]."""
+        weights = losses.new_tensor([target.weight for target in TARGETS])
+        return ((losses / self._base).mean(0) * weights[:, None]).sum(0) / weights.sum()
+
+    def losses(self, sample: Sample, rotation: Tensor) -> Tensor:
+        """Mean loss of each head for each target, by divergence and by output, [2, targets, heads]."""
+        spread, count = spread_along(rotation, self.covariance), sample.query.shape[1]
+        if torch.is_grad_enabled():
+            return _losses(sample, rotation, spread, self.scaling)
+        parts = [sample.take(slice(start, start + EVALUATED)) for start in range(0, count, EVALUATED)]
+        found = [part.query.shape[1] / count * _losses(part, rotation, spread, self.scaling) for part in parts]
+        return torch.stack(found).sum(0)
+
+
+def spread_along(rotation: Tensor, covariance: Tensor) -> Tensor:
+    """Root of the variance of keys under attention along each dimension, [heads, head_dim]."""
+    along = torch.einsum("hji,hjk,hki->hi", rotation, covariance, rotation)
+    return along.detach().clamp_min(0).sqrt()
+
+
+def sorted_by_energy(rotation: Tensor, sample: Sample, covariance: Tensor) -> Tensor:
+    """The same dimensions, those whose loss would matter most first: `s_ratio` leaves out the last."""
+    turned = sample.query @ rotation[:, None]
+    energy = turned.square().sum((1, 2)) * spread_along(rotation, covariance).square()
+    order = torch.sort(energy, dim=-1, descending=True, stable=True).indices
+    return rotation.gather(-1, order[:, None].expand_as(rotation))
+
+
+def _losses(sample: Sample, rotation: Tensor, spread: Tensor, scaling: float) -> Tensor:
+    query, key = sample.query @ rotation[:, None], sample.key.float() @ rotation[:, None]
+    heads, count, group, dim = query.shape
+    dropped = torch.stack([query.masked_fill(_kept(query.detach(), spread, target), 0.0) for target in TARGETS], 2)
+    change = (dropped.view(heads, count, -1, dim) @ key.transpose(-1, -2)).view(heads, count, len(TARGETS), group, -1)
+    change, weight = -scaling * change, sample.weight[:, :, None]
+    attention = weight * change.clamp(max=60).exp()
+    total = (1 - weight.sum(-1) + attention.sum(-1)).clamp_min(1e-30)
+    divergence = total.log() - (weight * change).sum(-1)
+    moved = (attention / total[..., None] - weight).view(heads, count, len(TARGETS) * group, -1) @ sample.value.float()
+    moved = moved.view(*total.shape, -1) + sample.inside[:, :, None] * (1 / total - 1)[..., None]
+    return torch.stack([divergence.mean((1, 3)).T, moved.square().sum(-1).mean((1, 3)).T])
+
+
+def _kept(query: Tensor, spread: Tensor, target: Target) -> Tensor:
+    """Which dimensions are multiplied, boolean, shape of `query`; as `select_dimensions` with "weighted" chooses."""
+    count = max(1, round(target.ratio * query.shape[-1]))
+    if target.kind == "stored":
+        return (torch.arange(query.shape[-1], device=query.device) < count).expand_as(query)
+    energy = (query * spread[:, None, None]).square()
+    energy = energy.sum(2, keepdim=True) if target.kind == "group" else energy
+    chosen = torch.zeros_like(energy, dtype=torch.bool).scatter_(-1, energy.topk(count, -1).indices, True)
+    return chosen.expand_as(query)
+
+
+def _orthogonal(rotation: Tensor) -> Tensor:
+    """The same, without what rounding has added."""
+    left, right = torch.linalg.qr(rotation.double())
+    return (left * right.diagonal(dim1=-2, dim2=-1).sign()[:, None]).float()
