@@ -117,7 +117,7 @@ def test_generate_stores_rotated_keys_once(tiny):
     with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.25)):
         model.generate(tokens(), past_key_values=cache, **GREEDY)
         assert all(isinstance(layer, (RotatedLayer, RotatedSlidingLayer)) for layer in cache.layers)
-        assert cache.layers[0].keys.shape[-1] == 12
+        assert cache.layers[0].held_states()[0].shape[-1] == 12
         assert cache.layers[0].values.shape[-1] == 16
 
 

@@ -51,12 +51,12 @@ def test_a_static_cache_gives_the_tokens_of_a_growing_one(make, name):
         growing = model.generate(ids, attention_mask=mask, past_key_values=attachment.new_cache(), **GREEDY)
         cache = attachment.new_cache(max_length=64)
         assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY), growing)
-        shapes = [tuple(layer.keys.shape) for layer in cache.layers]
+        shapes = [tuple(layer.held.keys.shape) for layer in cache.layers]
         assert {shape[2] for shape in shapes} <= {64, 12}
-        assert cache.layers[1].keys.shape[3] == (12 if name == "narrow" else 16)
+        assert shapes[1][3] == (12 if name == "narrow" else 16)
         cache.reset()
         assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY), growing)
-        assert [tuple(layer.keys.shape) for layer in cache.layers] == shapes
+        assert [tuple(layer.held.keys.shape) for layer in cache.layers] == shapes
 
 
 @pytest.mark.parametrize("name", CONFIGS)

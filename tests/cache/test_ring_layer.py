@@ -329,9 +329,9 @@ def test_a_ring_grows_up_to_its_window(room):
     for number, new in enumerate(zip(*states, strict=True)):
         if number == 5:
             grown.grow(4)
-            assert grown.keys.shape[2] == 5
+            assert grown.slots[0].shape[2] == 5
             grown.grow(room)
-            assert grown.keys.shape[2] == grown.places.shape[1] == grown.get_max_length() == min(room, 12)
+            assert grown.slots[0].shape[2] == grown.places.shape[1] == grown.get_max_length() == min(room, 12)
         if number == room:
             break
         mask = mask_of(plan, number, 12)
@@ -346,7 +346,7 @@ def test_an_empty_ring_grows_too():
     for size in (8, 12):
         ring.grow(size)
         attended(ring, [each[0] for each in states])
-        assert ring.keys.shape[2] == ring.places.shape[1] == size
+        assert ring.slots[0].shape[2] == ring.places.shape[1] == size
         ring.reset()
 
 
@@ -357,12 +357,12 @@ def test_a_reset_keeps_addresses_and_forgets(mistral):
         layer = cache.layers[0]
 
         def addresses():
-            tensors = (layer.keys, layer.values, layer.places, layer.counted, layer.given)
+            tensors = (*layer.slots, layer.places, layer.counted, layer.given)
             return [tensor.data_ptr() for tensor in tensors]
 
         first = model(ids[:, :4], past_key_values=cache).logits
         before = addresses()
-        layer.values[:] = torch.nan  # as a model that overflowed left them
+        layer.slots[1][:] = torch.nan  # as a model that overflowed left them
         cache.reset()
         assert cache.get_seq_length() == 0
         assert torch.equal(model(ids[:, :4], past_key_values=cache).logits, first)
@@ -374,7 +374,7 @@ def test_a_reset_keeps_addresses_and_forgets(mistral):
         cache.reset()
         model(ids[:1], past_key_values=cache)
         assert layer.batch == 1
-        assert layer.keys.shape == (1, 2, 7, 16)
+        assert layer.slots[0].shape == (1, 2, 7, 16)
 
 
 def test_bfloat16_stays_near_the_growing_cache():

@@ -122,7 +122,7 @@ def test_without_a_window_nothing_is_wide(llama):
     with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5, s_ratio=0.5)):
         cache = DynamicCache(config=model.config)
         logits(model, tokens(), past_key_values=cache)
-    assert cache.layers[0].keys.shape[-1] == 8
+    assert cache.layers[0].held_states()[0].shape[-1] == 8
     assert not isinstance(cache.layers[0]._keys, WindowStore)
 
 

@@ -19,7 +19,13 @@ from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, insta
 from aqua_attention.attach.explain import Known, explained
 from aqua_attention.attach.explanation import Explanation
 from aqua_attention.attach.generate import GenerateCaches, Replaced, extends_masks
-from aqua_attention.attach.possible import look_at_mask, why_no_tiles, why_not_by_itself, why_not_replayed
+from aqua_attention.attach.possible import (
+    look_at_mask,
+    rotates_on_write,
+    why_no_tiles,
+    why_not_by_itself,
+    why_not_replayed,
+)
 from aqua_attention.attach.recording import NO_GRAPHS, Recorder
 from aqua_attention.attach.rehearsal import is_recorded
 from aqua_attention.cache.cache import (
@@ -33,7 +39,7 @@ from aqua_attention.cache.cache import (
 )
 from aqua_attention.cache.file import load_cache, save_cache
 from aqua_attention.cache.growing import RotatedLayer
-from aqua_attention.cache.layer import Recordable, layer_of
+from aqua_attention.cache.layer import Recordable, forget_unread, layer_of
 from aqua_attention.cache.stored import needs_own_cache
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.calibration.projections import Projections
@@ -105,14 +111,8 @@ class Attachment:
             config.kept_dims(layer.head_dim)
         self._decoder = innermost_decoder(model, self._causal or self._found)
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
-        self._rotates_on_write = bool(self._causal) and all(layer.reads_own_cache for layer in self._causal)
-        if (needs := needs_own_cache(config)) and not self._rotates_on_write:
-            raise AquaError(
-                f"{type(model).__name__} does not take its keys straight from its cache, so that {needs} would save "
-                "nothing: leave it out"
-            )
-        if needs and any(coverage.left.values()):
-            raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
+        is_part = any(coverage.left.values())
+        self._rotates_on_write = rotates_on_write(type(model).__name__, self._causal, config, is_part)
         windows = sliding_windows(self._decoder.config) if self._causal else {}
         self._exact_windows = windows if config.sliding == "exact" else {}
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
@@ -289,6 +289,7 @@ class Attachment:
         """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
         if not self._rotates_on_write or holder is not self._decoder:
             return args, kwargs
+        forget_unread()
         given = dict(zip(self._forward_parameters, args, strict=False)) | kwargs
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
         use_cache = getattr(self._decoder.config, "use_cache", False) if use_cache is None else use_cache

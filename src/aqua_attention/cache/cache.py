@@ -129,7 +129,8 @@ def _empty(cache: Cache, index: int, plan: LayerPlan) -> cache_utils.CacheLayerM
         return RotatedLayer(plan)
     if type(layer) in (cache_utils.DynamicSlidingWindowLayer, common.RotatedSlidingLayer):
         sliding = common.RotatedSlidingLayer(plan, sliding_window=layer.sliding_window)
-        sliding.record_past = layer.record_past
+        if layer.record_past:
+            sliding.activate_past_recording()
         return sliding
     if not isinstance(cache, AquaCache):
         return None

@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from aqua_attention.cache.layer import attend_by_token, real_tokens, rotated_keys, tagged, wait_for_offloading
+from aqua_attention.cache.layer import (
+    Readable,
+    attend_by_token,
+    check_handed_out,
+    real_tokens,
+    rotated_keys,
+    tagged,
+    wait_for_offloading,
+)
 from aqua_attention.cache.store import SLACK, nested
-from aqua_attention.cache.stored import eviction_of, stores
+from aqua_attention.cache.stored import eviction_of, stored_specially, stores
 from aqua_attention.cache.window import WindowStore
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import attention, rotate
@@ -31,14 +39,14 @@ NUMBERS, TENSORS = ("evicted", "after_eviction", "evict_from", "has_padding"), (
 """What a `RotatedLayer` holds beside keys and values."""
 
 
-class RotatedLayer(DynamicLayer):
+class RotatedLayer(Readable, DynamicLayer):
     """A growing cache layer of rotated keys, [batch, num_key_value_heads, stored, kept], and values.
 
     Its length is the number of tokens it was given; it may store fewer of them.
     """
 
     def __init__(self, plan: LayerPlan) -> None:
-        # Not DynamicLayer's: `keys` and `values` are read from the stores here.
+        # Not DynamicLayer's, which sets `keys` and `values`.
         self.is_initialized = False
         self.plan = plan
         self._eviction = eviction_of(plan)
@@ -59,24 +67,17 @@ class RotatedLayer(DynamicLayer):
         """Real tokens of each sequence so far, evicted ones too, [batch]."""
         self._has_padding = False
         self._is_offloaded = False
+        self._handed: Tensor | None = None
+        """The values that stand for the stored ones until attention has asked for these."""
 
     @property
     def stored(self) -> int:
         """Tokens stored; less than the length after an eviction."""
         return self._keys.length
 
-    @property
-    def keys(self) -> Tensor | None:
-        """All stored rotated keys, [batch, num_key_value_heads, stored, kept]; None while empty.
-
-        With `s_ratio` and an exact window they have all dimensions, zero where they were not stored.
-        """
-        return self._keys.read() if self.stored else None
-
-    @property
-    def values(self) -> Tensor | None:
-        """All stored values, [batch, num_key_value_heads, stored, value_dim]; None while empty."""
-        return self._values.read() if self.stored else None
+    def held_states(self) -> tuple[Tensor, Tensor] | None:
+        """See `Readable`. Under `s_ratio` with an exact window keys are zero where they were not stored."""
+        return (self._keys.read(), self._values.read()) if self.stored else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device of the first states."""
@@ -98,12 +99,15 @@ class RotatedLayer(DynamicLayer):
             return tagged(self._keys.read(), self), self._values.read()
         nothing = rotated.new_full((1,), torch.nan)
         keys = nothing.expand(*rotated.shape[:2], self.stored, rotated.shape[3])
-        return tagged(keys, self), nothing.to(value_states).expand(*keys.shape[:3], value_states.shape[3])
+        self._handed = nothing.to(value_states).expand(*keys.shape[:3], value_states.shape[3])
+        return tagged(keys, self), self._handed
 
     def attend(self, call: Call, is_sliding: bool) -> Attended:
         """See `CacheLayer`. Then tokens are evicted, if that is due; never those of a layer with a sliding window."""
         if self.plan.is_plain:
             return attend_by_token(call, self.plan)
+        check_handed_out(call.value, self._handed, stored_specially(self.plan))
+        self._handed = None
         if offloaded := self._is_offloaded:
             self.prefetch()
         queries, eviction = call.query.shape[2], None if is_sliding else self._eviction

@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all cache layers of ours have in common: a plan, rotated keys that say whose they are, and `attend`.
 
-The bounded ones, with a sliding window or a fixed size, are transformers' own and only rotate what is written.
+The bounded ones, with a sliding window or a fixed size, hold a layer of transformers' own, of rotated keys.
 """
 
 from collections.abc import Callable
 from functools import wraps
+from threading import local
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from aqua_attention.cache.stored import as_stored, needs_own_cache
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import attend, rotate
 from aqua_attention.ops.mask import HIDDEN
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
+from aqua_attention.ops.select import rotate as rotate_plainly
 
 OTHER_SETTINGS = (
     "this cache was filled under other AQUA projections or settings, or by a model with other weights: start with a "
@@ -41,13 +48,29 @@ class CacheLayer(Protocol):
         """
 
 
+class _Unread(local):
+    """Of each thread, the layer whose keys were handed to the model and have not come to its attention yet."""
+
+    layer: Any = None
+
+
+_unread = _Unread()
+
+
 def layer_of(key: Tensor, plan: LayerPlan) -> CacheLayer:
     """The cache layer that rotated `key`, as it enters attention, or `Uncached` where none did.
 
     The tensor itself says so: only it is the same in every thread, and under gradient checkpointing, where the model
-    drops its cache in silence. An AquaError if it was rotated under another plan.
+    drops its cache in silence. An AquaError if it was rotated under another plan, or is not the tensor that the layer
+    has just handed out: a copy does not say whether it is rotated.
     """
+    unread, _unread.layer = _unread.layer, None
     layer: CacheLayer | None = getattr(key, "_aqua_layer", None)
+    if layer is None and unread is not None and unread.plan is plan:
+        raise AquaError(
+            f"layer {plan.index} attends to a copy, or a part, of the keys that its AQUA cache has handed out, which "
+            "are rotated: pass them on as they come from Cache.update, or leave out the cache (use_cache=False)"
+        )
     if layer is None:
         return Uncached(plan)
     if layer.plan is not plan:
@@ -56,9 +79,62 @@ def layer_of(key: Tensor, plan: LayerPlan) -> CacheLayer:
 
 
 def tagged(keys: Tensor, layer: Any) -> Tensor:
-    """The same keys, marked as rotated in `layer`."""
+    """The same keys, marked as rotated in `layer`, which the next attention of this thread should be to."""
     keys._aqua_layer = layer  # type: ignore[attr-defined]
+    _unread.layer = layer
     return keys
+
+
+def forget_unread() -> None:
+    """A forward pass begins: what an earlier one left when it failed means nothing."""
+    _unread.layer = None
+
+
+class Readable:
+    """`keys` and `values` of our layers, as others read them: what the model gave, so that any cache can hold them.
+
+    What is held is rotated. Nobody else is shown that, because a copy of a tensor does not say so. Both are copies:
+    outside of inference mode torch lets nobody write to them, which would change nothing here.
+    """
+
+    plan: LayerPlan
+
+    def held_states(self) -> tuple[Tensor, Tensor] | None:
+        """Rotated keys and values of the tokens that are held, in the order they came; None while there are none."""
+        raise NotImplementedError
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys as they came, [batch, num_key_value_heads, tokens, head_dim], but for what was not stored of them."""
+        if (states := self.held_states()) is None:
+            return None
+        rotated, rotation = states[0], self.plan.rotation
+        back = rotation[..., : rotated.shape[3]].transpose(1, 2).to(rotated.device)
+        with torch.inference_mode(not rotated.requires_grad):
+            return rotate_plainly(rotated, back)
+
+    @keys.setter
+    def keys(self, states: Any) -> None:
+        _refuse_to_write("keys")
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values of the same tokens, [batch, num_key_value_heads, tokens, value_dim]; None while there are none."""
+        if (states := self.held_states()) is None:
+            return None
+        with torch.inference_mode(not states[1].requires_grad):
+            return states[1].clone()
+
+    @values.setter
+    def values(self, states: Any) -> None:
+        _refuse_to_write("values")
+
+
+def _refuse_to_write(name: str) -> None:
+    raise AquaError(
+        f"{name} of a cache layer of AQUA cannot be set: read keys and values, and put what you make of them into a "
+        "new DynamicCache"
+    )
 
 
 def rotated_keys(plan: LayerPlan, key_states: Tensor) -> Tensor:
@@ -88,6 +164,18 @@ def without_empty_end(call: Call) -> Call:
     if call.mask is None and 1 < queries < call.key.shape[2]:
         return call._replace(key=call.key[:, :, :queries], value=call.value[:, :, :queries])
     return call
+
+
+def check_handed_out(value: Tensor, handed: Tensor | None, stored: str) -> None:
+    """Raise AquaError unless attention is to the values that `update` handed out, for the first time.
+
+    A store of something else than plain values attends to its own.
+    """
+    if value is not handed:
+        raise AquaError(
+            f"the model changes or copies the values of its cache before it attends to them, or attends to them twice, "
+            f"which {stored} cannot follow: leave that out"
+        )
 
 
 def real_tokens(mask: Tensor | None, batch: int, new: int, device: torch.device) -> Tensor:
@@ -189,26 +277,36 @@ class Recordable:
         return new
 
 
-class RotatesOnWrite:
-    """What our variants of transformers' bounded layers add to them."""
+class Bounded(Readable):
+    """A layer of transformers' own, `held`, that is given rotated keys; all that is not here is its business."""
 
-    is_initialized: bool
-    keys: Tensor | None
-    device: torch.device
+    held: Any
 
-    def __init__(self, plan: LayerPlan, **sizes: int) -> None:
-        super().__init__(**sizes)
-        self.plan = plan
+    def __init__(self, plan: LayerPlan, held: CacheLayerMixin) -> None:
+        self.plan, self.held = plan, held
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "held":  # while it is copied
+            raise AttributeError(name)
+        return getattr(self.held, name)
+
+    def held_states(self) -> tuple[Tensor, Tensor] | None:
+        """See `Readable`; of a fixed size also what is empty."""
+        return (self.held.keys, self.held.values) if self.batch else None
 
     @property
     def batch(self) -> int:
         """Sequences stored; 0 before the first token."""
-        return self.keys.shape[0] if self.is_initialized and self.keys is not None else 0
+        return self.held.keys.shape[0] if self.held.is_initialized and self.held.keys is not None else 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make room for keys as wide as they will be stored."""
+        self.held.lazy_initialization(key_states[..., : self.plan.rotation.shape[2]], value_states)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Rotate and write; returns the rotated keys and values to attend to, as transformers' layer does."""
-        written = super().update(rotated_keys(self.plan, key_states), value_states, *args, **kwargs)  # type: ignore[misc]
-        return tagged(written[0], self), written[1]
+        keys, values = self.held.update(rotated_keys(self.plan, key_states), value_states, *args, **kwargs)
+        return tagged(keys, self), values
 
     def attend(self, call: Call, is_sliding: bool) -> Attended:
         """See `CacheLayer`."""
@@ -216,47 +314,52 @@ class RotatesOnWrite:
 
     def prefetch(self) -> None:
         """Move back to the device of the model, if it was offloaded."""
-        if self.is_initialized and self.keys is not None and self.keys.device != self.device:
-            wait_for_offloading(self.device)
-        super().prefetch()  # type: ignore[misc]
+        if self.batch and self.held.keys.device != self.held.device:
+            wait_for_offloading(self.held.device)
+        self.held.prefetch()
 
 
-class RotatedSlidingLayer(RotatesOnWrite, DynamicSlidingWindowLayer):
-    """A sliding-window cache layer whose `keys` are rotated."""
+CacheLayerMixin.register(Bounded)
+
+
+class RotatedSlidingLayer(Bounded):
+    """A sliding-window cache layer of rotated keys."""
+
+    def __init__(self, plan: LayerPlan, *, sliding_window: int) -> None:
+        super().__init__(plan, DynamicSlidingWindowLayer(sliding_window=sliding_window))
 
     def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
         """All that is held, to be written to a file: numbers and tensors by name."""
-        assert self.keys is not None and self.values is not None
-        return {"cumulative_length": self.cumulative_length}, {"keys": self.keys, "values": self.values}
+        states = self.held_states()
+        assert states is not None
+        return {"cumulative_length": self.held.cumulative_length}, dict(zip(("keys", "values"), states, strict=True))
 
     def restore(self, numbers: dict[str, int], tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
         """Hold what `state` once returned, of a model in `dtype`."""
         if {tensors["keys"].dtype, tensors["values"].dtype} != {dtype}:
             raise ValueError(f"keys and values are not {dtype}")
-        self.lazy_initialization(tensors["keys"], tensors["values"])
-        self.keys, self.values = tensors["keys"], tensors["values"]
-        self.cumulative_length = int(numbers["cumulative_length"])
+        self.held.lazy_initialization(tensors["keys"], tensors["values"])
+        self.held.keys, self.held.values = tensors["keys"], tensors["values"]
+        self.held.cumulative_length = int(numbers["cumulative_length"])
 
 
-class Grows:
-    """What our variants of transformers' layers of fixed size add to them: room for more tokens."""
+class RotatedStaticLayer(Bounded):
+    """A cache layer of fixed size, for `torch.compile` and CUDA graphs: rotated keys, `kept` wide, and values."""
 
-    is_initialized: bool
-    keys: Tensor | None
-    values: Tensor | None
-    max_cache_len: int
+    def __init__(self, plan: LayerPlan, *, max_cache_len: int) -> None:
+        super().__init__(plan, StaticLayer(max_cache_len=max_cache_len))
 
     def grow(self, room: int) -> None:
         """Make room for so many tokens; what is held stays."""
-        more = room - self.max_cache_len
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = (F.pad(states, (0, 0, 0, more)) for states in (self.keys, self.values))
-        self.max_cache_len = room
+        held, more = self.held, room - self.held.max_cache_len
+        if held.keys is not None:
+            held.keys, held.values = (F.pad(states, (0, 0, 0, more)) for states in (held.keys, held.values))
+        held.max_cache_len = room
 
 
-class RotatedStaticLayer(Grows, RotatesOnWrite, StaticLayer):
-    """A cache layer of fixed size, for `torch.compile` and CUDA graphs: rotated keys, `kept` wide, and values."""
+class RotatedStaticSlidingLayer(RotatedStaticLayer):
+    """A sliding-window cache layer of fixed size, of rotated keys. It grows up to its window."""
 
-
-class RotatedStaticSlidingLayer(Grows, RotatesOnWrite, StaticSlidingWindowLayer):
-    """A sliding-window cache layer of fixed size whose `keys` are rotated. It grows up to its window."""
+    def __init__(self, plan: LayerPlan, *, max_cache_len: int, sliding_window: int) -> None:
+        held = StaticSlidingWindowLayer(max_cache_len=max_cache_len, sliding_window=sliding_window)
+        Bounded.__init__(self, plan, held)

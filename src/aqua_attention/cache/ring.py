@@ -13,18 +13,26 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import CacheLayerMixin
 
-from aqua_attention.cache.layer import Recordable, attend_by_token, never_compiled, real_tokens, rotated_keys, tagged
+from aqua_attention.cache.layer import (
+    Readable,
+    Recordable,
+    attend_by_token,
+    never_compiled,
+    real_tokens,
+    rotated_keys,
+    tagged,
+)
 from aqua_attention.ops.mask import window_codes
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 
-class RingLayer(Recordable, CacheLayerMixin):
+class RingLayer(Readable, Recordable, CacheLayerMixin):
     """Rotated keys and values of the last tokens: those of its window, or of the whole cache where that is shorter.
 
     Attributes:
         sliding_window: tokens that a query sees, its own too.
         max_cache_len: slots of the ring.
-        keys, values: [batch, num_key_value_heads, max_cache_len, width].
+        slots: rotated keys and values, both [batch, num_key_value_heads, max_cache_len, width].
         places: of the token in each slot among the real tokens of its row, from 0; -1 for padding and where there is
             none, int64 [batch, max_cache_len].
         counted: real tokens so far, int64 [batch].
@@ -35,15 +43,14 @@ class RingLayer(Recordable, CacheLayerMixin):
     """
 
     is_sliding = True
-    keys: Tensor | None
-    values: Tensor | None
+    slots: tuple[Tensor, Tensor] | None
     places: Tensor
     counted: Tensor
     given: Tensor
 
     def __init__(self, plan: LayerPlan, *, max_cache_len: int, sliding_window: int) -> None:
-        super().__init__()
-        self.plan, self.sliding_window = plan, sliding_window
+        # Not CacheLayerMixin's, which sets `keys` and `values`.
+        self.plan, self.sliding_window, self.slots = plan, sliding_window, None
         self.max_cache_len = min(max_cache_len, sliding_window)
         self.reset()
 
@@ -65,9 +72,10 @@ class RingLayer(Recordable, CacheLayerMixin):
         size, width = self.max_cache_len, self.plan.rotation.shape[2]
         keys_like = torch.Size((self.batch_size, heads, size, width)), key_states
         values_like = torch.Size((self.batch_size, heads, size, value_states.shape[3])), value_states
-        if not (_is_like(self.keys, *keys_like) and _is_like(self.values, *values_like)):
-            self.keys = self.values = None  # the old ones make room first
-            self.keys, self.values = (like.new_empty(shape) for shape, like in (keys_like, values_like))
+        wanted = keys_like, values_like
+        if self.slots is None or not all(_is_like(held, *like) for held, like in zip(self.slots, wanted, strict=True)):
+            self.slots = None  # the old ones make room first
+            self.slots = key_states.new_empty(keys_like[0]), value_states.new_empty(values_like[0])
             self.places = torch.empty(self.batch_size, size, dtype=torch.long, device=self.device)
             self.counted = torch.empty(self.batch_size, dtype=torch.long, device=self.device)
             self.given = torch.empty((), dtype=torch.long, device=self.device)
@@ -124,6 +132,10 @@ class RingLayer(Recordable, CacheLayerMixin):
         """Tokens given so far, padding too: a tensor, so that a recorded step goes on counting."""
         return self.given.clone() if self.is_initialized else 0  # type: ignore[return-value]
 
+    def held_states(self) -> tuple[Tensor, Tensor] | None:
+        """See `Readable`: what the next token sees."""
+        return self._window() if self._is_filled else None
+
     def get_max_length(self) -> int:
         """Tokens that it holds at most."""
         return self.max_cache_len
@@ -166,7 +178,8 @@ class RingLayer(Recordable, CacheLayerMixin):
         if more <= 0:
             return
         if self.is_initialized:
-            self.keys, self.values = (pad(states, (0, 0, 0, more)) for states in self._stored())
+            keys, values = (pad(states, (0, 0, 0, more)) for states in self._stored())
+            self.slots = keys, values
             self.places = pad(self.places, (0, more), value=-1)
         self.max_cache_len += more
 
@@ -201,10 +214,10 @@ class RingLayer(Recordable, CacheLayerMixin):
         return keys, values
 
     def _stored(self) -> tuple[Tensor, Tensor]:
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
+        assert self.slots is not None
+        return self.slots
 
 
-def _is_like(tensor: Tensor | None, shape: torch.Size, like: Tensor) -> bool:
+def _is_like(tensor: Tensor, shape: torch.Size, like: Tensor) -> bool:
     """Whether a tensor has this shape, and dtype and device of another."""
-    return tensor is not None and (tensor.shape, tensor.dtype, tensor.device) == (shape, like.dtype, like.device)
+    return (tensor.shape, tensor.dtype, tensor.device) == (shape, like.dtype, like.device)

@@ -20,6 +20,11 @@ def needs_own_cache(config: AquaConfig) -> str:
     return "" if config.bits is None else f"bits={config.bits}"
 
 
+def stored_specially(plan: LayerPlan) -> str:
+    """Why a growing layer of this plan stores no plain keys and values, in words; empty when it does."""
+    return needs_own_cache(plan.config) or ("s_ratio with an exact window" if plan.has_window_store else "")
+
+
 def stores(plan: LayerPlan) -> tuple[Store, Store]:
     """An empty store for rotated keys, and one for values."""
     keys, values = _unwindowed_stores(plan)

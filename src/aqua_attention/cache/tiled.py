@@ -11,9 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import CacheLayerMixin
 
-from aqua_attention.cache.layer import Recordable, attend_by_token, check_active, never_compiled, real_tokens, tagged
+from aqua_attention.cache.layer import (
+    Readable,
+    Recordable,
+    attend_by_token,
+    check_active,
+    check_handed_out,
+    never_compiled,
+    real_tokens,
+    tagged,
+)
 from aqua_attention.cache.store import tokens_at
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import rotate
@@ -22,15 +31,16 @@ from aqua_attention.ops.layout import Quantization, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 
-class TiledLayer(Recordable, StaticLayer):
+class TiledLayer(Readable, Recordable, CacheLayerMixin):
     """A cache layer of fixed size: keys in tiles by dimension, values by token, see `TiledCache`."""
 
+    is_sliding = False
     cache: TiledCache
     """There since the first states."""
 
     def __init__(self, plan: LayerPlan, *, max_cache_len: int) -> None:
-        super().__init__(max_cache_len=max_cache_len)
-        self.plan = plan
+        # Not CacheLayerMixin's, which sets `keys` and `values`.
+        self.plan, self.max_cache_len = plan, max_cache_len
         self.reset()
 
     def reset(self) -> None:
@@ -94,9 +104,10 @@ class TiledLayer(Recordable, StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if self.decodes(key_states.shape[2]):
-            self._new = key_states, key_states, value_states
             keys = self._nothing.expand(*key_states.shape[:3], self.plan.kept)
-            return tagged(keys, self), self._nothing.to(value_states.dtype).expand(value_states.shape)
+            values = self._nothing.to(value_states.dtype).expand(value_states.shape)
+            self._new = key_states, values, value_states
+            return tagged(keys, self), values
         keys, values = rotate(key_states, self.plan.rotation), value_states
         raw = key_states
         if self._is_filled:
@@ -126,7 +137,8 @@ class TiledLayer(Recordable, StaticLayer):
     @never_compiled
     def _decode(self, call: Call) -> Attended:
         """Rotate, choose, append what `update` took, attend."""
-        key, _, value = self._taken()
+        key, handed, value = self._taken()
+        check_handed_out(call.value, handed, "the tiled layout")
         query, key, value = call.query.squeeze(2), key.squeeze(2), value.squeeze(2)
         if not query.dtype == key.dtype == value.dtype == self.dtype:
             query, key, value = query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
@@ -163,6 +175,14 @@ class TiledLayer(Recordable, StaticLayer):
         if not self.is_initialized:
             return 0
         return self.cache.lengths[0].long() + self._padding  # type: ignore[return-value]
+
+    def get_max_length(self) -> int:
+        """Tokens that it holds at most, before it grows."""
+        return self.max_cache_len
+
+    def held_states(self) -> tuple[Tensor, Tensor] | None:
+        """See `Readable`; at places of padding is any token."""
+        return self._given()[1:] if self._is_filled else None
 
     def knows(self, mask: Tensor) -> bool:
         """See `Recordable`."""

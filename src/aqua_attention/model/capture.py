@@ -18,6 +18,8 @@ from aqua_attention.model.sides import IMAGES, TEXT, Inputs
 from aqua_attention.ops.plan import Call
 
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
+CHANGES_VALUES = "changes values between its cache and its attention"
+ATTENDS_AGAIN = "attends more than once to what it has cached once"
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +37,8 @@ class AttentionLayer:
     device: torch.device
     reads_own_cache: bool
     """Whether its keys come straight from this layer of a `DynamicCache`, so that they can be rotated when written."""
+    only_plain: str = ""
+    """What only a cache can follow that hands out the very values it was given; empty: nothing of the kind."""
     name: str = ""
     """Where the module is in the base model, such as "vision_tower.encoder.layers.0.self_attn"."""
     causal: bool = True
@@ -51,11 +55,18 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
     they enter the scores: after rotary embedding and after any query-key norm. The dictionary says of each module that
     has called whether its attention is causal.
     """
+    with _watched(model, lambda module, call: observer(module, call.query, call.key, call.scaling)) as directions:
+        yield directions
+
+
+@contextmanager
+def _watched(model: PreTrainedModel, observer: Callable[[nn.Module, Call], None]) -> Iterator[dict[nn.Module, bool]]:
+    """`observed` by an `observer(module, call)`."""
     directions: dict[nn.Module, bool] = {}
 
     def dense(module: nn.Module, call: Call, causal: bool, _: dict[str, Any]) -> Tensor:
         directions[module] = causal
-        observer(module, call.query, call.key, call.scaling)
+        observer(module, call)
         if call.mask is not None and call.mask.shape[2] != call.query.shape[2]:
             raise AquaError(f"{name} makes one mask for all queries, which AQUA does not support")
         return interface.attend_dense(interface.directed(call, causal))
@@ -123,8 +134,8 @@ class _Probed:
 
     run: Callable[..., Any]
     inputs: dict[str, Tensor]
-    states: dict[nn.Module, tuple[Tensor, Tensor]]
-    """The query and key of each attention call, in the order of the calls."""
+    calls: dict[nn.Module, list[Call]]
+    """The attention calls of each module, in order."""
     causal: dict[nn.Module, bool]
     output: Any
     """Under our dense attention, with a cache where the model takes one."""
@@ -136,18 +147,18 @@ def _probed(model: PreTrainedModel, side: str) -> _Probed:
     """Run one side on the first of its `probes` that it takes, under our dense attention and under its own."""
     name, run = type(model).__name__, sides.runner(model, side)
     cached = {"use_cache": True} if side == TEXT and run is model and _knows_cache(model) else {}
-    states: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    calls: dict[nn.Module, list[Call]] = {}
     failed: Exception | None = None
     for probe in sides.probes(model, side):
         inputs = (
             {"input_ids": probe["input_ids"].to(input_device(model))} if side == TEXT else sides.placed(probe, model)
         )
-        states.clear()
+        calls.clear()
         try:
             with torch.no_grad(), evaluation_mode(model):
-                with observed(model, lambda module, query, key, _: states.update({module: (query, key)})) as causal:
+                with _watched(model, lambda module, call: calls.setdefault(module, []).append(call)) as causal:
                     output = run(**inputs, **cached)
-                return _Probed(run, inputs, states, causal, output, sides.first_tensor(run(**inputs)))
+                return _Probed(run, inputs, calls, causal, output, sides.first_tensor(run(**inputs)))
         except AquaError as error:
             raise error if name in str(error) else AquaError(f"{name}: {error}") from error
         except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError, IndexError) as error:
@@ -158,8 +169,8 @@ def _probed(model: PreTrainedModel, side: str) -> _Probed:
 def _check_finite(name: str, probed: _Probed) -> None:
     """No NaN may pass: compared with anything, it would look like no difference."""
     remedy = "the weights are damaged or the dtype is too narrow (try --dtype float32)"
-    for module, states in probed.states.items():
-        if not all(bool(torch.isfinite(each).all()) for each in states):
+    for module, calls in probed.calls.items():
+        if not all(bool(torch.isfinite(each).all()) for call in calls for each in (call.query, call.key)):
             layer = getattr(module, "layer_idx", None)
             raise AquaError(f"layer {layer} of {name} gives NaN or infinite queries or keys: {remedy}")
     if bool(torch.isnan(probed.expected).any()):
@@ -194,9 +205,11 @@ def _described(model: PreTrainedModel, side: str, probed: _Probed, first: int) -
     cache = getattr(probed.output, "past_key_values", None)
     names = {module: path.removeprefix(f"{model.base_model_prefix}.") for path, module in model.named_modules()}
     layers: list[AttentionLayer] = []
-    for module, (query, key) in probed.states.items():
+    for module, calls in probed.calls.items():
         index, causal = getattr(module, "layer_idx", None) if side == TEXT else None, probed.causal[module]
-        is_cached = index is not None and _is_cached(cache, index, key)
+        query, key = calls[-1].query, calls[-1].key
+        is_cached = _are_cached(cache, index, "key", calls) and key.shape[2] == query.shape[2]
+        only_plain = "" if _are_cached(cache, index, "value", calls) else CHANGES_VALUES
         if is_cached and not causal and (model.can_generate() or IMAGES in sides.sides(model)):
             # PaliGemma: neither an encoder, nor a decoder whose tokens never see a later one.
             raise AquaError(
@@ -206,20 +219,23 @@ def _described(model: PreTrainedModel, side: str, probed: _Probed, first: int) -
         index = first + len(layers) if index is None else index
         heads = query.shape[1], key.shape[1], query.shape[-1]
         of_module = {"name": names[module], "causal": causal, "side": side, "reads_own_cache": is_cached and causal}
+        of_module["only_plain"] = only_plain if len(calls) == 1 else ATTENDS_AGAIN
         layers.append(AttentionLayer(index, module, *heads, key.device, **of_module))
     return layers
 
 
-def _is_cached(cache: Any, index: int, key: Tensor) -> bool:
-    """Whether `key` is what layer `index` of an ordinary `DynamicCache` holds."""
-    if type(cache) is not DynamicCache or index >= len(cache.layers):
+def _are_cached(cache: Any, index: int | None, name: str, calls: list[Call]) -> bool:
+    """Whether each call got the very "key" or "value" that layer `index` of an ordinary `DynamicCache` holds."""
+    if type(cache) is not DynamicCache or index is None or index >= len(cache.layers):
         return False
-    stored = getattr(cache.layers[index], "keys", None)
-    return (
-        isinstance(stored, Tensor)
-        and stored.shape == key.shape
-        and stored.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
-    )
+    stored = getattr(cache.layers[index], f"{name}s", None)
+    return isinstance(stored, Tensor) and all(_is_untouched(getattr(call, name), stored) for call in calls)
+
+
+def _is_untouched(given: Tensor, stored: Tensor) -> bool:
+    """Whether a tensor is what a cache has just made by torch.cat, and nobody has written to it."""
+    same = (given.shape, given.stride(), given.data_ptr()) == (stored.shape, stored.stride(), stored.data_ptr())
+    return same and (given.is_inference() or given._version == 0)
 
 
 def _knows_cache(model: PreTrainedModel) -> bool:
