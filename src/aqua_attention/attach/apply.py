@@ -19,9 +19,10 @@ from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, insta
 from aqua_attention.attach.explain import Known, explained
 from aqua_attention.attach.explanation import Explanation
 from aqua_attention.attach.generate import GenerateCaches, Replaced, extends_masks
+from aqua_attention.attach.inputs import is_captured, positions_of, put, tokens_of
 from aqua_attention.attach.possible import look_at_mask, why_no_tiles, why_not_by_itself, why_not_replayed
 from aqua_attention.attach.recording import NO_GRAPHS, Recorder
-from aqua_attention.attach.rehearsal import is_recorded
+from aqua_attention.attach.weights import Weights
 from aqua_attention.cache.cache import (
     LAYOUTS,
     AquaCache,
@@ -42,6 +43,7 @@ from aqua_attention.errors import AquaError, Reason, said
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
+from aqua_attention.model.limits import has_learned_positions
 from aqua_attention.ops.plan import Call, LayerPlan
 from aqua_attention.ops.select import without_autocast
 
@@ -92,8 +94,7 @@ class Attachment:
         self.layout, self.record, self.compile = layout, record, compile
         self.on_selection: SelectionObserver | None = None
         self._coverage = coverage = Coverage(model, projections, layers)
-        weights: list[Any] = projections.check_model(model, coverage.covered) or [None] * len(coverage.covered)
-        self._key_weights = dict(zip((layer.module for layer in coverage.covered), weights, strict=True))
+        self._key_weights = coverage.key_weights()
         self._found, self.dense = coverage.found, coverage.dense
         self.sides = {layer.side for layer in self._found}
         self._causal = [layer for layer in self._found if layer.causal]
@@ -105,6 +106,7 @@ class Attachment:
             config.kept_dims(layer.head_dim)
         self._decoder = innermost_decoder(model, self._causal or self._found)
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
+        self._knows_positions = "position_ids" in self._forward_parameters and not has_learned_positions(self._decoder)
         self._rotates_on_write = bool(self._causal) and all(layer.reads_own_cache for layer in self._causal)
         if (needs := needs_own_cache(config)) and not self._rotates_on_write:
             raise AquaError(
@@ -123,6 +125,8 @@ class Attachment:
         """Put AQUA into the model; an AquaError where it is attached already."""
         interface.check_detached(self.model)
         self._plans = {layer.module: self._plan(layer) for layer in self._found}
+        self._weights = Weights(self._plans, self._causal, self._coverage.key_weights)
+        self._undo.append(self._weights.end)
         self._can_tile = False
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
         stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
@@ -158,7 +162,7 @@ class Attachment:
             return
 
         def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self._recorder.generating(extends_masks(self.model, kwargs)):
+            with self._weights.looked(), self._recorder.generating(extends_masks(self.model, kwargs)):
                 return self._caches.generate(original, *args, **kwargs)
 
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -286,34 +290,36 @@ class Attachment:
         return self._why_not_recorded() or why_not_replayed(cache, mask)
 
     def _before_forward(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
-        if not self._rotates_on_write or holder is not self._decoder:
+        """Say the positions of padded rows; make an empty cache rotate on write, where that is right."""
+        if holder is not self._decoder:
             return args, kwargs
         given = dict(zip(self._forward_parameters, args, strict=False)) | kwargs
+        if self._knows_positions and (positions := positions_of(given)) is not None:
+            args, kwargs = put(self._forward_parameters, "position_ids", positions, (args, kwargs))
+        if not self._rotates_on_write:
+            return args, kwargs
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
         use_cache = getattr(self._decoder.config, "use_cache", False) if use_cache is None else use_cache
         if cache is None and use_cache and "past_key_values" in self._forward_parameters:
             # The model would make this very cache itself, out of our sight.
             cache = DynamicCache(config=self._decoder.config)
-            place = self._forward_parameters.index("past_key_values")
-            if place < len(args):
-                args = (*args[:place], cache, *args[place + 1 :])
-            else:
-                kwargs = kwargs | {"past_key_values": cache}
+            args, kwargs = put(self._forward_parameters, "past_key_values", cache, (args, kwargs))
         if (needs := needs_own_cache(self.config)) and cache is not None and type(cache) not in OWN_CACHES:
             raise AquaError(
                 f"{needs} needs a DynamicCache, the default of generate, not a {type(cache).__name__}: leave one of "
                 "the two out"
             )
-        if type(cache) in OWN_CACHES and not _is_captured():
+        if type(cache) in OWN_CACHES and not is_captured():
+            if (tokens := tokens_of(given)) is not None and tokens.shape[1] > 1:
+                self._weights.look()
             rotate_on_write(cache, self._cached(), self._decoder.config)
             self._check(cache, given)
         return args, kwargs
 
     def _check(self, cache: Cache, given: dict[str, Any]) -> None:
         """Raise AquaError for a forward pass that some layer would refuse after others have written their tokens."""
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if isinstance(tokens, Tensor):
+        tokens = tokens_of(given)
+        if tokens is not None:
             prepare_for(cache, self._cached(), tokens.shape[0], tokens.shape[1])
         mask = given.get("attention_mask")
         recordable = [layer for layer in cache.layers if isinstance(layer, Recordable)]
@@ -329,7 +335,7 @@ class Attachment:
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
         if needs := torch.is_grad_enabled() and ("the tiled layout" if recordable else needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
-            if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
+            if trained or (tokens is not None and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
 
     def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
@@ -355,13 +361,6 @@ class Attachment:
 def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
     """What the profile of a layer is looked up by, see `machine.resolved`."""
     return Shape(layer.device, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, dtype)
-
-
-def _is_captured() -> bool:
-    """Whether this call is being compiled or recorded, when lengths cannot be looked at."""
-    if torch.compiler.is_compiling() or is_recorded():
-        return True
-    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def apply(

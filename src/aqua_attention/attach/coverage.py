@@ -31,6 +31,7 @@ class Coverage:
         """Look the layers up; an AquaError where the model cannot take AQUA, or no layer has such a name."""
         every, gaps = layers_and_gaps(model)
         self.name, self.gaps, self._pattern = type(model).__name__, gaps, pattern
+        self._model, self._projections = model, projections
         self.covered = projections.covered(every)
         self.found = chosen_layers(self.covered, pattern, gaps)
         self.left = {layer.module: layer.causal for layer in every if layer not in self.found}
@@ -44,6 +45,11 @@ class Coverage:
             for name, module in model.named_modules()
             if isinstance(module, nn.MultiheadAttention)
         ]
+
+    def key_weights(self) -> dict[nn.Module, list[float] | None]:
+        """Digests of the covered layers as they are now; errors and a warning as of `Projections.check_model`."""
+        rows = self._projections.check_model(self._model, self.covered) or [None] * len(self.covered)
+        return dict(zip((layer.module for layer in self.covered), rows, strict=True))
 
     def why_no_tiles(self) -> str | None:
         """Why no cache is for the decoding kernels; None when there are no causal layers that stay dense."""

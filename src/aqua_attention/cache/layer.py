@@ -20,8 +20,8 @@ from aqua_attention.ops.mask import HIDDEN
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 OTHER_SETTINGS = (
-    "this cache was filled under other AQUA projections or settings, or by a model with other weights: start with a "
-    "new cache"
+    "this cache was filled under other AQUA projections or settings, or by a model with other weights or adapters: "
+    "start with a new cache, or go back to those"
 )
 
 
