@@ -17,7 +17,7 @@ import aqua_attention as aqua
 from conftest import SHAPE, VOCABULARY, calibrated, make_gemma3, make_llama, make_mistral
 
 PADDING, LENGTH = 13, 40
-HALF = {"k_ratio": 0.5, "sliding": "approximate"}
+HALF = {"k_ratio": 0.5, "sliding": "approximate", "sink": 2, "recent": 3}
 
 
 def tokens(batch=1, length=LENGTH, seed=0):
@@ -53,7 +53,7 @@ def make_opt(**changes):
 
 
 @pytest.mark.parametrize("make", [make_llama, make_mistral, make_gemma3, make_neox, make_opt])
-@pytest.mark.parametrize("config", [aqua.AquaConfig(**HALF), aqua.AquaConfig.paper(**HALF)], ids=["window", "paper"])
+@pytest.mark.parametrize("config", [aqua.AquaConfig(**HALF), aqua.AquaConfig.paper(0.5)], ids=["window", "paper"])
 def test_left_padding_without_position_ids_changes_nothing(make, config):
     model = make()
     ids, mask = padded()
@@ -114,8 +114,8 @@ def test_a_mask_with_holes_is_dense_at_k_ratio_1(make):
 
 SETTINGS = {
     "min_length": {"sink": 0, "recent": 0, "min_length": 8},
-    "window": {"sink": 2, "recent": 3},
-    "both": {"sink": 2, "recent": 3, "min_length": 8},
+    "window": {},
+    "both": {"min_length": 8},
     "all short": {"sink": 0, "recent": 0, "min_length": 30},
     "logit_error": {"logit_error": 0.5, "sink": 1, "recent": 2, "min_length": 8},
 }
@@ -138,7 +138,7 @@ def test_packed_rows_of_a_batch_have_sequences_of_their_own(llama):
     ids, positions = tokens(2), torch.arange(LENGTH).repeat(2, 1)
     positions[0, 25:] -= 25
     positions[1, 7:] -= 7
-    with aqua.apply(model, projections, aqua.AquaConfig(**HALF, sink=2, recent=3, min_length=10)):
+    with aqua.apply(model, projections, aqua.AquaConfig(**HALF, min_length=10)):
         packed = logits(model, ids, position_ids=positions, use_cache=False)
         for row, cut in enumerate((25, 7)):
             for part in (slice(0, cut), slice(cut, LENGTH)):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
 from aqua_attention.attach.explain import Known, explained
 from aqua_attention.attach.explanation import Explanation
-from aqua_attention.attach.generate import GenerateCaches, Replaced, extends_masks
+from aqua_attention.attach.generate import BATCHING, GenerateCaches, Replaced, extends_masks, refuse_batching
 from aqua_attention.attach.inputs import is_captured, positions_of, put, tokens_of
 from aqua_attention.attach.possible import look_at_mask, why_no_tiles, why_not_by_itself, why_not_replayed
 from aqua_attention.attach.recording import NO_GRAPHS, Recorder
@@ -27,6 +28,7 @@ from aqua_attention.cache.cache import (
     LAYOUTS,
     AquaCache,
     Plans,
+    foreign_layers,
     make_cache,
     prepare_for,
     rotate_on_write,
@@ -108,13 +110,8 @@ class Attachment:
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
         self._knows_positions = "position_ids" in self._forward_parameters and not has_learned_positions(self._decoder)
         self._rotates_on_write = bool(self._causal) and all(layer.reads_own_cache for layer in self._causal)
-        if (needs := needs_own_cache(config)) and not self._rotates_on_write:
-            raise AquaError(
-                f"{type(model).__name__} does not take its keys straight from its cache, so that {needs} would save "
-                "nothing: leave it out"
-            )
-        if needs and any(coverage.left.values()):
-            raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
+        self._foreign = foreign_layers(self._decoder.config, [layer.index for layer in self._causal])
+        coverage.check_stored(needs_own_cache(config), self._foreign, self._rotates_on_write)
         windows = sliding_windows(self._decoder.config) if self._causal else {}
         self._exact_windows = windows if config.sliding == "exact" else {}
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
@@ -149,7 +146,8 @@ class Attachment:
 
     def _serve_generate(self) -> None:
         """Give `generate` of this model its cache and recorded steps."""
-        self._caches = GenerateCaches(lambda room: self.new_cache(room, layout="tiled"), self._why_not_automatic)
+        make = functools.partial(self.new_cache, layout="tiled")
+        self._caches = GenerateCaches(make, self._why_not_automatic, self.config)
         self._parts = parts = CompiledParts(self.model, self._causal, cuda_only=True, report=LOG.warning)
         self._recorder = Recorder(
             self.model,
@@ -169,6 +167,7 @@ class Attachment:
             return self._recorder(*args, **kwargs)
 
         replacements = {"_prepare_cache_for_generation": self._caches.prepare, "generate": generate, "forward": forward}
+        replacements |= {BATCHING: refuse_batching} if hasattr(self.model, BATCHING) else {}
         self._undo += [Replaced(self.model, name, by).undo for name, by in replacements.items()]
         self._undo.append(self.release)
 
@@ -268,7 +267,7 @@ class Attachment:
 
     def _why_not_tiled(self) -> str | None:
         """Why there can be no cache for the decoding kernels; None when there can, or when they have no layer."""
-        return self._coverage.why_no_tiles() or why_no_tiles(self._decoder, self._causal, self._plans)
+        return self._coverage.why_no_tiles() or self._foreign or why_no_tiles(self._decoder, self._causal, self._plans)
 
     def _why_not_automatic(self) -> str | None:
         """Why `generate` is not given a tiled cache; None when it is."""

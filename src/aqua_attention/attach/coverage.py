@@ -48,8 +48,23 @@ class Coverage:
 
     def key_weights(self) -> dict[nn.Module, list[float] | None]:
         """Digests of the covered layers as they are now; errors and a warning as of `Projections.check_model`."""
-        rows = self._projections.check_model(self._model, self.covered) or [None] * len(self.covered)
-        return dict(zip((layer.module for layer in self.covered), rows, strict=True))
+        rows = self._projections.check_model(self._model, self.covered)
+        return {layer.module: rows[place] if rows else None for place, layer in enumerate(self.covered)}
+
+    def check_stored(self, needs: str, foreign: str, rotates_on_write: bool) -> None:
+        """Raise AquaError where no cache of ours stores what a setting `needs`; an empty one needs nothing.
+
+        `foreign`: see `cache.foreign_layers`; `rotates_on_write`: whether layers take their keys from their cache.
+        """
+        if needs and foreign:
+            raise AquaError(f"{needs} is impossible, because {foreign}: leave {needs.split('=')[0]} out")
+        if needs and not rotates_on_write:
+            raise AquaError(
+                f"{self.name} does not take its keys straight from its cache, so that {needs} would save nothing: "
+                "leave it out"
+            )
+        if needs and any(self.left.values()):
+            raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
 
     def why_no_tiles(self) -> str | None:
         """Why no cache is for the decoding kernels; None when there are no causal layers that stay dense."""

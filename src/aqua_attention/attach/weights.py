@@ -44,8 +44,7 @@ class Weights:
         digests = self._digests()
         for layer, made in zip(self._layers, now, strict=True):
             self._former.add(plan := self._plans[layer.module])
-            changes = {"projected": made, "key_weights": digests[layer.module]}
-            self._plans[layer.module] = dataclasses.replace(plan, **changes)
+            self._plans[layer.module] = dataclasses.replace(plan, projected=made, key_weights=digests[layer.module])
 
     @contextmanager
     def looked(self) -> Iterator[None]:

@@ -166,8 +166,8 @@ def _effective(projection: Projection) -> tuple[Tensor, Tensor | None]:
 
 def _key_norm(layer: AttentionLayer) -> Tensor | None:
     """The weight of the norm that a layer's keys go through; None when there is none."""
-    found = (getattr(layer.module, name, None) for name in KEY_NORM_NAMES)
-    weight = next((each.weight for each in found if isinstance(getattr(each, "weight", None), Tensor)), None)
+    norms = (getattr(layer.module, name, None) for name in KEY_NORM_NAMES)
+    weight = next((each for norm in norms if isinstance(each := getattr(norm, "weight", None), Tensor)), None)
     return weight.detach().flatten() if weight is not None and weight.device.type != "meta" else None
 
 

@@ -92,6 +92,11 @@ def attention_function(
             raise AquaError(f"{name} passes {unknown} to its attention, which AQUA does not support")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask, options = as_aqua_mask(attention_mask), (given.get("softcap"), given.get("s_aux"))
+        if mask is not None and mask.shape[-1] == 1 < key.shape[2]:
+            raise AquaError(
+                f"{name} makes a mask of 1 token for the {key.shape[2]} of its cache, which hides no padding, without "
+                "AQUA either: give it rows of the same length, or use_cache=False"
+            )
         call = Call(query, key, value, mask, 0, 0, scaling, *options)
         return attend(module, call, causal, given).transpose(1, 2).contiguous(), None
 
