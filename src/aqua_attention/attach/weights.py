@@ -29,7 +29,7 @@ class Weights:
         """Note what is there now; `plans` of the `layers` are replaced, `digests` takes their `key_weights` again."""
         self._plans, self._layers, self._digests = plans, layers, digests
         self._former: weakref.WeakSet[LayerPlan] = weakref.WeakSet()
-        self._local = threading.local()
+        self._local, self._lock = threading.local(), threading.Lock()
         for layer in layers:
             plans[layer.module].projected = projected(layer)
 
@@ -37,14 +37,8 @@ class Weights:
         """Make new plans if weights or adapters are others now; it waits for the GPU once."""
         if getattr(self._local, "looked", False):
             return
-        now = [projected(layer) for layer in self._layers]
-        before = [self._plans[layer.module].projected for layer in self._layers]
-        if all(map(same_projected, now, before)):
-            return
-        digests = self._digests()
-        for layer, made in zip(self._layers, now, strict=True):
-            self._former.add(plan := self._plans[layer.module])
-            self._plans[layer.module] = dataclasses.replace(plan, projected=made, key_weights=digests[layer.module])
+        with self._lock:
+            self._renew()
 
     @contextmanager
     def looked(self) -> Iterator[None]:
@@ -60,3 +54,13 @@ class Weights:
         """AQUA leaves the model: no cache of any plan goes on."""
         for plan in self._former:
             plan.active = False
+
+    def _renew(self) -> None:
+        now = [projected(layer) for layer in self._layers]
+        before = [self._plans[layer.module].projected for layer in self._layers]
+        if all(map(same_projected, now, before)):
+            return
+        digests = self._digests()
+        for layer, made in zip(self._layers, now, strict=True):
+            self._former.add(plan := self._plans[layer.module])
+            self._plans[layer.module] = dataclasses.replace(plan, projected=made, key_weights=digests[layer.module])
