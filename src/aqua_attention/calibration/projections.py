@@ -192,7 +192,7 @@ class Projections:
             warnings.warn(
                 f"the projections were calibrated on other weights of the same shape (key weights differ by "
                 f"{difference:.1%}): results are valid but lose more; {RECALIBRATE} for this model",
-                stacklevel=4,
+                stacklevel=5,
             )
         return found
 

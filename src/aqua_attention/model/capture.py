@@ -20,6 +20,8 @@ from aqua_attention.ops.plan import Call
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
 CHANGES_VALUES = "changes values between its cache and its attention"
 ATTENDS_AGAIN = "attends more than once to what it has cached once"
+WRAPPED = ("_orig_mod", "module", "model")
+"""Where wrappers keep the model: those of torch.compile, of data parallelism, of others."""
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -94,8 +96,13 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
     through transformers' interface, or is no decoder or encoder of text or images.
     """
     if not isinstance(model, PreTrainedModel):
-        raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")
+        inside = _model_inside(model)
+        remedy = f", such as the {inside[1]} in it: give model{inside[0]}" if inside else ""
+        raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed{remedy}")
     name = type(model).__name__
+    modules = list(model.modules())
+    if any(each.is_meta for each in model.parameters()) and not any(hasattr(each, "_hf_hook") for each in modules):
+        raise AquaError(f"{name} is on the meta device, so it has no weights: load them, as from_pretrained does")
     if getattr(model.config, "is_encoder_decoder", False):
         raise AquaError(f"{name} is an encoder-decoder: only decoders and encoders alone are supported")
     interface.check_detached(model)
@@ -118,6 +125,20 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
     if len({layer.index for layer in layers}) < len(layers):
         raise AquaError(f"{name} has attention layers that share a layer index: this architecture is not supported")
     return layers, gaps
+
+
+def _model_inside(model: Any) -> tuple[str, str] | None:
+    """The transformers model in what wraps it (torch.compile, PEFT, data parallelism, a pipeline): where, its class."""
+    path = ""
+    while not isinstance(model, PreTrainedModel):
+        if callable(inner := getattr(model, "get_base_model", None)):
+            path, model = f"{path}.get_base_model()", inner()
+            continue
+        place = next((each for each in WRAPPED if isinstance(getattr(model, each, None), nn.Module)), None)
+        if place is None:
+            return None
+        path, model = f"{path}.{place}", getattr(model, place)
+    return path, type(model).__name__
 
 
 class _DoesNotRun(AquaError):

@@ -92,6 +92,11 @@ def attention_function(
             raise AquaError(f"{name} passes {unknown} to its attention, which AQUA does not support")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask, options = as_aqua_mask(attention_mask), (given.get("softcap"), given.get("s_aux"))
+        if mask is not None and mask.shape[-1] == 1 < key.shape[2]:
+            raise AquaError(
+                f"{name} makes a mask of 1 token for the {key.shape[2]} of its cache, which hides no padding, without "
+                "AQUA either: give it rows of the same length, or use_cache=False"
+            )
         call = Call(query, key, value, mask, 0, 0, scaling, *options)
         return attend(module, call, causal, given).transpose(1, 2).contiguous(), None
 
@@ -151,9 +156,28 @@ def mask_builder(
             last = counted.shape[-1] - 1
             query_positions = counted.gather(-1, query_positions.clamp(max=last))
             key_positions = counted.gather(-1, key_positions.clamp(max=last))
+        elif q_length == kv_length and not (isinstance(q_offset, Tensor) or begins_late or _in_chunks(given)):
+            query_positions = key_positions = _packed_positions(visible)
         return window_codes(visible, query_positions, key_positions, sink, recent, min_length)
 
     return build
+
+
+def _in_chunks(given: dict[str, Any]) -> bool:
+    """Whether a mask is of chunks, as in Llama 4: the first token of one sees none before it either."""
+    chunk = getattr(given.get("config"), "attention_chunk_size", None)
+    return chunk is not None and given.get("local_size") == chunk
+
+
+def _packed_positions(visible: Tensor) -> Tensor:
+    """Places of tokens in their own sequence, [batch, tokens], of rows that may hold several, one after the other.
+
+    A token that does not see the one before it begins a sequence; so it is in a sliding window, too.
+    """
+    links = visible[:, 0].diagonal(-1, 1, 2)
+    begins = torch.nn.functional.pad(~links, (1, 0), value=True)
+    index = torch.arange(visible.shape[-1], device=visible.device)
+    return index - torch.where(begins, index, 0).cummax(-1).values
 
 
 def as_aqua_mask(mask: Tensor | None) -> Tensor | None:
