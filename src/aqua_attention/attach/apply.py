@@ -120,7 +120,11 @@ class Attachment:
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> Attachment:
-        """Put AQUA into the model; an AquaError where it is attached already."""
+        """Put AQUA into the model; an AquaError where it is attached already, or another thread is about to."""
+        with interface.CHANGES:
+            return self._attach()
+
+    def _attach(self) -> Attachment:
         interface.check_detached(self.model)
         self._plans = {layer.module: self._plan(layer) for layer in self._found}
         self._can_tile = False
@@ -175,17 +179,21 @@ class Attachment:
 
     def detach(self) -> None:
         """Leave the model as it was found. Caches that AQUA filled cannot be used by the model afterwards."""
-        for plan in self._plans.values():
-            plan.active = False
-        while self._undo:
-            self._undo.pop()()
-        self._plans = {}
+        with interface.CHANGES:
+            for plan in self._plans.values():
+                plan.active = False
+            while self._undo:
+                self._undo.pop()()
+            self._plans = {}
 
     def __enter__(self) -> Attachment:
         return self.attach()
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+    def __reduce__(self) -> Any:
+        raise AquaError("an Attachment cannot be copied or pickled: copy its model, and call `apply` for the copy")
 
     def new_cache(self, max_length: int | None = None, *, offloading: bool = False, layout: str = "auto") -> AquaCache:
         """An empty cache for this attachment, to be given to `generate` or `forward` as `past_key_values`.

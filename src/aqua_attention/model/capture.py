@@ -2,6 +2,7 @@
 """A model's attention layers, and the queries and keys that pass through them."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,17 +46,19 @@ class AttentionLayer:
 
 @contextmanager
 def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Module, bool]]:
-    """While open, `observer(module, query, key, scaling)` sees every attention call; the model's results stay dense.
+    """While open, `observer(module, query, key, scaling)` sees each attention call; the model's results stay dense.
 
     query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length, head_dim], as
     they enter the scores: after rotary embedding and after any query-key norm. The dictionary says of each module that
-    has called whether its attention is causal.
+    has called whether its attention is causal. What other threads do with the model is not observed.
     """
     directions: dict[nn.Module, bool] = {}
+    here = threading.get_ident()
 
     def dense(module: nn.Module, call: Call, causal: bool, _: dict[str, Any]) -> Tensor:
-        directions[module] = causal
-        observer(module, call.query, call.key, call.scaling)
+        if threading.get_ident() == here:
+            directions[module] = causal
+            observer(module, call.query, call.key, call.scaling)
         if call.mask is not None and call.mask.shape[2] != call.query.shape[2]:
             raise AquaError(f"{name} makes one mask for all queries, which AQUA does not support")
         return interface.attend_dense(interface.directed(call, causal))
@@ -87,7 +90,12 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise AquaError(f"{name} is an encoder-decoder: only decoders and encoders alone are supported")
-    interface.check_detached(model)
+    with interface.looking_at(model):
+        return _found(model)
+
+
+def _found(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[str]]:
+    name = type(model).__name__
     layers: list[AttentionLayer] = []
     gaps: list[str] = []
     for side in sides.sides(model):
@@ -264,7 +272,7 @@ def observe_windows(
 
     Windows are token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
     """
-    with observed(model, observer), torch.no_grad(), evaluation_mode(model):
+    with interface.looking_at(model), observed(model, observer), torch.no_grad(), evaluation_mode(model):
         for done, window in enumerate(windows):
             if progress:
                 progress(done, len(windows))
