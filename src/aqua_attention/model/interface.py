@@ -136,7 +136,7 @@ def _unknown(given: dict[str, Any]) -> str | None:
 
 
 def check_detached(model: PreTrainedModel) -> None:
-    """Raise AquaError where the attention of `model` is not its own, or another thread looks at it, see `looking_at`."""
+    """Raise AquaError where the attention of `model` is not its own, or another thread is `looking_at` it."""
     _check_own([part.config for part in _parts(model)])
 
 
