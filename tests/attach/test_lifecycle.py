@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -17,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 import aqua_attention as aqua
 from aqua_attention.calibration.run import collect
-from conftest import VOCABULARY
+from conftest import VOCABULARY, calibrated, subject_of
 
 QUARTER = aqua.AquaConfig.paper(k_ratio=0.25)
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -120,22 +122,6 @@ def test_what_other_threads_do_with_a_model_is_not_calibrated_on(model_and_proje
         assert torch.equal(found[index].key_gram, layer.key_gram)
 
 
-def test_one_attachment_is_detached_by_many_threads(model_and_projections):
-    model, projections = model_and_projections
-    expected, barrier = logits(model), threading.Barrier(8)
-
-    def detach(_):
-        barrier.wait(60)
-        attachment.detach()
-
-    attachment = aqua.apply(model, projections, QUARTER)
-    for _ in range(5):
-        attachment.attach()
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(detach, range(8)))
-    assert torch.equal(logits(model), expected)
-
-
 def saved_and_loaded(model):
     file = io.BytesIO()
     torch.save(model, file)
@@ -203,6 +189,14 @@ def test_a_method_that_was_replaced_before_is_copied(model_and_projections):
     assert torch.equal(logits(copied), 2 * expected)
 
 
+def make_gemma2():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCABULARY, num_hidden_layers=2, head_dim=16, **sizes)).eval()
+
+
 class Doubled:
     def __init__(self, forward):
         self.forward = forward
@@ -222,3 +216,82 @@ def test_an_attachment_is_not_copied(model_and_projections, way):
         model.aqua = attachment
         with pytest.raises(aqua.AquaError, match="an Attachment cannot be copied"):
             copy.deepcopy(model)
+
+
+@pytest.fixture
+def no_collector():
+    """Who holds on to an attachment in a circle is found out."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+NEVER = "AQUA was never attached to LlamaForCausalLM, which ran dense"
+
+
+def test_apply_without_with_warns(model_and_projections, no_collector):
+    model, projections = model_and_projections
+    with pytest.warns(UserWarning, match=NEVER) as told:
+        aqua.apply(model, projections, QUARTER)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+def test_an_attachment_that_was_kept_and_never_attached_warns(model_and_projections, no_collector):
+    model, projections = model_and_projections
+
+    def use():
+        attachment = aqua.apply(model, projections, QUARTER)
+        logits(model)
+        with pytest.raises(aqua.AquaError, match="not attached"):
+            attachment.new_cache()
+
+    with pytest.warns(UserWarning, match=NEVER):
+        use()
+    with pytest.warns(UserWarning, match=NEVER):
+        aqua.apply(model, projections, QUARTER).detach()
+
+
+def test_an_attachment_that_is_kept_to_the_end_warns_there(model_and_projections):
+    attachment = aqua.apply(*model_and_projections)
+    assert attachment.dropped.alive and attachment.dropped.atexit
+    with attachment:
+        assert not attachment.dropped.alive
+
+
+def test_whoever_attached_or_was_refused_hears_nothing(model_and_projections):
+    model, projections = model_and_projections
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attachment = aqua.apply(model, projections, QUARTER)
+        logits(model)
+        with attachment:
+            logits(model)
+        del attachment
+        aqua.apply(model, projections, QUARTER).attach().detach()
+        with pytest.raises(aqua.AquaError):
+            aqua.apply(model, projections, QUARTER, layers="nothing")
+        with aqua.apply(model, projections), pytest.raises(aqua.AquaError, match="attached to this model already"):
+            aqua.apply(model, projections)
+        softcapped = make_gemma2()
+        with pytest.raises(aqua.AquaError, match="layout='tiled' is impossible"):
+            aqua.apply(softcapped, calibrated(softcapped), layout="tiled").attach()
+        gc.collect()
+
+
+def test_an_evaluation_that_ends_early_does_not_warn(llama):
+    """Its attachments are made before any of them is attached."""
+    from aqua_attention.evaluate.setting import Setting, runs_of
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs_of(subject_of(*llama), [Setting(QUARTER), Setting(aqua.AquaConfig())])
+
+
+def test_an_attachment_says_what_it_is(model_and_projections):
+    model, projections = model_and_projections
+    with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5), layers="layers.[01].*") as attachment:
+        assert repr(attachment) == (
+            "<Attachment of LlamaForCausalLM: 2 layers under AQUA, 1 dense; AquaConfig(k_ratio=0.5); attached>"
+        )
+    assert "not attached: use it in `with`, or call attach()" in repr(attachment)

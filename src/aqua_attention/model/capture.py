@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, brief
 from aqua_attention.model import interface, sides
 from aqua_attention.model.sides import IMAGES, TEXT, Inputs
 from aqua_attention.ops.plan import Call
@@ -241,6 +241,8 @@ def chosen_layers(layers: list[AttentionLayer], pattern: str | None, gaps: Seque
 
     An AquaError, which names the `gaps` of `layers_and_gaps`, where there is none.
     """
+    if not isinstance(pattern, str | None):
+        raise AquaError(f"layers is {brief(pattern)}: give one pattern of names, such as 'vision_tower.*'")
     chosen = [layer for layer in layers if pattern is None or fnmatchcase(layer.name, pattern)]
     if layers and not chosen:
         first, last = layers[0].name, layers[-1].name
