@@ -18,7 +18,9 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 
 import aqua_attention as aqua
+from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.calibration.run import collect
+from aqua_attention.model.capture import attention_layers
 from conftest import VOCABULARY, calibrated, subject_of
 
 QUARTER = aqua.AquaConfig.paper(k_ratio=0.25)
@@ -187,6 +189,22 @@ def test_a_method_that_was_replaced_before_is_copied(model_and_projections):
     with aqua.apply(model, projections, QUARTER):
         copied = WAYS["pickle"](model)
     assert torch.equal(logits(copied), 2 * expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_is_copied_in_the_middle_of_a_step_has_its_own_parts(model_and_projections, way):
+    """Norms and MLPs are replaced while a step runs."""
+    model, _ = model_and_projections
+    expected = logits(model)
+    with CompiledParts(model, attention_layers(model), backend="eager").used():
+        assert "forward" in vars(model.model.norm)
+        copied = WAYS[way](model)
+    assert torch.equal(logits(copied), expected)
+    with torch.no_grad():
+        for weight in copied.parameters():
+            weight.zero_()
+    assert torch.equal(logits(model), expected)
+    assert not logits(copied).any()
 
 
 def make_gemma2():
