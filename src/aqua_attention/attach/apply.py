@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -116,9 +117,23 @@ class Attachment:
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
         self._plans: dict[nn.Module, LayerPlan] = {}
         self._undo: list[Callable[[], None]] = []
+        self.dropped: weakref.finalize[Any, Any] | None = None
+        """Warns where this is dropped; given by `apply`, and taken back when AQUA is attached."""
+
+    def __repr__(self) -> str:
+        state = "attached" if self._plans else "not attached: use it in `with`, or call attach()"
+        layers = f"{len(self._found)} layers under AQUA, {len(self.dense)} dense"
+        changes = ", ".join(f"{name}={value!r}" for name, value in self.config.changes.items())
+        return f"<Attachment of {type(self.model).__name__}: {layers}; AquaConfig({changes}); {state}>"
 
     def attach(self) -> Attachment:
-        """Put AQUA into the model; an AquaError where it is attached already."""
+        """Put AQUA into the model; an AquaError where it is attached already, or another thread is about to."""
+        with interface.CHANGES:
+            return self._attach()
+
+    def _attach(self) -> Attachment:
+        if self.dropped:
+            self.dropped.detach()
         interface.check_detached(self.model)
         self._plans = {layer.module: self._plan(layer) for layer in self._found}
         self._weights = Weights(self._plans, self._causal, self._coverage.key_weights)
@@ -177,17 +192,21 @@ class Attachment:
 
     def detach(self) -> None:
         """Leave the model as it was found. Caches that AQUA filled cannot be used by the model afterwards."""
-        for plan in self._plans.values():
-            plan.active = False
-        while self._undo:
-            self._undo.pop()()
-        self._plans = {}
+        with interface.CHANGES:
+            for plan in self._plans.values():
+                plan.active = False
+            while self._undo:
+                self._undo.pop()()
+            self._plans = {}
 
     def __enter__(self) -> Attachment:
         return self.attach()
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+    def __reduce__(self) -> Any:
+        raise AquaError("an Attachment cannot be copied or pickled: copy its model, and call `apply` for the copy")
 
     def new_cache(self, max_length: int | None = None, *, offloading: bool = False, layout: str = "auto") -> AquaCache:
         """An empty cache for this attachment, to be given to `generate` or `forward` as `past_key_values`.
@@ -360,37 +379,3 @@ class Attachment:
 def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
     """What the profile of a layer is looked up by, see `machine.resolved`."""
     return Shape(layer.device, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, dtype)
-
-
-def apply(
-    model: PreTrainedModel,
-    projections: Projections,
-    config: AquaConfig | None = None,
-    *,
-    layers: str | None = None,
-    layout: str = "auto",
-    record: bool = True,
-    compile: bool = True,
-) -> Attachment:
-    """AQUA attention for `model`, to be used as a context manager that restores everything, also after an error.
-
-    Example:
-        >>> with aqua.apply(model, projections):
-        ...     model.generate(**inputs)
-
-    For a lasting change: `attachment = aqua.apply(model, projections, config).attach()`, and `attachment.detach()`.
-
-    Args:
-        config: None is `AquaConfig()`.
-        layers: only the layers whose name matches, such as "vision_tower.*" in a vision-language model; the others stay
-            dense, as do those that the projections do not cover. `Attachment.dense` names them.
-        layout: of the cache that `generate` gets. "auto": tiled where that is possible, for the decoding kernels;
-            "tiled": an AquaError where it is not; "plain": a growing cache.
-        record: on a GPU, record the decoding steps of `generate` as a CUDA graph, and replay it.
-        compile: with `record`, have `torch.compile` make a few kernels of the model's norms, rotary embeddings and
-            activations. It takes seconds once, and says so.
-
-    An AquaError where the model does not use transformers' attention interface, the projections are not for it, or a
-    setting means nothing to it: an encoder has no cache, and no token is its most recent one.
-    """
-    return Attachment(model, projections, config or AquaConfig(), layers, layout=layout, record=record, compile=compile)

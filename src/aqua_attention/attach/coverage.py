@@ -12,7 +12,7 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError, Reason
 from aqua_attention.model.capture import AttentionLayer, chosen_layers, innermost_decoder, layers_and_gaps
-from aqua_attention.model.interface import NAME_PREFIX, install
+from aqua_attention.model.interface import install
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -126,19 +126,32 @@ def install_stack(
     configs = None if alone else _configs(model, stack)
     name, undo = install(model, attention, mask, configs)
     holder = innermost_decoder(model, stack)
-    watched: Any = holder.config if configs is None else configs[0]
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        implementation = watched._attn_implementation
-        if implementation == name:
-            return before_forward(module, args, kwargs)
-        if str(implementation).startswith(NAME_PREFIX):
-            return args, kwargs  # being observed: dense for a moment, see capture.py
-        raise AquaError(
-            f"the model's attention was set to {implementation!r} while AQUA is attached: detach AQUA first"
-        )
-
+    hook = ForwardHook(name, holder.config if configs is None else configs[0], before_forward)
     return [undo, holder.register_forward_pre_hook(hook, with_kwargs=True).remove]
+
+
+class ForwardHook:
+    """Changes the inputs of each forward pass while the config names our attention. In a copied or pickled model it
+    does nothing.
+    """
+
+    def __init__(self, name: str = "", config: Any = None, change: Callable[..., Inputs] | None = None) -> None:
+        """Hand what a module is called with to `change`; an AquaError where `config` has another name than `name`."""
+        self._name, self._config, self._change = name, config, change
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
+        """The inputs to go on with; None: as they are."""
+        if self._change is None:
+            return None
+        implementation = self._config._attn_implementation
+        if implementation != self._name:
+            raise AquaError(
+                f"the model's attention was set to {implementation!r} while AQUA is attached: detach AQUA first"
+            )
+        return self._change(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 def check_stacks(model: PreTrainedModel, stacks: list[list[AttentionLayer]]) -> None:

@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -27,31 +28,35 @@ NEVER_CALLED = Reason("generate was not called so far")
 
 
 class Replaced:
-    """A method of one model, replaced while AQUA is attached. A copied model has its own method again."""
+    """A method of one model, replaced while AQUA is attached. Copied or pickled it is the model's own method again."""
 
     def __init__(self, model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
         """Call `replacement(original, *args, **kwargs)` from now on, where the original is the model's own method."""
-        self._model, self._name, self._replacement = model, name, replacement
+        self._model, self._name = model, name
+        self._replacement: Callable[..., Any] | None = replacement
         self._had = vars(model).get(name)
         self.original = getattr(model, name)
         functools.update_wrapper(self, self.original)
         setattr(model, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the method itself, in another way."""
+        """As the method itself, in another way; in the same way once AQUA is detached, for who still holds this."""
+        if self._replacement is None:
+            return self.original(*args, **kwargs)
         return self._replacement(self.original, *args, **kwargs)
 
     def undo(self) -> None:
         """Put the method back, unless somebody else has replaced ours."""
+        self._replacement = None
         if vars(self._model).get(self._name) is not self:
             return
         delattr(self._model, self._name)
         if self._had is not None:
             setattr(self._model, self._name, self._had)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._model))
-        return self if copied is None else getattr(type(copied), self._name).__get__(copied)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model is copied before its methods are: where they are looked up, it has none of ours yet.
+        return (getattr, (self._model, self._name)) if self._had is None else (operator.getitem, ((self._had,), 0))
 
 
 def refuse_batching(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

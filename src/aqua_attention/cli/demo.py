@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from aqua_attention.attach.apply import apply
+from aqua_attention.attach.door import apply
 from aqua_attention.calibration.run import calibrate
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.models import DEFAULT_MODEL, load_model

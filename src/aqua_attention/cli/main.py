@@ -205,11 +205,11 @@ def generate(
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --preset fast
     --compare`
     """
-    from aqua_attention.attach.apply import apply
+    from aqua_attention.attach.apply import Attachment
     from aqua_attention.evaluate.generation import continue_tokens, encode_prompt
 
     learned, (loaded, tokenizer) = load_projections(projections), model.load()
-    attachment = apply(loaded, learned, config, **vars(serving))
+    attachment = Attachment(loaded, learned, config, **vars(serving))
     result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
     tokens = encode_prompt(tokenizer, prompt, chat=chat)
     written = partial(continue_tokens, loaded, tokenizer, tokens, max_new_tokens=max_new_tokens)

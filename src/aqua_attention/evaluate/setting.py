@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.attach.apply import apply, layer_shape
+from aqua_attention.attach.apply import Attachment, layer_shape
 from aqua_attention.calibration.projections import Projections, check_basis
 from aqua_attention.config import AUTO, AquaConfig, knobs
 from aqua_attention.data.text import text_digest, token_windows, tokenize
@@ -105,7 +105,7 @@ class Run:
 
     def __init__(self, model: PreTrainedModel, projections: Projections, setting: Setting) -> None:
         """`projections` are in the setting's basis."""
-        self.attachment = apply(model, projections, setting.config)
+        self.attachment = Attachment(model, projections, setting.config)
         self.attachment.on_selection = self._count
         self.setting = replace(setting, config=self.attachment.config)
         # By layer, summed over queries; the first on the model's device, so that counting never waits for a GPU.

@@ -2,6 +2,7 @@
 """A model's attention layers, and the queries and keys that pass through them."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, brief
 from aqua_attention.model import interface, sides
 from aqua_attention.model.sides import IMAGES, TEXT, Inputs
 from aqua_attention.ops.plan import Call
@@ -51,24 +52,26 @@ class AttentionLayer:
 
 @contextmanager
 def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Module, bool]]:
-    """While open, `observer(module, query, key, scaling)` sees every attention call; the model's results stay dense.
+    """While open, `observer(module, query, key, scaling)` sees each attention call; the model's results stay dense.
 
     query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length, head_dim], as
     they enter the scores: after rotary embedding and after any query-key norm. The dictionary says of each module that
-    has called whether its attention is causal.
+    has called whether its attention is causal. What other threads do with the model is not observed.
     """
-    with _watched(model, lambda module, call: observer(module, call.query, call.key, call.scaling)) as directions:
+    with watched(model, lambda module, call: observer(module, call.query, call.key, call.scaling)) as directions:
         yield directions
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, observer: Callable[[nn.Module, Call], None]) -> Iterator[dict[nn.Module, bool]]:
-    """`observed` by an `observer(module, call)`."""
+def watched(model: PreTrainedModel, observer: Callable[[nn.Module, Call], None]) -> Iterator[dict[nn.Module, bool]]:
+    """As `observed`, by an `observer(module, call)` that sees the whole call."""
     directions: dict[nn.Module, bool] = {}
+    here = threading.get_ident()
 
     def dense(module: nn.Module, call: Call, causal: bool, _: dict[str, Any]) -> Tensor:
-        directions[module] = causal
-        observer(module, call)
+        if threading.get_ident() == here:
+            directions[module] = causal
+            observer(module, call)
         if call.mask is not None and call.mask.shape[2] != call.query.shape[2]:
             raise AquaError(f"{name} makes one mask for all queries, which AQUA does not support")
         return interface.attend_dense(interface.directed(call, causal))
@@ -105,7 +108,12 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
         raise AquaError(f"{name} is on the meta device, so it has no weights: load them, as from_pretrained does")
     if getattr(model.config, "is_encoder_decoder", False):
         raise AquaError(f"{name} is an encoder-decoder: only decoders and encoders alone are supported")
-    interface.check_detached(model)
+    with interface.looking_at(model):
+        return _found(model)
+
+
+def _found(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[str]]:
+    name = type(model).__name__
     layers: list[AttentionLayer] = []
     gaps: list[str] = []
     for side in sides.sides(model):
@@ -177,7 +185,7 @@ def _probed(model: PreTrainedModel, side: str) -> _Probed:
         calls.clear()
         try:
             with torch.no_grad(), evaluation_mode(model):
-                with _watched(model, lambda module, call: calls.setdefault(module, []).append(call)) as causal:
+                with watched(model, lambda module, call: calls.setdefault(module, []).append(call)) as causal:
                     output = run(**inputs, **cached)
                 return _Probed(run, inputs, calls, causal, output, sides.first_tensor(run(**inputs)))
         except AquaError as error:
@@ -270,6 +278,8 @@ def chosen_layers(layers: list[AttentionLayer], pattern: str | None, gaps: Seque
 
     An AquaError, which names the `gaps` of `layers_and_gaps`, where there is none.
     """
+    if not isinstance(pattern, str | None):
+        raise AquaError(f"layers is {brief(pattern)}: give one pattern of names, such as 'vision_tower.*'")
     chosen = [layer for layer in layers if pattern is None or fnmatchcase(layer.name, pattern)]
     if layers and not chosen:
         first, last = layers[0].name, layers[-1].name
@@ -301,7 +311,7 @@ def observe_windows(
 
     Windows are token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
     """
-    with observed(model, observer), torch.no_grad(), evaluation_mode(model):
+    with interface.looking_at(model), observed(model, observer), torch.no_grad(), evaluation_mode(model):
         for done, window in enumerate(windows):
             if progress:
                 progress(done, len(windows))
