@@ -26,6 +26,7 @@ from aqua_attention.cache.cache import (
     LAYOUTS,
     AquaCache,
     Plans,
+    bounded_layers,
     make_cache,
     prepare_for,
     rotate_on_write,
@@ -113,8 +114,10 @@ class Attachment:
             )
         if needs and any(coverage.left.values()):
             raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
-        windows = sliding_windows(self._decoder.config) if self._causal else {}
-        self._exact_windows = windows if config.sliding == "exact" else {}
+        self._bounded = bounded_layers(self._decoder.config) if self._causal else set()
+        self._exact_windows = (
+            sliding_windows(self._decoder.config) if self._causal and config.sliding == "exact" else {}
+        )
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
         self._plans: dict[nn.Module, LayerPlan] = {}
         self._undo: list[Callable[[], None]] = []
@@ -338,7 +341,8 @@ class Attachment:
         self._coverage.check_call(module, causal, given.get("dropout", 0.0), None if plan is None else plan.causal)
         if plan is None:
             return interface.attend_dense(interface.directed(call, causal))
-        call, is_sliding = interface.directed(call, causal, plan.sink), bool(given.get("sliding_window"))
+        call = interface.directed(call, causal, plan.sink)
+        is_sliding = bool(given.get("sliding_window")) or plan.index in self._bounded
         if is_sliding and call.mask is not None and call.mask.dtype == torch.bool and plan.needs_codes:
             raise AquaError(
                 "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
