@@ -114,13 +114,12 @@ class Attachment:
             )
         if needs and any(coverage.left.values()):
             raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
-        self._bounded = bounded_layers(self._decoder.config) if self._causal else set()
-        self._exact_windows = (
-            sliding_windows(self._decoder.config) if self._causal and config.sliding == "exact" else {}
-        )
+        windows = sliding_windows(self._decoder.config) if self._causal else {}
+        self._exact_windows = windows if config.sliding == "exact" else {}
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
         self._plans: dict[nn.Module, LayerPlan] = {}
         self._undo: list[Callable[[], None]] = []
+        self._bounded = bounded_layers(self._decoder.config) if self._causal else set()
 
     def attach(self) -> Attachment:
         """Put AQUA into the model; an AquaError where it is attached already."""
