@@ -29,6 +29,7 @@ from aqua_attention.cache.cache import (
     LAYOUTS,
     AquaCache,
     Plans,
+    bounded_layers,
     foreign_layers,
     make_cache,
     prepare_for,
@@ -117,6 +118,7 @@ class Attachment:
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
         self._plans: dict[nn.Module, LayerPlan] = {}
         self._undo: list[Callable[[], None]] = []
+        self._bounded = bounded_layers(self._decoder.config) if self._causal else set()
         self.dropped: weakref.finalize[Any, Any] | None = None
         """Warns where this is dropped; given by `apply`, and taken back when AQUA is attached."""
 
@@ -362,7 +364,8 @@ class Attachment:
         self._coverage.check_call(module, causal, given.get("dropout", 0.0), None if plan is None else plan.causal)
         if plan is None:
             return interface.attend_dense(interface.directed(call, causal))
-        call, is_sliding = interface.directed(call, causal, plan.sink), bool(given.get("sliding_window"))
+        call = interface.directed(call, causal, plan.sink)
+        is_sliding = bool(given.get("sliding_window")) or plan.index in self._bounded
         if is_sliding and call.mask is not None and call.mask.dtype == torch.bool and plan.needs_codes:
             raise AquaError(
                 "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"

@@ -166,11 +166,20 @@ def sliding_windows(config: PreTrainedConfig) -> dict[int, int]:
     """
     config = config.get_text_config(decoder=True)
     kinds, own = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    # A layer that shares the keys of another (Gemma 3n) has a dummy in the cache, or no place: its kind says it.
+    layers, unsaid = DynamicCache(config=config).layers, own if kinds else None
+    sizes = [getattr(layer, "sliding_window", unsaid) for layer in layers] + [own] * (len(kinds or ()) - len(layers))
     return {
         index: own
-        for index, layer in enumerate(DynamicCache(config=config).layers)
-        if own and getattr(layer, "sliding_window", None) == own and (not kinds or kinds[index] == "sliding_attention")
+        for index, size in enumerate(sizes)
+        if own and size == own and (not kinds or kinds[index] == "sliding_attention")
     }
+
+
+def bounded_layers(config: PreTrainedConfig) -> set[int]:
+    """The layers of which a cache keeps a part of the tokens, as transformers does it: sliding windows, and chunks."""
+    layers = enumerate(DynamicCache(config=config).layers)
+    return {index for index, layer in layers if getattr(layer, "sliding_window", None)}
 
 
 def prepare_for(cache: Cache, plans: Plans, batch: int, new: int) -> None:
