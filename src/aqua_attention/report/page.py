@@ -102,7 +102,14 @@ def report_markdown(sections: Sequence[Section], facts: Sequence[str]) -> tuple[
 
 def _headed(signs: str, part: Section | Block) -> list[str]:
     title = [f"{signs} {_words(part.title)}\n"] if part.title else []
-    return title + ([f"{_words(part.note)}\n"] if part.note else [])
+    notes = [part.note] if isinstance(part, Section) else [*block_notes(part)]
+    return title + [f"{_words(note)}\n" for note in notes if note]
+
+
+def block_notes(block: Block) -> list[str]:
+    """All that is said above a table or drawing: what the figures mean, on what they rest, and what is not known."""
+    rests_on = [f"Projections: {'; '.join(block.rests_on)}"] if block.rests_on else []
+    return [*filter(None, [block.note]), *rests_on, *block.unsaid]
 
 
 def write_report(folder: Path, collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Path]:
@@ -136,6 +143,7 @@ def _template() -> Any:
         raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     words = Markup(" class=w")
+    environment.filters["notes"] = block_notes
     environment.filters["kinds"] = lambda table: [words if _is_words(table, at) else "" for at in range(len(table[0]))]
     return environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
 
