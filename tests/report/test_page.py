@@ -19,6 +19,7 @@ from aqua_attention.report.collect import collect
 from aqua_attention.report.figures import Axis, curves
 from aqua_attention.report.losses import cache_share, key_share
 from aqua_attention.report.page import facts_of, html, report_markdown, sections_of, write_report
+from aqua_attention.report.verdict import verdicts
 
 pytest.importorskip("matplotlib")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -64,7 +65,8 @@ def made(folder):
     """(HTML, Markdown, images) of a results folder."""
     collected = collect(folder)
     sections, facts = sections_of(collected), facts_of(collected)
-    return html(sections, facts), *report_markdown(sections, facts)
+    found = verdicts(collected.records)
+    return html(sections, facts, found), *report_markdown(sections, facts, found)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_every_suite_has_its_place(whole):
     expected += ["Layers and heads", "Time and memory", "Failed settings"]
     assert [heading for heading in page.headings if heading in expected] == expected
     assert "Files not used" not in page.headings
-    assert whole[0].count("<svg ") == len(whole[2]) > 20
+    assert whole[0].count("<figure>") == len(whole[2]) > 20
 
 
 def test_the_first_table_says_what_one_gains_and_loses(whole):

@@ -15,10 +15,14 @@ DIGITS = 8
 
 
 class Panel(NamedTuple):
-    """One drawing: an `<svg>` element, see `svg.drawing`, and the same in a few words for those who do not see it."""
+    """One drawing: an `<svg>` element, see `svg.drawing`, and the same in a few words for those who do not see it.
+
+    A drawing that stands alone has a `wide` one too, for the width of a desktop.
+    """
 
     svg: str
     alt: str
+    wide: str = ""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def projections_of(record: Record) -> str:
     """The projections that a record rests on, such as "smollm2.safetensors (0a1b2c3d), calibrated on 16384 tokens"."""
     details, tokens = record.details, number(record.details.get("calibration_tokens"))
     name, digest = (str(details.get(key) or "") for key in ("projections", "projections_sha256"))
-    words = " ".join(filter(None, [PurePath(name).name, f"({digest[:DIGITS]})" if digest else ""]))
+    short = digest[:DIGITS]
+    words = f"{PurePath(name).name} ({short})" if name and short else PurePath(name).name or short
     return words and (words if math.isnan(tokens) else f"{words}, calibrated on {tokens:.0f} tokens")
 
 

@@ -111,14 +111,15 @@ def _right(run: Sequence[Record], name: str) -> str:
 def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:
     settings = [record for record in group if record.setting is not None]
     panels = []
-    for axis, name in enumerate(SHARES):
-        shares = [shares_of(record)[axis] for record in settings]
-        if len({round(share, 6) for share in shares}) > 1:
-            joined = axis == 0
-            label = _family if joined else _means
-            points = [(label(record), share, record.figures) for record, share in zip(settings, shares, strict=True)]
-            identity, alt = f"loss{place}-{axis}", f"against the share of {name}, {len(settings)} settings"
-            panels.append(loss_curves(identity, alt, Axis(f"share of {name}", "percent"), points, joined))
+    by_axis = list(zip(*map(shares_of, settings), strict=True))
+    varied = [axis for axis, shares in enumerate(by_axis) if len({round(share, 6) for share in shares}) > 1]
+    for axis in varied:
+        name, joined = SHARES[axis], axis == 0
+        label = _family if joined else _means
+        points = [(label(record), share, record.figures) for record, share in zip(settings, by_axis[axis], strict=True)]
+        identity, alt = f"loss{place}-{axis}", f"against the share of {name}, {len(settings)} settings"
+        where = Axis(f"share of {name}", "percent")
+        panels.append(loss_curves(identity, alt, where, points, joined, alone=len(varied) == 1))
     rows = [[name_of(r), *map(percent, shares_of(r)), *cells(r.figures, LOSSES)] for r in settings]
     titles = ["setting", *SHARES, *(column.title for column in LOSSES)]
     return Block(title, (titles, rows), settings, panels) if panels else None

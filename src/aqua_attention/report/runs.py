@@ -74,6 +74,7 @@ def runs_of(records: Sequence[Record], suite: str) -> dict[str, list[Record]]:
     of_suite = [record for record in records if record.suite == suite]
     for record in sorted(of_suite, key=lambda record: record.setting is None):
         facts = {name: value for name, value in facts_of_run(record).items() if name not in OF_A_TASK}
+        facts = _but_projections(facts) if record.is_dense else facts
         fitting = [group for known, group in groups if (_but_projections(known) if record.is_dense else known) == facts]
         for group in fitting:
             group.append(record)
