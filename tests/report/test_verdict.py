@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from html import unescape
 from xml.etree import ElementTree
 
@@ -14,7 +13,6 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.report.collect import collect
 
 pytest.importorskip("matplotlib")
-from aqua_attention.report.figures import Axis, curves
 from aqua_attention.report.page import html, report_markdown
 from aqua_attention.report.verdict import RULE, TOLERANCE, verdicts
 
@@ -77,40 +75,11 @@ def test_figures_that_are_none_and_files_that_stand_apart_are_not_best(tmp_path)
 def test_the_verdict_is_the_first_thing_on_both_pages(tmp_path):
     values = [measured(0.001), measured(0.002) | {"model": "second"}]
     verdict, other = given = found(tmp_path, values)
-    page, (text, images) = html([], ["on a machine"], given), report_markdown([], ["on a machine"], given)
+    facts = ["on a machine"]
+    page, (text, images) = html([], facts, given), report_markdown([], facts, given)
     for written in (unescape(page), text.replace("\\", "")):
         places = [
             written.index(words) for words in (verdict.title, verdict.sentence, other.title, RULE, "on a machine")
         ]
         assert places == sorted(places)
     assert list(images) == ["figure-1.svg", "figure-2.svg"]
-
-
-def markers(svg):
-    """x and colour of each curve's markers, in the order of drawing."""
-    found = re.findall(
-        r'<use xlink:href="#[^"]+" x="([\d.]+)" y="[\d.]+" style="([^"]*stroke-width: (?:0.6|1.3)[^"]*)', svg
-    )
-    return [(x, re.search(r"--(s\d|ink)", style)[1]) for x, style in found]
-
-
-@pytest.mark.parametrize("scale", ["linear", "log2"])
-def test_a_single_length_has_one_tick_and_curves_beside_each_other(scale):
-    points = [(label, 20.0, [0.5]) for label in ("k_ratio 0.5", "dense", "k_ratio 0.25")]
-    panel = curves("a", "alt", Axis("lines", scale), [Axis("right", "share")], points)
-    for svg in (panel.svg, panel.wide):
-        ticks = [text for text in texts_of(svg) if text and re.fullmatch(r"[\d.k]+", text)]
-        assert ticks == ["20"]
-        # In the order of drawing, each marker beside the one before: the last is dense attention's ring.
-        places = [float(x) for x, _ in markers(svg)][:3]
-        assert all(abs(one - other) >= 10 for place, one in enumerate(places) for other in places[:place])
-
-
-def test_few_lengths_have_a_tick_each_and_dense_is_a_ring_around_what_is_as_good():
-    points = [(label, at, [0.5]) for label in ("dense", "k_ratio 0.5") for at in (10.0, 35.0, 200.0)]
-    svg = curves("a", "alt", Axis("lines"), [Axis("right", "share")], points).svg
-    assert [text for text in texts_of(svg) if text and text.isdigit()] == ["10", "35", "200"]
-    drawn = markers(svg)[:6]
-    assert [colour for _, colour in drawn] == ["s0"] * 3 + ["ink"] * 3
-    assert [x for x, _ in drawn[:3]] == [x for x, _ in drawn[3:]]
-    assert svg.count("fill-opacity: 0; stroke: var(--ink)") == 4, "three rings, one in the legend: what is inside shows"

@@ -261,7 +261,8 @@ def _scale(axis: Any, kind: Axis) -> None:
         # compares with; otherwise values close to each other have no tick beside them.
         low, high = axis.get_view_interval()
         low, high = min(1.3 * low, 0.0), max(1.3 * high, 0.0)
-        steps = [value for value in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0) if value >= 0.01 or max(-low, high) < 0.02]
+        most = float(max(-low, high))
+        steps = [0.001] * (most < 0.02) + [0.01] + [0.02, 0.05] * (most < 0.15) + [0.1, 1.0, 10.0, 100.0]
         axis.set_ticks([*(-step for step in reversed(steps)), 0.0, *steps])
         set_limits(low, high)
         axis.set_major_formatter(lambda value, _: "0" if value == 0 else f"{100 * value:+g}%")

@@ -82,7 +82,10 @@ def runs_of(records: Sequence[Record], suite: str) -> dict[str, list[Record]]:
             groups.append((facts, [record]))
     places = {id(record): place for place, record in enumerate(of_suite)}
     ordered = [(facts, sorted(group, key=lambda record: places[id(record)])) for facts, group in groups]
-    ordered.sort(key=lambda pair: max(places[id(pair[1][0])], *(places[id(r)] for r in pair[1] if r.setting), -1))
+    last = [max(places[id(group[0])], *(places[id(r)] for r in group if r.setting), -1) for _, group in ordered]
+    # What stands apart comes last.
+    order = sorted(range(len(ordered)), key=lambda at: (bool(ordered[at][1][0].unsaid), last[at]))
+    ordered = [ordered[at] for at in order]
     leaders = [next((record for record in group if record.setting is not None), group[0]) for _, group in ordered]
     titles = told_apart([data_of(leader) for leader in leaders], list(map(named_facts, leaders)))
     return {title: group for title, (_, group) in zip(titles, ordered, strict=True)}
