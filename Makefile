@@ -4,10 +4,10 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test lint format check clean
+.PHONY: help .venv demo test test-architectures lint format check clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z.]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
 
 .venv: .venv/.installed  ## create .venv with the package and its tools
 
@@ -28,6 +28,9 @@ demo: .venv/.installed  ## calibrate and compare on the default model, into demo
 # One thread per worker: workers that each start a thread per core slow each other down.
 test: .venv/.installed .venv/.lm-eval  ## run the tests; make test ARGS="-k text" WORKERS=0
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+test-architectures: .venv/.installed  ## hold some 50 architectures to README's table; too long for every change
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m architectures $(ARGS)
 
 lint: .venv/.installed  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check

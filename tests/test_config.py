@@ -5,9 +5,10 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 
-from aqua_attention.config import PAPER, PRESETS, AquaConfig, check_bidirectional, encoder_config
+from aqua_attention.config import PAPER, PRESETS, AquaConfig, check_bidirectional, encoder_config, knobs
 from aqua_attention.errors import AquaError
 
 BAD_VALUES = [
@@ -53,6 +54,66 @@ def test_the_ends_of_each_range_are_taken(field, value):
 def test_the_defaults_are_accurate_and_for_the_decoding_kernels():
     assert AquaConfig() == AquaConfig(0.9, 0.0, "weighted", "group", 4, 64, None, None, 1.0, None, 0)
     assert AquaConfig() == AquaConfig.preset() == AquaConfig.preset("accurate")
+
+
+@pytest.mark.parametrize("config", [AquaConfig(), AquaConfig.paper(0.5), AquaConfig(bits=8, min_length="auto")])
+def test_a_dict_and_back(config):
+    assert AquaConfig.from_dict(config.to_dict()) == config
+    assert AquaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert AquaConfig(**config.changes) == config
+
+
+def test_what_a_dict_leaves_out_has_its_default():
+    assert AquaConfig.from_dict({"k_ratio": 0.5}) == AquaConfig(k_ratio=0.5)
+    assert AquaConfig.from_dict({}) == AquaConfig()
+
+
+@pytest.mark.parametrize("make", [AquaConfig.from_dict, lambda values: AquaConfig.preset("fast", **values)])
+def test_a_name_that_is_no_knob_is_refused(make):
+    with pytest.raises(AquaError, match=r"^there is no setting 'kratio': did you mean 'k_ratio'\?$"):
+        make({"kratio": 0.5})
+    with pytest.raises(AquaError, match=r"^there is no setting 'colour': they are k_ratio, s_ratio, "):
+        make({"colour": 1})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("k_ratio", np.float32(0.2), 0.2),
+        ("k_ratio", np.float64(0.7), 0.7),
+        ("logit_error", np.float16(0.5), 0.5),
+        ("sink", np.int64(7), 7),
+        ("recent", np.uint8(9), 9),
+        ("bits", np.int32(8), 8),
+        ("min_length", np.int64(100), 100),
+    ],
+)
+def test_numbers_of_numpy_become_those_of_python(field, value, expected):
+    config = AquaConfig(**{field: value})
+    assert config == AquaConfig(**{field: expected})
+    assert json.loads(json.dumps(config.to_dict()))[field] == expected
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("k_ratio", np.float32(1.5)), ("sink", np.bool_(True)), ("bits", np.int8(3))]
+)
+def test_numbers_of_numpy_have_the_same_ranges(field, value):
+    with pytest.raises(AquaError, match=f"^{field} is .*: it must be "):
+        AquaConfig(**{field: value})
+
+
+@pytest.mark.parametrize("given", [3, ["k_ratio"], 0.5, AquaConfig])
+def test_what_is_no_setting_is_refused(given):
+    with pytest.raises(
+        AquaError, match=r"^config is .*: give an AquaConfig, a dict of its fields, or a preset's name$"
+    ):
+        AquaConfig.of(given)
+
+
+def test_the_logit_error_has_one_name():
+    """In the command's help and in Python."""
+    assert "variance of the logit error" in knobs()["logit_error"].help
+    assert "the variance of the logit error" in " ".join(AquaConfig.__doc__.split())
 
 
 def test_the_method_of_the_paper_has_a_name():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aqua_attention.attach.apply import Attachment as Attachment
-    from aqua_attention.attach.apply import apply as apply
+    from aqua_attention.attach.door import apply as apply
     from aqua_attention.cache.cache import AquaCache as AquaCache
     from aqua_attention.calibration.projections import Projections as Projections
     from aqua_attention.calibration.run import calibrate as calibrate
@@ -41,7 +41,7 @@ _HOME = {
     "Attachment": "attach.apply",
     "Projections": "calibration.projections",
     "__version__": "version",
-    "apply": "attach.apply",
+    "apply": "attach.door",
     "calibrate": "calibration.run",
     "calibrate_inputs": "calibration.run",
     "load_model": "data.models",

@@ -3,12 +3,15 @@
 
 import dataclasses
 import math
+import numbers
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, brief
 
 SELECTIONS = ("magnitude", "weighted", "static")
 SHARES = ("head", "group")
@@ -81,7 +84,7 @@ class AquaConfig:
         k_ratio: share of the kept dimensions whose products are computed for a query, in (0, 1];
             k = ceil(k_ratio * kept). 1 is dense attention, up to rounding.
         logit_error: adaptive k, replaces `k_ratio` when given: each query keeps the fewest dimensions, in the order of
-            `selection`, for which the expected squared error of its logits, sum over the dropped dimensions of
+            `selection`, for which the variance of the logit error, sum over the dropped dimensions of
             (scaling * q_i * rms(k_i))^2, is at most this; summed over the query heads when `share` is "group". It is in
             the logit's own units, so one value fits every layer, head and model: 0.05 to 0.2 are sensible.
         s_ratio: share of trailing (low-variance) rotated key dimensions that are never stored, in [0, 1)
@@ -109,7 +112,8 @@ class AquaConfig:
             window only, so that leaving dimensions out saves no time there and costs most of the loss (ours).
             "approximate": they are as the others (the paper).
 
-    Sliding-window layers are never rounded and lose no tokens, whatever `bits` and `h2o_ratio` say.
+    Sliding-window layers are never rounded and lose no tokens, whatever `bits` and `h2o_ratio` say. Numbers of numpy
+    become Python's own.
 
     Raises:
         AquaError: a value is out of range; the message names the field, the value and the range.
@@ -154,7 +158,9 @@ class AquaConfig:
     def __post_init__(self) -> None:
         config: Any = type(self)
         for name, knob in knobs(config).items():
-            if not knob.allows(value := getattr(self, name)):
+            value = as_python(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if not knob.allows(value):
                 raise AquaError(f"{name} is {value!r}: it must be {knob.allowed()}")
 
     @classmethod
@@ -169,12 +175,41 @@ class AquaConfig:
         """
         if name not in PRESETS:
             raise AquaError(f"preset is {name!r}: it must be one of {', '.join(PRESETS)}")
-        return cls(**PRESETS[name] | changes)
+        return cls.from_dict(PRESETS[name] | changes)
 
     @classmethod
     def paper(cls, k_ratio: float = PAPER["k_ratio"], **changes: Any) -> Self:
         """The paper's method: largest |q_i|, each query head its own dimensions, and no exact window."""
         return cls.preset("paper", k_ratio=k_ratio, **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The setting that `to_dict` wrote; what is left out has its default. An AquaError for a name of no knob."""
+        config: Any = cls
+        known = list(knobs(config))
+        for name in values:
+            if name not in known:
+                near = get_close_matches(str(name), known, 1)
+                remedy = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(known)}"
+                raise AquaError(f"there is no setting {name!r}: {remedy}")
+        return cls(**values)
+
+    @classmethod
+    def of(cls, given: Any) -> Self:
+        """A setting as `apply` takes it: one, a dict of its fields, the name of a preset, or None for the defaults."""
+        if isinstance(given, cls):
+            return given
+        if given is None or isinstance(given, str):
+            return cls.preset(given or DEFAULT_PRESET)
+        if isinstance(given, Mapping):
+            return cls.from_dict(given)
+        raise AquaError(f"config is {brief(given)}: give an AquaConfig, a dict of its fields, or a preset's name")
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The fields that are not at their defaults."""
+        config: Any = type(self)
+        return {name: value for name, value in self.to_dict().items() if value != knobs(config)[name].default}
 
     def kept_dims(self, head_dim: int) -> int:
         """Number of leading rotated key dimensions that are stored, of `head_dim`."""
@@ -211,6 +246,22 @@ class AquaConfig:
     def exact(self) -> Self:
         """The same with every dimension multiplied and stored, for a layer where nothing is to be saved."""
         return dataclasses.replace(self, k_ratio=1.0, logit_error=None, s_ratio=0.0, sink=0, recent=0, min_length=0)
+
+
+def as_python(value: Any) -> Any:
+    """A number of numpy as Python's own, which JSON needs; float32's 0.2 is 0.2. Anything else as it is."""
+    if type(value) in (bool, int, float) or not isinstance(value, numbers.Real):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(str(value) if hasattr(value, "dtype") else value)
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A number of things as Python's own; an AquaError, which names it, where it is no whole number."""
+    if type(number := as_python(value)) is not int:
+        raise AquaError(f"{name} is {brief(number)}: it must be a whole number")
+    return number
 
 
 @cache

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
+from typing import Any
+
 
 class AquaError(ValueError):
     """A user's mistake, said in one line with its remedy; the command exits with code 2."""
@@ -22,6 +25,13 @@ class Reason(str):
         made = super().__new__(cls, text)
         made.remedy = remedy
         return made
+
+
+def brief(value: Any) -> str:
+    """A value of the wrong type for a message: itself where it is short, else of which type it is."""
+    if value is None or isinstance(value, bool | int | float | str | PurePath):
+        return repr(value)[:80]
+    return f"of type {type(value).__name__}"
 
 
 def remedy_of(reason: str | None) -> str:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as tf
+from architectures import ARCHITECTURES, Architecture
 
 import aqua_attention as aqua
 from conftest import MAKERS, SHAPE, VOCABULARY, calibrated
@@ -155,3 +158,70 @@ def test_models_that_do_not_use_the_interface_are_refused_by_name(name, llama):
     model = REFUSED[name]()
     with pytest.raises(aqua.AquaError, match=f"{type(model).__name__} does not use transformers' attention interface"):
         aqua.apply(model, llama[1])
+
+
+def test_the_readme_has_the_table_of_architectures():
+    """What `make test-architectures` holds, and what is refused as a whole."""
+    lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    first = lines.index("| architectures | what is special | `generate`'s cache | refused |") + 2
+    table = {}
+    for line in lines[first : lines.index("", first)]:
+        names, *facts = (cell.strip() for cell in line.strip("|").split("|"))
+        table |= dict.fromkeys(names.split(", "), facts)
+    expected = {name: [each.special, each.cache, ", ".join(each.refused)] for name, each in ARCHITECTURES.items()}
+    refused = ["they do not use transformers' attention interface", "", "everything"]
+    assert table == expected | dict.fromkeys(REFUSED, refused)
+
+
+SHARED_SLIDING = {
+    "gemma3n": ARCHITECTURES["gemma3n"],
+    "gemma4": Architecture(
+        "Gemma4TextConfig",
+        changes=ARCHITECTURES["gemma3n"].changes | {"per_layer_config": {}},
+    ),
+    "gemma3n, three share": Architecture(
+        "Gemma3nTextConfig",
+        changes=ARCHITECTURES["gemma3n"].changes
+        | {"num_hidden_layers": 5, "num_kv_shared_layers": 3, "activation_sparsity_pattern": [0.0] * 5}
+        | {"layer_types": [*["sliding_attention", "full_attention"] * 2, "sliding_attention"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_SLIDING)
+def test_layers_that_share_keys_have_the_exact_windows_of_their_kind(name):
+    """They have no place of their own in a cache."""
+    model = SHARED_SLIDING[name].make()
+    ids, mask = batch()
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig(k_ratio=1, sink=2, recent=5)) as attachment:
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+        assert attachment.explain().decoding.sliding == model.config.layer_types.count("sliding_attention")
+
+
+def test_chunks_of_tokens_are_rounded_neither_in_a_cache_nor_without():
+    model = ARCHITECTURES["llama4"].make().double()
+    ids = torch.randint(2, VOCABULARY, (1, 140), generator=torch.Generator().manual_seed(0))
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig.paper(k_ratio=1, bits=8)), torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        assert torch.allclose(model(input_ids=ids, use_cache=True).logits, whole, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [{"sink": 2}, {"recent": 5}, {"min_length": 10}])
+def test_a_4_d_mask_in_a_layer_of_chunks_is_refused_as_in_a_sliding_one(window):
+    """It does not say where the exact window is, and who is short."""
+    model = ARCHITECTURES["llama4"].make()
+    ids = batch()[0]
+    causal = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    chunk = torch.arange(40) // 12
+    masks = {"full_attention": causal, "chunked_attention": causal & (chunk[:, None] == chunk)}
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig.paper(k_ratio=0.5)):
+        expected = logits(model, ids)
+        with torch.no_grad():
+            assert torch.allclose(model(input_ids=ids, attention_mask=masks).logits, expected, rtol=0, atol=1e-4)
+    with (
+        aqua.apply(model, calibrated(model), aqua.AquaConfig.paper(k_ratio=0.5, **window)),
+        pytest.raises(aqua.AquaError, match="in a sliding-window layer need a 2-D attention mask"),
+        torch.no_grad(),
+    ):
+        model(input_ids=ids, attention_mask=masks)

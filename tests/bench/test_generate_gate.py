@@ -95,11 +95,11 @@ def test_the_gate_refuses_what_is_wrong(model, monkeypatch, fault):
 
 
 def test_the_gate_refuses_prompts_that_are_wrong(monkeypatch):
-    model = make_llama()  # whose own keys matter
+    model = make_llama()  # whose attention matters
     attend = Attachment._attend
 
     def wrong(attachment, module, call, *given):
-        return attend(attachment, module, call._replace(key=call.key.roll(1, 2)), *given)
+        return attend(attachment, module, call._replace(value=call.value.roll(1, 2)), *given)
 
     monkeypatch.setattr(Attachment, "_attend", wrong)
     with pytest.raises(aqua.AquaError, match="generate is wrong: the logits of AQUA, k_ratio 1 are off by"):

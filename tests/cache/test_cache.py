@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 import aqua_attention as aqua
 from aqua_attention.cache import growing, layer
 from aqua_attention.cache.growing import RotatedLayer
-from conftest import VOCABULARY, calibrated, make_llama, make_mistral
+from conftest import VOCABULARY, calibrated, make_gemma3, make_llama, make_mistral
 
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
 INT8 = aqua.AquaConfig.paper(k_ratio=1, bits=8)
@@ -224,3 +224,32 @@ def test_requests_that_cannot_be_met_are_one_clear_error(llama):
         pytest.raises(aqua.AquaError, match="this cache holds AQUA-rotated keys, but the AQUA that filled it has left"),
     ):
         logits(model, ids[:, :1], past_key_values=cache)
+
+
+EMPTIED = {
+    "fixed": (make_llama, {"max_length": 64, "layout": "plain"}),
+    "fixed, sliding": (make_mistral, {"max_length": 64, "layout": "plain"}),
+    "fixed, both": (make_gemma3, {"max_length": 64, "layout": "plain"}),
+    "tiled": (make_llama, {"max_length": 64, "layout": "tiled"}),
+    "growing, both": (make_gemma3, {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "empty"), [*((kind, "reset") for kind in EMPTIED), ("growing, both", "crop")])
+def test_an_emptied_cache_takes_a_batch_of_another_size(kind, empty):
+    make, sizes = EMPTIED[kind]
+    model = make()
+    with (
+        torch.no_grad(),
+        aqua.apply(model, calibrated(model), aqua.AquaConfig(k_ratio=0.5, sink=1, recent=2)) as attachment,
+    ):
+        cache = attachment.new_cache(**sizes)
+        for batch in (1, 3, 2):
+            ids = torch.randint(2, VOCABULARY, (batch, 8), generator=torch.Generator().manual_seed(batch))
+            expected = model(ids).logits
+            found = [model(part, past_key_values=cache).logits for part in (ids[:, :7], ids[:, 7:])]
+            assert torch.allclose(torch.cat(found, 1), expected, rtol=0, atol=1e-4)
+            with pytest.raises(aqua.AquaError, match=f"the cache holds {batch} sequences, the batch has 5"):
+                model(ids[:1].expand(5, -1), past_key_values=cache)
+            cache.reset() if empty == "reset" else cache.crop(-8)
+            assert int(cache.get_seq_length()) == 0

@@ -33,7 +33,9 @@ def test_the_demo_writes_projections_table_and_summary(monkeypatch, tmp_path, ll
         "summary.json",
         "table.md",
     ]
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {name: written[name] for name in summary} == summary
+    assert (written["suite"], written["projections"]) == ("perplexity", str(tmp_path / "out" / "smollm2.safetensors"))
     assert sorted(Projections.load(tmp_path / "out" / "smollm2.safetensors").layers) == [0, 1, 2]
     assert [row["setting"]["k_ratio"] for row in summary["rows"]] == [0.75, 0.5, 0.25, 0.9, 0.75, 0.5, 0.25]
     assert [row["setting"]["sink"] for row in summary["rows"]] == [0, 0, 0, 4, 4, 4, 4]

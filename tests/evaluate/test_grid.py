@@ -44,7 +44,9 @@ def figures(number):
 @pytest.fixture
 def subject(llama, word_tokenizer):
     model, projections = llama
-    return Subject("tiny", model, word_tokenizer, projections, "essay", ESSAY, "0" * 64, chat=False)
+    return Subject(
+        "tiny", model, word_tokenizer, projections, "essay", ESSAY, {"projections_sha256": "0" * 64}, chat=False
+    )
 
 
 def settings_of(**knobs):

@@ -34,7 +34,7 @@ def dummy(monkeypatch):
 
 
 def test_a_suite_runs_in_a_grid_and_is_in_the_report(dummy, llama, word_tokenizer, words, tmp_path):
-    subject = Subject("tiny", llama[0], word_tokenizer, llama[1], "words", words, "0" * 64)
+    subject = Subject("tiny", llama[0], word_tokenizer, llama[1], "words", words, {"projections_sha256": "0" * 64})
     settings = [Setting(AquaConfig.paper(ratio)) for ratio in (0.5, 0.25)]
     jobs = grid_jobs(subject, ["dummy"], settings, sizes_of(False, context=64, tokens=128))
     records = run_jobs(tmp_path, jobs, FACTS)

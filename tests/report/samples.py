@@ -11,6 +11,8 @@ from aqua_attention.config import AquaConfig
 
 MODEL = "tiny"
 OPTIONS = {"data": "builtin:evaluation", "context": 2048, "tokens": 8192}
+SAID = {"model": MODEL, "command": "aqua eval", "version": "0.1.0", "projections_sha256": "0" * 64}
+"""What a command's file says of how it was made."""
 OURS = {"selection": "weighted", "sink": 4, "recent": 64}
 DENSE = {"perplexity": 20.0, "tokens": 8188}
 

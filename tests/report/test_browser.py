@@ -23,13 +23,24 @@ PROBE = """<body style="margin:0"><iframe id="page" src="report.html" style="bor
 </iframe><pre id="found"></pre><script>
 addEventListener("load", () => {
   const page = document.getElementById("page").contentDocument, view = page.defaultView;
-  const boxes = [...page.querySelectorAll("svg")].map(svg => svg.getBoundingClientRect());
-  const texts = [...page.querySelectorAll("svg text")].map(text => text.getBoundingClientRect().height);
+  const shown = [...page.querySelectorAll("svg")].filter(svg => svg.getBoundingClientRect().width > 0);
+  const boxes = shown.map(svg => svg.getBoundingClientRect());
+  const written = shown.flatMap(svg => [...svg.querySelectorAll("text")]);
+  const texts = written.map(text => text.getBoundingClientRect().height);
+  const tables = [...page.querySelectorAll("section > .table")], main = page.querySelector("main").clientWidth;
+  const alone = [...page.querySelectorAll(".panels > figure:only-child")].filter(each => each.querySelector(".wide"));
+  const first = [...tables[0].querySelectorAll("tr:nth-child(2) td")];
+  const right = each => each.getBoundingClientRect().right;
   document.getElementById("found").textContent = JSON.stringify({
     title: page.title, wide: page.documentElement.scrollWidth, view: page.documentElement.clientWidth,
     figures: boxes.map(box => [box.width, box.height]), right: Math.max(...boxes.map(box => box.right)),
     smallest: Math.min(...texts), paper: view.getComputedStyle(page.body).backgroundColor,
     table: page.querySelector("td").getBoundingClientRect().height,
+    hidden: tables.flatMap(table => [...table.querySelectorAll("td")].filter(
+      cell => cell.textContent && right(cell) > right(table) + 1).map(cell => cell.textContent)),
+    titles: first.map(cell => view.getComputedStyle(cell, "::before").content),
+    alone: alone.map(each => Math.max(...[...each.querySelectorAll("svg")].map(svg => svg.clientWidth)) / main),
+    verdict: page.querySelector(".verdict").getBoundingClientRect().bottom,
   });
 });
 </script>"""
@@ -66,6 +77,13 @@ def test_the_page_fits_and_every_figure_is_visible(folder, tmp_path, width):
     assert all(across > 250 and down > 80 for across, down in found["figures"])
     assert found["smallest"] >= 8
     assert found["table"] > 10
+    # Every figure is on the screen, after the title of its column on a phone; a chart alone has the whole width.
+    assert found["hidden"] == []
+    assert any("change" in title for title in found["titles"]) == (width < 640)
+    assert len(found["alone"]) > 5
+    assert min(found["alone"]) > 0.95
+    # What is best is on the first screen.
+    assert found["verdict"] < 720
 
 
 def test_a_complaint_would_be_seen(folder, tmp_path):

@@ -74,9 +74,9 @@ def test_columns_tested_on_other_tokens_are_labelled(tmp_path):
 def test_a_cell_that_is_filled_twice_shows_both(tmp_path):
     values = [samples.context(512, 512, 4096, HALF, factor) for factor in (1, 2)]
     for place, value in enumerate(values):
-        value["basis"] = ("aqua", None)[place]
+        value["projections_sha256"] = "ab"[place] * 64
     values.append(samples.context(512, 1024, 4096, HALF, 3))
-    (block,) = blocks(tmp_path, "Context length", values=values)
+    (block,) = blocks(tmp_path, "Context length", files={"all.json": {"records": values}})
     assert block.note.startswith("1 cell was measured more than once")
     assert len(block.table[1]) == 3
     changes = [f"{samples.losses(0.5, factor)['perplexity_change']:+.2%}" for factor in (1, 2)]
@@ -105,7 +105,7 @@ def test_retrieval_is_counted_by_run_and_not_summed(tmp_path):
 def test_retention_of_another_basis_is_a_line_of_its_own(tmp_path):
     layer = {"layer": 0, "score_loss": [0.1], "softmax_loss": [0.1]}
     row = {"selection": "magnitude", "k_ratio": 0.5, "score_loss": 0.1, "softmax_loss": 0.1, "per_layer": [layer]}
-    value = {"model": "tiny", "data": "x", "rows": [row]}
+    value = samples.SAID | {"data": "x", "rows": [row]}
     files = {
         "a.json": value,
         "b.json": value | {"basis": "none"},
@@ -121,8 +121,8 @@ def test_tasks_asked_in_two_ways_are_told_apart(tmp_path):
     paired = item | {"setting": HALF.to_dict(), "basis": "aqua", "dense": 0.43, "lost": 1, "gained": 0, "p_value": 1.0}
     task = {"path": "arc.jsonl", "sha256": "5" * 64}
     files = {
-        f"{shots}{seed}.json": {
-            "model": "tiny",
+        f"{shots}{seed}.json": samples.SAID
+        | {
             "dense": [],
             "seed": seed,
             "tasks": {"arc_easy": task | {"few_shot": shots}},

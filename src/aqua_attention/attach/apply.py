@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,20 +20,17 @@ from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.attach.coverage import Coverage, Inputs, check_stacks, install_stack
 from aqua_attention.attach.explain import Known, explained
 from aqua_attention.attach.explanation import Explanation
-from aqua_attention.attach.generate import GenerateCaches, Replaced, extends_masks
-from aqua_attention.attach.possible import (
-    look_at_mask,
-    rotates_on_write,
-    why_no_tiles,
-    why_not_by_itself,
-    why_not_replayed,
-)
+from aqua_attention.attach.generate import BATCHING, GenerateCaches, Replaced, extends_masks, refuse_batching
+from aqua_attention.attach.inputs import is_captured, positions_of, put, tokens_of
+from aqua_attention.attach.possible import look_at_mask, why_no_tiles, why_not_by_itself, why_not_replayed
 from aqua_attention.attach.recording import NO_GRAPHS, Recorder
-from aqua_attention.attach.rehearsal import is_recorded
+from aqua_attention.attach.weights import Weights
 from aqua_attention.cache.cache import (
     LAYOUTS,
     AquaCache,
     Plans,
+    bounded_layers,
+    foreign_layers,
     make_cache,
     prepare_for,
     rotate_on_write,
@@ -48,6 +47,7 @@ from aqua_attention.errors import AquaError, Reason, said
 from aqua_attention.machine import Shape, resolved
 from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
+from aqua_attention.model.limits import has_learned_positions
 from aqua_attention.ops.plan import Call, LayerPlan
 from aqua_attention.ops.select import without_autocast
 
@@ -98,8 +98,7 @@ class Attachment:
         self.layout, self.record, self.compile = layout, record, compile
         self.on_selection: SelectionObserver | None = None
         self._coverage = coverage = Coverage(model, projections, layers)
-        weights: list[Any] = projections.check_model(model, coverage.covered) or [None] * len(coverage.covered)
-        self._key_weights = dict(zip((layer.module for layer in coverage.covered), weights, strict=True))
+        self._key_weights = coverage.key_weights()
         self._found, self.dense = coverage.found, coverage.dense
         self.sides = {layer.side for layer in self._found}
         self._causal = [layer for layer in self._found if layer.causal]
@@ -111,18 +110,36 @@ class Attachment:
             config.kept_dims(layer.head_dim)
         self._decoder = innermost_decoder(model, self._causal or self._found)
         self._forward_parameters = list(inspect.signature(self._decoder.forward).parameters)
-        is_part = any(coverage.left.values())
-        self._rotates_on_write = rotates_on_write(type(model).__name__, self._causal, config, is_part)
+        self._knows_positions = "position_ids" in self._forward_parameters and not has_learned_positions(self._decoder)
+        self._foreign = foreign_layers(self._decoder.config, [layer.index for layer in self._causal])
+        self._rotates_on_write = coverage.rotates_on_write(config, self._foreign)
         windows = sliding_windows(self._decoder.config) if self._causal else {}
         self._exact_windows = windows if config.sliding == "exact" else {}
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
         self._plans: dict[nn.Module, LayerPlan] = {}
         self._undo: list[Callable[[], None]] = []
+        self._bounded = bounded_layers(self._decoder.config) if self._causal else set()
+        self.dropped: weakref.finalize[Any, Any] | None = None
+        """Warns where this is dropped; given by `apply`, and taken back when AQUA is attached."""
+
+    def __repr__(self) -> str:
+        state = "attached" if self._plans else "not attached: use it in `with`, or call attach()"
+        layers = f"{len(self._found)} layers under AQUA, {len(self.dense)} dense"
+        changes = ", ".join(f"{name}={value!r}" for name, value in self.config.changes.items())
+        return f"<Attachment of {type(self.model).__name__}: {layers}; AquaConfig({changes}); {state}>"
 
     def attach(self) -> Attachment:
-        """Put AQUA into the model; an AquaError where it is attached already."""
+        """Put AQUA into the model; an AquaError where it is attached already, or another thread is about to."""
+        with interface.CHANGES:
+            return self._attach()
+
+    def _attach(self) -> Attachment:
+        if self.dropped:
+            self.dropped.detach()
         interface.check_detached(self.model)
         self._plans = {layer.module: self._plan(layer) for layer in self._found}
+        self._weights = Weights(self._plans, self._causal, self._coverage.key_weights)
+        self._undo.append(self._weights.end)
         self._can_tile = False
         """Whether a tiled cache was found to be possible, which is asked once and not in each step."""
         stacks = [stack for causal in (True, False) if (stack := [f for f in self._found if f.causal == causal])]
@@ -145,7 +162,8 @@ class Attachment:
 
     def _serve_generate(self) -> None:
         """Give `generate` of this model its cache and recorded steps."""
-        self._caches = GenerateCaches(lambda room: self.new_cache(room, layout="tiled"), self._why_not_automatic)
+        make = functools.partial(self.new_cache, layout="tiled")
+        self._caches = GenerateCaches(make, self._why_not_automatic, self.config)
         self._parts = parts = CompiledParts(self.model, self._causal, cuda_only=True, report=LOG.warning)
         self._recorder = Recorder(
             self.model,
@@ -158,13 +176,14 @@ class Attachment:
             return
 
         def generate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self._recorder.generating(extends_masks(self.model, kwargs)):
+            with self._weights.looked(), self._recorder.generating(extends_masks(self.model, kwargs)):
                 return self._caches.generate(original, *args, **kwargs)
 
         def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             return self._recorder(*args, **kwargs)
 
         replacements = {"_prepare_cache_for_generation": self._caches.prepare, "generate": generate, "forward": forward}
+        replacements |= {BATCHING: refuse_batching} if hasattr(self.model, BATCHING) else {}
         self._undo += [Replaced(self.model, name, by).undo for name, by in replacements.items()]
         self._undo.append(self.release)
 
@@ -175,17 +194,21 @@ class Attachment:
 
     def detach(self) -> None:
         """Leave the model as it was found. Caches that AQUA filled cannot be used by the model afterwards."""
-        for plan in self._plans.values():
-            plan.active = False
-        while self._undo:
-            self._undo.pop()()
-        self._plans = {}
+        with interface.CHANGES:
+            for plan in self._plans.values():
+                plan.active = False
+            while self._undo:
+                self._undo.pop()()
+            self._plans = {}
 
     def __enter__(self) -> Attachment:
         return self.attach()
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+    def __reduce__(self) -> Any:
+        raise AquaError("an Attachment cannot be copied or pickled: copy its model, and call `apply` for the copy")
 
     def new_cache(self, max_length: int | None = None, *, offloading: bool = False, layout: str = "auto") -> AquaCache:
         """An empty cache for this attachment, to be given to `generate` or `forward` as `past_key_values`.
@@ -264,7 +287,7 @@ class Attachment:
 
     def _why_not_tiled(self) -> str | None:
         """Why there can be no cache for the decoding kernels; None when there can, or when they have no layer."""
-        return self._coverage.why_no_tiles() or why_no_tiles(self._decoder, self._causal, self._plans)
+        return self._coverage.why_no_tiles() or self._foreign or why_no_tiles(self._decoder, self._causal, self._plans)
 
     def _why_not_automatic(self) -> str | None:
         """Why `generate` is not given a tiled cache; None when it is."""
@@ -286,35 +309,37 @@ class Attachment:
         return self._why_not_recorded() or why_not_replayed(cache, mask)
 
     def _before_forward(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        """Make the cache of this forward pass rotate on write, while it is empty and where that is right."""
-        if not self._rotates_on_write or holder is not self._decoder:
+        """Say the positions of padded rows; make an empty cache rotate on write, where that is right."""
+        if holder is not self._decoder:
             return args, kwargs
         forget_unread()
         given = dict(zip(self._forward_parameters, args, strict=False)) | kwargs
+        if self._knows_positions and (positions := positions_of(given)) is not None:
+            args, kwargs = put(self._forward_parameters, "position_ids", positions, (args, kwargs))
+        if not self._rotates_on_write:
+            return args, kwargs
         cache, use_cache = given.get("past_key_values"), given.get("use_cache")
         use_cache = getattr(self._decoder.config, "use_cache", False) if use_cache is None else use_cache
         if cache is None and use_cache and "past_key_values" in self._forward_parameters:
             # The model would make this very cache itself, out of our sight.
             cache = DynamicCache(config=self._decoder.config)
-            place = self._forward_parameters.index("past_key_values")
-            if place < len(args):
-                args = (*args[:place], cache, *args[place + 1 :])
-            else:
-                kwargs = kwargs | {"past_key_values": cache}
+            args, kwargs = put(self._forward_parameters, "past_key_values", cache, (args, kwargs))
         if (needs := needs_own_cache(self.config)) and cache is not None and type(cache) not in OWN_CACHES:
             raise AquaError(
                 f"{needs} needs a DynamicCache, the default of generate, not a {type(cache).__name__}: leave one of "
                 "the two out"
             )
-        if type(cache) in OWN_CACHES and not _is_captured():
+        if type(cache) in OWN_CACHES and not is_captured():
+            if (tokens := tokens_of(given)) is not None and tokens.shape[1] > 1:
+                self._weights.look()
             rotate_on_write(cache, self._cached(), self._decoder.config)
             self._check(cache, given)
         return args, kwargs
 
     def _check(self, cache: Cache, given: dict[str, Any]) -> None:
         """Raise AquaError for a forward pass that some layer would refuse after others have written their tokens."""
-        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-        if isinstance(tokens, Tensor):
+        tokens = tokens_of(given)
+        if tokens is not None:
             prepare_for(cache, self._cached(), tokens.shape[0], tokens.shape[1])
         mask = given.get("attention_mask")
         recordable = [layer for layer in cache.layers if isinstance(layer, Recordable)]
@@ -330,7 +355,7 @@ class Attachment:
                 raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
         if needs := torch.is_grad_enabled() and ("the tiled layout" if recordable else needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
-            if trained or (isinstance(tokens, Tensor) and tokens.requires_grad):
+            if trained or (tokens is not None and tokens.requires_grad):
                 raise AquaError(f"{needs} has no gradient: leave it out, or use torch.no_grad()")
 
     def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
@@ -339,7 +364,8 @@ class Attachment:
         self._coverage.check_call(module, causal, given.get("dropout", 0.0), None if plan is None else plan.causal)
         if plan is None:
             return interface.attend_dense(interface.directed(call, causal))
-        call, is_sliding = interface.directed(call, causal, plan.sink), bool(given.get("sliding_window"))
+        call = interface.directed(call, causal, plan.sink)
+        is_sliding = bool(given.get("sliding_window")) or plan.index in self._bounded
         if is_sliding and call.mask is not None and call.mask.dtype == torch.bool and plan.needs_codes:
             raise AquaError(
                 "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
@@ -356,44 +382,3 @@ class Attachment:
 def layer_shape(layer: AttentionLayer, dtype: torch.dtype) -> Shape:
     """What the profile of a layer is looked up by, see `machine.resolved`."""
     return Shape(layer.device, layer.num_attention_heads, layer.num_key_value_heads, layer.head_dim, dtype)
-
-
-def _is_captured() -> bool:
-    """Whether this call is being compiled or recorded, when lengths cannot be looked at."""
-    if torch.compiler.is_compiling() or is_recorded():
-        return True
-    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-
-
-def apply(
-    model: PreTrainedModel,
-    projections: Projections,
-    config: AquaConfig | None = None,
-    *,
-    layers: str | None = None,
-    layout: str = "auto",
-    record: bool = True,
-    compile: bool = True,
-) -> Attachment:
-    """AQUA attention for `model`, to be used as a context manager that restores everything, also after an error.
-
-    Example:
-        >>> with aqua.apply(model, projections):
-        ...     model.generate(**inputs)
-
-    For a lasting change: `attachment = aqua.apply(model, projections, config).attach()`, and `attachment.detach()`.
-
-    Args:
-        config: None is `AquaConfig()`.
-        layers: only the layers whose name matches, such as "vision_tower.*" in a vision-language model; the others stay
-            dense, as do those that the projections do not cover. `Attachment.dense` names them.
-        layout: of the cache that `generate` gets. "auto": tiled where that is possible, for the decoding kernels;
-            "tiled": an AquaError where it is not; "plain": a growing cache.
-        record: on a GPU, record the decoding steps of `generate` as a CUDA graph, and replay it.
-        compile: with `record`, have `torch.compile` make a few kernels of the model's norms, rotary embeddings and
-            activations. It takes seconds once, and says so.
-
-    An AquaError where the model does not use transformers' attention interface, the projections are not for it, or a
-    setting means nothing to it: an encoder has no cache, and no token is its most recent one.
-    """
-    return Attachment(model, projections, config or AquaConfig(), layers, layout=layout, record=record, compile=compile)

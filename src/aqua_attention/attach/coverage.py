@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from aqua_attention.cache.stored import needs_own_cache
 from aqua_attention.calibration.projections import Projections
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError, Reason
 from aqua_attention.model.capture import AttentionLayer, chosen_layers, innermost_decoder, layers_and_gaps
-from aqua_attention.model.interface import NAME_PREFIX, install
+from aqua_attention.model.interface import install
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -31,6 +33,7 @@ class Coverage:
         """Look the layers up; an AquaError where the model cannot take AQUA, or no layer has such a name."""
         every, gaps = layers_and_gaps(model)
         self.name, self.gaps, self._pattern = type(model).__name__, gaps, pattern
+        self._model, self._projections = model, projections
         self.covered = projections.covered(every)
         self.found = chosen_layers(self.covered, pattern, gaps)
         self.left = {layer.module: layer.causal for layer in every if layer not in self.found}
@@ -44,6 +47,35 @@ class Coverage:
             for name, module in model.named_modules()
             if isinstance(module, nn.MultiheadAttention)
         ]
+
+    def key_weights(self) -> dict[nn.Module, list[float] | None]:
+        """Digests of the covered layers as they are now; errors and a warning as of `Projections.check_model`."""
+        rows = self._projections.check_model(self._model, self.covered)
+        return {layer.module: rows[place] if rows else None for place, layer in enumerate(self.covered)}
+
+    def rotates_on_write(self, config: AquaConfig, foreign: str) -> bool:
+        """Whether a cache can hold the keys of the causal layers rotated; `foreign`: see `cache.foreign_layers`.
+
+        An AquaError where it cannot store what `config` asks for.
+        """
+        layers = [layer for layer in self.found if layer.causal]
+        needs, reads_own_cache = needs_own_cache(config), bool(layers) and all(each.reads_own_cache for each in layers)
+        if needs and foreign:
+            raise AquaError(f"{needs} is impossible, because {foreign}: leave {needs.split('=')[0]} out")
+        if needs and not reads_own_cache:
+            raise AquaError(
+                f"{self.name} does not take its keys straight from its cache, so that {needs} would save nothing: "
+                "leave it out"
+            )
+        if needs and any(self.left.values()):
+            raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
+        if not needs and reads_own_cache and config.sink + config.recent > 0:
+            narrow = any(config.kept_dims(layer.head_dim) < layer.head_dim for layer in layers)
+            needs = f"s_ratio={config.s_ratio:g} with an exact window" if narrow else ""
+        if needs and (only_plain := next(filter(None, (layer.only_plain for layer in layers)), None)):
+            remedy = "give sink=0, recent=0" if "window" in needs else "leave it out"
+            raise AquaError(f"{self.name} {only_plain}, which a cache with {needs} cannot follow: {remedy}")
+        return reads_own_cache
 
     def why_no_tiles(self) -> str | None:
         """Why no cache is for the decoding kernels; None when there are no causal layers that stay dense."""
@@ -94,19 +126,32 @@ def install_stack(
     configs = None if alone else _configs(model, stack)
     name, undo = install(model, attention, mask, configs)
     holder = innermost_decoder(model, stack)
-    watched: Any = holder.config if configs is None else configs[0]
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
-        implementation = watched._attn_implementation
-        if implementation == name:
-            return before_forward(module, args, kwargs)
-        if str(implementation).startswith(NAME_PREFIX):
-            return args, kwargs  # being observed: dense for a moment, see capture.py
-        raise AquaError(
-            f"the model's attention was set to {implementation!r} while AQUA is attached: detach AQUA first"
-        )
-
+    hook = ForwardHook(name, holder.config if configs is None else configs[0], before_forward)
     return [undo, holder.register_forward_pre_hook(hook, with_kwargs=True).remove]
+
+
+class ForwardHook:
+    """Changes the inputs of each forward pass while the config names our attention. In a copied or pickled model it
+    does nothing.
+    """
+
+    def __init__(self, name: str = "", config: Any = None, change: Callable[..., Inputs] | None = None) -> None:
+        """Hand what a module is called with to `change`; an AquaError where `config` has another name than `name`."""
+        self._name, self._config, self._change = name, config, change
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
+        """The inputs to go on with; None: as they are."""
+        if self._change is None:
+            return None
+        implementation = self._config._attn_implementation
+        if implementation != self._name:
+            raise AquaError(
+                f"the model's attention was set to {implementation!r} while AQUA is attached: detach AQUA first"
+            )
+        return self._change(module, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
 
 def check_stacks(model: PreTrainedModel, stacks: list[list[AttentionLayer]]) -> None:

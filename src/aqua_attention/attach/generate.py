@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,45 +11,60 @@ from typing import Any
 from torch import nn
 
 from aqua_attention.cache.cache import AquaCache
-from aqua_attention.errors import Reason
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError, Reason
 
 ROOM = 256
 """Sizes are multiples of so many tokens, so that the next call can have the same cache."""
 MOST_NEW = 2048
 """Tokens that room is made for beyond twice the prompt, however many are allowed: `generate` may end early."""
 UPDATE = "_update_model_kwargs_for_generation"
+BATCHING = "init_continuous_batching"
+ASSISTED = "assisted generation"
 MODES = ("greedy_search", "sample")
 REMEDIES = {"beam search": "set num_beams=1", "beam sample": "set num_beams=1"}
-REMEDIES |= {"assisted generation": "leave out the assistant, or prompt lookup"}
+REMEDIES |= {ASSISTED: "leave out the assistant, or prompt lookup"}
 NEVER_CALLED = Reason("generate was not called so far")
 
 
 class Replaced:
-    """A method of one model, replaced while AQUA is attached. A copied model has its own method again."""
+    """A method of one model, replaced while AQUA is attached. Copied or pickled it is the model's own method again."""
 
     def __init__(self, model: nn.Module, name: str, replacement: Callable[..., Any]) -> None:
         """Call `replacement(original, *args, **kwargs)` from now on, where the original is the model's own method."""
-        self._model, self._name, self._replacement = model, name, replacement
+        self._model, self._name = model, name
+        self._replacement: Callable[..., Any] | None = replacement
         self._had = vars(model).get(name)
         self.original = getattr(model, name)
         functools.update_wrapper(self, self.original)
         setattr(model, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the method itself, in another way."""
+        """As the method itself, in another way; in the same way once AQUA is detached, for who still holds this."""
+        if self._replacement is None:
+            return self.original(*args, **kwargs)
         return self._replacement(self.original, *args, **kwargs)
 
     def undo(self) -> None:
         """Put the method back, unless somebody else has replaced ours."""
+        self._replacement = None
         if vars(self._model).get(self._name) is not self:
             return
         delattr(self._model, self._name)
         if self._had is not None:
             setattr(self._model, self._name, self._had)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._model))
-        return self if copied is None else getattr(type(copied), self._name).__get__(copied)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A model is copied before its methods are: where they are looked up, it has none of ours yet.
+        return (getattr, (self._model, self._name)) if self._had is None else (operator.getitem, ((self._had,), 0))
+
+
+def refuse_batching(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In place of what begins continuous batching, whose pages are no cache of ours."""
+    raise AquaError(
+        "AQUA does not know continuous batching (generate_batch), which keeps keys and values in pages of its own: "
+        "call generate with a padded batch, or detach AQUA"
+    )
 
 
 class GenerateCaches:
@@ -57,9 +73,9 @@ class GenerateCaches:
     A call that hands its cache to the user leaves none.
     """
 
-    def __init__(self, make: Callable[[int], AquaCache], why_not: Callable[[], str | None]) -> None:
+    def __init__(self, make: Callable[[int], AquaCache], why_not: Callable[[], str | None], config: AquaConfig) -> None:
         """Let `make(room)` make them, unless `why_not()` gives a reason."""
-        self._make, self._why_not = make, why_not
+        self._make, self._why_not, self._config = make, why_not, config
         self._spare: tuple[int, AquaCache] | None = None
         self._lock = threading.Lock()
         self._local = threading.local()
@@ -71,6 +87,11 @@ class GenerateCaches:
     def prepare(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """In place of `_prepare_cache_for_generation`: put a cache where it finds one that the user gave."""
         given = inspect.signature(original).bind(*args, **kwargs).arguments
+        if self._config.h2o_ratio < 1 and _takes_back(given):
+            raise AquaError(
+                f"assisted decoding and prompt lookup take tokens back, and h2o_ratio={self._config.h2o_ratio:g} has "
+                "forgotten others by then: leave one of the two out"
+            )
         self.reason = self._why_not_given(given) or self._why_not()
         self.layout = "tiled" if self.reason is None else _layout(given)
         if self.reason is None:
@@ -110,8 +131,8 @@ class GenerateCaches:
             return Reason("use_cache is False", "set use_cache=True")
         if config.cache_implementation not in (None, "dynamic"):
             return Reason(f"cache_implementation is {config.cache_implementation!r}", "leave cache_implementation out")
-        if getattr(mode, "value", mode) not in MODES or config.is_assistant:
-            name = "assisted generation" if config.is_assistant else str(getattr(mode, "value", mode)).replace("_", " ")
+        if getattr(mode, "value", mode) not in MODES or _takes_back(given):
+            name = ASSISTED if _takes_back(given) else str(getattr(mode, "value", mode)).replace("_", " ")
             return Reason(f"{name} moves or drops tokens of its cache", REMEDIES.get(name, ""))
         return None
 
@@ -123,6 +144,13 @@ class GenerateCaches:
             return spare[1]
         del spare  # it makes room first
         return self._make(room)
+
+
+def _takes_back(given: dict[str, Any]) -> bool:
+    """Whether a call of `generate` drops tokens of its cache again: those of an assistant, and the assistant's own."""
+    mode = given.get("generation_mode")
+    is_assistant = getattr(given.get("generation_config"), "is_assistant", False)
+    return bool(is_assistant) or str(getattr(mode, "value", mode)).replace("_", " ") == ASSISTED
 
 
 def _layout(given: dict[str, Any]) -> str:

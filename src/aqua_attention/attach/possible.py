@@ -11,8 +11,7 @@ from transformers import Cache, PreTrainedModel
 from aqua_attention.cache.cache import AquaCache, sliding_windows
 from aqua_attention.cache.layer import Recordable
 from aqua_attention.cache.stored import needs_own_cache
-from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError, Reason
+from aqua_attention.errors import Reason
 from aqua_attention.model.capture import AttentionLayer
 from aqua_attention.ops.backend import tiled_backend, why_not_tiled
 from aqua_attention.ops.plan import LayerPlan
@@ -32,27 +31,6 @@ def why_no_tiles(
         return Reason("the kernel knows neither softcap nor extra softmax logits")
     reasons = (why_not_tiled(plans[each.module], each.num_attention_heads, decoder.dtype) for each in full)
     return next(filter(None, reasons), None)
-
-
-def rotates_on_write(name: str, layers: Sequence[AttentionLayer], config: AquaConfig, is_part: bool) -> bool:
-    """Whether a cache of the model `name` can hold the keys of these causal layers rotated.
-
-    An AquaError where it cannot store what `config` asks for. `is_part`: other causal layers are left dense.
-    """
-    needs, reads_own_cache = needs_own_cache(config), bool(layers) and all(each.reads_own_cache for each in layers)
-    if needs and not reads_own_cache:
-        raise AquaError(
-            f"{name} does not take its keys straight from its cache, so that {needs} would save nothing: leave it out"
-        )
-    if needs and is_part:
-        raise AquaError(f"{needs} is for all layers of a language model: leave it out, or the pattern of layers")
-    if not needs and config.sink + config.recent > 0:
-        narrow = any(config.kept_dims(layer.head_dim) < layer.head_dim for layer in layers if layer.reads_own_cache)
-        needs = f"s_ratio={config.s_ratio:g} with an exact window" if narrow else ""
-    if needs and (only_plain := next(filter(None, (layer.only_plain for layer in layers)), None)):
-        remedy = "give sink=0, recent=0" if "window" in needs else "leave it out"
-        raise AquaError(f"{name} {only_plain}, which a cache with {needs} cannot follow: {remedy}")
-    return reads_own_cache
 
 
 def why_not_by_itself(devices: set[torch.device]) -> str | None:

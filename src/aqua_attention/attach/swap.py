@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Functions of modules and modeling files, replaced for a while and for one thread."""
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,12 +74,21 @@ def current(place: Place) -> Any:
         return place.namespace.get(place.name, ABSENT) if swap is None else swap.before
 
 
+class _Call:
+    """What is at a place meanwhile. Copied or pickled with its module, it is the original of the copied module."""
+
+    def __init__(self, key: Key, original: Callable[..., Any]) -> None:
+        self._key, self._original = key, original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _replacements.at.get(self._key, self._original)(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.getitem, ((self._original,), 0)
+
+
 def _enter(place: Place, original: Callable[..., Any]) -> None:
-    key = place.key
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return _replacements.at.get(key, original)(*args, **kwargs)
-
+    key, call = place.key, _Call(place.key, original)
     with _lock:
         if key not in _swaps:
             _swaps[key] = _Swap(place.namespace.get(place.name, ABSENT))

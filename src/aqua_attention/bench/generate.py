@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.attach import recording
-from aqua_attention.attach.apply import Attachment, apply
+from aqua_attention.attach.apply import Attachment
 from aqua_attention.attach.compiled import CompiledParts
+from aqua_attention.attach.door import apply
 from aqua_attention.bench.clocked import (
     SETTLING,
     Options,

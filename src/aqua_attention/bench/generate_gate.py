@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from aqua_attention.attach.apply import apply
+from aqua_attention.attach.door import apply
 from aqua_attention.bench.clocked import Task, default_options, own_options
 from aqua_attention.bench.generate_dense import Parts, Reasons, recorded_dense, static_options, why_failed
 from aqua_attention.calibration.projections import Projections

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
-from aqua_attention.attach.apply import Attachment, apply
+from aqua_attention.attach.apply import Attachment
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -64,7 +64,7 @@ def measure_memory(
         runs.append((f"QuantizedCache int{bits}", quantized, None))
     for config in configs:
         setting = config.to_dict() | {"effective_ratio": config.effective_ratio}
-        runs.append((setting, dynamic, apply(model, projections, config)))
+        runs.append((setting, dynamic, Attachment(model, projections, config)))
     rows: list[dict[str, Any]] = []
     _generate(model, tokens[:, :64], dynamic())  # allocators and threads are there afterwards
     for done, (setting, make, attachment) in enumerate(runs):

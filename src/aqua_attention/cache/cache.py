@@ -6,6 +6,7 @@ rotation (`layer.py`); so do layers of a fixed size. In the tiled layout, whose 
 are in tiles for the decoding kernels (`tiled.py`), and sliding ones are rings (`ring.py`).
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
@@ -134,7 +135,7 @@ def _empty(cache: Cache, index: int, plan: LayerPlan) -> cache_utils.CacheLayerM
         return sliding
     if not isinstance(cache, AquaCache):
         return None
-    is_tiled, length = cache.layout == "tiled", layer.max_cache_len
+    is_tiled, length = cache.layout == "tiled", getattr(layer, "max_cache_len", 0)
     if type(layer) in (cache_utils.StaticLayer, common.RotatedStaticLayer, TiledLayer):
         return (TiledLayer if is_tiled else common.RotatedStaticLayer)(plan, max_cache_len=length)
     if type(layer) in (cache_utils.StaticSlidingWindowLayer, common.RotatedStaticSlidingLayer, RingLayer):
@@ -145,6 +146,19 @@ def _empty(cache: Cache, index: int, plan: LayerPlan) -> cache_utils.CacheLayerM
     return None
 
 
+def foreign_layers(config: PreTrainedConfig, indices: Collection[int]) -> str:
+    """Why no cache rotates what some of these layers write, in words; empty where it can: keys are rotated when read.
+
+    Such are layers that hold more than keys and values, as those of Falcon-H1 do for its state space.
+    """
+    ordinary = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
+    layers = enumerate(DynamicCache(config=config).layers) if indices else ()
+    kinds = {type(layer).__name__ for index, layer in layers if index in indices and type(layer) not in ordinary}
+    if not kinds:
+        return ""
+    return f"a cache of this model has layers that hold more than keys and values ({', '.join(sorted(kinds))})"
+
+
 def sliding_windows(config: PreTrainedConfig) -> dict[int, int]:
     """Sizes of sliding windows by layer index, of layers that see the last tokens; chunks, as Llama 4's, are none.
 
@@ -152,11 +166,20 @@ def sliding_windows(config: PreTrainedConfig) -> dict[int, int]:
     """
     config = config.get_text_config(decoder=True)
     kinds, own = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    # A layer that shares the keys of another (Gemma 3n) has a dummy in the cache, or no place: its kind says it.
+    layers, unsaid = DynamicCache(config=config).layers, own if kinds else None
+    sizes = [getattr(layer, "sliding_window", unsaid) for layer in layers] + [own] * (len(kinds or ()) - len(layers))
     return {
         index: own
-        for index, layer in enumerate(DynamicCache(config=config).layers)
-        if own and getattr(layer, "sliding_window", None) == own and (not kinds or kinds[index] == "sliding_attention")
+        for index, size in enumerate(sizes)
+        if own and size == own and (not kinds or kinds[index] == "sliding_attention")
     }
+
+
+def bounded_layers(config: PreTrainedConfig) -> set[int]:
+    """The layers of which a cache keeps a part of the tokens, as transformers does it: sliding windows, and chunks."""
+    layers = enumerate(DynamicCache(config=config).layers)
+    return {index for index, layer in layers if getattr(layer, "sliding_window", None)}
 
 
 def prepare_for(cache: Cache, plans: Plans, batch: int, new: int) -> None:
@@ -171,6 +194,9 @@ def prepare_for(cache: Cache, plans: Plans, batch: int, new: int) -> None:
             common.check_active(mine)
             raise AquaError(common.OTHER_SETTINGS)
         if layer.batch not in (0, batch):
+            if int(layer.get_seq_length()) == 0:
+                getattr(layer, "held", layer).is_initialized = False  # it allocates again
+                continue
             raise AquaError(
                 f"the cache holds {layer.batch} sequences, the batch has {batch}: start with a new cache, or repeat or "
                 "select its sequences first"

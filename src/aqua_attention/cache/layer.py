@@ -27,8 +27,8 @@ from aqua_attention.ops.plan import Attended, Call, LayerPlan
 from aqua_attention.ops.select import rotate as rotate_plainly
 
 OTHER_SETTINGS = (
-    "this cache was filled under other AQUA projections or settings, or by a model with other weights: start with a "
-    "new cache"
+    "this cache was filled under other AQUA projections or settings, or by a model with other weights or adapters: "
+    "start with a new cache, or go back to those"
 )
 
 

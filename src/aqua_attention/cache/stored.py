@@ -9,7 +9,7 @@ from aqua_attention.cache.quantized import Quantized
 from aqua_attention.cache.store import Growing, Store
 from aqua_attention.cache.window import WindowStore
 from aqua_attention.config import AquaConfig
-from aqua_attention.model.fingerprint import other_weights
+from aqua_attention.model.fingerprint import other_weights, same_projected
 from aqua_attention.ops.plan import LayerPlan
 
 
@@ -62,6 +62,8 @@ def stores_the_same(plan: LayerPlan, other: LayerPlan) -> bool:
         for each in (plan, other)
     )
     if ours != theirs or not same_weights(plan.key_weights, other.key_weights):
+        return False
+    if not same_projected(plan.projected, other.projected):
         return False
     pairs = zip(tensors_of(plan), tensors_of(other), strict=True)
     return all(torch.equal(mine, its.to(mine.device)) for mine, its in pairs)

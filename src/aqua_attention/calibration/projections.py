@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, named_tensors, take_layer
 from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, brief
 from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model.capture import AttentionLayer
 from aqua_attention.model.fingerprint import describe_shape, key_weight_digest, layer_rows, other_weights, shape_of
@@ -28,7 +29,7 @@ ORTHOGONALITY_TOLERANCE = 1e-4
 RECALIBRATE = "calibrate again with `aqua calibrate`"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LayerProjection:
     """The basis of one layer, and how large queries and keys are along each of its dimensions.
 
@@ -51,6 +52,10 @@ class LayerProjection:
     key_spread: Tensor
     energy: Tensor
 
+    def __repr__(self) -> str:
+        heads, head_dim = self.key_rms.shape
+        return f"<LayerProjection: {heads} key-value heads of {head_dim}>"
+
     def plan(self, config: AquaConfig, device: torch.device | str = "cpu", **facts: Any) -> LayerPlan:
         """What AQUA does in this layer, its tensors on `device`; `facts` are further fields, as `index` or `causal`."""
         head_dim = self.rotation.shape[-1]
@@ -64,7 +69,7 @@ class LayerProjection:
         return LayerPlan(rotation, spread, config, head_dim**-0.5, key_scale=scale, key_mean=mean, **facts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Projections:
     """Rotations for all attention layers of one model, with the statistics they come from.
 
@@ -82,6 +87,20 @@ class Projections:
     model: dict[str, Any]
     calibration: dict[str, Any] = field(default_factory=dict)
     basis: str = "aqua"
+
+    def __repr__(self) -> str:
+        name, tokens = self.model.get("name"), self.calibration.get("tokens")
+        of_model = f"{name} ({self.fits})" if name else self.fits
+        return f"<Projections of {of_model}; basis {self.basis}; calibrated on {tokens} tokens>"
+
+    @classmethod
+    def of(cls, given: Any) -> Projections:
+        """Projections as `apply` takes them: these, or the path of their file. An AquaError for anything else."""
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, str | os.PathLike):
+            return cls.load(Path(given))
+        raise AquaError(f"projections is {brief(given)}: give what `aqua.calibrate` returned, or the path of its file")
 
     @classmethod
     def from_statistics(
@@ -109,12 +128,13 @@ class Projections:
         """The model that these are for, in a readable line."""
         return describe_shape(self.model["shape"])
 
-    def merged(self, other: Projections) -> Projections:
+    def merged(self, other: Projections | Path | str) -> Projections:
         """As if one calibration had read both texts: the sums are added and decomposed again.
 
         Of different layers of one model, such as those of text and of images, all in one. An AquaError where the two
         are not of the same model, or not in the same basis.
         """
+        other = Projections.of(other)
         shapes = [part.model["shape"] for part in (self, other)]
         are_parts = _are_parts(*shapes)
         # As far as both name their layers.
@@ -203,7 +223,7 @@ class Projections:
             warnings.warn(
                 f"the projections were calibrated on other weights of the same shape (key weights differ by "
                 f"{difference:.1%}): results are valid but lose more; {RECALIBRATE} for this model",
-                stacklevel=4,
+                stacklevel=5,
             )
         return found
 

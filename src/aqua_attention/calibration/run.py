@@ -2,19 +2,25 @@
 """Calibration: one pass of a text, or of images, through a model, from which the projections follow."""
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import is_progress_bar_enabled
 
 from aqua_attention.calibration.checkpoint import Checkpoint, check_no_unfinished, check_seconds
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
-from aqua_attention.data.text import text_digest, token_windows, tokenize
-from aqua_attention.errors import AquaError
+from aqua_attention.config import whole_number
+from aqua_attention.data.models import load_model
+from aqua_attention.data.text import load_text, text_digest, token_windows, tokenize
+from aqua_attention.errors import AquaError, brief
+from aqua_attention.io.progress import Progress, shown
 from aqua_attention.model import capture
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 from aqua_attention.model.limits import check_tokens
@@ -26,9 +32,9 @@ Facts = dict[str, Any]
 
 
 def calibrate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    model: PreTrainedModel | os.PathLike[str] | str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: Path | str,
     *,
     tokens: int = 32768,
     context: int = 2048,
@@ -38,13 +44,15 @@ def calibrate(
     checkpoint: Path | str | None = None,
     checkpoint_seconds: float = 10.0,
     resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | bool | None = True,
 ) -> Projections:
     """Learn the projections of `model` from windows of `text`.
 
     Args:
-        model: a decoder or encoder that reads text; its weights and its attention are left as they are.
-        text: plain text.
+        model: a decoder or encoder that reads text; its weights and its attention are left as they are. Or the name of
+            one, see `load_model`.
+        tokenizer: the model's; None where the model is named.
+        text: plain text, or the Path of a file or folder of it, see `load_text`.
         tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says).
         context: tokens in a window. Calibrate at the length you will use: projections from short windows are
             slightly worse on long ones.
@@ -54,12 +62,24 @@ def calibrate(
         checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
             Ctrl-C. `checkpoint.discard` it once the projections are saved.
         resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
-        progress: called as progress(windows done, windows in all).
+        progress: True shows a bar, or lines where the error stream is no terminal, unless transformers' bars are
+            disabled. False shows nothing. A function is called as progress(windows done, windows in all).
 
     Raises:
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
             checkpoint of another run, or one that exists though `resume` was not asked for.
     """
+    tokens, context = whole_number("tokens", tokens), whole_number("context", context)
+    seed = None if seed is None else whole_number("seed", seed)
+    text = load_text(str(text)) if isinstance(text, Path) else text
+    if not isinstance(text, str):
+        raise AquaError(f"text is {brief(text)}: give a string, or the Path of a file")
+    if isinstance(model, str | os.PathLike):
+        name = name or os.fspath(model)
+        model, own = load_model(model)
+        tokenizer = own if tokenizer is None else tokenizer
+    if not callable(tokenizer):
+        raise AquaError(f"tokenizer is {brief(tokenizer)}: give the model's, AutoTokenizer.from_pretrained(its name)")
     run = CalibrationRun(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
@@ -73,7 +93,7 @@ def calibrate(
 
 def calibrate_inputs(
     model: PreTrainedModel,
-    inputs: Sequence[Inputs],
+    inputs: Sequence[Inputs] | Inputs,
     *,
     facts: dict[str, Any] | None = None,
     name: str = "",
@@ -81,14 +101,15 @@ def calibrate_inputs(
     checkpoint: Path | str | None = None,
     checkpoint_seconds: float = 10.0,
     resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | bool | None = True,
 ) -> Projections:
     """Learn the projections of `model` from whatever it reads: images, or prompts with images in them.
 
     Args:
         inputs: what the model is called with, a forward pass each and without padding: `pixel_values` (and what an
-            image processor gives with them), `input_ids`, or both. Only the layers that read them are calibrated; two
-            calibrations of a vision-language model, on images and on text, become one by `Projections.merged`.
+            image processor gives with them), `input_ids`, or both; one alone counts as a list of one. Only the layers
+            that read them are calibrated; two calibrations of a vision-language model, on images and on text, become
+            one by `Projections.merged`.
         facts: recorded in `calibration`, such as how many images these are.
         name, layers, checkpoint, checkpoint_seconds, resume, progress: as of `calibrate`.
 
@@ -96,6 +117,7 @@ def calibrate_inputs(
         AquaError: as of `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
     """
     run = CalibrationRun(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
+    inputs = [inputs] if isinstance(inputs, Mapping) else inputs
     if not inputs:
         raise AquaError("there is nothing to calibrate on: give at least one input")
     check_unpadded(inputs)
@@ -113,7 +135,7 @@ class CalibrationRun:
     checkpoint: Path | str | None
     checkpoint_seconds: float
     resume: bool
-    progress: Callable[[int, int], None] | None
+    progress: Progress | bool | None
 
     def __post_init__(self) -> None:
         """Find the layers; nothing is read yet."""
@@ -145,10 +167,21 @@ class CalibrationRun:
         # The name tells models apart whose key weights cannot be read (quantised, offloaded).
         run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
         keeper = Checkpoint(self.checkpoint, run | facts | (identity or {}), seconds=self.checkpoint_seconds)
-        statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=self.progress)
+        with _watched(self.progress) as progress:
+            statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=progress)
         tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
         of_model = {"name": name, "shape": shape, "key_weights": key_weights}
         return Projections.from_statistics(statistics, of_model, tokens | facts)
+
+
+@contextmanager
+def _watched(progress: Progress | bool | None) -> Iterator[Progress | None]:
+    """What is told of the windows that are done, see `calibrate`."""
+    if progress is True and is_progress_bar_enabled():
+        with shown("calibrate") as bar:
+            yield bar
+    else:
+        yield progress if callable(progress) else None
 
 
 def collect(
@@ -157,7 +190,7 @@ def collect(
     *,
     layers: list[capture.AttentionLayer] | None = None,
     checkpoint: Checkpoint | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Statistics:
     """Statistics of attention layers over token windows [count, context] or other inputs, a forward pass each.
 

@@ -16,7 +16,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerStatistics:
     """Sums over the tokens seen by one attention layer; float64, on the CPU.
 
@@ -34,6 +34,10 @@ class LayerStatistics:
     key_sum: Tensor
     query_count: int
     key_count: int
+
+    def __repr__(self) -> str:
+        heads, head_dim = self.key_sum.shape
+        return f"<LayerStatistics: {self.key_count} tokens, {heads} key-value heads of {head_dim}>"
 
     @classmethod
     def of(cls, query: Tensor, key: Tensor) -> LayerStatistics:

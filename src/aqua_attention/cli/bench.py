@@ -105,6 +105,8 @@ def memory(
     Example: `aqua bench memory smollm2 -p smollm2.safetensors --length 8192 --json memory.json`
     """
     from aqua_attention.bench.memory import measure_memory
+    from aqua_attention.evaluate.record import provenance
+    from aqua_attention.evaluate.run import facts_of_model
     from aqua_attention.report.tables import memory_table
 
     grid = product((None, 8, 4), dict.fromkeys(s_ratio), dict.fromkeys(h2o_ratio))
@@ -112,7 +114,8 @@ def memory(
     learned, (loaded, _) = load_projections(projections), replace(model, dtype=dtype).load()
     with progress_bar("generate") as progress:
         result = measure_memory(loaded, learned, configs, length=length, batch=batch, progress=progress)
-    show(result | {"model": model.model}, memory_table(result), suite="memory")
+    result |= {"model": model.name} | provenance(projections, learned) | facts_of_model(loaded)
+    show(result, memory_table(result), suite="memory")
 
 
 @benchmarks.command()
@@ -169,9 +172,11 @@ def generate(
     Example: `aqua bench generate smollm2 -p smollm2.safetensors --length 4096 --json generate.json`
     """
     from aqua_attention.bench.generate import GenerateBenchmark
+    from aqua_attention.evaluate.record import provenance
     from aqua_attention.report.tables import generate_table
 
     loaded, learned, prompts, name = _subject(model, projections, data, layers)
+    made = provenance(projections, learned) if projections else {"projections": "random", "projections_sha256": None}
     on_gpu = loaded.device.type == "cuda"
     kinds: list[tuple[float, int | None]] = [(ratio, None) for ratio in dict.fromkeys(k_ratio)]
     kinds += [(min(k_ratio), 8)] if (on_gpu if int8 is None else int8) else []
@@ -186,7 +191,7 @@ def generate(
     }
     benchmark = GenerateBenchmark(loaded, learned, settings, is_random=model.model is None, **given)
     results: list[dict[str, Any]] = []
-    shared = {"model": name, "prompts": data or "random tokens"}
+    shared = {"model": name, "prompts": data or "random tokens"} | made
     for batch, tokens in sizes.of(loaded, is_random=model.model is None):
         with progress_bar(f"{batch} x {tokens}") as progress:
             results.append(benchmark.measure(batch, tokens, progress))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole story on one small real model: calibrate, measure what is lost, write the same answer twice."""
 
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -9,21 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-from aqua_attention.attach.apply import apply
+from aqua_attention.attach.door import apply
 from aqua_attention.calibration.run import calibrate
+from aqua_attention.cli.terminal import command_line
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
 from aqua_attention.data.text import load_text
 from aqua_attention.evaluate.generation import continue_prompt
-from aqua_attention.evaluate.record import make_folder
+from aqua_attention.evaluate.record import make_folder, now, provenance, write_result
 from aqua_attention.evaluate.setting import Setting, Subject
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
-from aqua_attention.io.files import write_atomically, write_json
+from aqua_attention.io.files import write_atomically
 from aqua_attention.report.tables import describe_setting, markdown, perplexity_table
-from aqua_attention.version import __version__
 
 RATIOS = (0.75, 0.5, 0.25)
 CONTEXT, CALIBRATION_TOKENS, EVALUATION_TOKENS = 2048, 8 * 2048, 3 * 2048
@@ -43,7 +39,7 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     `evaluate_perplexity`, the two texts, times and peak memory.
     """
     make_folder(out)
-    seconds, started = {}, time.perf_counter()
+    file, begun, seconds, started = out / "smollm2.safetensors", now(), {}, time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal started
@@ -56,11 +52,13 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     sizes: dict[str, Any] = {"tokens": CALIBRATION_TOKENS, "context": CONTEXT, "name": DEFAULT_MODEL}
     text, watch = load_text("builtin:calibration"), partial(progress, "calibrate")
     projections = calibrate(model, tokenizer, text, **sizes, progress=watch)
-    projections.save(out / "smollm2.safetensors")
+    projections.save(file)
     lap("calibrate")
     configs = [*map(AquaConfig.paper, RATIOS), AquaConfig(), *map(by_head, RATIOS)]
     settings, watch = [Setting(config) for config in configs], partial(progress, "evaluate")
-    subject = Subject(DEFAULT_MODEL, model, tokenizer, projections, text=load_text("builtin:evaluation"))
+    data = "builtin:evaluation"
+    rests_on = provenance(file, projections)
+    subject = Subject(DEFAULT_MODEL, model, tokenizer, projections, data, load_text(data), rests_on=rests_on)
     windows = subject.windows(EVALUATION_TOKENS, CONTEXT)
     summary = evaluate_perplexity(subject, settings, windows, progress=watch)
     lap("evaluate")
@@ -72,13 +70,12 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     progress("generate", 2, 2)
     lap("generate")
     same = dense.token_ids == aqua.token_ids
-    versions = {"aqua_attention": __version__, "python": platform.python_version()}
     summary["generation"] = {"prompt": PROMPT, "dense": dense.text, "aqua": aqua.text}
     summary["generation"] |= {"setting": by_head(0.5).to_dict(), "same_tokens": same}
-    summary |= {"seconds": seconds, "peak_memory_bytes": _peak_memory(), "model": DEFAULT_MODEL}
-    summary["versions"] = versions | {"torch": torch.__version__, "transformers": transformers.__version__}
+    summary |= {"seconds": seconds, "peak_memory_bytes": _peak_memory()}
+    summary |= subject.source() | {"context": windows.shape[1], "windows": len(windows)}
     write_atomically(out / "table.md", demo_markdown(summary).encode())
-    write_json(out / "summary.json", summary)
+    write_result(out / "summary.json", "perplexity", summary, command_line(), begun)
     return summary
 
 

@@ -38,7 +38,7 @@ def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, mode
     windows = subject.windows(read.tokens, read.context)
     with progress_bar("evaluate") as progress:
         result = evaluate_perplexity(subject, settings, windows, progress=progress)
-    result |= subject.source() | {"context": windows.shape[1], "windows": len(windows)}
+    result |= subject.source() | subject.read(windows) | {"windows": len(windows)}
     show(result, perplexity_table(result), suite="perplexity")
     scored = "" if result["scored"] == "all" else f", of the {result['scored']} of each"
     count = f"{result['dense']['tokens']} predictions in {result['windows']} windows"
@@ -67,7 +67,7 @@ def retention(
     windows = subject.windows(tokens, read.context)
     with progress_bar("retention") as progress:
         result = evaluate_retention(subject, windows, k_ratios=k_ratio or K_RATIOS, progress=progress)
-    result |= subject.source() | {"basis": subject.projections.basis, "context": windows.shape[1]}
+    result |= subject.source() | subject.read(windows)
     show(result, retention_table(result), suite="retention")
 
 
@@ -90,6 +90,7 @@ def lines(
     --json lines.json`
     """
     settings = settings_of(knobs)
+    from aqua_attention.evaluate.record import file_digest
     from aqua_attention.evaluate.suites.grid import Sizes
     from aqua_attention.evaluate.suites.lines import sized_questions
 
@@ -98,7 +99,9 @@ def lines(
     sizes = Sizes(lines=tuple(lines or LINES), count=count, lines_file=data)
     questions, read = sized_questions(sizes, seed), "generated" if data is None else str(data)
     subject = model.subject(projections, read, reads=False, seed=seed, chat=chat)
-    _retrieve("lines", subject, settings, questions, show, seed=None if data else seed)
+    _retrieve(
+        "lines", subject, settings, questions, show, **({} if data is None else {"text_sha256": file_digest(data)})
+    )
 
 
 @evaluations.command()

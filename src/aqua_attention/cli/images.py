@@ -62,7 +62,7 @@ def images(
     methods = METHODS if default else [(name, basis) for name in selection or ["magnitude"]]
     same, given = AquaConfig.paper(share=share, sink=sink), product(k_ratio or GRID, methods)
     configs = [(replace(same, k_ratio=ratio, selection=name), its_basis) for ratio, (name, its_basis) in given]
-    from aqua_attention.evaluate.record import file_digest
+    from aqua_attention.evaluate.record import provenance
     from aqua_attention.evaluate.setting import Setting, Subject
     from aqua_attention.evaluate.suites.images import evaluate_images
     from aqua_attention.model.sides import inputs_digest
@@ -71,10 +71,9 @@ def images(
     learned, settings = load_projections(projections), [Setting(*each) for each in configs]
     with progress_bars() as report:
         loaded, inputs = _load(model, data, images, report)
-        subject = Subject(model.model, loaded, None, learned, data)
+        subject = Subject(model.name, loaded, None, learned, data, rests_on=provenance(projections, learned))
         result = evaluate_images(subject, settings, inputs, progress=partial(report, "embed"))
-    result |= subject.source()
-    result |= {"inputs_sha256": inputs_digest(inputs), "projections_sha256": file_digest(projections)}
+    result |= subject.source() | {"inputs_sha256": inputs_digest(inputs)}
     paper = any((row["selection"], row["basis"]) == METHODS[0] for row in result["retention"])
     show(result, images_table(result), *([layers_table(result)] if paper else []), suite="images")
     cosines = "two of them have a cosine of {others:.4f}, nearest ones of {nearest:.4f}".format(**result["dense"])

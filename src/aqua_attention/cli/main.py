@@ -142,7 +142,7 @@ def calibrate(
         projections.save(output)
     discard(partial)
     remove_leftovers(output)
-    show(*_described(projections))
+    show(*_described(output, projections), suite="spectrum")
     typer.echo(f"wrote {output}")
 
 
@@ -155,9 +155,8 @@ def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibr
     from aqua_attention.report.tables import spectrum_table
 
     projections = load_projections(file)
-    result, provenance = _described(projections)
-    model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
-    show({"model": model} | result, provenance, spectrum_table(result["layers"]), suite="spectrum")
+    result, where_from = _described(file, projections)
+    show(result, where_from, spectrum_table(result["layers"]), suite="spectrum")
 
 
 @app.command("merge")
@@ -174,16 +173,19 @@ def merge_files(
     check_writable(output, show.json)
     projections = load_projections(first).merged(load_projections(second))
     projections.save(output)
-    show(*_described(projections))
+    show(*_described(output, projections), suite="spectrum")
     typer.echo(f"wrote {output}")
 
 
-def _described(projections: Projections) -> tuple[dict[str, Any], Table]:
+def _described(file: Path, projections: Projections) -> tuple[dict[str, Any], Table]:
     """Projections in figures, and where they come from."""
     from aqua_attention.calibration.projections import spectrum
+    from aqua_attention.evaluate.record import provenance
     from aqua_attention.report.tables import provenance_table
 
-    return {"calibration": projections.calibration, "layers": spectrum(projections)}, provenance_table(projections)
+    model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
+    result = {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)}
+    return result | provenance(file, projections), provenance_table(projections)
 
 
 @app.command()
@@ -205,12 +207,14 @@ def generate(
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --preset fast
     --compare`
     """
-    from aqua_attention.attach.apply import apply
+    from aqua_attention.attach.apply import Attachment
     from aqua_attention.evaluate.generation import continue_tokens, encode_prompt
+    from aqua_attention.evaluate.record import provenance
 
     learned, (loaded, tokenizer) = load_projections(projections), model.load()
-    attachment = apply(loaded, learned, config, **vars(serving))
-    result: dict[str, Any] = {"prompt": prompt, "setting": attachment.config.to_dict()}
+    attachment = Attachment(loaded, learned, config, **vars(serving))
+    result: dict[str, Any] = {"model": model.name} | provenance(projections, learned)
+    result |= {"prompt": prompt, "setting": attachment.config.to_dict()}
     tokens = encode_prompt(tokenizer, prompt, chat=chat)
     written = partial(continue_tokens, loaded, tokenizer, tokens, max_new_tokens=max_new_tokens)
     if compare:
@@ -243,7 +247,7 @@ def demo(
 
     with progress_bars() as report:
         summary = run_demo(out, report)
-    show(summary, perplexity_table(summary))
+    show(summary, perplexity_table(summary), suite="perplexity")
     generation = summary["generation"]
     typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
     typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")

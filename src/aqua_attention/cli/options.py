@@ -83,11 +83,13 @@ class ModelOptions:
             options: those of `Subject`.
         """
         from aqua_attention.data.text import load_text
+        from aqua_attention.evaluate.record import provenance
         from aqua_attention.evaluate.setting import Subject
 
         text, learned = load_text(data) if reads else "", load_projections(projections)
         learned = learned.with_basis(basis) if basis else learned
-        return Subject(options.pop("name", self.model), *self.load(predicts), learned, data, text, **options)
+        loaded, rests_on = self.load(predicts), provenance(projections, learned)
+        return Subject(self.name, *loaded, learned, data, text, rests_on=rests_on, **options)
 
 
 @dataclass(frozen=True)

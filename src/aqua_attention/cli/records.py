@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -147,7 +147,6 @@ def grid(
     --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5`
     """
     sizes = given.sizes()
-    from aqua_attention.evaluate.record import file_digest
     from aqua_attention.evaluate.setting import grid_settings
     from aqua_attention.evaluate.suites.grid import check_suites, grid_jobs
     from aqua_attention.report.record_tables import record_table
@@ -155,8 +154,7 @@ def grid(
     k_ratio = k_ratio or ([] if logit_error else knobs["k_ratio"])
     settings = grid_settings(knobs | {"k_ratio": k_ratio, "logit_error": logit_error or []})
     check_suites(suite, settings)
-    subject = model.subject(projections, data, name=model.name, seed=seed, chat=chat)
-    subject = replace(subject, projections_sha256=file_digest(projections))
+    subject = model.subject(projections, data, seed=seed, chat=chat)
     jobs = grid_jobs(subject, suite, settings, sizes)
     results.measure(jobs, subject.model, lambda records: [record_table(records)], explained=True)
 

@@ -37,7 +37,6 @@ def tasks(
     """
     settings = settings_of(knobs)
     check_writable(state, show.json)
-    from aqua_attention.evaluate.setting import dtype_of
     from aqua_attention.evaluate.tasks.formats import load_task
     from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks
     from aqua_attention.report.tables import tasks_table
@@ -57,7 +56,7 @@ def tasks(
     kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
     with stoppable(lambda: kept), progress_bar("answers") as progress:
         result = evaluate_tasks(subject, settings, asked, batch=batch, state=state, progress=progress)
-    result |= {"model": model.model, "dtype": dtype_of(subject.model), "seed": seed, "limit": limit, "quick": quick}
+    result |= subject.source() | {"seed": seed, "limit": limit, "quick": quick}
     show(result, tasks_table(result), suite="tasks")
     for name, entry in result["tasks"].items():
         beside = f", examples of {_some_of(entry['example_files'])}" if entry["example_files"] else ""

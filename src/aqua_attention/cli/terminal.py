@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aqua_attention.errors import AquaError
+from aqua_attention.evaluate.record import now, write_result
 
 if TYPE_CHECKING:
     from aqua_attention.report.tables import Table
@@ -82,20 +83,15 @@ class Show:
     """
 
     json: Annotated[Path | None, "Also write the figures to this file."] = None
+    started: str = field(default_factory=now, init=False)
 
     def __post_init__(self) -> None:
         check_writable(self.json)
 
     def __call__(self, result: dict[str, Any], *tables: Table, suite: str | None = None) -> None:
-        """Write a result, if there is a file for it, and print its tables; that of a suite is written as a record."""
-        if self.json and suite:
-            from aqua_attention.evaluate.record import write_result
-
-            write_result(self.json, suite, result, command_line())
-        elif self.json:
-            from aqua_attention.io.files import write_json
-
-            write_json(self.json, result)
+        """Write a result as a record, if there is a file for it, and print its tables."""
+        if self.json:
+            write_result(self.json, suite, result, command_line(), self.started)
         for table in tables:
             print_table(table)
 

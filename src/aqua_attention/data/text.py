@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqua_attention.data.sources import PACKED, files_below, first_line, hub_rows, local_files, suffix_of
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, brief
 from aqua_attention.io.files import json_lines, open_text
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ FORMS = (
 _FIELDS = ("text", "content")
 
 
-def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
+def load_text(spec: str | Path, *, max_characters: int = 50_000_000) -> str:
     """Read the text that `spec` names, at most the first `max_characters` of it.
 
     Rows, lines and files are joined by an empty line; a row's text is its field `text`, else `content`.
@@ -42,6 +42,9 @@ def load_text(spec: str, *, max_characters: int = 50_000_000) -> str:
     """
     if max_characters < 1:
         raise AquaError(f"max_characters is {max_characters}: it must be at least 1")
+    if not isinstance(spec, str | Path):
+        raise AquaError(f"the text's name is {brief(spec)}: it is one of {FORMS}")
+    spec = str(spec)
     kind, _, rest = spec.partition(":")
     if kind == "builtin":
         text = _builtin(rest)[:max_characters]

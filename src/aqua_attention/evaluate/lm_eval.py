@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.attach.apply import apply
+from aqua_attention.attach.door import apply
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import DEFAULT_PRESET, AquaConfig, knobs
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
@@ -48,7 +48,7 @@ class AquaLM(HFLM):
             raise AquaError(
                 "model_args has no projections: make them with `aqua calibrate`, and add projections=FILE to model_args"
             )
-        learned = projections if isinstance(projections, Projections) else Projections.load(Path(projections))
+        learned = Projections.of(projections)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if pretrained == DEFAULT_MODEL:

@@ -8,6 +8,9 @@ run finds what it has done.
 A command that measures several settings at once has one file for all, see `write_result`. Its figures stay at the top
 level, where scripts look for them. The report knows it by its suite, and one of an older version by its keys.
 
+Every file says how it was made (`made_by`), and on which projections it rests (`provenance`). What does not say so is
+shown apart, see `Record.unsaid`.
+
 This module loads neither torch nor transformers: the report needs it without them.
 """
 
@@ -17,11 +20,14 @@ import hashlib
 import json
 import math
 import os
+import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -29,9 +35,14 @@ from aqua_attention.evaluate.suites import SUITES, Rows, Suite
 from aqua_attention.io.files import json_digest, remove_leftovers, write_json
 from aqua_attention.version import __version__
 
+if TYPE_CHECKING:
+    from aqua_attention.calibration.projections import Projections
+
 SCHEMA = 1
 KEY_FIELDS = ("suite", "model", "config", "basis", "options", "projections_sha256", "text_sha256", "dtype", "seed")
 FACTS = ("command", "commit", "version", "versions", "device", "started", "seconds")
+SAID = {"projections_sha256": "projections", "command": "command", "version": "version"}
+"""What a file must say to be set beside others, and the words for it."""
 _FIELDS = ("suite", "model", "basis", "options", "result", "error")
 
 Key = dict[str, Any]
@@ -105,10 +116,23 @@ class Record:
         return self.setting or {}
 
     @property
+    def is_dense(self) -> bool:
+        """Whether it is what settings are compared with, which needs no projections."""
+        return self.setting is None and bool(SUITES[self.suite].of_dense)
+
+    @property
     def command(self) -> str | None:
         """The command line that made it, None where the file does not say."""
         command = self.details.get("command")
         return command if isinstance(command, str) else None
+
+    @property
+    def unsaid(self) -> list[str]:
+        """What its file does not say of how it was made, in words. Without that nothing may be set beside it."""
+        bare = SUITES[self.suite].bare
+        missing = [words for name, words in SAID.items() if name not in self.details]
+        missing += [] if self.model else ["model"]
+        return [words for words in missing if not (bare and words in ("projections", "model"))]
 
     def checked(self) -> Record:
         """The record; raises Unusable where its result has not what its suite must have."""
@@ -145,13 +169,12 @@ def read_setting(value: Any) -> dict[str, Any] | None:
         return None
     _expect("an object", "its config is", value)
     fields = {name: each for name, each in value.items() if name != "effective_ratio"}
+    if unknown := sorted(set(fields) - set(AquaConfig().to_dict())):
+        raise Unusable(f"its config has fields that this version does not know: {', '.join(unknown)}")
     try:
         return AquaConfig.paper(**fields).to_dict()
-    except AquaError as error:
+    except (AquaError, TypeError) as error:
         raise Unusable(f"its config is wrong: {error}") from error
-    except TypeError:
-        unknown = ", ".join(sorted(set(fields) - set(AquaConfig().to_dict()))) or "of the wrong kind"
-        raise Unusable(f"its config has fields that this version does not know: {unknown}") from None
 
 
 def number(value: Any) -> float:
@@ -285,9 +308,33 @@ def write_record(folder: Path, record: Record) -> None:
     write_json(path, record.to_dict())
 
 
-def write_result(path: Path, suite: str, result: dict[str, Any], command: str | None = None) -> None:
-    """Write what a command measured: the suite's `result` at the top level, and beside it fields of a record."""
-    write_json(path, {"schema": SCHEMA, "suite": suite, "command": command, "version": __version__} | result)
+def write_result(
+    path: Path, suite: str | None, result: dict[str, Any], command: str = "", started: str | None = None
+) -> None:
+    """Write what a command measured: the suite's `result` at the top level, and beside it fields of a record.
+
+    A suite of None: the report has no place for it.
+    """
+    head = {"schema": SCHEMA, "suite": suite} | made_by(command) | {"started": started or now()}
+    write_json(path, head | result)
+
+
+def made_by(command: str) -> dict[str, Any]:
+    """What a record says of the program: the command line, the commit of this library, and versions."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers")}
+    versions["python"] = platform.python_version()
+    return {"command": command, "commit": commit(), "version": __version__, "versions": versions}
+
+
+def provenance(path: Path, projections: Projections) -> dict[str, Any]:
+    """What a record says of the projections it rests on: their file and its digest, tokens read, and basis."""
+    names = {"projections": str(path), "projections_sha256": file_digest(path)}
+    return names | {"calibration_tokens": projections.calibration.get("tokens"), "basis": projections.basis}
+
+
+def now() -> str:
+    """The time, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def make_folder(folder: Path) -> None:

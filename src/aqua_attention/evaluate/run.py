@@ -2,24 +2,29 @@
 """Many measurements in a row, each kept as a record when it is done, so that a stopped run goes on where it was."""
 
 import gc
-import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PreTrainedModel
 
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.record import Key, Record, commit, find_record, make_folder, record_path, write_record
+from aqua_attention.evaluate.record import (
+    Key,
+    Record,
+    find_record,
+    made_by,
+    make_folder,
+    now,
+    record_path,
+    write_record,
+)
 from aqua_attention.io.state import same_digest
 from aqua_attention.model.capture import attention_layers, input_device
 from aqua_attention.model.fingerprint import key_weight_digest
-from aqua_attention.version import __version__
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, in all), of whatever a measurement counts: forward passes, windows, answers."""
@@ -27,13 +32,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A measurement to make: its record's key, and what gives the `result`.
+    """A measurement to make: its record's key, what gives the `result`, and the `provenance` of its projections.
 
-    A `projections_sha256` in the result goes to its own place in the record.
+    A measurement that makes its projections names them, and their digest, in the result, which go to their own places.
     """
 
     key: Key
     measure: Callable[[Progress], dict[str, Any]]
+    rests_on: dict[str, Any] = field(default_factory=dict)
 
 
 def run_jobs(
@@ -92,11 +98,11 @@ def run_jobs(
 
 
 def _measured(job: Job, facts: dict[str, Any], progress: Progress) -> Record:
-    started, clock = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    sha256, outcome = job.key["projections_sha256"], {}
+    started, clock = now(), time.perf_counter()
+    outcome, named = {}, {}
     try:
         result = job.measure(progress)
-        sha256 = result.pop("projections_sha256", sha256)
+        named = {name: result.pop(name) for name in ("projections", "projections_sha256") if name in result}
         outcome = {"result": result}
     except Exception as error:
         if (kind := failure_kind(error)) is None:
@@ -108,22 +114,19 @@ def _measured(job: Job, facts: dict[str, Any], progress: Progress) -> Record:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     timing = {"started": started, "seconds": round(time.perf_counter() - clock, 3)}
-    return Record.of(job.key | {"projections_sha256": sha256} | facts | timing | outcome)
+    return Record.of(job.rests_on | job.key | named | facts | timing | outcome)
 
 
 def facts_of(model: PreTrainedModel, command: str) -> dict[str, Any]:
-    """What a record says of program and machine; by `key_weights`, other weights of the same name are known."""
+    """What a record says of program, machine and model."""
+    return made_by(command) | facts_of_model(model)
+
+
+def facts_of_model(model: PreTrainedModel) -> dict[str, Any]:
+    """Where a model is, and what tells its weights from others of its name."""
     device = input_device(model)
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-    versions["python"] = platform.python_version()
-    return {
-        "command": command,
-        "commit": commit(),
-        "version": __version__,
-        "versions": versions,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "key_weights": key_weight_digest(attention_layers(model)),
-    }
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "key_weights": key_weight_digest(attention_layers(model))}
 
 
 def counting(progress: Progress | None, total: int, done: int = 0) -> Callable[[int], None]:

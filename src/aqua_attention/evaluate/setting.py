@@ -2,7 +2,7 @@
 """What every evaluation measures: a subject, and settings that are attached to its model, a row each."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from aqua_attention.attach.apply import apply, layer_shape
+from aqua_attention.attach.apply import Attachment, layer_shape
 from aqua_attention.calibration.projections import Projections, check_basis
 from aqua_attention.config import AUTO, AquaConfig, knobs
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import record_key
-from aqua_attention.evaluate.run import Job, Progress
+from aqua_attention.evaluate.run import Job, Progress, facts_of_model
 from aqua_attention.machine import resolved
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.limits import check_tokens
@@ -42,7 +42,7 @@ class Subject:
     Attributes:
         name, data: the model and what it reads, as the user named them.
         tokenizer, text: None and empty for images.
-        projections_sha256: of the projections' file.
+        rests_on: the `provenance` of the projections.
         seed: chooses needles, haystacks and lines.
         chat: put questions into the tokenizer's chat template, if it has one.
     """
@@ -53,7 +53,7 @@ class Subject:
     projections: Projections
     data: str = ""
     text: str = ""
-    projections_sha256: str = ""
+    rests_on: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     chat: bool = True
 
@@ -68,7 +68,8 @@ class Subject:
     def source(self) -> dict[str, Any]:
         """What a command says of it beside the figures."""
         digest = {"text_sha256": text_digest(self.text)} if self.text else {}
-        return {"model": self.name, "dtype": dtype_of(self.model), "data": self.data} | digest
+        named = {"model": self.name, "dtype": dtype_of(self.model), "data": self.data}
+        return named | digest | self.rests_on | facts_of_model(self.model)
 
     def jobs(
         self,
@@ -85,10 +86,11 @@ class Subject:
         jobs, same = [], {"model": self.name, "dtype": dtype_of(self.model), "options": options} | other
         for setting in settings:
             own: dict[str, Any] = {"config": None}
+            rests_on: dict[str, Any] = {}
             if setting is not None:
-                own = {"config": setting.config.to_dict(), "basis": setting.basis}
-                own["projections_sha256"] = self.projections_sha256
-            jobs.append(Job(record_key(suite, **same, **own), partial(measure, setting)))
+                own, rests_on = {"config": setting.config.to_dict(), "basis": setting.basis}, self.rests_on
+                own["projections_sha256"] = rests_on.get("projections_sha256")
+            jobs.append(Job(record_key(suite, **same, **own), partial(measure, setting), rests_on))
         return jobs
 
 
@@ -105,7 +107,7 @@ class Run:
 
     def __init__(self, model: PreTrainedModel, projections: Projections, setting: Setting) -> None:
         """`projections` are in the setting's basis."""
-        self.attachment = apply(model, projections, setting.config)
+        self.attachment = Attachment(model, projections, setting.config)
         self.attachment.on_selection = self._count
         self.setting = replace(setting, config=self.attachment.config)
         # By layer, summed over queries; the first on the model's device, so that counting never waits for a GPU.

@@ -12,6 +12,9 @@ from aqua_attention.io.files import remove_leftovers
 
 Run = dict[str, Any]
 Digest = list[list[float]]
+"""A row a layer: `SKETCHES` numbers of its key weights' direction, then logarithms of their scale, see
+`model.fingerprint`. Rows of earlier versions end before the scale."""
+SKETCHES = 4
 
 
 class RunState:
@@ -70,9 +73,16 @@ class RunState:
 
 
 def weight_difference(first: Digest, second: Digest) -> float:
-    """Estimated relative difference between the key weights of two digests: 0 equal, above 1 unrelated."""
-    pairs = [(a, b) for one, two in zip(first, second, strict=True) for a, b in zip(one, two, strict=True)]
-    return math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(pairs))
+    """Estimated relative difference between the key weights of two digests: 0 equal, above 1 unrelated.
+
+    Scale counts as far as both digests know it: those of earlier versions do not.
+    """
+    squares = []
+    for one, two in zip(first, second, strict=True):
+        directions = [(a - b) ** 2 for a, b in zip(one[:SKETCHES], two[:SKETCHES], strict=True)]
+        scales = [(1 - math.exp(-abs(a - b))) ** 2 for a, b in zip(one[SKETCHES:], two[SKETCHES:], strict=False)]
+        squares.append(sum(directions) / max(len(directions), 1) + max(scales, default=0.0))
+    return math.sqrt(sum(squares) / len(squares))
 
 
 def same_digest(first: Digest | None, second: Digest | None) -> bool:
@@ -82,4 +92,5 @@ def same_digest(first: Digest | None, second: Digest | None) -> bool:
     """
     if not first or not second:
         return True
-    return list(map(len, first)) == list(map(len, second)) and weight_difference(first, second) < 1e-5
+    sizes = [[len(row[:SKETCHES]) for row in digest] for digest in (first, second)]
+    return sizes[0] == sizes[1] and weight_difference(first, second) < 1e-5

@@ -2,6 +2,7 @@
 """A model's attention layers, and the queries and keys that pass through them."""
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, brief
 from aqua_attention.model import interface, sides
 from aqua_attention.model.sides import IMAGES, TEXT, Inputs
 from aqua_attention.ops.plan import Call
@@ -20,6 +21,8 @@ from aqua_attention.ops.plan import Call
 Observer = Callable[[nn.Module, Tensor, Tensor, float], None]
 CHANGES_VALUES = "changes values between its cache and its attention"
 ATTENDS_AGAIN = "attends more than once to what it has cached once"
+WRAPPED = ("_orig_mod", "module", "model")
+"""Where wrappers keep the model: those of torch.compile, of data parallelism, of others."""
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -49,11 +52,11 @@ class AttentionLayer:
 
 @contextmanager
 def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Module, bool]]:
-    """While open, `observer(module, query, key, scaling)` sees every attention call; the model's results stay dense.
+    """While open, `observer(module, query, key, scaling)` sees each attention call; the model's results stay dense.
 
     query: [batch, num_attention_heads, length, head_dim], key: [batch, num_key_value_heads, length, head_dim], as
     they enter the scores: after rotary embedding and after any query-key norm. The dictionary says of each module that
-    has called whether its attention is causal.
+    has called whether its attention is causal. What other threads do with the model is not observed.
     """
     with watched(model, lambda module, call: observer(module, call.query, call.key, call.scaling)) as directions:
         yield directions
@@ -63,10 +66,12 @@ def observed(model: PreTrainedModel, observer: Observer) -> Iterator[dict[nn.Mod
 def watched(model: PreTrainedModel, observer: Callable[[nn.Module, Call], None]) -> Iterator[dict[nn.Module, bool]]:
     """As `observed`, by an `observer(module, call)` that sees the whole call."""
     directions: dict[nn.Module, bool] = {}
+    here = threading.get_ident()
 
     def dense(module: nn.Module, call: Call, causal: bool, _: dict[str, Any]) -> Tensor:
-        directions[module] = causal
-        observer(module, call)
+        if threading.get_ident() == here:
+            directions[module] = causal
+            observer(module, call)
         if call.mask is not None and call.mask.shape[2] != call.query.shape[2]:
             raise AquaError(f"{name} makes one mask for all queries, which AQUA does not support")
         return interface.attend_dense(interface.directed(call, causal))
@@ -94,11 +99,21 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
     through transformers' interface, or is no decoder or encoder of text or images.
     """
     if not isinstance(model, PreTrainedModel):
-        raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed")
+        inside = _model_inside(model)
+        remedy = f", such as the {inside[1]} in it: give model{inside[0]}" if inside else ""
+        raise AquaError(f"model is a {type(model).__name__}: a transformers PreTrainedModel is needed{remedy}")
     name = type(model).__name__
+    modules = list(model.modules())
+    if any(each.is_meta for each in model.parameters()) and not any(hasattr(each, "_hf_hook") for each in modules):
+        raise AquaError(f"{name} is on the meta device, so it has no weights: load them, as from_pretrained does")
     if getattr(model.config, "is_encoder_decoder", False):
         raise AquaError(f"{name} is an encoder-decoder: only decoders and encoders alone are supported")
-    interface.check_detached(model)
+    with interface.looking_at(model):
+        return _found(model)
+
+
+def _found(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[str]]:
+    name = type(model).__name__
     layers: list[AttentionLayer] = []
     gaps: list[str] = []
     for side in sides.sides(model):
@@ -118,6 +133,20 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
     if len({layer.index for layer in layers}) < len(layers):
         raise AquaError(f"{name} has attention layers that share a layer index: this architecture is not supported")
     return layers, gaps
+
+
+def _model_inside(model: Any) -> tuple[str, str] | None:
+    """The transformers model in what wraps it (torch.compile, PEFT, data parallelism, a pipeline): where, its class."""
+    path = ""
+    while not isinstance(model, PreTrainedModel):
+        if callable(inner := getattr(model, "get_base_model", None)):
+            path, model = f"{path}.get_base_model()", inner()
+            continue
+        place = next((each for each in WRAPPED if isinstance(getattr(model, each, None), nn.Module)), None)
+        if place is None:
+            return None
+        path, model = f"{path}.{place}", getattr(model, place)
+    return path, type(model).__name__
 
 
 class _DoesNotRun(AquaError):
@@ -249,6 +278,8 @@ def chosen_layers(layers: list[AttentionLayer], pattern: str | None, gaps: Seque
 
     An AquaError, which names the `gaps` of `layers_and_gaps`, where there is none.
     """
+    if not isinstance(pattern, str | None):
+        raise AquaError(f"layers is {brief(pattern)}: give one pattern of names, such as 'vision_tower.*'")
     chosen = [layer for layer in layers if pattern is None or fnmatchcase(layer.name, pattern)]
     if layers and not chosen:
         first, last = layers[0].name, layers[-1].name
@@ -280,7 +311,7 @@ def observe_windows(
 
     Windows are token ids [count, context], or what the model is called with, such as the `pixel_values` of an image.
     """
-    with observed(model, observer), torch.no_grad(), evaluation_mode(model):
+    with interface.looking_at(model), observed(model, observer), torch.no_grad(), evaluation_mode(model):
         for done, window in enumerate(windows):
             if progress:
                 progress(done, len(windows))

@@ -2,20 +2,31 @@
 """Do these projections belong to this model? Its shape must be equal; its key weights should be."""
 
 import math
-from typing import Any
+from collections.abc import Collection
+from functools import cache
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from aqua_attention.errors import AquaError
-from aqua_attention.io.state import Digest, weight_difference
-from aqua_attention.model.capture import AttentionLayer, is_plain
+from aqua_attention.io.state import SKETCHES, Digest, weight_difference
+from aqua_attention.model.capture import AttentionLayer, evaluation_mode, is_plain
+from aqua_attention.ops.select import without_autocast
 
 KEY_WEIGHT_NAMES = ("k_proj", "key", "k_lin", "qkv_proj", "qkv", "Wqkv", "query_key_value", "c_attn")
-SKETCHES, SAMPLES = 4, 1 << 16
+VALUE_WEIGHT_NAMES = ("v_proj", "value", "v_lin")
+KEY_NORM_NAMES = ("k_norm", "key_layernorm", "k_layernorm")
+SAMPLES = 1 << 16
 WEIGHT_TOLERANCE = 0.005
 """Relative difference of key weights that rounding to bfloat16 (about 0.001) never reaches."""
+PROJECTED_TOLERANCE = 0.01
+"""The same of what they make of an input, which is rounded once more."""
 
 
 def shape_of(model: PreTrainedModel, layers: list[AttentionLayer], *, named: bool = False) -> dict[str, Any]:
@@ -39,26 +50,73 @@ def describe_shape(shape: dict[str, Any]) -> str:
     return f"{shape['model_type']}, {len(shape['layers'])} layers, {each}"
 
 
-def key_weight_digest(layers: list[AttentionLayer]) -> list[list[float]] | None:
+def key_weight_digest(layers: list[AttentionLayer]) -> Digest | None:
     """A few numbers a layer that identify its key weights, whatever dtype they are loaded in.
 
-    Each number is the product of (a sample of) the weights, scaled to length one, with a fixed pattern of signs. The
+    The first ones are products of (a sample of) the weights, scaled to length one, with fixed patterns of signs. The
     difference between two models' numbers therefore estimates the relative difference of their weights, which a
-    hash of rounded bytes could not give. None when the key weights of a layer cannot be read: offloaded, quantised.
+    hash of rounded bytes could not give. Then come logarithms of lengths: of the weights, of weights and bias together,
+    and of the norm that keys go through, if there is one. Adapters count as if they were merged. None when the key
+    weights of a layer cannot be read: offloaded, quantised.
     """
     digest = []
     for layer in layers:
-        weight = _key_weight(layer)
-        if weight is None:
+        projection = _projection(layer, KEY_WEIGHT_NAMES)
+        if projection is None:
             return None
-        flat = weight.detach().flatten()
+        weight, bias = _effective(projection)
+        flat = weight.flatten()
         sample = flat[:: max(1, math.ceil(flat.numel() / SAMPLES))].float().cpu()
         signs = torch.randint(0, 2, (SKETCHES, sample.numel()), generator=torch.Generator().manual_seed(0))
         norm = sample.norm().clamp_min(1e-30)
-        if not bool(torch.isfinite(norm)):
+        whole = norm if bias is None else torch.hypot(norm, bias.detach().float().cpu().norm())
+        if not bool(torch.isfinite(whole)):
             raise AquaError(f"the key weights of layer {layer.index} hold NaN or infinity: the checkpoint is damaged")
-        digest.append([round(number, 6) for number in ((signs.float() * 2 - 1) @ (sample / norm)).tolist()])
+        lengths = [norm, whole]
+        if (scale := _key_norm(layer)) is not None:
+            lengths.append(scale.detach().float().cpu().norm().clamp_min(1e-3))
+        row = torch.cat([(signs.float() * 2 - 1) @ (sample / norm), torch.stack(lengths).log()])
+        digest.append([round(number, 6) for number in row.tolist()])
     return digest
+
+
+@torch.no_grad()
+def projected(layer: AttentionLayer) -> Tensor | None:
+    """What a layer's key and value projections, with their adapters, make of a fixed input: a quick look at them.
+
+    It stays on the layer's device, which is not waited for. None where the key weights cannot be read.
+
+    Returns:
+        float32 [parts, width]: keys, their bias, values, their bias, the norm of keys; as far as there are these.
+    """
+    found = [_projection(layer, names) for names in (KEY_WEIGHT_NAMES, VALUE_WEIGHT_NAMES)]
+    if found[0] is None:
+        return None
+    parts = []
+    for projection in found:
+        if projection is None:
+            continue
+        module, weight, width = projection
+        with evaluation_mode(module), without_autocast(weight.device.type):
+            # Not called: hooks of the user's see the model's own calls only.
+            one, none = module.forward(_probe(width, weight.dtype, weight.device))[0].float()
+        parts += [one - none, none]
+    if (scale := _key_norm(layer)) is not None:
+        parts.append(scale.float())
+    return pad_sequence(parts, batch_first=True)
+
+
+def same_projected(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether two results of `projected` are of the same weights, up to rounding, as far as is known."""
+    if first is None or second is None:
+        return True
+    if first.shape != second.shape:
+        return False
+    second = second.to(first.device)
+    if torch.equal(first, second):
+        return True
+    difference = (first - second).norm(dim=-1)
+    return bool((difference <= PROJECTED_TOLERANCE * first.norm(dim=-1)).all())
 
 
 def other_weights(first: Digest | None, second: Digest | None) -> float:
@@ -67,9 +125,54 @@ def other_weights(first: Digest | None, second: Digest | None) -> float:
     return min(difference, 1.0) if difference > WEIGHT_TOLERANCE else 0.0
 
 
-def _key_weight(layer: AttentionLayer) -> Tensor | None:
+class Projection(NamedTuple):
+    """The module that makes keys or values, what it wraps included, with a plain weight of it and its inputs' width."""
+
+    module: nn.Module
+    weight: Tensor
+    width: int
+
+
+def _projection(layer: AttentionLayer, names: Collection[str]) -> Projection | None:
+    """The first one with one of these names; None when there is none, or its weight cannot be read."""
     for name, child in layer.module.named_modules():
-        weight = getattr(child, "weight", None)
-        if name.rpartition(".")[2] in KEY_WEIGHT_NAMES and isinstance(weight, Tensor):
-            return weight if is_plain(weight) and weight.device.type != "meta" else None
+        # An adapter wraps the module that it adapts.
+        weights = (getattr(part, "weight", None) for part in child.modules())
+        weight = next((each for each in weights if isinstance(each, Tensor)), None)
+        if name.rpartition(".")[2] in names and weight is not None:
+            is_readable = is_plain(weight) and weight.device.type != "meta"
+            return Projection(child, weight, weight.shape[0 if _is_transposed(child) else 1]) if is_readable else None
     return None
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it holds [inputs, outputs], as GPT-2 does."""
+    return any(isinstance(part, Conv1D) for part in module.modules())
+
+
+def _effective(projection: Projection) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, as if adapters were merged."""
+    module, weight, width = projection
+    if not any(True for _ in module.children()):
+        return weight.detach(), getattr(module, "bias", None)
+    with torch.no_grad(), evaluation_mode(module), without_autocast(weight.device.type):
+        named = dict(chain(module.named_parameters(), module.named_buffers()))
+        wide = {name: each.float() for name, each in named.items() if each.is_floating_point()}
+        inputs = torch.cat([torch.eye(width, device=weight.device), torch.zeros(1, width, device=weight.device)])
+        outputs = functional_call(module, wide, (inputs[None],))[0]
+    found = outputs[:-1] - outputs[-1]
+    return found if _is_transposed(module) else found.T, outputs[-1]
+
+
+def _key_norm(layer: AttentionLayer) -> Tensor | None:
+    """The weight of the norm that a layer's keys go through; None when there is none."""
+    norms = (getattr(layer.module, name, None) for name in KEY_NORM_NAMES)
+    weight = next((each for norm in norms if isinstance(each := getattr(norm, "weight", None), Tensor)), None)
+    return weight.detach().flatten() if weight is not None and weight.device.type != "meta" else None
+
+
+@cache
+def _probe(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, 2, width]: a fixed pattern of signs, and zeros, which show the bias."""
+    signs = torch.randint(0, 2, (width,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return torch.stack([signs, torch.zeros_like(signs)])[None].to(device, dtype)

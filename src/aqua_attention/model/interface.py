@@ -6,7 +6,9 @@ the mask that it needs. We register a fresh name in both, point the model at it,
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,26 @@ from aqua_attention.ops.plan import Call
 from aqua_attention.ops.select import without_autocast
 
 NAME_PREFIX = "aqua-"
+CHANGES = threading.RLock()
+"""Held while an attention function is put into a model or taken out."""
 _numbers = itertools.count(1)
+_looking: dict[int, int] = {}
+"""Threads that look at a model's attention, by the id of each of its configs."""
+
+
+class Installed(str):
+    """The name of an attention function in a config. In a copied or pickled config it is the name of before."""
+
+    before: str | None
+
+    def __new__(cls, name: str, before: str | None) -> "Installed":
+        """A name that knows which one it took the place of."""
+        made = super().__new__(cls, name)
+        made.before = before
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self.before), () if self.before is None else (self.before,)
 
 
 def install(
@@ -38,10 +59,11 @@ def install(
         mask: builds `attention_mask`, see `mask_builder`.
         configs: only the calls of modules that have one of these configs; the others stay as they are.
 
-    An AquaError where the model does not use transformers' attention interface; nothing is changed then.
+    An AquaError where the model does not use transformers' attention interface, or is not its own (see
+    `check_detached`); nothing is changed then.
     """
     name = f"{NAME_PREFIX}{next(_numbers)}"
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    parts = _parts(model)
     if refused := next((part for part in parts if not part._can_set_attn_implementation()), None):
         raise AquaError(
             f"{type(refused).__name__} does not use transformers' attention interface, so its attention cannot be "
@@ -49,27 +71,32 @@ def install(
             "ViT, ...)"
         )
     chosen = [part.config for part in parts] if configs is None else configs
-    before = [(config, config._attn_implementation) for config in chosen]
+    before: list[tuple[PreTrainedConfig, str | None]] = []
 
     def undo() -> None:
-        for config, implementation in before:
-            if configs is None:
-                config._attn_implementation = implementation
-            else:  # not those of the config's own parts, as the setter would
-                config._attn_implementation_internal = implementation
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+        with CHANGES:
+            for config, implementation in before:
+                if configs is None:
+                    config._attn_implementation = implementation
+                else:  # not those of the config's own parts, as the setter would
+                    config._attn_implementation_internal = implementation
+            AttentionInterface._global_mapping.pop(name, None)
+            AttentionMaskInterface._global_mapping.pop(name, None)
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
-    try:
-        if configs is None:
-            model.set_attn_implementation(name)
-        for config in configs or ():
-            config._attn_implementation_internal = name
-    except BaseException:
-        undo()
-        raise
+    with CHANGES:
+        _check_own(chosen)
+        before += [(config, config._attn_implementation) for config in chosen]
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
+        try:
+            if configs is None:
+                # Parts of the config that no module has get the name, too.
+                model.set_attn_implementation(Installed(name, model.config._attn_implementation))
+            for config, implementation in before:
+                config._attn_implementation_internal = Installed(name, implementation)
+        except BaseException:
+            undo()
+            raise
     return name, undo
 
 
@@ -92,6 +119,11 @@ def attention_function(
             raise AquaError(f"{name} passes {unknown} to its attention, which AQUA does not support")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask, options = as_aqua_mask(attention_mask), (given.get("softcap"), given.get("s_aux"))
+        if mask is not None and mask.shape[-1] == 1 < key.shape[2]:
+            raise AquaError(
+                f"{name} makes a mask of 1 token for the {key.shape[2]} of its cache, which hides no padding, without "
+                "AQUA either: give it rows of the same length, or use_cache=False"
+            )
         call = Call(query, key, value, mask, 0, 0, scaling, *options)
         return attend(module, call, causal, given).transpose(1, 2).contiguous(), None
 
@@ -109,10 +141,39 @@ def _unknown(given: dict[str, Any]) -> str | None:
 
 
 def check_detached(model: PreTrainedModel) -> None:
-    """Raise AquaError when AQUA is attached to `model`: its attention is not the model's own then."""
-    parts = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-    if any(str(part.config._attn_implementation).startswith(NAME_PREFIX) for part in parts):
-        raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
+    """Raise AquaError where the attention of `model` is not its own, or another thread is `looking_at` it."""
+    _check_own([part.config for part in _parts(model)])
+
+
+@contextmanager
+def looking_at(model: PreTrainedModel) -> Iterator[None]:
+    """While open, no other thread can put an attention function into `model`; an AquaError as `check_detached`."""
+    with CHANGES:
+        check_detached(model)
+        new = {id(part.config) for part in _parts(model)} - _looking.keys()
+        _looking.update(dict.fromkeys(new, threading.get_ident()))
+    try:
+        yield
+    finally:
+        with CHANGES:
+            for each in new:
+                del _looking[each]
+
+
+def _parts(model: nn.Module) -> list[PreTrainedModel]:
+    return [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+
+
+def _check_own(configs: Sequence[PreTrainedConfig]) -> None:
+    with CHANGES:
+        here = threading.get_ident()
+        if any(_looking.get(id(config), here) != here for config in configs):
+            raise AquaError(
+                "another thread is calibrating this model, or attaching AQUA to it: wait until it is done, and let one "
+                "thread attach AQUA for all"
+            )
+        if any(isinstance(config._attn_implementation, Installed) for config in configs):
+            raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
 
 
 def mask_builder(
@@ -151,9 +212,28 @@ def mask_builder(
             last = counted.shape[-1] - 1
             query_positions = counted.gather(-1, query_positions.clamp(max=last))
             key_positions = counted.gather(-1, key_positions.clamp(max=last))
+        elif q_length == kv_length and not (isinstance(q_offset, Tensor) or begins_late or _in_chunks(given)):
+            query_positions = key_positions = _packed_positions(visible)
         return window_codes(visible, query_positions, key_positions, sink, recent, min_length)
 
     return build
+
+
+def _in_chunks(given: dict[str, Any]) -> bool:
+    """Whether a mask is of chunks, as in Llama 4: the first token of one sees none before it either."""
+    chunk = getattr(given.get("config"), "attention_chunk_size", None)
+    return chunk is not None and given.get("local_size") == chunk
+
+
+def _packed_positions(visible: Tensor) -> Tensor:
+    """Places of tokens in their own sequence, [batch, tokens], of rows that may hold several, one after the other.
+
+    A token that does not see the one before it begins a sequence; so it is in a sliding window, too.
+    """
+    links = visible[:, 0].diagonal(-1, 1, 2)
+    begins = torch.nn.functional.pad(~links, (1, 0), value=True)
+    index = torch.arange(visible.shape[-1], device=visible.device)
+    return index - torch.where(begins, index, 0).cummax(-1).values
 
 
 def as_aqua_mask(mask: Tensor | None) -> Tensor | None:

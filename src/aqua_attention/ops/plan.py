@@ -87,6 +87,7 @@ class LayerPlan:
             are stored in their units. None where nothing is quantized.
         index: the layer's index in its model; causal: whether its attention is.
         key_weights: digest of the layer's key weights, so that no cache goes on under others; None: not known.
+        projected: what its key and value projections make of a fixed input (`fingerprint.projected`), for the same.
         active: False once AQUA has left the model.
         head_dim, kept: dimensions of a head, and the leading rotated ones of a key that are stored.
         k: dimensions that a query multiplies outside the exact window; all of them where `logit_error` decides.
@@ -104,6 +105,7 @@ class LayerPlan:
     index: int = 0
     causal: bool = True
     key_weights: list[float] | None = None
+    projected: Tensor | None = None
     active: bool = True
     head_dim: int = field(init=False)
     kept: int = field(init=False)

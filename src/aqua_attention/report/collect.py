@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.record import Record, Unusable
+from aqua_attention.evaluate.record import Record, Unusable, numbers
+from aqua_attention.io.files import json_digest
+from aqua_attention.io.state import Digest, same_digest
 from aqua_attention.report.recognise import is_own_summary, records_of
+from aqua_attention.report.runs import measurement_of
 
 LONGEST_TEXT = 2000
 LARGEST_FILE = 64 << 20
@@ -49,14 +52,25 @@ def collect(folder: Path) -> Collected:
             f"{folder} holds no results: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
             f"with --json {folder / 'NAME.json'}, then the report"
         )
-    # The grid's --json holds the same records as its folder.
+    _name_weights(found)
+    # Of a grid's --json, its folder, and the --json of commands that measured the same again, the newest counts.
     kept: dict[str, Record] = {}
     for record in _newest(found):
-        made = record.options, record.key, *(record.details.get(name) for name in ("dtype", "text_sha256"))
-        value = record.suite, record.model, record.setting, record.basis, made, record.result, record.error
-        kept.setdefault(json.dumps(value, sort_keys=True), record)
+        same = measurement_of(record)
+        kept[same] = max(kept.get(same, record), record, key=lambda each: str(each.details.get("started", "")))
     records = sorted(kept.values(), key=_order)
     return Collected([r for r in records if r.error is None], [r for r in records if r.error is not None], unused)
+
+
+def _name_weights(records: list[Record]) -> None:
+    """Give records whose model has the same weights the same `weights_sha256`: digests differ in the last digit."""
+    known: list[Digest] = []
+    for record in records:
+        weights = record.details.get("key_weights")
+        if isinstance(weights, list) and weights:
+            digest = [numbers(layer) for layer in weights]
+            known.append(next((each for each in known if same_digest(each, digest)), digest))
+            record.details["weights_sha256"] = json_digest(known[-1])
 
 
 def _newest(found: list[Record]) -> list[Record]:

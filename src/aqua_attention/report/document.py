@@ -1,20 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a report says, whatever it is written in: sections of tables and figures."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from aqua_attention.evaluate.record import Record, number
-from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.report.tables import Column, Row, Table, describe_setting, written
+
+DIGITS = 8
+"""So much of a digest tells two apart."""
 
 
 class Panel(NamedTuple):
-    """One drawing: an `<svg>` element, see `svg.drawing`, and the same in a few words for those who do not see it."""
+    """One drawing: an `<svg>` element, see `svg.drawing`, and the same in a few words for those who do not see it.
+
+    A drawing that stands alone has a `wide` one too, for the width of a desktop.
+    """
 
     svg: str
     alt: str
+    wide: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,26 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """What made the figures, each line once; where a file does not say, which command it was and which file."""
-        lines = {}
-        for record in self.records:
-            command = (record.suite in SUITES and SUITES[record.suite].command) or f"aqua eval {record.suite}"
-            lines[record.command or f"{command} ... --json {record.source}  # the rest is not recorded"] = record
-        return list(lines)
+        """What made the figures as it was recorded, each line once; which file does not say it."""
+        lines = (record.command or f"# {record.source} does not say its command" for record in self._measured)
+        return list(dict.fromkeys(lines))
+
+    @property
+    def rests_on(self) -> list[str]:
+        """The projections behind the figures, each once."""
+        return list(dict.fromkeys(filter(None, map(projections_of, self._measured))))
+
+    @property
+    def _measured(self) -> Sequence[Record]:
+        """The settings' records. Each has measured dense attention too, whatever else has."""
+        return [record for record in self.records if not record.is_dense] or self.records
+
+    @property
+    def unsaid(self) -> list[str]:
+        """Why figures stand apart, a sentence a file."""
+        said = ((record.source, record.unsaid) for record in self.records)
+        lines = (f"{file} does not say its {listed(missing)}, so it stands apart." for file, missing in said if missing)
+        return list(dict.fromkeys(lines))
 
 
 @dataclass(frozen=True)
@@ -80,9 +102,28 @@ def name_of(record: Record) -> str:
     return "dense" if record.setting is None else describe_setting(record.setting, record.basis)
 
 
+def projections_of(record: Record) -> str:
+    """The projections that a record rests on, such as "smollm2.safetensors (0a1b2c3d), calibrated on 16384 tokens"."""
+    details, tokens = record.details, number(record.details.get("calibration_tokens"))
+    name, digest = (str(details.get(key) or "") for key in ("projections", "projections_sha256"))
+    short = digest[:DIGITS]
+    words = f"{PurePath(name).name} ({short})" if name and short else PurePath(name).name or short
+    return words and (words if math.isnan(tokens) else f"{words}, calibrated on {tokens:.0f} tokens")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Words of a sentence, such as "one, two and three"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def model_of(record: Record, *words: str) -> str:
+    """A record's model, further words, and its file where that stands apart."""
+    return ", ".join(filter(None, [record.model, *words, record.source if record.unsaid else ""]))
+
+
 def data_of(record: Record) -> str:
     """On what a record was measured, such as "builtin:evaluation, windows of 2048, float32"."""
     options, dtype = record.options, str(record.details.get("dtype") or "").removeprefix("torch.")
     windows = f"windows of {options['context']}" if options.get("context") else ""
     scored = "second halves scored" if options.get("scored") == "second half" else ""
-    return ", ".join(filter(None, [record.model, str(options.get("data") or ""), windows, scored, dtype]))
+    return model_of(record, str(options.get("data") or ""), windows, scored, dtype)

@@ -15,9 +15,16 @@ MOST_WRITTEN = 6
 """So many columns of a heat map have room for a figure in each cell."""
 LEAST_SPAN = 4.0
 """Largest to smallest value of a logarithmic axis, at least."""
-MARKERS, OTHERS = "osD^vPXh", "others: see the numbers"
+MARKERS, OTHERS, DENSE = "osD^vPXh", "others: see the numbers", "dense"
+FEW = 6
+"""So many places on an axis have a tick each."""
+BESIDE = 14
+"""Pixels between curves over a single place."""
 SMALLEST, LARGEST = 1e-6, 1e9
 """What a logarithmic axis shows of anything smaller, and any axis of anything larger."""
+
+WIDTHS = ("", svg.WIDTH), ("-wide", svg.WIDE)
+"""What ends the name of each drawing of a panel, and its width."""
 
 Point = tuple[str, float, Sequence[float]]
 """Label of its curve, x, and a y for each of the axes above each other; NaN leaves a gap."""
@@ -33,56 +40,101 @@ class Axis(NamedTuple):
     scale: str = "linear"
 
 
-def curves(name: str, alt: str, x: Axis, ys: Sequence[Axis], points: Iterable[Point], joined: bool = True) -> Panel:
-    """Curves over a common x, their points joined by lines or not, an axis for each of `ys` above each other.
+def curves(
+    name: str, alt: str, x: Axis, ys: Sequence[Axis], points: Iterable[Point], joined: bool = True, alone: bool = True
+) -> Panel:
+    """Curves over a common x, their points joined by lines or not, an axis for each of `ys`.
 
-    Where there are more curves than colours, the longest are coloured, and all others are one grey.
+    The axes stand above each other, and beside each other in the wide drawing of a panel that is `alone`. Where there
+    are more curves than colours, the longest are coloured, and all others are one grey. Dense attention is a ring,
+    which shows around whatever has the same value. Curves over a single x stand beside each other.
     """
     lines: dict[str, list[Point]] = {}
     for point in points:
         lines.setdefault(point[0], []).append(point)
-    coloured = list(lines)
-    if len(lines) > len(svg.SERIES):
-        longest = sorted(lines, key=lambda label: -len(lines[label]))[: len(svg.SERIES)]
-        coloured = [label for label in longest if len(lines[label]) > 1]
-    shown = [label for label in lines if label in coloured]
-    looks = dict(zip(shown, zip(svg.SERIES, MARKERS, strict=True), strict=False))
-    others = [label for label in lines if label not in looks]
-    style = {
-        "markersize": 5.5,
-        "markeredgecolor": svg.PAPER,
-        "markeredgewidth": 0.6,
-        "linestyle": "-" if joined else "",
-    }
-    with svg.styled(50 + 200 * len(ys) + 17 * (len(looks) + bool(others))) as figure:
-        axes: Any = figure.subplots(len(ys), 1, sharex=True, squeeze=False)[:, 0]
-        for row, (axis, y) in enumerate(zip(axes, ys, strict=True)):
-            for label in [*looks, *others]:
-                colour, marker = looks.get(label, (svg.REST, "o"))
-                named = _shortened(label) if label in looks else OTHERS if label == others[0] else None
-                line = sorted((at, values[row]) for _, at, values in lines[label] if abs(at) < LARGEST)
+    narrow = _curves(name, alt, x, ys, lines, joined, wide=False)
+    return Panel(narrow, alt, _curves(f"{name}-wide", alt, x, ys, lines, joined, wide=True) if alone else "")
+
+
+def _curves(
+    name: str, alt: str, x: Axis, ys: Sequence[Axis], lines: dict[str, list[Point]], joined: bool, *, wide: bool
+) -> str:
+    looks = _looks(lines, "-" if joined else "")
+    xs = sorted({at for line in lines.values() for _, at, _ in line if abs(at) < LARGEST})
+    entries = len({look["label"] for look in looks.values()})
+    columns, rows = (len(ys), 1) if wide else (1, len(ys))
+    legend = 3 if wide else 1
+    height = 50 + (300 if wide else 200) * rows + 17 * -(-entries // legend)
+    with svg.styled(height, svg.WIDE if wide else svg.WIDTH) as figure:
+        axes: Any = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
+        for place, (axis, y) in enumerate(zip(axes, ys, strict=True)):
+            for number_of, (label, look) in enumerate(looks.items()):
+                line = sorted((at, values[place]) for _, at, values in lines[label] if abs(at) < LARGEST)
                 heights = [max(value, SMALLEST) if y.scale.startswith("log") else value for _, value in line]
                 heights = [
                     min(max(value, -LARGEST), LARGEST) if math.isfinite(value) else math.nan for value in heights
                 ]
-                places = [at for at, _ in line]
-                axis.plot(places, heights, color=colour, marker=marker, label=named, **style)
+                (drawn,) = axis.plot([at for at, _ in line], heights, **look)
+                if len(xs) == 1:
+                    _move(drawn, (number_of - (len(looks) - 1) / 2) * min(BESIDE, 200 / len(looks)))
             _scale(axis.xaxis, x)
             _scale(axis.yaxis, y)
+            _at_places(axis.xaxis, x, xs)
             axis.set_ylabel(y.title)
             axis.grid(True, linewidth=0.7)
-        axes[-1].set_xlabel(x.title)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=1)
-        return Panel(svg.drawing(figure, name, alt), alt)
+        for axis in axes if wide else axes[-1:]:
+            axis.set_xlabel(x.title)
+        named = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        figure.legend(list(named.values()), list(named), loc="outside lower left", ncols=legend)
+        return svg.drawing(figure, name, alt)
 
 
-def loss_curves(name: str, alt: str, x: Axis, records: Iterable[tuple[str, float, Row]], joined: bool = True) -> Panel:
+def _looks(lines: dict[str, list[Point]], style: str) -> dict[str, dict[str, Any]]:
+    """How each curve is drawn, those that share a grey last, and before them dense attention."""
+    coloured = [label for label in lines if label != DENSE]
+    if len(coloured) > len(svg.SERIES):
+        longest = sorted(coloured, key=lambda label: -len(lines[label]))[: len(svg.SERIES)]
+        coloured = [label for label in coloured if label in longest and len(lines[label]) > 1]
+    same: dict[str, Any] = {"markersize": 5.5, "markeredgecolor": svg.PAPER, "markeredgewidth": 0.6, "linestyle": style}
+    looks = {
+        label: same | {"color": colour, "marker": marker, "label": _shortened(label)}
+        for label, colour, marker in zip(coloured, svg.SERIES, MARKERS, strict=False)
+    }
+    if DENSE in lines:
+        ring = {"markersize": 11, "markeredgecolor": svg.INK, "markeredgewidth": 1.3, "markerfacecolor": "none"}
+        looks[DENSE] = ring | {"color": svg.INK, "marker": "o", "label": DENSE, "linestyle": ":" if style else ""}
+    grey = same | {"color": svg.REST, "marker": "o", "label": OTHERS}
+    return looks | {label: grey for label in lines if label not in looks}
+
+
+def _move(line: Any, pixels: float) -> None:
+    """Shift a line of matplotlib to the right by so many pixels."""
+    from matplotlib.transforms import ScaledTranslation
+
+    axis = line.axes
+    line.set_transform(axis.transData + ScaledTranslation(pixels / 72, 0, axis.figure.dpi_scale_trans))
+
+
+def _at_places(axis: Any, kind: Axis, places: Sequence[float]) -> None:
+    """Ticks of an x axis at the places themselves, where they are few and no scale has ticks of its own."""
+    if len(places) == 1 and kind.scale.startswith("log") and places[0] > 0:
+        axis.axes.set_xlim(places[0] / 2, places[0] * 2)
+    elif len(places) == 1:
+        axis.axes.set_xlim(places[0] - 1, places[0] + 1)
+    if len(places) == 1 or (len(places) <= FEW and kind.scale == "linear"):
+        shown = axis.get_major_formatter()
+        axis.set_ticks(list(places))
+        axis.set_major_formatter(shown if kind.scale != "linear" else (lambda value, _: f"{value:g}"))
+
+
+def loss_curves(
+    name: str, alt: str, x: Axis, records: Iterable[tuple[str, float, Row]], joined: bool = True, alone: bool = True
+) -> Panel:
     """Perplexity change and KL divergence over a common x, of records as (label of the curve, x, figures)."""
     axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
     alt = f"Perplexity change and KL divergence {alt}"
     points = [(label, at, [number(row[key]) for key in ("perplexity_change", "kl")]) for label, at, row in records]
-    return curves(name, alt, x, axes, points, joined)
+    return curves(name, alt, x, axes, points, joined, alone)
 
 
 def heat(
@@ -155,8 +207,21 @@ def bars(
         form: how a value is written at its bar, see `plain`.
         marks: a name, and for each bar a place to mark beside it, such as what could be reached at most.
     """
+    narrow, wide = (_bars(f"{name}{end}", alt, x, rows, form, marks, width) for end, width in WIDTHS)
+    return Panel(narrow, alt, wide)
+
+
+def _bars(
+    name: str,
+    alt: str,
+    x: Axis,
+    rows: Sequence[tuple[str, float]],
+    form: str,
+    marks: tuple[str, Sequence[float]] | None,
+    width: int,
+) -> str:
     labels, values = zip(*rows, strict=True)
-    with svg.styled(74 + 32 * len(values) + (20 if marks else 0)) as figure:
+    with svg.styled(74 + 32 * len(values) + (20 if marks else 0), width) as figure:
         axis = figure.subplots()
         places = [-float(place) - 0.18 for place in range(len(values))]
         shown = [value if math.isfinite(value) else 0.0 for value in values]
@@ -178,7 +243,7 @@ def bars(
         axis.spines["left"].set_visible(False)
         _scale(axis.xaxis, x)
         axis.set_xlabel(x.title)
-        return Panel(svg.drawing(figure, name, alt), alt)
+        return svg.drawing(figure, name, alt)
 
 
 def _scale(axis: Any, kind: Axis) -> None:
@@ -196,7 +261,8 @@ def _scale(axis: Any, kind: Axis) -> None:
         # compares with; otherwise values close to each other have no tick beside them.
         low, high = axis.get_view_interval()
         low, high = min(1.3 * low, 0.0), max(1.3 * high, 0.0)
-        steps = [value for value in (0.001, 0.01, 0.1, 1.0, 10.0, 100.0) if value >= 0.01 or max(-low, high) < 0.02]
+        most = float(max(-low, high))
+        steps = [0.001] * (most < 0.02) + [0.01] + [0.02, 0.05] * (most < 0.15) + [0.1, 1.0, 10.0, 100.0]
         axis.set_ticks([*(-step for step in reversed(steps)), 0.0, *steps])
         set_limits(low, high)
         axis.set_major_formatter(lambda value, _: "0" if value == 0 else f"{100 * value:+g}%")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from aqua_attention.evaluate.record import Record, number, numbers
 from aqua_attention.report.document import Block, Section, name_of, percent, plain
 from aqua_attention.report.figures import Axis, curves, heat
-from aqua_attention.report.runs import runs_of
+from aqua_attention.report.runs import runs_of, titled_apart
 
 HEAT_RATIO = 0.5
 """Heat maps of retention are drawn at the k_ratio nearest to this."""
@@ -111,7 +111,7 @@ def _spectra(records: Sequence[Record]) -> list[Block]:
         panel = curves(f"spectrum{place}", alt, *axes, points)
         table = ["layer", "head_dim", "dims for 90%", "dims for 99%"], rows
         blocks.append(Block(f"Spectrum: {record.model or record.source}", table, [record], [panel], SPECTRUM_NOTE))
-    return blocks
+    return titled_apart(blocks)
 
 
 def _filled(row: list[str], length: int) -> list[str]:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from aqua_attention.evaluate.record import Record, number
-from aqua_attention.report.document import Block, Section, cells, count, name_of, percent, plain
+from aqua_attention.report.document import Block, Section, cells, count, model_of, name_of, percent, plain
 from aqua_attention.report.figures import Axis, loss_curves
-from aqua_attention.report.runs import facts_of_run, runs_of, same_model, told_apart
+from aqua_attention.report.runs import named_facts, runs_of, same_model, told_apart
 from aqua_attention.report.tables import LOSSES, PERPLEXITY, describe_setting
 
 NOTE = (
@@ -62,7 +62,7 @@ def loss_sections(records: Sequence[Record]) -> list[Section]:
         leaders.append(next((record for record in left if record.setting is not None), left[0]))
         alone.append(_fitting(leaders[-1:], asked))
         left = _without(left, alone[-1])
-    titles = told_apart([leader.model for leader in leaders], list(map(facts_of_run, leaders)))
+    titles = told_apart([model_of(leader) for leader in leaders], list(map(named_facts, leaders)))
     tables += [_gain_and_loss(title, [], group, group) for title, group in zip(titles, alone, strict=True)]
     return [Section("What you gain and lose", tables, NOTE), Section("Trade-offs", drawn, CURVES_NOTE)]
 
@@ -84,7 +84,7 @@ def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record],
     names = {name_of(record) for record in settings}
     runs = [run for suite in ("needle", "lines") for run in runs_of(asked, suite).values()]
     runs = [run for run in runs if not names or any(name_of(record) in names for record in run)]
-    columns = told_apart([f"{run[0].suite}: right" for run in runs], [facts_of_run(run[0]) for run in runs])
+    columns = told_apart([f"{run[0].suite}: right" for run in runs], [named_facts(run[0]) for run in runs])
     rows = []
     for perplexity in sorted(set(filter(math.isfinite, map(_dense_perplexity, group)))) or [math.nan]:
         losses = [plain(perplexity, ".3f") if group else "", "", "", ""]
@@ -111,14 +111,15 @@ def _right(run: Sequence[Record], name: str) -> str:
 def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:
     settings = [record for record in group if record.setting is not None]
     panels = []
-    for axis, name in enumerate(SHARES):
-        shares = [shares_of(record)[axis] for record in settings]
-        if len({round(share, 6) for share in shares}) > 1:
-            joined = axis == 0
-            label = _family if joined else _means
-            points = [(label(record), share, record.figures) for record, share in zip(settings, shares, strict=True)]
-            identity, alt = f"loss{place}-{axis}", f"against the share of {name}, {len(settings)} settings"
-            panels.append(loss_curves(identity, alt, Axis(f"share of {name}", "percent"), points, joined))
+    by_axis = list(zip(*map(shares_of, settings), strict=True))
+    varied = [axis for axis, shares in enumerate(by_axis) if len({round(share, 6) for share in shares}) > 1]
+    for axis in varied:
+        name, joined = SHARES[axis], axis == 0
+        label = _family if joined else _means
+        points = [(label(record), share, record.figures) for record, share in zip(settings, by_axis[axis], strict=True)]
+        identity, alt = f"loss{place}-{axis}", f"against the share of {name}, {len(settings)} settings"
+        where = Axis(f"share of {name}", "percent")
+        panels.append(loss_curves(identity, alt, where, points, joined, alone=len(varied) == 1))
     rows = [[name_of(r), *map(percent, shares_of(r)), *cells(r.figures, LOSSES)] for r in settings]
     titles = ["setting", *SHARES, *(column.title for column in LOSSES)]
     return Block(title, (titles, rows), settings, panels) if panels else None

@@ -13,7 +13,7 @@ from aqua_attention.evaluate.record import Record, make_folder
 from aqua_attention.io.files import write_atomically
 from aqua_attention.report import svg
 from aqua_attention.report.collect import Collected
-from aqua_attention.report.document import Block, Section, data_of, name_of
+from aqua_attention.report.document import Block, Panel, Section, data_of, name_of
 from aqua_attention.report.layers import layer_sections
 from aqua_attention.report.losses import loss_sections
 from aqua_attention.report.record_tables import reason
@@ -21,6 +21,7 @@ from aqua_attention.report.scores import image_sections, other_sections, retriev
 from aqua_attention.report.speed import speed_sections
 from aqua_attention.report.tables import Table, markdown
 from aqua_attention.report.transfer import transfer_sections
+from aqua_attention.report.verdict import RULE, Verdict, verdicts
 from aqua_attention.version import __version__
 
 TITLE = "AQUA attention: what was measured"
@@ -72,24 +73,34 @@ def facts_of(collected: Collected) -> list[str]:
     return [*lines, f"Report by aqua-attention {__version__}"]
 
 
-def html(sections: Sequence[Section], facts: Sequence[str]) -> str:
+def html(sections: Sequence[Section], facts: Sequence[str], found: Sequence[Verdict] = ()) -> str:
     """One page that needs nothing else: no script, no network. Raises AquaError where jinja2 is not installed."""
-    given = {"title": TITLE, "sections": sections, "facts": facts, "most": MOST_ROWS}
+    given = {"title": TITLE, "sections": sections, "facts": facts, "most": MOST_ROWS, "verdicts": found, "rule": RULE}
     return _template().render(given, light=svg.variables(svg.LIGHT), dark=svg.variables(svg.DARK))
 
 
-def report_markdown(sections: Sequence[Section], facts: Sequence[str]) -> tuple[str, dict[str, str]]:
+def report_markdown(
+    sections: Sequence[Section], facts: Sequence[str], found: Sequence[Verdict] = ()
+) -> tuple[str, dict[str, str]]:
     """The same in Markdown, and the SVG of each image by its file name."""
-    parts = [f"# {TITLE}\n", *(f"{_words(fact)}\n" for fact in facts)]
     images: dict[str, str] = {}
+
+    def drawn(panel: Panel) -> str:
+        name = f"figure-{len(images) + 1}.svg"
+        images[name] = svg.alone(panel.svg)
+        return f"![{_words(panel.alt).replace('[', '(').replace(']', ')')}]({IMAGES}/{name})\n"
+
+    parts = [f"# {TITLE}\n"]
+    for verdict in found:
+        title = f"{_words(verdict.title)}: " if len(found) > 1 else ""
+        parts.append(f"{title}**{_words(verdict.sentence)}**\n")
+        parts += [drawn(verdict.panel)] if verdict.panel else []
+    parts += [f"{_words(line)}\n" for line in ([RULE] if found else []) + list(facts)]
     for section in sections:
         parts += _headed("##", section)
         for block in section.blocks:
             parts += _headed("###", block)
-            for panel in block.panels:
-                name = f"figure-{len(images) + 1}.svg"
-                images[name] = svg.alone(panel.svg)
-                parts.append(f"![{_words(panel.alt).replace('[', '(').replace(']', ')')}]({IMAGES}/{name})\n")
+            parts += map(drawn, block.panels)
             titles, rows = block.table
             table = markdown(list(map(_words, titles)), [list(map(_words, row)) for row in rows])
             commands = "".join(f"    {command}\n" for command in block.commands)
@@ -102,7 +113,14 @@ def report_markdown(sections: Sequence[Section], facts: Sequence[str]) -> tuple[
 
 def _headed(signs: str, part: Section | Block) -> list[str]:
     title = [f"{signs} {_words(part.title)}\n"] if part.title else []
-    return title + ([f"{_words(part.note)}\n"] if part.note else [])
+    notes = [part.note] if isinstance(part, Section) else [*block_notes(part)]
+    return title + [f"{_words(note)}\n" for note in notes if note]
+
+
+def block_notes(block: Block) -> list[str]:
+    """All that is said above a table or drawing: what the figures mean, on what they rest, and what is not known."""
+    rests_on = [f"Projections: {'; '.join(block.rests_on)}"] if block.rests_on else []
+    return [*filter(None, [block.note]), *rests_on, *block.unsaid]
 
 
 def write_report(folder: Path, collected: Collected, progress: Callable[[int, int], None] | None = None) -> list[Path]:
@@ -113,8 +131,9 @@ def write_report(folder: Path, collected: Collected, progress: Callable[[int, in
     """
     _template()  # what is not installed is said before the drawing begins
     sections, facts = sections_of(collected, progress), facts_of(collected)
-    text, images = report_markdown(sections, facts)
-    pages = {folder / "report.html": html(sections, facts), folder / "report.md": text}
+    found = verdicts(collected.records)
+    text, images = report_markdown(sections, facts, found)
+    pages = {folder / "report.html": html(sections, facts, found), folder / "report.md": text}
     target = folder / IMAGES
     make_folder(target)
     for name, image in images.items():
@@ -136,6 +155,7 @@ def _template() -> Any:
         raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     words = Markup(" class=w")
+    environment.filters["notes"] = block_notes
     environment.filters["kinds"] = lambda table: [words if _is_words(table, at) else "" for at in range(len(table[0]))]
     return environment.from_string((files(__package__) / "page.html.j2").read_text(encoding="utf-8"))
 

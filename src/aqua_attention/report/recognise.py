@@ -12,12 +12,13 @@ from aqua_attention.evaluate.record import Record, Unusable, check_schema, read_
 from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.report.tables import row_name
 
-DETAILS = "command version commit device dtype started projections_sha256 text_sha256 inputs_sha256".split()
+DETAILS = "command version versions commit device dtype started projections calibration_tokens key_weights".split()
+PROJECTIONS = {"projections", "projections_sha256", "calibration_tokens"}
 SOURCE_KEYS = "data context tokens seed needles chat scored length batch limit quick images".split()
 OF_COMMANDS = ("rows", "results", "layers", "records")
 """What holds the figures of a command; a record of a grid has them in `result`."""
 OWN_KEYS = {"settings", "failed", "unused", "written"}
-"""Of what `aqua report --json` writes."""
+"""Of what `aqua report --json` writes, whatever else stands beside them."""
 BENCHMARKS = {"generate": "weight_bytes", "decode": "read_bandwidth", "breakeven": "breakeven"}
 """Keys by which the files of older versions are known, and those of evaluations by a key of their rows."""
 EVALUATIONS = {"retention": "score_loss", "tasks": "metric", "perplexity": "perplexity", "images": "same_neighbour"}
@@ -53,7 +54,7 @@ def records_of(value: Any, source: str) -> list[Record]:
 
 def is_own_summary(value: Any) -> bool:
     """Whether a file's value is what `aqua report --json` wrote."""
-    return isinstance(value, dict) and set(value) == OWN_KEYS
+    return isinstance(value, dict) and set(value) >= OWN_KEYS
 
 
 def _of_grid(value: _File, source: str) -> list[Record]:
@@ -103,10 +104,12 @@ def _record(suite: str, value: _File, source: str, result: Any, **fields: Any) -
     """A record whose options and details are those of its file."""
     model = value.get("model")
     name = model.get("name") if isinstance(model, dict) else model
-    words = {name: each for name, each in value.items() if isinstance(each, str)}
-    fields["details"] = {name: each for name, each in words.items() if name in DETAILS or name.endswith("_sha256")}
+    details = {name: value[name] for name in value if name in DETAILS or name.endswith("_sha256")}
     fields["options"] = {name: value[name] for name in SOURCE_KEYS if value.get(name) is not None}
-    return Record(suite, name if isinstance(name, str) else "", result=result, source=source, **fields).checked()
+    record = Record(suite, name if isinstance(name, str) else "", result=result, source=source, **fields).checked()
+    # As in a grid, dense attention is the same whatever the projections.
+    named = PROJECTIONS & details.keys() if record.is_dense else ()
+    return replace(record, details=details | dict.fromkeys(named))
 
 
 def _rows(suite: str, value: _File, source: str) -> list[Record]:

@@ -78,8 +78,8 @@ def _table(group: Sequence[Record]) -> Table:
         found: dict[str, dict[str, str]] = {}
         for cell in record.figures["cells"]:
             found.setdefault(plain(cell.get("depth")), {})[count(cell.get(key))] = _of(cell)
-        known = {column.key: number(record.figures[column.key]) for column in PAIRED if column.key in record.figures}
-        whole = [_of(record.figures), *(column.cell(known) for column in PAIRED)]
+        # Dense attention has nothing to be compared with.
+        whole = [_of(record.figures), *(cells(record.figures, PAIRED) if record.setting else [""] * len(PAIRED))]
         for depth, by_column in found.items():
             row = [name_of(record), *([depth] if deep else []), *(by_column.get(column, "") for column in columns)]
             rows.append(row + whole)

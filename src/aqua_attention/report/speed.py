@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from aqua_attention.evaluate.record import Record, number, numbers
 from aqua_attention.report.document import Block, Section, count, plain
 from aqua_attention.report.figures import Axis, bars, curves
+from aqua_attention.report.runs import titled_apart
 from aqua_attention.report.tables import (
     DECODE,
     GENERATE,
@@ -75,7 +76,7 @@ def speed_sections(records: Sequence[Record]) -> list[Section]:
     blocks: list[Block] = []
     for place, record in enumerate(r for r in records if r.suite in BENCHMARKS or r.suite == "breakeven"):
         blocks += (_breakeven if record.suite == "breakeven" else _measured)(f"speed{place}", record)
-    return [Section("Time and memory", blocks)]
+    return [Section("Time and memory", titled_apart(blocks))]
 
 
 def _measured(identity: str, record: Record) -> list[Block]:

@@ -16,8 +16,8 @@ from aqua_attention.errors import AquaError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 380
-"""Of a drawing, in pixels: what a phone shows without shrinking the text."""
+WIDTH, WIDE = 380, 1120
+"""Of a drawing, in pixels: what a phone shows without shrinking the text, and a desktop."""
 # Colours that nobody draws with stand for those of the page, which replace them in the SVG.
 INK, LINE, PAPER = "#010101", "#010102", "#010103"
 SERIES = tuple(f"#01020{place}" for place in range(8))
@@ -44,8 +44,8 @@ def variables(colours: str) -> str:
 
 
 @contextmanager
-def styled(height: float) -> Iterator[Figure]:
-    """An empty figure `height` pixels high, to be drawn on inside the context.
+def styled(height: float, width: int = WIDTH) -> Iterator[Figure]:
+    """An empty figure of so many pixels, to be drawn on inside the context.
 
     Raises:
         AquaError: matplotlib is not installed.
@@ -61,7 +61,7 @@ def styled(height: float) -> Iterator[Figure]:
         matplotlib.rcParams.update(STYLE)
         # Letters that it has no width for are drawn by the browser, and what it finds no room for is in the numbers.
         warnings.simplefilter("ignore")
-        yield Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        yield Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
 def drawing(figure: Figure, name: str, alt: str) -> str:

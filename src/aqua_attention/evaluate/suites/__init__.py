@@ -30,6 +30,7 @@ class Suite:
         of_dense: the numbers that the dense model's record must have; empty where the dense model has none.
         cells: what the columns of its cells are, for suites of retrieval.
         calibrates: by itself, as its options say, so that its projections are a result and no part of the key.
+        bare: rests on no projections and on no model.
         apart: each of a result's `rows` is a measurement of its own.
         command: what writes the suite's file; `aqua eval NAME` when empty.
         jobs: "module:function", called as function(subject, settings, sizes), see `grid.grid_jobs`; empty for a suite
@@ -43,6 +44,7 @@ class Suite:
     of_dense: tuple[str, ...] = ()
     cells: str = ""
     calibrates: bool = False
+    bare: bool = False
     apart: bool = False
     command: str = ""
     jobs: str = ""
@@ -69,8 +71,8 @@ def _retrieval(name: str, cells: str, *labels: str) -> Suite:
     return Suite((*_COUNTS, *_PAIRED), rows=rows, of_dense=_COUNTS, cells=cells, jobs=_jobs(name))
 
 
-def _benchmark(command: str, *rows: Rows) -> Suite:
-    return Suite(rows=rows, command=f"aqua {command}")
+def _benchmark(command: str, *rows: Rows, bare: bool = False) -> Suite:
+    return Suite(rows=rows, command=f"aqua {command}", bare=bare)
 
 
 SUITES = {
@@ -88,12 +90,13 @@ SUITES = {
     "images": Suite(("mean_cosine", "lowest_cosine", "same_neighbour", "mean_k")),
     "spectrum": _benchmark("inspect", Rows("layers", ("layer", "head_dim"), ("dims_90", "dims_99"))),
     "memory": _benchmark("bench memory", Rows("rows", ("bytes", "ratio", "peak_bytes", "peak_ratio"), title="setting")),
-    "decode": _benchmark("bench decode", Rows("rows", _DECODE, title="name")),
+    "decode": _benchmark("bench decode", Rows("rows", _DECODE, title="name"), bare=True),
     "generate": _benchmark("bench generate", Rows("rows", _GENERATE, title="name")),
     "breakeven": _benchmark(
         "bench breakeven",
         Rows("rows", ("length", "dense", "whole"), ("aqua",)),
         Rows("breakeven", ("k_ratio", "k", "dense", "whole", "paper", "theory")),
+        bare=True,
     ),
 }
 """By name. A new suite is a line here and a module."""

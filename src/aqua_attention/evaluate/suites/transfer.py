@@ -21,7 +21,7 @@ from aqua_attention.calibration.run import calibrate
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.record import file_digest, make_folder, record_key
+from aqua_attention.evaluate.record import make_folder, provenance, record_key
 from aqua_attention.evaluate.run import Job, Progress, check_sizes
 from aqua_attention.evaluate.setting import Setting, Subject, dtype_of, first_windows, resolved_settings
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, perplexity_figures
@@ -109,7 +109,7 @@ class Calibrator:
             path = self._path(calibration)
             found = self._load(path) or self._calibrate(calibration, text, path, progress)
             given = self.name, self.model, self.tokenizer, found
-            self._kept[calibration] = Subject(*given, projections_sha256=file_digest(path))
+            self._kept[calibration] = Subject(*given, rests_on=provenance(path, found))
         return self._kept[calibration]
 
     def _path(self, calibration: Calibration) -> Path:
@@ -197,8 +197,8 @@ def _jobs(
         own = calibrator.subject(*cross.own, half(0)) if cross.own else None
         figures = perplexity_figures(subject, setting, cross.windows, dense_logits=dense_logits, progress=half(1))
         distance = _distance(setting, subject, own) if own else {}
-        read = {"calibration_tokens": subject.projections.calibration["tokens"]}
-        return cross.labels | figures | distance | read | {"projections_sha256": subject.projections_sha256}
+        names = ("projections", "projections_sha256", "calibration_tokens")
+        return cross.labels | figures | distance | {name: subject.rests_on[name] for name in names}
 
     jobs = []
     for cross, setting in product(crosses, settings):
