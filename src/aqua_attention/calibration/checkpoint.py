@@ -77,10 +77,16 @@ def check_no_unfinished(path: Path) -> None:
         raise AquaError(f"{path} holds an unfinished calibration: go on with --resume, or delete it")
 
 
+def second_checkpoint(path: Path | str) -> Path:
+    """Where a calibration in two passes keeps the state of the second."""
+    return Path(path).with_name(f"{Path(path).name}.learned")
+
+
 def discard(path: Path) -> None:
     """Remove a checkpoint whose run is finished, and what killed writes have left beside it."""
     try:
-        path.unlink(missing_ok=True)
-        remove_leftovers(path)
+        for each in (path, second_checkpoint(path)):
+            each.unlink(missing_ok=True)
+            remove_leftovers(each)
     except OSError as error:
         raise AquaError(f"cannot remove {path} ({error.strerror}): delete it") from error

@@ -76,6 +76,16 @@ def learn(
     return run.projections()
 
 
+def windows_held(count: int) -> int:
+    """How many of so many windows are held out."""
+    return min(MOST_HELD, max(1, count // HELD_SHARE))
+
+
+def windows_read(count: int) -> int:
+    """How many windows `learn` reads, some of them again, where it is given so many."""
+    return max(count - windows_held(count), LEAST_WINDOWS)
+
+
 class _Learning:
     """One run: the heads of all layers of the same shape are learned together."""
 
@@ -88,12 +98,12 @@ class _Learning:
             raise AquaError(f"{type(model).__name__} is no decoder of text: a basis is learned for decoders, use svd")
         if len(windows) < 2:
             raise AquaError(f"there is {len(windows)} window: a basis is learned from 2 or more, read more tokens")
-        held = min(MOST_HELD, max(1, len(windows) // HELD_SHARE))
+        held = windows_held(len(windows))
         # Spread over the text, as the others are.
         which = {round((index + 0.5) * len(windows) / held) for index in range(held)}
         self._held = [window for index, window in enumerate(windows) if index in which]
         learned = [window for index, window in enumerate(windows) if index not in which]
-        self.count = max(len(learned), LEAST_WINDOWS)
+        self.count = windows_read(len(windows))
         self._windows = [learned[index % len(learned)] for index in range(self.count)]
         context = windows.shape[1]
         self.last_position = last_position or context

@@ -77,7 +77,7 @@ class Learner:
         self.momentum, self.scale = torch.zeros_like(self.start), torch.zeros_like(self.start)
         self.loss = torch.ones(len(self.start), device=self.start.device)
         self.origin = torch.zeros_like(self.loss, dtype=torch.int64)
-        self._base = self.losses(self.held, self.start).clamp_min(1e-12)
+        self._base = self.losses(self.held, self.start)
         self._recent: list[Sample] = []
         unrotated = torch.eye(self.start.shape[-1], device=self.start.device).expand_as(self.start)
         self._keep_better(sorted_by_energy(unrotated, self.held, self.covariance), ORIGINS.index("none"))
@@ -126,7 +126,8 @@ class Learner:
     def _relative(self, losses: Tensor) -> Tensor:
         """Losses of each head in one number, 1 for the singular vectors; [heads]."""
         weights = losses.new_tensor([target.weight for target in TARGETS])
-        return ((losses / self._base).mean(0) * weights[:, None]).sum(0) / weights.sum()
+        # Where nothing is lost, nothing is better.
+        return (((losses + 1e-12) / (self._base + 1e-12)).mean(0) * weights[:, None]).sum(0) / weights.sum()
 
     def losses(self, sample: Sample, rotation: Tensor) -> Tensor:
         """Mean loss of each head for each target, by divergence and by output, [2, targets, heads]."""

@@ -24,7 +24,7 @@ from aqua_attention.ops.plan import LayerPlan
 
 KIND = "aqua_attention"
 BASES = ("aqua", "svd", "none", "key-pca")
-LEARNED = "learned"
+SVD, LEARNED = "svd", "learned"
 ORTHOGONALITY_TOLERANCE = 1e-4
 RECALIBRATE = "calibrate again with `aqua calibrate`"
 
@@ -271,13 +271,16 @@ class Projections:
 def spectrum(projections: Projections) -> list[dict[str, Any]]:
     """How few dimensions could hold 90% and 99% of the energy of queries and keys, whatever the basis.
 
-    A row a layer: `layer`, `head_dim`, and for each key-value head `dims_90` and `dims_99`.
+    A row a layer: `layer`, `head_dim`, and for each key-value head `dims_90` and `dims_99`. Of a learned basis also
+    `held_out`, the loss of what was held out relative to the singular vectors', and `origin` of the rotation.
     """
     rows = []
+    held = projections.calibration.get(LEARNED, {}).get("held_out", {})
     for index, layer in projections.layers.items():
         cumulated = layer.energy.double().sort(-1, descending=True).values.cumsum(-1)
         dims = {f"dims_{share}": ((cumulated < share / 100).sum(-1) + 1).tolist() for share in (90, 99)}
-        rows.append({"layer": index, "head_dim": layer.energy.shape[-1], **dims})
+        learned = {"held_out": found["loss"], "origin": found["from"]} if (found := held.get(str(index))) else {}
+        rows.append({"layer": index, "head_dim": layer.energy.shape[-1], **dims, **learned})
     return rows
 
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
-from aqua_attention.calibration.checkpoint import Checkpoint, check_no_unfinished, check_seconds
-from aqua_attention.calibration.projections import Projections
+from aqua_attention.calibration.checkpoint import Checkpoint, check_no_unfinished, check_seconds, second_checkpoint
+from aqua_attention.calibration.learned import learn, windows_read
+from aqua_attention.calibration.positions import begins, placed
+from aqua_attention.calibration.projections import LEARNED, SVD, Projections
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
 from aqua_attention.config import whole_number
 from aqua_attention.data.models import load_model
@@ -27,6 +29,8 @@ from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides, inputs_digest
 from aqua_attention.version import __version__
 
+TOKENS = {SVD: 32768, LEARNED: 98304}
+"""Tokens read unless another number is asked for."""
 Facts = dict[str, Any]
 """JSON values by name."""
 
@@ -36,9 +40,11 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase | None,
     text: Path | str,
     *,
-    tokens: int = 32768,
+    tokens: int | None = None,
     context: int = 2048,
     seed: int | None = 0,
+    basis: str = SVD,
+    last_position: int | None = None,
     name: str = "",
     layers: str | None = None,
     checkpoint: Path | str | None = None,
@@ -53,10 +59,14 @@ def calibrate(
             one, see `load_model`.
         tokenizer: the model's; None where the model is named.
         text: plain text, or the Path of a file or folder of it, see `load_text`.
-        tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says).
-        context: tokens in a window. Calibrate at the length you will use: projections from short windows are
-            slightly worse on long ones.
+        tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says). None: 32768, and
+            for a learned basis 98304.
+        context: tokens in a window.
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
+        basis: "svd", the singular vectors (the paper); "learned", these turned until choosing dimensions loses less,
+            which takes a second pass, see `learned.learn`.
+        last_position: half of the windows are read as if they lay later in a longer text, up to this position, so that
+            one file serves short and long contexts; None: at the first positions, which is worse on longer texts.
         name: recorded as the model's name; the one in its config unless given.
         layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
         checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
@@ -69,7 +79,10 @@ def calibrate(
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
             checkpoint of another run, or one that exists though `resume` was not asked for.
     """
-    tokens, context = whole_number("tokens", tokens), whole_number("context", context)
+    if basis not in (SVD, LEARNED):
+        raise AquaError(f"basis is {basis!r}: it must be {SVD} or {LEARNED}")
+    tokens = TOKENS[basis] if tokens is None else whole_number("tokens", tokens)
+    context = whole_number("context", context)
     seed = None if seed is None else whole_number("seed", seed)
     text = load_text(str(text)) if isinstance(text, Path) else text
     if not isinstance(text, str):
@@ -80,15 +93,44 @@ def calibrate(
         tokenizer = own if tokenizer is None else tokenizer
     if not callable(tokenizer):
         raise AquaError(f"tokenizer is {brief(tokenizer)}: give the model's, AutoTokenizer.from_pretrained(its name)")
+    if basis == LEARNED and checkpoint is not None and not resume:
+        check_no_unfinished(second_checkpoint(checkpoint))
     run = CalibrationRun(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
+    read: Tensor | list[Inputs] = windows
+    if last_position is not None:
+        places = begins(model, len(windows), context=windows.shape[1], last=last_position, seed=seed or 0)
+        read = [placed(*each) for each in zip(windows, places, strict=True)]
     facts = {"text_sha256": text_digest(text), "tokens": windows.numel(), "context": windows.shape[1]}
     facts |= {"seed": seed, "library_version": __version__}
+    facts |= {} if last_position is None else {"last_position": last_position}
     # The windows' digest stands for the tokenizer.
     identity = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
-    return run.learn(windows, {TEXT}, facts, identity)
+    if basis == SVD:
+        return run.learn(read, {TEXT}, facts, identity)
+    with _watched(progress) as told:
+        first, second = (None, None) if told is None else _in_turn(told, len(windows), windows_read(len(windows)))
+        run.progress = first
+        return learn(
+            model,
+            run.learn(read, {TEXT}, facts, identity),
+            windows,
+            last_position=last_position,
+            seed=seed or 0,
+            checkpoint=None if checkpoint is None else second_checkpoint(checkpoint),
+            checkpoint_seconds=checkpoint_seconds,
+            progress=second,
+        )
+
+
+def _in_turn(told: Progress, first: int, second: int) -> tuple[Progress, Progress]:
+    """What two passes over so many windows call, so that it looks like one."""
+    return (
+        lambda done, _: told(done, first + second),
+        lambda done, _: told(first + done, first + second),
+    )
 
 
 def calibrate_inputs(

@@ -12,6 +12,7 @@ import typer
 
 from aqua_attention.cli.spread import Knobs
 from aqua_attention.config import AquaConfig, knobs
+from aqua_attention.errors import AquaError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,3 +134,13 @@ def settings_of(given: dict[str, list[Any]]) -> list[Setting]:
     from aqua_attention.evaluate.setting import Setting
 
     return [Setting(config, basis) for config in combinations for basis in bases]
+
+
+def last_position(positions: str | None) -> int | None:
+    """LAST of "0:LAST"; AquaError for anything else."""
+    if positions is None:
+        return None
+    first, colon, last = positions.partition(":")
+    if first != "0" or not colon or not last.isdecimal():
+        raise AquaError(f"positions is {positions!r}: it must be 0:LAST, such as 0:32768")
+    return int(last)

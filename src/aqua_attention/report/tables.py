@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -301,8 +302,26 @@ def provenance_table(projections: Projections) -> Table:
         ["model", projections.model.get("name") or "not recorded"],
         ["fits", projections.fits],
         *read,
-        ["basis", projections.basis],
+        *_basis(projections),
         ["library version", ", ".join(versions)],
+    ]
+
+
+def _basis(projections: Projections) -> list[list[str]]:
+    """Which basis, and where a learned one is better."""
+    rows = [["basis", "svd (singular vectors)" if projections.basis == "aqua" else projections.basis]]
+    learned = projections.calibration.get("learned")
+    if learned is None:
+        return rows
+    held = list(learned["held_out"].values())
+    origins = Counter(origin for layer in held for origin in layer["from"])
+    losses = [loss for layer in held for loss in layer["loss"]]
+    kept = ", ".join(f"{count} {origin}" for origin, count in origins.most_common())
+    return [
+        *rows,
+        ["heads", kept],
+        ["held-out loss", f"{sum(losses) / len(losses):.2f} of the singular vectors'"],
+        ["learned on", f"{learned['windows']} windows, positions up to {learned['last_position']}"],
     ]
 
 
@@ -324,11 +343,17 @@ def _read(calibration: dict[str, Any]) -> list[list[str]]:
 
 
 def spectrum_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """What `projections.spectrum` returned: dimensions for 90% and 99% of the energy, least to most over heads."""
+    """What `projections.spectrum` returned: dimensions for 90% and 99% of the energy, least to most over heads.
+
+    Of a learned basis also what choosing dimensions costs, relative to the singular vectors, on what was held out.
+    """
     titles = ["layer", "key-value heads", "head_dim", "dims for 90%", "dims for 99%"]
+    titles += ["loss to svd's"] if any("held_out" in row for row in rows) else []
     cells = []
     for row in rows:
         spans = [f"{min(dims)}-{max(dims)}" for dims in (row["dims_90"], row["dims_99"])]
+        losses = row.get("held_out")
+        spans += [f"{min(losses):.2f}-{max(losses):.2f}"] if losses else []
         cells.append([str(row["layer"]), str(len(row["dims_90"])), str(row["head_dim"]), *spans])
     return titles, cells
 
