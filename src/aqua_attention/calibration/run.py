@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from aqua_attention.calibration.checkpoint import Checkpoint, check_no_unfinished, check_seconds
+from aqua_attention.calibration.checkpoint import Checkpoint, check_no_unfinished, check_seconds, room_for
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
 from aqua_attention.data.text import text_digest, token_windows, tokenize
 from aqua_attention.errors import AquaError
+from aqua_attention.io.files import check_room
 from aqua_attention.model import capture
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 from aqua_attention.model.limits import check_tokens
@@ -58,7 +59,7 @@ def calibrate(
 
     Raises:
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
-            checkpoint of another run, or one that exists though `resume` was not asked for.
+            checkpoint that cannot be written, one of another run, or one that exists though `resume` was not asked for.
     """
     run = CalibrationRun(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
     token_ids, prefix = tokenize(tokenizer, text)
@@ -142,6 +143,8 @@ class CalibrationRun:
         chosen = capture.chosen_layers(reached, self.layers, self.gaps)
         name, key_weights = self.name or self.model.config._name_or_path, key_weight_digest(chosen)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
+        if self.checkpoint is not None:
+            check_room(Path(self.checkpoint), room_for(shape))
         # The name tells models apart whose key weights cannot be read (quantised, offloaded).
         run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
         keeper = Checkpoint(self.checkpoint, run | facts | (identity or {}), seconds=self.checkpoint_seconds)

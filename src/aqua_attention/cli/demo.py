@@ -14,6 +14,7 @@ import transformers
 
 from aqua_attention.attach.apply import apply
 from aqua_attention.calibration.run import calibrate
+from aqua_attention.cli.outputs import DEMO_TITLE, check_writable
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
 from aqua_attention.data.text import load_text
@@ -43,6 +44,9 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     `evaluate_perplexity`, the two texts, times and peak memory.
     """
     make_folder(out)
+    files = out / "smollm2.safetensors", out / "table.md", out / "summary.json"
+    for kind, file in zip(("projections", "page", "figures"), files, strict=True):
+        check_writable(kind, file)
     seconds, started = {}, time.perf_counter()
 
     def lap(name: str) -> None:
@@ -56,7 +60,7 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     sizes: dict[str, Any] = {"tokens": CALIBRATION_TOKENS, "context": CONTEXT, "name": DEFAULT_MODEL}
     text, watch = load_text("builtin:calibration"), partial(progress, "calibrate")
     projections = calibrate(model, tokenizer, text, **sizes, progress=watch)
-    projections.save(out / "smollm2.safetensors")
+    projections.save(files[0])
     lap("calibrate")
     configs = [*map(AquaConfig.paper, RATIOS), AquaConfig(), *map(by_head, RATIOS)]
     settings, watch = [Setting(config) for config in configs], partial(progress, "evaluate")
@@ -77,8 +81,8 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     summary["generation"] |= {"setting": by_head(0.5).to_dict(), "same_tokens": same}
     summary |= {"seconds": seconds, "peak_memory_bytes": _peak_memory(), "model": DEFAULT_MODEL}
     summary["versions"] = versions | {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_atomically(out / "table.md", demo_markdown(summary).encode())
-    write_json(out / "summary.json", summary)
+    write_atomically(files[1], demo_markdown(summary).encode())
+    write_json(files[2], summary)
     return summary
 
 
@@ -86,7 +90,7 @@ def demo_markdown(summary: dict[str, Any]) -> str:
     """The table, and both texts, as a short Markdown page."""
     generation = summary["generation"]
     return (
-        "# AQUA attention on SmolLM2-135M-Instruct\n\n"
+        f"# {DEMO_TITLE}\n\n"
         f"{markdown(*perplexity_table(summary))}\n"
         f"{summary['dense']['tokens']} predictions on text that calibration did not see. "
         '"Products": query-key multiplications, measured; the few exact tokens (first + last) cost all of theirs.\n\n'

@@ -17,9 +17,10 @@ from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
 from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsFile, Serving, load_projections
+from aqua_attention.cli.outputs import check_apart, check_writable
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
-from aqua_attention.cli.terminal import Show, check_writable, progress_bar, progress_bars, stoppable
+from aqua_attention.cli.terminal import Show, progress_bar, progress_bars, stoppable
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.version import __version__
@@ -67,10 +68,12 @@ def report(
     Example: `aqua report results`
     """
     from aqua_attention.report.collect import collect
-    from aqua_attention.report.page import write_report
+    from aqua_attention.report.page import IMAGES, write_report
 
     collected = collect(folder)
-    check_writable(folder / "report.html", folder / "report.md", show.json)
+    pages = folder / "report.html", folder / "report.md"
+    check_writable("page", *pages, *(folder / IMAGES).glob("figure-*.svg"))
+    check_apart(*pages, show.json)
     with progress_bar("report") as progress:
         paths = write_report(folder, collected, progress)
     suites, about = Counter(record.suite for record in collected.records), ("suite", "source", "setting", "error")
@@ -111,9 +114,9 @@ def calibrate(
 
     Example: `aqua calibrate smollm2 --data notes.txt --tokens 32768 -o smollm2.safetensors`
     """
-    check_writable(output, show.json)  # before what has no name, such as ".", is given another
+    check_writable("projections", output)  # before what has no name, such as ".", is given another
     partial = output.with_name(f"{output.name}.partial")
-    check_writable(output, partial, show.json)
+    check_apart(output, partial, show.json)
     from aqua_attention.calibration.checkpoint import check_no_unfinished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers
@@ -171,7 +174,8 @@ def merge_files(
 
     Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
     """
-    check_writable(output, show.json)
+    check_writable("projections", output)
+    check_apart(output, show.json)
     projections = load_projections(first).merged(load_projections(second))
     projections.save(output)
     show(*_described(projections))

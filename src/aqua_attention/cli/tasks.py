@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from aqua_attention.cli.options import ModelOptions, ProjectionsFile, Rows, settings_of
-from aqua_attention.cli.terminal import Show, check_writable, progress_bar, stoppable
+from aqua_attention.cli.outputs import check_apart, check_writable
+from aqua_attention.cli.terminal import Show, progress_bar, stoppable
 from aqua_attention.errors import AquaError
 
 NAMES = "hellaswag, winogrande, arc_easy, arc_challenge, truthfulqa, mmlu or gsm8k"
@@ -36,7 +37,8 @@ def tasks(
     --limit 100 --k-ratio 0.5 --state tasks.state --json tasks.json`
     """
     settings = settings_of(knobs)
-    check_writable(state, show.json)
+    check_writable("answers", state)
+    check_apart(state, show.json)
     from aqua_attention.evaluate.setting import dtype_of
     from aqua_attention.evaluate.tasks.formats import load_task
     from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the command talks to the terminal: bars, tables, and an early word about places that cannot be written."""
+"""How the command talks to the terminal: bars, tables and results."""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -15,21 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.errors import AquaError
+from aqua_attention.cli.outputs import check_writable
+from aqua_attention.version import __version__
 
 if TYPE_CHECKING:
     from aqua_attention.report.tables import Table
-
-
-def check_writable(*paths: Path | None) -> None:
-    """Say now, not after minutes of work, that a result has nowhere to go, or that two would go to one place."""
-    given = [path for path in paths if path is not None]
-    for path in given:
-        if sum(path.resolve() == other.resolve() for other in given) > 1 and not path.is_char_device():
-            raise AquaError(f"{path} is given for two results: give each a file of its own")
-        folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
 
 
 def command_line() -> str:
@@ -78,13 +67,13 @@ class Show:
     """Where a command's result goes; called with what was measured, its tables, and its suite.
 
     Raises:
-        AquaError: the file cannot be written, which is said before anything is measured.
+        AquaError: the file cannot be written, or is not ours, which is said before anything is measured.
     """
 
     json: Annotated[Path | None, "Also write the figures to this file."] = None
 
     def __post_init__(self) -> None:
-        check_writable(self.json)
+        check_writable("figures", self.json)
 
     def __call__(self, result: dict[str, Any], *tables: Table, suite: str | None = None) -> None:
         """Write a result, if there is a file for it, and print its tables; that of a suite is written as a record."""
@@ -95,7 +84,7 @@ class Show:
         elif self.json:
             from aqua_attention.io.files import write_json
 
-            write_json(self.json, result)
+            write_json(self.json, {"command": command_line(), "version": __version__} | result)
         for table in tables:
             print_table(table)
 

@@ -53,7 +53,7 @@ def records_of(value: Any, source: str) -> list[Record]:
 
 def is_own_summary(value: Any) -> bool:
     """Whether a file's value is what `aqua report --json` wrote."""
-    return isinstance(value, dict) and set(value) == OWN_KEYS
+    return isinstance(value, dict) and set(value) >= OWN_KEYS
 
 
 def _of_grid(value: _File, source: str) -> list[Record]:
