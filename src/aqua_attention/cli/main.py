@@ -20,7 +20,7 @@ from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsF
 from aqua_attention.cli.outputs import check_apart, check_writable
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
-from aqua_attention.cli.terminal import Show, progress_bar, progress_bars, stoppable
+from aqua_attention.cli.terminal import USAGE_ERROR, Show, ended_by_signals, progress_bar, progress_bars, stoppable, usage_error
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.version import __version__
@@ -260,9 +260,15 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
     warnings.showwarning = lambda message, *rest, **more: typer.echo(f"warning: {message}", err=True)
     try:
-        app()
+        with ended_by_signals():
+            code = app(prog_name="aqua", standalone_mode=False)
     except AquaError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except USAGE_ERROR as error:
+        # A group without a command shows its help.
+        if type(error).__name__ != "NoArgsIsHelpError":
+            typer.echo(usage_error(error), err=True)
         sys.exit(2)
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "out of memory" not in str(error):
@@ -270,6 +276,8 @@ def main() -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         typer.echo(f"error: {reason}", err=True)
         sys.exit(1)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -94,5 +94,5 @@ def lm_eval(context: typer.Context) -> None:
             cli_evaluate()
     except AquaError:
         raise
-    except ValueError as error:  # what it raises for a task that it does not know
+    except (TypeError, ValueError) as error:  # what it raises for values and tasks that it does not know
         raise AquaError(f"lm-eval refuses this ({error}): see `aqua lm-eval run --help`") from error

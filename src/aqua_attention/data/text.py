@@ -96,13 +96,17 @@ def _read(path: Path, limit: int) -> str:
         if suffix == ".parquet":
             return _join(_parquet_rows(path), limit)
         with open_text(path) as file:
-            return _join(_jsonl_rows(path, file), limit) if suffix == ".jsonl" else file.read(limit)
+            text = _join(_jsonl_rows(path, file), limit) if suffix == ".jsonl" else file.read(limit)
     except UnicodeDecodeError as error:
         raise AquaError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise AquaError(f"{path} is not a complete gzip file ({error}): make or fetch it again") from error
     except OSError as error:
         raise AquaError(f"cannot read {path} ({error.strerror or error}): check the file") from error
+    if "\0" in text:
+        # UTF-16 without a mark is valid UTF-8, with every second character a NUL.
+        raise AquaError(f"{path} is no UTF-8 text (it has NUL characters, as UTF-16 has): convert it to UTF-8")
+    return text
 
 
 def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[str]:
