@@ -20,7 +20,15 @@ from aqua_attention.cli.options import Chat, Context, ModelOptions, ProjectionsF
 from aqua_attention.cli.outputs import check_apart, check_writable
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
-from aqua_attention.cli.terminal import USAGE_ERROR, Show, ended_by_signals, progress_bar, progress_bars, stoppable, usage_error
+from aqua_attention.cli.terminal import (
+    USAGE_ERROR,
+    Show,
+    ended_by_signals,
+    progress_bar,
+    progress_bars,
+    stoppable,
+    usage_error,
+)
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.version import __version__

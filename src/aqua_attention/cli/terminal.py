@@ -72,14 +72,14 @@ def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
 def _progress_lines() -> Callable[[str, float, int], None]:
     """What writes a line when a step begins and when it ends, and between them one every `LINE_SECONDS`."""
     begun: dict[str, float] = {}
-    said: dict[str, float] = {}
+    due: dict[str, float] = {}
 
     def report(name: str, done: float, total: int) -> None:
         now = time.monotonic()
-        begun.setdefault(name, now)
-        if name not in said or now - said[name] >= LINE_SECONDS or done >= total:
-            said[name] = now if done < total else math.inf  # an end is said once
-            passed = f", {now - begun[name]:.0f} s" if now > begun[name] else ""
+        start = begun.setdefault(name, now)
+        if now >= due.get(name, now) or (done >= total and due[name] < math.inf):
+            due[name] = now + LINE_SECONDS if done < total else math.inf  # an end is said once
+            passed = f", {now - start:.0f} s" if now - start >= 1 else ""
             typer.echo(f"{name}: {done:g} of {total}{passed}", err=True)
 
     return report

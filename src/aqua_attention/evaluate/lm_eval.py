@@ -87,4 +87,6 @@ def _named_arguments() -> Iterator[None]:
         names = [*knobs(), "projections", "basis", "preset", "pretrained", "dtype"]
         near = get_close_matches(found[1], names, 1)
         remedy = f"did you mean {near[0]}?" if near else f"AQUA's own are {', '.join(names)}"
-        raise AquaError(f"model_args has {found[1]}, which neither AQUA, lm-eval nor the model knows: {remedy}") from error
+        raise AquaError(
+            f"model_args has {found[1]}, which neither AQUA, lm-eval nor the model knows: {remedy}"
+        ) from error
