@@ -4,6 +4,7 @@
 import dataclasses
 import math
 import operator
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
@@ -27,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
 }
 """Settings by name: what each changes of the defaults."""
+QUERIES_WITHOUT_EVICTION = "h2o_queries says which tokens stay, but with h2o_ratio 1 all do: give a smaller h2o_ratio"
 _TOKENS, _NO_CACHE = "of tokens, 0 or more", "it has no cache"
 _LESS = {"<": operator.lt, "<=": operator.le}
 
@@ -156,6 +158,8 @@ class AquaConfig:
         for name, knob in knobs(config).items():
             if not knob.allows(value := getattr(self, name)):
                 raise AquaError(f"{name} is {value!r}: it must be {knob.allowed()}")
+        if self.h2o_queries is not None and self.h2o_ratio == 1:
+            warnings.warn(QUERIES_WITHOUT_EVICTION, stacklevel=3)
 
     @classmethod
     def preset(cls, name: str = DEFAULT_PRESET, **changes: Any) -> Self:

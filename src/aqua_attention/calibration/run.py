@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aqua_attention.calibration.checkpoint import Checkpoint, check_no_unfinished, check_seconds, room_for
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
-from aqua_attention.data.text import text_digest, token_windows, tokenize
+from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, warn_of_few
+from aqua_attention.data.text import text_digest, token_windows, tokenize, warn_of_windows
 from aqua_attention.errors import AquaError
 from aqua_attention.io.files import check_room
 from aqua_attention.model import capture
@@ -65,6 +65,7 @@ def calibrate(
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
+    warn_of_windows(windows, tokens)
     facts = {"text_sha256": text_digest(text), "tokens": windows.numel(), "context": windows.shape[1]}
     facts |= {"seed": seed, "library_version": __version__}
     # The windows' digest stands for the tokenizer.
@@ -149,6 +150,7 @@ class CalibrationRun:
         run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
         keeper = Checkpoint(self.checkpoint, run | facts | (identity or {}), seconds=self.checkpoint_seconds)
         statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=self.progress)
+        warn_of_few(statistics)
         tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
         of_model = {"name": name, "shape": shape, "key_weights": key_weights}
         return Projections.from_statistics(statistics, of_model, tokens | facts)

@@ -169,8 +169,10 @@ def generate(
     Example: `aqua bench generate smollm2 -p smollm2.safetensors --length 4096 --json generate.json`
     """
     from aqua_attention.bench.generate import GenerateBenchmark
+    from aqua_attention.machine import warn_of_load
     from aqua_attention.report.tables import generate_table
 
+    warn_of_load("measure again when the machine is idle")
     loaded, learned, prompts, name = _subject(model, projections, data, layers)
     on_gpu = loaded.device.type == "cuda"
     kinds: list[tuple[float, int | None]] = [(ratio, None) for ratio in dict.fromkeys(k_ratio)]

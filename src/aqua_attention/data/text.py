@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import random
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ FORMS = (
     "builtin:calibration, builtin:evaluation, hub:dataset[:config[:split]], a folder, "
     f"or a file ending in {', '.join(SUFFIXES)} (all but .parquet may end in .gz too)"
 )
+RUN = 8
+"""Tokens that, where they follow each other again, are a repetition."""
 _FIELDS = ("text", "content")
 
 
@@ -196,6 +199,23 @@ def token_windows(
         starts = [start + int((index + rng.random()) * slack / count) for index, start in enumerate(starts)]
     head = torch.tensor(prefix, dtype=torch.int64, device=ids.device)
     return torch.stack([torch.cat([head, ids[start : start + width]]) for start in starts])
+
+
+def warn_of_windows(windows: torch.Tensor, tokens: int) -> None:
+    """Warn where a text had fewer `tokens` than were asked for, or says the same again and again."""
+    count, context = windows.shape
+    if count < tokens // context:
+        read = f"{windows.numel()} tokens ({count} windows of {context}) are read, not {tokens}"
+        warnings.warn(f"the text is short: {read}", stacklevel=3)
+    if context < RUN:
+        return
+    runs = windows.unfold(1, RUN, 1).reshape(-1, RUN)
+    different = len(runs.unique(dim=0))
+    if 2 * different < len(runs):
+        share = f"of its {len(runs)} runs of {RUN} tokens only {different} differ"
+        warnings.warn(
+            f"the text repeats itself ({share}), and says little of others: give one that does not", stacklevel=3
+        )
 
 
 def text_prompts(tokenizer: PreTrainedTokenizerBase, text: str) -> Callable[[int, int], torch.Tensor]:

@@ -27,26 +27,25 @@ def collect(folder: Path) -> Collected:
     """Read `folder`/*.json and `folder`/records/*.json.
 
     Raises:
-        AquaError: no such folder, or no JSON file in it but the report's own.
+        AquaError: no such folder, or no file in it that holds a result.
     """
     if not folder.is_dir():
         raise AquaError(f"{folder} is no folder: give the one that `aqua eval grid` or --json wrote into")
     paths = [*sorted(folder.glob("*.json")), *sorted((folder / "records").glob("*.json"))]
     found: list[Record] = []
-    unused, own = [], 0
+    unused = []
     for path in paths:
         name = cleaned(str(path.relative_to(folder)))
         try:
             value = _load(path)
-            if is_own_summary(value):
-                own += 1
-            else:
+            if not is_own_summary(value):
                 found += records_of(value, name)
         except Unusable as reason:
             unused.append((name, str(reason)))
-    if own == len(paths):
+    if not found:
+        why = "".join(f"; {name} is not used: {reason}" for name, reason in unused[:1])
         raise AquaError(
-            f"{folder} holds no results: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
+            f"{folder} holds no results{why}: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
             f"with --json {folder / 'NAME.json'}, then the report"
         )
     # The grid's --json holds the same records as its folder.
