@@ -21,9 +21,7 @@ def warned(aqua):
     """Run `aqua ARGS`, which must succeed; returns the lines of its warnings."""
 
     def run(*arguments):
-        with warnings.catch_warnings():
-            warnings.simplefilter("always")
-            code, _, err = aqua(*arguments)
+        code, _, err = aqua(*arguments)
         assert code == 0, err
         return [line for line in err.splitlines() if line.startswith("warning: ")]
 
@@ -130,9 +128,7 @@ def test_times_of_a_busy_machine(load, processors, is_busy, aqua, monkeypatch, t
     monkeypatch.setattr(os, "cpu_count", lambda: processors)
     row = {"dense": 1.0, "dense_name": "sdpa", "whole": 1.0}
     monkeypatch.setattr(breakeven, "_row", lambda shape, length, ratios, *rest: row | {"length": length, "aqua": [0.5]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        code, _, err = aqua("bench", "breakeven", "--device", "cpu", "--k-ratio", 0.5, "--lengths", "64..128")
+    code, _, err = aqua("bench", "breakeven", "--device", "cpu", "--k-ratio", 0.5, "--lengths", "64..128")
     assert code == 0
     found = [line for line in err.splitlines() if line.startswith("warning: this machine is busy (load 2.0")]
     assert len(found) == is_busy

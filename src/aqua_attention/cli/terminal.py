@@ -39,7 +39,8 @@ def usage_error(error: Any) -> str:
     """What typer says of a command line in a box, in one line, with the value that is wrong."""
     reason, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
     # Newer versions have pydantic read values, and do not say which.
-    if found := getattr(error.__cause__, "errors", list)():
+    found: list[Any] = getattr(error.__cause__, "errors", list)()
+    if found:
         needed = found[0]["msg"].split(",")[0].replace("Input should", "it must")
         reason = f"{'/'.join(error.param.opts)} is {found[0]['input']!r}: {needed}"
     return f"error: {reason}; see `{context.command_path} --help`" if context else f"error: {reason}"

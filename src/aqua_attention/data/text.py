@@ -212,10 +212,8 @@ def warn_of_windows(windows: torch.Tensor, tokens: int) -> None:
     runs = windows.unfold(1, RUN, 1).reshape(-1, RUN)
     different = len(runs.unique(dim=0))
     if 2 * different < len(runs):
-        share = f"of its {len(runs)} runs of {RUN} tokens only {different} differ"
-        warnings.warn(
-            f"the text repeats itself ({share}), and says little of others: give one that does not", stacklevel=3
-        )
+        repeats = f"the text repeats itself (of its {len(runs)} runs of {RUN} tokens only {different} differ)"
+        warnings.warn(f"{repeats}, and says little of others: give one that does not", stacklevel=3)
 
 
 def text_prompts(tokenizer: PreTrainedTokenizerBase, text: str) -> Callable[[int, int], torch.Tensor]:

@@ -45,8 +45,8 @@ def collect(folder: Path) -> Collected:
     if not found:
         why = "".join(f"; {name} is not used: {reason}" for name, reason in unused[:1])
         raise AquaError(
-            f"{folder} holds no results{why}: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
-            f"with --json {folder / 'NAME.json'}, then the report"
+            f"{folder} holds no results{why}: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` "
+            f"command with --json {folder / 'NAME.json'}, then the report"
         )
     # The grid's --json holds the same records as its folder.
     kept: dict[str, Record] = {}
