@@ -30,6 +30,11 @@ from aqua_attention.evaluate.suites.transfer import (
 from aqua_attention.report.record_tables import context_tables, reasons, transfer_tables
 from conftest import subject_of
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* tokens are few for heads"),
+    pytest.mark.filterwarnings("ignore:the text is short"),
+]
+
 FACTS = {name: "" for name in FACT_NAMES if name not in ("started", "seconds")}
 SIZES = {"calibration_tokens": 256, "tokens": 128, "context": 64, "seed": 0}
 HALF = Setting(aqua.AquaConfig.paper(k_ratio=0.5))

@@ -79,6 +79,11 @@ def report(
     from aqua_attention.report.page import IMAGES, write_report
 
     collected = collect(folder)
+    if not (collected.records or collected.failed):
+        first = "; ".join(f"{name} is not used: {reason}" for name, reason in collected.unused[:1])
+        raise AquaError(
+            f"{folder} holds no results ({first}): give the folder that --json or `aqua eval grid` wrote into"
+        )
     pages = folder / "report.html", folder / "report.md"
     check_writable("page", *pages, *(folder / IMAGES).glob("figure-*.svg"))
     check_apart(*pages, show.json)

@@ -27,26 +27,27 @@ def collect(folder: Path) -> Collected:
     """Read `folder`/*.json and `folder`/records/*.json.
 
     Raises:
-        AquaError: no such folder, or no file in it that holds a result.
+        AquaError: no such folder, or no JSON file in it but the report's own.
     """
     if not folder.is_dir():
         raise AquaError(f"{folder} is no folder: give the one that `aqua eval grid` or --json wrote into")
     paths = [*sorted(folder.glob("*.json")), *sorted((folder / "records").glob("*.json"))]
     found: list[Record] = []
-    unused = []
+    unused, own = [], 0
     for path in paths:
         name = cleaned(str(path.relative_to(folder)))
         try:
             value = _load(path)
-            if not is_own_summary(value):
+            if is_own_summary(value):
+                own += 1
+            else:
                 found += records_of(value, name)
         except Unusable as reason:
             unused.append((name, str(reason)))
-    if not found:
-        why = "".join(f"; {name} is not used: {reason}" for name, reason in unused[:1])
+    if own == len(paths):
         raise AquaError(
-            f"{folder} holds no results{why}: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` "
-            f"command with --json {folder / 'NAME.json'}, then the report"
+            f"{folder} holds no results: run `aqua eval grid {folder} ...`, or any `aqua eval` or `aqua bench` command "
+            f"with --json {folder / 'NAME.json'}, then the report"
         )
     # The grid's --json holds the same records as its folder.
     kept: dict[str, Record] = {}
