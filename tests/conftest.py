@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import pytest
 import torch
@@ -143,14 +144,16 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def aqua(monkeypatch, capsys):
-    """Run `aqua ARGS`; returns (exit code, standard output, standard error)."""
+    """Run `aqua ARGS`; returns (exit code, standard output, standard error with its warnings)."""
 
     from aqua_attention.cli import main as cli
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["aqua", *map(str, args)])
         try:
-            cli.main()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("always", category=UserWarning)
+                cli.main()
             code = 0
         except SystemExit as leaving:
             code = leaving.code or 0

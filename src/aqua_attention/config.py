@@ -5,6 +5,7 @@ import dataclasses
 import math
 import numbers
 import operator
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -30,6 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": PAPER,
 }
 """Settings by name: what each changes of the defaults."""
+QUERIES_WITHOUT_EVICTION = "h2o_queries says which tokens stay, but with h2o_ratio 1 all do: give a smaller h2o_ratio"
 _TOKENS, _NO_CACHE = "of tokens, 0 or more", "it has no cache"
 _LESS = {"<": operator.lt, "<=": operator.le}
 
@@ -162,6 +164,8 @@ class AquaConfig:
             object.__setattr__(self, name, value)
             if not knob.allows(value):
                 raise AquaError(f"{name} is {value!r}: it must be {knob.allowed()}")
+        if self.h2o_queries is not None and self.h2o_ratio == 1:
+            warnings.warn(QUERIES_WITHOUT_EVICTION, stacklevel=3)
 
     @classmethod
     def preset(cls, name: str = DEFAULT_PRESET, **changes: Any) -> Self:

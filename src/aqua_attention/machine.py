@@ -7,8 +7,10 @@ turned into a number by it when AQUA is applied to a model.
 
 import dataclasses
 import json
+import os
 import platform
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +26,9 @@ FORMAT = 2
 """1 was measured with keys and values in the processor's caches, and against k = d of rotated keys."""
 MEASURED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
 """Dtypes that there are profiles for."""
+
+BUSY = 0.25
+"""Share of the processors that, when busy already, makes times wrong."""
 
 
 class Shape(NamedTuple):
@@ -69,6 +74,16 @@ def device_name(device: torch.device) -> str:
         if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return found[1].strip()
     return platform.processor() or platform.machine()
+
+
+def warn_of_load(remedy: str) -> None:
+    """Warn where the processors are busy before anything is timed; `remedy` says what to do about it."""
+    if not hasattr(os, "getloadavg"):
+        return
+    load, processors = os.getloadavg()[0], os.cpu_count() or 1
+    if load > max(0.5, BUSY * processors):
+        busy = f"this machine is busy (load {load:.1f} in the last minute, {processors} processors)"
+        warnings.warn(f"{busy}, and times will be wrong; {remedy}", stacklevel=3)
 
 
 def profile_path(shape: Shape) -> Path:

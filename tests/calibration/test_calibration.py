@@ -102,7 +102,7 @@ def test_the_seed_chooses_the_windows(llama, word_tokenizer, words):
     model, _ = llama
 
     def key_gram(seed):
-        projections = aqua.calibrate(model, word_tokenizer, words, tokens=128, context=64, seed=seed)
+        projections = aqua.calibrate(model, word_tokenizer, words, tokens=256, context=64, seed=seed)
         return projections.statistics[0].key_gram
 
     assert torch.equal(key_gram(1), key_gram(1))
@@ -111,9 +111,9 @@ def test_the_seed_chooses_the_windows(llama, word_tokenizer, words):
 
 def test_a_model_in_training_mode_is_calibrated_without_dropout_and_stays_in_it(word_tokenizer, words):
     model = make_llama(attention_dropout=0.9)
-    expected = aqua.calibrate(model, word_tokenizer, words, tokens=64, context=64).statistics[2].key_gram
+    expected = aqua.calibrate(model, word_tokenizer, words, tokens=256, context=64).statistics[2].key_gram
     model.train()
-    found = aqua.calibrate(model, word_tokenizer, words, tokens=64, context=64).statistics[2].key_gram
+    found = aqua.calibrate(model, word_tokenizer, words, tokens=256, context=64).statistics[2].key_gram
     assert torch.equal(found, expected)
     assert model.training
 

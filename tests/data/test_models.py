@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import transformers
 
 from aqua_attention.data import models
 from aqua_attention.data.models import default_model_path, load_image_model, load_model, reads_images
+from aqua_attention.data.text import load_text
 from aqua_attention.errors import AquaError
 
 CONTENT = b"GGUF" + bytes(range(256)) * 9000
@@ -257,6 +259,60 @@ def test_damaged_files(saved: Path, tmp_path: Path) -> None:
     gguf.write_bytes(b"not a model")
     with pytest.raises(AquaError, match=r"GGUF magic.*check that the file is there, complete"):
         load_model(str(gguf), device="cpu")
+
+
+def test_a_gguf_file_in_capitals_is_one(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks at the name, and would ask torch for the dtype of any other."""
+    (tmp_path / "Q.GGUF").write_bytes(b"")
+    given: list[tuple[str, Any]] = []
+
+    def loaded(name: str, loader: Any, source: str, dtype: str, options: dict[str, Any]) -> Any:
+        given.append((dtype, options["gguf_file"]))
+        raise AquaError("enough")
+
+    monkeypatch.setattr(models, "_loaded", loaded)
+    for name, file in ((str(tmp_path / "Q.GGUF"), None), (str(tmp_path), "Q.GGUF"), (str(tmp_path), "Q.Gguf")):
+        with pytest.raises(AquaError, match="enough"):
+            load_model(name, gguf_file=file, device="cpu")
+    assert given == [("float32", "Q.GGUF")] * 2 + [("float32", "Q.Gguf")]
+
+
+@pytest.mark.parametrize("kind", ["model", "images", "dataset"])
+def test_a_hub_that_does_not_answer_is_asked_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries would ask for a minute, in silence."""
+    import huggingface_hub
+    import huggingface_hub.utils as hub
+
+    asked: list[str] = []
+
+    class Silent:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", Silent)
+    began = time.monotonic()
+    with pytest.raises(AquaError, match="network"):
+        if kind == "dataset":
+            pytest.importorskip("datasets")
+            load_text("hub:nobody/nothing")
+        elif kind == "model":
+            load_model("nobody/nothing", device="cpu")
+        else:
+            load_image_model("nobody/nothing", device="cpu")
+    assert asked == [huggingface_hub.constants.ENDPOINT]
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False, "another try may reach it"
+    assert time.monotonic() - began < 20, "loading libraries takes some"
+
+
+def test_a_hub_that_is_not_asked_for_is_left_alone(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    import huggingface_hub.utils as hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_session", lambda: pytest.fail("the model is here"))
+    load_model(str(saved), device="cpu")
 
 
 def test_missing_weights_are_not_made_up(saved: Path, tmp_path: Path) -> None:

@@ -194,6 +194,16 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         load_text(str(path))
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".txt.gz"])
+def test_utf_16_without_a_mark_is_no_text(encoding: str, suffix: str, tmp_path: Path) -> None:
+    """It is valid UTF-8, half of it NUL characters."""
+    path, content = tmp_path / f"text{suffix}", "plain words\n".encode(encoding)
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    with pytest.raises(AquaError, match=r"text\.\S+ is no UTF-8 text \(it has NUL .*\): convert it to UTF-8"):
+        load_text(str(path))
+
+
 def test_hub_needs_the_datasets_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(AquaError, match=r"'hub:some/set'.*pip install 'aqua-attention\[data\]'"):

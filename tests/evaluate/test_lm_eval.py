@@ -307,3 +307,35 @@ def test_both_helps_can_be_had(monkeypatch, capsys):
     assert (code, "--model aqua" in out) == (0, True)
     code, out, _ = run_command(monkeypatch, capsys, "run", "--help")
     assert (code, "--num_fewshot" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"kratio": 0.5}, "model_args has kratio, which .* knows: did you mean k_ratio?"),
+        ({"colour": "red"}, "model_args has colour, .*: AQUA's own are k_ratio, s_ratio, "),
+        ({"pretrained": "nobody/nothing"}, "model 'nobody/nothing' cannot be loaded .*: the hub cannot be reached"),
+        ({"pretrained": "/no/model"}, "model '/no/model' cannot be loaded .*: check the name"),
+        ({"dtype": "int3"}, "model '.*' cannot be loaded .*int3"),
+    ],
+)
+def test_a_mistake_in_model_args_is_ours_to_say(arguments, words, folder):
+    given = {"pretrained": str(folder / "model"), "projections": str(folder / "tiny.safetensors")}
+    with pytest.raises(aqua.AquaError, match=words):
+        AquaLM(**given | arguments)
+
+
+@pytest.mark.parametrize("error", [TypeError("'<=' of int and 'abc'"), ValueError("no task abc")])
+def test_what_the_harness_raises_for_a_value_is_one_line(error, monkeypatch, capsys):
+    import lm_eval.__main__ as harness
+
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(harness, "cli_evaluate", refuse)
+    monkeypatch.setattr(sys, "argv", ["aqua", "lm-eval", "run"])
+    with pytest.raises(SystemExit) as leaving:
+        cli.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leaving.value.code == 2
+    assert line == f"error: lm-eval refuses this ({error}): see `aqua lm-eval run --help`"

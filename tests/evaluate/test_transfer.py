@@ -30,6 +30,11 @@ from aqua_attention.evaluate.suites.transfer import (
 from aqua_attention.report.record_tables import context_tables, reasons, transfer_tables
 from conftest import subject_of
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* tokens are few for heads"),
+    pytest.mark.filterwarnings("ignore:the text is short"),
+]
+
 FACTS = {name: "" for name in FACT_NAMES if name not in ("started", "seconds")}
 SIZES = {"calibration_tokens": 256, "tokens": 128, "context": 64, "seed": 0}
 HALF = Setting(aqua.AquaConfig.paper(k_ratio=0.5))
@@ -231,7 +236,9 @@ def test_projections_of_other_weights_are_made_again(calibrator, domains, other_
         next(path for path in old if path.name.startswith("low"))
     )
     assert learned.model["key_weights"] == records[0].details["key_weights"]
-    assert not recwarn.list, "no projections of other weights were used"
+    assert not [each for each in recwarn.list if "other weights" in str(each.message)], (
+        "none of other weights were used"
+    )
 
 
 def test_a_stopped_calibration_of_other_weights_is_begun_anew(calibrator, domains, other_weights, monkeypatch):

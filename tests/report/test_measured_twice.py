@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 
 import pytest
 
@@ -72,7 +73,8 @@ def results(tmp_path_factory, tiny_folder, llama, texts):
                 kept = folder if command in ("perplexity", "retention", "tasks") else folder.parent
                 words = ("aqua", "eval", command, *arguments, "--json", kept / f"{command}-{name}.json")
                 patch.setattr(sys, "argv", [*map(str, words)])
-                with pytest.raises(SystemExit) as leaving:
+                with pytest.raises(SystemExit) as leaving, warnings.catch_warnings():
+                    warnings.simplefilter("always")  # few tokens, for a test
                     cli.main()
                     raise SystemExit(0)
                 assert not leaving.value.code, (command, leaving.value.code)

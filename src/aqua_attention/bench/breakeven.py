@@ -11,7 +11,7 @@ import torch
 from aqua_attention.bench.problem import OURS
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.machine import MEASURED, Shape, device_name, write_profile
+from aqua_attention.machine import MEASURED, Shape, device_name, warn_of_load, write_profile
 
 DTYPES = {device: tuple(str(kind).removeprefix("torch.") for kind in kinds) for device, kinds in MEASURED.items()}
 """What the kernels of a device are measured in, the default first."""
@@ -91,6 +91,7 @@ def measure_breakeven(
     counts = [AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim) for ratio in k_ratios]
     if not counts or max(counts) >= shape.head_dim:
         raise AquaError(f"k_ratio is {', '.join(f'{r:g}' for r in k_ratios)}: each must leave out some dimensions")
+    warn_of_load("the profile is kept all the same: measure again when the machine is idle")
     rows = []
     for done, length in enumerate(lengths):
         progress(done, len(lengths))

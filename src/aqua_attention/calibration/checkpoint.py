@@ -52,6 +52,12 @@ class Checkpoint(RunState):
         return words or [name for name in names if name != "key_weights"]
 
 
+def room_for(shape: dict[str, Any]) -> int:
+    """Bytes that a run takes at most on the disk: its checkpoint, and the next one or the projections beside it."""
+    sums = sum(groups * dim * (2 * dim + 1) * 8 for _, _, groups, dim in shape["layers"])
+    return sums * 9 // 4 + (1 << 16)
+
+
 def calibrated_weights(path: Path) -> list[list[float]] | None:
     """Digest of the key weights that an unfinished calibration is of; None: not known. AquaError: a damaged file."""
     return _opened(path)[0].get("key_weights")

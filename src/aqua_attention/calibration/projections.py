@@ -160,6 +160,11 @@ class Projections:
             raise AquaError(
                 f"projections of different weights cannot be merged: the key weights differ by {difference:.1%}"
             )
+        if _texts(parts[0]) & _texts(parts[1]):
+            warnings.warn(
+                "both were calibrated on the same text, which counts twice now: merge calibrations of different texts",
+                stacklevel=2,
+            )
         calibration = {key: value for key, value in parts[0].items() if parts[1].get(key) == value} | read
         # A file of all layers may name them or not.
         named = other.model if "names" in shapes[1] else self.model
@@ -282,6 +287,12 @@ def spectrum(projections: Projections) -> list[dict[str, Any]]:
         learned = {"held_out": found["loss"], "origin": found["from"]} if (found := held.get(str(index))) else {}
         rows.append({"layer": index, "head_dim": layer.energy.shape[-1], **dims, **learned})
     return rows
+
+
+def _texts(calibration: dict[str, Any]) -> set[str]:
+    """Digests of all that was read, also by the parts of what was merged before."""
+    own = {calibration[name] for name in ("text_sha256", "inputs_sha256") if name in calibration}
+    return own.union(*map(_texts, calibration.get("merged", ())))
 
 
 def _are_parts(first: dict[str, Any], second: dict[str, Any]) -> bool:

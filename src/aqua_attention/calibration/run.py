@@ -13,16 +13,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import is_progress_bar_enabled
 
-from aqua_attention.calibration.checkpoint import Checkpoint, check_no_unfinished, check_seconds, second_checkpoint
+from aqua_attention.calibration.checkpoint import (
+    Checkpoint,
+    check_no_unfinished,
+    check_seconds,
+    room_for,
+    second_checkpoint,
+)
 from aqua_attention.calibration.learned import learn, windows_read
 from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.projections import LEARNED, SVD, Projections
-from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge
+from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, warn_of_few
 from aqua_attention.config import whole_number
 from aqua_attention.data.models import load_model
-from aqua_attention.data.text import load_text, text_digest, token_windows, tokenize
+from aqua_attention.data.text import load_text, text_digest, token_windows, tokenize, warn_of_windows
 from aqua_attention.errors import AquaError, brief
-from aqua_attention.io.progress import Progress, shown
+from aqua_attention.io.files import check_room
+from aqua_attention.io.progress import Progress, progress_bar
 from aqua_attention.model import capture
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
 from aqua_attention.model.limits import check_tokens
@@ -77,7 +84,7 @@ def calibrate(
 
     Raises:
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
-            checkpoint of another run, or one that exists though `resume` was not asked for.
+            checkpoint that cannot be written, one of another run, or one that exists though `resume` was not asked for.
     """
     if basis not in (SVD, LEARNED):
         raise AquaError(f"basis is {basis!r}: it must be {SVD} or {LEARNED}")
@@ -99,6 +106,7 @@ def calibrate(
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
+    warn_of_windows(windows, tokens)
     read: Tensor | list[Inputs] = windows
     if last_position is not None:
         places = begins(model, len(windows), context=windows.shape[1], last=last_position, seed=seed or 0)
@@ -206,11 +214,14 @@ class CalibrationRun:
         chosen = capture.chosen_layers(reached, self.layers, self.gaps)
         name, key_weights = self.name or self.model.config._name_or_path, key_weight_digest(chosen)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
+        if self.checkpoint is not None:
+            check_room(Path(self.checkpoint), room_for(shape))
         # The name tells models apart whose key weights cannot be read (quantised, offloaded).
         run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
         keeper = Checkpoint(self.checkpoint, run | facts | (identity or {}), seconds=self.checkpoint_seconds)
         with _watched(self.progress) as progress:
             statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=progress)
+        warn_of_few(statistics)
         tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
         of_model = {"name": name, "shape": shape, "key_weights": key_weights}
         return Projections.from_statistics(statistics, of_model, tokens | facts)
@@ -220,7 +231,7 @@ class CalibrationRun:
 def _watched(progress: Progress | bool | None) -> Iterator[Progress | None]:
     """What is told of the windows that are done, see `calibrate`."""
     if progress is True and is_progress_bar_enabled():
-        with shown("calibrate") as bar:
+        with progress_bar("calibrate") as bar:
             yield bar
     else:
         yield progress if callable(progress) else None

@@ -7,6 +7,7 @@ basis; everything else (rotation, root mean squares, means) is derived from them
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored
+
+LEAST_TOKENS = 16
+"""For each dimension of a head; with so many the loss is within a tenth of what it can be (RESULTS.md)."""
 
 
 @dataclass(repr=False)
@@ -83,6 +87,16 @@ def merge(first: Statistics, second: Statistics) -> Statistics:
     if first.keys() != second.keys():
         raise AquaError(f"statistics of different layers cannot be merged: {sorted(first)} and {sorted(second)}")
     return {layer: first[layer] + second[layer] for layer in first}
+
+
+def warn_of_few(statistics: Statistics) -> None:
+    """Warn where a layer has seen so few tokens that its directions are chance."""
+    for layer in statistics.values():
+        needed = LEAST_TOKENS * layer.key_gram.shape[-1]
+        if layer.key_count < needed:
+            few = f"{layer.key_count} tokens are few for heads of {layer.key_gram.shape[-1]} dimensions"
+            warnings.warn(f"{few}: calibrate on {needed} or more", stacklevel=4)
+            return
 
 
 def named_tensors(statistics: Statistics) -> dict[str, Tensor]:

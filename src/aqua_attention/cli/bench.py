@@ -14,9 +14,10 @@ import typer
 
 from aqua_attention.cli.options import Device, Dtype, MaybeModel, ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.spread import Commands
-from aqua_attention.cli.terminal import Show, progress_bar
+from aqua_attention.cli.terminal import Show
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.io.progress import progress_bar
 
 if TYPE_CHECKING:
     from aqua_attention.machine import Shape
@@ -173,8 +174,10 @@ def generate(
     """
     from aqua_attention.bench.generate import GenerateBenchmark
     from aqua_attention.evaluate.record import provenance
+    from aqua_attention.machine import warn_of_load
     from aqua_attention.report.tables import generate_table
 
+    warn_of_load("measure again when the machine is idle")
     loaded, learned, prompts, name = _subject(model, projections, data, layers)
     made = provenance(projections, learned) if projections else {"projections": "random", "projections_sha256": None}
     on_gpu = loaded.device.type == "cuda"

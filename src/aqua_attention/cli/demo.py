@@ -10,6 +10,7 @@ from typing import Any
 
 from aqua_attention.attach.door import apply
 from aqua_attention.calibration.run import calibrate
+from aqua_attention.cli.outputs import DEMO_TITLE, check_writable
 from aqua_attention.cli.terminal import command_line
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.models import DEFAULT_MODEL, load_model
@@ -39,7 +40,10 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     `evaluate_perplexity`, the two texts, times and peak memory.
     """
     make_folder(out)
-    file, begun, seconds, started = out / "smollm2.safetensors", now(), {}, time.perf_counter()
+    files = out / "smollm2.safetensors", out / "table.md", out / "summary.json"
+    for kind, file in zip(("projections", "page", "figures"), files, strict=True):
+        check_writable(kind, file)
+    begun, seconds, started = now(), {}, time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal started
@@ -52,12 +56,12 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     sizes: dict[str, Any] = {"tokens": CALIBRATION_TOKENS, "context": CONTEXT, "name": DEFAULT_MODEL}
     text, watch = load_text("builtin:calibration"), partial(progress, "calibrate")
     projections = calibrate(model, tokenizer, text, **sizes, progress=watch)
-    projections.save(file)
+    projections.save(files[0])
     lap("calibrate")
     configs = [*map(AquaConfig.paper, RATIOS), AquaConfig(), *map(by_head, RATIOS)]
     settings, watch = [Setting(config) for config in configs], partial(progress, "evaluate")
     data = "builtin:evaluation"
-    rests_on = provenance(file, projections)
+    rests_on = provenance(files[0], projections)
     subject = Subject(DEFAULT_MODEL, model, tokenizer, projections, data, load_text(data), rests_on=rests_on)
     windows = subject.windows(EVALUATION_TOKENS, CONTEXT)
     summary = evaluate_perplexity(subject, settings, windows, progress=watch)
@@ -74,8 +78,8 @@ def run_demo(out: Path, progress: Callable[[str, int, int], None]) -> dict[str, 
     summary["generation"] |= {"setting": by_head(0.5).to_dict(), "same_tokens": same}
     summary |= {"seconds": seconds, "peak_memory_bytes": _peak_memory()}
     summary |= subject.source() | {"context": windows.shape[1], "windows": len(windows)}
-    write_atomically(out / "table.md", demo_markdown(summary).encode())
-    write_result(out / "summary.json", "perplexity", summary, command_line(), begun)
+    write_atomically(files[1], demo_markdown(summary).encode())
+    write_result(files[2], "perplexity", summary, command_line(), begun)
     return summary
 
 
@@ -83,7 +87,7 @@ def demo_markdown(summary: dict[str, Any]) -> str:
     """The table, and both texts, as a short Markdown page."""
     generation = summary["generation"]
     return (
-        "# AQUA attention on SmolLM2-135M-Instruct\n\n"
+        f"# {DEMO_TITLE}\n\n"
         f"{markdown(*perplexity_table(summary))}\n"
         f"{summary['dense']['tokens']} predictions on text that calibration did not see. "
         '"Products": query-key multiplications, measured; the few exact tokens (first + last) cost all of theirs.\n\n'

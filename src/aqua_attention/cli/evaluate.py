@@ -10,8 +10,9 @@ import typer
 
 from aqua_attention.cli.options import Chat, ModelOptions, ProjectionsFile, Rows, Text, Tokens, Windows, settings_of
 from aqua_attention.cli.spread import Commands
-from aqua_attention.cli.terminal import Show, progress_bar
+from aqua_attention.cli.terminal import Show
 from aqua_attention.errors import AquaError
+from aqua_attention.io.progress import progress_bar
 
 if TYPE_CHECKING:
     from aqua_attention.evaluate.setting import Setting, Subject

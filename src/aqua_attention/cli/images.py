@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aqua_attention.cli.options import ModelOptions, ProjectionsFile, load_projections
-from aqua_attention.cli.terminal import Show, progress_bars
+from aqua_attention.cli.terminal import Show
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.io.progress import progress_bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable

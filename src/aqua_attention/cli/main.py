@@ -25,11 +25,19 @@ from aqua_attention.cli.options import (
     last_position,
     load_projections,
 )
+from aqua_attention.cli.outputs import check_apart, check_writable
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
-from aqua_attention.cli.terminal import Show, check_writable, progress_bar, progress_bars, stoppable
+from aqua_attention.cli.terminal import (
+    USAGE_ERROR,
+    Show,
+    ended_by_signals,
+    stoppable,
+    usage_error,
+)
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
+from aqua_attention.io.progress import progress_bar, progress_bars
 from aqua_attention.version import __version__
 
 if TYPE_CHECKING:
@@ -75,10 +83,17 @@ def report(
     Example: `aqua report results`
     """
     from aqua_attention.report.collect import collect
-    from aqua_attention.report.page import write_report
+    from aqua_attention.report.page import IMAGES, write_report
 
     collected = collect(folder)
-    check_writable(folder / "report.html", folder / "report.md", show.json)
+    if not (collected.records or collected.failed):
+        first = "; ".join(f"{name} is not used: {reason}" for name, reason in collected.unused[:1])
+        raise AquaError(
+            f"{folder} holds no results ({first}): give the folder that --json or `aqua eval grid` wrote into"
+        )
+    pages = folder / "report.html", folder / "report.md"
+    check_writable("page", *pages, *(folder / IMAGES).glob("figure-*.svg"))
+    check_apart(*pages, show.json)
     with progress_bar("report") as progress:
         paths = write_report(folder, collected, progress)
     suites, about = Counter(record.suite for record in collected.records), ("suite", "source", "setting", "error")
@@ -124,9 +139,9 @@ def calibrate(
 
     Example: `aqua calibrate smollm2 --data notes.txt --basis learned --positions 0:8192 -o smollm2.safetensors`
     """
-    check_writable(output, show.json)  # before what has no name, such as ".", is given another
+    check_writable("projections", output)  # before what has no name, such as ".", is given another
     partial = output.with_name(f"{output.name}.partial")
-    check_writable(output, partial, show.json)
+    check_apart(output, partial, show.json)
     from aqua_attention.calibration.checkpoint import check_no_unfinished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers
@@ -186,7 +201,8 @@ def merge_files(
 
     Example: `aqua merge a.safetensors b.safetensors -o both.safetensors`
     """
-    check_writable(output, show.json)
+    check_writable("projections", output)
+    check_apart(output, show.json)
     projections = load_projections(first).merged(load_projections(second))
     projections.save(output)
     show(*_described(output, projections), suite="spectrum")
@@ -276,9 +292,15 @@ def main() -> None:
     """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
     warnings.showwarning = lambda message, *rest, **more: typer.echo(f"warning: {message}", err=True)
     try:
-        app()
+        with ended_by_signals():
+            code = app(prog_name="aqua", standalone_mode=False)
     except AquaError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except USAGE_ERROR as error:
+        # A group without a command shows its help.
+        if type(error).__name__ != "NoArgsIsHelpError":
+            typer.echo(usage_error(error), err=True)
         sys.exit(2)
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "out of memory" not in str(error):
@@ -286,6 +308,8 @@ def main() -> None:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         typer.echo(f"error: {reason}", err=True)
         sys.exit(1)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":

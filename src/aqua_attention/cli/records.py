@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aqua_attention.cli.options import Chat, Grid, ModelOptions, ProjectionsFile, Quick, Rows, Seed, Text
-from aqua_attention.cli.terminal import Show, check_writable, command_line, progress_bar, stoppable
+from aqua_attention.cli.outputs import check_writable
+from aqua_attention.cli.terminal import Show, command_line, stoppable
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.suites import SUITES
+from aqua_attention.io.files import check_room
+from aqua_attention.io.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,10 +62,11 @@ class ResultsFolder(Show):
         nearest = next((each for each in (absolute, *absolute.parents) if each.exists()), absolute)
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise AquaError(f"cannot make the folder {folder}: {nearest} is no folder that is writable; choose another")
+        check_room(nearest / folder.name)
         if json is not None and json.resolve() == folder.resolve():
             raise AquaError(f"cannot write {json}: it is the results folder; give a file, such as {json / 'all.json'}")
         if json is None or json.absolute().parent.exists() or not json.resolve().is_relative_to(folder.resolve()):
-            check_writable(json)
+            check_writable("figures", json)
 
     def calibrator(self, model: ModelOptions) -> Calibrator:
         """What calibrates a model for the measurements, and keeps its projections here."""

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hi
 
 import typer
 
+from aqua_attention.cli.terminal import stoppable
 from aqua_attention.config import DEFAULT_PRESET, PRESETS, AquaConfig, Knob, knobs
 from aqua_attention.errors import AquaError
 
@@ -89,8 +90,9 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
         context = given.pop(_CONTEXT, None)
-        made = {name: part.made(given, context) for name, part in parts.items()}
-        command(**{name: given[name] for name in own}, **made)
+        with stoppable():
+            made = {name: part.made(given, context) for name, part in parts.items()}
+            command(**{name: given[name] for name in own}, **made)
 
     with_options.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
     with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}

@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from aqua_attention.cli.options import ModelOptions, ProjectionsFile, Rows, settings_of
-from aqua_attention.cli.terminal import Show, check_writable, progress_bar, stoppable
+from aqua_attention.cli.outputs import check_apart, check_writable
+from aqua_attention.cli.terminal import Show, stoppable
 from aqua_attention.errors import AquaError
+from aqua_attention.io.progress import progress_bar
 
 NAMES = "hellaswag, winogrande, arc_easy, arc_challenge, truthfulqa, mmlu or gsm8k"
 QUICK_CHOICES, QUICK_WRITTEN = 10, 2
@@ -36,7 +38,8 @@ def tasks(
     --limit 100 --k-ratio 0.5 --state tasks.state --json tasks.json`
     """
     settings = settings_of(knobs)
-    check_writable(state, show.json)
+    check_writable("answers", state)
+    check_apart(state, show.json)
     from aqua_attention.evaluate.tasks.formats import load_task
     from aqua_attention.evaluate.tasks.run import check_request, evaluate_tasks
     from aqua_attention.report.tables import tasks_table
@@ -91,5 +94,5 @@ def lm_eval(context: typer.Context) -> None:
             cli_evaluate()
     except AquaError:
         raise
-    except ValueError as error:  # what it raises for a task that it does not know
+    except (TypeError, ValueError) as error:  # what it raises for values and tasks that it does not know
         raise AquaError(f"lm-eval refuses this ({error}): see `aqua lm-eval run --help`") from error

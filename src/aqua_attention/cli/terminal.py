@@ -1,36 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the command talks to the terminal: bars, tables, and an early word about places that cannot be written."""
+"""How the command talks to the terminal: bars, tables and results."""
 
 from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aqua_attention.errors import AquaError
+from aqua_attention.cli.outputs import check_writable
 from aqua_attention.evaluate.record import now, write_result
 
 if TYPE_CHECKING:
     from aqua_attention.report.tables import Table
 
-
-def check_writable(*paths: Path | None) -> None:
-    """Say now, not after minutes of work, that a result has nowhere to go, or that two would go to one place."""
-    given = [path for path in paths if path is not None]
-    for path in given:
-        if sum(path.resolve() == other.resolve() for other in given) > 1 and not path.is_char_device():
-            raise AquaError(f"{path} is given for two results: give each a file of its own")
-        folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
+USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
+"""What typer raises for a command line that it cannot read: click's exception, or that of its own copy of click."""
 
 
 def command_line() -> str:
@@ -38,40 +30,47 @@ def command_line() -> str:
     return shlex.join(["aqua", *sys.argv[1:]])
 
 
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
-    """A bar a step on the terminal's error stream, with the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tasks: dict[str, Any] = {}
-    # A step may take minutes; from the last half minute alone there would be no estimate then.
-    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=600) as bars:
-
-        def report(name: str, done: float, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(name, total=total)
-            bars.update(tasks[name], completed=done, total=total)
-
-        yield report
+def usage_error(error: Any) -> str:
+    """What typer says of a command line in a box, in one line, with the value that is wrong."""
+    reason, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
+    # Newer versions have pydantic read values, and do not say which.
+    found: list[Any] = getattr(error.__cause__, "errors", list)()
+    if found:
+        needed = found[0]["msg"].split(",")[0].replace("Input should", "it must")
+        reason = f"{'/'.join(error.param.opts)} is {found[0]['input']!r}: {needed}"
+    return f"error: {reason}; see `{context.command_path} --help`" if context else f"error: {reason}"
 
 
 @contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[float, int], None]]:
-    """One bar, moved by progress(done, total)."""
-    with progress_bars() as report:
-        yield partial(report, name)
-
-
-@contextmanager
-def stoppable(kept: Callable[[], str]) -> Iterator[None]:
-    """After Ctrl-C, say what is kept and how to go on, and leave with exit code 130."""
+def stoppable(kept: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """After Ctrl-C, say what is kept and how to go on, and leave with exit code 130; so after `ended_by_signals`."""
     try:
         yield
-    except KeyboardInterrupt:
-        typer.echo(f"stopped: {kept()}", err=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stop:
+        number, words = (*stop.args, signal.SIGINT)[0], kept()
+        by = f" by {signal.Signals(number).name}" if stop.args else ""
+        typer.echo(f"stopped{by}{': ' if words else ''}{words}", err=True)
+        raise typer.Exit(128 + number) from None
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While open, SIGTERM and SIGHUP end the work as Ctrl-C does. Those that are ignored or handled stay so."""
+    owner, before = os.getpid(), {}
+
+    def stop(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a library's worker process
+            os._exit(128 + number)
+        raise KeyboardInterrupt(number)
+
+    for number in (getattr(signal, name, None) for name in ("SIGTERM", "SIGHUP")):
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,14 @@ class Show:
     """Where a command's result goes; called with what was measured, its tables, and its suite.
 
     Raises:
-        AquaError: the file cannot be written, which is said before anything is measured.
+        AquaError: the file cannot be written, or is not ours, which is said before anything is measured.
     """
 
     json: Annotated[Path | None, "Also write the figures to this file."] = None
     started: str = field(default_factory=now, init=False)
 
     def __post_init__(self) -> None:
-        check_writable(self.json)
+        check_writable("figures", self.json)
 
     def __call__(self, result: dict[str, Any], *tables: Table, suite: str | None = None) -> None:
         """Write a result as a record, if there is a file for it, and print its tables."""

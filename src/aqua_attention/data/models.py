@@ -18,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqua_attention.data.sources import first_line, usable_path
+from aqua_attention.data.sources import first_line, hub_at_hand, usable_path
 from aqua_attention.errors import AquaError, brief
 from aqua_attention.io.files import cache_folder
 
@@ -139,7 +139,10 @@ def load_model(
         if dtype == "auto":
             dtype = "bfloat16" if target.type == "cuda" else "float32"
     source, options = _source(name, trust_remote_code, gguf_file)
-    with _loading(name, options):
+    if dtype == "auto" and "gguf_file" in options:
+        # Which is what transformers makes of it, too, but it cannot tell for a name in capitals (X.GGUF).
+        dtype = "float32"
+    with loading(name, options):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         found, _, reads_text = _encoder_class(source, options)
@@ -165,7 +168,7 @@ def load_image_model(
     if _is_text_alone(name):
         raise no_images
     source, options = _source(name, trust_remote_code)
-    with _loading(name, options):
+    with loading(name, options):
         from transformers import AutoImageProcessor
 
         found, takes_images, _ = _encoder_class(source, options)
@@ -186,7 +189,7 @@ def reads_images(name: str, *, gguf_file: str | None = None, trust_remote_code: 
         return False, True
     source, options = _source(name, trust_remote_code)
     try:
-        with _quiet():
+        with _quiet(name):
             return _encoder_class(source, options)[1:]
     except Exception:  # loading the model will say what is wrong
         return False, True
@@ -287,10 +290,10 @@ def _source(name: str, trust_remote_code: bool, gguf_file: str | None = None) ->
 
 
 @contextmanager
-def _loading(name: str, options: dict[str, Any]) -> Iterator[None]:
+def loading(name: str, options: dict[str, Any]) -> Iterator[None]:
     """While open, loaders are quiet, and what they raise becomes an AquaError."""
     try:
-        with _quiet():
+        with _quiet(name):
             yield
     except AquaError:
         raise
@@ -304,14 +307,14 @@ def _loading(name: str, options: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the loaders' bars and notes off the screen, except the hub's own download bars."""
+def _quiet(name: str) -> Iterator[None]:
+    """Keep loaders away from a hub that is silent, and their bars and notes off the screen, but for download bars."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from huggingface_hub.utils import logging as hub_log
     from transformers.utils import logging as log
 
     set_hub_bars = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
-    with ExitStack() as restore:
+    with hub_at_hand(name), ExitStack() as restore:
         restore.callback(set_hub_bars)
         if log.is_progress_bar_enabled():
             restore.callback(log.enable_progress_bar)

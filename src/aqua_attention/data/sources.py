@@ -2,6 +2,7 @@
 """Where texts and images lie: in a file or folder, or in a dataset of the hub."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from aqua_attention.io.files import unpacked
 T = TypeVar("T")
 PACKED = (".txt", ".md", ".raw", ".rst", ".jsonl")
 """What may end in .gz too."""
+HUB_SECONDS = 5
+"""How long the hub may take to answer at all."""
 
 
 def first_line(error: Exception) -> str:
@@ -56,6 +59,27 @@ def local_files(spec: str, suffixes: Sequence[str], forms: str, unknown: str, ki
     return files
 
 
+@contextmanager
+def hub_at_hand(name: str) -> Iterator[None]:
+    """While open, a hub that does not answer now is not asked: what is cached is found, all else fails, at once.
+
+    Without this, libraries ask again and again, for a minute, in silence. Nothing is asked about a local `name`.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    before = constants.HF_HUB_OFFLINE
+    if not before and not usable_path(name).exists():
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        except Exception:  # whatever the client of this version raises
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def hub_rows(spec: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """What `read` makes of each row of `dataset[:config[:split]]`, streamed; split "train" unless given.
 
@@ -71,7 +95,8 @@ def hub_rows(spec: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
         install = "pip install 'aqua-attention[data]'"
         raise AquaError(f"reading 'hub:{spec}' takes the datasets package: {install}") from error
     try:
-        yield from map(read, datasets.load_dataset(name, config or None, split=split or "train", streaming=True))
+        with hub_at_hand(name):
+            yield from map(read, datasets.load_dataset(name, config or None, split=split or "train", streaming=True))
     except AquaError:
         raise
     except Exception as error:  # loading scripts and servers fail in any way they like

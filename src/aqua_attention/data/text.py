@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import random
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ FORMS = (
     "builtin:calibration, builtin:evaluation, hub:dataset[:config[:split]], a folder, "
     f"or a file ending in {', '.join(SUFFIXES)} (all but .parquet may end in .gz too)"
 )
+RUN = 8
+"""Tokens that, where they follow each other again, are a repetition."""
 _FIELDS = ("text", "content")
 
 
@@ -99,13 +102,17 @@ def _read(path: Path, limit: int) -> str:
         if suffix == ".parquet":
             return _join(_parquet_rows(path), limit)
         with open_text(path) as file:
-            return _join(_jsonl_rows(path, file), limit) if suffix == ".jsonl" else file.read(limit)
+            text = _join(_jsonl_rows(path, file), limit) if suffix == ".jsonl" else file.read(limit)
     except UnicodeDecodeError as error:
         raise AquaError(f"{path} is not UTF-8 text ({error.reason}): convert it to UTF-8") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise AquaError(f"{path} is not a complete gzip file ({error}): make or fetch it again") from error
     except OSError as error:
         raise AquaError(f"cannot read {path} ({error.strerror or error}): check the file") from error
+    if "\0" in text:
+        # UTF-16 without a mark is valid UTF-8, with every second character a NUL.
+        raise AquaError(f"{path} is no UTF-8 text (it has NUL characters, as UTF-16 has): convert it to UTF-8")
+    return text
 
 
 def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[str]:
@@ -195,6 +202,21 @@ def token_windows(
         starts = [start + int((index + rng.random()) * slack / count) for index, start in enumerate(starts)]
     head = torch.tensor(prefix, dtype=torch.int64, device=ids.device)
     return torch.stack([torch.cat([head, ids[start : start + width]]) for start in starts])
+
+
+def warn_of_windows(windows: torch.Tensor, tokens: int) -> None:
+    """Warn where a text had fewer `tokens` than were asked for, or says the same again and again."""
+    count, context = windows.shape
+    if count < tokens // context:
+        read = f"{windows.numel()} tokens ({count} windows of {context}) are read, not {tokens}"
+        warnings.warn(f"the text is short: {read}", stacklevel=3)
+    if context < RUN:
+        return
+    runs = windows.unfold(1, RUN, 1).reshape(-1, RUN)
+    different = len(runs.unique(dim=0))
+    if 2 * different < len(runs):
+        repeats = f"the text repeats itself (of its {len(runs)} runs of {RUN} tokens only {different} differ)"
+        warnings.warn(f"{repeats}, and says little of others: give one that does not", stacklevel=3)
 
 
 def text_prompts(tokenizer: PreTrainedTokenizerBase, text: str) -> Callable[[int, int], torch.Tensor]:

@@ -4,6 +4,10 @@
 It needs the extra: `pip install 'aqua-attention[lm-eval]'`.
 """
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from transformers import PreTrainedModel
 from aqua_attention.attach.door import apply
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import DEFAULT_PRESET, AquaConfig, knobs
-from aqua_attention.data.models import DEFAULT_MODEL, load_model
+from aqua_attention.data.models import DEFAULT_MODEL, load_model, loading
 from aqua_attention.errors import AquaError
 
 
@@ -54,7 +58,9 @@ class AquaLM(HFLM):
         if pretrained == DEFAULT_MODEL:
             dtype = kwargs.pop("dtype", None) or "auto"
             pretrained, kwargs["tokenizer"] = load_model(DEFAULT_MODEL, dtype=dtype, device=device)
-        super().__init__(pretrained, device=device, **kwargs)
+        name = pretrained if isinstance(pretrained, str) else pretrained.config.name_or_path
+        with loading(name, kwargs), _named_arguments():
+            super().__init__(pretrained, device=device, **kwargs)
         self.attachment = apply(self.model, learned.with_basis(basis), config)
         self.attachment.attach()
 
@@ -68,3 +74,19 @@ class AquaLM(HFLM):
         lower = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, dtype=lower, enabled=lower is not None):
             return self.model(inps, use_cache=False).logits
+
+
+@contextmanager
+def _named_arguments() -> Iterator[None]:
+    """While open, an argument that nobody knows is an AquaError: what `hf` does not know is handed to the model."""
+    try:
+        yield
+    except TypeError as error:
+        if not (found := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
+            raise
+        names = [*knobs(), "projections", "basis", "preset", "pretrained", "dtype"]
+        near = get_close_matches(found[1], names, 1)
+        remedy = f"did you mean {near[0]}?" if near else f"AQUA's own are {', '.join(names)}"
+        raise AquaError(
+            f"model_args has {found[1]}, which neither AQUA, lm-eval nor the model knows: {remedy}"
+        ) from error

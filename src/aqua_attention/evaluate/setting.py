@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every evaluation measures: a subject, and settings that are attached to its model, a row each."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,8 +14,8 @@ from transformers import PreTrainedModel
 
 from aqua_attention.attach.apply import Attachment, layer_shape
 from aqua_attention.calibration.projections import Projections, check_basis
-from aqua_attention.config import AUTO, AquaConfig, knobs
-from aqua_attention.data.text import text_digest, token_windows, tokenize
+from aqua_attention.config import AUTO, QUERIES_WITHOUT_EVICTION, AquaConfig, knobs
+from aqua_attention.data.text import text_digest, token_windows, tokenize, warn_of_windows
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import record_key
 from aqua_attention.evaluate.run import Job, Progress, facts_of_model
@@ -158,6 +159,7 @@ def first_windows(model: PreTrainedModel, tokenized: tuple[list[int], list[int]]
     ids, prefix = tokenized
     windows = token_windows(ids, tokens=tokens, context=context, seed=None, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
+    warn_of_windows(windows, tokens)
     return windows
 
 
@@ -189,6 +191,8 @@ def grid_settings(values: Mapping[str, Iterable[Any]]) -> list[Setting]:
     amounts = [{name: value} for name in either for value in of(name) if value is not None]
     names = [name for name in declared if name in values and name not in either]
     names.sort(key=lambda name: _FASTEST.index(name) if name in _FASTEST else -1)
+    if not any(ratio < 1 for ratio in of("h2o_ratio")) and any(count is not None for count in of("h2o_queries")):
+        warnings.warn(QUERIES_WITHOUT_EVICTION, stacklevel=2)
     settings = []
     for basis, *chosen, amount in product(values.get("basis", ["aqua"]), *map(of, names), amounts):
         given = dict(zip(names, chosen, strict=True)) | amount

@@ -18,15 +18,17 @@ from aqua_attention.errors import AquaError
 
 def write_atomically(path: Path | str, content: bytes) -> None:
     """Write to a temporary name beside `path`, then rename; on a failure, an AquaError, nothing of it remains."""
-    # A link is written through, not replaced.
-    path = Path(path).resolve()
+    path = Path(path)
+    is_stream = _is_stream(path)
+    # A link is written through, not replaced; one to a pipe (/dev/stdout) names no file.
+    path = path if is_stream else path.resolve()
     if not path.parent.is_dir():
         raise AquaError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise AquaError(f"cannot write {path}: it is a folder")
     temporary = None
     try:
-        if path.exists() and not path.is_file():
+        if is_stream:
             # A device or a pipe cannot be replaced, only written to.
             path.write_bytes(content)
             return
@@ -45,6 +47,32 @@ def write_atomically(path: Path | str, content: bytes) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def check_room(path: Path, size: int = 1 << 16) -> None:
+    """Try whether `size` bytes can be written to `path`, and leave nothing of them; an AquaError where they cannot."""
+    zeros = bytes(min(size, 1 << 20))
+    try:
+        if path.is_char_device() and not _is_terminal(path):
+            path.write_bytes(b"\n")
+        if _is_stream(path):
+            return
+        with tempfile.TemporaryFile(dir=path.resolve().parent) as file:
+            for start in range(0, size, len(zeros)):
+                file.write(zeros[: size - start])
+    except OSError as error:
+        remedy = f"give a file in a folder that is writable and has {size / 1e6:.1f} MB free"
+        raise AquaError(f"cannot write {path} ({error.strerror or error}): {remedy}") from error
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether a path is a device or a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _is_terminal(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.isatty()
 
 
 def remove_leftovers(path: Path | str) -> None:

@@ -1,41 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a run is, on the error stream: a bar on a terminal or in a notebook, elsewhere some lines."""
+"""How far a run is, on the error stream: a bar a step on a terminal or in a notebook, elsewhere some lines."""
 
+from __future__ import annotations
+
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 Progress = Callable[[int, int], None]
 """Called as progress(done, in all)."""
-LINES = 10
-"""At most so many more lines than one in a run, so that a log stays short."""
+LINE_SECONDS = 30.0
+"""Between two lines of progress."""
 
 
 @contextmanager
-def shown(name: str) -> Iterator[Progress]:
-    """While open, show what is done under a name, such as "calibrate"."""
+def progress_bars() -> Iterator[Callable[[str, float, int], None]]:
+    """A bar a step, with the time left, moved by progress(name, done, total); lines where there is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not (console.is_terminal or console.is_jupyter):
-        yield lines(name)
+        yield _progress_lines()
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    tasks: dict[str, Any] = {}
     # A step may take minutes; from the last half minute alone there would be no estimate then.
-    with Progress(*columns, console=console, speed_estimate_period=600) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(*columns, console=console, speed_estimate_period=600) as bars:
+
+        def report(name: str, done: float, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield report
 
 
-def lines(name: str) -> Progress:
-    """Print a line at the beginning, at the end, and at each tenth in between."""
-    printed: set[int] = set()
+@contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[float, int], None]]:
+    """One bar, moved by progress(done, total)."""
+    with progress_bars() as report:
+        yield partial(report, name)
 
-    def progress(done: int, total: int) -> None:
-        part = LINES * done // max(total, 1)
-        if part not in printed:
-            printed.add(part)
-            print(f"{name}: {done} of {total}", file=sys.stderr, flush=True)
 
-    return progress
+def _progress_lines() -> Callable[[str, float, int], None]:
+    """What writes a line when a step begins and when it ends, and between them one every `LINE_SECONDS`."""
+    begun: dict[str, float] = {}
+    due: dict[str, float] = {}
+
+    def report(name: str, done: float, total: int) -> None:
+        now = time.monotonic()
+        start = begun.setdefault(name, now)
+        if now >= due.get(name, now) or (done >= total and due[name] < math.inf):
+            due[name] = now + LINE_SECONDS if done < total else math.inf  # an end is said once
+            passed = f", {now - start:.0f} s" if now - start >= 1 else ""
+            print(f"{name}: {done:g} of {total}{passed}", file=sys.stderr, flush=True)
+
+    return report
