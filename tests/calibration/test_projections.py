@@ -119,7 +119,7 @@ def test_basis_none_rotates_nothing_and_can_be_changed_both_ways():
 
 
 def test_an_unknown_basis_is_refused():
-    with pytest.raises(AquaError, match="basis is 'pca': it must be one of aqua, none"):
+    with pytest.raises(AquaError, match="basis is 'pca': it must be one of aqua, svd, none"):
         make().with_basis("pca")
 
 

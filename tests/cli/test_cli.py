@@ -297,7 +297,7 @@ MODEL_ERRORS = {
     "selection": (["--selection", "best"], r"selection is 'best': it must be one of magnitude, weighted, static"),
     "share": (["--share", "all"], r"share is 'all': it must be one of head, group"),
     "sink": (["--sink", "-1"], r"sink is -1"),
-    "basis": (["--basis", "pca"], r"basis is 'pca': it must be one of aqua, none"),
+    "basis": (["--basis", "pca"], r"basis is 'pca': it must be one of aqua, svd, none"),
     "data": (["--data", "nowhere.txt"], r"nowhere.txt"),
     "context": (["--context", "1"], r"context is 1: it must be at least 2"),
     "long context": (["--context", "512"], r"context is 512: the model knows 256 positions"),
@@ -431,3 +431,37 @@ def test_a_full_disk_behind_standard_output_is_one_line(tmp_path, projections_fi
 def test_json_to_a_device_leaves_the_device(aqua, projections_file):
     assert aqua("inspect", projections_file, "--json", "/dev/null")[0] == 0
     assert not Path("/dev/null").is_file()
+
+
+def test_a_learned_basis_is_calibrated_and_inspected(aqua, tiny_folder, text_file, tmp_path):
+    path = tmp_path / "learned.safetensors"
+    sizes = ("--tokens", 512, "--context", 64, "--basis", "learned", "--positions", "0:200")
+    code, out, err = aqua("calibrate", tiny_folder, "--data", text_file, *sizes, "-o", path)
+    assert code == 0, err
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["learned.safetensors"]
+    projections = Projections.load(path)
+    assert (projections.basis, projections.calibration["last_position"]) == ("learned", 200)
+    code, out, _ = aqua("inspect", path)
+    assert code == 0
+    for said in ("held-out loss", "of the singular vectors'", "positions up to 200", "loss to svd's"):
+        assert said in out
+    code, out, _ = aqua(
+        "eval", "perplexity", tiny_folder, "-p", path, "--data", text_file, "--tokens", 128, "--context", 64
+    )
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--basis", "pca"), "basis is 'pca': it must be svd or learned"),
+        (("--positions", "5:9"), "positions is '5:9': it must be 0:LAST, such as 0:32768"),
+        (("--positions", "0:400"), "positions go to 400: the model knows 256, choose at most that"),
+        (("--positions", "0:32"), "positions go to 32, and a window has 64: choose at least that"),
+    ],
+)
+def test_a_basis_or_positions_that_cannot_be_are_one_line(aqua, tiny_folder, text_file, tmp_path, options, message):
+    given = ("--tokens", 512, "--context", 64, *options, "-o", tmp_path / "p.safetensors")
+    code, _, err = aqua("calibrate", tiny_folder, "--data", text_file, *given)
+    assert (code, err.strip()) == (2, f"error: {message}")
+    assert list(tmp_path.iterdir()) == []

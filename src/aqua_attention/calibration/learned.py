@@ -169,14 +169,16 @@ class _Learning:
         layers, held = {}, {}
         for learner, shaped in zip(self._learners, self._shapes.values(), strict=True):
             best = sorted_by_energy(learner.best, learner.held, learner.covariance)
-            spread = spread_along(best, learner.covariance)
+            spreads = spread_along(best, learner.covariance)
             sizes = [layer.num_key_value_heads for layer in shaped]
             parts = zip(
-                *(each.cpu().split(sizes) for each in (best, spread, learner.loss, learner.origin)), strict=True
+                *(each.cpu().split(sizes) for each in (best, spreads, learner.loss, learner.origin)), strict=True
             )
             for layer, (rotation, along, loss, origin) in zip(shaped, parts, strict=True):
                 statistics = self.base.statistics[layer.index]
-                layers[layer.index] = layer_projection(statistics, rotation.contiguous(), along.contiguous())
+                # Of a layer whose keys all lie in the exact window nothing is known but their mean square.
+                spread = along.contiguous() if bool(along.all()) else None
+                layers[layer.index] = layer_projection(statistics, rotation.contiguous(), spread)
                 names = [ORIGINS[place] for place in origin.tolist()]
                 held[layer.index] = {"loss": [round(each, 4) for each in loss.tolist()], "from": names}
         facts = {"objective": "divergence and output", "windows": self.count, "last_position": self.last_position}

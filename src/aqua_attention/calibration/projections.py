@@ -119,8 +119,8 @@ class Projections:
             basis: "aqua", as calibrated; "svd", the singular vectors, though others were learned; "none", not rotated,
                 as SparQ; "key-pca", as Loki.
         """
-        own = basis == "aqua" or (basis == "svd" and self.basis == "aqua") or basis == self.basis
         name = "aqua" if basis == "svd" else basis
+        own = self.basis in (basis, name) or (basis == "aqua" and self.basis == LEARNED)
         return self if own else Projections.from_statistics(self.statistics, self.model, self.calibration, name)
 
     @property
