@@ -329,7 +329,7 @@ def test_a_step_with_gradients_or_without_a_prompt(graphs, models):
 
 
 def test_a_version_of_transformers_that_says_less():
-    reason = GenerateCaches(lambda room: None, lambda: None)._why_not_given({"batch_size": 1})
+    reason = GenerateCaches(lambda room: None, lambda: None, aqua.AquaConfig())._why_not_given({"batch_size": 1})
     assert "does not say generation_config, model_kwargs, generation_mode, max_cache_length" in reason
     assert remedy_of(reason) == "install transformers 5.16"
 

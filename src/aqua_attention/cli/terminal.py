@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the command talks to the terminal: bars, tables and results."""
+"""How the command talks to the terminal: tables and results, mistakes in a line, and how it ends."""
 
 from __future__ import annotations
 
