@@ -19,6 +19,8 @@ from aqua_attention.calibration.sample import Sample, joined
 RATE, MOMENTUM, SCALE_DECAY = 0.006, 0.9, 0.99
 BATCH, KEPT = 64, 4
 """Queries in a step, drawn from the samples of the last few windows."""
+MEASURES = (1.0, 1.0)
+"""How much the divergence of the softmax counts, and the error of the head's output."""
 EVALUATED = 128
 """Queries evaluated at once."""
 
@@ -125,9 +127,10 @@ class Learner:
 
     def _relative(self, losses: Tensor) -> Tensor:
         """Losses of each head in one number, 1 for the singular vectors; [heads]."""
-        weights = losses.new_tensor([target.weight for target in TARGETS])
+        weights = losses.new_tensor(MEASURES)[:, None] * losses.new_tensor([target.weight for target in TARGETS])
         # Where nothing is lost, nothing is better.
-        return (((losses + 1e-12) / (self._base + 1e-12)).mean(0) * weights[:, None]).sum(0) / weights.sum()
+        relative = (losses + 1e-12) / (self._base + 1e-12)
+        return torch.einsum("mth,mt->h", relative, weights) / weights.sum()
 
     def losses(self, sample: Sample, rotation: Tensor) -> Tensor:
         """Mean loss of each head for each target, by divergence and by output, [2, targets, heads]."""

@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""What each choice in learning a basis is worth: KL to dense attention with one choice changed at a time.
+
+    python benchmarks/basis_ablation.py MODEL --data CALIBRATION --test wiki.txt --length 2048 --length 8192
+
+Settings: weighted, exact 4 + 64. A row a variant and length. Seconds are those of the second pass.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import aqua_attention as aqua
+from aqua_attention.calibration import learned, learning, sample
+from aqua_attention.calibration.learning import Target
+from aqua_attention.calibration.positions import begins, placed
+from aqua_attention.calibration.projections import Projections, layer_projection
+from aqua_attention.calibration.run import CalibrationRun
+from aqua_attention.data.text import load_text, token_windows, tokenize
+from aqua_attention.evaluate.setting import Setting, Subject, first_windows
+from aqua_attention.evaluate.suites.perplexity import DenseLogits, evaluate_perplexity
+from aqua_attention.model.sides import TEXT
+
+SETTINGS = ({"k_ratio": 0.5}, {"k_ratio": 0.25}, {"k_ratio": 0.75}, {"k_ratio": 0.5, "share": "head"})
+ONE = (Target(0.5, "group", 1.0),)
+GROUPS = tuple(Target(ratio, "group", 1.0) for ratio in (0.25, 0.5, 0.75))
+VARIANTS: dict[str, list[tuple[ModuleType, str, Any]]] = {
+    "as it is": [],
+    "divergence only": [(learning, "MEASURES", (1.0, 0.0))],
+    "output only": [(learning, "MEASURES", (0.0, 1.0))],
+    "0.5 group only": [(learning, "TARGETS", ONE)],
+    "three k, groups, equal weights": [(learning, "TARGETS", GROUPS)],
+    "without s_ratio": [(learning, "TARGETS", learning.TARGETS[:-1])],
+    "rate 0.002": [(learning, "RATE", 0.002)],
+    "rate 0.02": [(learning, "RATE", 0.02)],
+    "128 queries a step": [(learning, "BATCH", 128)],
+    "samples of one window": [(learning, "KEPT", 1), (learned, "RECENT", 1)],
+    "32 queries a window": [(learned, "QUERIES", 32)],
+    "24 + 24 keys a query": [(sample, "KEYS", 24)],
+}
+
+
+@contextmanager
+def changed(changes: list[tuple[ModuleType, str, Any]]) -> Iterator[None]:
+    """While open, constants of modules have other values."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+def by_mean_square(projections: Projections) -> Projections:
+    """The same rotations, chosen by the mean square of keys, not by how they vary under attention."""
+    layers = {
+        index: layer_projection(projections.statistics[index], layer.rotation)
+        for index, layer in projections.layers.items()
+    }
+    return replace(projections, layers=layers)
+
+
+def main() -> None:
+    """Learn each variant, and measure it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", required=True, help="calibration text")
+    parser.add_argument("--test", required=True, help="a text to test on")
+    parser.add_argument("--length", type=int, action="append", required=True, help="tokens of a tested window")
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a calibration window")
+    parser.add_argument("--tokens", type=int, default=20480, help="tokens tested a length")
+    parser.add_argument("--learn-tokens", type=int, default=98304, help="calibration tokens")
+    parser.add_argument("--last-position", type=int, help="windows are read at positions up to this")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="only this one; may be repeated")
+    given = parser.parse_args()
+    model, tokenizer = aqua.load_model(given.model, dtype="float32")
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    ids, prefix = tokenize(tokenizer, load_text(given.data))
+    windows = token_windows(ids, tokens=given.learn_tokens, context=given.context, seed=0, prefix=prefix)
+    last = given.last_position or given.context
+    places = begins(model, len(windows), context=given.context, last=last)
+    run = CalibrationRun(model, "", None, None, 10.0, False, False)
+    start = run.learn([placed(*each) for each in zip(windows, places, strict=True)], {TEXT}, {})
+    subject = Subject("", model, tokenizer, start, text=load_text(given.test))
+    tokens = tokenize(tokenizer, subject.text)
+    tested = {each: first_windows(model, tokens, max(given.tokens, each), each) for each in given.length}
+    dense = {each: DenseLogits() for each in given.length}
+    settings = [Setting(aqua.AquaConfig(**each)) for each in SETTINGS]
+    print("variant, length: KL at 0.5 group, 0.25 group, 0.75 group, 0.5 head (to the singular vectors)")
+    bases: dict[int, list[float]] = {}
+
+    def show(name: str, projections: Projections, seconds: float) -> None:
+        for length in given.length:
+            found = evaluate_perplexity(
+                replace(subject, projections=projections), settings, tested[length], dense_logits=dense[length]
+            )
+            kl = [row["kl"] for row in found["rows"]]
+            base = bases.setdefault(length, kl)
+            cells = ", ".join(f"{each:.4f} ({each / first:.2f})" for each, first in zip(kl, base, strict=True))
+            print(f"{name}, {length}: {cells}; {seconds:.0f} s", flush=True)
+
+    show("singular vectors", start, 0)
+    for name in given.variant or VARIANTS:
+        began = time.perf_counter()
+        with changed(VARIANTS[name]):
+            found = learned.learn(model, start, windows, last_position=last)
+        show(name, found, time.perf_counter() - began)
+        if name == "as it is":
+            show("chosen by mean square", by_mean_square(found), 0)
+
+
+if __name__ == "__main__":
+    main()
