@@ -41,7 +41,7 @@ VARIANTS: dict[str, list[tuple[ModuleType, str, Any]]] = {
     "rate 0.002": [(learning, "RATE", 0.002)],
     "rate 0.02": [(learning, "RATE", 0.02)],
     "128 queries a step": [(learning, "BATCH", 128)],
-    "samples of one window": [(learning, "KEPT", 1), (learned, "RECENT", 1)],
+    "samples of one window": [(learning, "KEPT", 1), (learned, "KEPT", 1)],
     "32 queries a window": [(learned, "QUERIES", 32)],
     "24 + 24 keys a query": [(sample, "KEYS", 24)],
 }

@@ -8,9 +8,9 @@ import torch
 import transformers as tf
 
 import aqua_attention as aqua
-from aqua_attention.calibration import learned
+from aqua_attention.calibration import learned, learning
 from aqua_attention.calibration.learned import learn
-from aqua_attention.calibration.learning import ORIGINS, TARGETS, Learner
+from aqua_attention.calibration.learning import ORIGINS, TARGETS, Learner, losses
 from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.projections import Projections, spectrum
 from aqua_attention.calibration.sample import Sample, draw
@@ -20,7 +20,7 @@ from aqua_attention.ops.plan import Call
 from aqua_attention.ops.reference import attention_probabilities
 from conftest import SHAPE, VOCABULARY, calibrated, make_gemma3, make_llama, make_qwen3, subject_of
 
-CONTEXT = 128
+CONTEXT = 144
 
 
 def make(config, model, **changes):
@@ -34,11 +34,12 @@ def make_neox():
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    for name, value in (("LEAST_WINDOWS", 6), ("QUERIES", 48), ("QUERIES_HELD", 48), ("STEPS", 4), ("CONSIDERED", 2)):
+    for name, value in (("LEAST_READ", 6), ("QUERIES", 48), ("QUERIES_HELD", 96), ("STEPS", 8), ("CONSIDERED", 2)):
         monkeypatch.setattr(learned, name, value)
+    monkeypatch.setattr(learning, "MARGIN", 0.0)
 
 
-def windows(count=6, seed=1):
+def windows(count=8, seed=1):
     return torch.randint(2, VOCABULARY, (count, CONTEXT), generator=torch.Generator().manual_seed(seed))
 
 
@@ -124,20 +125,64 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(svd, tmp_path, after)
         learn(*svd, windows(), checkpoint=path, seed=3)
 
 
+@pytest.mark.parametrize(("method", "call"), [("see", 3), ("step", 10), ("consider", 2)])
+def test_an_interrupt_in_the_middle_of_a_window_loses_no_bit(svd, tmp_path, monkeypatch, method, call):
+    expected, path, calls = learn(*svd, windows()), tmp_path / "state", []
+    original = getattr(Learner, method)
+
+    def interrupted(self, *given):
+        result = original(self, *given)
+        calls.append(given)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, method, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            learn(*svd, windows(), checkpoint=path)
+    found = learn(*svd, windows(), checkpoint=path)
+    for index, layer in expected.layers.items():
+        assert torch.equal(found.layers[index].rotation, layer.rotation)
+        assert torch.equal(found.layers[index].key_spread, layer.key_spread)
+
+
+def test_the_loss_in_the_file_is_that_of_what_the_file_holds(svd, monkeypatch):
+    """Measured again on what was held out, from rotations and spreads alone."""
+    kept = []
+    original = Learner.chosen
+    monkeypatch.setattr(Learner, "chosen", lambda self: (kept.append(self), original(self))[1])
+    found = learn(*svd, windows(12))
+    (learner,) = kept
+    own = [found.layers[index] for index in sorted(found.layers)]
+    now, base = (
+        losses(learner.held, torch.cat([each.rotation for each in own]), torch.cat([each.key_spread for each in own])),
+        losses(learner.held, learner.start, learner.start_spread),
+    )
+    weights = torch.tensor([target.weight for target in TARGETS])
+    relative = ((now / base).mean(0) * weights[:, None]).sum(0) / weights.sum()
+    assert torch.allclose(relative, torch.tensor(held_out(found)), atol=1e-3)
+    assert float(relative.max()) <= 1 + 1e-6
+    origins = [origin for layer in found.calibration["learned"]["held_out"].values() for origin in layer["from"]]
+    assert "learned" in origins
+    for layer in own:
+        assert torch.allclose(layer.key_spread.norm(dim=-1), layer.key_rms.norm(dim=-1), rtol=1e-4)
+
+
 def test_calibrate_stops_and_goes_on_in_both_passes(tmp_path, word_tokenizer, words):
-    model, options = make_llama(), {"tokens": 512, "context": 64, "basis": "learned", "last_position": 200}
+    model, options = make_llama(), {"tokens": 1440, "context": 144, "basis": "learned", "last_position": 200}
     expected = aqua.calibrate(model, word_tokenizer, words, progress=False, **options)
 
     def stopping(at):
         def progress(done, total):
-            assert total == 8 + 7
+            assert total == 10 + 8
             if done == at:
                 raise KeyboardInterrupt
 
         return progress
 
     path = tmp_path / "p.partial"
-    for at, resume in ((3, False), (11, True)):
+    for at, resume in ((3, False), (14, True)):
         with pytest.raises(KeyboardInterrupt):
             aqua.calibrate(
                 model, word_tokenizer, words, checkpoint=path, resume=resume, progress=stopping(at), **options
@@ -146,6 +191,7 @@ def test_calibrate_stops_and_goes_on_in_both_passes(tmp_path, word_tokenizer, wo
         aqua.calibrate(model, word_tokenizer, words, checkpoint=path, **options)
     found = aqua.calibrate(model, word_tokenizer, words, checkpoint=path, resume=True, progress=False, **options)
     assert torch.equal(found.layers[2].rotation, expected.layers[2].rotation)
+    assert "learned" in str(found.calibration["learned"]["held_out"])
     assert found.calibration["last_position"] == 200
 
 
@@ -193,8 +239,10 @@ def test_without_a_spread_a_file_is_damaged(svd, tmp_path):
 
 
 def test_what_cannot_be_learned_is_refused(svd):
-    with pytest.raises(aqua.AquaError, match=r"there is 1 window: a basis is learned from 2 or more"):
+    with pytest.raises(aqua.AquaError, match=r"there are 1 window to learn a basis from: 8 are needed, read more"):
         learn(*svd, windows(1))
+    with pytest.raises(aqua.AquaError, match=r"context is 64: nearly all of it lies in the exact window of 4 \+ 64"):
+        learn(*svd, windows(8)[:, :64])
     encoder = make(tf.BertConfig, tf.BertModel)
     with pytest.raises(aqua.AquaError, match=r"is no decoder of text: a basis is learned for decoders, use svd"):
         learn(encoder, calibrated(encoder), windows())
@@ -221,9 +269,8 @@ def test_losses_of_a_sample_that_holds_all_keys_are_those_of_attention():
     sample = draw(call, 16, seed=0)
     places = torch.randint(10, 40, (16,), generator=torch.Generator().manual_seed(0))
     rotation = torch.linalg.qr(torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(3))).Q
-    learner = Learner(rotation, sample, sample.covariance(), call.scaling)
-    found = learner.losses(sample, rotation)
     spread = torch.einsum("hji,hjk,hki->hi", rotation, sample.covariance(), rotation).sqrt()
+    found = losses(sample, rotation, spread)
     query = (call.query.view(2, 3, 40, 8) @ rotation[:, None]).view(1, 6, 40, 8)
     key = call.key @ rotation
     energy = (query.view(2, 3, 40, 8) * spread[:, None, None]).square().sum(1, keepdim=True)
@@ -259,6 +306,35 @@ def test_what_is_drawn_weighs_as_much_as_all_that_it_stands_for(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_window")
+def test_an_extra_logit_takes_its_share_and_a_soft_limit_is_refused():
+    call = one_call()
+    plain, shared = draw(call, 8, 0), draw(call._replace(s_aux=torch.full((6,), 6.0)), 8, 0)
+    assert float(shared.weight.sum()) < 0.5 * float(plain.weight.sum())
+    with pytest.raises(aqua.AquaError, match=r"soft limit \(softcap\): use svd"):
+        draw(call._replace(softcap=1.0), 8, 0)
+
+
+def test_layers_of_images_are_joined_to_learned_ones_of_text(svd):
+    model, start = svd
+    names = [f"layers.{index}" for index in range(3)]
+    found = learn(model, start, windows())
+
+    def part(projections, first):
+        rows = [[first + row[0], *row[1:]] for row in projections.model["shape"]["layers"]]
+        shape = projections.model["shape"] | {"layers": rows, "names": [f"{first}.{name}" for name in names]}
+        moved = {
+            name: {first + index: each for index, each in getattr(projections, name).items()}
+            for name in ("layers", "statistics")
+        }
+        return replace(projections, model=projections.model | {"shape": shape}, **moved)
+
+    both = part(found, 0).merged(part(start, 10))
+    assert (both.basis, sorted(both.layers)) == ("learned", [0, 1, 2, 10, 11, 12])
+    assert both.calibration["learned"]["held_out"] == found.calibration["learned"]["held_out"]
+    assert torch.equal(both.layers[10].key_spread, start.layers[0].key_rms)
+
+
+@pytest.mark.usefixtures("small_window")
 def test_windows_of_a_layer_and_padding_hide_keys():
     call = one_call(length=32)
     token = torch.arange(32)
@@ -275,15 +351,17 @@ def test_a_head_for_which_none_is_best_is_not_rotated():
     """Queries and keys along axes: any other basis spreads them."""
     generator = torch.Generator().manual_seed(0)
     axis = torch.randint(8, (1, 64, 1), generator=generator)
-    query = torch.nn.functional.one_hot(axis, 8).float() * 4
+    query = torch.nn.functional.one_hot(axis, 8).float() * 2
     key = torch.randn(1, 64, 12, 8, generator=generator).bfloat16()
     weight = torch.full((1, 64, 1, 12), 1 / 13)
     sample = Sample(query, key, key, weight, torch.zeros(1, 64, 1, 8))
     start = torch.linalg.qr(torch.randn(1, 8, 8, generator=generator)).Q
-    learner = Learner(start, sample, sample.covariance(), 8**-0.5)
-    assert ORIGINS[learner.origin[0]] == "none"
-    assert float(learner.loss[0]) < 1
-    assert torch.equal(learner.best[0].abs().sum(0), torch.ones(8))
+    learner = Learner(start, torch.ones(1, 8), sample)
+    learner.see(sample)
+    chosen = learner.chosen()
+    assert ORIGINS[chosen.origin[0]] == "none"
+    assert float(chosen.loss[0]) < 0.97
+    assert torch.equal(chosen.rotation[0].abs().sum(0), torch.ones(8))
 
 
 class TestPositions:
@@ -315,6 +393,12 @@ class TestPositions:
     def test_positions_that_cannot_be(self, llama, last, message):
         with pytest.raises(aqua.AquaError, match=message):
             begins(llama[0], 4, context=128, last=last)
+
+    def test_a_model_that_counts_positions_itself_is_refused(self):
+        model = make(tf.BartConfig, tf.BartForCausalLM, decoder_layers=2, decoder_attention_heads=4, d_model=64)
+        with pytest.raises(aqua.AquaError, match=r"takes no position_ids: leave positions out"):
+            begins(model, 4, context=64, last=200)
+        assert begins(model, 4, context=64, last=None) == [None] * 4
 
     def test_learned_positions_are_not_relative(self):
         options = {"ffn_dim": 96, "word_embed_proj_dim": 64, "init_std": 0.3, "dropout": 0.0}

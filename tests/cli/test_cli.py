@@ -433,14 +433,20 @@ def test_json_to_a_device_leaves_the_device(aqua, projections_file):
     assert not Path("/dev/null").is_file()
 
 
-def test_a_learned_basis_is_calibrated_and_inspected(aqua, tiny_folder, text_file, tmp_path):
+def test_a_learned_basis_is_calibrated_and_inspected(aqua, tiny_folder, text_file, tmp_path, monkeypatch):
+    from aqua_attention.calibration import learned, learning
+
+    for name, value in (("LEAST_READ", 6), ("QUERIES", 48), ("QUERIES_HELD", 96), ("STEPS", 16)):
+        monkeypatch.setattr(learned, name, value)
+    monkeypatch.setattr(learning, "MARGIN", 0.0)
     path = tmp_path / "learned.safetensors"
-    sizes = ("--tokens", 512, "--context", 64, "--basis", "learned", "--positions", "0:200")
+    sizes = ("--tokens", 1152, "--context", 144, "--basis", "learned", "--positions", "0:200")
     code, out, err = aqua("calibrate", tiny_folder, "--data", text_file, *sizes, "-o", path)
     assert code == 0, err
     assert sorted(each.name for each in tmp_path.iterdir()) == ["learned.safetensors"]
     projections = Projections.load(path)
     assert (projections.basis, projections.calibration["last_position"]) == ("learned", 200)
+    assert "learned" in str(projections.calibration["learned"]["held_out"])
     code, out, _ = aqua("inspect", path)
     assert code == 0
     for said in ("held-out loss", "of the singular vectors'", "positions up to 200", "loss to svd's"):

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,28 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from aqua_attention.calibration.learning import ORIGINS, STATE, Learner, sorted_by_energy, spread_along
+from aqua_attention.calibration.learning import KEPT, ORIGINS, STATE, Learner
 from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.projections import LEARNED, Projections, layer_projection
-from aqua_attention.calibration.sample import Sample, draw, joined
+from aqua_attention.calibration.sample import KEYS, RECENT, SINK, Sample, draw, joined
 from aqua_attention.errors import AquaError
 from aqua_attention.io.state import RunState
 from aqua_attention.io.tensors import Stored, write_tensors
-from aqua_attention.model import capture
+from aqua_attention.model import capture, interface
 from aqua_attention.ops.plan import Call
 
 KIND = "aqua_attention_learning"
-QUERIES = 256
-"""Queries drawn from a window; of one held out `QUERIES_HELD`."""
-QUERIES_HELD = 96
+QUERIES, QUERIES_HELD = 256, 768
+"""Queries drawn from a window, and from all windows held out together, unless they take more memory than `MOST_BYTES`
+and three times that."""
+MOST_BYTES = 1 << 30
 STEPS = 8
 """Steps a window."""
-LEAST_WINDOWS = 40
-"""Windows read at least; with fewer in the text, the same ones are read at other positions."""
+LEAST_WINDOWS, LEAST_READ = 8, 40
+"""Windows that are needed, and windows read at least: with fewer in the text they are read again."""
+LEAST_CONTEXT = 2 * (SINK + RECENT)
 MOST_HELD, HELD_SHARE = 8, 6
 CONSIDERED = 8
 """Windows after which the present rotation is measured on what was held out."""
-RECENT = 4
 
 
 def learn(
@@ -50,6 +52,8 @@ def learn(
 ) -> Projections:
     """Rotations that lose less than those of `projections`; for heads where none was found, the same.
 
+    Memory: three samples of `MOST_BYTES` at most, and `KEPT` of them, where the model is.
+
     Args:
         projections: of the same model, by singular vectors.
         windows: token ids, [count, context]. One in six is held out; its loss decides what is kept.
@@ -58,67 +62,93 @@ def learn(
         progress: called as progress(windows done, windows in all).
 
     Raises:
-        AquaError: too few windows, layers that are not causal, positions that the model lacks, NaN.
+        AquaError: as of `check_learnable`, positions that the model lacks, scores with a soft limit, a checkpoint of
+            another run.
     """
-    run = _Learning(model, projections, windows, last_position, seed)
-    state = _State(checkpoint, run.identity, seconds=checkpoint_seconds)
-    done = run.begin(state.load(run.sizes))
-    try:
-        for index in range(done, run.count):
-            run.visit(index)
-            done = index + 1
-            state.keep(done, run.tensors())
-            if progress:
-                progress(done, run.count)
-    except KeyboardInterrupt:
-        state.save(done, run.tensors())
-        raise
-    return run.projections()
+    found = [layer for layer in capture.attention_layers(model) if layer.index in projections.layers]
+    check_learnable(type(model).__name__, found, windows)
+    with torch.inference_mode(False), torch.no_grad(), interface.looking_at(model):
+        run = _Learning(model, projections, found, windows, last_position, seed)
+        state = _State(checkpoint, run.identity, seconds=checkpoint_seconds)
+        # Tensors are never written in place, so that an interrupt finds the state between two windows.
+        kept = run.begin(state.load(run.sizes)), run.tensors()
+        try:
+            for index in range(kept[0], run.count):
+                run.visit(index)
+                kept = index + 1, run.tensors()
+                state.keep(*kept)
+                if progress:
+                    progress(index + 1, run.count)
+        except KeyboardInterrupt:
+            state.save(*kept)
+            raise
+        return run.projections()
+
+
+def check_learnable(name: str, layers: Sequence[capture.AttentionLayer], windows: Tensor) -> None:
+    """Raise AquaError where no basis can be learned: other layers than a decoder's, or too little to read."""
+    count, context = windows.shape
+    if any(not layer.causal for layer in layers):
+        raise AquaError(f"{name} is no decoder of text: a basis is learned for decoders, use svd")
+    if count < LEAST_WINDOWS:
+        few = f"{count} window" + "s" * (count != 1)
+        raise AquaError(f"there are {few} to learn a basis from: {LEAST_WINDOWS} are needed, read more tokens")
+    if context < LEAST_CONTEXT:
+        raise AquaError(
+            f"context is {context}: nearly all of it lies in the exact window of {SINK} + {RECENT} tokens, where "
+            f"nothing is lost; learn a basis from windows of {LEAST_CONTEXT} or more"
+        )
 
 
 def windows_held(count: int) -> int:
     """How many of so many windows are held out."""
-    return min(MOST_HELD, max(1, count // HELD_SHARE))
+    return min(MOST_HELD, max(2, count // HELD_SHARE))
 
 
 def windows_read(count: int) -> int:
     """How many windows `learn` reads, some of them again, where it is given so many."""
-    return max(count - windows_held(count), LEAST_WINDOWS)
+    return max(count - windows_held(count), LEAST_READ)
 
 
 class _Learning:
     """One run: the heads of all layers of the same shape are learned together."""
 
     def __init__(
-        self, model: PreTrainedModel, projections: Projections, windows: Tensor, last_position: int | None, seed: int
+        self,
+        model: PreTrainedModel,
+        projections: Projections,
+        layers: list[capture.AttentionLayer],
+        windows: Tensor,
+        last_position: int | None,
+        seed: int,
     ) -> None:
-        self.model, self.base, self.seed = model, projections, seed
-        found = [layer for layer in capture.attention_layers(model) if layer.index in projections.layers]
-        if any(not layer.causal for layer in found):
-            raise AquaError(f"{type(model).__name__} is no decoder of text: a basis is learned for decoders, use svd")
-        if len(windows) < 2:
-            raise AquaError(f"there is {len(windows)} window: a basis is learned from 2 or more, read more tokens")
-        held = windows_held(len(windows))
+        self.model, self.base, self.seed, self.last_position = model, projections, seed, last_position
+        self._layers, self._learners = layers, list[Learner]()
+        count, context = windows.shape
+        held = windows_held(count)
         # Spread over the text, as the others are.
-        which = {round((index + 0.5) * len(windows) / held) for index in range(held)}
+        which = {int((index + 0.5) * count / held) for index in range(held)}
+        self.count, self._distinct = windows_read(count), count - held
+        others = [window for index, window in enumerate(windows) if index not in which]
+        rounds = -(-self.count // len(others))
+        chooser = random.Random(seed)
+        order = [each for _ in range(rounds) for each in chooser.sample(range(len(others)), len(others))]
+        self._windows = [others[index] for index in order[: self.count]]
         self._held = [window for index, window in enumerate(windows) if index in which]
-        learned = [window for index, window in enumerate(windows) if index not in which]
-        self.count = windows_read(len(windows))
-        self._windows = [learned[index % len(learned)] for index in range(self.count)]
-        context = windows.shape[1]
-        self.last_position = last_position or context
-        options = {"context": context, "last": self.last_position}
-        self._begins = begins(model, self.count, seed=seed, **options)
-        self._held_begins = begins(model, len(self._held), seed=seed, **options)
+        placing: dict[str, Any] = {"context": context, "last": last_position, "seed": seed}
+        self._begins = begins(model, self.count, **placing)
+        self._held_begins = begins(model, held, **placing)
         self._shapes: dict[tuple[int, int], list[capture.AttentionLayer]] = {}
-        for layer in found:
+        for layer in layers:
             group = layer.num_attention_heads // layer.num_key_value_heads
             self._shapes.setdefault((group, layer.head_dim), []).append(layer)
-        self._layers, self._scaling = found, dict[nn.Module, float]()
-        self._learners: list[Learner] = []
         self.sizes = [
-            (sum(layer.num_key_value_heads for layer in layers), dim) for (_, dim), layers in self._shapes.items()
+            (sum(layer.num_key_value_heads for layer in shaped), dim) for (_, dim), shaped in self._shapes.items()
         ]
+        # A query has its keys and values in bfloat16.
+        most = MOST_BYTES // (8 * KEYS * sum(heads * dim for heads, dim in self.sizes))
+        self._queries = max(1, min(QUERIES, most))
+        self._queries_held = max(1, min(QUERIES_HELD, 3 * most) // held)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -131,24 +161,24 @@ class _Learning:
 
     def begin(self, stored: tuple[int, list[dict[str, Tensor]]] | None) -> int:
         """Draw what is held out, and take up what is stored; returns the windows done."""
-        held = self._joined(
-            self._read(window, begin, QUERIES_HELD, -1 - index)
-            for index, (window, begin) in enumerate(zip(self._held, self._held_begins, strict=True))
-        )
-        self._learners = []
-        for sample, layers in zip(held, self._shapes.values(), strict=True):
-            device = sample.query.device
-            start = torch.cat([self.base.layers[layer.index].rotation for layer in layers]).to(device)
-            self._learners.append(Learner(start, sample, sample.covariance(), self._scaling[layers[0].module]))
+        places = enumerate(zip(self._held, self._held_begins, strict=True))
+        held = _joined(self._read(*each, self._queries_held, -1 - index) for index, each in places)
+        for sample, shaped in zip(held, self._shapes.values(), strict=True):
+            own = [self.base.layers[layer.index] for layer in shaped]
+            start, spread = (
+                torch.cat(each).to(sample.query.device)
+                for each in ([layer.rotation for layer in own], [layer.key_rms for layer in own])
+            )
+            self._learners.append(Learner(start, spread, sample))
         if stored is None:
             return 0
         done, tensors = stored
-        for index in range(max(0, done - RECENT), done):
+        for index in range(max(0, done - KEPT), done):
             self._see(index)
         for learner, values in zip(self._learners, tensors, strict=True):
             for name, value in values.items():
                 setattr(learner, name, value.to(learner.start.device))
-            learner.windows, learner.steps = 1 + done, done * STEPS
+            learner.windows, learner.steps = done, done * STEPS
         return done
 
     def visit(self, index: int) -> None:
@@ -165,58 +195,52 @@ class _Learning:
         return [{name: getattr(learner, name) for name in STATE} for learner in self._learners]
 
     def projections(self) -> Projections:
-        """The best rotations found, trailing dimensions those that matter least."""
+        """The best rotation for each head, trailing dimensions those that matter least."""
         layers, held = {}, {}
         for learner, shaped in zip(self._learners, self._shapes.values(), strict=True):
-            best = sorted_by_energy(learner.best, learner.held, learner.covariance)
-            spreads = spread_along(best, learner.covariance)
             sizes = [layer.num_key_value_heads for layer in shaped]
-            parts = zip(
-                *(each.cpu().split(sizes) for each in (best, spreads, learner.loss, learner.origin)), strict=True
-            )
-            for layer, (rotation, along, loss, origin) in zip(shaped, parts, strict=True):
-                statistics = self.base.statistics[layer.index]
-                # Of a layer whose keys all lie in the exact window nothing is known but their mean square.
-                spread = along.contiguous() if bool(along.all()) else None
-                layers[layer.index] = layer_projection(statistics, rotation.contiguous(), spread)
+            parts = zip(*(each.cpu().split(sizes) for each in learner.chosen()), strict=True)
+            for layer, (rotation, spread, loss, origin) in zip(shaped, parts, strict=True):
+                tensors = rotation.contiguous(), spread.contiguous()
+                layers[layer.index] = layer_projection(self.base.statistics[layer.index], *tensors)
                 names = [ORIGINS[place] for place in origin.tolist()]
                 held[layer.index] = {"loss": [round(each, 4) for each in loss.tolist()], "from": names}
-        facts = {"objective": "divergence and output", "windows": self.count, "last_position": self.last_position}
-        facts |= {"seed": self.seed, "held_out": {str(index): held[index] for index in sorted(held)}}
+        facts = {"objective": "divergence and output", "windows": self._distinct, "windows_read": self.count}
+        facts |= {"last_position": self.last_position, "seed": self.seed}
+        facts |= {"held_out": {str(index): held[index] for index in sorted(held)}}
         ordered = {index: layers[index] for index in self.base.layers}
         return replace(self.base, layers=ordered, basis=LEARNED, calibration=self.base.calibration | {LEARNED: facts})
 
     def _see(self, index: int) -> None:
-        read = self._read(self._windows[index], self._begins[index], QUERIES, index)
+        read = self._read(self._windows[index], self._begins[index], self._queries, index)
         for learner, sample in zip(self._learners, read, strict=True):
             learner.see(sample)
 
     def _number(self, index: int) -> int:
+        """A seed for one draw."""
         return (self.seed * 1_000_003 + index) % (1 << 62)
 
-    def _read(self, window: Tensor, begin: int, queries: int, index: int) -> list[Sample]:
+    def _read(self, window: Tensor, begin: int | None, queries: int, index: int) -> list[Sample]:
         """A sample of one window for each shape of heads."""
         samples: dict[nn.Module, Sample] = {}
         wanted = {layer.module for layer in self._layers}
 
         def see(module: nn.Module, call: Call) -> None:
             if module in wanted:
-                samples[module] = draw(call, queries, self._number(2 * index + 1 << 20))
-                self._scaling[module] = call.scaling
+                # Apart from the numbers of steps.
+                samples[module] = draw(call, queries, self._number(index + (1 << 40)))
 
-        model = self.model
-        with torch.no_grad(), capture.watched(model, see), capture.evaluation_mode(model):
-            capture.run_encoder_or_decoder(model, self._layers, placed(window, begin))
+        with capture.watched(self.model, see), capture.evaluation_mode(self.model):
+            capture.run_encoder_or_decoder(self.model, self._layers, placed(window, begin))
         found = []
-        for layers in self._shapes.values():
-            device = samples[layers[0].module].query.device
-            parts = [Sample(*(each.to(device) for each in samples[layer.module])) for layer in layers]
-            found.append(joined(parts, 0))
+        for shaped in self._shapes.values():
+            device = samples[shaped[0].module].query.device
+            found.append(joined([Sample(*(each.to(device) for each in samples[layer.module])) for layer in shaped], 0))
         return found
 
-    @staticmethod
-    def _joined(read: Iterable[list[Sample]]) -> list[Sample]:
-        return [joined(list(each), 1) for each in zip(*read, strict=True)]
+
+def _joined(read: Iterable[list[Sample]]) -> list[Sample]:
+    return [joined(list(each), 1) for each in zip(*read, strict=True)]
 
 
 class _State(RunState):
@@ -229,9 +253,8 @@ class _State(RunState):
         stored, done = content
         tensors = []
         for place, (heads, dim) in enumerate(sizes):
-            shapes = dict.fromkeys(STATE, (heads, dim, dim)) | {"loss": (heads,), "origin": (heads,)}
-            kinds = dict.fromkeys(STATE, torch.float32) | {"origin": torch.int64}
-            tensors.append({name: stored.take(f"{place}.{name}", kinds[name], *shapes[name]) for name in STATE})
+            shapes = dict.fromkeys(STATE, (heads, dim, dim)) | {"loss": (heads,)}
+            tensors.append({name: stored.take(f"{place}.{name}", torch.float32, *shapes[name]) for name in STATE})
         stored.finish()
         return done, tensors
 

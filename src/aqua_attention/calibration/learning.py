@@ -8,6 +8,7 @@ Rotations stay orthogonal, because each step multiplies them by the exponential 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,11 +24,13 @@ MEASURES = (1.0, 1.0)
 """How much the divergence of the softmax counts, and the error of the head's output."""
 EVALUATED = 128
 """Queries evaluated at once."""
-
-
+MARGIN = 0.03
+"""A rotation must lose so much less than the singular vectors, or these are kept: the held-out sample is small."""
+NOT_MEASURED = 1e30
+"""In place of a loss; a file holds no infinity."""
 ORIGINS = ("svd", "none", "learned")
 """Where a head's rotation comes from."""
-STATE = ("rotation", "momentum", "scale", "best", "loss", "origin", "covariance")
+STATE = ("rotation", "momentum", "scale", "best", "loss", "covariance")
 """Attributes of a `Learner` that change; samples are drawn again."""
 
 
@@ -53,36 +56,49 @@ TARGETS = (
 )
 
 
+class Chosen(NamedTuple):
+    """What is kept of some heads.
+
+    Attributes:
+        rotation: [heads, head_dim, head_dim], the dimensions that matter most first.
+        spread: what "weighted" selection multiplies queries by, [heads, head_dim].
+        loss: on the sample that chose, relative to the singular vectors, [heads].
+        origin: places in `ORIGINS`, [heads].
+    """
+
+    rotation: Tensor
+    spread: Tensor
+    loss: Tensor
+    origin: Tensor
+
+
 @dataclass
 class Learner:
     """Rotations of some key-value heads that are learned together.
 
     Attributes:
-        start: the singular vectors, [heads, head_dim, head_dim].
-        held: a sample that no step sees. It decides for each head which rotation is the best so far.
-        covariance: of keys under attention, see `Sample.covariance`, mean over `windows` windows.
+        start, start_spread: the singular vectors, [heads, head_dim, head_dim], and the root mean square of keys along
+            them, [heads, head_dim]: what a file of singular vectors holds.
+        held: a sample that no step sees. It decides for each head which rotation is kept.
+        covariance: of keys under attention, see `Sample.covariance`, mean over the `windows` read.
         rotation: the present one; momentum, scale: of its steps; steps: taken.
-        best: the best rotation so far; loss: its loss on `held` relative to `start`, [heads]; origin: whether it is the
-            start, not rotated, or learned, a place in `ORIGINS`.
+        best: the best rotation so far; loss: its loss on `held`, relative to the singular vectors.
     """
 
     start: Tensor
+    start_spread: Tensor
     held: Sample
-    covariance: Tensor
-    scaling: float
-    windows: int = 1
+    windows: int = 0
     steps: int = 0
 
     def __post_init__(self) -> None:
-        """Begin at the singular vectors, or where no rotation is better."""
+        """Begin at the singular vectors."""
         self.rotation, self.best = self.start.clone(), self.start.clone()
         self.momentum, self.scale = torch.zeros_like(self.start), torch.zeros_like(self.start)
-        self.loss = torch.ones(len(self.start), device=self.start.device)
-        self.origin = torch.zeros_like(self.loss, dtype=torch.int64)
-        self._base = self.losses(self.held, self.start)
+        self.covariance = torch.zeros_like(self.start)
+        self.loss = self.start.new_full((len(self.start),), NOT_MEASURED)
+        self._base = losses(self.held, self.start, self.start_spread)
         self._recent: list[Sample] = []
-        unrotated = torch.eye(self.start.shape[-1], device=self.start.device).expand_as(self.start)
-        self._keep_better(sorted_by_energy(unrotated, self.held, self.covariance), ORIGINS.index("none"))
 
     def see(self, sample: Sample) -> None:
         """Take in what one window gave."""
@@ -95,18 +111,15 @@ class Learner:
         counts = [each.query.shape[1] for each in self._recent]
         chosen = torch.randint(sum(counts), (BATCH,), generator=torch.Generator().manual_seed(seed))
         parts = torch.split(torch.arange(sum(counts)), counts)
-        batch = joined(
-            [
-                each.take((chosen[(chosen >= part[0]) & (chosen <= part[-1])] - part[0]).to(each.query.device))
-                for each, part in zip(self._recent, parts, strict=True)
-            ],
-            1,
-        )
+        taken = [chosen[(chosen >= part[0]) & (chosen <= part[-1])] - part[0] for part in parts]
+        recent = zip(self._recent, taken, strict=True)
+        batch = joined([each.take(which.to(self.start.device)) for each, which in recent], 1)
         with torch.enable_grad():
             turn = torch.zeros_like(self.rotation).requires_grad_()
             # The derivative at zero of the exponential that the step multiplies by.
             turned = self.rotation + self.rotation @ (turn - turn.transpose(-1, -2))
-            (gradient,) = torch.autograd.grad(self._relative(self.losses(batch, turned)).sum(), turn)
+            found = self._relative(losses(batch, turned, spread_along(self.rotation, self.covariance)))
+            (gradient,) = torch.autograd.grad(found.sum(), turn)
         self.steps += 1
         self.momentum = MOMENTUM * self.momentum + (1 - MOMENTUM) * gradient
         self.scale = SCALE_DECAY * self.scale + (1 - SCALE_DECAY) * gradient.square()
@@ -115,31 +128,50 @@ class Learner:
         self.rotation = self.rotation @ torch.matrix_exp(-RATE * (1 - progress) * mean / size)
 
     def consider(self) -> None:
-        """Keep the present rotation for the heads for which it is the best so far."""
+        """Remember the present rotation for the heads for which it is the best so far."""
         self.rotation = _orthogonal(self.rotation)
-        self._keep_better(self.rotation, ORIGINS.index("learned"))
-
-    def _keep_better(self, rotation: Tensor, origin: int) -> None:
-        found = self._relative(self.losses(self.held, rotation))
+        found = self._held_loss(self.rotation)
         better = found < self.loss
-        self.loss, self.origin = torch.where(better, found, self.loss), self.origin.masked_fill(better, origin)
-        self.best = torch.where(better[:, None, None], rotation, self.best)
+        self.loss = torch.where(better, found, self.loss)
+        self.best = torch.where(better[:, None, None], self.rotation, self.best)
 
-    def _relative(self, losses: Tensor) -> Tensor:
+    def chosen(self) -> Chosen:
+        """For each head the best of the rotation learned, none, and the singular vectors, measured as they are kept."""
+        dim = self.start.shape[-1]
+        unrotated = torch.eye(dim, dtype=self.start.dtype, device=self.start.device).expand_as(self.start)
+        found = Chosen(self.start, self.start_spread, torch.ones_like(self.loss), torch.zeros_like(self.loss).long())
+        for origin, rotation in (("none", unrotated), ("learned", self.best)):
+            turned = sorted_by_energy(rotation, self.held, self.covariance)
+            loss = self._held_loss(turned)
+            better = loss < torch.clamp(found.loss, max=1 - MARGIN)
+            spread = spread_along(turned, self.covariance)
+            # As long as before, so that `logit_error` means the same.
+            spread = spread * (self.start_spread.norm(dim=-1) / spread.norm(dim=-1).clamp_min(1e-30))[:, None]
+            found = Chosen(
+                torch.where(better[:, None, None], turned, found.rotation),
+                torch.where(better[:, None], spread, found.spread),
+                torch.where(better, loss, found.loss),
+                found.origin.masked_fill(better, ORIGINS.index(origin)),
+            )
+        return found
+
+    def _held_loss(self, rotation: Tensor) -> Tensor:
+        return self._relative(losses(self.held, rotation, spread_along(rotation, self.covariance)))
+
+    def _relative(self, found: Tensor) -> Tensor:
         """Losses of each head in one number, 1 for the singular vectors; [heads]."""
-        weights = losses.new_tensor(MEASURES)[:, None] * losses.new_tensor([target.weight for target in TARGETS])
+        weights = found.new_tensor(MEASURES)[:, None] * found.new_tensor([target.weight for target in TARGETS])
         # Where nothing is lost, nothing is better.
-        relative = (losses + 1e-12) / (self._base + 1e-12)
-        return torch.einsum("mth,mt->h", relative, weights) / weights.sum()
+        return torch.einsum("mth,mt->h", (found + 1e-12) / (self._base + 1e-12), weights) / weights.sum()
 
-    def losses(self, sample: Sample, rotation: Tensor) -> Tensor:
-        """Mean loss of each head for each target, by divergence and by output, [2, targets, heads]."""
-        spread, count = spread_along(rotation, self.covariance), sample.query.shape[1]
-        if torch.is_grad_enabled():
-            return _losses(sample, rotation, spread, self.scaling)
-        parts = [sample.take(slice(start, start + EVALUATED)) for start in range(0, count, EVALUATED)]
-        found = [part.query.shape[1] / count * _losses(part, rotation, spread, self.scaling) for part in parts]
-        return torch.stack(found).sum(0)
+
+def losses(sample: Sample, rotation: Tensor, spread: Tensor) -> Tensor:
+    """Mean loss of each head for each target, by divergence and by output, [2, targets, heads]."""
+    count = sample.query.shape[1]
+    if torch.is_grad_enabled():
+        return _losses(sample, rotation, spread)
+    parts = [sample.take(slice(start, start + EVALUATED)) for start in range(0, count, EVALUATED)]
+    return torch.stack([part.query.shape[1] / count * _losses(part, rotation, spread) for part in parts]).sum(0)
 
 
 def spread_along(rotation: Tensor, covariance: Tensor) -> Tensor:
@@ -156,12 +188,12 @@ def sorted_by_energy(rotation: Tensor, sample: Sample, covariance: Tensor) -> Te
     return rotation.gather(-1, order[:, None].expand_as(rotation))
 
 
-def _losses(sample: Sample, rotation: Tensor, spread: Tensor, scaling: float) -> Tensor:
+def _losses(sample: Sample, rotation: Tensor, spread: Tensor) -> Tensor:
     query, key = sample.query @ rotation[:, None], sample.key.float() @ rotation[:, None]
     heads, count, group, dim = query.shape
     dropped = torch.stack([query.masked_fill(_kept(query.detach(), spread, target), 0.0) for target in TARGETS], 2)
     change = (dropped.view(heads, count, -1, dim) @ key.transpose(-1, -2)).view(heads, count, len(TARGETS), group, -1)
-    change, weight = -scaling * change, sample.weight[:, :, None]
+    change, weight = -change, sample.weight[:, :, None]
     attention = weight * change.clamp(max=60).exp()
     total = (1 - weight.sum(-1) + attention.sum(-1)).clamp_min(1e-30)
     divergence = total.log() - (weight * change).sum(-1)
@@ -172,7 +204,7 @@ def _losses(sample: Sample, rotation: Tensor, spread: Tensor, scaling: float) ->
 
 def _kept(query: Tensor, spread: Tensor, target: Target) -> Tensor:
     """Which dimensions are multiplied, boolean, shape of `query`; as `select_dimensions` with "weighted" chooses."""
-    count = max(1, round(target.ratio * query.shape[-1]))
+    count = math.ceil(target.ratio * query.shape[-1])
     if target.kind == "stored":
         return (torch.arange(query.shape[-1], device=query.device) < count).expand_as(query)
     energy = (query * spread[:, None, None]).square()

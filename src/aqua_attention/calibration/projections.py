@@ -34,12 +34,13 @@ class LayerProjection:
     """The basis of one layer, and how large queries and keys are along each of its dimensions.
 
     Attributes:
-        rotation: orthogonal, [num_key_value_heads, head_dim, head_dim]; columns by falling energy; float32.
+        rotation: orthogonal, [num_key_value_heads, head_dim, head_dim]; columns by falling energy, of a
+            learned basis by what dropping them would cost; float32.
         key_rms, query_rms: root mean square of rotated keys and queries over the calibration text, not centred,
             [num_key_value_heads, head_dim]; float32.
         key_mean, key_std: mean and standard deviation of rotated keys, [num_key_value_heads, head_dim]; float32.
-        key_spread: how large the keys are that a query attends to along each dimension, which "weighted" selection and
-            `logit_error` read, [num_key_value_heads, head_dim]; float32. It is `key_rms`, but in a learned basis.
+        key_spread: what "weighted" selection and `logit_error` read, [num_key_value_heads, head_dim]; float32. It is
+            `key_rms`; in a learned basis how keys vary under attention, as long as `key_rms` for each head.
         energy: share of the squared length of queries and keys together along each dimension,
             [num_key_value_heads, head_dim]; sums to 1; float32.
     """
@@ -121,7 +122,10 @@ class Projections:
         """
         name = "aqua" if basis == "svd" else basis
         own = self.basis in (basis, name) or (basis == "aqua" and self.basis == LEARNED)
-        return self if own else Projections.from_statistics(self.statistics, self.model, self.calibration, name)
+        if not own and basis == LEARNED:
+            raise AquaError("these projections were not learned: calibrate with --basis learned")
+        calibration = {fact: value for fact, value in self.calibration.items() if fact != LEARNED}
+        return self if own else Projections.from_statistics(self.statistics, self.model, calibration, name)
 
     @property
     def fits(self) -> str:
@@ -145,10 +149,11 @@ class Projections:
                 names = [map(str, shape.get("names") or [row[0] for row in shape["layers"]]) for shape in shapes]
                 said = [f"{text} (layers {', '.join(each)})" for text, each in zip(said, names, strict=True)]
             raise AquaError(f"projections of different models cannot be merged: {' and '.join(said)}")
-        if self.basis != other.basis:
+        bases = {self.basis, other.basis}
+        if len(bases) > 1 and not (are_parts and bases == {"aqua", LEARNED}):
             verb = "joined" if are_parts else "merged"
             raise AquaError(f"projections in different bases cannot be {verb}: {self.basis} and {other.basis}")
-        if self.basis == LEARNED and not are_parts:
+        if LEARNED in bases and not are_parts:
             raise AquaError("learned projections cannot be merged: learn on both texts with `aqua calibrate`")
         parts = [self.calibration, other.calibration]
         sums = {name: sum(part.get(name, 0) for part in parts) for name in ("tokens", "inputs", "images")}
@@ -187,12 +192,16 @@ class Projections:
             layers += zip(shape["layers"], shape["names"], weights, strict=True)
         rows, names, weights = map(list, zip(*sorted(layers, key=lambda layer: layer[0][0]), strict=True))
         shape = {"model_type": self.model["shape"]["model_type"], "layers": rows, "names": names}
+        learned = [part.calibration[LEARNED] for part in (self, other) if LEARNED in part.calibration]
+        if learned:
+            held = {index: facts for each in learned for index, facts in each["held_out"].items()}
+            read = read | {LEARNED: learned[0] | {"held_out": held}}
         return Projections(
             dict(sorted((self.layers | other.layers).items())),
             dict(sorted((self.statistics | other.statistics).items())),
             self.model | {"shape": shape, "key_weights": None if None in weights else weights},
             read,
-            self.basis,
+            LEARNED if learned else self.basis,
         )
 
     def covered(self, layers: list[AttentionLayer]) -> list[AttentionLayer]:

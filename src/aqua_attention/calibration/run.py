@@ -20,7 +20,7 @@ from aqua_attention.calibration.checkpoint import (
     room_for,
     second_checkpoint,
 )
-from aqua_attention.calibration.learned import learn, windows_read
+from aqua_attention.calibration.learned import check_learnable, learn, windows_read
 from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.projections import LEARNED, SVD, Projections
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, warn_of_few
@@ -109,6 +109,7 @@ def calibrate(
     warn_of_windows(windows, tokens)
     read: Tensor | list[Inputs] = windows
     if last_position is not None:
+        last_position = whole_number("last_position", last_position)
         places = begins(model, len(windows), context=windows.shape[1], last=last_position, seed=seed or 0)
         read = [placed(*each) for each in zip(windows, places, strict=True)]
     facts = {"text_sha256": text_digest(text), "tokens": windows.numel(), "context": windows.shape[1]}
@@ -118,6 +119,8 @@ def calibrate(
     identity = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
     if basis == SVD:
         return run.learn(read, {TEXT}, facts, identity)
+    check_learnable(type(model).__name__, run.reached({TEXT}), windows)
+    run.keeps_end = True
     with _watched(progress) as told:
         first, second = (None, None) if told is None else _in_turn(told, len(windows), windows_read(len(windows)))
         run.progress = first
@@ -186,6 +189,8 @@ class CalibrationRun:
     checkpoint_seconds: float
     resume: bool
     progress: Progress | bool | None
+    keeps_end: bool = False
+    """Whether the state is kept when all is read, too: a second pass follows."""
 
     def __post_init__(self) -> None:
         """Find the layers; nothing is read yet."""
@@ -197,6 +202,14 @@ class CalibrationRun:
                 check_no_unfinished(Path(self.checkpoint))
         self.found, self.gaps = capture.layers_and_gaps(self.model)
 
+    def reached(self, given: Collection[str]) -> list[capture.AttentionLayer]:
+        """The layers of these sides of the model that are to be calibrated; AquaError where there are none."""
+        reached = [layer for layer in self.found if layer.side in given]
+        if not reached:
+            reason = "; ".join(self.gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
+            raise AquaError(f"{type(self.model).__name__} cannot be calibrated on this: {reason}")
+        return capture.chosen_layers(reached, self.layers, self.gaps)
+
     def learn(
         self, windows: Tensor | Sequence[Inputs], given: Collection[str], facts: Facts, identity: Facts | None = None
     ) -> Projections:
@@ -207,11 +220,7 @@ class CalibrationRun:
             facts: the provenance to record.
             identity: what else tells this run from another when it is resumed; not recorded.
         """
-        reached = [layer for layer in self.found if layer.side in given]
-        if not reached:
-            reason = "; ".join(self.gaps) or f"it does not read {' and '.join(sorted(given)) or 'that'}"
-            raise AquaError(f"{type(self.model).__name__} cannot be calibrated on this: {reason}")
-        chosen = capture.chosen_layers(reached, self.layers, self.gaps)
+        chosen = self.reached(given)
         name, key_weights = self.name or self.model.config._name_or_path, key_weight_digest(chosen)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
         if self.checkpoint is not None:
@@ -221,6 +230,8 @@ class CalibrationRun:
         keeper = Checkpoint(self.checkpoint, run | facts | (identity or {}), seconds=self.checkpoint_seconds)
         with _watched(self.progress) as progress:
             statistics = collect(self.model, windows, layers=chosen, checkpoint=keeper, progress=progress)
+        if self.keeps_end:
+            keeper.save(statistics, len(windows))
         warn_of_few(statistics)
         tokens = {"tokens": max(layer.key_count for layer in statistics.values())}
         of_model = {"name": name, "shape": shape, "key_weights": key_weights}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aqua_attention.errors import AquaError
 from aqua_attention.ops.plan import Call
 
 SINK, RECENT = 4, 64
@@ -22,7 +23,7 @@ class Sample(NamedTuple):
     """Queries of some key-value heads, which may be of several layers, with their keys outside the exact window.
 
     Attributes:
-        query: [heads, queries, group, head_dim], float32.
+        query: times the factor of the scores, [heads, queries, group, head_dim], float32.
         key: [heads, queries, keys, head_dim]; value: [heads, queries, keys, value_dim]; both bfloat16.
         weight: attention that each key stands for, [heads, queries, group, keys], float32. The heaviest keys are there
             themselves. The others are drawn by their weight, and stand for all that are not there.
@@ -56,15 +57,23 @@ class Sample(NamedTuple):
 
 
 def draw(call: Call, queries: int, seed: int) -> Sample:
-    """A sample of one attention call of one sequence: `queries` of them, at places that the seed chooses."""
+    """A sample of one attention call of one sequence: `queries` of them, at places that the seed chooses.
+
+    An AquaError where scores have a soft limit, since dropped products then do more than add.
+    """
+    if call.softcap is not None:
+        raise AquaError("a basis is not learned for scores with a soft limit (softcap): use svd")
     device, length = call.query.device, call.query.shape[2]
     generator = torch.Generator(device).manual_seed(seed)
     places = torch.randint(min(FIRST, length // 2), length, (queries,), generator=generator, device=device)
     key, value = call.key[0].float(), call.value[0].float()
-    query = call.query[0].reshape(len(key), -1, *call.query.shape[2:])[:, :, places].float()
+    query = call.query[0].reshape(len(key), -1, *call.query.shape[2:])[:, :, places].float() * call.scaling
     visible, outside = _seen(call, places)
-    scores = (query @ key[:, None].transpose(-1, -2) * call.scaling).masked_fill(~visible, -torch.inf)
-    attention = scores.softmax(-1)
+    scores = (query @ key[:, None].transpose(-1, -2)).masked_fill(~visible, -torch.inf)
+    if call.s_aux is not None:  # takes part in the softmax, and has no value
+        extra = call.s_aux.float().reshape(len(key), -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, extra], -1)
+    attention = scores.softmax(-1)[..., : key.shape[1]]
     inside = (attention * ~outside) @ value[:, None]
     attention = attention * outside
     chosen, weight = _chosen(attention, outside, generator)

@@ -18,7 +18,7 @@ from aqua_attention.cli.terminal import stoppable
 from aqua_attention.config import DEFAULT_PRESET, PRESETS, AquaConfig, Knob, knobs
 from aqua_attention.errors import AquaError
 
-BASIS = Knob("aqua; to compare: none (not rotated) or key-pca (keys alone)", default="aqua")
+BASIS = Knob("aqua (as calibrated); to compare: svd, none (not rotated) or key-pca (keys alone)", default="aqua")
 """No knob of `AquaConfig`: a setting has it beside them."""
 PRESET = Annotated[str, f"A setting by name: {', '.join(PRESETS)}; options that you give change it."]
 _CONTEXT = "typer_context"

@@ -80,7 +80,7 @@ class LayerPlan:
         rotation: [num_key_value_heads, head_dim, width], leading columns of the layer's rotation; float32 for the
             kernels. Width is `kept`, or head_dim where tokens of the exact window keep every dimension.
         key_rms: root mean square of each rotated key dimension over the calibration text, not centred,
-            [num_key_value_heads, kept].
+            [num_key_value_heads, kept]; of a learned basis its `key_spread`.
         config: the settings of this layer. `min_length` is a number.
         scaling: factor of the scores, where a call names none.
         key_scale, key_mean: standard deviation and mean of rotated keys, [num_key_value_heads, kept]: 8- and 4-bit keys

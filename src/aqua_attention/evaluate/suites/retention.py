@@ -80,14 +80,14 @@ def evaluate_retention(
         length = key.shape[2]
         first = length // 2 if layer.causal else 0
         places = torch.linspace(first, length - 1, min(queries, length), device=key.device).long()
-        rotation, key_rms = projection.rotation.to(key.device), projection.key_rms.to(key.device)
+        rotation, spread = projection.rotation.to(key.device), projection.key_spread.to(key.device)
         q, k = rotate(query[:, :, places].float(), rotation), rotate(key.float(), rotation)
         last = places if layer.causal else torch.full_like(places, length - 1)
         visible = torch.arange(length, device=key.device) <= last[:, None]
         dense = _scores(q, k, scaling)
         dense_centred, dense_softmax = _centred(dense, visible), _softmax(dense, visible)
         for config, by_layer in zip(configs, losses, strict=True):
-            selected = select_dimensions(q, LayerPlan.of(rotation, key_rms, config))
+            selected = select_dimensions(q, LayerPlan.of(rotation, spread, config))
             scores = dense if selected is None else _scores(torch.where(selected, q, 0), k, scaling)
             missing = (_centred(scores, visible) - dense_centred).square().sum(-1)
             score_loss = (missing / dense_centred.square().sum(-1).clamp_min(1e-30)).mean((0, -1))
