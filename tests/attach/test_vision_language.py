@@ -184,9 +184,10 @@ def test_joined_parts_of_models_with_two_names_warn():
     images = [{"pixel_values": prompt["pixel_values"]}]
     with pytest.warns(UserWarning, match="calibrated on 'one' and on 'other': they are for one model only if"):
         text.merged(aqua.calibrate_inputs(model, images, name="other"))
+    of_one = aqua.calibrate_inputs(model, images, name="one")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        text.merged(aqua.calibrate_inputs(model, images, name="one"))
+        text.merged(of_one)
 
 
 def unnamed(model, layers):
