@@ -337,3 +337,47 @@ def test_a_gradient_goes_back_through_the_keys_that_are_read():
     layer.keys[:, :, :2].sum().backward()
     assert torch.allclose(keys.grad[:, :, :2], torch.ones(1, 2, 2, 16), atol=1e-5)
     assert not keys.grad[:, :, 2:].any()
+
+
+LONG = 32
+"""More tokens than the probe at attach has."""
+
+
+class CopyingAttention(LlamaAttention):
+    """Llama's, but beyond some tokens its attention is called once more, with a copy of the keys."""
+
+    def forward(self, hidden_states, *args, past_key_values=None, **kwargs):
+        written = []
+
+        class Once:
+            def update(_, *states, **options):
+                if written:
+                    return written[0].clone(), written[1]
+                written[:] = past_key_values.update(*states, **options)
+                return tuple(written)
+
+        given = None if past_key_values is None else Once()
+        found = super().forward(hidden_states, *args, past_key_values=given, **kwargs)
+        if written and written[0].shape[2] > LONG:
+            found = super().forward(hidden_states, *args, past_key_values=given, **kwargs)
+        return found
+
+
+@pytest.mark.parametrize("kind", ["growing", "plain", "tiled"])
+def test_keys_that_are_copied_after_they_were_attended_to_are_refused(kind):
+    model = make_llama()
+    projections = calibrated(model)
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = CopyingAttention
+    with aqua.apply(model, projections, DENSE) as attachment:
+        options = {} if kind == "growing" else {"max_length": 64, "layout": kind}
+        with pytest.raises(aqua.AquaError, match=r"attends to a copy, or a part, of the keys"):
+            logits(model, tokens(LONG + 4), past_key_values=attachment.new_cache(**options))
+
+
+def test_values_that_change_in_a_long_prompt_are_refused_by_tiles():
+    model = changing(lambda key, value, new: (key, 2 * value if key.shape[2] > LONG else value))
+    with aqua.apply(model, calibrated(model), DENSE) as attachment:
+        cache = attachment.new_cache(64, layout="tiled")
+        with pytest.raises(aqua.AquaError, match=r"the tiled layout"):
+            logits(model, tokens(LONG + 4), past_key_values=cache)

@@ -19,9 +19,9 @@ from aqua_attention.report.verdict import RULE, TOLERANCE, verdicts
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-def measured(change, ratio=0.5, **fields):
+def measured(change, ratio=0.5, *, kl=0.001, **fields):
     """A record of a setting that changes perplexity by so much."""
-    result = samples.losses(ratio) | {"perplexity": 20 * (1 + change), "perplexity_change": change}
+    result = samples.losses(ratio) | {"perplexity": 20 * (1 + change), "perplexity_change": change, "kl": kl}
     return samples.record("perplexity", AquaConfig.paper(k_ratio=ratio, **fields), result)
 
 
@@ -41,11 +41,16 @@ def test_the_best_setting_is_the_cheapest_within_the_tolerance(tmp_path):
     (verdict,) = found(tmp_path, values)
     assert verdict.sentence == (
         "k_ratio 0.5 does 50% of dense attention's dot-product work and stores 100% of its cache bytes; perplexity "
-        "changes by +1.00%, needle: 9/10 right (dense 10/10)."
+        "changes by +1.00% (KL 0.0010), needle: 9/10 right (dense 10/10)."
     )
     shown = texts_of(verdict.panel.svg)
     assert {"50.0%", "100.0%", "101.0%", "90.0%", "dot-product work", "cache bytes"} <= set(shown)
     assert shown == texts_of(verdict.panel.wide)
+
+
+def test_a_perplexity_that_fell_by_chance_is_not_enough(tmp_path):
+    (verdict,) = found(tmp_path, [measured(-0.02, 0.25, kl=0.207), measured(0.001, 0.75, kl=0.02)])
+    assert verdict.sentence.startswith("k_ratio 0.75 does 75%")
 
 
 def test_what_is_stored_counts_beside_what_is_multiplied(tmp_path):
@@ -57,7 +62,7 @@ def test_what_is_stored_counts_beside_what_is_multiplied(tmp_path):
 def test_where_nothing_stays_within_the_tolerance_it_says_so(tmp_path):
     (verdict,) = found(tmp_path, [measured(0.5, 0.25), measured(0.02, 0.75)])
     assert verdict.panel is None
-    assert verdict.sentence.endswith("the nearest, k_ratio 0.75, changes it by +2.00%.")
+    assert verdict.sentence.endswith("the nearest, k_ratio 0.75, changes perplexity by +2.00%.")
     assert verdict.sentence.startswith("No setting that was measured stays within 1% of dense attention's perplexity")
 
 

@@ -38,7 +38,7 @@ from aqua_attention.cache.cache import (
 )
 from aqua_attention.cache.file import load_cache, save_cache
 from aqua_attention.cache.growing import RotatedLayer
-from aqua_attention.cache.layer import Recordable, forget_unread, layer_of
+from aqua_attention.cache.layer import Recordable, forget_handed_out, layer_of
 from aqua_attention.cache.stored import needs_own_cache
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.calibration.projections import Projections
@@ -312,7 +312,7 @@ class Attachment:
         """Say the positions of padded rows; make an empty cache rotate on write, where that is right."""
         if holder is not self._decoder:
             return args, kwargs
-        forget_unread()
+        forget_handed_out()
         given = dict(zip(self._forward_parameters, args, strict=False)) | kwargs
         if self._knows_positions and (positions := positions_of(given)) is not None:
             args, kwargs = put(self._forward_parameters, "position_ids", positions, (args, kwargs))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from aqua_attention.model.capture import AttentionLayer
-from aqua_attention.model.fingerprint import projected, same_projected
+from aqua_attention.model.fingerprint import are_equal, projected, same_projected
 from aqua_attention.ops.plan import LayerPlan
 
 
@@ -34,7 +34,7 @@ class Weights:
             plans[layer.module].projected = projected(layer)
 
     def look(self) -> None:
-        """Make new plans if weights or adapters are others now; it waits for the GPU once."""
+        """Make new plans if weights or adapters are others now; where nothing has, it waits for the GPU once."""
         if getattr(self._local, "looked", False):
             return
         with self._lock:
@@ -58,7 +58,7 @@ class Weights:
     def _renew(self) -> None:
         now = [projected(layer) for layer in self._layers]
         before = [self._plans[layer.module].projected for layer in self._layers]
-        if all(map(same_projected, now, before)):
+        if are_equal(now, before) or all(map(same_projected, now, before)):
             return
         digests = self._digests()
         for layer, made in zip(self._layers, now, strict=True):

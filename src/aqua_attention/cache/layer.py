@@ -48,13 +48,13 @@ class CacheLayer(Protocol):
         """
 
 
-class _Unread(local):
-    """Of each thread, the layer whose keys were handed to the model and have not come to its attention yet."""
+class _HandedOut(local):
+    """Of each thread, the layer whose keys were handed to the model last, in the forward pass that is under way."""
 
     layer: Any = None
 
 
-_unread = _Unread()
+_handed_out = _HandedOut()
 
 
 def layer_of(key: Tensor, plan: LayerPlan) -> CacheLayer:
@@ -64,9 +64,10 @@ def layer_of(key: Tensor, plan: LayerPlan) -> CacheLayer:
     drops its cache in silence. An AquaError if it was rotated under another plan, or is not the tensor that the layer
     has just handed out: a copy does not say whether it is rotated.
     """
-    unread, _unread.layer = _unread.layer, None
+    # It stays noted: a model may attend to these keys once more, to a copy then.
+    handed_out = _handed_out.layer
     layer: CacheLayer | None = getattr(key, "_aqua_layer", None)
-    if layer is None and unread is not None and unread.plan is plan:
+    if layer is None and handed_out is not None and handed_out.plan is plan:
         raise AquaError(
             f"layer {plan.index} attends to a copy, or a part, of the keys that its AQUA cache has handed out, which "
             "are rotated: pass them on as they come from Cache.update, or leave out the cache (use_cache=False)"
@@ -81,13 +82,13 @@ def layer_of(key: Tensor, plan: LayerPlan) -> CacheLayer:
 def tagged(keys: Tensor, layer: Any) -> Tensor:
     """The same keys, marked as rotated in `layer`, which the next attention of this thread should be to."""
     keys._aqua_layer = layer  # type: ignore[attr-defined]
-    _unread.layer = layer
+    _handed_out.layer = layer
     return keys
 
 
-def forget_unread() -> None:
-    """A forward pass begins: what an earlier one left when it failed means nothing."""
-    _unread.layer = None
+def forget_handed_out() -> None:
+    """A forward pass begins: what an earlier one has handed out means nothing."""
+    _handed_out.layer = None
 
 
 class Readable:

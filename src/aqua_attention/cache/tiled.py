@@ -129,6 +129,8 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
             )
         if self.decodes(call.query.shape[2]):
             return self._decode(call)
+        if self._new is not None:
+            check_handed_out(call.value, self._new[2], "the tiled layout")
         attended = attend_by_token(call, self.plan)
         # What is stored may be quantized; what was attended to is not.
         self.store(call.mask)

@@ -141,6 +141,7 @@ def calibrate(
     """
     check_writable("projections", output)  # before what has no name, such as ".", is given another
     partial = output.with_name(f"{output.name}.partial")
+    check_writable("checkpoint", partial)
     check_apart(output, partial, show.json)
     from aqua_attention.calibration.checkpoint import check_no_unfinished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run

@@ -2,7 +2,7 @@
 """Do these projections belong to this model? Its shape must be equal; its key weights should be."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -104,6 +104,16 @@ def projected(layer: AttentionLayer) -> Tensor | None:
     if (scale := _key_norm(layer)) is not None:
         parts.append(scale.float())
     return pad_sequence(parts, batch_first=True)
+
+
+def are_equal(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
+    """Whether many results of `projected` are equal to the last bit; they are compared at once, which is quick."""
+    if any(each is None for each in (*first, *second)):
+        return False
+    one, other = ([each.flatten() for each in many if each is not None] for many in (first, second))
+    shapes = [list(map(Tensor.size, many)) for many in (one, other)]
+    devices = {each.device for each in (*one, *other)}
+    return shapes[0] == shapes[1] and len(devices) == 1 and torch.equal(torch.cat(one), torch.cat(other))
 
 
 def same_projected(first: Tensor | None, second: Tensor | None) -> bool:
