@@ -118,7 +118,13 @@ def single(taken):
 def test_a_dataclass_is_an_option_a_field():
     taken, shown = given(single, "--name", "x", "--where", "y", "--dummy", 0.5, "--word", "auto", "--few", 3)
     assert taken == {"name": "x", "config": Dummy(dummy=0.5, word="auto", few=3), "place": Place("y", "none")}
-    for words in ("Its name.", "Where it is.", "A number or a word.", "aqua; to compare: none", "One of a few."):
+    for words in (
+        "Its name.",
+        "Where it is.",
+        "A number or a word.",
+        "aqua (as calibrated); to compare: svd",
+        "One of a few.",
+    ):
         assert words in shown
     assert str(given(single, "--name", "x", "--where", "y", "--word", "many")[0]).startswith(
         "word is 'many': it must be"
