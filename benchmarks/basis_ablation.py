@@ -88,7 +88,7 @@ def main() -> None:
     windows = token_windows(ids, tokens=given.learn_tokens, context=given.context, seed=0, prefix=prefix)
     last = given.last_position or given.context
     places = begins(model, len(windows), context=given.context, last=last)
-    run = CalibrationRun(model, "", None, None, 10.0, False, False)
+    run = CalibrationRun(model, progress=False)
     start = run.learn([placed(*each) for each in zip(windows, places, strict=True)], {TEXT}, {})
     subject = Subject("", model, tokenizer, start, text=load_text(given.test))
     tokens = tokenize(tokenizer, subject.text)

@@ -62,7 +62,7 @@ def main() -> None:
         return token_windows(ids, tokens=given.learn_tokens, context=context, seed=0, prefix=prefix)
 
     def svd(inputs) -> aqua.Projections:
-        return CalibrationRun(model, "", None, None, 10.0, False, None).learn(inputs, {TEXT}, {})
+        return CalibrationRun(model, progress=False).learn(inputs, {TEXT}, {})
 
     short, start = windows(2048), time.perf_counter()
     bases = {"svd": svd(short), "none": None}

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +42,27 @@ Facts = dict[str, Any]
 """JSON values by name."""
 
 
+class RunOptions(TypedDict, total=False):
+    """What every calibration takes; what is left out has the default of `CalibrationRun`.
+
+    Attributes:
+        name: recorded as the model's name; the one in its config unless given.
+        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
+        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (10, at the end of a window) and
+            on Ctrl-C. `checkpoint.discard` it once the projections are saved.
+        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
+        progress: True (the default) shows a bar, or lines where the error stream is no terminal, unless transformers'
+            bars are disabled. False shows nothing. A function is called as progress(windows done, windows in all).
+    """
+
+    name: str
+    layers: str | None
+    checkpoint: Path | str | None
+    checkpoint_seconds: float
+    resume: bool
+    progress: Progress | bool | None
+
+
 def calibrate(
     model: PreTrainedModel | os.PathLike[str] | str,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -52,12 +73,7 @@ def calibrate(
     seed: int | None = 0,
     basis: str = SVD,
     last_position: int | None = None,
-    name: str = "",
-    layers: str | None = None,
-    checkpoint: Path | str | None = None,
-    checkpoint_seconds: float = 10.0,
-    resume: bool = False,
-    progress: Progress | bool | None = True,
+    **options: Unpack[RunOptions],
 ) -> Projections:
     """Learn the projections of `model` from windows of `text`.
 
@@ -74,13 +90,7 @@ def calibrate(
             which takes a second pass, see `learned.learn`.
         last_position: half of the windows are read as if they lay later in a longer text, up to this position, so that
             one file serves short and long contexts; None: at the first positions, which is worse on longer texts.
-        name: recorded as the model's name; the one in its config unless given.
-        layers: only those whose name matches this pattern, such as "language_model.*"; the others stay dense.
-        checkpoint: a file that keeps the state of the run every `checkpoint_seconds` (at the end of a window) and on
-            Ctrl-C. `checkpoint.discard` it once the projections are saved.
-        resume: go on from `checkpoint` where it exists; the result is that of an uninterrupted run, bit for bit.
-        progress: True shows a bar, or lines where the error stream is no terminal, unless transformers' bars are
-            disabled. False shows nothing. A function is called as progress(windows done, windows in all).
+        options: see `RunOptions`.
 
     Raises:
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
@@ -95,14 +105,15 @@ def calibrate(
     if not isinstance(text, str):
         raise AquaError(f"text is {brief(text)}: give a string, or the Path of a file")
     if isinstance(model, str | os.PathLike):
-        name = name or os.fspath(model)
+        options["name"] = options.get("name") or os.fspath(model)
         model, own = load_model(model)
         tokenizer = own if tokenizer is None else tokenizer
     if not callable(tokenizer):
         raise AquaError(f"tokenizer is {brief(tokenizer)}: give the model's, AutoTokenizer.from_pretrained(its name)")
-    if basis == LEARNED and checkpoint is not None and not resume:
-        check_no_unfinished(second_checkpoint(checkpoint))
-    run = CalibrationRun(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
+    run = CalibrationRun(model, **options)
+    second_state = None if run.checkpoint is None else second_checkpoint(run.checkpoint)
+    if basis == LEARNED and second_state is not None and not run.resume:
+        check_no_unfinished(second_state)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
@@ -121,7 +132,7 @@ def calibrate(
         return run.learn(read, {TEXT}, facts, identity)
     check_learnable(type(model).__name__, run.reached({TEXT}), windows)
     run.keeps_end = True
-    with _watched(progress) as told:
+    with _watched(run.progress) as told:
         first, second = (None, None) if told is None else _in_turn(told, len(windows), windows_read(len(windows)))
         run.progress = first
         return learn(
@@ -130,8 +141,8 @@ def calibrate(
             windows,
             last_position=last_position,
             seed=seed or 0,
-            checkpoint=None if checkpoint is None else second_checkpoint(checkpoint),
-            checkpoint_seconds=checkpoint_seconds,
+            checkpoint=second_state,
+            checkpoint_seconds=run.checkpoint_seconds,
             progress=second,
         )
 
@@ -149,12 +160,7 @@ def calibrate_inputs(
     inputs: Sequence[Inputs] | Inputs,
     *,
     facts: dict[str, Any] | None = None,
-    name: str = "",
-    layers: str | None = None,
-    checkpoint: Path | str | None = None,
-    checkpoint_seconds: float = 10.0,
-    resume: bool = False,
-    progress: Progress | bool | None = True,
+    **options: Unpack[RunOptions],
 ) -> Projections:
     """Learn the projections of `model` from whatever it reads: images, or prompts with images in them.
 
@@ -164,12 +170,12 @@ def calibrate_inputs(
             that read them are calibrated; two calibrations of a vision-language model, on images and on text, become
             one by `Projections.merged`.
         facts: recorded in `calibration`, such as how many images these are.
-        name, layers, checkpoint, checkpoint_seconds, resume, progress: as of `calibrate`.
+        options: see `RunOptions`.
 
     Raises:
         AquaError: as of `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.
     """
-    run = CalibrationRun(model, name, layers, checkpoint, checkpoint_seconds, resume, progress)
+    run = CalibrationRun(model, **options)
     inputs = [inputs] if isinstance(inputs, Mapping) else inputs
     if not inputs:
         raise AquaError("there is nothing to calibrate on: give at least one input")
@@ -180,15 +186,15 @@ def calibrate_inputs(
 
 @dataclass
 class CalibrationRun:
-    """One calibration: of which layers, and where its state is kept; fields and errors as of `calibrate`."""
+    """One calibration: of which layers, and where its state is kept; see `RunOptions`, and `calibrate` for errors."""
 
     model: PreTrainedModel
-    name: str
-    layers: str | None
-    checkpoint: Path | str | None
-    checkpoint_seconds: float
-    resume: bool
-    progress: Progress | bool | None
+    name: str = ""
+    layers: str | None = None
+    checkpoint: Path | str | None = None
+    checkpoint_seconds: float = 10.0
+    resume: bool = False
+    progress: Progress | bool | None = True
     keeps_end: bool = False
     """Whether the state is kept when all is read, too: a second pass follows."""
 

@@ -17,12 +17,13 @@ from aqua_attention.cli.bench import benchmarks
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
 from aqua_attention.cli.options import (
+    Basis,
     Chat,
     Context,
     ModelOptions,
     ProjectionsFile,
+    Resuming,
     Serving,
-    last_position,
     load_projections,
 )
 from aqua_attention.cli.outputs import check_apart, check_writable
@@ -121,14 +122,12 @@ def calibrate(
     ] = None,
     tokens: Annotated[int | None, "How many tokens to read (default: 32768, with --basis learned 98304)."] = None,
     context: Context = 2048,
-    basis: Annotated[str, "svd: singular vectors, the paper's. learned: these turned until less is lost."] = "svd",
-    positions: Annotated[str | None, "0:LAST, such as 0:32768: read half of the windows as if they lay later."] = None,
+    basis: Basis,
     seed: Annotated[int, "Chooses the windows."] = 0,
     side: Side = None,
     images: Images = 256,
     layers: Layers = None,
-    resume: Annotated[bool, "--resume", "Go on where a killed run stopped."] = False,
-    checkpoint_seconds: Annotated[float, "How often the state is kept, in OUTPUT.partial."] = 10.0,
+    resuming: Resuming,
     model: ModelOptions,
     show: Show,
 ) -> None:
@@ -147,13 +146,13 @@ def calibrate(
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers
 
-    check_seconds(checkpoint_seconds)
-    if not resume:
+    check_seconds(resuming.checkpoint_seconds)
+    if not resuming.resume:
         check_no_unfinished(partial)
     elif not partial.exists():
         typer.echo(f"there is no {partial}: beginning at the first window", err=True)
-    options: dict[str, Any] = {"name": model.model, "layers": layers, "resume": resume}
-    options |= {"checkpoint": partial, "checkpoint_seconds": checkpoint_seconds}
+    options: dict[str, Any] = {"name": model.model, "layers": layers, **vars(resuming)}
+    options["checkpoint"] = partial
 
     def kept() -> str:
         goes_on = f"{partial} keeps what is done, the same command with --resume goes on"
@@ -161,14 +160,14 @@ def calibrate(
 
     with stoppable(kept):
         if wants_images(model, data, side):
-            if basis != "svd" or positions is not None:
+            if basis != Basis():
                 raise AquaError("basis learned and positions are for text: leave them out")
             projections = calibrate_on_images(model, data or "builtin:photographs", images, **options)
         else:
             text = text_for(model.model, data or "builtin:calibration")
             loaded, tokenizer = model.load(predicts=False)
-            options |= {"tokens": tokens, "context": context, "seed": seed, "basis": basis}
-            options["last_position"] = last_position(positions)
+            options |= {"tokens": tokens, "context": context, "seed": seed, "basis": basis.basis}
+            options["last_position"] = basis.last_position
             with progress_bar("calibrate") as progress:
                 projections = run(loaded, tokenizer, text, progress=progress, **options)
         projections.save(output)

@@ -103,6 +103,32 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """Which basis is calibrated, and at which positions windows are read."""
+
+    basis: Annotated[str, "svd: singular vectors, the paper's. learned: these turned until less is lost."] = "svd"
+    positions: Annotated[str | None, "0:LAST, such as 0:32768: read half of the windows as if they lay later."] = None
+
+    @property
+    def last_position(self) -> int | None:
+        """LAST of the positions; AquaError where they are not 0:LAST."""
+        if self.positions is None:
+            return None
+        first, colon, last = self.positions.partition(":")
+        if first != "0" or not colon or not last.isdecimal():
+            raise AquaError(f"positions is {self.positions!r}: it must be 0:LAST, such as 0:32768")
+        return int(last)
+
+
+@dataclass(frozen=True)
+class Resuming:
+    """How a killed calibration goes on."""
+
+    resume: Annotated[bool, "--resume", "Go on where a killed run stopped."] = False
+    checkpoint_seconds: Annotated[float, "How often the state is kept, in OUTPUT.partial."] = 10.0
+
+
+@dataclass(frozen=True)
 class Windows:
     """Windows of a text, from its start."""
 
@@ -134,13 +160,3 @@ def settings_of(given: dict[str, list[Any]]) -> list[Setting]:
     from aqua_attention.evaluate.setting import Setting
 
     return [Setting(config, basis) for config in combinations for basis in bases]
-
-
-def last_position(positions: str | None) -> int | None:
-    """LAST of "0:LAST"; AquaError for anything else."""
-    if positions is None:
-        return None
-    first, colon, last = positions.partition(":")
-    if first != "0" or not colon or not last.isdecimal():
-        raise AquaError(f"positions is {positions!r}: it must be 0:LAST, such as 0:32768")
-    return int(last)
