@@ -103,6 +103,14 @@ def llama():
 
 
 @pytest.fixture(scope="session")
+def projections_file(tmp_path_factory):
+    """Of the tiny Llama."""
+    path = tmp_path_factory.mktemp("projections") / "tiny.safetensors"
+    calibrated(make_llama()).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def word_tokenizer():
     """A real tokenizer of the tiny vocabulary: one token a word w0 ... w94, no special tokens added."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -15,7 +15,6 @@ import torch
 from aqua_attention import AquaConfig, AquaError
 from aqua_attention.cli.options import ModelOptions
 from aqua_attention.evaluate.suites import perplexity as suites
-from conftest import make_llama
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +26,6 @@ def texts(tmp_path_factory):
         lines = [" ".join(f"w{n}" for n in found[start : start + 8]) for start in range(0, len(found), 8)]
         (folder / f"{name}.txt").write_text(".\n".join(lines))
     return folder
-
-
-@pytest.fixture(scope="module")
-def projections_file(tmp_path_factory):
-    from conftest import calibrated
-
-    path = tmp_path_factory.mktemp("projections") / "tiny.safetensors"
-    calibrated(make_llama()).save(path)
-    return path
 
 
 @pytest.fixture

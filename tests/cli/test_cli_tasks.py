@@ -11,14 +11,6 @@ import pytest
 from aqua_attention.cli.options import ModelOptions
 from aqua_attention.evaluate.tasks import answers as task_answers
 from aqua_attention.evaluate.tasks import run as tasks
-from conftest import calibrated, make_llama
-
-
-@pytest.fixture(scope="module")
-def projections_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("projections") / "tiny.safetensors"
-    calibrated(make_llama()).save(path)
-    return path
 
 
 @pytest.fixture

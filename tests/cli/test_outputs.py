@@ -14,14 +14,6 @@ import pytest
 from aqua_attention.calibration import run
 from aqua_attention.cli import demo
 from aqua_attention.errors import AquaError
-from conftest import calibrated, make_llama
-
-
-@pytest.fixture(scope="module")
-def projections_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("projections") / "tiny.safetensors"
-    calibrated(make_llama()).save(path)
-    return path
 
 
 @pytest.fixture
