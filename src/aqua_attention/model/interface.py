@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 from aqua_attention.errors import AquaError
+from aqua_attention.model.copies import is_ours, name_former, with_parts
 from aqua_attention.ops.api import attention
 from aqua_attention.ops.mask import HIDDEN, bidirectional, window_codes
 from aqua_attention.ops.plan import Call
@@ -28,21 +29,6 @@ CHANGES = threading.RLock()
 _numbers = itertools.count(1)
 _looking: dict[int, int] = {}
 """Threads that look at a model's attention, by the id of each of its configs."""
-
-
-class Installed(str):
-    """The name of an attention function in a config. In a copied or pickled config it is the name of before."""
-
-    before: str | None
-
-    def __new__(cls, name: str, before: str | None) -> "Installed":
-        """A name that knows which one it took the place of."""
-        made = super().__new__(cls, name)
-        made.before = before
-        return made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self.before), () if self.before is None else (self.before,)
 
 
 def install(
@@ -82,18 +68,20 @@ def install(
                     config._attn_implementation_internal = implementation
             AttentionInterface._global_mapping.pop(name, None)
             AttentionMaskInterface._global_mapping.pop(name, None)
+            end_copies()
 
     with CHANGES:
         _check_own(chosen)
         before += [(config, config._attn_implementation) for config in chosen]
+        # Parts of the config that no module has get the name, too, where all have it.
+        end_copies = name_former(name, chosen if configs else [part for each in chosen for part in with_parts(each)])
         AttentionInterface.register(name, attention)
         AttentionMaskInterface.register(name, mask)
         try:
             if configs is None:
-                # Parts of the config that no module has get the name, too.
-                model.set_attn_implementation(Installed(name, model.config._attn_implementation))
-            for config, implementation in before:
-                config._attn_implementation_internal = Installed(name, implementation)
+                model.set_attn_implementation(name)
+            for config, _ in before:
+                config._attn_implementation_internal = name
         except BaseException:
             undo()
             raise
@@ -172,7 +160,7 @@ def _check_own(configs: Sequence[PreTrainedConfig]) -> None:
                 "another thread is calibrating this model, or attaching AQUA to it: wait until it is done, and let one "
                 "thread attach AQUA for all"
             )
-        if any(isinstance(config._attn_implementation, Installed) for config in configs):
+        if any(map(is_ours, configs)):
             raise AquaError("AQUA is attached to this model already: leave that `apply`, or call its detach(), first")
 
 
