@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -10,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +27,8 @@ WEIGHT_TOLERANCE = 0.005
 """Relative difference of key weights that rounding to bfloat16 (about 0.001) never reaches."""
 PROJECTED_TOLERANCE = 0.01
 """The same of what they make of an input, which is rounded once more."""
+Projected = tuple[Tensor, ...]
+"""See `projected`."""
 
 
 def shape_of(model: PreTrainedModel, layers: list[AttentionLayer], *, named: bool = False) -> dict[str, Any]:
@@ -81,50 +83,55 @@ def key_weight_digest(layers: list[AttentionLayer]) -> Digest | None:
 
 
 @torch.no_grad()
-def projected(layer: AttentionLayer) -> Tensor | None:
+def projected(layer: AttentionLayer) -> Projected | None:
     """What a layer's key and value projections, with their adapters, make of a fixed input: a quick look at them.
 
-    It stays on the layer's device, which is not waited for. None where the key weights cannot be read.
+    It stays on the layer's device, which is not waited for; nothing is computed from it here, since a prompt waits for
+    this look. None where the key weights cannot be read.
 
     Returns:
-        float32 [parts, width]: keys, their bias, values, their bias, the norm of keys; as far as there are these.
+        Keys and values of `_probe`, [1, 2, width] each, and the weight of the norm of keys; as far as there are these.
     """
     found = [_projection(layer, names) for names in (KEY_WEIGHT_NAMES, VALUE_WEIGHT_NAMES)]
     if found[0] is None:
         return None
     parts = []
-    for projection in found:
-        if projection is None:
-            continue
+    for projection in filter(None, found):
         module, weight, width = projection
-        with evaluation_mode(module), without_autocast(weight.device.type):
+        is_plain_module = not module.training and not any(True for _ in module.children())
+        mode = nullcontext() if is_plain_module else evaluation_mode(module)
+        with mode, without_autocast(weight.device.type):
             # Not called: hooks of the user's see the model's own calls only.
-            one, none = module.forward(_probe(width, weight.dtype, weight.device))[0].float()
-        parts += [one - none, none]
-    if (scale := _key_norm(layer)) is not None:
-        parts.append(scale.float())
-    return pad_sequence(parts, batch_first=True)
+            parts.append(module.forward(_probe(width, weight.dtype, weight.device)))
+    scale = _key_norm(layer)
+    return tuple(parts) if scale is None else (*parts, scale.clone())
 
 
-def are_equal(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> bool:
+def are_equal(first: Sequence[Projected | None], second: Sequence[Projected | None]) -> bool:
     """Whether many results of `projected` are equal to the last bit; they are compared at once, which is quick."""
     if any(each is None for each in (*first, *second)):
         return False
-    one, other = ([each.flatten() for each in many if each is not None] for many in (first, second))
+    one, other = ([part.flatten() for each in many if each is not None for part in each] for many in (first, second))
     shapes = [list(map(Tensor.size, many)) for many in (one, other)]
-    devices = {each.device for each in (*one, *other)}
-    return shapes[0] == shapes[1] and len(devices) == 1 and torch.equal(torch.cat(one), torch.cat(other))
+    places = {(each.device, each.dtype) for each in (*one, *other)}
+    return shapes[0] == shapes[1] and len(places) == 1 and torch.equal(torch.cat(one), torch.cat(other))
 
 
-def same_projected(first: Tensor | None, second: Tensor | None) -> bool:
+def same_projected(first: Projected | None, second: Projected | None) -> bool:
     """Whether two results of `projected` are of the same weights, up to rounding, as far as is known."""
     if first is None or second is None:
         return True
-    if first.shape != second.shape:
+    if [each.shape for each in first] != [each.shape for each in second]:
         return False
-    second = second.to(first.device)
+    return all(_are_near(one, other) for one, other in zip(first, second, strict=True))
+
+
+def _are_near(first: Tensor, second: Tensor) -> bool:
+    first, second = first.float(), second.to(first.device).float()
     if torch.equal(first, second):
         return True
+    if first.ndim == 3:  # what weights make of the probe, and their bias
+        first, second = (torch.cat([each[:, :1] - each[:, 1:], each[:, 1:]]) for each in (first, second))
     difference = (first - second).norm(dim=-1)
     return bool((difference <= PROJECTED_TOLERANCE * first.norm(dim=-1)).all())
 

@@ -105,7 +105,7 @@ class LayerPlan:
     index: int = 0
     causal: bool = True
     key_weights: list[float] | None = None
-    projected: Tensor | None = None
+    projected: tuple[Tensor, ...] | None = None
     active: bool = True
     head_dim: int = field(init=False)
     kept: int = field(init=False)
