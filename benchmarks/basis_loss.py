@@ -20,6 +20,7 @@ import aqua_attention as aqua
 from aqua_attention.calibration.learned import learn
 from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.run import CalibrationRun
+from aqua_attention.calibration.tuning import tune
 from aqua_attention.data.text import load_text, token_windows, tokenize
 from aqua_attention.evaluate.setting import Setting, Subject, first_windows
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, evaluate_perplexity
@@ -49,9 +50,10 @@ def main() -> None:
     parser.add_argument("--learn-tokens", type=int, default=98304, help="calibration tokens")
     parser.add_argument("--last-position", type=int, help="windows are read at positions up to this")
     parser.add_argument("--first-length-only", action="store_true", help="texts but the first at the first length only")
+    parser.add_argument("--tune", action="store_true", help="tune what was learned, too")
     parser.add_argument("--stored", action="store_true", help="settings that store less, too")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--save", help="write the learned projections here")
+    parser.add_argument("--save", help="write the last projections here")
     parser.add_argument("--json", help="write the rows here")
     given = parser.parse_args()
     model, tokenizer = aqua.load_model(given.model, dtype=given.dtype)
@@ -78,8 +80,12 @@ def main() -> None:
     held = bases["learned"].calibration["learned"]["held_out"].values()
     losses = [loss for layer in held for loss in layer["loss"]]
     print(f"held-out loss {sum(losses) / len(losses):.3f} of the start's", flush=True)
+    if given.tune:
+        start = time.perf_counter()
+        bases["tuned"] = tune(model, bases["learned"], short, last_position=given.last_position)
+        print(f"tuned: {time.perf_counter() - start:.0f} s, {bases['tuned'].calibration['tuned']['kl']}", flush=True)
     if given.save:
-        bases["learned"].save(given.save)
+        list(bases.values())[-1].save(given.save)
     rows = []
     for length in given.length:
         own = svd(windows(length)) if length != 2048 else bases["svd"]

@@ -8,7 +8,7 @@ import torch
 import transformers as tf
 
 import aqua_attention as aqua
-from aqua_attention.calibration import learned, learning
+from aqua_attention.calibration import learned, learning, reading
 from aqua_attention.calibration.learned import learn
 from aqua_attention.calibration.learning import ORIGINS, TARGETS, Learner, losses
 from aqua_attention.calibration.positions import begins, placed
@@ -34,7 +34,8 @@ def make_neox():
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    for name, value in (("LEAST_READ", 6), ("QUERIES", 48), ("QUERIES_HELD", 96), ("STEPS", 8), ("CONSIDERED", 2)):
+    monkeypatch.setattr(reading, "LEAST_READ", 6)
+    for name, value in (("QUERIES", 48), ("QUERIES_HELD", 96), ("STEPS", 8), ("CONSIDERED", 2)):
         monkeypatch.setattr(learned, name, value)
     monkeypatch.setattr(learning, "MARGIN", 0.0)
 

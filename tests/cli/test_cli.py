@@ -434,9 +434,10 @@ def test_json_to_a_device_leaves_the_device(aqua, projections_file):
 
 
 def test_a_learned_basis_is_calibrated_and_inspected(aqua, tiny_folder, text_file, tmp_path, monkeypatch):
-    from aqua_attention.calibration import learned, learning
+    from aqua_attention.calibration import learned, learning, reading
 
-    for name, value in (("LEAST_READ", 6), ("QUERIES", 48), ("QUERIES_HELD", 96), ("STEPS", 16)):
+    monkeypatch.setattr(reading, "LEAST_READ", 6)
+    for name, value in (("QUERIES", 48), ("QUERIES_HELD", 96), ("STEPS", 16)):
         monkeypatch.setattr(learned, name, value)
     monkeypatch.setattr(learning, "MARGIN", 0.0)
     path = tmp_path / "learned.safetensors"
@@ -449,7 +450,7 @@ def test_a_learned_basis_is_calibrated_and_inspected(aqua, tiny_folder, text_fil
     assert "learned" in str(projections.calibration["learned"]["held_out"])
     code, out, _ = aqua("inspect", path)
     assert code == 0
-    for said in ("held-out loss", "of the singular vectors'", "positions up to 200", "loss to svd's"):
+    for said in ("held-out loss", "of the singular vectors'", "positions up to 200", "learned: loss to svd's"):
         assert said in out
     code, out, _ = aqua(
         "eval", "perplexity", tiny_folder, "-p", path, "--data", text_file, "--tokens", 128, "--context", 64

@@ -12,6 +12,8 @@ from aqua_attention.io.state import RunState
 from aqua_attention.io.tensors import Stored, write_tensors
 
 KIND = "aqua_attention_checkpoint"
+LATER = ("learned", "tuned")
+"""Bases for which a calibration reads its windows again, with a state of its own."""
 
 
 class Checkpoint(RunState):
@@ -83,15 +85,15 @@ def check_no_unfinished(path: Path) -> None:
         raise AquaError(f"{path} holds an unfinished calibration: go on with --resume, or delete it")
 
 
-def second_checkpoint(path: Path | str) -> Path:
-    """Where a calibration in two passes keeps the state of the second."""
-    return Path(path).with_name(f"{Path(path).name}.learned")
+def later_checkpoints(path: Path | str) -> list[Path]:
+    """Where the later passes of a calibration keep their states."""
+    return [Path(path).with_name(f"{Path(path).name}.{basis}") for basis in LATER]
 
 
 def discard(path: Path) -> None:
     """Remove a checkpoint whose run is finished, and what killed writes have left beside it."""
     try:
-        for each in (path, second_checkpoint(path)):
+        for each in (path, *later_checkpoints(path)):
             each.unlink(missing_ok=True)
             remove_leftovers(each)
     except OSError as error:

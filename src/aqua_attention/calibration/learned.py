@@ -4,25 +4,22 @@
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from aqua_attention.calibration.learning import KEPT, ORIGINS, STATE, Learner
-from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.projections import LEARNED, Projections, layer_projection
-from aqua_attention.calibration.sample import KEYS, RECENT, SINK, Sample, draw, joined
-from aqua_attention.errors import AquaError
+from aqua_attention.calibration.reading import Reading, check_learnable, sampled
+from aqua_attention.calibration.sample import KEYS, Sample, joined
 from aqua_attention.io.state import RunState
 from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model import capture, interface
-from aqua_attention.ops.plan import Call
 
 KIND = "aqua_attention_learning"
 QUERIES, QUERIES_HELD = 256, 768
@@ -31,10 +28,6 @@ and three times that."""
 MOST_BYTES = 1 << 30
 STEPS = 8
 """Steps a window."""
-LEAST_WINDOWS, LEAST_READ = 8, 40
-"""Windows that are needed, and windows read at least: with fewer in the text they are read again."""
-LEAST_CONTEXT = 2 * (SINK + RECENT)
-MOST_HELD, HELD_SHARE = 8, 6
 CONSIDERED = 8
 """Windows after which the present rotation is measured on what was held out."""
 
@@ -82,32 +75,8 @@ def learn(
         except KeyboardInterrupt:
             state.save(*kept)
             raise
+        state.save(*kept)  # another pass may follow, and be stopped
         return run.projections()
-
-
-def check_learnable(name: str, layers: Sequence[capture.AttentionLayer], windows: Tensor) -> None:
-    """Raise AquaError where no basis can be learned: other layers than a decoder's, or too little to read."""
-    count, context = windows.shape
-    if any(not layer.causal for layer in layers):
-        raise AquaError(f"{name} is no decoder of text: a basis is learned for decoders, use svd")
-    if count < LEAST_WINDOWS:
-        few = f"{count} window" + "s" * (count != 1)
-        raise AquaError(f"there are {few} to learn a basis from: {LEAST_WINDOWS} are needed, read more tokens")
-    if context < LEAST_CONTEXT:
-        raise AquaError(
-            f"context is {context}: nearly all of it lies in the exact window of {SINK} + {RECENT} tokens, where "
-            f"nothing is lost; learn a basis from windows of {LEAST_CONTEXT} or more"
-        )
-
-
-def windows_held(count: int) -> int:
-    """How many of so many windows are held out."""
-    return min(MOST_HELD, max(2, count // HELD_SHARE))
-
-
-def windows_read(count: int) -> int:
-    """How many windows `learn` reads, some of them again, where it is given so many."""
-    return max(count - windows_held(count), LEAST_READ)
 
 
 class _Learning:
@@ -124,20 +93,8 @@ class _Learning:
     ) -> None:
         self.model, self.base, self.seed, self.last_position = model, projections, seed, last_position
         self._layers, self._learners = layers, list[Learner]()
-        count, context = windows.shape
-        held = windows_held(count)
-        # Spread over the text, as the others are.
-        which = {int((index + 0.5) * count / held) for index in range(held)}
-        self.count, self._distinct = windows_read(count), count - held
-        others = [window for index, window in enumerate(windows) if index not in which]
-        rounds = -(-self.count // len(others))
-        chooser = random.Random(seed)
-        order = [each for _ in range(rounds) for each in chooser.sample(range(len(others)), len(others))]
-        self._windows = [others[index] for index in order[: self.count]]
-        self._held = [window for index, window in enumerate(windows) if index in which]
-        placing: dict[str, Any] = {"context": context, "last": last_position, "seed": seed}
-        self._begins = begins(model, self.count, **placing)
-        self._held_begins = begins(model, held, **placing)
+        self._reading = Reading.of(model, windows, last_position, seed)
+        self.count, held = len(self._reading.windows), len(self._reading.held)
         self._shapes: dict[tuple[int, int], list[capture.AttentionLayer]] = {}
         for layer in layers:
             group = layer.num_attention_heads // layer.num_key_value_heads
@@ -153,7 +110,7 @@ class _Learning:
     @property
     def identity(self) -> dict[str, Any]:
         """What tells this run from another."""
-        digest = hashlib.sha256(torch.stack(self._held + self._windows).numpy().tobytes())
+        digest = hashlib.sha256(torch.stack(self._reading.held + self._reading.windows).numpy().tobytes())
         for layer in self.base.layers.values():
             digest.update(layer.rotation.numpy().tobytes())
         known = {"shape": self.base.model["shape"], "key_weights": self.base.model.get("key_weights")}
@@ -161,7 +118,7 @@ class _Learning:
 
     def begin(self, stored: tuple[int, list[dict[str, Tensor]]] | None) -> int:
         """Draw what is held out, and take up what is stored; returns the windows done."""
-        places = enumerate(zip(self._held, self._held_begins, strict=True))
+        places = enumerate(zip(self._reading.held, self._reading.held_places, strict=True))
         held = _joined(self._read(*each, self._queries_held, -1 - index) for index, each in places)
         for sample, shaped in zip(held, self._shapes.values(), strict=True):
             own = [self.base.layers[layer.index] for layer in shaped]
@@ -205,14 +162,14 @@ class _Learning:
                 layers[layer.index] = layer_projection(self.base.statistics[layer.index], *tensors)
                 names = [ORIGINS[place] for place in origin.tolist()]
                 held[layer.index] = {"loss": [round(each, 4) for each in loss.tolist()], "from": names}
-        facts = {"objective": "divergence and output", "windows": self._distinct, "windows_read": self.count}
+        facts = {"objective": "divergence and output", "windows": self._reading.distinct, "windows_read": self.count}
         facts |= {"last_position": self.last_position, "seed": self.seed}
         facts |= {"held_out": {str(index): held[index] for index in sorted(held)}}
         ordered = {index: layers[index] for index in self.base.layers}
         return replace(self.base, layers=ordered, basis=LEARNED, calibration=self.base.calibration | {LEARNED: facts})
 
     def _see(self, index: int) -> None:
-        read = self._read(self._windows[index], self._begins[index], self._queries, index)
+        read = self._read(self._reading.windows[index], self._reading.places[index], self._queries, index)
         for learner, sample in zip(self._learners, read, strict=True):
             learner.see(sample)
 
@@ -222,16 +179,9 @@ class _Learning:
 
     def _read(self, window: Tensor, begin: int | None, queries: int, index: int) -> list[Sample]:
         """A sample of one window for each shape of heads."""
-        samples: dict[nn.Module, Sample] = {}
-        wanted = {layer.module for layer in self._layers}
-
-        def see(module: nn.Module, call: Call) -> None:
-            if module in wanted:
-                # Apart from the numbers of steps.
-                samples[module] = draw(call, queries, self._number(index + (1 << 40)))
-
-        with capture.watched(self.model, see), capture.evaluation_mode(self.model):
-            capture.run_encoder_or_decoder(self.model, self._layers, placed(window, begin))
+        # Apart from the numbers of steps.
+        number = self._number(index + (1 << 40))
+        samples = sampled(self.model, self._layers, window, begin, queries=queries, seed=number)
         found = []
         for shaped in self._shapes.values():
             device = samples[shaped[0].module].query.device

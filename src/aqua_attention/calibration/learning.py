@@ -3,7 +3,6 @@
 
 The loss of a query is what dropping does to its attention: the KL divergence of the softmax, and the squared error of
 the head's output. Both are taken for several numbers of dimensions, each relative to the singular vectors' loss.
-Rotations stay orthogonal, because each step multiplies them by the exponential of a skew-symmetric matrix.
 """
 
 from __future__ import annotations
@@ -15,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aqua_attention.calibration.rotations import orthogonal, spread_along, stepped, turnable
 from aqua_attention.calibration.sample import Sample, joined
 
-RATE, MOMENTUM, SCALE_DECAY = 0.006, 0.9, 0.99
+RATE = 0.006
 BATCH, KEPT = 64, 4
 """Queries in a step, drawn from the samples of the last few windows."""
 MEASURES = (1.0, 1.0)
@@ -115,21 +115,16 @@ class Learner:
         recent = zip(self._recent, taken, strict=True)
         batch = joined([each.take(which.to(self.start.device)) for each, which in recent], 1)
         with torch.enable_grad():
-            turn = torch.zeros_like(self.rotation).requires_grad_()
-            # The derivative at zero of the exponential that the step multiplies by.
-            turned = self.rotation + self.rotation @ (turn - turn.transpose(-1, -2))
+            turn, turned = turnable(self.rotation)
             found = self._relative(losses(batch, turned, spread_along(self.rotation, self.covariance)))
             (gradient,) = torch.autograd.grad(found.sum(), turn)
         self.steps += 1
-        self.momentum = MOMENTUM * self.momentum + (1 - MOMENTUM) * gradient
-        self.scale = SCALE_DECAY * self.scale + (1 - SCALE_DECAY) * gradient.square()
-        mean = self.momentum / (1 - MOMENTUM**self.steps)
-        size = (self.scale / (1 - SCALE_DECAY**self.steps)).sqrt() + 1e-12
-        self.rotation = self.rotation @ torch.matrix_exp(-RATE * (1 - progress) * mean / size)
+        moments = self.momentum, self.scale, self.steps
+        self.rotation, self.momentum, self.scale = stepped(self.rotation, gradient, *moments, RATE * (1 - progress))
 
     def consider(self) -> None:
         """Remember the present rotation for the heads for which it is the best so far."""
-        self.rotation = _orthogonal(self.rotation)
+        self.rotation = orthogonal(self.rotation)
         found = self._held_loss(self.rotation)
         better = found < self.loss
         self.loss = torch.where(better, found, self.loss)
@@ -174,12 +169,6 @@ def losses(sample: Sample, rotation: Tensor, spread: Tensor) -> Tensor:
     return torch.stack([part.query.shape[1] / count * _losses(part, rotation, spread) for part in parts]).sum(0)
 
 
-def spread_along(rotation: Tensor, covariance: Tensor) -> Tensor:
-    """Root of the variance of keys under attention along each dimension, [heads, head_dim]."""
-    along = torch.einsum("hji,hjk,hki->hi", rotation, covariance, rotation)
-    return along.detach().clamp_min(0).sqrt()
-
-
 def sorted_by_energy(rotation: Tensor, sample: Sample, covariance: Tensor) -> Tensor:
     """The same dimensions, those whose loss would matter most first: `s_ratio` leaves out the last."""
     turned = sample.query @ rotation[:, None]
@@ -189,10 +178,12 @@ def sorted_by_energy(rotation: Tensor, sample: Sample, covariance: Tensor) -> Te
 
 
 def _losses(sample: Sample, rotation: Tensor, spread: Tensor) -> Tensor:
-    query, key = sample.query @ rotation[:, None], sample.key.float() @ rotation[:, None]
+    query = sample.query @ rotation[:, None]
     heads, count, group, dim = query.shape
     dropped = torch.stack([query.masked_fill(_kept(query.detach(), spread, target), 0.0) for target in TARGETS], 2)
-    change = (dropped.view(heads, count, -1, dim) @ key.transpose(-1, -2)).view(heads, count, len(TARGETS), group, -1)
+    # Turned back, because there are fewer queries than keys.
+    dropped = dropped.view(heads, count, -1, dim) @ rotation.transpose(-1, -2)[:, None]
+    change = (dropped @ sample.key.float().transpose(-1, -2)).view(heads, count, len(TARGETS), group, -1)
     change, weight = -change, sample.weight[:, :, None]
     attention = weight * change.clamp(max=60).exp()
     total = (1 - weight.sum(-1) + attention.sum(-1)).clamp_min(1e-30)
@@ -211,9 +202,3 @@ def _kept(query: Tensor, spread: Tensor, target: Target) -> Tensor:
     energy = energy.sum(2, keepdim=True) if target.kind == "group" else energy
     chosen = torch.zeros_like(energy, dtype=torch.bool).scatter_(-1, energy.topk(count, -1).indices, True)
     return chosen.expand_as(query)
-
-
-def _orthogonal(rotation: Tensor) -> Tensor:
-    """The same, without what rounding has added."""
-    left, right = torch.linalg.qr(rotation.double())
-    return (left * right.diagonal(dim1=-2, dim2=-1).sign()[:, None]).float()

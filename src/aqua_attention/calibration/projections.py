@@ -24,7 +24,7 @@ from aqua_attention.ops.plan import LayerPlan
 
 KIND = "aqua_attention"
 BASES = ("aqua", "svd", "none", "key-pca")
-SVD, LEARNED = "svd", "learned"
+SVD, LEARNED, TUNED = "svd", "learned", "tuned"
 ORTHOGONALITY_TOLERANCE = 1e-4
 RECALIBRATE = "calibrate again with `aqua calibrate`"
 

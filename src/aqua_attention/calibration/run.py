@@ -3,9 +3,10 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -17,13 +18,15 @@ from aqua_attention.calibration.checkpoint import (
     Checkpoint,
     check_no_unfinished,
     check_seconds,
+    later_checkpoints,
     room_for,
-    second_checkpoint,
 )
-from aqua_attention.calibration.learned import check_learnable, learn, windows_read
+from aqua_attention.calibration.learned import learn
 from aqua_attention.calibration.positions import begins, placed
-from aqua_attention.calibration.projections import LEARNED, SVD, Projections
+from aqua_attention.calibration.projections import LEARNED, SVD, TUNED, Projections
+from aqua_attention.calibration.reading import check_learnable, windows_read
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, warn_of_few
+from aqua_attention.calibration.tuning import check_tunable, tune
 from aqua_attention.config import whole_number
 from aqua_attention.data.models import load_model
 from aqua_attention.data.text import load_text, text_digest, token_windows, tokenize, warn_of_windows
@@ -36,7 +39,7 @@ from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides, inputs_digest
 from aqua_attention.version import __version__
 
-TOKENS = {SVD: 32768, LEARNED: 98304}
+TOKENS = {SVD: 32768, LEARNED: 98304, TUNED: 614400}
 """Tokens read unless another number is asked for."""
 Facts = dict[str, Any]
 """JSON values by name."""
@@ -82,12 +85,13 @@ def calibrate(
             one, see `load_model`.
         tokenizer: the model's; None where the model is named.
         text: plain text, or the Path of a file or folder of it, see `load_text`.
-        tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says). None: 32768, and
-            for a learned basis 98304.
+        tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says). None: 32768, for
+            a learned basis 98304, for a tuned one 614400.
         context: tokens in a window.
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
-        basis: "svd", the singular vectors (the paper); "learned", these turned until choosing dimensions loses less,
-            which takes a second pass, see `learned.learn`.
+        basis: "svd", the singular vectors (the paper); "learned", these turned in a second pass until choosing
+            dimensions changes each head's attention less, see `learned.learn`; "tuned", all layers turned together in a
+            third, until it changes the model's predictions less, see `tuning.tune` (for a GPU).
         last_position: half of the windows are read as if they lay later in a longer text, up to this position, so that
             one file serves short and long contexts; None: at the first positions, which is worse on longer texts.
         options: see `RunOptions`.
@@ -96,8 +100,8 @@ def calibrate(
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
             checkpoint that cannot be written, one of another run, or one that exists though `resume` was not asked for.
     """
-    if basis not in (SVD, LEARNED):
-        raise AquaError(f"basis is {basis!r}: it must be {SVD} or {LEARNED}")
+    if basis not in TOKENS:
+        raise AquaError(f"basis is {basis!r}: it must be one of {', '.join(TOKENS)}")
     tokens = TOKENS[basis] if tokens is None else whole_number("tokens", tokens)
     context = whole_number("context", context)
     seed = None if seed is None else whole_number("seed", seed)
@@ -111,18 +115,21 @@ def calibrate(
     if not callable(tokenizer):
         raise AquaError(f"tokenizer is {brief(tokenizer)}: give the model's, AutoTokenizer.from_pretrained(its name)")
     run = CalibrationRun(model, **options)
-    second_state = None if run.checkpoint is None else second_checkpoint(run.checkpoint)
-    if basis == LEARNED and second_state is not None and not run.resume:
-        check_no_unfinished(second_state)
+    states: list[Path] = [] if run.checkpoint is None else later_checkpoints(run.checkpoint)
+    if basis != SVD and not run.resume:
+        for state in states:
+            check_no_unfinished(state)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
     warn_of_windows(windows, tokens)
-    read: Tensor | list[Inputs] = windows
+    # What follows reads all of them, and a few are enough to begin with.
+    first = windows if basis == SVD else windows[:: max(1, windows.numel() // TOKENS[SVD])]
+    read: Tensor | list[Inputs] = first
     if last_position is not None:
         last_position = whole_number("last_position", last_position)
-        places = begins(model, len(windows), context=windows.shape[1], last=last_position, seed=seed or 0)
-        read = [placed(*each) for each in zip(windows, places, strict=True)]
+        places = begins(model, len(first), context=windows.shape[1], last=last_position, seed=seed or 0)
+        read = [placed(*each) for each in zip(first, places, strict=True)]
     facts = {"text_sha256": text_digest(text), "tokens": windows.numel(), "context": windows.shape[1]}
     facts |= {"seed": seed, "library_version": __version__}
     facts |= {} if last_position is None else {"last_position": last_position}
@@ -131,28 +138,35 @@ def calibrate(
     if basis == SVD:
         return run.learn(read, {TEXT}, facts, identity)
     check_learnable(type(model).__name__, run.reached({TEXT}), windows)
+    passes: list[Callable[..., Projections]] = [learn] if basis == LEARNED else [learn, tune]
+    if tune in passes:
+        check_tunable(model)
     run.keeps_end = True
     with _watched(run.progress) as told:
-        first, second = (None, None) if told is None else _in_turn(told, len(windows), windows_read(len(windows)))
-        run.progress = first
-        return learn(
-            model,
-            run.learn(read, {TEXT}, facts, identity),
-            windows,
-            last_position=last_position,
-            seed=seed or 0,
-            checkpoint=second_state,
-            checkpoint_seconds=run.checkpoint_seconds,
-            progress=second,
-        )
+        read_again = windows_read(len(windows))
+        run.progress, *others = _in_turn(told, len(first), *[read_again] * len(passes))
+        found = run.learn(read, {TEXT}, facts, identity)
+        for improve, kept_in, progress in zip_longest(passes, states[: len(passes)], others):
+            found = improve(
+                model,
+                found,
+                windows,
+                last_position=last_position,
+                seed=seed or 0,
+                checkpoint=kept_in,
+                checkpoint_seconds=run.checkpoint_seconds,
+                progress=progress,
+            )
+    return found
 
 
-def _in_turn(told: Progress, first: int, second: int) -> tuple[Progress, Progress]:
-    """What two passes over so many windows call, so that it looks like one."""
-    return (
-        lambda done, _: told(done, first + second),
-        lambda done, _: told(first + done, first + second),
-    )
+def _in_turn(told: Progress | None, *counts: int) -> list[Progress | None]:
+    """What passes over so many windows call, one after the other, so that they look like one."""
+
+    def part(before: int) -> Progress | None:
+        return told and (lambda done, _: told(before + done, sum(counts)))
+
+    return [part(sum(counts[:place])) for place in range(len(counts))]
 
 
 def calibrate_inputs(

@@ -50,9 +50,9 @@ class Sample(NamedTuple):
         for start in range(0, count, 64):
             part = self.take(slice(start, start + 64))
             key = part.key.float()
-            mean = torch.einsum("hqgk,hqkd->hqgd", part.weight, key)
-            total += torch.einsum("hqk,hqkd,hqke->hde", part.weight.sum(2), key, key)
-            total -= torch.einsum("hqgd,hqge->hde", mean, mean)
+            mean = (part.weight @ key).flatten(1, 2)
+            heavy = (key * part.weight.sum(2)[..., None]).flatten(1, 2)
+            total += heavy.transpose(-1, -2) @ key.flatten(1, 2) - mean.transpose(-1, -2) @ mean
         return total / (count * self.query.shape[2])
 
 

@@ -106,7 +106,9 @@ class Serving:
 class Basis:
     """Which basis is calibrated, and at which positions windows are read."""
 
-    basis: Annotated[str, "svd: singular vectors, the paper's. learned: these turned until less is lost."] = "svd"
+    basis: Annotated[
+        str, "svd: singular vectors, the paper's. learned: turned until less is lost. tuned: further, on a GPU."
+    ] = "svd"
     positions: Annotated[str | None, "0:LAST, such as 0:32768: read half of the windows as if they lay later."] = None
 
     @property

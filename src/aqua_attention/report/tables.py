@@ -322,6 +322,19 @@ def _basis(projections: Projections) -> list[list[str]]:
         ["heads", kept],
         ["held-out loss", f"{sum(losses) / len(losses):.2f} of the singular vectors'"],
         ["learned on", f"{learned['windows']} windows, positions up to {learned['last_position']}"],
+        *_tuned(projections.calibration.get("tuned")),
+    ]
+
+
+def _tuned(tuned: dict[str, Any] | None) -> list[list[str]]:
+    """What tuning has done to the KL divergence on what was held out."""
+    if tuned is None:
+        return []
+    windows = f"{tuned['windows']} windows"
+    losses = [f"{name} {before:.4f} to {after:.4f}" for name, (before, after) in tuned["kl"].items()]
+    return [
+        ["tuned on", windows if tuned["kept"] else f"{windows}; no better, so not kept"],
+        ["held-out KL by tuning", ", ".join(losses)],
     ]
 
 
@@ -348,7 +361,7 @@ def spectrum_table(rows: Sequence[dict[str, Any]]) -> Table:
     Of a learned basis also what choosing dimensions costs, relative to the singular vectors, on what was held out.
     """
     titles = ["layer", "key-value heads", "head_dim", "dims for 90%", "dims for 99%"]
-    titles += ["loss to svd's"] if any("held_out" in row for row in rows) else []
+    titles += ["learned: loss to svd's"] if any("held_out" in row for row in rows) else []
     cells = []
     for row in rows:
         spans = [f"{min(dims)}-{max(dims)}" for dims in (row["dims_90"], row["dims_99"])]

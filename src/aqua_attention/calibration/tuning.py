@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration, third pass: the rotations of all layers are turned together, until the model predicts as if dense.
+
+The second pass looks at the attention of one head at a time. What a head loses matters more or less to what the model
+predicts, and that only the whole model shows. So the loss here is the KL divergence of the next-token distribution from
+that of dense attention, for several ways of dropping dimensions. Gradients go through every layer to every rotation; a
+choice of dimensions has none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div
+from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import PreTrainedModel
+
+from aqua_attention.calibration.positions import placed
+from aqua_attention.calibration.projections import LEARNED, Projections, layer_projection
+from aqua_attention.calibration.reading import Reading, check_learnable, sampled
+from aqua_attention.calibration.rotations import orthogonal, spread_along, stepped, turnable
+from aqua_attention.calibration.sample import RECENT, SINK
+from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
+from aqua_attention.io.state import RunState
+from aqua_attention.io.tensors import Stored, write_tensors
+from aqua_attention.model import capture, interface
+from aqua_attention.model.limits import check_predicts
+from aqua_attention.ops.mask import visible_and_exact
+from aqua_attention.ops.plan import Call, LayerPlan
+from aqua_attention.ops.select import rotate, select_dimensions
+
+KIND = "aqua_attention_tuning"
+RATE = 0.001
+STRAIGHTENED = 16
+"""Steps after which rounding is taken out of the rotations."""
+QUERIES, LEAST_SAMPLED = 256, 16
+"""Queries of a window, and windows, from which is seen how keys vary under attention."""
+STATE = ("rotation", "momentum", "scale")
+
+
+class Target(NamedTuple):
+    """One way in which dimensions are dropped, and how much it counts."""
+
+    name: str
+    config: AquaConfig
+    weight: float
+
+
+def _target(name: str, weight: float, **knobs: Any) -> Target:
+    knobs |= {"selection": "weighted", "sink": SINK, "recent": RECENT, "min_length": 0}
+    return Target(name, AquaConfig(**knobs), weight)
+
+
+TARGETS = (
+    _target("0.25 group", 1.0, k_ratio=0.25, share="group"),
+    _target("0.5 group", 3.0, k_ratio=0.5, share="group"),
+    _target("0.75 group", 1.0, k_ratio=0.75, share="group"),
+    _target("0.5 head", 2.0, k_ratio=0.5, share="head"),
+    _target("s_ratio 0.25", 1.0, k_ratio=1.0, s_ratio=0.25),
+)
+
+
+def tune(
+    model: PreTrainedModel,
+    projections: Projections,
+    windows: Tensor,
+    *,
+    last_position: int | None = None,
+    seed: int = 0,
+    checkpoint: Path | str | None = None,
+    checkpoint_seconds: float = 10.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Projections:
+    """Rotations with which the model predicts more nearly as with dense attention; or `projections`, where none are.
+
+    A window takes a forward and a backward pass for each of `TARGETS`: this is for a GPU. Sliding-window layers keep
+    their rotations, because they multiply every dimension unless asked otherwise.
+
+    Args:
+        projections: of the same model, by singular vectors or learned.
+        windows, last_position, seed, checkpoint, checkpoint_seconds, progress: as of `learned.learn`; the same windows
+            are held out.
+
+    Raises:
+        AquaError: as of `learned.learn`; a float16 model, whose gradients vanish, or one that predicts no tokens.
+    """
+    found = [layer for layer in capture.attention_layers(model) if layer.index in projections.layers]
+    check_learnable(type(model).__name__, found, windows)
+    check_tunable(model)
+    with torch.inference_mode(False), torch.no_grad(), interface.looking_at(model), _frozen(model):
+        run = _Tuning(model, projections, found, Reading.of(model, windows, last_position, seed), seed)
+        state = _State(checkpoint, run.identity, seconds=checkpoint_seconds)
+        # Tensors are never written in place, so that an interrupt finds the state between two windows.
+        kept = run.begin(state.load(run.sizes)), run.tensors()
+        try:
+            for index in range(kept[0], run.count):
+                run.visit(index)
+                kept = index + 1, run.tensors()
+                state.keep(*kept)
+                if progress:
+                    progress(index + 1, run.count)
+        except KeyboardInterrupt:
+            state.save(*kept)
+            raise
+        return run.projections()
+
+
+def check_tunable(model: PreTrainedModel) -> None:
+    """Raise AquaError where the rotations of a model cannot be tuned."""
+    check_predicts(model)
+    if model.dtype == torch.float16:
+        raise AquaError("the model is float16, in which gradients vanish: load it in float32 or bfloat16 to tune")
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """While open, no weight takes a gradient, and there is no dropout."""
+    wanted = [each for each in model.parameters() if each.requires_grad]
+    for each in wanted:
+        each.requires_grad_(False)
+    try:
+        with capture.evaluation_mode(model):
+            yield
+    finally:
+        for each in wanted:
+            each.requires_grad_(True)
+
+
+class _Tuning:
+    """One run; what it learns is in lists, a tensor [num_key_value_heads, head_dim, head_dim] a layer."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        projections: Projections,
+        layers: list[capture.AttentionLayer],
+        reading: Reading,
+        seed: int,
+    ) -> None:
+        self.model, self.base, self.seed = model, projections, seed
+        self._layers, self._reading = layers, reading
+        self.count = len(reading.windows)
+        self.sizes = [(layer.num_key_value_heads, layer.head_dim) for layer in layers]
+        self._plans: dict[nn.Module, LayerPlan] = {}
+        """Of the layers that drop dimensions now; none: all attention is dense."""
+        self._dropped: set[nn.Module] = set()
+        """Of the layers that ever did; the others slide, and nothing is known of them."""
+        self._causal: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells this run from another."""
+        digest = hashlib.sha256(torch.stack(self._reading.held + self._reading.windows).numpy().tobytes())
+        for layer in self.base.layers.values():
+            digest.update(layer.rotation.numpy().tobytes())
+        places = [*self._reading.held_places, *self._reading.places]
+        known = {"shape": self.base.model["shape"], "key_weights": self.base.model.get("key_weights")}
+        return known | {"places": places, "sha256": digest.hexdigest()}
+
+    def begin(self, stored: tuple[int, list[dict[str, Tensor]]] | None) -> int:
+        """Measure what is lost before, and take up what is stored; returns the windows done."""
+        own = [self.base.layers[layer.index].rotation.to(layer.device) for layer in self._layers]
+        self.rotation = self._start = own
+        self.momentum = self.scale = [torch.zeros_like(each) for each in own]
+        self._covariance = self._covariances()
+        self._before = self._held_loss(own)
+        if stored is None:
+            return 0
+        done, tensors = stored
+        for name in STATE:
+            moved = [each[name].to(layer.device) for each, layer in zip(tensors, self._layers, strict=True)]
+            setattr(self, name, moved)
+        return done
+
+    def visit(self, index: int) -> None:
+        """Read a window, and take one step."""
+        window, place = self._reading.windows[index], self._reading.places[index]
+        expected = self._predicted(window, place)
+        gradients = [torch.zeros_like(each) for each in self.rotation]
+        for target, before in zip(TARGETS, self._before, strict=True):
+            if before == 0:
+                continue
+            with torch.enable_grad():
+                turns, turned = zip(*map(turnable, self.rotation), strict=True)
+                loss = self._divergence(window, place, expected, target.config, turned)
+                if not loss.requires_grad:  # all layers slide
+                    continue
+                part = torch.autograd.grad(loss * (target.weight / before), turns, materialize_grads=True)
+            gradients = [sum_ + new for sum_, new in zip(gradients, part, strict=True)]
+        rate = RATE * (1 - index / self.count)
+        moments = zip(self.rotation, gradients, self.momentum, self.scale, strict=True)
+        moved = zip(*(stepped(*each, index + 1, rate) for each in moments), strict=True)
+        self.rotation, self.momentum, self.scale = map(list, moved)
+        if index % STRAIGHTENED == STRAIGHTENED - 1:
+            self.rotation = [orthogonal(each) for each in self.rotation]
+
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """The state of each layer."""
+        return [{name: getattr(self, name)[place] for name in STATE} for place in range(len(self._layers))]
+
+    def projections(self) -> Projections:
+        """The tuned rotations, or those of before where on what was held out they are no better."""
+        tuned = [orthogonal(each) for each in self.rotation]
+        after = self._held_loss(tuned)
+        pairs = list(zip(TARGETS, self._before, after, strict=True))
+        losses = {target.name: [round(one, 6), round(two, 6)] for target, one, two in pairs}
+        change = sum(target.weight * (two / one - 1) for target, one, two in pairs if one > 0)
+        facts = {"windows": self._reading.distinct, "windows_read": self.count, "seed": self.seed, "kl": losses}
+        facts |= {"kept": change < 0}
+        recorded = replace(self.base, calibration=self.base.calibration | {"tuned": facts})
+        if not change < 0:
+            return recorded
+        layers = dict(self.base.layers)
+        for layer, rotation, spread in zip(self._layers, tuned, self._spreads(tuned), strict=True):
+            if layer.module not in self._dropped:
+                continue
+            size = self.base.layers[layer.index].key_rms.norm(dim=-1, keepdim=True)
+            # As long as before, so that `logit_error` means the same.
+            spread = spread.cpu() * (size / spread.cpu().norm(dim=-1, keepdim=True).clamp_min(1e-30))
+            tensors = rotation.cpu().contiguous(), spread.contiguous()
+            layers[layer.index] = layer_projection(self.base.statistics[layer.index], *tensors)
+        return replace(recorded, layers=layers, basis=LEARNED)
+
+    def _covariances(self) -> list[Tensor]:
+        """How keys of each layer vary under attention, mean over some windows; see `Sample.covariance`."""
+        windows = list(zip(self._reading.windows, self._reading.places, strict=True))[:LEAST_SAMPLED]
+        total = [torch.zeros_like(each) for each in self._start]
+        for index, (window, place) in enumerate(windows):
+            seed = (self.seed * 1_000_003 + index) % (1 << 62)
+            samples = sampled(self.model, self._layers, window, place, queries=QUERIES, seed=seed)
+            seen = [samples[layer.module].covariance() / len(windows) for layer in self._layers]
+            total = [one + two for one, two in zip(total, seen, strict=True)]
+        return total
+
+    def _spreads(self, rotations: Sequence[Tensor]) -> list[Tensor]:
+        return [spread_along(*each) for each in zip(rotations, self._covariance, strict=True)]
+
+    def _held_loss(self, rotations: Sequence[Tensor]) -> list[float]:
+        """KL divergence of each target, mean over what is held out."""
+        losses = [0.0] * len(TARGETS)
+        for window, place in zip(self._reading.held, self._reading.held_places, strict=True):
+            expected = self._predicted(window, place)
+            for index, target in enumerate(TARGETS):
+                found = float(self._divergence(window, place, expected, target.config, rotations))
+                losses[index] += found / len(self._reading.held)
+        if not all(map(torch.isfinite, torch.tensor(losses))):
+            raise AquaError(f"{type(self.model).__name__} gives NaN or infinite logits: load it in float32 to tune")
+        # Rounding of a divergence of zero.
+        return [each if each > 1e-7 else 0.0 for each in losses]
+
+    def _divergence(
+        self, window: Tensor, place: int | None, expected: Tensor, config: AquaConfig, rotations: Sequence[Tensor]
+    ) -> Tensor:
+        """KL divergence from what is expected, mean over tokens."""
+        spreads = self._spreads([each.detach() for each in rotations])
+        for layer, rotation, spread in zip(self._layers, rotations, spreads, strict=True):
+            kept, scaling = config.kept_dims(layer.head_dim), layer.head_dim**-0.5
+            self._plans[layer.module] = LayerPlan(rotation, spread[:, :kept], config, scaling)
+        try:
+            found = self._predicted(window, place)
+        finally:
+            self._plans.clear()
+        return kl_div(found, expected, log_target=True, reduction="sum") / len(expected)
+
+    def _predicted(self, window: Tensor, place: int | None) -> Tensor:
+        """Logarithms of next-token probabilities, [tokens, vocabulary], where tokens lie outside the exact window."""
+        device = capture.input_device(self.model)
+        inputs = {name: each.to(device) for name, each in placed(window, place).items()}
+        attention = interface.attention_function(type(self.model).__name__, self._attend)
+        _, undo = interface.install(self.model, attention, interface.mask_builder(0, 0))
+        try:
+            logits = self.model(**inputs, use_cache=False).logits
+        finally:
+            undo()
+        return logits[0, SINK + RECENT :].float().log_softmax(-1)
+
+    def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
+        plan = self._plans.get(module)
+        if plan is None or given.get("sliding_window"):
+            return interface.attend_dense(interface.directed(call, causal))
+        self._dropped.add(module)
+        return recomputed(attention_dropping, call, plan, plan.rotation, *self._seen(call), use_reentrant=False)
+
+    def _seen(self, call: Call) -> tuple[Tensor, Tensor]:
+        """What queries see, and what of that is in the exact window; without a mask it is the same in every call."""
+        (length, device), window = (call.query.shape[2], call.query.device), {"sink": SINK, "recent": RECENT}
+        if call.mask is not None:
+            return visible_and_exact(call.mask, queries=length, keys=length, start=0, **window, device=device)
+        if (length, device) not in self._causal:
+            found = visible_and_exact(None, queries=length, keys=length, start=0, **window, device=device)
+            self._causal = {(length, device): found} | {
+                key: each for key, each in self._causal.items() if key[0] == length
+            }
+        return self._causal[length, device]
+
+
+def attention_dropping(call: Call, plan: LayerPlan, rotation: Tensor, visible: Tensor, exact: Tensor) -> Tensor:
+    """`attention_reference` of a call whose keys are not rotated, with a gradient by the rotation.
+
+    The exact scores, less what is dropped: so the rotation has a part in what is dropped only.
+
+    Args:
+        rotation: [num_key_value_heads, head_dim, head_dim].
+        visible, exact: what a query sees, and what of that is in the exact window, see `mask.visible_and_exact`.
+    """
+    (batch, heads, length, dim), groups = call.query.shape, call.key.shape[1]
+    rotated = rotate(call.query, rotation)
+    selected = select_dimensions(rotated.detach(), plan)
+    dropped = rotated.masked_fill(selected, 0) if selected is not None else torch.zeros_like(rotated)
+
+    def products(queries: Tensor, keys: Tensor) -> Tensor:
+        tall = queries.float().reshape(batch, groups, -1, dim)
+        return (tall @ keys.float().transpose(-1, -2)).view(batch, heads, length, -1)
+
+    lost = products(dropped, rotate(call.key, rotation)).masked_fill(exact, 0.0)
+    scores = ((products(call.query, call.key) - lost) * call.scaling).masked_fill(~visible, -torch.inf)
+    if call.s_aux is not None:
+        extra = call.s_aux.float().reshape(1, heads, 1, 1).expand(batch, heads, length, 1)
+        scores = torch.cat([scores, extra], -1)
+    attention = scores.softmax(-1)[..., : call.key.shape[2]].to(call.value.dtype)
+    return (attention.view(batch, groups, -1, call.key.shape[2]) @ call.value).view(batch, heads, length, -1)
+
+
+class _State(RunState):
+    """The rotations so far, and the number of windows done."""
+
+    def load(self, sizes: list[tuple[int, int]]) -> tuple[int, list[dict[str, Tensor]]] | None:
+        """Windows done and the tensors of each layer, of so many heads and dimensions; None: there is no file."""
+        if (content := self.found()) is None:
+            return None
+        stored, done = content
+        tensors = [
+            {name: stored.take(f"{place}.{name}", torch.float32, heads, dim, dim) for name in STATE}
+            for place, (heads, dim) in enumerate(sizes)
+        ]
+        stored.finish()
+        return done, tensors
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
+        stored = Stored(path, KIND, what="a basis being tuned", remedy="delete it, and begin anew")
+        try:
+            return dict(stored.header["run"]), (stored, int(stored.header["windows_done"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise stored.error(f"its metadata is incomplete ({error!r})") from error
+
+    def _write(self, path: Path, content: tuple[int, list[dict[str, Tensor]]]) -> None:
+        done, layers = content
+        named = {f"{place}.{name}": each.cpu() for place, held in enumerate(layers) for name, each in held.items()}
+        write_tensors(path, KIND, {"run": self.run, "windows_done": done}, named)
