@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the rotation is worth: KL to dense attention without one, with singular vectors, and learned, on other texts.
 
-    python benchmarks/basis_loss.py MODEL --data CALIBRATION --test wiki.txt --test code.txt --length 2048 --length 8192
+    aqua calibrate MODEL --data CALIBRATION --basis tuned --positions 0:8192 -o tuned.safetensors
+    python benchmarks/basis_loss.py MODEL --data CALIBRATION --last-position 8192 --test wiki.txt --test code.txt \\
+        --length 2048 --length 8192 --projections tuned=tuned.safetensors
 
-All bases are calibrated once, on windows of 2048 tokens, but "svd, at this length", which reads windows as long as
-those tested. Settings: weighted, exact 4 + 64. A row a text, length and setting; in brackets: to "svd, at this length".
+Singular vectors are calibrated on windows of 2048 tokens; with "positions" half of these begin later; "at this length"
+reads windows as long as those tested. Settings: weighted, exact 4 + 64. A row a text, length and setting; in brackets:
+to "svd, at this length".
 """
 
 import argparse
@@ -17,10 +20,8 @@ from pathlib import Path
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.calibration.learned import learn
 from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.run import CalibrationRun
-from aqua_attention.calibration.tuning import tune
 from aqua_attention.data.text import load_text, token_windows, tokenize
 from aqua_attention.evaluate.setting import Setting, Subject, first_windows
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, evaluate_perplexity
@@ -47,13 +48,12 @@ def main() -> None:
     parser.add_argument("--test", action="append", required=True, help="a text to test on; may be repeated")
     parser.add_argument("--length", type=int, action="append", required=True, help="tokens of a tested window")
     parser.add_argument("--tokens", type=int, default=20480, help="tokens tested a text and length")
-    parser.add_argument("--learn-tokens", type=int, default=98304, help="calibration tokens")
+    parser.add_argument("--svd-tokens", type=int, default=98304, help="calibration tokens of the singular vectors")
     parser.add_argument("--last-position", type=int, help="windows are read at positions up to this")
     parser.add_argument("--first-length-only", action="store_true", help="texts but the first at the first length only")
-    parser.add_argument("--tune", action="store_true", help="tune what was learned, too")
+    parser.add_argument("--projections", action="append", default=[], help="NAME=FILE to measure; may be repeated")
     parser.add_argument("--stored", action="store_true", help="settings that store less, too")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--save", help="write the last projections here")
     parser.add_argument("--json", help="write the rows here")
     given = parser.parse_args()
     model, tokenizer = aqua.load_model(given.model, dtype=given.dtype)
@@ -61,7 +61,7 @@ def main() -> None:
     ids, prefix = tokenize(tokenizer, load_text(given.data))
 
     def windows(context: int) -> torch.Tensor:
-        return token_windows(ids, tokens=given.learn_tokens, context=context, seed=0, prefix=prefix)
+        return token_windows(ids, tokens=given.svd_tokens, context=context, seed=0, prefix=prefix)
 
     def svd(inputs) -> aqua.Projections:
         return CalibrationRun(model, progress=False).learn(inputs, {TEXT}, {})
@@ -73,19 +73,9 @@ def main() -> None:
         places = begins(model, len(short), context=2048, last=given.last_position)
         bases["svd, positions"] = svd([placed(*each) for each in zip(short, places, strict=True)])
     print(f"singular vectors: {time.perf_counter() - start:.0f} s", flush=True)
-    start = time.perf_counter()
-    base = bases.get("svd, positions", bases["svd"])
-    bases["learned"] = learn(model, base, short, last_position=given.last_position)
-    print(f"learned: {time.perf_counter() - start:.0f} s", flush=True)
-    held = bases["learned"].calibration["learned"]["held_out"].values()
-    losses = [loss for layer in held for loss in layer["loss"]]
-    print(f"held-out loss {sum(losses) / len(losses):.3f} of the start's", flush=True)
-    if given.tune:
-        start = time.perf_counter()
-        bases["tuned"] = tune(model, bases["learned"], short, last_position=given.last_position)
-        print(f"tuned: {time.perf_counter() - start:.0f} s, {bases['tuned'].calibration['tuned']['kl']}", flush=True)
-    if given.save:
-        list(bases.values())[-1].save(given.save)
+    bases |= {
+        name: aqua.Projections.load(file) for name, _, file in (each.partition("=") for each in given.projections)
+    }
     rows = []
     for length in given.length:
         own = svd(windows(length)) if length != 2048 else bases["svd"]
