@@ -67,8 +67,8 @@ def main() -> None:
         return CalibrationRun(model, progress=False).learn(inputs, {TEXT}, {})
 
     short, start = windows(2048), time.perf_counter()
-    bases = {"svd": svd(short), "none": None}
-    bases["none"] = bases["svd"].with_basis("none")
+    bases = {"svd": svd(short)}
+    bases["none"] = bases["svd"]
     if given.last_position:
         places = begins(model, len(short), context=2048, last=given.last_position)
         bases["svd, positions"] = svd([placed(*each) for each in zip(short, places, strict=True)])
@@ -84,11 +84,11 @@ def main() -> None:
             tested = first_windows(model, tokenize(tokenizer, subject.text), max(given.tokens, length), length)
             kept = DenseLogits()
             wanted = SETTINGS | (STORED if given.stored else {})
-            settings = [Setting(aqua.AquaConfig(**each)) for each in wanted.values()]
             named = {"svd, at this length": own} | bases
             found = {}
             for name, projections in named.items():
-                of = replace(subject, projections=projections)
+                of, basis = replace(subject, projections=projections), "none" if name == "none" else "aqua"
+                settings = [Setting(aqua.AquaConfig(**each), basis) for each in wanted.values()]
                 found[name] = evaluate_perplexity(of, settings, tested, dense_logits=kept)["rows"]
             for place, setting in enumerate(wanted):
                 first = found["svd, at this length"][place]["kl"]

@@ -80,13 +80,21 @@ def test_its_attention_is_the_references(target, case):
         s_aux=extra,
         **window,
     )
-    found = attention_dropping(call, plan, rotation, *seen)
+    found = attention_dropping(call, [plan, plan], rotation, *seen)
     real = ~torch.isnan(found)
     assert real[:, :, 5:].all()
     tolerance = 0.03 if case == "bfloat16" else 1e-4
     assert torch.allclose(found[real].float(), expected[real].float(), atol=tolerance)
     dense = attention_reference(query, key, value, None, mask=mask, scaling=0.3, s_aux=extra)
     assert not torch.allclose(found[real].float(), dense[real].float(), atol=tolerance)
+
+
+def test_targets_one_by_one_are_those_at_once(svd, known, monkeypatch):
+    together = tune(*svd, windows())
+    monkeypatch.setattr(tuning, "MOST_SCORES", 1)
+    alone = tune(*svd, windows())
+    for name, losses in kl(together).items():
+        assert losses == pytest.approx(kl(alone)[name], rel=0.02)
 
 
 @pytest.mark.parametrize("make", [make_llama, make_qwen3, make_gemma3])

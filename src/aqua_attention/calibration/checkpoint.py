@@ -2,8 +2,12 @@
 """The state of an unfinished calibration in a file, so that a killed run can go on."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from aqua_attention.calibration.statistics import Statistics, named_tensors, take_layer
 from aqua_attention.errors import AquaError
@@ -11,7 +15,11 @@ from aqua_attention.io.files import remove_leftovers
 from aqua_attention.io.state import RunState
 from aqua_attention.io.tensors import Stored, write_tensors
 
-KIND = "aqua_attention_checkpoint"
+KIND, LATER_KIND = "aqua_attention_checkpoint", "aqua_attention_later_pass"
+Shapes = Sequence[Mapping[str, tuple[int, ...]]]
+"""Of the tensors of each part, by name."""
+Progressed = tuple[int, list[dict[str, Tensor]]]
+"""Windows done, and tensors by name of each part."""
 LATER = ("learned", "tuned")
 """Bases for which a calibration reads its windows again, with a state of its own."""
 
@@ -54,6 +62,62 @@ class Checkpoint(RunState):
         return words or [name for name in names if name != "key_weights"]
 
 
+class LaterState(RunState):
+    """Windows done by a later pass, and its tensors: the content to `keep` or `save`."""
+
+    def load(self, shapes: Shapes) -> Progressed | None:
+        """Both, the tensors by name and of these shapes in each part; None: there is no file."""
+        if (content := self.found()) is None:
+            return None
+        stored, done = content
+        tensors = [
+            {name: stored.take(f"{place}.{name}", torch.float32, *shape) for name, shape in part.items()}
+            for place, part in enumerate(shapes)
+        ]
+        stored.finish()
+        return done, tensors
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
+        return _opened(path, LATER_KIND)
+
+    def _write(self, path: Path, content: tuple[int, list[dict[str, Tensor]]]) -> None:
+        done, parts = content
+        named = {f"{place}.{name}": each.cpu() for place, held in enumerate(parts) for name, each in held.items()}
+        write_tensors(path, LATER_KIND, {"run": self.run, "windows_done": done}, named)
+
+
+class LaterPass(Protocol):
+    """What reads windows again, `count` of them; `shapes` are those of its tensors, see `LaterState.load`."""
+
+    count: int
+    shapes: Shapes
+
+    def begin(self, stored: Progressed | None) -> int:
+        """Take up what is stored; returns the windows done."""
+
+    def visit(self, index: int) -> None:
+        """Read a window. No tensor of before is written to, so that an interrupt finds the state between windows."""
+
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """The state, to be stored."""
+
+
+def carry_through(run: LaterPass, state: LaterState, progress: Callable[[int, int], None] | None) -> None:
+    """Read all windows, from where a stopped run ended, and keep the state meanwhile and at the end."""
+    kept = run.begin(state.load(run.shapes)), run.tensors()
+    try:
+        for index in range(kept[0], run.count):
+            run.visit(index)
+            kept = index + 1, run.tensors()
+            state.keep(*kept)
+            if progress:
+                progress(index + 1, run.count)
+    except KeyboardInterrupt:
+        state.save(*kept)
+        raise
+    state.save(*kept)  # another pass may follow, and be stopped
+
+
 def room_for(shape: dict[str, Any]) -> int:
     """Bytes that a run takes at most on the disk: its checkpoint, and the next one or the projections beside it."""
     sums = sum(groups * dim * (2 * dim + 1) * 8 for _, _, groups, dim in shape["layers"])
@@ -65,8 +129,8 @@ def calibrated_weights(path: Path) -> list[list[float]] | None:
     return _opened(path)[0].get("key_weights")
 
 
-def _opened(path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
-    stored = Stored(path, KIND, what="an unfinished calibration", remedy="delete it, and calibrate without --resume")
+def _opened(path: Path, kind: str = KIND) -> tuple[dict[str, Any], tuple[Stored, int]]:
+    stored = Stored(path, kind, what="an unfinished calibration", remedy="delete it, and calibrate without --resume")
     try:
         return dict(stored.header["run"]), (stored, int(stored.header["windows_done"]))
     except (KeyError, TypeError, ValueError) as error:

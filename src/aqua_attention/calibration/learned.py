@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from aqua_attention.calibration.checkpoint import LaterState, Shapes, carry_through
 from aqua_attention.calibration.learning import KEPT, ORIGINS, STATE, Learner
 from aqua_attention.calibration.projections import LEARNED, Projections, layer_projection
 from aqua_attention.calibration.reading import Reading, check_learnable, sampled
 from aqua_attention.calibration.sample import KEYS, Sample, joined
-from aqua_attention.io.state import RunState
-from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model import capture, interface
 
-KIND = "aqua_attention_learning"
 QUERIES, QUERIES_HELD = 256, 768
 """Queries drawn from a window, and from all windows held out together, unless they take more memory than `MOST_BYTES`
 and three times that."""
@@ -62,20 +60,8 @@ def learn(
     check_learnable(type(model).__name__, found, windows)
     with torch.inference_mode(False), torch.no_grad(), interface.looking_at(model):
         run = _Learning(model, projections, found, windows, last_position, seed)
-        state = _State(checkpoint, run.identity, seconds=checkpoint_seconds)
-        # Tensors are never written in place, so that an interrupt finds the state between two windows.
-        kept = run.begin(state.load(run.sizes)), run.tensors()
-        try:
-            for index in range(kept[0], run.count):
-                run.visit(index)
-                kept = index + 1, run.tensors()
-                state.keep(*kept)
-                if progress:
-                    progress(index + 1, run.count)
-        except KeyboardInterrupt:
-            state.save(*kept)
-            raise
-        state.save(*kept)  # another pass may follow, and be stopped
+        state = LaterState(checkpoint, run.identity | {"pass": LEARNED}, seconds=checkpoint_seconds)
+        carry_through(run, state, progress)
         return run.projections()
 
 
@@ -99,11 +85,10 @@ class _Learning:
         for layer in layers:
             group = layer.num_attention_heads // layer.num_key_value_heads
             self._shapes.setdefault((group, layer.head_dim), []).append(layer)
-        self.sizes = [
-            (sum(layer.num_key_value_heads for layer in shaped), dim) for (_, dim), shaped in self._shapes.items()
-        ]
+        sizes = [(sum(layer.num_key_value_heads for layer in shaped), dim) for (_, dim), shaped in self._shapes.items()]
+        self.shapes: Shapes = [dict.fromkeys(STATE, (heads, dim, dim)) | {"loss": (heads,)} for heads, dim in sizes]
         # A query has its keys and values in bfloat16.
-        most = MOST_BYTES // (8 * KEYS * sum(heads * dim for heads, dim in self.sizes))
+        most = MOST_BYTES // (8 * KEYS * sum(heads * dim for heads, dim in sizes))
         self._queries = max(1, min(QUERIES, most))
         self._queries_held = max(1, min(QUERIES_HELD, 3 * most) // held)
 
@@ -191,31 +176,3 @@ class _Learning:
 
 def _joined(read: Iterable[list[Sample]]) -> list[Sample]:
     return [joined(list(each), 1) for each in zip(*read, strict=True)]
-
-
-class _State(RunState):
-    """The rotations so far, and the number of windows done."""
-
-    def load(self, sizes: list[tuple[int, int]]) -> tuple[int, list[dict[str, Tensor]]] | None:
-        """Windows done and the tensors of each learner, of so many heads and dimensions; None: there is no file."""
-        if (content := self.found()) is None:
-            return None
-        stored, done = content
-        tensors = []
-        for place, (heads, dim) in enumerate(sizes):
-            shapes = dict.fromkeys(STATE, (heads, dim, dim)) | {"loss": (heads,)}
-            tensors.append({name: stored.take(f"{place}.{name}", torch.float32, *shapes[name]) for name in STATE})
-        stored.finish()
-        return done, tensors
-
-    def _read(self, path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
-        stored = Stored(path, KIND, what="a basis being learned", remedy="delete it, and begin anew")
-        try:
-            return dict(stored.header["run"]), (stored, int(stored.header["windows_done"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise stored.error(f"its metadata is incomplete ({error!r})") from error
-
-    def _write(self, path: Path, content: tuple[int, list[dict[str, Tensor]]]) -> None:
-        done, learners = content
-        named = {f"{place}.{name}": each.cpu() for place, held in enumerate(learners) for name, each in held.items()}
-        write_tensors(path, KIND, {"run": self.run, "windows_done": done}, named)

@@ -16,7 +16,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.model import capture
 from aqua_attention.ops.plan import Call
 
-LEAST_WINDOWS, LEAST_READ = 8, 40
+LEAST_WINDOWS, LEAST_READ = 8, 34
 """Windows that are needed, and windows read at least: with fewer in the text they are read again."""
 LEAST_CONTEXT = 2 * (SINK + RECENT)
 MOST_HELD, HELD_SHARE = 8, 6

@@ -39,7 +39,7 @@ from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT, Inputs, check_unpadded, given_sides, inputs_digest
 from aqua_attention.version import __version__
 
-TOKENS = {SVD: 32768, LEARNED: 98304, TUNED: 614400}
+TOKENS = {SVD: 32768, LEARNED: 81920, TUNED: 614400}
 """Tokens read unless another number is asked for."""
 Facts = dict[str, Any]
 """JSON values by name."""
@@ -86,7 +86,7 @@ def calibrate(
         tokenizer: the model's; None where the model is named.
         text: plain text, or the Path of a file or folder of it, see `load_text`.
         tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says). None: 32768, for
-            a learned basis 98304, for a tuned one 614400.
+            a learned basis 81920, for a tuned one 614400.
         context: tokens in a window.
         seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
         basis: "svd", the singular vectors (the paper); "learned", these turned in a second pass until choosing

@@ -10,6 +10,7 @@ choice of dimensions has none.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,23 +23,23 @@ from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import PreTrainedModel
 
+from aqua_attention.calibration.checkpoint import LaterState, Shapes, carry_through
 from aqua_attention.calibration.positions import placed
-from aqua_attention.calibration.projections import LEARNED, Projections, layer_projection
+from aqua_attention.calibration.projections import LEARNED, TUNED, Projections, layer_projection
 from aqua_attention.calibration.reading import Reading, check_learnable, sampled
 from aqua_attention.calibration.rotations import orthogonal, spread_along, stepped, turnable
 from aqua_attention.calibration.sample import RECENT, SINK
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.io.state import RunState
-from aqua_attention.io.tensors import Stored, write_tensors
 from aqua_attention.model import capture, interface
 from aqua_attention.model.limits import check_predicts
 from aqua_attention.ops.mask import visible_and_exact
 from aqua_attention.ops.plan import Call, LayerPlan
 from aqua_attention.ops.select import rotate, select_dimensions
 
-KIND = "aqua_attention_tuning"
 RATE = 0.001
+MOST_SCORES = 1 << 28
+"""Scores held at once for several targets: with all in one pass a small model waits less for launches."""
 STRAIGHTENED = 16
 """Steps after which rounding is taken out of the rotations."""
 QUERIES, LEAST_SAMPLED = 256, 16
@@ -97,19 +98,8 @@ def tune(
     check_tunable(model)
     with torch.inference_mode(False), torch.no_grad(), interface.looking_at(model), _frozen(model):
         run = _Tuning(model, projections, found, Reading.of(model, windows, last_position, seed), seed)
-        state = _State(checkpoint, run.identity, seconds=checkpoint_seconds)
-        # Tensors are never written in place, so that an interrupt finds the state between two windows.
-        kept = run.begin(state.load(run.sizes)), run.tensors()
-        try:
-            for index in range(kept[0], run.count):
-                run.visit(index)
-                kept = index + 1, run.tensors()
-                state.keep(*kept)
-                if progress:
-                    progress(index + 1, run.count)
-        except KeyboardInterrupt:
-            state.save(*kept)
-            raise
+        state = LaterState(checkpoint, run.identity | {"pass": TUNED}, seconds=checkpoint_seconds)
+        carry_through(run, state, progress)
         return run.projections()
 
 
@@ -148,9 +138,14 @@ class _Tuning:
         self.model, self.base, self.seed = model, projections, seed
         self._layers, self._reading = layers, reading
         self.count = len(reading.windows)
-        self.sizes = [(layer.num_key_value_heads, layer.head_dim) for layer in layers]
-        self._plans: dict[nn.Module, LayerPlan] = {}
-        """Of the layers that drop dimensions now; none: all attention is dense."""
+        self.shapes: Shapes = [
+            dict.fromkeys(STATE, (layer.num_key_value_heads, layer.head_dim, layer.head_dim)) for layer in layers
+        ]
+        most = max(layer.num_attention_heads for layer in layers) * len(reading.windows[0]) ** 2
+        at_once = max(1, MOST_SCORES // most)
+        self._blocks = [TARGETS[start : start + at_once] for start in range(0, len(TARGETS), at_once)]
+        self._plans: dict[nn.Module, list[LayerPlan]] = {}
+        """Of the layers that drop dimensions now, one for each row; none: all attention is dense."""
         self._dropped: set[nn.Module] = set()
         """Of the layers that ever did; the others slide, and nothing is known of them."""
         self._causal: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -185,15 +180,16 @@ class _Tuning:
         window, place = self._reading.windows[index], self._reading.places[index]
         expected = self._predicted(window, place)
         gradients = [torch.zeros_like(each) for each in self.rotation]
-        for target, before in zip(TARGETS, self._before, strict=True):
-            if before == 0:
-                continue
+        for block in self._blocks:
+            # Where nothing is lost, nothing is to be won.
+            weights = [target.weight / before if (before := self._before[target.name]) else 0.0 for target in block]
             with torch.enable_grad():
                 turns, turned = zip(*map(turnable, self.rotation), strict=True)
-                loss = self._divergence(window, place, expected, target.config, turned)
-                if not loss.requires_grad:  # all layers slide
+                losses = self._divergences(window, place, expected, block, turned)
+                if not losses.requires_grad:  # all layers slide
                     continue
-                part = torch.autograd.grad(loss * (target.weight / before), turns, materialize_grads=True)
+                loss = (losses * losses.new_tensor(weights)).sum()
+                part = torch.autograd.grad(loss, turns, materialize_grads=True)
             gradients = [sum_ + new for sum_, new in zip(gradients, part, strict=True)]
         rate = RATE * (1 - index / self.count)
         moments = zip(self.rotation, gradients, self.momentum, self.scale, strict=True)
@@ -210,9 +206,13 @@ class _Tuning:
         """The tuned rotations, or those of before where on what was held out they are no better."""
         tuned = [orthogonal(each) for each in self.rotation]
         after = self._held_loss(tuned)
-        pairs = list(zip(TARGETS, self._before, after, strict=True))
-        losses = {target.name: [round(one, 6), round(two, 6)] for target, one, two in pairs}
-        change = sum(target.weight * (two / one - 1) for target, one, two in pairs if one > 0)
+        losses = {name: [round(before, 6), round(after[name], 6)] for name, before in self._before.items()}
+        changes = [
+            target.weight * (after[target.name] / before - 1)
+            for target in TARGETS
+            if (before := self._before[target.name]) > 0
+        ]
+        change = sum(changes)
         facts = {"windows": self._reading.distinct, "windows_read": self.count, "seed": self.seed, "kl": losses}
         facts |= {"kept": change < 0}
         recorded = replace(self.base, calibration=self.base.calibration | {"tuned": facts})
@@ -243,51 +243,60 @@ class _Tuning:
     def _spreads(self, rotations: Sequence[Tensor]) -> list[Tensor]:
         return [spread_along(*each) for each in zip(rotations, self._covariance, strict=True)]
 
-    def _held_loss(self, rotations: Sequence[Tensor]) -> list[float]:
-        """KL divergence of each target, mean over what is held out."""
-        losses = [0.0] * len(TARGETS)
+    def _held_loss(self, rotations: Sequence[Tensor]) -> dict[str, float]:
+        """KL divergence of each target by name, mean over what is held out."""
+        losses = dict.fromkeys((target.name for target in TARGETS), 0.0)
         for window, place in zip(self._reading.held, self._reading.held_places, strict=True):
             expected = self._predicted(window, place)
-            for index, target in enumerate(TARGETS):
-                found = float(self._divergence(window, place, expected, target.config, rotations))
-                losses[index] += found / len(self._reading.held)
-        if not all(map(torch.isfinite, torch.tensor(losses))):
+            for block in self._blocks:
+                found = self._divergences(window, place, expected, block, rotations).tolist()
+                for target, loss in zip(block, found, strict=True):
+                    losses[target.name] += loss / len(self._reading.held)
+        if not all(map(math.isfinite, losses.values())):
             raise AquaError(f"{type(self.model).__name__} gives NaN or infinite logits: load it in float32 to tune")
         # Rounding of a divergence of zero.
-        return [each if each > 1e-7 else 0.0 for each in losses]
+        return {name: each if each > 1e-7 else 0.0 for name, each in losses.items()}
 
-    def _divergence(
-        self, window: Tensor, place: int | None, expected: Tensor, config: AquaConfig, rotations: Sequence[Tensor]
+    def _divergences(
+        self,
+        window: Tensor,
+        place: int | None,
+        expected: Tensor,
+        targets: Sequence[Target],
+        rotations: Sequence[Tensor],
     ) -> Tensor:
-        """KL divergence from what is expected, mean over tokens."""
+        """KL divergence from what is expected, mean over tokens, of each target."""
         spreads = self._spreads([each.detach() for each in rotations])
         for layer, rotation, spread in zip(self._layers, rotations, spreads, strict=True):
-            kept, scaling = config.kept_dims(layer.head_dim), layer.head_dim**-0.5
-            self._plans[layer.module] = LayerPlan(rotation, spread[:, :kept], config, scaling)
+            self._plans[layer.module] = [
+                LayerPlan(rotation, spread[:, : each.config.kept_dims(layer.head_dim)], each.config, 1.0)
+                for each in targets
+            ]
         try:
-            found = self._predicted(window, place)
+            found = self._predicted(window, place, rows=len(targets))
         finally:
             self._plans.clear()
-        return kl_div(found, expected, log_target=True, reduction="sum") / len(expected)
+        parts = [kl_div(row, expected[0], log_target=True, reduction="sum") for row in found]
+        return torch.stack(parts) / expected.shape[1]
 
-    def _predicted(self, window: Tensor, place: int | None) -> Tensor:
-        """Logarithms of next-token probabilities, [tokens, vocabulary], where tokens lie outside the exact window."""
+    def _predicted(self, window: Tensor, place: int | None, rows: int = 1) -> Tensor:
+        """Logarithms of next-token probabilities, [rows, tokens, vocabulary], of tokens outside the exact window."""
         device = capture.input_device(self.model)
-        inputs = {name: each.to(device) for name, each in placed(window, place).items()}
+        inputs = {name: each.to(device).expand(rows, -1) for name, each in placed(window, place).items()}
         attention = interface.attention_function(type(self.model).__name__, self._attend)
         _, undo = interface.install(self.model, attention, interface.mask_builder(0, 0))
         try:
             logits = self.model(**inputs, use_cache=False).logits
         finally:
             undo()
-        return logits[0, SINK + RECENT :].float().log_softmax(-1)
+        return logits[:, SINK + RECENT :].float().log_softmax(-1)
 
     def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
-        plan = self._plans.get(module)
-        if plan is None or given.get("sliding_window"):
+        plans = self._plans.get(module)
+        if plans is None or given.get("sliding_window"):
             return interface.attend_dense(interface.directed(call, causal))
         self._dropped.add(module)
-        return recomputed(attention_dropping, call, plan, plan.rotation, *self._seen(call), use_reentrant=False)
+        return recomputed(attention_dropping, call, plans, plans[0].rotation, *self._seen(call), use_reentrant=False)
 
     def _seen(self, call: Call) -> tuple[Tensor, Tensor]:
         """What queries see, and what of that is in the exact window; without a mask it is the same in every call."""
@@ -302,19 +311,21 @@ class _Tuning:
         return self._causal[length, device]
 
 
-def attention_dropping(call: Call, plan: LayerPlan, rotation: Tensor, visible: Tensor, exact: Tensor) -> Tensor:
+def attention_dropping(
+    call: Call, plans: Sequence[LayerPlan], rotation: Tensor, visible: Tensor, exact: Tensor
+) -> Tensor:
     """`attention_reference` of a call whose keys are not rotated, with a gradient by the rotation.
 
     The exact scores, less what is dropped: so the rotation has a part in what is dropped only.
 
     Args:
+        plans: of each row of the batch, all of one rotation and exact window.
         rotation: [num_key_value_heads, head_dim, head_dim].
         visible, exact: what a query sees, and what of that is in the exact window, see `mask.visible_and_exact`.
     """
     (batch, heads, length, dim), groups = call.query.shape, call.key.shape[1]
     rotated = rotate(call.query, rotation)
-    selected = select_dimensions(rotated.detach(), plan)
-    dropped = rotated.masked_fill(selected, 0) if selected is not None else torch.zeros_like(rotated)
+    dropped = torch.cat([_dropped(row, plan) for row, plan in zip(rotated.split(1), plans, strict=True)])
 
     def products(queries: Tensor, keys: Tensor) -> Tensor:
         tall = queries.float().reshape(batch, groups, -1, dim)
@@ -329,29 +340,7 @@ def attention_dropping(call: Call, plan: LayerPlan, rotation: Tensor, visible: T
     return (attention.view(batch, groups, -1, call.key.shape[2]) @ call.value).view(batch, heads, length, -1)
 
 
-class _State(RunState):
-    """The rotations so far, and the number of windows done."""
-
-    def load(self, sizes: list[tuple[int, int]]) -> tuple[int, list[dict[str, Tensor]]] | None:
-        """Windows done and the tensors of each layer, of so many heads and dimensions; None: there is no file."""
-        if (content := self.found()) is None:
-            return None
-        stored, done = content
-        tensors = [
-            {name: stored.take(f"{place}.{name}", torch.float32, heads, dim, dim) for name in STATE}
-            for place, (heads, dim) in enumerate(sizes)
-        ]
-        stored.finish()
-        return done, tensors
-
-    def _read(self, path: Path) -> tuple[dict[str, Any], tuple[Stored, int]]:
-        stored = Stored(path, KIND, what="a basis being tuned", remedy="delete it, and begin anew")
-        try:
-            return dict(stored.header["run"]), (stored, int(stored.header["windows_done"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise stored.error(f"its metadata is incomplete ({error!r})") from error
-
-    def _write(self, path: Path, content: tuple[int, list[dict[str, Tensor]]]) -> None:
-        done, layers = content
-        named = {f"{place}.{name}": each.cpu() for place, held in enumerate(layers) for name, each in held.items()}
-        write_tensors(path, KIND, {"run": self.run, "windows_done": done}, named)
+def _dropped(query: Tensor, plan: LayerPlan) -> Tensor:
+    """Rotated queries without what they multiply."""
+    selected = select_dimensions(query.detach(), plan)
+    return torch.zeros_like(query) if selected is None else query.masked_fill(selected, 0)

@@ -120,7 +120,7 @@ def calibrate(
     data: Annotated[
         str | None, "A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."
     ] = None,
-    tokens: Annotated[int | None, "How many tokens to read (default: 32768, learned 98304, tuned 614400)."] = None,
+    tokens: Annotated[int | None, "How many tokens to read (default: 32768, learned 81920, tuned 614400)."] = None,
     context: Context = 2048,
     basis: Basis,
     seed: Annotated[int, "Chooses the windows."] = 0,
