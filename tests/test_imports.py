@@ -26,6 +26,7 @@ ORDER = [
     "calibration",
     "cache",
     "attach",
+    "vllm",
     "evaluate",
     "bench",
     "report",

@@ -461,7 +461,7 @@ def test_a_learned_basis_is_calibrated_and_inspected(aqua, tiny_folder, text_fil
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--basis", "pca"), "basis is 'pca': it must be svd or learned"),
+        (("--basis", "pca"), "basis is 'pca': it must be one of svd, learned, tuned"),
         (("--positions", "5:9"), "positions is '5:9': it must be 0:LAST, such as 0:32768"),
         (("--positions", "0:400"), "positions go to 400: the model knows 256, choose at most that"),
         (("--positions", "0:32"), "positions go to 32, and a window has 64: choose at least that"),
