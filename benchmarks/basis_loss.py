@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""What the rotation is worth: KL to dense attention without one, with singular vectors, and learned, on other texts.
+"""What the rotation is worth: KL to dense attention without one, with singular vectors, and of files.
 
     aqua calibrate MODEL --data CALIBRATION --basis tuned --positions 0:8192 -o tuned.safetensors
     python benchmarks/basis_loss.py MODEL --data CALIBRATION --last-position 8192 --test wiki.txt --test code.txt \\

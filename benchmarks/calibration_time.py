@@ -42,12 +42,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--windows", type=int, default=100, help="how many windows a calibration is said to read")
-    parser.add_argument("--measured", type=int, default=6, help="how many are measured in each pass")
+    parser.add_argument("--measured", type=int, default=16, help="how many are measured in each pass")
     parser.add_argument("--context", type=int, default=2048)
     given = parser.parse_args()
     model = make_model()
-    reading.LEAST_READ = given.measured
-    windows = torch.randint(model.config.vocab_size, (8, given.context), generator=torch.Generator().manual_seed(0))
+    # As many are held out as of many windows.
+    reading.LEAST_READ, reading.HELD_SHARE = given.measured, 1
+    count = reading.MOST_HELD + given.measured
+    windows = torch.randint(model.config.vocab_size, (count, given.context), generator=torch.Generator().manual_seed(0))
     clock = Clock()
     found = CalibrationRun(model, progress=clock).learn(windows[: given.measured], {TEXT}, {})
     print(f"{torch.cuda.get_device_name()}, windows of {given.context}")

@@ -91,7 +91,7 @@ def test_its_attention_is_the_references(target, case):
 
 def test_targets_one_by_one_are_those_at_once(svd, known, monkeypatch):
     together = tune(*svd, windows())
-    monkeypatch.setattr(tuning, "MOST_SCORES", 1)
+    monkeypatch.setattr(tuning, "MOST_NUMBERS", 1)
     alone = tune(*svd, windows())
     for name, losses in kl(together).items():
         assert losses == pytest.approx(kl(alone)[name], rel=0.02)
@@ -251,3 +251,47 @@ def test_inspect_shows_what_tuning_did(svd):
         rows = dict(provenance_table(tuned)[1])
         assert rows["tuned on"] == said
         assert rows["held-out KL by tuning"] == "0.5 group 0.0200 to 0.0100"
+
+
+def test_a_state_of_one_basis_is_not_gone_on_with_for_another(tmp_path, word_tokenizer, words, monkeypatch):
+    """The first pass reads other windows, where there are more than it needs."""
+    monkeypatch.setattr("aqua_attention.calibration.run.FIRST_WINDOWS", 4)
+    model, options = make_llama(), {"tokens": 1440, "context": 144}
+
+    def stop(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "p.partial"
+    with pytest.raises(KeyboardInterrupt):
+        aqua.calibrate(model, word_tokenizer, words, basis="learned", checkpoint=path, progress=stop, **options)
+    with pytest.raises(aqua.AquaError, match=r"is of another run"):
+        aqua.calibrate(model, word_tokenizer, words, checkpoint=path, resume=True, **options)
+
+
+def test_in_bfloat16_less_is_lost_too(known):
+    model = make_llama().bfloat16()
+    found = tune(model, calibrated(model, windows=6, context=CONTEXT), windows())
+    assert found.calibration["tuned"]["kept"]
+    assert kl(found)["0.5 group"][1] < kl(found)["0.5 group"][0]
+
+
+def test_a_number_that_overflows_takes_no_step(svd, known, monkeypatch):
+    original, calls = tuning._Tuning._divergences, []
+
+    def overflowing(self, *given):
+        calls.append(given)
+        found = original(self, *given)
+        return found * float("nan") if torch.is_grad_enabled() and len(calls) % 2 else found
+
+    monkeypatch.setattr(tuning._Tuning, "_divergences", overflowing)
+    found = tune(*svd, windows())
+    assert found.calibration["tuned"]["kept"]
+    for layer in found.layers.values():
+        assert torch.isfinite(layer.rotation).all()
+
+
+def test_a_soft_limit_of_scores_is_refused():
+    model = tf.Gemma2ForCausalLM(tf.Gemma2Config(**SHAPE, attn_logit_softcapping=5.0)).eval()
+    with pytest.raises(aqua.AquaError, match=r"soft limit \(softcap\): use svd"):
+        tune(model, calibrated(model, windows=6, context=CONTEXT), windows())

@@ -118,10 +118,14 @@ def carry_through(run: LaterPass, state: LaterState, progress: Callable[[int, in
     state.save(*kept)  # another pass may follow, and be stopped
 
 
-def room_for(shape: dict[str, Any]) -> int:
-    """Bytes that a run takes at most on the disk: its checkpoint, and the next one or the projections beside it."""
+def room_for(shape: dict[str, Any], *, later: bool = False) -> int:
+    """Bytes that a run takes at most on the disk: its checkpoint, and the next one or the projections beside it.
+
+    `later`: other passes follow, which keep five and three matrices of each head in float32, and write them anew.
+    """
     sums = sum(groups * dim * (2 * dim + 1) * 8 for _, _, groups, dim in shape["layers"])
-    return sums * 9 // 4 + (1 << 16)
+    others = sum(groups * dim * dim * 4 * (5 + 3 + 5) for _, _, groups, dim in shape["layers"]) if later else 0
+    return sums * 9 // 4 + others + (1 << 16)
 
 
 def calibrated_weights(path: Path) -> list[list[float]] | None:

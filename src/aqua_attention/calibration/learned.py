@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +14,7 @@ from transformers import PreTrainedModel
 from aqua_attention.calibration.checkpoint import LaterState, Shapes, carry_through
 from aqua_attention.calibration.learning import KEPT, ORIGINS, STATE, Learner
 from aqua_attention.calibration.projections import LEARNED, Projections, layer_projection
-from aqua_attention.calibration.reading import Reading, check_learnable, sampled
+from aqua_attention.calibration.reading import Reading, check_learnable, numbered, sampled
 from aqua_attention.calibration.sample import KEYS, Sample, joined
 from aqua_attention.model import capture, interface
 
@@ -60,7 +58,8 @@ def learn(
     check_learnable(type(model).__name__, found, windows)
     with torch.inference_mode(False), torch.no_grad(), interface.looking_at(model):
         run = _Learning(model, projections, found, windows, last_position, seed)
-        state = LaterState(checkpoint, run.identity | {"pass": LEARNED}, seconds=checkpoint_seconds)
+        known = {"pass": LEARNED, "last_position": last_position, "seed": seed}
+        state = LaterState(checkpoint, known | run.reading.identity(projections), seconds=checkpoint_seconds)
         carry_through(run, state, progress)
         return run.projections()
 
@@ -79,8 +78,8 @@ class _Learning:
     ) -> None:
         self.model, self.base, self.seed, self.last_position = model, projections, seed, last_position
         self._layers, self._learners = layers, list[Learner]()
-        self._reading = Reading.of(model, windows, last_position, seed)
-        self.count, held = len(self._reading.windows), len(self._reading.held)
+        self.reading = Reading.of(model, windows, last_position, seed)
+        self.count, held = len(self.reading.windows), len(self.reading.held)
         self._shapes: dict[tuple[int, int], list[capture.AttentionLayer]] = {}
         for layer in layers:
             group = layer.num_attention_heads // layer.num_key_value_heads
@@ -92,18 +91,9 @@ class _Learning:
         self._queries = max(1, min(QUERIES, most))
         self._queries_held = max(1, min(QUERIES_HELD, 3 * most) // held)
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What tells this run from another."""
-        digest = hashlib.sha256(torch.stack(self._reading.held + self._reading.windows).numpy().tobytes())
-        for layer in self.base.layers.values():
-            digest.update(layer.rotation.numpy().tobytes())
-        known = {"shape": self.base.model["shape"], "key_weights": self.base.model.get("key_weights")}
-        return known | {"last_position": self.last_position, "seed": self.seed, "sha256": digest.hexdigest()}
-
     def begin(self, stored: tuple[int, list[dict[str, Tensor]]] | None) -> int:
         """Draw what is held out, and take up what is stored; returns the windows done."""
-        places = enumerate(zip(self._reading.held, self._reading.held_places, strict=True))
+        places = enumerate(zip(self.reading.held, self.reading.held_places, strict=True))
         held = _joined(self._read(*each, self._queries_held, -1 - index) for index, each in places)
         for sample, shaped in zip(held, self._shapes.values(), strict=True):
             own = [self.base.layers[layer.index] for layer in shaped]
@@ -128,7 +118,7 @@ class _Learning:
         self._see(index)
         for learner in self._learners:
             for step in range(index * STEPS, (index + 1) * STEPS):
-                learner.step(step / (self.count * STEPS), self._number(step))
+                learner.step(step / (self.count * STEPS), numbered(self.seed, step))
             if index % CONSIDERED == CONSIDERED - 1 or index == self.count - 1:
                 learner.consider()
 
@@ -147,25 +137,21 @@ class _Learning:
                 layers[layer.index] = layer_projection(self.base.statistics[layer.index], *tensors)
                 names = [ORIGINS[place] for place in origin.tolist()]
                 held[layer.index] = {"loss": [round(each, 4) for each in loss.tolist()], "from": names}
-        facts = {"objective": "divergence and output", "windows": self._reading.distinct, "windows_read": self.count}
+        facts = {"objective": "divergence and output", "windows": self.reading.distinct, "windows_read": self.count}
         facts |= {"last_position": self.last_position, "seed": self.seed}
         facts |= {"held_out": {str(index): held[index] for index in sorted(held)}}
         ordered = {index: layers[index] for index in self.base.layers}
         return replace(self.base, layers=ordered, basis=LEARNED, calibration=self.base.calibration | {LEARNED: facts})
 
     def _see(self, index: int) -> None:
-        read = self._read(self._reading.windows[index], self._reading.places[index], self._queries, index)
+        read = self._read(self.reading.windows[index], self.reading.places[index], self._queries, index)
         for learner, sample in zip(self._learners, read, strict=True):
             learner.see(sample)
-
-    def _number(self, index: int) -> int:
-        """A seed for one draw."""
-        return (self.seed * 1_000_003 + index) % (1 << 62)
 
     def _read(self, window: Tensor, begin: int | None, queries: int, index: int) -> list[Sample]:
         """A sample of one window for each shape of heads."""
         # Apart from the numbers of steps.
-        number = self._number(index + (1 << 40))
+        number = numbered(self.seed, index + (1 << 40))
         samples = sampled(self.model, self._layers, window, begin, queries=queries, seed=number)
         found = []
         for shaped in self._shapes.values():

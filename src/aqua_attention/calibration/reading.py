@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from aqua_attention.calibration.positions import begins, placed
+from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.sample import RECENT, SINK, Sample, draw
 from aqua_attention.errors import AquaError
 from aqua_attention.model import capture
@@ -43,7 +46,7 @@ class Reading(NamedTuple):
         count, context = windows.shape
         held = windows_held(count)
         # Spread over the text, as the others are.
-        which = {int((index + 0.5) * count / held) for index in range(held)}
+        which = set(spread(count, held))
         others = [window for index, window in enumerate(windows) if index not in which]
         chooser, read = random.Random(seed), windows_read(count)
         rounds = -(-read // len(others))
@@ -53,6 +56,20 @@ class Reading(NamedTuple):
         )
         kept = [window for index, window in enumerate(windows) if index in which]
         return cls([others[index] for index in order], list(places), kept, list(held_places), len(others))
+
+    def identity(self, projections: Projections) -> dict[str, Any]:
+        """What tells a run that begins at these projections from another."""
+        digest = hashlib.sha256(torch.stack(self.held + self.windows).numpy().tobytes())
+        for layer in projections.layers.values():
+            digest.update(layer.rotation.numpy().tobytes())
+        known = {name: projections.model.get(name) for name in ("shape", "key_weights")}
+        return known | {"places": [*self.held_places, *self.places], "sha256": digest.hexdigest()}
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Places of so many of `count` windows, or of all where there are fewer, at equal distances."""
+    wanted = min(wanted, count)
+    return [int((index + 0.5) * count / wanted) for index in range(wanted)]
 
 
 def windows_held(count: int) -> int:
@@ -78,6 +95,11 @@ def check_learnable(name: str, layers: Sequence[capture.AttentionLayer], windows
             f"context is {context}: nearly all of it lies in the exact window of {SINK} + {RECENT} tokens, where "
             f"nothing is lost; learn a basis from windows of {LEAST_CONTEXT} or more"
         )
+
+
+def numbered(seed: int, index: int) -> int:
+    """A seed for one of many draws."""
+    return (seed * 1_000_003 + index) % (1 << 62)
 
 
 def sampled(

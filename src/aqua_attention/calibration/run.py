@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -24,7 +23,7 @@ from aqua_attention.calibration.checkpoint import (
 from aqua_attention.calibration.learned import learn
 from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.projections import LEARNED, SVD, TUNED, Projections
-from aqua_attention.calibration.reading import check_learnable, windows_read
+from aqua_attention.calibration.reading import check_learnable, spread, windows_read
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, warn_of_few
 from aqua_attention.calibration.tuning import check_tunable, tune
 from aqua_attention.config import whole_number
@@ -41,6 +40,8 @@ from aqua_attention.version import __version__
 
 TOKENS = {SVD: 32768, LEARNED: 81920, TUNED: 614400}
 """Tokens read unless another number is asked for."""
+FIRST_WINDOWS = 16
+"""Windows from which singular vectors are taken where other passes follow, which read all."""
 Facts = dict[str, Any]
 """JSON values by name."""
 
@@ -115,16 +116,15 @@ def calibrate(
     if not callable(tokenizer):
         raise AquaError(f"tokenizer is {brief(tokenizer)}: give the model's, AutoTokenizer.from_pretrained(its name)")
     run = CalibrationRun(model, **options)
-    states: list[Path] = [] if run.checkpoint is None else later_checkpoints(run.checkpoint)
-    if basis != SVD and not run.resume:
-        for state in states:
-            check_no_unfinished(state)
+    passes: list[Callable[..., Projections]] = {SVD: [], LEARNED: [learn], TUNED: [learn, tune]}[basis]
+    states = [None] * len(passes) if run.checkpoint is None else later_checkpoints(run.checkpoint)[: len(passes)]
+    for state in filter(None, states if not run.resume else []):
+        check_no_unfinished(state)
     token_ids, prefix = tokenize(tokenizer, text)
     windows = token_windows(token_ids, tokens=tokens, context=context, seed=seed, prefix=prefix)
     check_tokens(model, windows, context=windows.shape[1])
     warn_of_windows(windows, tokens)
-    # What follows reads all of them, and a few are enough to begin with.
-    first = windows if basis == SVD else windows[:: max(1, windows.numel() // TOKENS[SVD])]
+    first = windows if basis == SVD else windows[spread(len(windows), FIRST_WINDOWS)]
     read: Tensor | list[Inputs] = first
     if last_position is not None:
         last_position = whole_number("last_position", last_position)
@@ -134,11 +134,10 @@ def calibrate(
     facts |= {"seed": seed, "library_version": __version__}
     facts |= {} if last_position is None else {"last_position": last_position}
     # The windows' digest stands for the tokenizer.
-    identity = {"windows_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()}
+    identity = {"windows_sha256": hashlib.sha256(first.numpy().tobytes()).hexdigest()}
     if basis == SVD:
         return run.learn(read, {TEXT}, facts, identity)
     check_learnable(type(model).__name__, run.reached({TEXT}), windows)
-    passes: list[Callable[..., Projections]] = [learn] if basis == LEARNED else [learn, tune]
     if tune in passes:
         check_tunable(model)
     run.keeps_end = True
@@ -146,7 +145,7 @@ def calibrate(
         read_again = windows_read(len(windows))
         run.progress, *others = _in_turn(told, len(first), *[read_again] * len(passes))
         found = run.learn(read, {TEXT}, facts, identity)
-        for improve, kept_in, progress in zip_longest(passes, states[: len(passes)], others):
+        for improve, kept_in, progress in zip(passes, states, others, strict=True):
             found = improve(
                 model,
                 found,
@@ -210,7 +209,7 @@ class CalibrationRun:
     resume: bool = False
     progress: Progress | bool | None = True
     keeps_end: bool = False
-    """Whether the state is kept when all is read, too: a second pass follows."""
+    """Whether the state is kept when all is read, too: other passes follow."""
 
     def __post_init__(self) -> None:
         """Find the layers; nothing is read yet."""
@@ -244,7 +243,7 @@ class CalibrationRun:
         name, key_weights = self.name or self.model.config._name_or_path, key_weight_digest(chosen)
         shape = shape_of(self.model, chosen, named=len(chosen) < len(self.found))
         if self.checkpoint is not None:
-            check_room(Path(self.checkpoint), room_for(shape))
+            check_room(Path(self.checkpoint), room_for(shape, later=self.keeps_end))
         # The name tells models apart whose key weights cannot be read (quantised, offloaded).
         run = {"model": name, "shape": shape, "key_weights": key_weights, "dtype": str(self.model.dtype)}
         keeper = Checkpoint(self.checkpoint, run | facts | (identity or {}), seconds=self.checkpoint_seconds)

@@ -9,7 +9,6 @@ choice of dimensions has none.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from transformers import PreTrainedModel
 from aqua_attention.calibration.checkpoint import LaterState, Shapes, carry_through
 from aqua_attention.calibration.positions import placed
 from aqua_attention.calibration.projections import LEARNED, TUNED, Projections, layer_projection
-from aqua_attention.calibration.reading import Reading, check_learnable, sampled
+from aqua_attention.calibration.reading import Reading, check_learnable, numbered, sampled
 from aqua_attention.calibration.rotations import orthogonal, spread_along, stepped, turnable
 from aqua_attention.calibration.sample import RECENT, SINK
 from aqua_attention.config import AquaConfig
@@ -35,11 +34,11 @@ from aqua_attention.model import capture, interface
 from aqua_attention.model.limits import check_predicts
 from aqua_attention.ops.mask import visible_and_exact
 from aqua_attention.ops.plan import Call, LayerPlan
-from aqua_attention.ops.select import rotate, select_dimensions
+from aqua_attention.ops.select import rotate, select_dimensions, without_autocast
 
 RATE = 0.001
-MOST_SCORES = 1 << 28
-"""Scores held at once for several targets: with all in one pass a small model waits less for launches."""
+MOST_NUMBERS = 1 << 29
+"""Scores, or logits, of the targets in one pass: with all in one a small model waits less for launches."""
 STRAIGHTENED = 16
 """Steps after which rounding is taken out of the rotations."""
 QUERIES, LEAST_SAMPLED = 256, 16
@@ -96,9 +95,10 @@ def tune(
     found = [layer for layer in capture.attention_layers(model) if layer.index in projections.layers]
     check_learnable(type(model).__name__, found, windows)
     check_tunable(model)
-    with torch.inference_mode(False), torch.no_grad(), interface.looking_at(model), _frozen(model):
+    off = without_autocast(capture.input_device(model).type)
+    with torch.inference_mode(False), torch.no_grad(), off, interface.looking_at(model), _frozen(model):
         run = _Tuning(model, projections, found, Reading.of(model, windows, last_position, seed), seed)
-        state = LaterState(checkpoint, run.identity | {"pass": TUNED}, seconds=checkpoint_seconds)
+        state = LaterState(checkpoint, run.reading.identity(projections) | {"pass": TUNED}, seconds=checkpoint_seconds)
         carry_through(run, state, progress)
         return run.projections()
 
@@ -136,33 +136,25 @@ class _Tuning:
         seed: int,
     ) -> None:
         self.model, self.base, self.seed = model, projections, seed
-        self._layers, self._reading = layers, reading
+        self._layers, self.reading = layers, reading
         self.count = len(reading.windows)
         self.shapes: Shapes = [
             dict.fromkeys(STATE, (layer.num_key_value_heads, layer.head_dim, layer.head_dim)) for layer in layers
         ]
-        most = max(layer.num_attention_heads for layer in layers) * len(reading.windows[0]) ** 2
-        at_once = max(1, MOST_SCORES // most)
+        length, words = len(reading.windows[0]), model.get_input_embeddings().weight.shape[0]
+        most = length * max(words, *(layer.num_attention_heads * length for layer in layers))
+        at_once = max(1, MOST_NUMBERS // most)
         self._blocks = [TARGETS[start : start + at_once] for start in range(0, len(TARGETS), at_once)]
         self._plans: dict[nn.Module, list[LayerPlan]] = {}
         """Of the layers that drop dimensions now, one for each row; none: all attention is dense."""
         self._dropped: set[nn.Module] = set()
         """Of the layers that ever did; the others slide, and nothing is known of them."""
-        self._causal: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What tells this run from another."""
-        digest = hashlib.sha256(torch.stack(self._reading.held + self._reading.windows).numpy().tobytes())
-        for layer in self.base.layers.values():
-            digest.update(layer.rotation.numpy().tobytes())
-        places = [*self._reading.held_places, *self._reading.places]
-        known = {"shape": self.base.model["shape"], "key_weights": self.base.model.get("key_weights")}
-        return known | {"places": places, "sha256": digest.hexdigest()}
+        self._causal: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def begin(self, stored: tuple[int, list[dict[str, Tensor]]] | None) -> int:
         """Measure what is lost before, and take up what is stored; returns the windows done."""
-        own = [self.base.layers[layer.index].rotation.to(layer.device) for layer in self._layers]
+        # Copies, because what was made in inference mode has no gradient.
+        own = [self.base.layers[layer.index].rotation.clone().to(layer.device) for layer in self._layers]
         self.rotation = self._start = own
         self.momentum = self.scale = [torch.zeros_like(each) for each in own]
         self._covariance = self._covariances()
@@ -176,8 +168,10 @@ class _Tuning:
         return done
 
     def visit(self, index: int) -> None:
-        """Read a window, and take one step."""
-        window, place = self._reading.windows[index], self._reading.places[index]
+        """Read a window, and take one step; none where a number overflows."""
+        if not self._dropped:
+            return
+        window, place = self.reading.windows[index], self.reading.places[index]
         expected = self._predicted(window, place)
         gradients = [torch.zeros_like(each) for each in self.rotation]
         for block in self._blocks:
@@ -186,11 +180,11 @@ class _Tuning:
             with torch.enable_grad():
                 turns, turned = zip(*map(turnable, self.rotation), strict=True)
                 losses = self._divergences(window, place, expected, block, turned)
-                if not losses.requires_grad:  # all layers slide
-                    continue
                 loss = (losses * losses.new_tensor(weights)).sum()
                 part = torch.autograd.grad(loss, turns, materialize_grads=True)
             gradients = [sum_ + new for sum_, new in zip(gradients, part, strict=True)]
+        if not all(bool(torch.isfinite(each).all()) for each in gradients):
+            return
         rate = RATE * (1 - index / self.count)
         moments = zip(self.rotation, gradients, self.momentum, self.scale, strict=True)
         moved = zip(*(stepped(*each, index + 1, rate) for each in moments), strict=True)
@@ -205,7 +199,7 @@ class _Tuning:
     def projections(self) -> Projections:
         """The tuned rotations, or those of before where on what was held out they are no better."""
         tuned = [orthogonal(each) for each in self.rotation]
-        after = self._held_loss(tuned)
+        after = self._held_loss(tuned) if self._dropped else self._before
         losses = {name: [round(before, 6), round(after[name], 6)] for name, before in self._before.items()}
         changes = [
             target.weight * (after[target.name] / before - 1)
@@ -213,7 +207,7 @@ class _Tuning:
             if (before := self._before[target.name]) > 0
         ]
         change = sum(changes)
-        facts = {"windows": self._reading.distinct, "windows_read": self.count, "seed": self.seed, "kl": losses}
+        facts = {"windows": self.reading.distinct, "windows_read": self.count, "seed": self.seed, "kl": losses}
         facts |= {"kept": change < 0}
         recorded = replace(self.base, calibration=self.base.calibration | {"tuned": facts})
         if not change < 0:
@@ -231,11 +225,11 @@ class _Tuning:
 
     def _covariances(self) -> list[Tensor]:
         """How keys of each layer vary under attention, mean over some windows; see `Sample.covariance`."""
-        windows = list(zip(self._reading.windows, self._reading.places, strict=True))[:LEAST_SAMPLED]
+        windows = list(zip(self.reading.windows, self.reading.places, strict=True))[:LEAST_SAMPLED]
         total = [torch.zeros_like(each) for each in self._start]
         for index, (window, place) in enumerate(windows):
-            seed = (self.seed * 1_000_003 + index) % (1 << 62)
-            samples = sampled(self.model, self._layers, window, place, queries=QUERIES, seed=seed)
+            number = numbered(self.seed, index)
+            samples = sampled(self.model, self._layers, window, place, queries=QUERIES, seed=number)
             seen = [samples[layer.module].covariance() / len(windows) for layer in self._layers]
             total = [one + two for one, two in zip(total, seen, strict=True)]
         return total
@@ -246,12 +240,12 @@ class _Tuning:
     def _held_loss(self, rotations: Sequence[Tensor]) -> dict[str, float]:
         """KL divergence of each target by name, mean over what is held out."""
         losses = dict.fromkeys((target.name for target in TARGETS), 0.0)
-        for window, place in zip(self._reading.held, self._reading.held_places, strict=True):
+        for window, place in zip(self.reading.held, self.reading.held_places, strict=True):
             expected = self._predicted(window, place)
             for block in self._blocks:
                 found = self._divergences(window, place, expected, block, rotations).tolist()
                 for target, loss in zip(block, found, strict=True):
-                    losses[target.name] += loss / len(self._reading.held)
+                    losses[target.name] += loss / len(self.reading.held)
         if not all(map(math.isfinite, losses.values())):
             raise AquaError(f"{type(self.model).__name__} gives NaN or infinite logits: load it in float32 to tune")
         # Rounding of a divergence of zero.
@@ -295,20 +289,21 @@ class _Tuning:
         plans = self._plans.get(module)
         if plans is None or given.get("sliding_window"):
             return interface.attend_dense(interface.directed(call, causal))
+        if call.softcap is not None:
+            raise AquaError("a basis is not tuned for scores with a soft limit (softcap): use svd")
         self._dropped.add(module)
         return recomputed(attention_dropping, call, plans, plans[0].rotation, *self._seen(call), use_reentrant=False)
 
     def _seen(self, call: Call) -> tuple[Tensor, Tensor]:
         """What queries see, and what of that is in the exact window; without a mask it is the same in every call."""
-        (length, device), window = (call.query.shape[2], call.query.device), {"sink": SINK, "recent": RECENT}
-        if call.mask is not None:
-            return visible_and_exact(call.mask, queries=length, keys=length, start=0, **window, device=device)
-        if (length, device) not in self._causal:
-            found = visible_and_exact(None, queries=length, keys=length, start=0, **window, device=device)
-            self._causal = {(length, device): found} | {
-                key: each for key, each in self._causal.items() if key[0] == length
-            }
-        return self._causal[length, device]
+        length, device = call.query.shape[2], call.query.device
+        if call.mask is None and device in self._causal:
+            return self._causal[device]
+        sizes = {"queries": length, "keys": length, "start": 0, "sink": SINK, "recent": RECENT}
+        found = visible_and_exact(call.mask, **sizes, device=device)
+        if call.mask is None:
+            self._causal[device] = found
+        return found
 
 
 def attention_dropping(

@@ -310,9 +310,9 @@ def provenance_table(projections: Projections) -> Table:
 def _basis(projections: Projections) -> list[list[str]]:
     """Which basis, and where a learned one is better."""
     rows = [["basis", "svd (singular vectors)" if projections.basis == "aqua" else projections.basis]]
-    learned = projections.calibration.get("learned")
+    learned, tuned = (projections.calibration.get(name) for name in ("learned", "tuned"))
     if learned is None:
-        return rows
+        return rows + _tuned(tuned)
     held = list(learned["held_out"].values())
     origins = Counter(origin for layer in held for origin in layer["from"])
     losses = [loss for layer in held for loss in layer["loss"]]
@@ -322,7 +322,7 @@ def _basis(projections: Projections) -> list[list[str]]:
         ["heads", kept],
         ["held-out loss", f"{sum(losses) / len(losses):.2f} of the singular vectors'"],
         ["learned on", f"{learned['windows']} windows, positions up to {learned['last_position']}"],
-        *_tuned(projections.calibration.get("tuned")),
+        *_tuned(tuned),
     ]
 
 
