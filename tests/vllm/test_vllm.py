@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The real vLLM engine on a CPU with the plugin: the tokens of stock at k_ratio 1, ours at 0.5, and more room.
+
+`make test-vllm` runs these in an environment of their own; without vLLM they are skipped.
+"""
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from engine import run, served
+
+import aqua_attention as aqua
+
+DENSE = {"k_ratio": 1.0}
+HALF = {"k_ratio": 0.5, "min_length": 0}
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """(folder of safetensors, model, tokenizer, projections file) of SmolLM2."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    model, tokenizer = aqua.load_model("smollm2", dtype="float32")
+    # It comes from a GGUF file, whose weights are ordinary numbers by now.
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.quantization_method, model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # Not beside the weights: vLLM loads all files of that kind in a model's folder.
+    file = tmp_path_factory.mktemp("projections") / "smollm2.safetensors"
+    aqua.calibrate(model, tokenizer, aqua.load_text("builtin:calibration"), tokens=8192, progress=False).save(file)
+    return folder, model, tokenizer, file
+
+
+@pytest.fixture(scope="session")
+def prompts(smollm2):
+    """Of many lengths, some of which begin alike."""
+    ids = smollm2[2](aqua.load_text("builtin:evaluation"))["input_ids"]
+    return [ids[:length] for length in (1, 17, 64, 300, 700, 701)] + [ids[500 : 500 + length] for length in (33, 450)]
+
+
+@pytest.fixture(scope="session")
+def stock(smollm2, prompts):
+    return run(smollm2[0], prompts)
+
+
+def tokens(found):
+    return [each["tokens"] for each in found[0]]
+
+
+def room(log):
+    return int(re.search(r"KV cache size: ([\d,]+) tokens", log)[1].replace(",", ""))
+
+
+@pytest.mark.timeout(900)
+def test_with_every_dimension_it_is_stock(smollm2, prompts, stock):
+    found = run(smollm2[0], prompts, projections=smollm2[3], config=DENSE)
+    assert tokens(found) == tokens(stock)
+    assert room(found[1]) == room(stock[1])
+
+
+@pytest.mark.timeout(900)
+def test_with_half_of_them_it_is_our_own_path(smollm2, prompts):
+    folder, model, _, file = smollm2
+    found, _ = run(folder, prompts, projections=file, config=HALF, logprobs=0, max_num_batched_tokens=256)
+    projections = aqua.Projections.load(file)
+    for prompt, answer in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            dense = model(ids).logits[0].log_softmax(-1)
+            with aqua.apply(model, projections, aqua.AquaConfig(**HALF)):
+                expected = model(ids).logits[0].log_softmax(-1)
+        for place, own in list(enumerate(answer["logprobs"]))[1:]:
+            assert own[str(prompt[place])] == pytest.approx(float(expected[place - 1, prompt[place]]), abs=2e-3)
+        if len(prompt) > 200:
+            assert float((expected - dense).abs().max()) > 0.05
+
+
+@pytest.mark.timeout(900)
+def test_fewer_stored_dimensions_are_more_room(smollm2, prompts, stock):
+    config = {"k_ratio": 1.0, "s_ratio": 0.25, "sink": 0, "recent": 0}
+    found = run(smollm2[0], prompts[:2], projections=smollm2[3], config=config)
+    assert room(found[1]) == pytest.approx(room(stock[1]) * 128 / 112, rel=0.002)
+
+
+@pytest.mark.timeout(900)
+def test_a_cache_too_small_for_all_gives_the_same_answers(smollm2, prompts):
+    options = {"projections": smollm2[3], "config": HALF}
+    expected = tokens(run(smollm2[0], prompts, **options, enable_prefix_caching=False))
+    many = prompts * 4
+    small = run(smollm2[0], many, **options, num_gpu_blocks_override=80, block_size=32, max_num_seqs=32)
+    assert tokens(small) == expected * 4
+
+
+@pytest.mark.timeout(900)
+def test_a_server_answers_many_at_once_and_mixes_none_up(smollm2, prompts):
+    """Twice, so that the second time prompts are found in the prefix cache."""
+    options = {"projections": smollm2[3], "config": HALF}
+    expected = tokens(run(smollm2[0], prompts, **options, max_tokens=8))
+    with served(smollm2[0], **options) as complete, ThreadPoolExecutor(32) as pool:
+        for _ in range(2):
+            answers = list(pool.map(lambda prompt: complete(prompt, 8), prompts * 4))
+            assert [each["token_ids"] for each in answers] == expected * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"projections": "missing.safetensors"}, r"AQUA_PROJECTIONS: .*missing\.safetensors"),
+        ({"config": {"k_ratio": 2}}, r"AQUA_CONFIG: k_ratio is 2"),
+        ({"config": {"ratio": 2}}, r"AQUA_CONFIG: .*ratio"),
+        ({"config": {"bits": 8}}, r"AQUA_CONFIG: bits is 8, which is not served in vLLM yet"),
+        ({"config": {"s_ratio": 0.25}}, r"AQUA_CONFIG: s_ratio is 0\.25 with an exact window of 4 \+ 64"),
+    ],
+)
+@pytest.mark.timeout(300)
+def test_what_cannot_be_served_ends_at_the_start(smollm2, changes, said):
+    with pytest.raises(RuntimeError, match=said):
+        run(smollm2[0], [[1, 2]], **({"projections": smollm2[3]} | changes))
