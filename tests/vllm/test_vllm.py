@@ -15,6 +15,7 @@ pytest.importorskip("vllm")
 from engine import run, served
 
 import aqua_attention as aqua
+from conftest import calibrated, make_llama
 
 DENSE = {"k_ratio": 1.0}
 HALF = {"k_ratio": 0.5, "min_length": 0}
@@ -121,3 +122,11 @@ def test_a_server_answers_many_at_once_and_mixes_none_up(smollm2, prompts):
 def test_what_cannot_be_served_ends_at_the_start(smollm2, changes, said):
     with pytest.raises(RuntimeError, match=said):
         run(smollm2[0], [[1, 2]], **({"projections": smollm2[3]} | changes))
+
+
+@pytest.mark.timeout(300)
+def test_projections_of_another_model_are_refused(smollm2, tmp_path):
+    calibrated(make_llama()).save(tmp_path / "tiny.safetensors")
+    said = r"AQUA_PROJECTIONS: made for llama, .* but layer 0 has 3 key-value heads of 64"
+    with pytest.raises(RuntimeError, match=said):
+        run(smollm2[0], [[1, 2]], projections=tmp_path / "tiny.safetensors")

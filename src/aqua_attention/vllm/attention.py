@@ -127,7 +127,17 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
     def _made(self, index: int, device: torch.device) -> LayerPlan | None:
         known = serving().projections.layers.get(index)
         if known is None or self.sliding_window is not None:
+            if self.kept < self.head_size:
+                reason = "has no projections" if known is None else "has a sliding window"
+                raise AquaError(
+                    f"AQUA_CONFIG: s_ratio cuts the pages of all layers, and layer {index} {reason}: set it to 0"
+                )
             return None
+        if known.rotation.shape[-1] != self.head_size or len(known.rotation) < self.num_kv_heads:
+            here = f"layer {index} has {self.num_kv_heads} key-value heads of {self.head_size}"
+            raise AquaError(
+                f"AQUA_PROJECTIONS: made for {serving().projections.fits}, but {here}: calibrate this model"
+            )
         plan = known.plan(serving().config, device, index=index)
         heads = own_heads(plan.num_key_value_heads, self.num_kv_heads)
         return LayerPlan(plan.rotation[heads], plan.key_rms[heads], plan.config, self.scale, index=index)
