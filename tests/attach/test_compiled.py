@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms, MLP blocks and rotary embeddings compiled for steps of one token: found, the same, and nothing left behind."""
+"""What is compiled: parts of a model by us, for steps of one token, and a whole model or its layers by its user.
+
+Norms, MLP blocks and rotary embeddings are found, give the same, and leave nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from torch import nn
 import aqua_attention as aqua
 from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.model.capture import attention_layers
-from conftest import make_gemma3, make_llama
+from aqua_attention.ops.backends.cpu.build import no_kernel_reason
+from conftest import calibrated, make_gemma3, make_llama
 
 LLAMA = {"LlamaRMSNorm": 7, "LlamaMLP": 3, "LlamaRotaryEmbedding": 1, "apply_rotary_pos_emb": 1}
 KINDS = {
@@ -422,3 +426,63 @@ def test_compiled_code_keeps_no_model_alive():
     del model, parts
     gc.collect()
     assert alive() is None
+
+
+WINDOW = {"k_ratio": 0.5, "sink": 2, "recent": 5}
+INT8 = {"k_ratio": 0.5, "bits": 8}
+
+
+def make_two_gemma3(**changes):
+    return make_gemma3(layer_types=["sliding_attention", "full_attention"], **changes)
+
+
+ORDERS = {
+    "tiled, growing": (make_llama, WINDOW, ("tiled", "growing")),
+    "growing, tiled": (make_llama, WINDOW, ("growing", "tiled")),
+    "tiled, static": (make_llama, WINDOW, ("tiled", "plain")),
+    "int8 twice": (make_llama, INT8, ("growing", "growing")),
+    "rings, growing": (make_two_gemma3, WINDOW, ("tiled", "growing")),
+}
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Nothing was compiled before. Tiles are read by the kernel for CPUs where there is a compiler."""
+    if not no_kernel_reason():
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+@torch.no_grad()
+def test_a_model_compiled_once_takes_one_kind_of_cache_after_another(order, fresh):
+    """A tiled cache breaks the graph: what is compiled after the break is for one layer, and no other must run it."""
+    make, setting, kinds = ORDERS[order]
+    model = make(num_hidden_layers=2)
+
+    def logits(step, cache):
+        ids = torch.arange(2, 24)[None]
+        return torch.cat(
+            [step(part, past_key_values=cache).logits for part in (ids[:, :20], *ids[:, 20:].split(1, 1))], 1
+        )
+
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig(**setting)) as attachment:
+        step = torch.compile(model, backend="eager")
+        for kind in kinds:
+            given = {} if kind == "growing" else {"max_length": 40, "layout": kind}
+            expected = logits(model, attachment.new_cache(**given))
+            assert torch.allclose(logits(step, attachment.new_cache(**given)), expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_that_are_compiled_one_by_one_keep_their_own_projections(fresh):
+    model = make_llama()
+    ids = torch.arange(2, 24)[None]
+    with aqua.apply(model, calibrated(model), aqua.AquaConfig(**WINDOW)):
+        expected = model(ids, use_cache=False).logits
+        for layer in model.model.layers:
+            layer.compile(backend="eager")
+        assert torch.allclose(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-4)

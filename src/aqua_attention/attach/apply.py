@@ -116,7 +116,9 @@ class Attachment:
         windows = sliding_windows(self._decoder.config) if self._causal else {}
         self._exact_windows = windows if config.sliding == "exact" else {}
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
-        self._plans: dict[nn.Module, LayerPlan] = {}
+        self._plans: dict[int, LayerPlan] = {}
+        """By the `id` of the layer's module, which `torch.compile` compares before it runs code for a layer; of a key
+        that is a module it compares the class only, and one layer would run code that has the plan of another."""
         self._undo: list[Callable[[], None]] = []
         self._bounded = bounded_layers(self._decoder.config) if self._causal else set()
         self.dropped: weakref.finalize[Any, Any] | None = None
@@ -137,7 +139,7 @@ class Attachment:
         if self.dropped:
             self.dropped.detach()
         interface.check_detached(self.model)
-        self._plans = {layer.module: self._plan(layer) for layer in self._found}
+        self._plans = {id(layer.module): self._plan(layer) for layer in self._found}
         self._weights = Weights(self._plans, self._causal, self._coverage.key_weights)
         self._undo.append(self._weights.end)
         self._can_tile = False
@@ -360,7 +362,7 @@ class Attachment:
 
     def _attend(self, module: nn.Module, call: Call, causal: bool, given: dict[str, Any]) -> Tensor:
         """Attention of one layer; query and key arrive after rotary embedding."""
-        plan = self._plans.get(module)
+        plan = self._plans.get(id(module))
         self._coverage.check_call(module, causal, given.get("dropout", 0.0), None if plan is None else plan.causal)
         if plan is None:
             return interface.attend_dense(interface.directed(call, causal))

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from aqua_attention.attach.compiled import CompiledParts
@@ -40,7 +39,7 @@ class Known(NamedTuple):
     """What an attachment knows.
 
     Attributes:
-        decoder: the part of the model whose cache it is; layers: those under AQUA; plans: theirs, by module.
+        decoder: the part of the model whose cache it is; layers: those under AQUA; plans: theirs, by `id` of module.
         dense: how many layers are not.
         cache: an empty one as `generate` gets; None where keys do not come straight from a cache.
         untiled: why it is not tiled; unrecorded: why no step is recorded, whatever the cache.
@@ -48,7 +47,7 @@ class Known(NamedTuple):
 
     decoder: PreTrainedModel
     layers: list[AttentionLayer]
-    plans: Mapping[nn.Module, LayerPlan]
+    plans: Mapping[int, LayerPlan]
     dense: int
     cache: AquaCache | None
     untiled: str | None
@@ -77,7 +76,7 @@ def explained(
 
 
 def _layer(known: Known, found: AttentionLayer, windows: dict[int, int]) -> _Layer:
-    plan = known.plans[found.module]
+    plan = known.plans[id(found.module)]
     if not plan.causal:
         return _Layer(found, plan, None, None)
     cached = None if known.cache is None else known.cache.layers[found.index]

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from aqua_attention.cache.cache import AquaCache, sliding_windows
@@ -18,18 +18,18 @@ from aqua_attention.ops.plan import LayerPlan
 
 
 def why_no_tiles(
-    decoder: PreTrainedModel, layers: Sequence[AttentionLayer], plans: Mapping[nn.Module, LayerPlan]
+    decoder: PreTrainedModel, layers: Sequence[AttentionLayer], plans: Mapping[int, LayerPlan]
 ) -> str | None:
     """Why the decoding kernels cannot serve these layers; None when they can, or when all slide."""
     if only_plain := next(filter(None, (layer.only_plain for layer in layers)), None):
         return Reason(f"the model {only_plain}")
     slides = sliding_windows(decoder.config)
     full = [layer for layer in layers if layer.index not in slides]
-    if not full and (needs := needs_own_cache(plans[layers[0].module].config)):
+    if not full and (needs := needs_own_cache(plans[id(layers[0].module)].config)):
         return Reason(f"all layers slide, and none of a fixed size stores {needs}", f"leave {needs.split('=')[0]} out")
     if (full and softcap_of(decoder)) or any(sinks_of(layer) is not None for layer in full):
         return Reason("the kernel knows neither softcap nor extra softmax logits")
-    reasons = (why_not_tiled(plans[each.module], each.num_attention_heads, decoder.dtype) for each in full)
+    reasons = (why_not_tiled(plans[id(each.module)], each.num_attention_heads, decoder.dtype) for each in full)
     return next(filter(None, reasons), None)
 
 

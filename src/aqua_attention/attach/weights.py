@@ -22,16 +22,19 @@ class Weights:
 
     def __init__(
         self,
-        plans: dict[nn.Module, LayerPlan],
+        plans: dict[int, LayerPlan],
         layers: Sequence[AttentionLayer],
         digests: Callable[[], Mapping[nn.Module, list[float] | None]],
     ) -> None:
-        """Note what is there now; `plans` of the `layers` are replaced, `digests` takes their `key_weights` again."""
+        """Note what is there now; `plans` of the `layers`, by the `id` of their modules, are replaced.
+
+        `digests` takes their `key_weights` again.
+        """
         self._plans, self._layers, self._digests = plans, layers, digests
         self._former: weakref.WeakSet[LayerPlan] = weakref.WeakSet()
         self._local, self._lock = threading.local(), threading.Lock()
         for layer in layers:
-            plans[layer.module].projected = projected(layer)
+            plans[id(layer.module)].projected = projected(layer)
 
     def look(self) -> None:
         """Make new plans if weights or adapters are others now; where nothing has, it waits for the GPU once."""
@@ -57,10 +60,10 @@ class Weights:
 
     def _renew(self) -> None:
         now = [projected(layer) for layer in self._layers]
-        before = [self._plans[layer.module].projected for layer in self._layers]
+        before = [self._plans[id(layer.module)].projected for layer in self._layers]
         if are_equal(now, before) or all(map(same_projected, now, before)):
             return
         digests = self._digests()
         for layer, made in zip(self._layers, now, strict=True):
-            self._former.add(plan := self._plans[layer.module])
-            self._plans[layer.module] = dataclasses.replace(plan, projected=made, key_weights=digests[layer.module])
+            self._former.add(plan := self._plans[id(layer.module)])
+            self._plans[id(layer.module)] = dataclasses.replace(plan, projected=made, key_weights=digests[layer.module])
