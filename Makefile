@@ -40,7 +40,7 @@ test-architectures: .venv/.installed  ## hold some 50 architectures to README's 
 	@touch $@
 
 test-vllm: .venv-vllm/.installed  ## the plugin in a real vLLM engine on a CPU: minutes, and 4 GB of disk
-	.venv-vllm/bin/python -m pytest tests/vllm $(ARGS)
+	.venv-vllm/bin/python -m pytest tests/serve $(ARGS)
 
 lint: .venv/.installed  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.entrypoints")
 
 from engine import run, served
 
