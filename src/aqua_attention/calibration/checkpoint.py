@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from aqua_attention.calibration.projections import LEARNED, TUNED
 from aqua_attention.calibration.statistics import Statistics, named_tensors, take_layer
 from aqua_attention.errors import AquaError
 from aqua_attention.io.files import remove_leftovers
@@ -20,7 +21,7 @@ Shapes = Sequence[Mapping[str, tuple[int, ...]]]
 """Of the tensors of each part, by name."""
 Progressed = tuple[int, list[dict[str, Tensor]]]
 """Windows done, and tensors by name of each part."""
-LATER = ("learned", "tuned")
+LATER = (LEARNED, TUNED)
 """Bases for which a calibration reads its windows again, with a state of its own."""
 
 

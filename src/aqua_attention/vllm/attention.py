@@ -28,14 +28,11 @@ class AquaMetadata:
         starts: place of each sequence's first query, and the end, on the host.
         lengths: tokens of each sequence, the queries' own included, on the host.
         block_table: [sequences, blocks].
-        slots: where each query's token is kept.
     """
 
-    num_actual_tokens: int
     starts: list[int]
     lengths: list[int]
     block_table: Tensor
-    slots: Tensor
 
 
 class AquaAttention(AttentionImpl[AquaMetadata]):

@@ -65,18 +65,13 @@ class AquaBackend(AttentionBackend):
 class AquaMetadataBuilder(AttentionMetadataBuilder[AquaMetadata]):
     """See `AttentionMetadataBuilder`."""
 
-    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> AquaMetadata:
         """Of one batch."""
         given = common_attn_metadata
         return AquaMetadata(
-            given.num_actual_tokens,
             given.query_start_loc_cpu[: given.num_reqs + 1].tolist(),
             given.seq_lens[: given.num_reqs].tolist(),
             given.block_table_tensor,
-            given.slot_mapping,
         )
