@@ -65,6 +65,10 @@ class AquaBackend(AttentionBackend):
 class AquaMetadataBuilder(AttentionMetadataBuilder[AquaMetadata]):
     """See `AttentionMetadataBuilder`."""
 
+    # Abstract there.
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> AquaMetadata:
