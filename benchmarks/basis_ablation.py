@@ -3,13 +3,14 @@
 """What each choice in learning a basis is worth: KL to dense attention with one choice changed at a time.
 
     python benchmarks/basis_ablation.py MODEL --data CALIBRATION --test wiki.txt --length 2048 --length 8192
+    python benchmarks/basis_ablation.py MODEL --data CALIBRATION --test wiki.txt --length 2048 --tune   # third pass
 
-Settings: weighted, exact 4 + 64. A row a variant and length. Seconds are those of the second pass.
+Settings: weighted, exact 4 + 64. A row a variant and length. Seconds are those of the second pass, or of the third.
 """
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 import aqua_attention as aqua
-from aqua_attention.calibration import learned, learning, sample
+from aqua_attention.calibration import learned, learning, sample, tuning
 from aqua_attention.calibration.learning import Target
 from aqua_attention.calibration.positions import begins, placed
 from aqua_attention.calibration.projections import Projections, layer_projection
@@ -31,8 +32,10 @@ from aqua_attention.model.sides import TEXT
 SETTINGS = ({"k_ratio": 0.5}, {"k_ratio": 0.25}, {"k_ratio": 0.75}, {"k_ratio": 0.5, "share": "head"})
 ONE = (Target(0.5, "group", 1.0),)
 GROUPS = tuple(Target(ratio, "group", 1.0) for ratio in (0.25, 0.5, 0.75))
-VARIANTS: dict[str, list[tuple[ModuleType, str, Any]]] = {
-    "as it is": [],
+Changes = Sequence[tuple[ModuleType, str, Any]]
+AS_IT_IS, FROM_SVD = "as it is", "from singular vectors"
+VARIANTS: Mapping[str, Changes] = {
+    AS_IT_IS: [],
     "divergence only": [(learning, "MEASURES", (1.0, 0.0))],
     "output only": [(learning, "MEASURES", (0.0, 1.0))],
     "0.5 group only": [(learning, "TARGETS", ONE)],
@@ -47,8 +50,26 @@ VARIANTS: dict[str, list[tuple[ModuleType, str, Any]]] = {
 }
 
 
+def weighing(*weights: float) -> Changes:
+    """The targets of the third pass with other weights."""
+    return [(tuning, "TARGETS", [each._replace(weight=w) for each, w in zip(tuning.TARGETS, weights, strict=True)])]
+
+
+TUNED: Mapping[str, Changes] = {
+    AS_IT_IS: [],
+    FROM_SVD: [],
+    "equal weights": weighing(1, 1, 1, 1, 1),
+    "more weight on 0.5": weighing(0.5, 4, 0.5, 4, 0.5),
+    "0.5 group only": weighing(0, 1, 0, 0, 0),
+    "without s_ratio": weighing(1, 3, 1, 2, 0),
+    "rate 0.0005": [(tuning, "RATE", 0.0005)],
+    "rate 0.002": [(tuning, "RATE", 0.002)],
+}
+"""Of the third pass."""
+
+
 @contextmanager
-def changed(changes: list[tuple[ModuleType, str, Any]]) -> Iterator[None]:
+def changed(changes: Changes) -> Iterator[None]:
     """While open, constants of modules have other values."""
     before = [(module, name, getattr(module, name)) for module, name, _ in changes]
     for module, name, value in changes:
@@ -80,8 +101,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20480, help="tokens tested a length")
     parser.add_argument("--learn-tokens", type=int, default=98304, help="calibration tokens")
     parser.add_argument("--last-position", type=int, help="windows are read at positions up to this")
-    parser.add_argument("--variant", action="append", choices=VARIANTS, help="only this one; may be repeated")
+    parser.add_argument("--tune", action="store_true", help="variants of the third pass, not of the second")
+    parser.add_argument("--variant", action="append", help="only this one; may be repeated")
     given = parser.parse_args()
+    variants = TUNED if given.tune else VARIANTS
+    if unknown := set(given.variant or ()) - set(variants):
+        parser.error(f"--variant is {', '.join(unknown)}: choose from {', '.join(variants)}")
     model, tokenizer = aqua.load_model(given.model, dtype="float32")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     ids, prefix = tokenize(tokenizer, load_text(given.data))
@@ -109,12 +134,19 @@ def main() -> None:
             print(f"{name}, {length}: {cells}; {seconds:.0f} s", flush=True)
 
     show("singular vectors", start, 0)
-    for name in given.variant or VARIANTS:
+    if given.tune:
         began = time.perf_counter()
-        with changed(VARIANTS[name]):
-            found = learned.learn(model, start, windows, last_position=last)
+        second = learned.learn(model, start, windows, last_position=last)
+        show("learned", second, time.perf_counter() - began)
+    for name in given.variant or variants:
+        began = time.perf_counter()
+        with changed(variants[name]):
+            if given.tune:
+                found = tuning.tune(model, start if name == FROM_SVD else second, windows, last_position=last)
+            else:
+                found = learned.learn(model, start, windows, last_position=last)
         show(name, found, time.perf_counter() - began)
-        if name == "as it is":
+        if name == AS_IT_IS and not given.tune:
             show("chosen by mean square", by_mean_square(found), 0)
 
 
