@@ -267,6 +267,7 @@ def test_observers_are_told_the_same_and_change_nothing(family):
     assert len(seen) == len(plain) == 3 * NEW
     for (index, selected, shape, dim), (other, chosen, size, same) in zip(seen, plain, strict=True):
         assert (index, shape, dim) == (other, size, same)
+        assert type(shape) is torch.Size
         assert (selected is None and chosen is None) or torch.equal(selected, chosen)
 
 

@@ -321,7 +321,7 @@ class Recorder:
         self.last.replays += 1
         # Clones, because the next replay writes over them.
         for told in steps.observed:
-            self._observing.on_selection(*tree_map_only(Tensor, torch.clone, told))
+            self._observing.on_selection(*(each.clone() if isinstance(each, Tensor) else each for each in told))
         outputs = tree_map_only(Tensor, torch.clone, steps.outputs)
         return steps.kind(**outputs, **{CACHE: cache})
 

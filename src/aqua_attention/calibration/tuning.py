@@ -95,8 +95,9 @@ def tune(
     found = [layer for layer in capture.attention_layers(model) if layer.index in projections.layers]
     check_learnable(type(model).__name__, found, windows)
     check_tunable(model)
-    off = without_autocast(capture.input_device(model).type)
-    with torch.inference_mode(False), torch.no_grad(), off, interface.looking_at(model), _frozen(model):
+    device = capture.input_device(model).type
+    plain, fast = without_autocast(device), _fast_products(device)
+    with torch.inference_mode(False), torch.no_grad(), plain, fast, interface.looking_at(model), _frozen(model):
         run = _Tuning(model, projections, found, Reading.of(model, windows, last_position, seed), seed)
         state = LaterState(checkpoint, run.reading.identity(projections) | {"pass": TUNED}, seconds=checkpoint_seconds)
         carry_through(run, state, progress)
@@ -108,6 +109,17 @@ def check_tunable(model: PreTrainedModel) -> None:
     check_predicts(model)
     if model.dtype == torch.float16:
         raise AquaError("the model is float16, in which gradients vanish: load it in float32 or bfloat16 to tune")
+
+
+@contextmanager
+def _fast_products(device: str) -> Iterator[None]:
+    """While open, a GPU multiplies float32 matrices on its tensor cores: 10 bits of each number are enough here."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -317,11 +317,12 @@ def _basis(projections: Projections) -> list[list[str]]:
     origins = Counter(origin for layer in held for origin in layer["from"])
     losses = [loss for layer in held for loss in layer["loss"]]
     kept = ", ".join(f"{count} {origin}" for origin, count in origins.most_common())
+    windows, last = f"{learned['windows']} windows", learned["last_position"]
     return [
         *rows,
         ["heads", kept],
         ["held-out loss", f"{sum(losses) / len(losses):.2f} of the singular vectors'"],
-        ["learned on", f"{learned['windows']} windows, positions up to {learned['last_position']}"],
+        ["learned on", windows if last is None else f"{windows}, positions up to {last}"],
         *_tuned(tuned),
     ]
 
