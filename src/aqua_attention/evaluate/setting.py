@@ -110,16 +110,22 @@ class Run:
         """`projections` are in the setting's basis."""
         self.attachment = Attachment(model, projections, setting.config)
         self.attachment.on_selection = self._count
+        self.attachment.on_reading = self._count_read
         self.setting = replace(setting, config=self.attachment.config)
         # By layer, summed over queries; the first on the model's device, so that counting never waits for a GPU.
         self._selected: dict[int, Tensor | int] = {}
         self._selectable: dict[int, int] = {}
+        self._read: dict[int, Tensor] = {}
 
     def _count(self, layer: int, selected: Tensor | None, queries: torch.Size, head_dim: int) -> None:
         rows = queries.numel() // queries[-1]
         chosen = rows * queries[-1] if selected is None else selected.sum()
         self._selected[layer] = self._selected.get(layer, 0) + chosen
         self._selectable[layer] = self._selectable.get(layer, 0) + rows * head_dim
+
+    def _count_read(self, layer: int, read: Tensor, seen: Tensor) -> None:
+        found = torch.stack([read.sum(), seen.sum()]).double()
+        self._read[layer] = self._read[layer] + found if layer in self._read else found
 
     def head(self) -> dict[str, Any]:
         """How the row of every evaluation begins: `setting` (the AquaConfig's fields) and `basis`."""
@@ -130,9 +136,15 @@ class Run:
         return sum(int(count) for count in self._selected.values()) / sum(self._selectable.values())
 
     def mean_ks(self) -> dict[str, Any]:
-        """`mean_k`, and `mean_k_per_layer`, the same for each layer as a list."""
+        """`mean_k`, and where tokens are chosen `tokens_read`, the share of those seen; both also for each layer, as a
+        list in `mean_k_per_layer` and `tokens_read_per_layer`.
+        """
         layers = [int(self._selected[layer]) / self._selectable[layer] for layer in sorted(self._selected)]
-        return {"mean_k": self.mean_k(), "mean_k_per_layer": layers}
+        found: dict[str, Any] = {"mean_k": self.mean_k(), "mean_k_per_layer": layers}
+        if self._read:
+            read, seen = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
+            found |= {"tokens_read": float(read.sum() / seen.sum()), "tokens_read_per_layer": (read / seen).tolist()}
+        return found
 
 
 def runs_of(subject: Subject, settings: Sequence[Setting], side: str = TEXT) -> list[Run]:

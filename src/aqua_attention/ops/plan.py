@@ -65,11 +65,13 @@ class Attended(NamedTuple):
         selected: the dimensions that each query multiplied outside the exact window, boolean, of shape `rotated`; None:
             all of them, or the call was not observed.
         rotated: shape of the rotated queries, [batch, num_attention_heads, queries, kept].
+        reading: how many tokens were read, see `ops.tokens.Reading`; None: all.
     """
 
     output: Tensor
     selected: Tensor | None
     rotated: torch.Size
+    reading: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(eq=False)
