@@ -63,7 +63,7 @@ def test_sliding_layers_read_all(sliding):
     model = make_gemma3()
     projections, read = calibrated(model), {}
     with aqua.apply(model, projections, SELECT | {"sliding": sliding}) as attachment:
-        attachment.on_reading = lambda layer, *counts: read.setdefault(layer, []).append(counts)
+        attachment.on_reading = lambda layer, reading: read.setdefault(layer, []).append(reading)
         logits_of(model, tokens_of())
         generated = model.generate(tokens_of(30), max_new_tokens=4, do_sample=False)
     assert set(read) == {1}
@@ -99,13 +99,15 @@ def test_what_is_read_is_counted(llama):
     tokens, counts = tokens_of(50, batch=2), {}
     with aqua.apply(model, projections, SELECT) as attachment:
         unseen = logits_of(model, tokens)
-        attachment.on_reading = lambda layer, read, seen: counts.update({layer: (read, seen)})
+        attachment.on_reading = lambda layer, reading: counts.update({layer: reading})
         assert torch.equal(logits_of(model, tokens), unseen)
     assert set(counts) == {0, 1, 2}
-    for read, seen in counts.values():
+    for read, seen, share in counts.values():
         assert read.shape == seen.shape == (2, 2, 50)
         assert torch.equal(seen[0, 0], torch.arange(1, 51))
         assert bool((read <= seen).all()) and int(read.sum()) < int(seen.sum())
+        # 8 of 16 dimensions in a byte and a scale to score, 32 of 16 bits to read.
+        torch.testing.assert_close(share, (8 + 2 + 64 * read / seen) / 64)
 
 
 def test_rows_say_what_was_read(llama, word_tokenizer):
@@ -117,4 +119,5 @@ def test_rows_say_what_was_read(llama, word_tokenizer):
     assert 0 < shares[0] < shares[1] < shares[2] == 1
     assert found[0]["kl"] > found[1]["kl"] > 1e-6 > abs(found[2]["kl"])
     assert len(found[0]["tokens_read_per_layer"]) == 3
+    assert [row["bytes_read"] for row in found[:3]] == pytest.approx([share + 10 / 64 for share in shares])
     assert "tokens_read" not in found[3]

@@ -212,7 +212,7 @@ def test_the_order_of_tokens_outside_the_window_does_not_matter():
 def test_short_sequences_read_everything():
     plan = plan_of(8, k_ratio=0.5, select_p=0.3, min_length=20)
     query, key, value = states(plan, length=32)
-    read, seen = attend(plan.call(query, key, value), plan).reading
+    read, seen, _ = attend(plan.call(query, key, value), plan).reading
     assert torch.equal(read[..., :19], seen[..., :19])
     assert bool((read[..., 19:] < seen[..., 19:]).any())
 

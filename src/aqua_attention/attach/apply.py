@@ -48,14 +48,14 @@ from aqua_attention.machine import Shape, resolved
 from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
 from aqua_attention.model.limits import has_learned_positions
-from aqua_attention.ops.plan import Call, LayerPlan
+from aqua_attention.ops.plan import Call, LayerPlan, Reading
 from aqua_attention.ops.select import without_autocast
 
 LOG = logging.getLogger("aqua_attention")
 OWN_CACHES = (DynamicCache, AquaCache)
 """Caches whose layers can be ours."""
 SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
-ReadingObserver = Callable[[int, Tensor, Tensor], None]
+ReadingObserver = Callable[[int, Reading], None]
 
 
 class Attachment:
@@ -75,8 +75,8 @@ class Attachment:
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
             It is told what was chosen, and changes no route.
-        on_reading: called as on_reading(layer index, tokens read, tokens seen) for every attention call in which tokens
-            are chosen, both [batch, num_key_value_heads, queries].
+        on_reading: called as on_reading(layer index, `ops.plan.Reading`) for every attention call in which tokens are
+            chosen.
     """
 
     def __init__(
@@ -385,7 +385,7 @@ class Attachment:
         if observer is not None:
             observer(plan.index, selected, rotated, plan.head_dim)
         if self.on_reading is not None and reading is not None:
-            self.on_reading(plan.index, *reading)
+            self.on_reading(plan.index, reading)
         return output
 
 

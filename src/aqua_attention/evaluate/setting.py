@@ -23,6 +23,7 @@ from aqua_attention.machine import resolved
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT
+from aqua_attention.ops.plan import Reading
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,9 @@ class Run:
         self._selected[layer] = self._selected.get(layer, 0) + chosen
         self._selectable[layer] = self._selectable.get(layer, 0) + rows * head_dim
 
-    def _count_read(self, layer: int, read: Tensor, seen: Tensor) -> None:
-        found = torch.stack([read.sum(), seen.sum()]).double()
+    def _count_read(self, layer: int, reading: Reading) -> None:
+        read, seen, share = reading
+        found = torch.stack([read.sum(), seen.sum(), (share * seen).sum()]).double()
         self._read[layer] = self._read[layer] + found if layer in self._read else found
 
     def head(self) -> dict[str, Any]:
@@ -136,14 +138,15 @@ class Run:
         return sum(int(count) for count in self._selected.values()) / sum(self._selectable.values())
 
     def mean_ks(self) -> dict[str, Any]:
-        """`mean_k`, and where tokens are chosen `tokens_read`, the share of those seen; both also for each layer, as a
-        list in `mean_k_per_layer` and `tokens_read_per_layer`.
+        """`mean_k`, and where tokens are chosen `tokens_read` and `bytes_read`, shares of all that is seen; each also
+        for each layer, as a list in `mean_k_per_layer` and so on.
         """
         layers = [int(self._selected[layer]) / self._selectable[layer] for layer in sorted(self._selected)]
         found: dict[str, Any] = {"mean_k": self.mean_k(), "mean_k_per_layer": layers}
         if self._read:
-            read, seen = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
-            found |= {"tokens_read": float(read.sum() / seen.sum()), "tokens_read_per_layer": (read / seen).tolist()}
+            read, seen, shares = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
+            for name, amount in (("tokens_read", read), ("bytes_read", shares)):
+                found |= {name: float(amount.sum() / seen.sum()), f"{name}_per_layer": (amount / seen).tolist()}
         return found
 
 

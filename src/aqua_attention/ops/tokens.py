@@ -14,22 +14,25 @@ from torch import Tensor
 
 from aqua_attention.ops.layout import quantized
 from aqua_attention.ops.mask import visible_and_exact
-from aqua_attention.ops.plan import Call, LayerPlan
+from aqua_attention.ops.plan import Call, LayerPlan, Reading
 from aqua_attention.ops.reference import query_blocks, weighted_values
 
+SCALE_BYTES = 2
+"""Of the scale of a token and head, where keys or values are in few bits."""
 FEW_BITS_LARGEST = 7
 """Codes of 4 bits go from minus this to this."""
 
 
-class Reading(NamedTuple):
-    """What each query and key-value head read, int64 [batch, num_key_value_heads, queries].
+class Scored(NamedTuple):
+    """Approximate scores, before they are scaled.
 
     Attributes:
-        read: tokens attended to; seen: tokens that it sees.
+        scores: [batch, num_attention_heads, queries, tokens].
+        read: bytes read for each token, [batch, num_key_value_heads, queries], or a number.
     """
 
-    read: Tensor
-    seen: Tensor
+    scores: Tensor
+    read: Tensor | float
 
 
 def choose_tokens(weight: Tensor, visible: Tensor, exact: Tensor, plan: LayerPlan) -> Tensor:
@@ -90,6 +93,35 @@ def scored_keys(key: Tensor, plan: LayerPlan) -> Tensor:
     return states * scale + mean
 
 
+def scores_by_dimensions(query: Tensor, key: Tensor, selected: Tensor | None, plan: LayerPlan) -> Scored:
+    """Products of queries with the copy of the keys, in the dimensions chosen for each query.
+
+    Args:
+        query: rotated, [batch, num_attention_heads, queries, kept]; selected: boolean of that shape; None: all.
+        key: rotated, [batch, num_key_value_heads, tokens, kept].
+    """
+    bits = plan.config.score_bits
+    scale_bytes = 0 if bits == 16 else SCALE_BYTES
+    if selected is None:
+        return Scored(products(query, scored_keys(key, plan)), plan.kept * bits / 8 + scale_bytes)
+    # A dimension is read once for all heads of a group.
+    dims = selected.unflatten(1, (key.shape[1], -1)).any(2).sum(-1)
+    return Scored(products(torch.where(selected, query, 0), scored_keys(key, plan)), dims * (bits / 8) + scale_bytes)
+
+
+SCORES = scores_by_dimensions
+"""What scores tokens. Benchmarks put other methods here, to compare them."""
+LEFT_OUT = "nothing"
+"""What stands for tokens that are not read: "nothing"; "mean", the mean of all values seen, as SparQ has it; "others",
+the mean of the values not read. Both weigh what the approximate softmax leaves out. Benchmarks change it."""
+
+
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """Dot products of all heads with the keys of their groups, [batch, num_attention_heads, queries, tokens]."""
+    (batch, heads, queries, width), (groups, tokens) = query.shape, key.shape[1:3]
+    return (query.reshape(batch, groups, -1, width) @ key.transpose(-1, -2)).view(batch, heads, queries, tokens)
+
+
 def attend_to_chosen(
     call: Call, plan: LayerPlan, selected: Tensor | None, short: Tensor | None
 ) -> tuple[Tensor, Reading]:
@@ -105,43 +137,26 @@ def attend_to_chosen(
     """
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = (states.to(dtype) for states in call[:3])
-    cheap = scored_keys(key[..., : plan.kept], plan)
     found = []
     for block, seen, part in query_blocks(query, key.shape[2], call.mask, call.sink, call.recent):
         rows = query[:, :, block]
-        chosen = rows if selected is None else torch.where(selected[:, :, block], rows, 0)
-        visible, exact = visible_and_exact(
-            part,
-            queries=rows.shape[2],
-            keys=seen,
-            start=seen - rows.shape[2],
-            sink=call.sink,
-            recent=call.recent,
-            device=query.device,
-        )
-        given = call._replace(query=rows, key=key[:, :, :seen], value=value[:, :, :seen])
-        whole = short[..., block] if short is not None else None
-        found.append(_block(given, chosen[..., : plan.kept], cheap[:, :, :seen], (visible, exact), whole, plan))
+        given = call._replace(query=rows, key=key[:, :, :seen], value=value[:, :, :seen], mask=part)
+        chosen = None if selected is None else selected[:, :, block, : plan.kept]
+        found.append(_block(given, plan, chosen, None if short is None else short[..., block]))
     outputs, readings = zip(*found, strict=True)
-    read, tokens = (torch.cat(each, -1) for each in zip(*readings, strict=True))
-    return torch.cat(outputs, 2).to(call.value.dtype), Reading(read, tokens)
+    reading = Reading(*(torch.cat(each, -1) for each in zip(*readings, strict=True)))
+    return torch.cat(outputs, 2).to(call.value.dtype), reading
 
 
-def _block(
-    call: Call, scoring: Tensor, cheap: Tensor, seen: tuple[Tensor, Tensor], short: Tensor | None, plan: LayerPlan
-) -> tuple[Tensor, Reading]:
-    """Some queries, and all keys that they see.
-
-    Args:
-        scoring: queries with the dimensions that score, others zero; cheap: the keys they score.
-        seen: what is visible, and what of it is exact.
-    """
+def _block(call: Call, plan: LayerPlan, selected: Tensor | None, short: Tensor | None) -> tuple[Tensor, Reading]:
+    """Some queries, and all keys that they see."""
     (batch, heads, queries, _), (groups, tokens) = call.query.shape, call.key.shape[1:3]
-    visible, exact = seen
+    window = {"queries": queries, "keys": tokens, "start": tokens - queries, "sink": call.sink, "recent": call.recent}
+    visible, exact = visible_and_exact(call.mask, **window, device=call.query.device)
+    query, key = call.query[..., : plan.kept], call.key[..., : plan.kept]
 
-    def scores_of(states: Tensor, keys: Tensor) -> Tensor:
-        tall = states.reshape(batch, groups, heads // groups * queries, -1)
-        found = (tall @ keys.transpose(-1, -2)).view(batch, heads, queries, tokens) * call.scaling
+    def limited(found: Tensor) -> Tensor:
+        found = found * call.scaling
         return call.softcap * torch.tanh(found / call.softcap) if call.softcap is not None else found
 
     def softmax_of(scores: Tensor) -> Tensor:
@@ -150,18 +165,37 @@ def _block(
             scores = torch.cat([scores, extra], -1)
         return scores.softmax(-1)[..., :tokens]
 
-    # Tokens of the exact window may keep more dimensions than others.
-    full = scores_of(call.query[..., : plan.kept], call.key[..., : plan.kept])
+    full = products(query, key)
     if call.key.shape[-1] > plan.kept:
-        full = torch.where(exact, scores_of(call.query, call.key), full)
-    approximate = torch.where(exact, full, scores_of(scoring, cheap)).masked_fill(~visible, -torch.inf)
-    weight = softmax_of(approximate).view(batch, groups, -1, queries, tokens).sum(2)
+        # Tokens of the exact window keep more dimensions than others.
+        full = torch.where(exact, products(call.query, call.key), full)
+    scored = SCORES(query, key, selected, plan)
+    approximate = torch.where(exact, full, scored.scores)
+    approximate = softmax_of(limited(approximate).masked_fill(~visible, -torch.inf))
+    weight = approximate.view(batch, groups, -1, queries, tokens).sum(2)
     # What is visible is the same for all heads.
-    visible, exact = (each[:, :1].expand(weight.shape) for each in seen)
+    visible, exact = (each[:, :1].expand(weight.shape) for each in (visible, exact))
     read = choose_tokens(weight, visible, exact, plan)
     if short is not None:
         read = read | (visible & short[:, :1, :, None])
     every = read.repeat_interleave(heads // groups, 1)
-    probabilities = softmax_of(full.masked_fill(~every, -torch.inf)).masked_fill(~every.any(-1, keepdim=True), 0.0)
+    probabilities = softmax_of(limited(full).masked_fill(~every, -torch.inf))
+    probabilities = probabilities.masked_fill(~every.any(-1, keepdim=True), 0.0)
+    if LEFT_OUT != "nothing":
+        probabilities = _with_others(probabilities, approximate, every, visible.repeat_interleave(heads // groups, 1))
     output = weighted_values(probabilities, lambda tall: tall @ call.value, groups)
-    return output, Reading(read.sum(-1), visible.sum(-1))
+    return output, _reading(read.sum(-1), visible.sum(-1), scored.read, plan, call.value.shape[-1])
+
+
+def _reading(read: Tensor, seen: Tensor, scored: Tensor | float, plan: LayerPlan, value_dim: int) -> Reading:
+    bits = plan.config.bits
+    token = (plan.kept + value_dim) * (bits or 16) / 8 + (0 if bits is None else 2 * SCALE_BYTES)
+    share = (scored + token * read / seen.clamp_min(1)) / (2 * (plan.head_dim + value_dim))
+    return Reading(read, seen, share.float())
+
+
+def _with_others(probabilities: Tensor, approximate: Tensor, read: Tensor, visible: Tensor) -> Tensor:
+    """Probabilities in which tokens that are not read have equal parts of what the approximate softmax gives them."""
+    missing = (approximate * (visible & ~read)).sum(-1, keepdim=True)
+    among = visible if LEFT_OUT == "mean" else visible & ~read
+    return probabilities * (1 - missing) + missing * among / among.sum(-1, keepdim=True).clamp_min(1)
