@@ -217,6 +217,9 @@ def test_to_dict_holds_every_field_and_survives_json():
         "h2o_ratio": 1.0,
         "h2o_queries": None,
         "min_length": 0,
+        "select_p": None,
+        "select_tokens": None,
+        "score_bits": 16,
         "sliding": "exact",
     }
     assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config

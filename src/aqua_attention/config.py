@@ -17,6 +17,7 @@ from aqua_attention.errors import AquaError, brief
 SELECTIONS = ("magnitude", "weighted", "static")
 SHARES = ("head", "group")
 BITS = (None, 8, 4)
+SCORE_BITS = (16, 8, 4)
 SLIDING = ("exact", "approximate")
 AUTO = "auto"
 """A `min_length` that `apply` reads from the machine's profile."""
@@ -33,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Settings by name: what each changes of the defaults."""
 QUERIES_WITHOUT_EVICTION = "h2o_queries says which tokens stay, but with h2o_ratio 1 all do: give a smaller h2o_ratio"
 _TOKENS, _NO_CACHE = "of tokens, 0 or more", "it has no cache"
+_ALL_READ = "tokens are chosen in decoders only"
 _LESS = {"<": operator.lt, "<=": operator.le}
 
 
@@ -113,9 +115,14 @@ class AquaConfig:
         sliding: sliding-window layers of a decoder. "exact": they multiply and store every dimension. They read their
             window only, so that leaving dimensions out saves no time there and costs most of the loss (ours).
             "approximate": they are as the others (the paper).
+        select_p: each query reads only some tokens ("AQUA-Select"): for each key-value head the fewest that hold this
+            share of its approximate softmax, in (0, 1]. `k_ratio` then says how many dimensions score them. Attention
+            to what is read multiplies every stored dimension. Tokens of the exact window are always read. None: all.
+        select_tokens: the same with a fixed number of tokens, besides those of the exact window.
+        score_bits: 16, 8 or 4, of the copy of the keys that `select_p` and `select_tokens` score.
 
-    Sliding-window layers are never rounded and lose no tokens, whatever `bits` and `h2o_ratio` say. Numbers of numpy
-    become Python's own.
+    Sliding-window layers are never rounded, lose no tokens and read all, whatever `bits`, `h2o_ratio` and others say.
+    Numbers of numpy become Python's own.
 
     Raises:
         AquaError: a value is out of range; the message names the field, the value and the range.
@@ -156,6 +163,16 @@ class AquaConfig:
     sliding: Annotated[
         str, Knob("Sliding-window layers: exact, or approximate as the others (the paper)", choices=SLIDING)
     ] = "exact"
+    select_p: Annotated[
+        float | None,
+        Knob("Share of the softmax that is read, by tokens (default: all)", "0 < select_p <= 1", causal=_ALL_READ),
+    ] = None
+    select_tokens: Annotated[
+        int | None, Knob("A fixed number of tokens to read, besides the exact window", "1 or more", causal=_ALL_READ)
+    ] = None
+    score_bits: Annotated[
+        int, Knob("Bits of the keys that scores choose tokens by", choices=SCORE_BITS, causal=_ALL_READ)
+    ] = 16
 
     def __post_init__(self) -> None:
         config: Any = type(self)
@@ -166,6 +183,15 @@ class AquaConfig:
                 raise AquaError(f"{name} is {value!r}: it must be {knob.allowed()}")
         if self.h2o_queries is not None and self.h2o_ratio == 1:
             warnings.warn(QUERIES_WITHOUT_EVICTION, stacklevel=3)
+        if self.select_p is not None and self.select_tokens is not None:
+            raise AquaError(f"select_p is {self.select_p:g} and select_tokens {self.select_tokens}: give one of them")
+        if self.chooses_tokens and self.h2o_ratio < 1:
+            raise AquaError(f"h2o_ratio is {self.h2o_ratio:g}: with select_p or select_tokens all tokens must stay")
+        if self.score_bits != 16 and not self.chooses_tokens:
+            raise AquaError(
+                f"score_bits is {self.score_bits}, but no tokens are chosen: leave it out, or give select_p or "
+                "select_tokens"
+            )
 
     @classmethod
     def preset(cls, name: str = DEFAULT_PRESET, **changes: Any) -> Self:
@@ -210,6 +236,11 @@ class AquaConfig:
         raise AquaError(f"config is {brief(given)}: give an AquaConfig, a dict of its fields, or a preset's name")
 
     @property
+    def chooses_tokens(self) -> bool:
+        """Whether queries read only some tokens."""
+        return self.select_p is not None or self.select_tokens is not None
+
+    @property
     def changes(self) -> dict[str, Any]:
         """The fields that are not at their defaults."""
         config: Any = type(self)
@@ -249,7 +280,12 @@ class AquaConfig:
 
     def exact(self) -> Self:
         """The same with every dimension multiplied and stored, for a layer where nothing is to be saved."""
-        return dataclasses.replace(self, k_ratio=1.0, logit_error=None, s_ratio=0.0, sink=0, recent=0, min_length=0)
+        nothing: dict[str, Any] = {"logit_error": None, "s_ratio": 0.0, "sink": 0, "recent": 0, "min_length": 0}
+        return dataclasses.replace(self.reading_all(), k_ratio=1.0, **nothing)
+
+    def reading_all(self) -> Self:
+        """The same without a choice of tokens."""
+        return dataclasses.replace(self, select_p=None, select_tokens=None, score_bits=16)
 
 
 def as_python(value: Any) -> Any:

@@ -48,13 +48,14 @@ from aqua_attention.machine import Shape, resolved
 from aqua_attention.model import interface
 from aqua_attention.model.capture import AttentionLayer, innermost_decoder
 from aqua_attention.model.limits import has_learned_positions
-from aqua_attention.ops.plan import Call, LayerPlan
+from aqua_attention.ops.plan import Call, LayerPlan, Reading
 from aqua_attention.ops.select import without_autocast
 
 LOG = logging.getLogger("aqua_attention")
 OWN_CACHES = (DynamicCache, AquaCache)
 """Caches whose layers can be ours."""
 SelectionObserver = Callable[[int, Tensor | None, torch.Size, int], None]
+ReadingObserver = Callable[[int, Reading], None]
 
 
 class Attachment:
@@ -74,6 +75,8 @@ class Attachment:
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
             It is told what was chosen, and changes no route.
+        on_reading: called as on_reading(layer index, `ops.plan.Reading`) for every attention call in which tokens are
+            chosen.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Attachment:
         self.model, self.projections = model, projections
         self.layout, self.record, self.compile = layout, record, compile
         self.on_selection: SelectionObserver | None = None
+        self.on_reading: ReadingObserver | None = None
         self._coverage = coverage = Coverage(model, projections, layers)
         self._key_weights = coverage.key_weights()
         self._found, self.dense = coverage.found, coverage.dense
@@ -114,7 +118,7 @@ class Attachment:
         self._foreign = foreign_layers(self._decoder.config, [layer.index for layer in self._causal])
         self._rotates_on_write = coverage.rotates_on_write(config, self._foreign)
         windows = sliding_windows(self._decoder.config) if self._causal else {}
-        self._exact_windows = windows if config.sliding == "exact" else {}
+        self._windows, self._exact_windows = windows, windows if config.sliding == "exact" else {}
         """Sizes of the sliding windows in which every dimension is multiplied, by layer index."""
         self._plans: dict[int, LayerPlan] = {}
         """By the `id` of the layer's module, which `torch.compile` compares before it runs code for a layer; of a key
@@ -284,6 +288,8 @@ class Attachment:
         config = self.config if layer.causal else encoder_config(self.config)
         if layer.causal and layer.index in self._exact_windows:
             config = config.exact()
+        elif layer.index in self._windows:
+            config = config.reading_all()
         facts = {"causal": layer.causal, "key_weights": self._key_weights[layer.module]}
         return self.projections.layers[layer.index].plan(config, layer.device, index=layer.index, **facts)
 
@@ -375,9 +381,11 @@ class Attachment:
         observer = self.on_selection
         call = call._replace(sink=plan.sink, recent=plan.recent, is_observed=observer is not None)
         with without_autocast(call.query.device.type):
-            output, selected, rotated = layer_of(call.key, plan).attend(call, is_sliding)
+            output, selected, rotated, reading = layer_of(call.key, plan).attend(call, is_sliding)
         if observer is not None:
             observer(plan.index, selected, rotated, plan.head_dim)
+        if self.on_reading is not None and reading is not None:
+            self.on_reading(plan.index, reading)
         return output
 
 

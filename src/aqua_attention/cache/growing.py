@@ -115,7 +115,7 @@ class RotatedLayer(Readable, DynamicLayer):
         if eviction is not None or isinstance(self._keys, WindowStore):
             self._has_padding = self._has_padding or call.mask is not None
             real = real_tokens(call.mask, self._keys.batch, queries, self.device)
-        if eviction is None and queries > FEW_QUERIES:
+        if eviction is None and (queries > FEW_QUERIES or self.plan.config.chooses_tokens):
             attended = attend_by_token(call._replace(key=self._keys.read(), value=self._values.read()), self.plan)
         else:
             counted = eviction.counted(real) if eviction is not None and real is not None else None

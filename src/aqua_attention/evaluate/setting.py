@@ -23,6 +23,7 @@ from aqua_attention.machine import resolved
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT
+from aqua_attention.ops.plan import Reading
 
 
 @dataclass(frozen=True)
@@ -110,16 +111,23 @@ class Run:
         """`projections` are in the setting's basis."""
         self.attachment = Attachment(model, projections, setting.config)
         self.attachment.on_selection = self._count
+        self.attachment.on_reading = self._count_read
         self.setting = replace(setting, config=self.attachment.config)
         # By layer, summed over queries; the first on the model's device, so that counting never waits for a GPU.
         self._selected: dict[int, Tensor | int] = {}
         self._selectable: dict[int, int] = {}
+        self._read: dict[int, Tensor] = {}
 
     def _count(self, layer: int, selected: Tensor | None, queries: torch.Size, head_dim: int) -> None:
         rows = queries.numel() // queries[-1]
         chosen = rows * queries[-1] if selected is None else selected.sum()
         self._selected[layer] = self._selected.get(layer, 0) + chosen
         self._selectable[layer] = self._selectable.get(layer, 0) + rows * head_dim
+
+    def _count_read(self, layer: int, reading: Reading) -> None:
+        read, seen, share = reading
+        found = torch.stack([read.sum(), seen.sum(), (share * seen).sum()]).double()
+        self._read[layer] = self._read[layer] + found if layer in self._read else found
 
     def head(self) -> dict[str, Any]:
         """How the row of every evaluation begins: `setting` (the AquaConfig's fields) and `basis`."""
@@ -130,9 +138,16 @@ class Run:
         return sum(int(count) for count in self._selected.values()) / sum(self._selectable.values())
 
     def mean_ks(self) -> dict[str, Any]:
-        """`mean_k`, and `mean_k_per_layer`, the same for each layer as a list."""
+        """`mean_k`, and where tokens are chosen `tokens_read` and `bytes_read`, shares of all that is seen; each also
+        for each layer, as a list in `mean_k_per_layer` and so on.
+        """
         layers = [int(self._selected[layer]) / self._selectable[layer] for layer in sorted(self._selected)]
-        return {"mean_k": self.mean_k(), "mean_k_per_layer": layers}
+        found: dict[str, Any] = {"mean_k": self.mean_k(), "mean_k_per_layer": layers}
+        if self._read:
+            read, seen, shares = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
+            for name, amount in (("tokens_read", read), ("bytes_read", shares)):
+                found |= {name: float(amount.sum() / seen.sum()), f"{name}_per_layer": (amount / seen).tolist()}
+        return found
 
 
 def runs_of(subject: Subject, settings: Sequence[Setting], side: str = TEXT) -> list[Run]:

@@ -27,6 +27,8 @@ BACKENDS = {
     "reference": "aqua_attention.ops.backends.torch:Reference",
 }
 """In order of preference: "auto" is the first that gives no reason against a call."""
+READS_ALL = Reason("it reads every token", "leave select_p and select_tokens out")
+"""Why a backend cannot choose tokens."""
 Channels = tuple[Tensor, Tensor] | None
 """Scale and mean of the channels of rotated keys, float32 [heads, 1, width]; None: of values, which have none."""
 
@@ -205,6 +207,8 @@ def why_not_tiled(plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype)
     from aqua_attention.ops.layout import TILE
 
     config = plan.config
+    if config.chooses_tokens:
+        return READS_ALL
     if reason := tiled_backend(plan.rotation.device).why_not_tiled(plan, num_attention_heads, dtype):
         return reason
     if config.share != "group" and num_attention_heads != plan.num_key_value_heads:

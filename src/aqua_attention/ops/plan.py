@@ -57,6 +57,19 @@ class Call(NamedTuple):
         return dict(zip(self._fields[3:9], self[3:9], strict=True))
 
 
+class Reading(NamedTuple):
+    """What each query and key-value head read, [batch, num_key_value_heads, queries].
+
+    Attributes:
+        read: tokens attended to; seen: tokens that it sees; int64.
+        share: bytes of keys and values read, those that are scored too, to all of those seen in 16 bits; float32.
+    """
+
+    read: Tensor
+    seen: Tensor
+    share: Tensor
+
+
 class Attended(NamedTuple):
     """What a backend returns.
 
@@ -65,11 +78,13 @@ class Attended(NamedTuple):
         selected: the dimensions that each query multiplied outside the exact window, boolean, of shape `rotated`; None:
             all of them, or the call was not observed.
         rotated: shape of the rotated queries, [batch, num_attention_heads, queries, kept].
+        reading: how many tokens were read; None: all.
     """
 
     output: Tensor
     selected: Tensor | None
     rotated: torch.Size
+    reading: Reading | None = None
 
 
 @dataclass(eq=False)

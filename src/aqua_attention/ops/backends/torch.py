@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aqua_attention.ops import dense
-from aqua_attention.ops.backend import Backend, rotate
+from aqua_attention.ops.backend import READS_ALL, Backend, rotate
 from aqua_attention.ops.mask import short_queries
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 from aqua_attention.ops.reference import attention_chunked, attention_reference
 from aqua_attention.ops.select import select_dimensions
+from aqua_attention.ops.tokens import attend_to_chosen
 
 
 class _Torch(Backend):
@@ -31,6 +32,10 @@ class _Torch(Backend):
         if call.mask is not None or keys >= plan.min_length or plan.has_window_store:
             short = short_queries(call.mask, plan.min_length, queries=queries, keys=keys, device=query.device)
             selected = select_dimensions(query, plan, short, scaling=call.scaling)
+        if plan.config.chooses_tokens:
+            short = short_queries(call.mask, plan.min_length, queries=queries, keys=keys, device=query.device)
+            output, reading = attend_to_chosen(call._replace(query=query), plan, selected, short)
+            return Attended(output, selected, query.shape, reading)
         return Attended(self.attend_rotated(call._replace(query=query), selected), selected, query.shape)
 
 
@@ -61,6 +66,8 @@ class Fused(_Torch):
 
     def why_not(self, call: Call, plan: LayerPlan | None) -> str | None:
         """See `Backend`."""
+        if plan is not None and plan.config.chooses_tokens:
+            return READS_ALL
         if call.softcap is not None:
             return "fused attention has no softcap"
         if call.s_aux is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from aqua_attention.errors import Reason
-from aqua_attention.ops.backend import Backend, Channels
+from aqua_attention.ops.backend import READS_ALL, Backend, Channels
 from aqua_attention.ops.layout import LARGEST_QUANTIZED, WIDEST, Chosen, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
@@ -30,6 +30,8 @@ class Triton(Backend):
             return "its kernels rotate and choose by themselves"
         if reason := no_kernels_reason(call.query.device):
             return reason
+        if plan.config.chooses_tokens:
+            return READS_ALL
         if call.mask is not None:
             return "it knows no mask"
         if plan.rotation.shape[2] != plan.kept:

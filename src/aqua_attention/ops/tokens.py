@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AQUA-Select in plain torch: approximate scores choose the tokens that a query reads, and attention to these is exact.
+
+This is the specification. Scores are made of a few rotated dimensions, and of keys in few bits; in the exact window
+they are exact. They choose, for each query and key-value head, the tokens with most of the softmax.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from aqua_attention.ops.layout import quantized
+from aqua_attention.ops.mask import visible_and_exact
+from aqua_attention.ops.plan import Call, LayerPlan, Reading
+from aqua_attention.ops.reference import query_blocks, weighted_values
+
+SCALE_BYTES = 2
+"""Of the scale of a token and head, where keys or values are in few bits."""
+FEW_BITS_LARGEST = 7
+"""Codes of 4 bits go from minus this to this."""
+
+
+class Scored(NamedTuple):
+    """Approximate scores, before they are scaled.
+
+    Attributes:
+        scores: [batch, num_attention_heads, queries, tokens].
+        read: bytes read for each token, [batch, num_key_value_heads, queries], or a number.
+    """
+
+    scores: Tensor
+    read: Tensor | float
+
+
+def choose_tokens(weight: Tensor, visible: Tensor, exact: Tensor, plan: LayerPlan) -> Tensor:
+    """Which tokens are read: those of the exact window, and those that weigh most of the others.
+
+    With `select_p` the fewest tokens are read that weigh that share of all; with `select_tokens` so many besides the
+    exact window. Tokens that weigh as much as the last one chosen are read, too. NaN weighs most.
+
+    Args:
+        weight: the approximate softmax, summed over the heads of a group, [batch, num_key_value_heads, queries,
+            tokens], float32 or wider.
+        visible, exact: boolean, of that shape; exact tokens are visible.
+        plan: its settings.
+
+    Returns:
+        Boolean, of that shape.
+    """
+    share, count = plan.config.select_p, plan.config.select_tokens
+    others = visible & ~exact
+    if share == 1:
+        return visible
+    ordered = weight.masked_fill(~others, -1.0).sort(-1, descending=True).values
+    if share is None:
+        wanted = others.sum(-1).clamp(max=count)
+    else:
+        heavy = ordered.clamp_min(0)
+        before = (weight * exact).sum(-1, keepdim=True) + heavy.cumsum(-1) - heavy
+        target = share * (weight * visible).sum(-1, keepdim=True)
+        wanted = torch.minimum((before < target).sum(-1), others.sum(-1))
+    last = ordered.gather(-1, (wanted - 1).clamp_min(0)[..., None])
+    least = torch.where(wanted[..., None] > 0, last, torch.inf)
+    # Not `weight >= least`, which NaN would not be.
+    return exact | (others & ~(weight < least))
+
+
+def scored_keys(key: Tensor, plan: LayerPlan) -> Tensor:
+    """Rotated keys as the copy that scores are made of gives them back; with `score_bits` 16 as they came.
+
+    In 8 and 4 bits a channel is stored in units of its standard deviation around its mean, as calibrated, and a token
+    and head has one scale.
+
+    Args:
+        key: [batch, num_key_value_heads, tokens, kept].
+    """
+    bits, states = plan.config.score_bits, key.to(torch.promote_types(key.dtype, torch.float32))
+    if bits == 16:
+        return states
+    assert plan.key_scale is not None and plan.key_mean is not None
+    mean, scale = (each[:, None, : key.shape[-1]] for each in (plan.key_mean, plan.key_scale.clamp_min(1e-12)))
+    states = (states - mean) / scale
+    if bits == 8:
+        codes, scales = quantized(states)
+        states = (codes.float() - 128) * scales.float()[..., None]
+    else:
+        scales = (states.abs().amax(-1, keepdim=True) / FEW_BITS_LARGEST).to(torch.bfloat16).float()
+        codes = (states / scales.clamp_min(1e-30)).round().clamp(-FEW_BITS_LARGEST, FEW_BITS_LARGEST)
+        states = codes * scales
+    return states * scale + mean
+
+
+def scores_by_dimensions(query: Tensor, key: Tensor, selected: Tensor | None, plan: LayerPlan) -> Scored:
+    """Products of queries with the copy of the keys, in the dimensions chosen for each query.
+
+    Args:
+        query: rotated, [batch, num_attention_heads, queries, kept]; selected: boolean of that shape; None: all.
+        key: rotated, [batch, num_key_value_heads, tokens, kept].
+    """
+    bits = plan.config.score_bits
+    scale_bytes = 0 if bits == 16 else SCALE_BYTES
+    if selected is None:
+        return Scored(products(query, scored_keys(key, plan)), plan.kept * bits / 8 + scale_bytes)
+    # A dimension is read once for all heads of a group.
+    dims = selected.unflatten(1, (key.shape[1], -1)).any(2).sum(-1)
+    return Scored(products(torch.where(selected, query, 0), scored_keys(key, plan)), dims * (bits / 8) + scale_bytes)
+
+
+SCORES = scores_by_dimensions
+"""What scores tokens. Benchmarks put other methods here, to compare them."""
+LEFT_OUT = "nothing"
+"""What stands for tokens that are not read: "nothing"; "mean", the mean of all values seen, as SparQ has it; "others",
+the mean of the values not read. Both weigh what the approximate softmax leaves out. Benchmarks change it."""
+
+
+def products(query: Tensor, key: Tensor) -> Tensor:
+    """Dot products of all heads with the keys of their groups, [batch, num_attention_heads, queries, tokens]."""
+    (batch, heads, queries, width), (groups, tokens) = query.shape, key.shape[1:3]
+    return (query.reshape(batch, groups, -1, width) @ key.transpose(-1, -2)).view(batch, heads, queries, tokens)
+
+
+def attend_to_chosen(
+    call: Call, plan: LayerPlan, selected: Tensor | None, short: Tensor | None
+) -> tuple[Tensor, Reading]:
+    """Attention to the chosen tokens alone, a block of queries at a time.
+
+    Args:
+        call: its queries are rotated.
+        selected: the dimensions that score, boolean of the queries' shape; None: all.
+        short: queries that read every token, see `select_dimensions`.
+
+    Returns:
+        As `attention_reference`, and what was read.
+    """
+    dtype = torch.promote_types(call.query.dtype, torch.float32)
+    query, key, value = (states.to(dtype) for states in call[:3])
+    found = []
+    for block, seen, part in query_blocks(query, key.shape[2], call.mask, call.sink, call.recent):
+        rows = query[:, :, block]
+        given = call._replace(query=rows, key=key[:, :, :seen], value=value[:, :, :seen], mask=part)
+        chosen = None if selected is None else selected[:, :, block, : plan.kept]
+        found.append(_block(given, plan, chosen, None if short is None else short[..., block]))
+    outputs, readings = zip(*found, strict=True)
+    reading = Reading(*(torch.cat(each, -1) for each in zip(*readings, strict=True)))
+    return torch.cat(outputs, 2).to(call.value.dtype), reading
+
+
+def _block(call: Call, plan: LayerPlan, selected: Tensor | None, short: Tensor | None) -> tuple[Tensor, Reading]:
+    """Some queries, and all keys that they see."""
+    (batch, heads, queries, _), (groups, tokens) = call.query.shape, call.key.shape[1:3]
+    window = {"queries": queries, "keys": tokens, "start": tokens - queries, "sink": call.sink, "recent": call.recent}
+    visible, exact = visible_and_exact(call.mask, **window, device=call.query.device)
+    query, key = call.query[..., : plan.kept], call.key[..., : plan.kept]
+
+    def limited(found: Tensor) -> Tensor:
+        found = found * call.scaling
+        return call.softcap * torch.tanh(found / call.softcap) if call.softcap is not None else found
+
+    def softmax_of(scores: Tensor) -> Tensor:
+        if call.s_aux is not None:
+            extra = call.s_aux.to(scores.dtype).reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
+            scores = torch.cat([scores, extra], -1)
+        return scores.softmax(-1)[..., :tokens]
+
+    full = products(query, key)
+    if call.key.shape[-1] > plan.kept:
+        # Tokens of the exact window keep more dimensions than others.
+        full = torch.where(exact, products(call.query, call.key), full)
+    scored = SCORES(query, key, selected, plan)
+    approximate = torch.where(exact, full, scored.scores)
+    approximate = softmax_of(limited(approximate).masked_fill(~visible, -torch.inf))
+    weight = approximate.view(batch, groups, -1, queries, tokens).sum(2)
+    # What is visible is the same for all heads.
+    visible, exact = (each[:, :1].expand(weight.shape) for each in (visible, exact))
+    read = choose_tokens(weight, visible, exact, plan)
+    if short is not None:
+        read = read | (visible & short[:, :1, :, None])
+    every = read.repeat_interleave(heads // groups, 1)
+    probabilities = softmax_of(limited(full).masked_fill(~every, -torch.inf))
+    probabilities = probabilities.masked_fill(~every.any(-1, keepdim=True), 0.0)
+    if LEFT_OUT != "nothing":
+        probabilities = _with_others(probabilities, approximate, every, visible.repeat_interleave(heads // groups, 1))
+    output = weighted_values(probabilities, lambda tall: tall @ call.value, groups)
+    return output, _reading(read.sum(-1), visible.sum(-1), scored.read, plan, call.value.shape[-1])
+
+
+def _reading(read: Tensor, seen: Tensor, scored: Tensor | float, plan: LayerPlan, value_dim: int) -> Reading:
+    bits = plan.config.bits
+    token = (plan.kept + value_dim) * (bits or 16) / 8 + (0 if bits is None else 2 * SCALE_BYTES)
+    share = (scored + token * read / seen.clamp_min(1)) / (2 * (plan.head_dim + value_dim))
+    return Reading(read, seen, share.float())
+
+
+def _with_others(probabilities: Tensor, approximate: Tensor, read: Tensor, visible: Tensor) -> Tensor:
+    """Probabilities in which tokens that are not read have equal parts of what the approximate softmax gives them."""
+    missing = (approximate * (visible & ~read)).sum(-1, keepdim=True)
+    among = visible if LEFT_OUT == "mean" else visible & ~read
+    return probabilities * (1 - missing) + missing * among / among.sum(-1, keepdim=True).clamp_min(1)

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AQUA-Select in models: prompts, steps, caches, padding, sliding windows, and what an evaluation says of it."""
+
+import pytest
+import torch
+
+import aqua_attention as aqua
+from aqua_attention.evaluate.setting import Setting
+from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
+from conftest import VOCABULARY, calibrated, make_gemma3, subject_of
+
+SELECT = {"k_ratio": 0.5, "select_p": 0.8, "sink": 2, "recent": 4, "score_bits": 8}
+
+
+def tokens_of(length=60, batch=1, seed=5):
+    return torch.randint(2, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits_of(model, tokens, **inputs):
+    with torch.no_grad():
+        return model(tokens, **inputs).logits
+
+
+def test_everything_read_is_dense(tiny):
+    model, projections = tiny
+    tokens = tokens_of()
+    dense = logits_of(model, tokens)
+    for more in ({"select_p": 1.0}, {"select_p": None, "select_tokens": 1000}):
+        with aqua.apply(model, projections, SELECT | more):
+            torch.testing.assert_close(logits_of(model, tokens), dense, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("more", [{}, {"bits": 8}, {"s_ratio": 0.25}, {"min_length": 40}, {"share": "head"}])
+def test_steps_are_the_prompt(llama, more):
+    """A cache that goes on token by token, or in parts, gives what the whole prompt gives, but for rounded keys."""
+    model, projections = llama
+    tokens = tokens_of()
+    with aqua.apply(model, projections, SELECT | more) as attachment:
+        whole = logits_of(model, tokens, past_key_values=attachment.new_cache())
+        cache, parts = attachment.new_cache(), []
+        for part in tokens.split([30, 1, 1, 20, 1, 1, 6], 1):
+            parts.append(logits_of(model, part, past_key_values=cache))
+    found = torch.cat(parts, 1)
+    if "bits" in more:
+        assert (found - whole).norm() < 0.05 * whole.norm()
+    else:
+        torch.testing.assert_close(found, whole, atol=2e-4, rtol=1e-4)
+
+
+def test_padding_on_the_left_changes_nothing(llama):
+    model, projections = llama
+    tokens = tokens_of(40)
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(49) >= 9).long()[None]
+    with aqua.apply(model, projections, SELECT):
+        alone = logits_of(model, tokens)
+        found = logits_of(model, padded, attention_mask=mask)
+    torch.testing.assert_close(found[:, 9:], alone, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sliding", ["exact", "approximate"])
+def test_sliding_layers_read_all(sliding):
+    model = make_gemma3()
+    projections, read = calibrated(model), {}
+    with aqua.apply(model, projections, SELECT | {"sliding": sliding}) as attachment:
+        attachment.on_reading = lambda layer, reading: read.setdefault(layer, []).append(reading)
+        logits_of(model, tokens_of())
+        generated = model.generate(tokens_of(30), max_new_tokens=4, do_sample=False)
+    assert set(read) == {1}
+    assert generated.shape == (1, 34)
+
+
+def test_generate_is_prompts_one_after_the_other(llama):
+    """Also with a mask, and with several sequences."""
+    model, projections = llama
+    tokens = tokens_of(40, batch=2)
+    with aqua.apply(model, projections, SELECT):
+        found = model.generate(tokens, max_new_tokens=5, do_sample=False)
+        expected = tokens
+        for _ in range(5):
+            following = logits_of(model, expected)[:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat([expected, following], 1)
+    assert torch.equal(found, expected)
+
+
+def test_explain_says_what_it_costs(llama):
+    model, projections = llama
+    with aqua.apply(model, projections, SELECT) as attachment:
+        explained = attachment.explain(length=1024)
+        assert set(explained.prompt.backends) == {"chunked"}
+        assert explained.decoding.layout == "growing"
+        assert "it reads every token" in str(explained)
+        assert "select_p" in str(explained)
+
+
+def test_what_is_read_is_counted(llama):
+    """And observers change nothing."""
+    model, projections = llama
+    tokens, counts = tokens_of(50, batch=2), {}
+    with aqua.apply(model, projections, SELECT) as attachment:
+        unseen = logits_of(model, tokens)
+        attachment.on_reading = lambda layer, reading: counts.update({layer: reading})
+        assert torch.equal(logits_of(model, tokens), unseen)
+    assert set(counts) == {0, 1, 2}
+    for read, seen, share in counts.values():
+        assert read.shape == seen.shape == (2, 2, 50)
+        assert torch.equal(seen[0, 0], torch.arange(1, 51))
+        assert bool((read <= seen).all()) and int(read.sum()) < int(seen.sum())
+        # 8 of 16 dimensions in a byte and a scale to score, 32 of 16 bits to read.
+        torch.testing.assert_close(share, (8 + 2 + 64 * read / seen) / 64)
+
+
+def test_rows_say_what_was_read(llama, word_tokenizer):
+    model, projections = llama
+    settings = [Setting(aqua.AquaConfig(**SELECT | {"select_p": p})) for p in (0.5, 0.9, 1.0)]
+    settings.append(Setting(aqua.AquaConfig(k_ratio=0.5)))
+    found = evaluate_perplexity(subject_of(model, projections, word_tokenizer), settings, tokens_of(64, 2))["rows"]
+    shares = [row["tokens_read"] for row in found[:3]]
+    assert 0 < shares[0] < shares[1] < shares[2] == 1
+    assert found[0]["kl"] > found[1]["kl"] > 1e-6 > abs(found[2]["kl"])
+    assert len(found[0]["tokens_read_per_layer"]) == 3
+    assert [row["bytes_read"] for row in found[:3]] == pytest.approx([share + 10 / 64 for share in shares])
+    assert "tokens_read" not in found[3]
