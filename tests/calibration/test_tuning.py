@@ -9,6 +9,7 @@ import transformers as tf
 
 import aqua_attention as aqua
 from aqua_attention.calibration import learned, learning, reading, tuning
+from aqua_attention.calibration.checkpoint import room_for
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.reading import Reading
 from aqua_attention.calibration.tuning import TARGETS, attention_dropping, tune
@@ -295,3 +296,26 @@ def test_a_soft_limit_of_scores_is_refused():
     model = tf.Gemma2ForCausalLM(tf.Gemma2Config(**SHAPE, attn_logit_softcapping=5.0)).eval()
     with pytest.raises(aqua.AquaError, match=r"soft limit \(softcap\): use svd"):
         tune(model, calibrated(model, windows=6, context=CONTEXT), windows())
+
+
+def test_inference_mode_around_it_changes_nothing(svd, known):
+    expected = tune(*svd, windows())
+    with torch.inference_mode():
+        found = tune(*svd, windows())
+    for index, layer in expected.layers.items():
+        assert torch.equal(found.layers[index].rotation, layer.rotation)
+
+
+def test_all_passes_together_take_no_more_room_than_is_asked_for(llama, words, word_tokenizer, tmp_path):
+    """What lies on the disk at any time, and the largest file once more while it is written."""
+    largest = 0
+
+    def look(*_):
+        nonlocal largest
+        sizes = [each.stat().st_size for each in tmp_path.iterdir()]
+        largest = max(largest, sum(sizes) + max(sizes, default=0))
+
+    options = {"checkpoint": tmp_path / "state", "checkpoint_seconds": 0.0, "progress": look, "basis": "tuned"}
+    found = aqua.calibrate(llama[0], word_tokenizer, words, tokens=8 * CONTEXT, context=CONTEXT, **options)
+    room = room_for(found.model["shape"], later=True)
+    assert room / 4 < largest <= room
