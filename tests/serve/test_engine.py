@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("vllm.entrypoints")
 
-from engine import run, served
+from engine import export_smollm2, run, served
 
 import aqua_attention as aqua
 from conftest import calibrated, make_llama
@@ -24,17 +24,7 @@ HALF = {"k_ratio": 0.5, "min_length": 0}
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """(folder of safetensors, model, tokenizer, projections file) of SmolLM2."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    model, tokenizer = aqua.load_model("smollm2", dtype="float32")
-    # It comes from a GGUF file, whose weights are ordinary numbers by now.
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.quantization_method, model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # Not beside the weights: vLLM loads all files of that kind in a model's folder.
-    file = tmp_path_factory.mktemp("projections") / "smollm2.safetensors"
-    aqua.calibrate(model, tokenizer, aqua.load_text("builtin:calibration"), tokens=8192, progress=False).save(file)
-    return folder, model, tokenizer, file
+    return export_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="session")
