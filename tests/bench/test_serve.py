@@ -220,6 +220,10 @@ def test_answers_may_part_at_a_tie_only():
             "usage: ...\napi_server.py: error: unrecognized arguments: --x",
             "api_server.py: error: unrecognized arguments: --x",
         ),
+        (
+            "WARNING [x.py:1] This can cause `OSError: [Errno 24]`.\n(API pid=1) ERROR 11-26 [c.py:2] KeyError: 'a'",
+            "KeyError: 'a'",
+        ),
         ("", "it wrote nothing"),
     ],
 )

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a server is refused at its start: checks on vLLM's own configuration and registry, without an engine."""
 
+import copy
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -53,10 +58,9 @@ REFUSED = [
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8, .*: leave it out"),
     ({"kv_cache_dtype": "float16"}, "kv_cache_dtype is float16, .*the model's dtype: leave it out"),
     (
-        {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
         "decode_context_parallel_size is 2, .*: set it to 1",
     ),
-    ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size is 2, .*: set it to 1"),
     ({"kv_offloading_size": 1.0}, "kv_connector is OffloadingConnector, .*: leave .* and kv_offloading_size out"),
     (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
@@ -80,9 +84,11 @@ def test_what_it_serves_is_not_refused(configured, environment):
         assert why_not(configured(**options)) is None
 
 
-def test_a_models_own_attention_is_refused(configured):
+def test_what_vllm_does_on_a_gpu_only_is_refused(configured):
     config = configured()
-    config.model_config.model_arch_config.is_mm_prefix_lm = True
+    config.parallel_config.prefill_context_parallel_size = 2
+    assert why_not(config).startswith("prefill_context_parallel_size is 2, and AQUA does not split a sequence")
+    config.model_config.is_mm_prefix_lm = True
     assert "attends to images in both directions" in why_not(config)
 
 
@@ -143,6 +149,15 @@ def test_registering_again_changes_nothing(environment):
     assert AttentionBackendEnum.CPU_ATTN.get_class() is AquaBackend
     # Of the registry's own placeholder somebody else may have need.
     assert not AttentionBackendEnum.CUSTOM.is_overridden()
+
+
+def test_a_process_that_has_loaded_no_plugin_reads_it(environment, tmp_path):
+    plugin.register()
+    (tmp_path / "pickled").write_bytes(pickle.dumps(AttentionBackendEnum["AQUA"]))
+    read = "import pathlib, pickle, sys; print(pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()).name)"
+    done = subprocess.run([sys.executable, "-c", read, tmp_path / "pickled"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["AQUA"], done.stderr
+    assert copy.deepcopy(AttentionBackendEnum["AQUA"]) is AttentionBackendEnum["AQUA"]
 
 
 def test_where_there_are_no_names_it_is_the_custom_backend(environment):

@@ -30,7 +30,8 @@ END_SECONDS = 30
 ANSWER_SECONDS = 600
 CAPACITY = re.compile(r"KV cache size: ([\d,]+) tokens")
 DTYPE = re.compile(r"\bdtype=torch\.(\w+)")
-ERROR = re.compile(r"\b(\w+Error): (.+)")
+ERROR = re.compile(r"^(?:\(.*?\) )?(?:ERROR [^\]]*\] )?(?:\w+\.)*(\w+Error): (.+)", re.MULTILINE)
+"""The end of a traceback, in the words of a logger or bare; warnings name errors too."""
 BACKEND = re.compile(r"Using (\w+) attention backend")
 OURS = "AQUA attention: "
 """Begins the line that the plugin writes where it attends."""

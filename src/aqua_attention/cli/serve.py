@@ -63,6 +63,8 @@ def serve(
         raise AquaError(f"server is {server!r}: it must be options as a shell takes them ({error})") from error
     Serving.of(str(projections), json.dumps(config.to_dict()))
     sent = vars(load) | {"concurrency": tuple(dict.fromkeys(load.concurrency or CONCURRENCY))}
+    shared: dict[str, Any] = {"model": model, "server": server, "requests": load.requests}
+    shared |= provenance(projections, load_projections(projections))
     warn_of_load("measure again when the machine is idle")
     folder = Path(tempfile.mkdtemp(prefix="aqua-serve-"))
     ours = ("--attention-backend", _backend_name())
@@ -71,9 +73,12 @@ def serve(
         results = benchmark.measure(progress)
     # Kept where something has failed.
     shutil.rmtree(folder)
-    shared: dict[str, Any] = {"model": model, "server": server, "requests": load.requests, **_machine()}
-    shared |= provenance(projections, load_projections(projections))
-    show(shared | {"results": results}, *(serve_table(shared | result) for result in results), suite="serve")
+    show(shared | _machine() | {"results": results}, serve_table(results), suite="serve")
+    if found := results[0]["gate"]:
+        others = (
+            f", the others part at a tie (of {found['gap']:.2g} in log-probability at most)" if found["gap"] else ""
+        )
+        typer.echo(f"with every dimension {found['equal']} of {found['prompts']} answers are stock's{others}")
 
 
 def _backend_name() -> str:

@@ -216,9 +216,10 @@ def generate_table(result: dict[str, Any]) -> Table:
     return benchmark_table(size, result, generate_columns(result))
 
 
-def serve_table(result: dict[str, Any]) -> Table:
-    """What `ServeBenchmark.measure` returned for one load: stock's row and ours."""
-    return benchmark_table(f"{size_of(result)}, {result['new_tokens']} new", result, SERVE)
+def serve_table(results: Sequence[dict[str, Any]]) -> Table:
+    """What `ServeBenchmark.measure` returned: stock's row and ours for each load."""
+    rows = [(f"{result['batch']}: {row_name(row)}", row) for result in results for row in result["rows"]]
+    return table_of("requests at once", rows, SERVE)
 
 
 def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:

@@ -2,6 +2,7 @@
 """What vLLM calls in each of its processes, by the entry point `vllm.general_plugins`."""
 
 import os
+from typing import Any
 
 from aqua_attention.vllm.settings import PROJECTIONS
 
@@ -32,11 +33,21 @@ def register() -> None:
     if backend_name() == NAME:
         if NAME not in AttentionBackendEnum.__members__:
             register_backend(NAME, CLASS)
+            # vLLM's spawned processes read their configuration, and the member in it, before they load plugins.
+            AttentionBackendEnum[NAME].__reduce_ex__ = lambda protocol: (_member, ())
     elif is_wanted or not AttentionBackendEnum.CUSTOM.is_overridden():  # another plugin may have it
         register_backend(AttentionBackendEnum.CUSTOM, CLASS)
     if is_wanted and current_platform.is_cpu():
         for name in ON_CPU.keys() & AttentionBackendEnum.__members__.keys():
             register_backend(AttentionBackendEnum[name], ON_CPU[name])
+
+
+def _member() -> Any:
+    """The backend in vLLM's registry, in a process that may not know it yet."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    register()
+    return AttentionBackendEnum[NAME]
 
 
 def backend_name() -> str:
