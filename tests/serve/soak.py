@@ -32,7 +32,7 @@ TIE = 1e-3
 FLAT = 0.02
 """By how much the mean memory of the last third may be above that of the third before."""
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--block-size", "32"]
-OPTIONS += ["--num-gpu-blocks-override", "160", "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
+OPTIONS += ["--num-gpu-blocks-override", "96", "--max-num-seqs", "16", "--max-num-batched-tokens", "512"]
 SETTING = {"k_ratio": 0.5}
 SHORT, LONG = (1, 5, 17, 33, 64, 129, 300, 511, 777, 1100), 600
 CHOICES = 5
