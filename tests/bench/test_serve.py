@@ -156,7 +156,7 @@ def test_rows_ratios_and_record(stand_in, projections, aqua, tmp_path):
         ((), "'", "it must be options as a shell takes them", 0),
         (("--output-len", 1), "", "output_len is 1: it must be 2 or more", 0),
         (("--concurrency", 0), "", "concurrency is 1, 0: it must be 1 or more", 0),
-        (("--bits", 8), "", "bits is 8, which is not served in vLLM yet", 0),
+        (("--h2o-ratio", 0.5), "", "h2o_ratio is 0.5, which is not served in vLLM yet", 0),
     ],
 )
 def test_what_fails_is_one_line_ends_all_servers_and_keeps_the_logs(

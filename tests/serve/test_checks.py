@@ -2,6 +2,7 @@
 """What a server is refused at its start: checks on vLLM's own configuration and registry, without an engine."""
 
 import copy
+import dataclasses
 import pickle
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.vllm import plugin
 from aqua_attention.vllm.attention import AquaAttention
 from aqua_attention.vllm.backend import AquaBackend
 from aqua_attention.vllm.checks import ALLOW, TESTED, check_version, why_not
-from aqua_attention.vllm.settings import CONFIG, PROJECTIONS, serving
+from aqua_attention.vllm.settings import CONFIG, INT8, PROJECTIONS, serving
 from conftest import calibrated, make_llama
 
 
@@ -82,6 +84,13 @@ def test_what_aqua_does_not_serve_is_named_with_its_value_and_remedy(configured,
 def test_what_it_serves_is_not_refused(configured, environment):
     for options in ({}, {"kv_cache_dtype": "bfloat16"}, {"tensor_parallel_size": 2}, {"enforce_eager": True}):
         assert why_not(configured(**options)) is None
+
+
+def test_eight_bits_go_with_their_cache(configured, environment):
+    eight = dataclasses.replace(serving(), config=AquaConfig(bits=8))
+    environment.setattr("aqua_attention.vllm.checks.serving", lambda: eight)
+    assert why_not(configured()) == f"kv_cache_dtype is auto, and {CONFIG} asks for bits 8: set it to {INT8}"
+    assert why_not(configured(kv_cache_dtype=INT8)) is None
 
 
 def test_what_vllm_does_on_a_gpu_only_is_refused(configured):

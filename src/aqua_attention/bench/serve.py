@@ -17,6 +17,7 @@ from aqua_attention.bench.server import Server, check_vllm, environment_of, reas
 from aqua_attention.config import AquaConfig
 from aqua_attention.data.text import load_text
 from aqua_attention.errors import AquaError
+from aqua_attention.vllm.settings import INT8
 
 Progress = Callable[[int, int], None]
 CLIENT = (
@@ -78,7 +79,7 @@ class ServeBenchmark:
         model: as vLLM takes it, a folder or a name on the hub.
         projections: their file.
         options: of both servers, as `vllm serve` takes them.
-        ours: further ones of those with AQUA, such as the name of its backend.
+        backend: AQUA's name in this version of vLLM.
         folder: where logs go.
         gate: check first that a server with AQUA and every dimension gives stock's tokens.
     """
@@ -89,7 +90,7 @@ class ServeBenchmark:
     load: Load
     folder: Path
     options: tuple[str, ...] = ()
-    ours: tuple[str, ...] = ()
+    backend: str = "AQUA"
     gate: bool = True
 
     def measure(self, progress: Progress = lambda done, total: None) -> list[dict[str, Any]]:
@@ -107,7 +108,7 @@ class ServeBenchmark:
             AquaError: a server that does not start or answer, or that fails the check. Its log is kept.
         """
         check_vllm()
-        whole = replace(self.config, k_ratio=1.0, s_ratio=0.0)
+        whole = replace(self.config, k_ratio=1.0, s_ratio=0.0, bits=None)
         done, total = 0, 2 + 2 * len(self.load.concurrency) + self.gate
 
         def step() -> None:
@@ -128,8 +129,9 @@ class ServeBenchmark:
             step()
         with self._served("aqua", self.config) as server:
             step()
-            less = f", s_ratio {self.config.s_ratio:g}" if self.config.s_ratio else ""
-            row = {"name": f"AQUA{less}", "k_ratio": self.config.k_ratio, "setting": self.config.to_dict()}
+            stored = f", int{self.config.bits}" if self.config.bits else ""
+            stored += f", s_ratio {self.config.s_ratio:g}" if self.config.s_ratio else ""
+            row = {"name": f"AQUA{stored}", "k_ratio": self.config.k_ratio, "setting": self.config.to_dict()}
             ours = self._rows(server, row, step)
         results = []
         for concurrency, *rows in zip(self.load.concurrency, stock, ours, strict=True):
@@ -139,8 +141,10 @@ class ServeBenchmark:
 
     @contextmanager
     def _served(self, name: str, config: AquaConfig | None) -> Iterator[Server]:
-        options = (*ALWAYS, *self.options, *(self.ours if config else ()))
-        given: dict[str, Any] = {"projections": self.projections, "setting": config.to_dict()} if config else {}
+        options, given = (*ALWAYS, *self.options), dict[str, Any]()
+        if config:
+            options += ("--attention-backend", self.backend, *(("--kv-cache-dtype", INT8) if config.bits else ()))
+            given |= {"projections": self.projections, "setting": config.to_dict()}
         with served(self.model, options, log=self.folder / f"{name}.log", **given) as server:
             if config and not server.has_aqua:
                 raise AquaError(f"the server did not take AQUA's attention: see {server.log}")

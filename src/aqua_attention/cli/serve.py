@@ -67,8 +67,8 @@ def serve(
     shared |= provenance(projections, load_projections(projections))
     warn_of_load("measure again when the machine is idle")
     folder = Path(tempfile.mkdtemp(prefix="aqua-serve-"))
-    ours = ("--attention-backend", _backend_name())
-    benchmark = ServeBenchmark(model, projections.absolute(), config, Load(**sent), folder, options, ours, gate)
+    name = _backend_name()
+    benchmark = ServeBenchmark(model, projections.absolute(), config, Load(**sent), folder, options, name, gate)
     with progress_bar("serve") as progress:
         results = benchmark.measure(progress)
     # Kept where something has failed.

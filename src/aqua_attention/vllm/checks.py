@@ -8,7 +8,7 @@ import warnings
 from typing import Any, NoReturn
 
 from aqua_attention.errors import AquaError
-from aqua_attention.vllm.settings import PROJECTIONS, serving
+from aqua_attention.vllm.settings import CONFIG, INT8, PROJECTIONS, serving
 
 TESTED = ("0.32",)
 """Versions of vLLM whose engine AQUA was run in."""
@@ -38,7 +38,10 @@ def why_not(config: Any) -> str | None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
             return f"{name} is {size}, and AQUA does not split a sequence over GPUs: set it to 1"
-    if dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+    if serving().config.bits == 8:
+        if dtype != INT8:
+            return f"kv_cache_dtype is {dtype}, and {CONFIG} asks for bits 8: set it to {INT8}"
+    elif dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
         return f"kv_cache_dtype is {dtype}, and AQUA stores keys and values in the model's dtype: leave it out"
     if config.kv_transfer_config is not None:
         name = config.kv_transfer_config.kv_connector

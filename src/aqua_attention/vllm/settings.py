@@ -19,6 +19,8 @@ PROJECTIONS, CONFIG = "AQUA_PROJECTIONS", "AQUA_CONFIG"
 Every process of a server inherits them, and vLLM's CPU platform takes a backend only from a plugin, which is given
 nothing else.
 """
+INT8 = "int8_per_token_head"
+"""The `kv_cache_dtype` that goes with `bits` 8: a byte an element, and room for scales."""
 UNSERVED = {"h2o_ratio": 1.0, "bits": None, "logit_error": None}
 """Knobs that a server cannot follow yet, and the values that do nothing."""
 
