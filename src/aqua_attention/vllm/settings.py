@@ -13,14 +13,14 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AUTO, AquaConfig
 from aqua_attention.errors import AquaError
 
+INT8 = "int8_per_token_head"
+"""The `kv_cache_dtype` that goes with `bits` 8: a byte an element, and room for scales."""
 PROJECTIONS, CONFIG = "AQUA_PROJECTIONS", "AQUA_CONFIG"
 """Environment variables: a projections file; and a preset's name or the fields of an `AquaConfig` as JSON.
 
 Every process of a server inherits them, and vLLM's CPU platform takes a backend only from a plugin, which is given
 nothing else.
 """
-INT8 = "int8_per_token_head"
-"""The `kv_cache_dtype` that goes with `bits` 8: a byte an element, and room for scales."""
 UNSERVED = {"h2o_ratio": 1.0, "bits": None, "logit_error": None}
 """Knobs that a server cannot follow yet, and the values that do nothing."""
 
@@ -49,13 +49,13 @@ class Serving:
         for name, nothing in UNSERVED.items():
             if (value := getattr(config, name)) != nothing:
                 raise AquaError(f"{CONFIG}: {name} is {value!r}, which is not served in vLLM yet: leave it out")
-        if config.min_length == AUTO:
-            raise AquaError(f"{CONFIG}: min_length is {AUTO!r}, which a server has no profile for: give a number")
         if config.s_ratio > 0 and config.sink + config.recent > 0:
             raise AquaError(
                 f"{CONFIG}: s_ratio is {config.s_ratio:g} with an exact window of {config.sink} + {config.recent} "
                 "tokens, which store every dimension, and vLLM's pages are of one width: set sink and recent to 0"
             )
+        if config.min_length == AUTO:
+            raise AquaError(f"{CONFIG}: min_length is {AUTO!r}, which a server has no profile for: give a number")
         try:
             return cls(Projections.load(Path(file)), file, config)
         except AquaError as error:
