@@ -57,6 +57,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if "--dying" in sys.argv:
+            os._exit(1)
         tokens = ["a"] * body["max_tokens"]
         if ours and config["k_ratio"] == 1 and "--wrong" in sys.argv:
             tokens[3] = "b"
@@ -152,6 +154,7 @@ def test_rows_ratios_and_record(stand_in, projections, aqua, tmp_path):
     [
         ((), "--broken", "did not start (AQUA_CONFIG: it is wrong): see ", 1),
         ((), "--wrong", "AQUA's answer to prompt 0 is not stock's (a token is 2.4 less likely", 2),
+        ((), "--dying", "the server no longer answers (", 1),
         (("--no-gate",), "--silent", "the server did not take AQUA's attention: see ", 2),
         ((), "'", "it must be options as a shell takes them", 0),
         (("--output-len", 1), "", "output_len is 1: it must be 2 or more", 0),

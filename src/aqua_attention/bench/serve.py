@@ -148,7 +148,10 @@ class ServeBenchmark:
         with served(self.model, options, log=self.folder / f"{name}.log", **given) as server:
             if config and not server.has_aqua:
                 raise AquaError(f"the server did not take AQUA's attention: see {server.log}")
-            yield server
+            try:
+                yield server
+            except OSError as error:
+                raise AquaError(f"the server no longer answers ({error}): see {server.log}") from error
 
     def _rows(self, server: Server, row: dict[str, Any], step: Callable[[], None]) -> list[dict[str, Any]]:
         rows = []
