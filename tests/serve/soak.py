@@ -184,6 +184,7 @@ def soak(server, prompts, minutes, clients):
         "prefix_hits": metric(server, "prefix_cache_hits_total"),
         "memory_of_thirds": [first, middle, last],
         "growth": last / middle - 1,
+        "memory_by_minute": [size for place, (_, size) in enumerate(used) if place % 60 == 0],
         "alive": server.process.poll() is None,
     }
 
@@ -193,13 +194,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--stock", action="store_true", help="without AQUA, to compare memory")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder:
         model, _, tokenizer, file = export_smollm2(Path(folder))
         log = Path(folder) / "log"
-        with served(str(model), OPTIONS, log=log, projections=file, setting=SETTING) as server:
+        ours = {} if given.stock else {"projections": file, "setting": SETTING}
+        with served(str(model), OPTIONS, log=log, **ours) as server:
             found = soak(server, prompts_of(tokenizer), given.minutes, given.clients) | {"aqua": server.has_aqua}
         errors = [
             line for line in log.read_text(errors="replace").splitlines() if "Traceback" in line or " ERROR " in line
@@ -208,7 +211,7 @@ def main():
     print(json.dumps(found, indent=1))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))
-    good = found["alive"] and found["aqua"] and found["all_pages_free"] and found["growth"] <= FLAT
+    good = found["alive"] and found["aqua"] != given.stock and found["all_pages_free"] and found["growth"] <= FLAT
     sys.exit(not (good and not found["wrong"] and not found["wrong_alone_at_the_end"] and not errors))
 
 
