@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-architectures test-vllm lint format check clean
+.PHONY: help .venv demo test test-architectures test-vllm soak-vllm lint format check clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -41,6 +41,9 @@ test-architectures: .venv/.installed  ## hold some 50 architectures to README's 
 
 test-vllm: .venv-vllm/.installed  ## the plugin in a real vLLM engine on a CPU: minutes, and 4 GB of disk
 	.venv-vllm/bin/python -m pytest tests/serve $(ARGS)
+
+soak-vllm: .venv-vllm/.installed  ## half an hour of mixed requests to a vLLM server; make soak-vllm ARGS="--minutes 5"
+	.venv-vllm/bin/python tests/serve/soak.py $(ARGS)
 
 lint: .venv/.installed  ## ruff check, ruff format --check, mypy
 	$(BIN)/ruff check

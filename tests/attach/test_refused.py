@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    ContinuousBatchingConfig,
     FalconH1Config,
     FalconH1ForCausalLM,
     GenerationConfig,
@@ -79,7 +80,26 @@ def test_continuous_batching_is_refused_by_name_and_comes_back(llama):
             model.generate_batch([[3, 4, 5]], generation_config=config)
         with pytest.raises(aqua.AquaError, match="call generate with a padded batch, or detach AQUA"):
             model.init_continuous_batching(generation_config=config)
+        with (
+            pytest.raises(aqua.AquaError, match="does not know continuous batching"),
+            model.continuous_batching_context_manager(generation_config=config),
+        ):
+            pass
     assert "init_continuous_batching" not in vars(model)
+
+
+def test_continuous_batching_that_runs_already_fails_and_is_never_dense(llama):
+    model, projections = llama
+    config = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=16)  # else it takes what memory there is
+    given = {"generation_config": config, "continuous_batching_config": small}
+    with model.continuous_batching_context_manager(**given) as manager:
+        before = manager.get_result(manager.add_request([3, 4, 5], max_new_tokens=2), timeout=60)
+        assert len(before.generated_tokens) == 2
+        with aqua.apply(model, projections):
+            found = manager.get_result(manager.add_request([3, 4, 5], max_new_tokens=2), timeout=60)
+    assert "which AQUA does not support" in found.error
+    assert not found.generated_tokens
 
 
 class Adapted(nn.Module):

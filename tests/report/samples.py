@@ -183,6 +183,12 @@ def benchmarks():
     layers = [
         {"layer": layer, "head_dim": 64, "dims_90": [20 + layer, 24], "dims_99": [40, 50 - layer]} for layer in range(4)
     ]
+    served = [
+        {"name": name, "k_ratio": ratio, "requests_per_second": 10 * speed, "tokens_per_second": 1280 * speed}
+        | {"first_seconds": 0.2, "first_p99_seconds": 0.4, "first_ratio": 1.0, "token_ratio": 1 / speed, "ratio": speed}
+        | {"token_seconds": 0.01 / speed, "token_p99_seconds": 0.02, "capacity": 100_000, "capacity_ratio": 1.0}
+        for name, ratio, speed in (("vLLM, FLASH_ATTN", None, 1.0), ("AQUA", 0.5, 1.2))
+    ]
     small = {"device": "CPU", "heads": 32, "groups": 8, "head_dim": 128, "dtype": "torch.float32"}
     times = [
         {"length": length, "dense": 2e-8 * length + 1e-5, "dense_name": "matmul", "whole": 2e-8 * length + 3e-5}
@@ -207,6 +213,9 @@ def benchmarks():
         "tasks.json": {"model": "other", "dense": [items], "rows": [items | paired]},
         "decode.json": {"results": [shape | {"rows": dense + aqua}]},
         "generate.json": {"results": [shape | model | {"rows": tokens}]},
+        "serve.json": SAID
+        | {"schema": 1, "suite": "serve", "device": "GPU"}
+        | {"results": [{"batch": 8, "length": 1024, "new_tokens": 128, "dtype": "bfloat16", "rows": served}]},
         "memory.json": {"length": 8192, "batch": 1, "dtype": "torch.bfloat16", "model": MODEL, "rows": rows},
         "spectrum.json": {"model": {"name": MODEL, "shape": {}}, "calibration": {"tokens": 8192}, "layers": layers},
     }

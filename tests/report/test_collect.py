@@ -23,7 +23,7 @@ def test_every_suite_is_read(tmp_path):
     assert not found.unused
     suites = {record.suite for record in found.records}
     grid = {"perplexity", "retention", "needle", "lines", "tasks", "transfer", "context"}
-    assert suites == grid | {"decode", "generate", "memory", "spectrum", "breakeven"}
+    assert suites == grid | {"decode", "generate", "serve", "memory", "spectrum", "breakeven"}
     assert sorted(record.error["kind"] for record in found.failed) == ["error", "out_of_memory"]
     # Dense first, then fewer and fewer dimensions.
     perplexity = [record.setting for record in found.records if record.suite == "perplexity"]

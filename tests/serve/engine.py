@@ -8,11 +8,13 @@ import json
 import os
 import subprocess
 import sys
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
-from urllib.request import Request, urlopen
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import aqua_attention as aqua
+from aqua_attention.bench import server
 
 MARK = "ANSWERS "
 ENVIRONMENT = {
@@ -23,46 +25,28 @@ ENVIRONMENT = {
 }
 
 
-def environment_of(projections, config):
-    """For a process with the plugin; without projections it is stock vLLM."""
-    own = {} if projections is None else {"AQUA_PROJECTIONS": str(projections), "AQUA_CONFIG": json.dumps(config or {})}
-    return {name: value for name, value in os.environ.items() if not name.startswith("AQUA_")} | ENVIRONMENT | own
+def export_smollm2(folder):
+    """(folder of safetensors, model, tokenizer, projections file) of SmolLM2, written below `folder`."""
+    model, tokenizer = aqua.load_model("smollm2", dtype="float32")
+    # It comes from a GGUF file, whose weights are ordinary numbers by now.
+    model.hf_quantizer, model.is_quantized = None, False
+    del model.quantization_method, model.config.quantization_config
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    # Not beside the weights: vLLM loads all files of that kind in a model's folder.
+    file = folder / "smollm2.safetensors"
+    aqua.calibrate(model, tokenizer, aqua.load_text("builtin:calibration"), tokens=8192, progress=False).save(file)
+    return folder / "model", model, tokenizer, file
 
 
 @contextmanager
-def served(model, *, projections, config, port=18231):
+def served(model, *, projections, config):
     """`complete(prompt, max_tokens)` of an OpenAI-compatible server, an answer with `token_ids`."""
-    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048", "--port", str(port)]
-    # `vllm serve` asks for the version of a package that the CPU build does not call by that name.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
-    with TemporaryFile("w+") as log:
-        server = subprocess.Popen(
-            command, env=environment_of(projections, config), stdout=log, stderr=subprocess.STDOUT
-        )
-
-        def ask(path, body=None):
-            data = None if body is None else json.dumps(body).encode()
-            request = Request(f"http://127.0.0.1:{port}/{path}", data, {"Content-Type": "application/json"})
-            with urlopen(request, timeout=300) as answer:
-                return answer.read()
-
-        def complete(prompt, max_tokens):
-            wanted = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "return_token_ids": True}
-            return json.loads(ask("v1/completions", {"model": str(model), "prompt": prompt} | wanted))["choices"][0]
-
-        try:
-            for _ in range(300):
-                if server.poll() is not None:
-                    log.seek(0)
-                    raise RuntimeError(log.read()[-4000:])
-                with suppress(OSError):
-                    ask("health")
-                    break
-                time.sleep(1)
-            yield complete
-        finally:
-            server.terminate()
-            server.wait(60)
+    options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"]
+    with TemporaryDirectory() as folder, patch.dict(os.environ, ENVIRONMENT):
+        log = Path(folder) / "log"
+        with server.served(str(model), options, log=log, projections=projections, setting=config) as found:
+            yield found.complete
 
 
 def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprobs=None, **engine):
@@ -77,7 +61,7 @@ def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprob
     done = subprocess.run(
         [sys.executable, __file__],
         input=json.dumps(request),
-        env=environment_of(projections, config),
+        env=server.environment_of(projections, config) | ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=600,

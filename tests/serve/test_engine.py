@@ -9,32 +9,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
 pytest.importorskip("vllm.entrypoints")
 
-from engine import run, served
+from engine import export_smollm2, run, served
 
 import aqua_attention as aqua
-from conftest import calibrated, make_llama
+from conftest import SHAPE, calibrated, make_llama
 
 DENSE = {"k_ratio": 1.0}
+NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 HALF = {"k_ratio": 0.5, "min_length": 0}
 
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
     """(folder of safetensors, model, tokenizer, projections file) of SmolLM2."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    model, tokenizer = aqua.load_model("smollm2", dtype="float32")
-    # It comes from a GGUF file, whose weights are ordinary numbers by now.
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.quantization_method, model.config.quantization_config
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # Not beside the weights: vLLM loads all files of that kind in a model's folder.
-    file = tmp_path_factory.mktemp("projections") / "smollm2.safetensors"
-    aqua.calibrate(model, tokenizer, aqua.load_text("builtin:calibration"), tokens=8192, progress=False).save(file)
-    return folder, model, tokenizer, file
+    return export_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +59,9 @@ def test_with_every_dimension_it_is_stock(smollm2, prompts, stock):
 @pytest.mark.timeout(900)
 def test_with_half_of_them_it_is_our_own_path(smollm2, prompts):
     folder, model, _, file = smollm2
-    found, _ = run(folder, prompts, projections=file, config=HALF, logprobs=0, max_num_batched_tokens=256)
+    options = {"logprobs": 0, "max_num_batched_tokens": 256, "attention_backend": "AQUA"}
+    found, log = run(folder, prompts, projections=file, config=HALF, **options)
+    assert f"AQUA attention: k_ratio 0.5; projections {file} for llama" in log
     projections = aqua.Projections.load(file)
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([prompt])
@@ -116,6 +110,8 @@ def test_a_server_answers_many_at_once_and_mixes_none_up(smollm2, prompts):
         ({"config": {"ratio": 2}}, r"AQUA_CONFIG: .*ratio"),
         ({"config": {"bits": 8}}, r"AQUA_CONFIG: bits is 8, which is not served in vLLM yet"),
         ({"config": {"s_ratio": 0.25}}, r"AQUA_CONFIG: s_ratio is 0\.25 with an exact window of 4 \+ 64"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8, and AQUA stores keys and values in the model's dtype"),
+        ({"speculative_config": NGRAM}, r"speculative decoding \(ngram\) is not served by AQUA yet"),
     ],
 )
 @pytest.mark.timeout(300)
@@ -130,3 +126,16 @@ def test_projections_of_another_model_are_refused(smollm2, tmp_path):
     said = r"AQUA_PROJECTIONS: made for llama, .* but layer 0 has 3 key-value heads of 64"
     with pytest.raises(RuntimeError, match=said):
         run(smollm2[0], [[1, 2]], projections=tmp_path / "tiny.safetensors")
+
+
+@pytest.mark.timeout(300)
+def test_a_model_with_latent_attention_is_refused(smollm2, tmp_path):
+    heads = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 3}
+    config = DeepseekV2Config(
+        **SHAPE | heads | experts | {"num_key_value_heads": 4}, architectures=[DeepseekV2ForCausalLM.__name__]
+    )
+    config.save_pretrained(tmp_path)
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 128}
+    with pytest.raises(RuntimeError, match=r"this model has latent attention \(MLA\), which AQUA does not serve"):
+        run(tmp_path, [[1, 2]], projections=smollm2[3], **options)

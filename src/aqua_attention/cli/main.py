@@ -27,6 +27,7 @@ from aqua_attention.cli.options import (
     load_projections,
 )
 from aqua_attention.cli.outputs import check_apart, check_writable
+from aqua_attention.cli.serve import serve
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
 from aqua_attention.cli.terminal import (
@@ -55,6 +56,7 @@ app = Commands(
 )
 for command in (tasks, records.grid, records.transfer, records.context, images):
     evaluations.command()(command)
+benchmarks.command()(serve)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
 # Everything after the first word is lm-eval's, its --help too.

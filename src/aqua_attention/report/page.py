@@ -35,7 +35,7 @@ PARTS: tuple[tuple[Callable[[Sequence[Record]], list[Section]], str], ...] = (
     (transfer_sections, "transfer context"),
     (image_sections, "images"),
     (layer_sections, "retention spectrum"),
-    (speed_sections, "memory decode generate breakeven"),
+    (speed_sections, "memory decode generate serve breakeven"),
 )
 """What makes the sections, and of which suites. Any other suite has a table, see `other_sections`."""
 

@@ -13,6 +13,7 @@ from aqua_attention.report.tables import (
     DECODE,
     GENERATE,
     MEMORY,
+    SERVE,
     STEPS,
     Column,
     benchmark_table,
@@ -50,6 +51,13 @@ BENCHMARKS = {
         "token. First token: from the call on, and times as long as dense attention's. Roofline: what reading weights, "
         "keys and values takes at the measured bandwidth.",
         *("setting", GENERATE, "speed to dense attention (higher is faster)"),
+    ),
+    "serve": _Benchmark(
+        "vLLM server",
+        "What vLLM's own client measures of a stock server and of one with AQUA, with the same options. First: from "
+        "sending a request to its first token; next: from each token to the one after; medians, and times as long as "
+        "stock's. Cache: tokens that there is room for, as vLLM's log says.",
+        *("server", SERVE, "tokens a second to stock (higher is faster)"),
     ),
     "memory": _Benchmark(
         "Memory",
@@ -93,7 +101,10 @@ def _measured(identity: str, record: Record) -> list[Block]:
     size = ", ".join(
         filter(
             None,
-            [record.model if record.suite in ("memory", "generate") else "", size_of(result).replace("torch.", "")],
+            [
+                record.model if record.suite in ("memory", "generate", "serve") else "",
+                size_of(result).replace("torch.", ""),
+            ],
         )
     )
     title = f"{kind.title}{', compiled' if result.get('compiled') else ''}: {size}"

@@ -94,6 +94,19 @@ GENERATE = (
     Column("generate adds: ms", "added_seconds", ".2f", 1e3),
     Column("of the roofline", "share", ".1%"),
 )
+SERVE = (
+    Column("requests/s", "requests_per_second", ".2f"),
+    Column("tokens/s", "tokens_per_second", ".1f"),
+    Column("to stock", "ratio", ".2f"),
+    Column("first: ms", "first_seconds", ".0f", 1e3),
+    Column("first 99%", "first_p99_seconds", ".0f", 1e3),
+    Column("first to stock", "first_ratio", ".2f"),
+    Column("next: ms", "token_seconds", ".2f", 1e3),
+    Column("next 99%", "token_p99_seconds", ".2f", 1e3),
+    Column("next to stock", "token_ratio", ".2f"),
+    Column("cache: tokens", "capacity", ",.0f"),
+    Column("cache to stock", "capacity_ratio", ".3f"),
+)
 STEPS = (
     Column("tokens/s", "tokens_per_second", ".1f"),
     Column("ms a token", "seconds", ".2f", 1e3),
@@ -201,6 +214,12 @@ def generate_table(result: dict[str, Any]) -> Table:
     """What `GenerateBenchmark.measure` returned: a row a setting."""
     size = f"{size_of(result)}{', compiled' if result.get('compiled') else ''}"
     return benchmark_table(size, result, generate_columns(result))
+
+
+def serve_table(results: Sequence[dict[str, Any]]) -> Table:
+    """What `ServeBenchmark.measure` returned: stock's row and ours for each load."""
+    rows = [(f"{result['batch']}: {row_name(row)}", row) for result in results for row in result["rows"]]
+    return table_of("requests at once", rows, SERVE)
 
 
 def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:

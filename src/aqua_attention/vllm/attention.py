@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
@@ -16,6 +17,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.api import attend, attention
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.select import rotate
+from aqua_attention.vllm.checks import check_engine
 from aqua_attention.vllm.pages import read_pages, write_pages
 from aqua_attention.vllm.settings import serving
 
@@ -60,8 +62,7 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
                 )
         if attn_type != AttentionType.DECODER:
             raise AquaError(f"attention of kind {attn_type} is not served by AQUA: only decoders are")
-        if kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"):
-            raise AquaError(f"kv_cache_dtype is {kv_cache_dtype}: AQUA serves auto, leave it out")
+        check_engine(get_current_vllm_config())
         self.num_heads, self.head_size, self.num_kv_heads, self.scale = num_heads, head_size, num_kv_heads, float(scale)
         self.sliding_window, self.logits_soft_cap = sliding_window, logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype

@@ -7,12 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from aqua_attention.vllm.attention import AquaAttention, AquaMetadata
-from aqua_attention.vllm.plugin import NAME
+from aqua_attention.vllm.checks import why_not
+from aqua_attention.vllm.plugin import backend_name
 from aqua_attention.vllm.settings import serving
 
 
@@ -26,7 +28,7 @@ class AquaBackend(AttentionBackend):
     @staticmethod
     def get_name() -> str:
         """A member of vLLM's registry."""
-        return NAME
+        return backend_name()
 
     @staticmethod
     def get_impl_cls() -> type[AquaAttention]:
@@ -55,6 +57,12 @@ class AquaBackend(AttentionBackend):
         if spec.state_content_bytes is not None or kept == spec.head_size:
             return spec
         return replace(spec, state_content_bytes=(kept + spec.head_size_v) * get_dtype_size(spec.dtype))
+
+    @classmethod
+    def validate_configuration(cls, *args: Any, **given: Any) -> list[str]:
+        """What speaks against AQUA here, in our words where we have some. Not asked on a CPU."""
+        reason = why_not(get_current_vllm_config())
+        return [reason] if reason else super().validate_configuration(*args, **given)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

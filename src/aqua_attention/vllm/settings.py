@@ -10,9 +10,11 @@ from functools import cache
 from pathlib import Path
 
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.config import AquaConfig
+from aqua_attention.config import AUTO, AquaConfig
 from aqua_attention.errors import AquaError
 
+INT8 = "int8_per_token_head"
+"""The `kv_cache_dtype` that goes with `bits` 8: a byte an element, and room for scales."""
 PROJECTIONS, CONFIG = "AQUA_PROJECTIONS", "AQUA_CONFIG"
 """Environment variables: a projections file; and a preset's name or the fields of an `AquaConfig` as JSON.
 
@@ -25,10 +27,18 @@ UNSERVED = {"h2o_ratio": 1.0, "bits": None, "logit_error": None}
 
 @dataclass(frozen=True)
 class Serving:
-    """Projections and setting of this server."""
+    """Projections, their file, and the setting of this server."""
 
     projections: Projections
+    file: str
     config: AquaConfig
+
+    def __str__(self) -> str:
+        """For the log: what differs from the defaults, and which projections."""
+        usual = AquaConfig().to_dict()
+        changed = {name: value for name, value in self.config.to_dict().items() if value != usual[name]}
+        setting = ", ".join(f"{name} {value}" for name, value in ({"k_ratio": self.config.k_ratio} | changed).items())
+        return f"{setting}; projections {self.file} for {self.projections.fits}"
 
     @classmethod
     def of(cls, file: str | None, setting: str | None) -> Serving:
@@ -44,8 +54,10 @@ class Serving:
                 f"{CONFIG}: s_ratio is {config.s_ratio:g} with an exact window of {config.sink} + {config.recent} "
                 "tokens, which store every dimension, and vLLM's pages are of one width: set sink and recent to 0"
             )
+        if config.min_length == AUTO:
+            raise AquaError(f"{CONFIG}: min_length is {AUTO!r}, which a server has no profile for: give a number")
         try:
-            return cls(Projections.load(Path(file)), config)
+            return cls(Projections.load(Path(file)), file, config)
         except AquaError as error:
             raise AquaError(f"{PROJECTIONS}: {error}") from error
 
@@ -57,13 +69,11 @@ def serving() -> Serving:
 
 
 def _config(setting: str) -> AquaConfig:
-    if not setting.lstrip().startswith("{"):
-        return AquaConfig.preset(setting)
     try:
-        fields = json.loads(setting)
+        if not setting.lstrip().startswith("{"):
+            return AquaConfig.preset(setting)
+        return AquaConfig.from_dict(json.loads(setting))
     except json.JSONDecodeError as error:
         raise AquaError(f"{CONFIG} is {setting!r}: it is no JSON ({error})") from error
-    try:
-        return AquaConfig.from_dict(fields)
     except AquaError as error:
         raise AquaError(f"{CONFIG}: {error}") from error

@@ -63,6 +63,13 @@ _LOSSES, _NEWER = ("perplexity", "perplexity_change", "kl"), ("top1", "mean_k", 
 _COUNTS, _PAIRED = ("right", "asked"), ("lost", "gained", "p_value")
 _DECODE = ("k_ratio", "seconds", "step_seconds", "ratio", "step_ratio", "ceiling", "share")
 _GENERATE = ("k_ratio", "seconds", "tokens_per_second", "ratio", "roofline_seconds", "share")
+_SERVE = (
+    "k_ratio",
+    *(f"{each}_per_second" for each in ("requests", "tokens")),
+    "first_seconds",
+    "token_seconds",
+    "ratio",
+)
 _HEADS = Rows("per_layer", ("layer",), ("score_loss", "softmax_loss"))
 
 
@@ -92,6 +99,7 @@ SUITES = {
     "memory": _benchmark("bench memory", Rows("rows", ("bytes", "ratio", "peak_bytes", "peak_ratio"), title="setting")),
     "decode": _benchmark("bench decode", Rows("rows", _DECODE, title="name"), bare=True),
     "generate": _benchmark("bench generate", Rows("rows", _GENERATE, title="name")),
+    "serve": _benchmark("bench serve", Rows("rows", _SERVE, title="name")),
     "breakeven": _benchmark(
         "bench breakeven",
         Rows("rows", ("length", "dense", "whole"), ("aqua",)),
