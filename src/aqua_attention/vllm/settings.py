@@ -21,7 +21,7 @@ PROJECTIONS, CONFIG = "AQUA_PROJECTIONS", "AQUA_CONFIG"
 Every process of a server inherits them, and vLLM's CPU platform takes a backend only from a plugin, which is given
 nothing else.
 """
-UNSERVED = {"h2o_ratio": 1.0, "bits": None, "logit_error": None}
+UNSERVED = {"h2o_ratio": 1.0, "bits": None, "logit_error": None, "select_p": None, "select_tokens": None}
 """Knobs that a server cannot follow yet, and the values that do nothing."""
 
 
