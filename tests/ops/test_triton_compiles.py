@@ -46,6 +46,8 @@ class Launch:
             if hasattr(value, "dtype"):
                 aligned[place] = [["tt.divisibility", 16]]
                 return "*" + KINDS[str(value.dtype)]
+            if isinstance(value, int) and value % 16 == 0:
+                aligned[place] = [["tt.divisibility", 16]]
             return "fp32" if isinstance(value, float) else "i32"
 
         for name in names:

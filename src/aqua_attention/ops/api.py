@@ -126,7 +126,7 @@ def attend_pages(query: Tensor, cache: PagedCache, layer: PagedLayer, blocks: Te
     options: dict[str, Any] = {"scaling": layer.scaling, "softcap": layer.softcap}
     if layer.window is None or length <= layer.window:
         return attention(tall, key, value, None, **options)[0].transpose(0, 1)
-    outputs = []
+    outputs: list[Tensor] = []
     for part in tall.split(WINDOW_QUERIES, 2):
         stop = length - tall.shape[2] + sum(each.shape[2] for each in outputs) + part.shape[2]
         start = max(0, stop - part.shape[2] - layer.window + 1)

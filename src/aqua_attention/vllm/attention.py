@@ -104,13 +104,11 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         if attn_metadata is None:  # profiling
             return output.zero_()
         given, (pages, how) = attn_metadata, self._of(layer, kv_cache, query)
-        if given.decodes:
-            own = (states[: given.decodes] for states in (query, key, value))
-            decode_pages(*own, pages, how, given.step, output[: given.decodes])
+        if count := given.decodes:
+            decode_pages(query[:count], key[:count], value[:count], pages, how, given.step, output[:count])
         if given.lengths:
-            own = (states[given.starts[0] : given.starts[-1]] for states in (key, value, given.slots))
-            key, value, slots = own
-            write_pages(key, value, pages, how, slots)
+            own = slice(given.starts[0], given.starts[-1])
+            write_pages(key[own], value[own], pages, how, given.slots[own])
         spans = zip(given.starts, given.starts[1:], strict=False)
         for row, ((start, end), length) in enumerate(zip(spans, given.lengths, strict=True), given.decodes):
             if end > start:

@@ -26,7 +26,7 @@ from aqua_attention.vllm.settings import serving
 from aqua_attention.vllm.versions import INT8, Pages
 
 
-class AquaBackend(Pages, AttentionBackend):  # type: ignore[misc]
+class AquaBackend(Pages, AttentionBackend):
     """See `AttentionBackend`."""
 
     supported_dtypes = [torch.float32, torch.bfloat16, torch.float16]  # noqa: RUF012

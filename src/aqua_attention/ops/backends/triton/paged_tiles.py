@@ -72,15 +72,19 @@ def edge_tiles(
         position = tile * TILE + tokens
         seen = (position >= first_seen) & (position < length)
         page = pages_of(lookup, tile, BLOCK)
-        there = (dim < KEPT)[:, None] & seen[None, :]
-        keys = tl.load(key_ptr + (page + tokens % BLOCK)[None, :] + dim[:, None] * BLOCK, there, 0)
+        # Of whole pages, so that tokens are read together: what is not seen of them is no key, and may be anything.
+        exists = (dim < KEPT)[:, None] & (tile * TILE + tokens // BLOCK * BLOCK < length)[None, :]
+        keys = tl.load(key_ptr + (page + tokens % BLOCK)[None, :] + dim[:, None] * BLOCK, exists, 0)
+        there = exists & seen[None, :]
         values = tl.load(
             value_ptr + (page + tokens % BLOCK * VALUE_DIM)[:, None] + columns[None, :],
             seen[:, None] & (columns < VALUE_DIM)[None, :],
             0,
         )
         value_scales = None
-        if key_scales_ptr is not None:
+        if key_scales_ptr is None:
+            keys = tl.where(there, keys, 0.0).to(query.dtype)
+        else:
             scales_at = page // 2 + tokens % BLOCK
             scales = tl.load(key_scales_ptr + scales_at, seen, 0.0).to(tl.float32)
             channel_scale = tl.load(channel_scale_ptr + dim, dim < KEPT, 0.0)
@@ -127,8 +131,9 @@ def inner_tiles(
     inside = heads < GROUP
     if dims_ptr is None:
         query = tl.load(query_ptr + heads[:, None] * KEPT + dim[None, :], inside[:, None] & (dim < KEPT)[None, :], 0.0)
+    # Looked up a tile ahead: loads that wait for a look-up in the same turn are asked for one tile ahead only.
+    page = pages_of(lookup, begin, BLOCK)
     for tile in range(begin, end):
-        page = pages_of(lookup, tile, BLOCK)
         keys_at = key_ptr + (page + tokens % BLOCK)[None, :]
         if dims_ptr is None:
             if KEPT == KEPT_PADDED:
@@ -154,6 +159,7 @@ def inner_tiles(
             values = tl.load(values_at)
         else:
             values = tl.load(values_at, (tokens[:, None] >= 0) & (columns < VALUE_DIM)[None, :], 0.0)
+        page = pages_of(lookup, tl.minimum(tile + 1, end - 1), BLOCK)
         scores = limited(scores * scaling, softcap)
         largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
     return largest, total, output
@@ -204,8 +210,12 @@ def inner_tiles_int8(
     channel_scale = tl.load(channel_scale_ptr + dims, taken, 0.0)
     query = (query * channel_scale[None, :] / peak[:, None]).to(tl.float16)
     unit = peak * scaling
+    # Scales are read ahead, too: they are too small for the compiler to do it.
+    page = pages_of(lookup, begin, BLOCK)
+    scales_at, there = page // 2 + tokens % BLOCK, (tokens >= 0) & (begin < end)
+    key_scales = tl.load(key_scales_ptr + scales_at, there, 0.0)
+    value_scales = tl.load(value_scales_ptr + scales_at, there, 0.0)
     for tile in range(begin, end):
-        page = pages_of(lookup, tile, BLOCK)
         keys_at = key_ptr + (page + tokens % BLOCK)[None, :] + dims[:, None] * BLOCK
         if DIMS_PADDED == CHOSEN:
             keys = tl.load(keys_at)
@@ -216,12 +226,13 @@ def inner_tiles_int8(
             values = tl.load(values_at)
         else:
             values = tl.load(values_at, (tokens[:, None] >= 0) & (columns < VALUE_DIM)[None, :], 0)
+        scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * key_scales.to(tl.float32)[None, :])
+        scores = limited(scores + mean[:, None], softcap)
+        weights = value_scales.to(tl.float32) * VALUE_UNIT
+        page = pages_of(lookup, tl.minimum(tile + 1, end - 1), BLOCK)
         scales_at = page // 2 + tokens % BLOCK
-        key_scales = tl.load(key_scales_ptr + scales_at).to(tl.float32)
-        value_scales = tl.load(value_scales_ptr + scales_at).to(tl.float32) * VALUE_UNIT
-        scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * key_scales[None, :]) + mean[:, None]
-        scores = limited(scores, softcap)
+        key_scales, value_scales = tl.load(key_scales_ptr + scales_at), tl.load(value_scales_ptr + scales_at)
         largest, total, output = online_softmax(
-            scores, decoded(values, ASSEMBLY), value_scales, largest, total, output, "ieee"
+            scores, decoded(values, ASSEMBLY), weights, largest, total, output, "ieee"
         )
     return largest, total, output
