@@ -212,7 +212,7 @@ def inner_tiles_int8(
     unit = peak * scaling
     # Scales are read ahead, too: they are too small for the compiler to do it.
     page = pages_of(lookup, begin, BLOCK)
-    scales_at, there = page // 2 + tokens % BLOCK, (tokens >= 0) & (begin < end)
+    scales_at, there = page // 2 + tokens % BLOCK, begin + tl.zeros_like(tokens) < end
     key_scales = tl.load(key_scales_ptr + scales_at, there, 0.0)
     value_scales = tl.load(value_scales_ptr + scales_at, there, 0.0)
     for tile in range(begin, end):
