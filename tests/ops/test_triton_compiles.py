@@ -39,7 +39,8 @@ class Launch:
 
         def kind_of(value, place, is_constant):
             if isinstance(value, tuple):
-                return type(value)(*(kind_of(each, (*place, i), False) for i, each in enumerate(value)))
+                kinds = [kind_of(each, (*place, i), False) for i, each in enumerate(value)]
+                return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
             if is_constant or value is None:
                 values[place] = value
                 return "constexpr"
@@ -197,7 +198,7 @@ PAGES = (
     + """
 import torch
 import aqua_attention as aqua
-from aqua_attention.ops.backends.triton import paged_decode, paged_prepare, paged_write
+from aqua_attention.ops.backends.triton import paged_by_hand, paged_decode, paged_prepare, paged_write
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import LayerPlan
@@ -205,11 +206,16 @@ from aqua_attention.ops.plan import LayerPlan
 paged_decode._decode_paged = Launch(paged_decode._decode_paged)
 paged_prepare._prepare_paged = Launch(paged_prepare._prepare_paged)
 paged_write._write_paged = Launch(paged_write._write_paged)
+for name in ("decode_quantized_kernel", "_edges", "merge_kernel"):
+    setattr(paged_by_hand, name, Launch(getattr(paged_by_hand, name)))
 paged_decode.starts_early = paged_prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
+paged_by_hand.starts_early = paged_decode.starts_early
 
 
-def build(dtype, heads, groups, head_dim, kept, value_dim, bits=None, block=64, window=None, softcap=None, **choice):
-    plan = None
+def build(
+    dtype, heads, groups, head_dim, kept, value_dim, bits=None, window=None, softcap=None, by_hand=False, **choice
+):
+    plan, paged_decode.is_by_hand, block = None, lambda *_: by_hand, choice.pop("block", 64)
     if choice:
         config = aqua.AquaConfig(share="group", s_ratio=1 - kept / head_dim, **choice)
         plan = LayerPlan.of(torch.zeros(groups, head_dim, kept), torch.ones(groups, kept), config)
@@ -245,6 +251,10 @@ IN_PAGES = {
     "bits=8)",
     "int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=60, value_dim=80, k_ratio=0.7, "
     "bits=8, sink=0, recent=0)",
+    "by hand": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
+    "bits=8, by_hand=True)",
+    "by hand, odd": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=60, value_dim=64, k_ratio=0.3, "
+    "bits=8, sink=0, recent=0, by_hand=True)",
     "float32": "dict(dtype=torch.float32, heads=2, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5)",
 }
 
@@ -252,4 +262,5 @@ IN_PAGES = {
 @pytest.mark.parametrize("case", IN_PAGES)
 def test_kernels_over_pages_compile_too(case, tmp_path):
     kernels = compiled(PAGES, IN_PAGES[case], tmp_path)
-    assert {line.split()[0] for line in kernels} >= {"_write_paged", "_decode_paged"}
+    decoding = {"decode_quantized_kernel", "_edges", "merge_kernel"} if "by hand" in case else {"_decode_paged"}
+    assert {line.split()[0] for line in kernels} >= {"_write_paged", *decoding}

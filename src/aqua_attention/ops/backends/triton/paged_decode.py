@@ -15,6 +15,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     LEAST_SIZE,
     LOG2_E,
     TILE,
+    VERSION,
     on_device_of,
     padded,
     shared_memory,
@@ -22,7 +23,12 @@ from aqua_attention.ops.backends.triton.blocks import (
     starts_early,
     store_part,
 )
-from aqua_attention.ops.backends.triton.decode import MOST_STAGES, OTHER_BYTES
+from aqua_attention.ops.backends.triton.decode import (
+    BY_HAND_GROUP,
+    BY_HAND_VALUES,
+    MOST_STAGES,
+    OTHER_BYTES,
+)
 from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT
 from aqua_attention.ops.backends.triton.decode_merge import merge, merging
 from aqua_attention.ops.backends.triton.paged import PageArguments, page_constants
@@ -38,6 +44,8 @@ QUANTIZED_PROGRAMS, QUANTIZED_WARPS, QUANTIZED_STAGES = 2, 4, 3
 """The same over codes of 8 bits, and tiles on their way."""
 LEAST_TILES = 4
 """Tiles of a program at least."""
+BY_HAND_ROWS = 64
+"""Sequences times heads from which on a kernel with registers placed by hand takes codes of 8 bits."""
 LEAST_BATCH = 64
 """Batches up to this size share one compiled kernel."""
 
@@ -53,6 +61,11 @@ def decode_paged(
         output: [batch, num_attention_heads, value_dim], contiguous; is written.
     """
     (batch, heads, kept), kv_heads, plan = query.shape, cache.num_key_value_heads, layer.plan
+    if is_by_hand(query, cache, layer, step):
+        from aqua_attention.ops.backends.triton.paged_by_hand import decode_by_hand
+
+        decode_by_hand(query, chosen, cache, layer, step, output)
+        return
     group, is_quantized = heads // kv_heads, cache.quantization is not None
     most = kept if chosen is None else chosen.dims.shape[-1]
     programs, warps = (QUANTIZED_PROGRAMS, QUANTIZED_WARPS) if is_quantized else (PROGRAMS, WARPS)
@@ -97,6 +110,21 @@ def decode_paged(
             **merging(group, min(programs, count)),
             **starts_early(query),
         )
+
+
+def is_by_hand(query: Tensor, cache: PagedCache, layer: PagedLayer, step: Step) -> bool:
+    """Whether inner tiles are those of the kernel with registers placed by hand, see `decode.is_by_hand`.
+
+    Lengths are not known here. With few sequences and heads it does not pay, whatever these are.
+    """
+    if cache.quantization is None or not query.is_cuda or VERSION < (3, 6):
+        return False
+    (block, head), tables = cache.storage.stride()[:2], step.block_table
+    if block % head or head % 16 or tables.stride(0) < tables.shape[1] or layer.softcap or layer.window:
+        return False
+    group = query.shape[1] // cache.num_key_value_heads
+    fits = group <= BY_HAND_GROUP and cache.value_dim in BY_HAND_VALUES
+    return fits and len(query) * cache.num_key_value_heads >= BY_HAND_ROWS
 
 
 def stages(query: Tensor, dims: int, value_dim: int) -> int:
@@ -182,7 +210,7 @@ def _decode_paged(
             first_program = start // each
             splits = (start + head_tiles - 1) // each - first_program + 1
             at = (place + first_program).to(tl.int64) * GROUP
-            _part(
+            attend_part(
                 (query_ptr, dims_ptr, mask_ptr),
                 pages,
                 (block_table_ptr, table_stride, table_width),
@@ -204,6 +232,7 @@ def _decode_paged(
                 DIMS_AT_ONCE,
                 BLOCK,
                 ASSEMBLY,
+                False,
             )
             tl.debug_barrier()  # the whole program has written before it says so
             if tl.atomic_add(arrived_ptr + place, 1) == splits - 1:
@@ -221,7 +250,7 @@ def _row_of(rows, batch, counts, starts, tile):
 
 
 @triton.jit
-def _part(
+def attend_part(
     chosen,
     pages,
     table,
@@ -243,8 +272,9 @@ def _part(
     DIMS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr,
+    EDGES: tl.constexpr,
 ):
-    """Attention of a head to its tiles from `begin` to before `end`.
+    """Attention of a head to its tiles from `begin` to before `end`; with EDGES to those only that are not inner ones.
 
     Args:
         table: pointer, stride and width; part: pointers to the parts of the head, how many there are, which this is.
@@ -292,7 +322,9 @@ def _part(
         tl.zeros([ROWS, VALUE_PADDED], tl.float32),
     )
     bounds = (scaling, softcap, first_seen, length, exact_before, exact_from)
-    if pages.key_scales is None:
+    if EDGES:
+        pass
+    elif pages.key_scales is None:
         state = inner_tiles(
             taken,
             stored,
