@@ -93,10 +93,12 @@ def test_a_step_in_plain_torch_is_attention_to_what_is_held(config, bits):
 
 
 @pytest.mark.parametrize("config", [{}, {"k_ratio": 0.5}, {"k_ratio": 0.5, "sink": 2, "recent": 5}], ids=str)
-def test_a_part_of_a_prompt_sees_what_came_before(config):
-    given = problem((4, 2), [60], (16, 16, 16), block_size=16, impl="torch", **config)
+@pytest.mark.parametrize("queries", [25, 60])
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_a_prompt_or_a_part_sees_what_came_before(config, queries, block_size):
+    given = problem((4, 2), [60], (16, 16, 16), block_size=block_size, impl="torch", **config)
     given.decode("torch")
-    query = random(25, 4, 16, seed=9)
+    query = random(queries, 4, 16, seed=9)
     found = attend_pages(query, given.cache, given.layer, given.step.block_table[0], 60)
     if given.layer.plan is None:
         expected = attention_reference(query.transpose(0, 1)[None], given.keys, given.values, None)

@@ -68,6 +68,8 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float
         [batch, num_attention_heads, queries].
     """
     length, same_width = query.shape[2], query.shape[-1] == value.shape[-1]
+    # These operators are asked directly, and take the numbers of a token to lie together without a look.
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     if length < key.shape[2]:
         if not takes_fewer_queries(query, key, value):
             return _chunked_with_lse(query, key, value, scaling)

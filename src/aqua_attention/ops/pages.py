@@ -123,7 +123,8 @@ class PagedCache:
         blocks = blocks[: -(-length // self.block_size)].long()
 
         def by_token(found: Tensor) -> Tensor:
-            return found.transpose(0, 1).flatten(1, 2)[None, :, :length]
+            # Of a single page a view would do, and fused kernels take the numbers of a token to lie together.
+            return found.transpose(0, 1).flatten(1, 2).contiguous()[None, :, :length]
 
         key, value = by_token(self.keys[blocks].transpose(-1, -2)), by_token(self.values[blocks])
         if self.quantization is None:
