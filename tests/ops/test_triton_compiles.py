@@ -251,8 +251,14 @@ IN_PAGES = {
     "bits=8)",
     "int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=60, value_dim=80, k_ratio=0.7, "
     "bits=8, sink=0, recent=0)",
+    "hybrid": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
+    "min_length=2000)",
+    "hybrid, int8": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, "
+    "k_ratio=0.5, min_length=2000, bits=8)",
     "by hand": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
     "bits=8, by_hand=True)",
+    "hybrid, by hand": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, "
+    "k_ratio=0.5, min_length=2000, bits=8, by_hand=True)",
     "by hand, odd": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=60, value_dim=64, k_ratio=0.3, "
     "bits=8, sink=0, recent=0, by_hand=True)",
     "float32": "dict(dtype=torch.float32, heads=2, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5)",

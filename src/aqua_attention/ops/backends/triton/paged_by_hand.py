@@ -88,11 +88,13 @@ def decode_by_hand(
             table.stride(0),
             table.shape[1],
             scaling,
-            *window,
+            *window[:2],
+            window[2] or None,
             1 + splits,
             HEADS=kv_heads,
             ROWS=padded(group),
             CHOSEN=kept if dims is None else dims.shape[-1],
+            ASSEMBLY=query.is_cuda,
             num_warps=FEW_WARPS,
             **constants,
             **early,
@@ -144,9 +146,10 @@ def _edges(
     VALUE_PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
     BLOCK: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The first part of a sequence and key-value head: all tiles that are not inner ones.
+    """The first part of a sequence and key-value head: all tiles that the other kernel leaves.
 
     With EARLY it starts when all programs of the inner tiles have, and ends when these have.
     """
@@ -176,7 +179,7 @@ def _edges(
         CHOSEN,
         CHOSEN,
         BLOCK,
-        False,
+        ASSEMBLY,
         True,
     )
     if EARLY:

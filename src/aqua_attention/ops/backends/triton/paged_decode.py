@@ -32,7 +32,7 @@ from aqua_attention.ops.backends.triton.decode import (
 from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT
 from aqua_attention.ops.backends.triton.decode_merge import merge, merging
 from aqua_attention.ops.backends.triton.paged import PageArguments, page_constants
-from aqua_attention.ops.backends.triton.paged_tiles import edge_tiles, inner_tiles, inner_tiles_int8
+from aqua_attention.ops.backends.triton.paged_tiles import edge_tiles, inner_tiles
 from aqua_attention.ops.layout import TILE as TILE_TOKENS
 from aqua_attention.ops.layout import Chosen
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
@@ -95,17 +95,19 @@ def decode_paged(
             None if layer.softcap is None else layer.softcap * LOG2_E,
             sink,
             recent,
-            min_length,
+            min_length or None,
             window,
             BATCH_PADDED=max(LEAST_BATCH, triton.next_power_of_2(batch)),
             HEADS=kv_heads,
             ROWS=padded(group),
             CHOSEN=most,
-            DIMS_AT_ONCE=padded(most) if is_quantized else DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE,
+            DIMS_AT_ONCE=DIMS_AT_ONCE if most > LEAST_SIZE else LEAST_SIZE,
             LEAST=LEAST_TILES,
             ASSEMBLY=query.is_cuda,
             num_warps=warps,
-            num_stages=QUANTIZED_STAGES if is_quantized else stages(query, most, cache.value_dim),
+            num_stages=QUANTIZED_STAGES
+            if is_quantized
+            else stages(query, kept if min_length else most, cache.value_dim),
             **page_constants(cache, group),
             **merging(group, min(programs, count)),
             **starts_early(query),
@@ -274,11 +276,13 @@ def attend_part(
     ASSEMBLY: tl.constexpr,
     EDGES: tl.constexpr,
 ):
-    """Attention of a head to its tiles from `begin` to before `end`; with EDGES to those only that are not inner ones.
+    """Attention of a head to its tiles from `begin` to before `end`.
+
+    With EDGES to those only in which a token needs every dimension.
 
     Args:
         table: pointer, stride and width; part: pointers to the parts of the head, how many there are, which this is.
-        limits: factor and soft limit of the scores; the exact window and `min_length`; what is seen.
+        limits: factor and soft limit of the scores; the exact window and `min_length`, or None; what is seen.
     """
     query_ptr, dims_ptr, mask_ptr = chosen
     block_table_ptr, table_stride, table_width = table
@@ -291,10 +295,14 @@ def attend_part(
         exact_before, exact_from = 0, 0
         inner_begin, inner_end = tl.cdiv(first_seen, TILE), length // TILE
     else:
-        exact_before, exact_from = sink, tl.where(length < min_length, 0, tl.maximum(length - recent, 0))
+        exact_before, exact_from = sink, tl.maximum(length - recent, 0)
         inner_begin, inner_end = tl.cdiv(sink, TILE), exact_from // TILE
         dims_ptr += place * CHOSEN
         mask_ptr += place * KEPT
+    if min_length is not None:
+        is_short = length < min_length
+        exact_from = tl.where(is_short, 0, exact_from)
+        inner_begin, inner_end = tl.where(is_short, 0, inner_begin), tl.where(is_short, length // TILE, inner_end)
     channel_scale_ptr, channel_mean_ptr = pages.channel_scale, pages.channel_mean
     if channel_scale_ptr is not None:
         channel_scale_ptr += group * KEPT
@@ -307,7 +315,8 @@ def attend_part(
         channel_scale_ptr,
         channel_mean_ptr,
     )
-    taken = (query_ptr + row.to(tl.int64) * query_stride + group * GROUP * KEPT, dims_ptr, mask_ptr)
+    query_ptr += row.to(tl.int64) * query_stride + group * GROUP * KEPT
+    taken = (query_ptr, dims_ptr, mask_ptr)
     lookup = (
         block_table_ptr + row.to(tl.int64) * table_stride,
         table_width,
@@ -322,43 +331,27 @@ def attend_part(
         tl.zeros([ROWS, VALUE_PADDED], tl.float32),
     )
     bounds = (scaling, softcap, first_seen, length, exact_before, exact_from)
-    if EDGES:
-        pass
-    elif pages.key_scales is None:
+    # Short sequences have a loop of their own, over every dimension; one of the two is empty.
+    first: tl.constexpr = 1 if min_length is None else 0
+    change = inner_begin
+    if min_length is not None:
+        change = tl.where(is_short, inner_end, inner_begin)
+    for loop in tl.static_range(first, 1 if EDGES else 2):
         state = inner_tiles(
-            taken,
+            (query_ptr, None, None) if loop == 0 else taken,
             stored,
             lookup,
             state,
             bounds,
-            inner_begin,
-            inner_end,
+            inner_begin if loop == 0 else change,
+            change if loop == 0 else inner_end,
             GROUP,
             ROWS,
             KEPT,
             KEPT_PADDED,
             VALUE_DIM,
             VALUE_PADDED,
-            CHOSEN,
-            DIMS_AT_ONCE,
-            BLOCK,
-        )
-    else:
-        state = inner_tiles_int8(
-            taken,
-            stored,
-            lookup,
-            state,
-            bounds,
-            inner_begin,
-            inner_end,
-            GROUP,
-            ROWS,
-            KEPT,
-            KEPT_PADDED,
-            VALUE_DIM,
-            VALUE_PADDED,
-            CHOSEN,
+            KEPT if loop == 0 else CHOSEN,
             DIMS_AT_ONCE,
             BLOCK,
             ASSEMBLY,

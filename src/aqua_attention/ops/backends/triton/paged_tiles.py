@@ -13,8 +13,10 @@ every dimension, those before one place and those from another on.
 import triton
 import triton.language as tl
 
-from aqua_attention.ops.backends.triton.blocks import TILE, online_softmax, token_blocks
+from aqua_attention.ops.backends.triton.blocks import LEAST_SIZE, TILE, online_softmax, token_blocks
 from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT, decoded
+
+LEAST = tl.constexpr(LEAST_SIZE)
 
 
 @triton.jit
@@ -120,8 +122,73 @@ def inner_tiles(
     CHOSEN: tl.constexpr,
     DIMS_AT_ONCE: tl.constexpr,
     BLOCK: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Attention to full tiles with the chosen dimensions."""
+    if stored[2] is None:
+        state = plain_tiles(
+            chosen,
+            stored,
+            lookup,
+            state,
+            limits,
+            begin,
+            end,
+            GROUP,
+            ROWS,
+            KEPT,
+            KEPT_PADDED,
+            VALUE_DIM,
+            VALUE_PADDED,
+            CHOSEN,
+            DIMS_AT_ONCE,
+            BLOCK,
+        )
+    else:
+        # In one product: codes become numbers once.
+        DIMS_PADDED: tl.constexpr = triton.next_power_of_2(CHOSEN) if CHOSEN > LEAST else LEAST
+        state = quantized_tiles(
+            chosen,
+            stored,
+            lookup,
+            state,
+            limits,
+            begin,
+            end,
+            GROUP,
+            ROWS,
+            KEPT,
+            KEPT_PADDED,
+            VALUE_DIM,
+            VALUE_PADDED,
+            CHOSEN,
+            DIMS_PADDED,
+            BLOCK,
+            ASSEMBLY,
+        )
+    return state
+
+
+@triton.jit
+def plain_tiles(
+    chosen,
+    stored,
+    lookup,
+    state,
+    limits,
+    begin,
+    end,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    DIMS_AT_ONCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`inner_tiles` over numbers of 16 or 32 bits."""
     query_ptr, dims_ptr, _ = chosen
     key_ptr, value_ptr = stored[:2]
     scaling, softcap = limits[0], limits[1]
@@ -166,7 +233,7 @@ def inner_tiles(
 
 
 @triton.jit
-def inner_tiles_int8(
+def quantized_tiles(
     chosen,
     stored,
     lookup,
@@ -185,7 +252,7 @@ def inner_tiles_int8(
     BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """`inner_tiles` over codes of 8 bits, in the way of `decode_int8.quantized_tiles`."""
+    """`inner_tiles` over codes of 8 bits, in the way of the function of that name in `decode_int8`."""
     query_ptr, dims_ptr, mask_ptr = chosen
     key_ptr, value_ptr, key_scales_ptr, value_scales_ptr, channel_scale_ptr, channel_mean_ptr = stored
     scaling, softcap = limits[0], limits[1]
