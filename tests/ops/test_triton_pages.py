@@ -159,7 +159,8 @@ def test_a_nan_in_a_chosen_key_is_seen_and_in_another_page_is_not():
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_recorded_step_serves_other_lengths(bits):
     """Nothing but what is in the tensors decides."""
-    options = {"bits": bits, "k_ratio": 0.5, "sink": 4, "recent": 64, "min_length": 100}
+    rotation = torch.eye(128, device=DEVICE).expand(2, 128, 128)
+    options = {"bits": bits, "rotation": rotation, "k_ratio": 0.5, "sink": 4, "recent": 64, "min_length": 100}
     given = problem((8, 2), [3000, 700, 90, 1], (128, 128, 128), torch.bfloat16, **options)
     output, arguments = given.output, (given.query, given.key, given.value, given.cache, given.layer, given.step)
     api.decode_pages(*arguments, output, impl="triton")
@@ -171,7 +172,9 @@ def test_a_recorded_step_serves_other_lengths(bits):
         given.step.lengths.copy_(torch.tensor(lengths))
         output.fill_(torch.nan)
         graph.replay()
-        assert torch.allclose(output, given.decode("torch"), atol=2e-2)
+        expected = given.decode("torch").float()
+        for found, one in zip(output.float(), expected, strict=True):
+            assert (found - one).norm() <= 0.03 * one.norm()
 
 
 def test_more_sequences_than_programs():
