@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -21,7 +24,7 @@ from paged import problem
 from aqua_attention.ops.backends.triton import LARGEST_FLOAT32, paged_decode
 from aqua_attention.ops.backends.triton.paged_decode import decode_paged
 from aqua_attention.ops.backends.triton.paged_prepare import prepare_paged
-from aqua_attention.ops.layout import LARGEST_QUANTIZED
+from aqua_attention.ops.layout import LARGEST_QUANTIZED, TILE
 
 LENGTHS = [0, 1, 2, 63, 64, 65, 127, 128, 129, 257, 385, 700]
 EXAMPLE = {
@@ -153,6 +156,48 @@ def test_a_nan_in_a_chosen_key_is_seen_and_in_another_page_is_not():
     given.decode("triton")
     given.cache.keys[given.step.block_table[0, 2], 0, :, 5] = torch.nan
     assert given.decode("triton").isnan().all()
+
+
+class InnerTiles:
+    """Stands for the kernel with registers placed by hand, which the interpreter does not know."""
+
+    def __init__(self, given):
+        self.keys, self.values = given.held()
+
+    def __getitem__(self, grid):
+        self.splits = grid[0]
+        return self.attend
+
+    def attend(self, query, dims, counts, cache, partial, lse, scores, scaling, before, window, **constants):
+        (sink, recent, min_length), group = window, constants["GROUP"]
+        for row, length in enumerate(cache.lengths.tolist()):
+            first, last = -(-sink // TILE), 0 if length < min_length else max(length - recent, 0) // TILE
+            each = -(-max(last - first, 0) // self.splits)
+            for head in range(query.shape[1]):
+                some = slice(None) if dims is None else dims[row, head // group].long()
+                for split in range(self.splits):
+                    begin = first + split * each
+                    tokens = slice(begin * TILE, max(begin, min(begin + each, last)) * TILE)
+                    found = self.keys[row, head // group, tokens][:, some] @ query[row, head, some].float() * scaling
+                    found = found * math.log(2)
+                    partial[row, head, before + split] = found.softmax(0) @ self.values[row, head // group, tokens]
+                    lse[row, head, before + split] = found.logsumexp(0) / math.log(2)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the kernel itself is tested")
+@pytest.mark.parametrize("config", [{"k_ratio": 1.0}, {"k_ratio": 0.5, "sink": 3, "recent": 70, "min_length": 290}])
+def test_edges_and_merge_around_inner_tiles_by_hand(config, monkeypatch):
+    given = problem((6, 2), [700, 260, 0, 1, 515, 128], (64, 64, 64), bits=8, **config)
+    expected, step = given.decode("torch"), given.step._replace(slots=torch.full((6,), -1))
+    inner = InnerTiles(given)
+    name = "aqua_attention.ops.backends.triton.decode_int8_mma"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(decode_quantized_kernel=inner))
+    monkeypatch.delitem(sys.modules, name.replace("decode_int8_mma", "paged_by_hand"), raising=False)
+    monkeypatch.setattr(paged_decode, "is_by_hand", lambda *_: True)
+    output = given.output
+    api.decode_pages(given.query, given.key, given.value, given.cache, given.layer, step, output, impl="triton")
+    assert inner.splits > 1
+    assert torch.allclose(output, expected, atol=5e-3)
 
 
 @pytest.mark.gpu

@@ -49,7 +49,7 @@ def write_paged(key: Tensor, value: Tensor, cache: PagedCache, rotation: Tensor 
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _write_paged(
     key_ptr,
     value_ptr,
