@@ -46,7 +46,7 @@ def few_programs(monkeypatch):
     """As many as make several parts of a sequence, and several sequences to a program."""
     if DEVICE == "cpu":
         monkeypatch.setattr(paged_decode, "sm_count", lambda _: 5)
-    monkeypatch.setattr(paged_decode, "LEAST_TILES", 1)
+    monkeypatch.setattr(paged_decode, "LEAST_TILES", 2)
 
 
 @settings(max_examples=16 if DEVICE == "cuda" else 6, deadline=None, phases=PHASES)

@@ -43,7 +43,7 @@ PROGRAMS, WARPS = 1, 8
 QUANTIZED_PROGRAMS, QUANTIZED_WARPS, QUANTIZED_STAGES = 2, 4, 3
 """The same over codes of 8 bits, and tiles on their way."""
 LEAST_TILES = 4
-"""Tiles of a program at least."""
+"""Tiles of a program at least, where sequences have so many."""
 BY_HAND_ROWS = 64
 """Sequences times heads from which on a kernel with registers placed by hand takes codes of 8 bits."""
 LEAST_BATCH = 64
@@ -187,7 +187,7 @@ def _decode_paged(
     counts = tl.where(rows < batch, tl.maximum(tl.cdiv(lengths, TILE) - first_tiles, 1), 0)
     starts = (tl.cumsum(counts, 0) - counts) * HEADS
     tiles = tl.sum(counts, 0) * HEADS
-    each = tl.maximum(tl.cdiv(tiles, tl.num_programs(0)), LEAST)
+    each = tl.maximum(tl.cdiv(tiles, tl.num_programs(0)), tl.minimum(LEAST, tl.max(counts, 0)))
     begin = program * each
     end = tl.minimum(begin + each, tiles)
     if EARLY:
