@@ -229,7 +229,10 @@ def build(
     value, chosen = torch.zeros(3, groups, value_dim, dtype=dtype), None
     paged_write.write_paged(key, value, cache, None if plan is None else plan.rotation, step.slots)
     if plan is not None:
-        query, chosen = paged_prepare.prepare_paged(query, key, value, cache, plan, step)
+        for count in (64, 1):
+            paged_prepare.sm_count = lambda _: count
+            turned, chosen = paged_prepare.prepare_paged(query, key, value, cache, plan, step)
+        query = turned
     output, layer = torch.zeros(3, heads, value_dim, dtype=dtype), PagedLayer(plan, 0.1, softcap, window)
     paged_decode.decode_paged(query, chosen, cache, layer, step, output)
 

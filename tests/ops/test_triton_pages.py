@@ -21,7 +21,7 @@ from decoding import CODES_EPS, DEVICE, DTYPES, HEADS, PHASES, check
 from decoding import uninitialised_memory_is_nan as uninitialised_memory_is_nan
 from paged import problem
 
-from aqua_attention.ops.backends.triton import LARGEST_FLOAT32, paged_decode
+from aqua_attention.ops.backends.triton import LARGEST_FLOAT32, paged_decode, paged_prepare
 from aqua_attention.ops.backends.triton.paged_decode import decode_paged
 from aqua_attention.ops.backends.triton.paged_prepare import prepare_paged
 from aqua_attention.ops.layout import LARGEST_QUANTIZED, TILE
@@ -46,6 +46,7 @@ def few_programs(monkeypatch):
     """As many as make several parts of a sequence, and several sequences to a program."""
     if DEVICE == "cpu":
         monkeypatch.setattr(paged_decode, "sm_count", lambda _: 5)
+        monkeypatch.setattr(paged_prepare, "sm_count", lambda _: 4)
     monkeypatch.setattr(paged_decode, "LEAST_TILES", 2)
 
 

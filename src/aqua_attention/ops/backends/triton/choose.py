@@ -9,13 +9,12 @@ import triton.language as tl
 @triton.jit
 def choose_dims(
     turned,
+    inside,
     rms,
     chosen,
     place,
     logit_error,
     scaling,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     COUNT: tl.constexpr,
@@ -27,12 +26,12 @@ def choose_dims(
     """Write which dimensions are multiplied, as a list and as a mask.
 
     Args:
-        turned: rotated queries in float32, [ROWS, KEPT_PADDED], the heads of the group first; rms: of the keys.
+        turned: rotated queries in float32, [rows, KEPT_PADDED]; inside: the rows of the group; rms: of the keys.
         chosen: pointers to list, mask and counts (None: always COUNT); place: number of sequence and head in them.
     """
     dims_ptr, mask_ptr, counts_ptr = chosen
     narrow = tl.arange(0, KEPT_PADDED)
-    inside, column = tl.arange(0, ROWS) < GROUP, narrow < KEPT
+    column = narrow < KEPT
     # The dimensions of largest summed square; among equals the lower one, and a NaN is largest.
     if SELECTION == "static":
         size = (KEPT_PADDED - narrow).to(tl.float32)

@@ -188,13 +188,12 @@ def _prepare(
         if does_query:
             choose_dims(
                 turned,
+                inside,
                 rms,
                 (dims_ptr, mask_ptr, counts_ptr),
                 place,
                 logit_error,
                 scaling,
-                GROUP,
-                ROWS,
                 KEPT,
                 KEPT_PADDED,
                 COUNT,
