@@ -4,6 +4,8 @@
 Zeroing the dropped entries of a query and running dense attention is AQUA, so every backend for prompts rests on these.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,8 @@ from aqua_attention.ops.mask import visible_and_exact
 
 SCORES_AT_ONCE = 1 << 24
 """Scores held at once in plain torch: 64 MB in float32, for each of the few copies in flight."""
+fewer_queries_kernel: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] | None = None
+"""`attention_with_lse` of one sequence with fewer queries than keys: who has a faster one than torch puts it here."""
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -73,6 +77,8 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float
     if length < key.shape[2]:
         if not takes_fewer_queries(query, key, value):
             return _chunked_with_lse(query, key, value, scaling)
+        if fewer_queries_kernel is not None and len(query) == 1:
+            return fewer_queries_kernel(query, key, value, scaling)
         # Causal means to this operator that the last query sees all keys.
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, True, False, scale=scaling

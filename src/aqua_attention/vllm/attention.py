@@ -20,6 +20,7 @@ from aqua_attention.ops.backend import why_not_paged
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step, content
 from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.vllm.prefill import use_flash_attention
 from aqua_attention.vllm.settings import serving
 from aqua_attention.vllm.versions import INT8
 
@@ -84,6 +85,7 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         self.sliding_window, self.logits_soft_cap = sliding_window, logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
         self.kept = serving().config.kept_dims(head_size)
+        use_flash_attention()
         self._layers: dict[str, tuple[PagedLayer, Quantization | None]] = {}
 
     def forward(
