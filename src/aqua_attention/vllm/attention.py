@@ -103,7 +103,9 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         """Write keys and values to their pages, then attend, [tokens, num_heads, head_size] into `output`."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("AQUA's output is not quantised")
-        if attn_metadata is None:  # profiling
+        if attn_metadata is None:
+            # vLLM measures memory, before it records anything: what is copied to the GPU is copied now.
+            self._how_of(layer, query.device)
             return output.zero_()
         given, (pages, how) = attn_metadata, self._of(layer, kv_cache, query)
         if count := given.decodes:
@@ -118,19 +120,22 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         return output
 
     def _of(self, layer: torch.nn.Module, kv_cache: Tensor, query: Tensor) -> tuple[PagedCache, PagedLayer]:
-        """The pages of a layer, and how it attends; a layer says its name only when it runs.
+        """The pages of a layer, and how it attends.
 
         Pages are not kept: vLLM makes some for a trial first, whose memory it wants back.
         """
-        name: str = layer.layer_name  # type: ignore[assignment]
-        is_new = name not in self._layers
-        if is_new:
-            self._layers[name] = self._how(extract_layer_index(name), query.device)
-        how, quantization = self._layers[name]
+        how, quantization = self._how_of(layer, query.device)
         pages = PagedCache(kv_cache, self.kept, self.head_size, quantization)
-        if is_new and query.is_cuda and (reason := why_not_paged(query, pages, how)):
+        if query.is_cuda and (reason := why_not_paged(query, pages, how)):
             logger.warning_once("AQUA decodes slowly, in plain torch: %s", reason)
         return pages, how
+
+    def _how_of(self, layer: torch.nn.Module, device: torch.device) -> tuple[PagedLayer, Quantization | None]:
+        """How a layer attends; it says its name only when it runs."""
+        name: str = layer.layer_name  # type: ignore[assignment]
+        if name not in self._layers:
+            self._layers[name] = self._how(extract_layer_index(name), device)
+        return self._layers[name]
 
     def _how(self, index: int, device: torch.device) -> tuple[PagedLayer, Quantization | None]:
         plan, quantization = self._made(index, device), None
