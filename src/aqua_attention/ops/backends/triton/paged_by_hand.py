@@ -156,7 +156,7 @@ def _edges(
     if EARLY:
         tl.extra.cuda.gdc_launch_dependents()
     group, row = tl.program_id(0), tl.program_id(1)
-    length = tl.load(lengths_ptr + row)
+    length = tl.load(lengths_ptr + row, cache_modifier=".cg")
     at = (row * HEADS + group).to(tl.int64) * GROUP * splits
     attend_part(
         (query_ptr, dims_ptr, mask_ptr),

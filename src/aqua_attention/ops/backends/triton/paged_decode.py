@@ -179,7 +179,7 @@ def _decode_paged(
     """A share of the tiles of all sequences and heads; of each head the last program to end merges all parts."""
     program = tl.program_id(0)
     rows = tl.arange(0, BATCH_PADDED)
-    lengths = tl.load(lengths_ptr + rows, rows < batch, 0)
+    lengths = tl.load(lengths_ptr + rows, rows < batch, 0, cache_modifier=".cg")
     first_tiles = tl.zeros_like(lengths)
     if window is not None:
         first_tiles = tl.maximum(lengths - window, 0) // TILE

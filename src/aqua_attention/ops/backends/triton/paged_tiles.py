@@ -8,6 +8,8 @@ and means of the head's channels. `lookup`: pointer to the sequence's row of the
 head's pages begin and how far apart they are. `state`: the online softmax: largest score, sum and output. `limits`:
 factor and soft limit of the scores; the first token that is seen and how many there are; and which are scored with
 every dimension, those before one place and those from another on.
+
+What steps write is read past the cache of the processor, which may hold what lay there in an earlier one.
 """
 
 import triton
@@ -62,11 +64,14 @@ def edge_tiles(
     tokens, columns, dim = tl.arange(0, TILE), tl.arange(0, VALUE_PADDED), tl.arange(0, KEPT_PADDED)
     heads = tl.arange(0, ROWS)
     query = tl.load(
-        query_ptr + heads[:, None] * KEPT + dim[None, :], (heads < GROUP)[:, None] & (dim < KEPT)[None, :], 0.0
+        query_ptr + heads[:, None] * KEPT + dim[None, :],
+        (heads < GROUP)[:, None] & (dim < KEPT)[None, :],
+        0.0,
+        cache_modifier=".cg",
     )
     narrow = query
     if mask_ptr is not None:
-        flags = tl.load(mask_ptr + dim, dim < KEPT, 0)
+        flags = tl.load(mask_ptr + dim, dim < KEPT, 0, cache_modifier=".cg")
         narrow = tl.where((flags == 0)[None, :], 0.0, query).to(query.dtype)
     before = spans[1] - spans[0]
     for edge in tl.range(0, before + spans[3] - spans[2], num_stages=1):
@@ -76,25 +81,30 @@ def edge_tiles(
         page = pages_of(lookup, tile, BLOCK)
         # Of whole pages, so that tokens are read together: what is not seen of them is no key, and may be anything.
         exists = (dim < KEPT)[:, None] & (tile * TILE + tokens // BLOCK * BLOCK < length)[None, :]
-        keys = tl.load(key_ptr + (page + tokens % BLOCK)[None, :] + dim[:, None] * BLOCK, exists, 0)
+        keys = tl.load(
+            key_ptr + (page + tokens % BLOCK)[None, :] + dim[:, None] * BLOCK, exists, 0, cache_modifier=".cg"
+        )
         there = exists & seen[None, :]
         values = tl.load(
             value_ptr + (page + tokens % BLOCK * VALUE_DIM)[:, None] + columns[None, :],
             seen[:, None] & (columns < VALUE_DIM)[None, :],
             0,
+            cache_modifier=".cg",
         )
         value_scales = None
         if key_scales_ptr is None:
             keys = tl.where(there, keys, 0.0).to(query.dtype)
         else:
             scales_at = page // 2 + tokens % BLOCK
-            scales = tl.load(key_scales_ptr + scales_at, seen, 0.0).to(tl.float32)
+            scales = tl.load(key_scales_ptr + scales_at, seen, 0.0, cache_modifier=".cg").to(tl.float32)
             channel_scale = tl.load(channel_scale_ptr + dim, dim < KEPT, 0.0)
             channel_mean = tl.load(channel_mean_ptr + dim, dim < KEPT, 0.0)
             wide = (keys.to(tl.float32) - 128) * scales[None, :] * channel_scale[:, None] + channel_mean[:, None]
             keys = tl.where(there, wide, 0.0).to(query.dtype)
             values = tl.where(seen[:, None], values.to(tl.float32) - 128, 0.0).to(tl.float16)
-            value_scales = tl.load(value_scales_ptr + scales_at, seen, 0.0).to(tl.float32) * VALUE_UNIT
+            value_scales = (
+                tl.load(value_scales_ptr + scales_at, seen, 0.0, cache_modifier=".cg").to(tl.float32) * VALUE_UNIT
+            )
         scores = tl.dot(query, keys, input_precision="ieee")
         if mask_ptr is not None:
             exact = (position < exact_before) | (position >= exact_from)
@@ -197,7 +207,12 @@ def plain_tiles(
     heads = tl.arange(0, ROWS)
     inside = heads < GROUP
     if dims_ptr is None:
-        query = tl.load(query_ptr + heads[:, None] * KEPT + dim[None, :], inside[:, None] & (dim < KEPT)[None, :], 0.0)
+        query = tl.load(
+            query_ptr + heads[:, None] * KEPT + dim[None, :],
+            inside[:, None] & (dim < KEPT)[None, :],
+            0.0,
+            cache_modifier=".cg",
+        )
     # Looked up a tile ahead: loads that wait for a look-up in the same turn are asked for one tile ahead only.
     page = pages_of(lookup, begin, BLOCK)
     for tile in range(begin, end):
@@ -212,11 +227,12 @@ def plain_tiles(
             scores = tl.zeros([ROWS, TILE], tl.float32)
             for start in tl.static_range(0, CHOSEN, DIMS_AT_ONCE):
                 indices = start + tl.arange(0, DIMS_AT_ONCE)
-                some = tl.load(dims_ptr + indices, indices < CHOSEN, 0)
+                some = tl.load(dims_ptr + indices, indices < CHOSEN, 0, cache_modifier=".cg")
                 queries = tl.load(
                     query_ptr + heads[:, None] * KEPT + some[None, :],
                     inside[:, None] & (indices < CHOSEN)[None, :],
                     0.0,
+                    cache_modifier=".cg",
                 )
                 # Where their number is no multiple, the rest is dimension 0 again, times zero.
                 keys = tl.load(keys_at + some[:, None] * BLOCK)
@@ -261,9 +277,11 @@ def quantized_tiles(
     heads = tl.arange(0, ROWS)
     inside = heads < GROUP
     query_at = query_ptr + heads[:, None] * KEPT
-    query = tl.load(query_at + dim[None, :], inside[:, None] & (dim < KEPT)[None, :], 0.0).to(tl.float32)
+    query = tl.load(query_at + dim[None, :], inside[:, None] & (dim < KEPT)[None, :], 0.0, cache_modifier=".cg").to(
+        tl.float32
+    )
     if mask_ptr is not None:
-        query = tl.where((tl.load(mask_ptr + dim, dim < KEPT, 0) == 0)[None, :], 0.0, query)
+        query = tl.where((tl.load(mask_ptr + dim, dim < KEPT, 0, cache_modifier=".cg") == 0)[None, :], 0.0, query)
     # Scales and means of channels go into the query, which is made small enough for float16.
     mean = tl.sum(query * tl.load(channel_mean_ptr + dim, dim < KEPT, 0.0)[None, :], 1) * scaling
     peak = tl.max(tl.abs(query * tl.load(channel_scale_ptr + dim, dim < KEPT, 0.0)[None, :]), 1)
@@ -272,16 +290,18 @@ def quantized_tiles(
     taken = indices < CHOSEN
     dims = indices
     if dims_ptr is not None:
-        dims = tl.load(dims_ptr + indices, taken, 0)
-    query = tl.load(query_at + dims[None, :], inside[:, None] & taken[None, :], 0.0).to(tl.float32)
+        dims = tl.load(dims_ptr + indices, taken, 0, cache_modifier=".cg")
+    query = tl.load(query_at + dims[None, :], inside[:, None] & taken[None, :], 0.0, cache_modifier=".cg").to(
+        tl.float32
+    )
     channel_scale = tl.load(channel_scale_ptr + dims, taken, 0.0)
     query = (query * channel_scale[None, :] / peak[:, None]).to(tl.float16)
     unit = peak * scaling
     # Scales are read ahead, too: they are too small for the compiler to do it.
     page = pages_of(lookup, begin, BLOCK)
     scales_at, there = page // 2 + tokens % BLOCK, begin + tl.zeros_like(tokens) < end
-    key_scales = tl.load(key_scales_ptr + scales_at, there, 0.0)
-    value_scales = tl.load(value_scales_ptr + scales_at, there, 0.0)
+    key_scales = tl.load(key_scales_ptr + scales_at, there, 0.0, cache_modifier=".cg")
+    value_scales = tl.load(value_scales_ptr + scales_at, there, 0.0, cache_modifier=".cg")
     for tile in range(begin, end):
         keys_at = key_ptr + (page + tokens % BLOCK)[None, :] + dims[:, None] * BLOCK
         if DIMS_PADDED == CHOSEN:
@@ -298,7 +318,8 @@ def quantized_tiles(
         weights = value_scales.to(tl.float32) * VALUE_UNIT
         page = pages_of(lookup, tl.minimum(tile + 1, end - 1), BLOCK)
         scales_at = page // 2 + tokens % BLOCK
-        key_scales, value_scales = tl.load(key_scales_ptr + scales_at), tl.load(value_scales_ptr + scales_at)
+        key_scales = tl.load(key_scales_ptr + scales_at, cache_modifier=".cg")
+        value_scales = tl.load(value_scales_ptr + scales_at, cache_modifier=".cg")
         largest, total, output = online_softmax(
             scores, decoded(values, ASSEMBLY), weights, largest, total, output, "ieee"
         )
