@@ -62,8 +62,11 @@ def main():
 def measure(batch, length, capacity, peak):
     """All settings at one size."""
     found = []
-    name, seconds = baseline(batch, length)
-    found.append({"name": name, "seconds": seconds, "bytes": 2 * batch * length * KV_HEADS * DIM * 2, "error": None})
+    for name, seconds in baselines(batch, length):
+        size = 2 if "fp8" not in name else 1
+        found.append(
+            {"name": name, "seconds": seconds, "bytes": 2 * batch * length * KV_HEADS * DIM * size, "error": None}
+        )
     for name, config in SETTINGS.items():
         torch.cuda.empty_cache()
         found.append({"name": name, **ours(config, batch, length, capacity)})
@@ -145,11 +148,15 @@ def compared(given, cache, layer, step, output):
     return error
 
 
-def baseline(batch, length):
-    """The fastest dense attention there is: FlashAttention over vLLM's own pages, or else what torch has."""
+def baselines(batch, length):
+    """Name and seconds of dense attention: FlashAttention over vLLM's own pages, or else the fastest that torch has."""
     layers = max(1, min(MOST_LAYERS, LEAST_BYTES // (4 * batch * length * KV_HEADS * DIM) + 1))
     try:
-        runs = {"FlashAttention-3 over vLLM's pages, with its write": flash_attention(batch, length, layers)}
+        names = {"FlashAttention-3 over vLLM's pages, with its write": DTYPE, "the same in fp8": torch.float8_e4m3fn}
+        # One after the other: both may not fit.
+        return [
+            (name, seconds_of(flash_attention(batch, length, layers, kind)) / layers) for name, kind in names.items()
+        ]
     except ImportError as error:
         print(f"no FlashAttention over pages ({error}): dense attention on contiguous keys instead, without a write")
         query = torch.randn(batch, HEADS, DIM, dtype=DTYPE, device="cuda")
@@ -164,7 +171,7 @@ def baseline(batch, length):
                 print(f"{name}: {reason}")
                 continue
             runs[name] = partial(all_of, made)
-    return min(((name, seconds_of(run) / layers) for name, run in runs.items()), key=lambda pair: pair[1])
+    return [min(((name, seconds_of(run) / layers) for name, run in runs.items()), key=lambda pair: pair[1])]
 
 
 def all_of(runs):
@@ -173,26 +180,28 @@ def all_of(runs):
         run()
 
 
-def flash_attention(batch, length, layers, block=16):
-    """As vLLM's own backend calls it, write and attention."""
+def flash_attention(batch, length, layers, kind, block=16):
+    """As vLLM's own backend calls it, write and attention, over keys and values of this dtype."""
     from vllm import _custom_ops as ops
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    blocks = -(-length // block)
+    blocks, is_fp8 = -(-length // block), kind != DTYPE
     shape = (batch * blocks, block, KV_HEADS, DIM)
-    caches = [[torch.randn(shape, dtype=DTYPE, device="cuda") for _ in range(2)] for _ in range(layers)]
+    caches = [[torch.randn(shape, dtype=DTYPE, device="cuda").to(kind) for _ in range(2)] for _ in range(layers)]
     table = torch.randperm(batch * blocks, device="cuda").view(batch, blocks).int()
     starts, lengths = torch.arange(batch + 1).int().cuda(), torch.full((batch,), length).int().cuda()
     slots = table[:, -1].long() * block + (length - 1) % block
     query, output = (torch.randn(batch, HEADS, DIM, dtype=DTYPE, device="cuda") for _ in range(2))
     key, value = (torch.randn(batch, KV_HEADS, DIM, dtype=DTYPE, device="cuda") for _ in range(2))
     one = torch.ones(1, device="cuda")
+    scales = {f"{name}_descale": one.expand(batch, KV_HEADS) for name in "qkv"} if is_fp8 else {}
 
     def run():
         for keys, values in caches:
-            ops.reshape_and_cache_flash(key, value, keys, values, slots, "auto", one, one)
+            bytes_of = [each.view(torch.uint8) if is_fp8 else each for each in (keys, values)]
+            ops.reshape_and_cache_flash(key, value, *bytes_of, slots, "fp8" if is_fp8 else "auto", one, one)
             flash_attn_varlen_func(
-                query,
+                query.to(kind),
                 keys,
                 values,
                 1,
@@ -203,6 +212,7 @@ def flash_attention(batch, length, layers, block=16):
                 block_table=table,
                 out=output,
                 fa_version=3,
+                **scales,
             )
 
     run()
