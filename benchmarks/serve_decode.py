@@ -19,6 +19,7 @@ from aqua_attention.bench.timing import read_bandwidth, seconds_of
 from aqua_attention.config import AquaConfig
 from aqua_attention.io.files import write_json
 from aqua_attention.ops.api import decode_pages
+from aqua_attention.ops.backends.triton import paged_decode
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.pages import SCALE_BYTES, PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import LayerPlan
@@ -45,21 +46,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", help="sequences x tokens, as 32x32768; repeat for several")
     parser.add_argument("--capacity", type=int, default=0, help="tokens that the block table has room for")
+    parser.add_argument("--set", action="append", default=[], help="a constant of `paged_decode`, as WARPS=4; repeat")
+    parser.add_argument("--only", help="settings whose name has this in it")
     parser.add_argument("--json", help="write all figures here")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this measures a CUDA GPU: there is none")
+    for name, value in (each.split("=") for each in given.set):
+        assert hasattr(paged_decode, name), name
+        setattr(paged_decode, name, int(value))
     sizes = given.size or ["1x8192", "1x32768", "8x8192", "8x32768", "32x8192", "32x32768"]
     peak, results = read_bandwidth(), []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, reads {peak / 1e12:.2f} TB/s at most\n")
     for size in sizes:
         batch, length = map(int, size.split("x"))
-        results += measure(batch, length, max(given.capacity, length), peak)
+        results += measure(batch, length, max(given.capacity, length), peak, given.only or "")
         if given.json:
             write_json(given.json, {"peak": peak, "results": results})
 
 
-def measure(batch, length, capacity, peak):
+def measure(batch, length, capacity, peak, only):
     """All settings at one size."""
     found = []
     for name, seconds in baselines(batch, length):
@@ -68,6 +74,8 @@ def measure(batch, length, capacity, peak):
             {"name": name, "seconds": seconds, "bytes": 2 * batch * length * KV_HEADS * DIM * size, "error": None}
         )
     for name, config in SETTINGS.items():
+        if only not in name:
+            continue
         torch.cuda.empty_cache()
         found.append({"name": name, **ours(config, batch, length, capacity)})
     dense, rows = found[0]["seconds"], []
@@ -157,7 +165,7 @@ def baselines(batch, length):
         return [
             (name, seconds_of(flash_attention(batch, length, layers, kind)) / layers) for name, kind in names.items()
         ]
-    except ImportError as error:
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
         print(f"no FlashAttention over pages ({error}): dense attention on contiguous keys instead, without a write")
         query = torch.randn(batch, HEADS, DIM, dtype=DTYPE, device="cuda")
         shape = (batch, KV_HEADS, length, DIM)
