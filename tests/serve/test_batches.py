@@ -131,6 +131,28 @@ def test_a_mixed_batch_gives_everybody_his_own_answer(served, window, config, pa
         assert torch.allclose(found[row], expected[0].transpose(0, 1), atol=1e-5)
 
 
+def test_a_token_sees_pages_that_a_prompt_of_the_same_batch_fills(served):
+    """vLLM finds a prefix that is still to be computed: both are then in one batch."""
+    impl = served(k_ratio=0.5, sink=2, recent=6)
+    layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
+    pages = torch.full((BLOCKS, KV_HEADS, BLOCK, 2 * DIM), torch.nan)
+    states = torch.randn(33, HEADS + 2 * KV_HEADS, DIM, generator=torch.Generator().manual_seed(1))
+    # The last token of one sequence, then the prompt of another, which begins alike.
+    table = torch.tensor([[4, 7, 1], [4, 7, 2]], dtype=torch.int32)
+    slots = torch.cat([torch.tensor([BLOCK]), 4 * BLOCK + torch.arange(BLOCK), 7 * BLOCK + torch.arange(BLOCK)])
+    given = torch.cat([states[32:], states[:32]])
+    built = builder().build(0, metadata([1, 32], [33, 32], table, slots))
+    assert built.decodes == 1
+    output = torch.full((33, HEADS, DIM), torch.nan)
+    impl.forward(layer, *given.split([HEADS, KV_HEADS, KV_HEADS], 1), pages, built, output)
+    plan = impl._layers[layer.layer_name][0].plan
+    query, key, value = states.transpose(0, 1)[None].split([HEADS, KV_HEADS, KV_HEADS], 1)
+    call = plan.call(query, aqua.ops.api.rotate(key, plan.rotation), value)
+    expected = aqua.ops.api.attend(call, plan, "reference").output[0].transpose(0, 1)
+    assert torch.allclose(output[0], expected[32], atol=1e-5)
+    assert torch.allclose(output[1:], expected[:32], atol=1e-5)
+
+
 def test_pages_hold_what_is_kept_and_in_8_bits_its_scales(served):
     served(k_ratio=0.5, s_ratio=0.25, sink=0, recent=0)
     assert AquaBackend.customize_spec(spec_of()).state_content_bytes == (12 + 16) * 4

@@ -108,11 +108,12 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
             self._how_of(layer, query.device)
             return output.zero_()
         given, (pages, how) = attn_metadata, self._of(layer, kv_cache, query)
-        if count := given.decodes:
-            decode_pages(query[:count], key[:count], value[:count], pages, how, given.step, output[:count])
+        # All is written before anybody attends: pages may be shared with a prompt that is computed in the same batch.
         if given.lengths:
             own = slice(given.starts[0], given.starts[-1])
             write_pages(key[own], value[own], pages, how, given.slots[own])
+        if count := given.decodes:
+            decode_pages(query[:count], key[:count], value[:count], pages, how, given.step, output[:count])
         spans = zip(given.starts, given.starts[1:], strict=False)
         for row, ((start, end), length) in enumerate(zip(spans, given.lengths, strict=True), given.decodes):
             if end > start:
