@@ -95,7 +95,7 @@ def test_the_last_backend_may_refuse_too(dummy, monkeypatch):
         ({}, {"mask": torch.ones(1, 1, 9, 9, dtype=torch.bool)}, "it knows no mask"),
         ({}, {"softcap": 3.0}, "neither softcap nor"),
         ({}, {"s_aux": torch.zeros(4)}, "neither softcap nor"),
-        ({}, {"queries": 3}, "as many queries as keys: 3 and 9"),
+        ({}, {"queries": 3}, "parts of 64 tokens or more: 3 queries and 9 keys"),
         ({}, {"dtype": torch.float64}, "it takes bfloat16, float16 and float32"),
         ({"head_dim": 272}, {}, "heads of at most 256 dimensions"),
     ],

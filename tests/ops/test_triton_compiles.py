@@ -13,23 +13,12 @@ pytest.importorskip("triton")
 LARGEST_SHARED_MEMORY = 232_448
 """Bytes that a program can have on an H100."""
 
-COMPILE = """
+LAUNCH = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from aqua_attention.ops.backends.triton import (
-    codes,
-    decode,
-    decode_int8_mma,
-    decode_kernel,
-    decode_short,
-    fill,
-    prepare,
-    rotate,
-    window,
-)
 
 
 class Launch:
@@ -50,13 +39,16 @@ class Launch:
 
         def kind_of(value, place, is_constant):
             if isinstance(value, tuple):
-                return type(value)(*(kind_of(each, (*place, i), False) for i, each in enumerate(value)))
+                kinds = [kind_of(each, (*place, i), False) for i, each in enumerate(value)]
+                return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
             if is_constant or value is None:
                 values[place] = value
                 return "constexpr"
             if hasattr(value, "dtype"):
                 aligned[place] = [["tt.divisibility", 16]]
                 return "*" + KINDS[str(value.dtype)]
+            if isinstance(value, int) and value % 16 == 0:
+                aligned[place] = [["tt.divisibility", 16]]
             return "fp32" if isinstance(value, float) else "i32"
 
         for name in names:
@@ -72,6 +64,22 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
 KINDS["int64"] = "i64"
 KINDS = {"torch." + name: kind for name, kind in KINDS.items()}
+"""
+
+COMPILE = (
+    LAUNCH
+    + """
+from aqua_attention.ops.backends.triton import (
+    codes,
+    decode,
+    decode_int8_mma,
+    decode_kernel,
+    decode_short,
+    fill,
+    prepare,
+    rotate,
+    window,
+)
 for name in ("decode_kernel", "mass_kernel", "merge_kernel"):
     setattr(decode, name, Launch(getattr(decode, name)))
 prepare._prepare = Launch(prepare._prepare)
@@ -128,6 +136,7 @@ for given in CASES:
     build(**given)
 print("done")
 """
+)
 CASES = {
     "weighted": "dict(dtype=torch.bfloat16, heads=8, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
     "selection='weighted')",
@@ -160,10 +169,17 @@ SHORT = {"weighted", "adaptive", "pages", "hybrid", "hybrid, adaptive"}
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(case, tmp_path):
+    kernels = compiled(COMPILE, CASES[case], tmp_path)
+    assert {line.split()[0] for line in kernels} >= {"_prepare", "decode_kernel", "_rotate_and_narrow", "_window"}
+    assert any("decode_short_kernel" in line for line in kernels) == (case in SHORT)
+
+
+def compiled(code, case, tmp_path):
+    """Names of kernels, with the shared memory of each."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     found = subprocess.run(
-        [sys.executable, "-c", COMPILE.replace("CASES", f"[{CASES[case]}]")],
+        [sys.executable, "-c", code.replace("CASES", f"[{case}]")],
         capture_output=True,
         text=True,
         env=environment,
@@ -172,7 +188,88 @@ def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(case, tmp_p
     assert found.returncode == 0, found.stderr[-2000:]
     *kernels, last = found.stdout.splitlines()
     assert last == "done"
-    assert {line.split()[0] for line in kernels} >= {"_prepare", "decode_kernel", "_rotate_and_narrow", "_window"}
-    assert ("decode_short_kernel" in found.stdout) == (case in SHORT)
     for line in kernels:
         assert int(line.split()[1]) <= LARGEST_SHARED_MEMORY, line
+    return kernels
+
+
+PAGES = (
+    LAUNCH
+    + """
+import torch
+import aqua_attention as aqua
+from aqua_attention.ops.backends.triton import paged_by_hand, paged_decode, paged_prepare, paged_write
+from aqua_attention.ops.layout import Quantization
+from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
+from aqua_attention.ops.plan import LayerPlan
+
+paged_decode._decode_paged = Launch(paged_decode._decode_paged)
+paged_prepare._prepare_paged = Launch(paged_prepare._prepare_paged)
+paged_write._write_paged = Launch(paged_write._write_paged)
+for name in ("decode_quantized_kernel", "_edges", "merge_kernel"):
+    setattr(paged_by_hand, name, Launch(getattr(paged_by_hand, name)))
+paged_decode.starts_early = paged_prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
+paged_by_hand.starts_early = paged_decode.starts_early
+
+
+def build(
+    dtype, heads, groups, head_dim, kept, value_dim, bits=None, window=None, softcap=None, by_hand=False, **choice
+):
+    plan, paged_decode.is_by_hand, block = None, lambda *_: by_hand, choice.pop("block", 64)
+    if choice:
+        config = aqua.AquaConfig(share="group", s_ratio=1 - kept / head_dim, **choice)
+        plan = LayerPlan.of(torch.zeros(groups, head_dim, kept), torch.ones(groups, kept), config)
+    one = Quantization(torch.ones(groups, kept), torch.zeros(groups, kept)) if bits else None
+    width = kept + value_dim + (4 if bits else 0)
+    cache = PagedCache(torch.zeros(4, groups, block, width, dtype=torch.uint8 if bits else dtype), kept, value_dim, one)
+    table, lengths = torch.zeros(3, 40, dtype=torch.int32), torch.zeros(3, dtype=torch.int32)
+    step = Step(table, lengths, torch.zeros(3, dtype=torch.int64), torch.zeros(99, dtype=torch.int32))
+    states = torch.zeros(3, heads + 2 * groups, head_dim, dtype=dtype)
+    query, key, _ = states.split([heads, groups, groups], 1)
+    value, chosen = torch.zeros(3, groups, value_dim, dtype=dtype), None
+    paged_write.write_paged(key, value, cache, None if plan is None else plan.rotation, step.slots)
+    if plan is not None:
+        for count in (64, 1):
+            paged_prepare.sm_count = lambda _: count
+            turned, chosen = paged_prepare.prepare_paged(query, key, value, cache, plan, step)
+        query = turned
+    output, layer = torch.zeros(3, heads, value_dim, dtype=dtype), PagedLayer(plan, 0.1, softcap, window)
+    paged_decode.decode_paged(query, chosen, cache, layer, step, output)
+
+
+for given in CASES:
+    build(**given)
+print("done")
+"""
+)
+IN_PAGES = {
+    "half": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, k_ratio=0.5)",
+    "whole": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=96, value_dim=128, k_ratio=1.0, "
+    "sink=0, recent=0)",
+    "dense": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=80, value_dim=80, softcap=30.0, "
+    "window=500)",
+    "wide": "dict(dtype=torch.bfloat16, heads=8, groups=1, head_dim=256, kept=256, value_dim=256, k_ratio=0.3, "
+    "block=32)",
+    "int8": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
+    "bits=8)",
+    "int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=60, value_dim=80, k_ratio=0.7, "
+    "bits=8, sink=0, recent=0)",
+    "hybrid": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
+    "min_length=2000)",
+    "hybrid, int8": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, "
+    "k_ratio=0.5, min_length=2000, bits=8)",
+    "by hand": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, k_ratio=0.5, "
+    "bits=8, by_hand=True)",
+    "hybrid, by hand": "dict(dtype=torch.bfloat16, heads=32, groups=8, head_dim=128, kept=128, value_dim=128, "
+    "k_ratio=0.5, min_length=2000, bits=8, by_hand=True)",
+    "by hand, odd": "dict(dtype=torch.float16, heads=6, groups=2, head_dim=80, kept=60, value_dim=64, k_ratio=0.3, "
+    "bits=8, sink=0, recent=0, by_hand=True)",
+    "float32": "dict(dtype=torch.float32, heads=2, groups=2, head_dim=128, kept=128, value_dim=128, k_ratio=0.5)",
+}
+
+
+@pytest.mark.parametrize("case", IN_PAGES)
+def test_kernels_over_pages_compile_too(case, tmp_path):
+    kernels = compiled(PAGES, IN_PAGES[case], tmp_path)
+    decoding = {"decode_quantized_kernel", "_edges", "merge_kernel"} if "by hand" in case else {"_decode_paged"}
+    assert {line.split()[0] for line in kernels} >= {"_write_paged", *decoding}

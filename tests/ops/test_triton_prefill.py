@@ -256,6 +256,18 @@ def test_a_nan_in_a_query_stays_in_its_output():
     assert found.isnan().any(-1).sum() == 2
 
 
+@pytest.mark.parametrize(("before", "min_length"), [(1, 0), (100, 115), (129, 0)])
+@pytest.mark.parametrize("window", [(0, 0), (3, 9), (90, 20), (100, 60)])
+def test_the_last_part_of_a_prompt_is_that_of_the_whole(before, min_length, window):
+    rotation, key_rms = projection(2, 64, 64, 0)
+    sizes = dict(zip(("sink", "recent"), window, strict=True))
+    config = aqua.AquaConfig.paper(k_ratio=0.5, share="group", min_length=min_length, **sizes)
+    query, key, value = (random(2, heads, 130, 64, seed=seed) for seed, heads in enumerate((4, 2, 2)))
+    whole = attention_prefill(query, key, value, rotation, key_rms, config)
+    part = attention_prefill(query[:, :, before:], key, value, rotation, key_rms, config)
+    torch.testing.assert_close(part, whole[:, :, before:], rtol=0, atol=2e-3 if ON_GPU else 1e-5)
+
+
 def test_requests_that_the_kernels_do_not_take_list_what_they_take():
     rotation, key_rms = projection(2, 64, 48, 0)
     config = config_of((64, 48), sink=2, recent=3)
@@ -266,7 +278,10 @@ def test_requests_that_the_kernels_do_not_take_list_what_they_take():
         ((query[:, :, :0], key, value, rotation, key_rms), "not empty"),
         ((query, key, value, rotation.double(), key_rms), "rotation is torch.float64"),
         ((query, key, value, rotation, key_rms[:, :3]), r"must be torch.float32 \(2, 48\)"),
-        ((query, key[:, :, :10], value[:, :, :10], rotation, key_rms), "one for each query, and causal without a mask"),
+        (
+            (query, key[:, :, :10], value[:, :, :10], rotation, key_rms),
+            "one for each query or more, and causal without",
+        ),
         ((query, key.half(), value, rotation, key_rms), "must be of one dtype"),
         ((query.clone().requires_grad_(), key, value, rotation, key_rms), "no gradient"),
     ):

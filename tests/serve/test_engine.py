@@ -83,6 +83,23 @@ def test_fewer_stored_dimensions_are_more_room(smollm2, prompts, stock):
 
 
 @pytest.mark.timeout(900)
+def test_8_bits_are_more_room_and_nearly_the_same_answers(smollm2, prompts, stock):
+    options = {"projections": smollm2[3], "logprobs": 0}
+    exact, _ = run(smollm2[0], prompts[:4], config=HALF, **options)
+    found, log = run(
+        smollm2[0], prompts[:4], config=HALF | {"bits": 8}, kv_cache_dtype="int8_per_token_head", **options
+    )
+    assert room(log) == pytest.approx(room(stock[1]) * (128 * 4) / (128 + 4), rel=0.002)
+    for prompt, one, other in zip(prompts, exact, found, strict=False):
+        both = [
+            [each[str(token)] for token, each in list(zip(prompt, answer["logprobs"], strict=True))[1:]]
+            for answer in (one, other)
+        ]
+        if len(prompt) > 1:
+            assert (torch.tensor(both[0]) - torch.tensor(both[1])).abs().mean() < 0.05
+
+
+@pytest.mark.timeout(900)
 def test_a_cache_too_small_for_all_gives_the_same_answers(smollm2, prompts):
     options = {"projections": smollm2[3], "config": HALF}
     expected = tokens(run(smollm2[0], prompts, **options, enable_prefix_caching=False))
@@ -108,7 +125,8 @@ def test_a_server_answers_many_at_once_and_mixes_none_up(smollm2, prompts):
         ({"projections": "missing.safetensors"}, r"AQUA_PROJECTIONS: .*missing\.safetensors"),
         ({"config": {"k_ratio": 2}}, r"AQUA_CONFIG: k_ratio is 2"),
         ({"config": {"ratio": 2}}, r"AQUA_CONFIG: .*ratio"),
-        ({"config": {"bits": 8}}, r"AQUA_CONFIG: bits is 8, which is not served in vLLM yet"),
+        ({"config": {"bits": 8}}, r"kv_cache_dtype is auto, and AQUA_CONFIG asks for bits 8: set it to int8_per_"),
+        ({"config": {"bits": 4}}, r"AQUA_CONFIG: bits is 4, which is not served in vLLM: set it to 8"),
         ({"config": {"s_ratio": 0.25}}, r"AQUA_CONFIG: s_ratio is 0\.25 with an exact window of 4 \+ 64"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8, and AQUA stores keys and values in the model's dtype"),
         ({"speculative_config": NGRAM}, r"speculative decoding \(ngram\) is not served by AQUA yet"),

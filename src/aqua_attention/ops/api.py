@@ -3,6 +3,7 @@
 
 `attend` is for a prompt, or any queries over keys by token: rotate the queries, choose dimensions, attend. `decode` is
 one step over a `TiledCache`. `attention` begins with rotated queries and a choice, and keys go through `rotate`.
+`write_pages`, `attend_pages` and `decode_pages` are for the pages of a serving engine.
 """
 
 from typing import Any
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.backend import choose, tiled_backend
+from aqua_attention.ops.backend import choose, paged_backend, tiled_backend
 from aqua_attention.ops.backend import rotate as rotate
 from aqua_attention.ops.layout import Chosen, TiledCache
+from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
+
+WINDOW_QUERIES = 1024
+"""Queries of a layer with a sliding window that one mask is made for."""
 
 
 def attend(call: Call, plan: LayerPlan, impl: str = "auto") -> Attended:
@@ -81,6 +86,87 @@ def decode(
     """
     backend = tiled_backend(cache.tail.device)
     return backend.decode(query, key, value, cache, plan, plan.scaling if scaling is None else scaling)
+
+
+def write_pages(
+    key: Tensor, value: Tensor, cache: PagedCache, layer: PagedLayer, slots: Tensor, *, impl: str = "auto"
+) -> None:
+    """Write tokens to their pages, keys rotated where the layer has a plan.
+
+    Args:
+        key: [tokens, num_key_value_heads, head_dim], as the model computes them, after rotary embedding; value:
+            [tokens, num_key_value_heads, value_dim].
+        slots: int64 [tokens], see `PagedCache.write`.
+        impl: as for `decode_pages`.
+    """
+    backend = paged_backend(key, cache, layer, impl)
+    if backend is not None:
+        backend.write_paged(key, value, cache, layer, slots)
+        return
+    if layer.plan is not None:
+        key = rotate(key.transpose(0, 1)[None], layer.plan.rotation)[0].transpose(0, 1)
+    cache.write(key, value, slots)
+
+
+def attend_pages(query: Tensor, cache: PagedCache, layer: PagedLayer, blocks: Tensor, length: int) -> Tensor:
+    """Attention of the last tokens of one sequence to its pages, which hold them already: a prompt, or a part of one.
+
+    Args:
+        query: [tokens, num_attention_heads, head_dim], as the model computes them.
+        blocks: pages of the sequence, in order; length: its tokens.
+
+    Returns:
+        [tokens, num_attention_heads, value_dim].
+    """
+    key, value = cache.read(blocks, length, query.dtype)
+    tall, plan = query.transpose(0, 1)[None], layer.plan
+    if plan is not None:
+        call = plan.call(tall, key, value, scaling=layer.scaling, softcap=layer.softcap)
+        return attend(call, plan).output[0].transpose(0, 1)
+    options: dict[str, Any] = {"scaling": layer.scaling, "softcap": layer.softcap}
+    if layer.window is None or length <= layer.window:
+        return attention(tall, key, value, None, **options)[0].transpose(0, 1)
+    outputs: list[Tensor] = []
+    for part in tall.split(WINDOW_QUERIES, 2):
+        stop = length - tall.shape[2] + sum(each.shape[2] for each in outputs) + part.shape[2]
+        start = max(0, stop - part.shape[2] - layer.window + 1)
+        behind = torch.arange(stop - part.shape[2], stop, device=query.device)[:, None]
+        behind = behind - torch.arange(start, stop, device=query.device)
+        mask = ((behind >= 0) & (behind < layer.window))[None, None]
+        outputs.append(attention(part, key[:, :, start:stop], value[:, :, start:stop], None, mask=mask, **options))
+    return torch.cat(outputs, 2)[0].transpose(0, 1)
+
+
+def decode_pages(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    layer: PagedLayer,
+    step: Step,
+    output: Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """One decoding step over pages: write one key and value token a sequence, attend with one query.
+
+    Kernels do it without waiting for the GPU and in fixed shapes, so that it can be recorded as a CUDA graph.
+
+    Args:
+        query: [batch, num_attention_heads, head_dim]; key: [batch, num_key_value_heads, head_dim], value likewise.
+        output: [batch, num_attention_heads, value_dim], contiguous; is written, with zeros for sequences of no token.
+        impl: "triton", "torch" (a sequence after the other), or "auto": kernels on a GPU where they can.
+    """
+    backend = paged_backend(query, cache, layer, impl)
+    if backend is not None:
+        backend.decode_paged(query, key, value, cache, layer, step, output)
+        return
+    write_pages(key, value, cache, layer, step.slots, impl="torch")
+    for row, length in enumerate(step.lengths.tolist()):
+        if length == 0:
+            output[row] = 0
+        else:
+            output[row] = attend_pages(query[row, None], cache, layer, step.block_table[row], length)[0]
 
 
 def _check(call: Call, selected: Tensor | None, width: int, head_dim: int) -> None:

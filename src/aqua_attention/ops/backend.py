@@ -18,6 +18,7 @@ from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 if TYPE_CHECKING:
     from aqua_attention.ops.layout import Chosen, TiledCache
+    from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 
 BACKENDS = {
     "triton": "aqua_attention.ops.backends.triton:Triton",
@@ -129,6 +130,29 @@ class Backend:
         """One decoding step, see `ops.api.decode`."""
         raise NotImplementedError
 
+    def why_not_paged(self, query: Tensor, cache: PagedCache, layer: PagedLayer) -> str | None:
+        """Why it neither writes to nor decodes from these pages, for such queries, [tokens, num_attention_heads,
+        head_dim]; a `Reason` where a setting helps; None when it does.
+        """
+        return "it knows no pages"
+
+    def write_paged(self, key: Tensor, value: Tensor, cache: PagedCache, layer: PagedLayer, slots: Tensor) -> None:
+        """See `ops.api.write_pages`."""
+        raise NotImplementedError
+
+    def decode_paged(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: PagedCache,
+        layer: PagedLayer,
+        step: Step,
+        output: Tensor,
+    ) -> None:
+        """See `ops.api.decode_pages`."""
+        raise NotImplementedError
+
 
 _loaded: dict[str, Backend] = {}
 """A dictionary, and no cached function, because `torch.compile` looks into it without a break."""
@@ -220,6 +244,35 @@ def why_not_tiled(plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype)
         text = f"sink is {config.sink} and recent {config.recent}, and it takes {TILE} at most"
         return Reason(text, f"set sink and recent to {TILE} or less")
     return None
+
+
+def paged_backend(query: Tensor, cache: PagedCache, layer: PagedLayer, impl: str = "auto") -> Backend | None:
+    """The backend that takes pages; None: plain torch does.
+
+    Args:
+        impl: a backend's name, "torch", or "auto": the first that can, where it may be taken unasked.
+
+    Raises:
+        AquaError: an unknown `impl`, or one that cannot take these pages.
+    """
+    if impl == "auto":
+        known = [load(name) for name in BACKENDS]
+        able = (each for each in known if each.why_not_paged(query, cache, layer) is None)
+        return next((each for each in able if each.decodes_automatically(query.device)), None)
+    if impl == "torch":
+        return None
+    if impl not in BACKENDS:
+        raise AquaError(f"impl is {impl!r}: it must be auto, torch or {', '.join(BACKENDS)}")
+    if reason := load(impl).why_not_paged(query, cache, layer):
+        raise AquaError(f"impl={impl!r} cannot take these pages ({reason}): use auto or torch")
+    return load(impl)
+
+
+def why_not_paged(query: Tensor, cache: PagedCache, layer: PagedLayer) -> str | None:
+    """Why kernels do not take pages, so that plain torch does; None when they do."""
+    if layer.plan is not None and layer.plan.config.chooses_tokens:
+        return READS_ALL
+    return tiled_backend(query.device).why_not_paged(query, cache, layer)
 
 
 def _remedy_for_stored(plan: LayerPlan) -> str:

@@ -10,31 +10,46 @@ import torch
 from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.api import attend, attention
+from aqua_attention.ops.api import attend_pages, decode_pages, write_pages
+from aqua_attention.ops.backend import why_not_paged
+from aqua_attention.ops.layout import Quantization
+from aqua_attention.ops.pages import PagedCache, PagedLayer, Step, content
 from aqua_attention.ops.plan import LayerPlan
-from aqua_attention.ops.select import rotate
 from aqua_attention.vllm.checks import check_engine
-from aqua_attention.vllm.pages import read_pages, write_pages
-from aqua_attention.vllm.settings import serving
+from aqua_attention.vllm.prefill import use_flash_attention
+from aqua_attention.vllm.settings import INT8, serving
+
+logger = init_logger(__name__)
 
 
 @dataclass
 class AquaMetadata:
-    """One batch: sequences one after the other in the queries, prompts, parts of prompts and single tokens mixed.
+    """One batch: sequences that decode, one token each, then prompts and parts of prompts, one after the other.
 
     Attributes:
-        starts: place of each sequence's first query, and the end, on the host.
-        lengths: tokens of each sequence, the queries' own included, on the host.
-        block_table: [sequences, blocks].
+        decodes: how many sequences decode; those that pad a recorded batch are among them, with a length of 0.
+        step: of these, on the device.
+        starts: place of each prompt's first token in the batch, and the end, on the host.
+        lengths: tokens of each prompt's sequence so far, these included, on the host.
+        slots: of all tokens; block_table: of all sequences.
     """
 
+    decodes: int
+    step: Step
     starts: list[int]
     lengths: list[int]
+    slots: Tensor
     block_table: Tensor
+
+
+BLOCK_SIZE = 64
+"""Tokens of a page on a GPU: a row of a dimension is 128 bytes, or 64 in 8 bits."""
 
 
 class AquaAttention(AttentionImpl[AquaMetadata]):
@@ -67,16 +82,8 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         self.sliding_window, self.logits_soft_cap = sliding_window, logits_soft_cap or None
         self.kv_cache_dtype = kv_cache_dtype
         self.kept = serving().config.kept_dims(head_size)
-        self._layers: dict[str, LayerPlan | None] = {}
-
-    def do_kv_cache_update(
-        self, layer: torch.nn.Module, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
-    ) -> None:
-        """Rotate keys, cut them, and write them with their values."""
-        plan = self._plan(layer, key.device)
-        if plan is not None:
-            key = rotate(key.transpose(0, 1)[None], plan.rotation)[0].transpose(0, 1)
-        write_pages(kv_cache, key[..., : self.kept], value, slot_mapping)
+        use_flash_attention()
+        self._layers: dict[str, tuple[PagedLayer, Quantization | None]] = {}
 
     def forward(
         self,
@@ -90,55 +97,74 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """Attend to what is kept, [tokens, num_heads, head_size] into `output`."""
+        """Write keys and values to their pages, then attend, [tokens, num_heads, head_size] into `output`."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("AQUA's output is not quantised")
-        if attn_metadata is None:  # profiling
+        if attn_metadata is None:
+            # vLLM measures memory, before it records anything: what is copied to the GPU is copied now.
+            self._how_of(layer, query.device)
             return output.zero_()
-        plan, spans = self._plan(layer, query.device), zip(attn_metadata.starts, attn_metadata.starts[1:], strict=False)
-        for row, ((start, end), length) in enumerate(zip(spans, attn_metadata.lengths, strict=True)):
-            if end == start:
-                continue
-            own = query[start:end].transpose(0, 1)[None]
-            states = read_pages(kv_cache, attn_metadata.block_table[row], length, self.kept)
-            output[start:end] = self._attend(own, *states, plan)[0].transpose(0, 1)
+        given, (pages, how) = attn_metadata, self._of(layer, kv_cache, query)
+        # All is written before anybody attends: pages may be shared with a prompt that is computed in the same batch.
+        if given.lengths:
+            own = slice(given.starts[0], given.starts[-1])
+            write_pages(key[own], value[own], pages, how, given.slots[own])
+        if count := given.decodes:
+            decode_pages(query[:count], key[:count], value[:count], pages, how, given.step, output[:count])
+        spans = zip(given.starts, given.starts[1:], strict=False)
+        for row, ((start, end), length) in enumerate(zip(spans, given.lengths, strict=True), given.decodes):
+            if end > start:
+                output[start:end] = attend_pages(query[start:end], pages, how, given.block_table[row], length)
         return output
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, plan: LayerPlan | None) -> Tensor:
-        """Of one sequence, [1, heads, queries, head_dim] for its last tokens."""
-        if plan is not None:
-            return attend(plan.call(query, key, value, scaling=self.scale, softcap=self.logits_soft_cap), plan).output
-        mask = None
-        if self.sliding_window is not None and key.shape[2] > self.sliding_window:
-            behind = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=query.device)[:, None]
-            behind = behind - torch.arange(key.shape[2], device=query.device)
-            mask = ((behind >= 0) & (behind < self.sliding_window))[None, None]
-        return attention(query, key, value, None, mask=mask, scaling=self.scale, softcap=self.logits_soft_cap)
+    def _of(self, layer: torch.nn.Module, kv_cache: Tensor, query: Tensor) -> tuple[PagedCache, PagedLayer]:
+        """The pages of a layer, and how it attends.
 
-    def _plan(self, layer: torch.nn.Module, device: torch.device) -> LayerPlan | None:
-        """What AQUA does in a layer; a layer says its name only when it runs."""
+        Pages are not kept: vLLM makes some for a trial first, whose memory it wants back.
+        """
+        how, quantization = self._how_of(layer, query.device)
+        pages = PagedCache(kv_cache, self.kept, self.head_size, quantization)
+        if query.is_cuda and (reason := why_not_paged(query, pages, how)):
+            logger.warning_once("AQUA decodes slowly, in plain torch: %s", reason)
+        return pages, how
+
+    def _how_of(self, layer: torch.nn.Module, device: torch.device) -> tuple[PagedLayer, Quantization | None]:
+        """How a layer attends; it says its name only when it runs."""
         name: str = layer.layer_name  # type: ignore[assignment]
         if name not in self._layers:
-            self._layers[name] = self._made(extract_layer_index(name), device)
+            self._layers[name] = self._how(extract_layer_index(name), device)
         return self._layers[name]
 
+    def _how(self, index: int, device: torch.device) -> tuple[PagedLayer, Quantization | None]:
+        plan, quantization = self._made(index, device), None
+        if plan is not None and self.kv_cache_dtype == INT8:
+            assert plan.key_scale is not None and plan.key_mean is not None
+            quantization = Quantization(plan.key_scale, plan.key_mean)
+        elif plan is not None and not plan.selects and self.kept == self.head_size:
+            plan = None  # every dimension of whole keys: a rotation would change nothing
+        return PagedLayer(plan, self.scale, self.logits_soft_cap, self.sliding_window), quantization
+
     def _made(self, index: int, device: torch.device) -> LayerPlan | None:
-        known = serving().projections.layers.get(index)
+        config, known = serving().config, serving().projections.layers.get(index)
         if known is None or self.sliding_window is not None:
-            if self.kept < self.head_size:
-                reason = "has no projections" if known is None else "has a sliding window"
-                raise AquaError(
-                    f"AQUA_CONFIG: s_ratio cuts the pages of all layers, and layer {index} {reason}: set it to 0"
-                )
+            reason = "has no projections" if known is None else "has a sliding window"
+            for name, value, nothing in (("s_ratio", config.s_ratio, 0), ("bits", config.bits, None)):
+                if value != nothing:
+                    raise AquaError(
+                        f"AQUA_CONFIG: {name} is for the pages of all layers, and layer {index} {reason}: leave it out"
+                    )
             return None
         if known.rotation.shape[-1] != self.head_size or len(known.rotation) < self.num_kv_heads:
             here = f"layer {index} has {self.num_kv_heads} key-value heads of {self.head_size}"
             raise AquaError(
                 f"AQUA_PROJECTIONS: made for {serving().projections.fits}, but {here}: calibrate this model"
             )
-        plan = known.plan(serving().config, device, index=index)
+        plan = known.plan(config, device, index=index)
         heads = own_heads(plan.num_key_value_heads, self.num_kv_heads)
-        return LayerPlan(plan.rotation[heads], plan.key_rms[heads], plan.config, self.scale, index=index)
+        parts = (plan.rotation, plan.key_rms, plan.key_scale, plan.key_mean)
+        rotation, rms, scale, mean = (None if each is None else each[heads].contiguous() for each in parts)
+        assert rotation is not None and rms is not None
+        return LayerPlan(rotation, rms, plan.config, self.scale, scale, mean, index=index)
 
 
 def own_heads(count: int, here: int) -> slice:
@@ -147,3 +173,19 @@ def own_heads(count: int, here: int) -> slice:
     # With more processes than heads, several have the same one.
     start = rank * here if here * size == count else rank * count // size
     return slice(start, start + here)
+
+
+def why_no_kernels(spec: Any, group: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why kernels do not decode such layers, so many query heads to a key-value head; None when they do."""
+    config, head_size, value_dim = serving().config, spec.head_size, spec.head_size_v
+    kept = config.kept_dims(head_size)
+    of_head = torch.ones(1, kept, device=device)
+    plan = LayerPlan.of(torch.empty(1, head_size, kept, device=device), of_head, config)
+    is_quantized = spec.kv_quant_mode.is_per_token_head
+    width = content(kept, value_dim, get_dtype_size(spec.dtype), is_quantized=is_quantized) // get_dtype_size(
+        spec.dtype
+    )
+    pages = torch.empty(1, 1, BLOCK_SIZE, width, dtype=spec.dtype, device=device)
+    cache = PagedCache(pages, kept, value_dim, Quantization(of_head, of_head) if is_quantized else None)
+    query = torch.empty(1, group, head_size, dtype=dtype, device=device)
+    return why_not_paged(query, cache, PagedLayer(plan, 1.0))

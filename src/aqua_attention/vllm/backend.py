@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AQUA to vLLM: what it can take, how wide its pages are, and what a batch looks like."""
+"""AQUA to vLLM: what it can take, what its pages hold, and what a batch looks like."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.utils.torch_utils import get_dtype_size
-from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from aqua_attention.vllm.attention import AquaAttention, AquaMetadata
+from aqua_attention.ops.pages import Step, content
+from aqua_attention.vllm.attention import BLOCK_SIZE, AquaAttention, AquaMetadata, why_no_kernels
 from aqua_attention.vllm.checks import why_not
 from aqua_attention.vllm.plugin import backend_name
-from aqua_attention.vllm.settings import serving
+from aqua_attention.vllm.settings import INT8, serving
+from aqua_attention.vllm.versions import Pages
 
 
-class AquaBackend(AttentionBackend):
+class AquaBackend(Pages, AttentionBackend):
     """See `AttentionBackend`."""
 
-    forward_includes_kv_cache_update = False
     supported_dtypes = [torch.float32, torch.bfloat16, torch.float16]  # noqa: RUF012
-    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16"]  # noqa: RUF012
+    supported_kv_cache_dtypes = ["auto", "float16", "bfloat16", INT8]  # noqa: RUF012
 
     @staticmethod
     def get_name() -> str:
@@ -42,21 +50,21 @@ class AquaBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Tokens of a page."""
-        return [MultipleOf(16)]
+        """Tokens of a page; vLLM may have larger ones, and hands them out in pages of these."""
+        return [MultipleOf(16)] if current_platform.is_cpu() else [BLOCK_SIZE]
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Pages in which a head's tokens lie together."""
-        return (KVCacheLayout.LBHNC,)
+    def customize_spec(cls, spec: Any) -> Any:
+        """Pages without the dimensions that `s_ratio` leaves out: vLLM has room for more tokens.
 
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Pages without the dimensions that `s_ratio` leaves out: vLLM has room for more tokens."""
+        What else a page is to hold, a copy of the keys to choose tokens by, is asked for here.
+        """
         kept = serving().config.kept_dims(spec.head_size)
-        if spec.state_content_bytes is not None or kept == spec.head_size:
+        is_quantized = spec.kv_quant_mode.is_per_token_head
+        if spec.state_content_bytes is not None or (kept == spec.head_size and not is_quantized):
             return spec
-        return replace(spec, state_content_bytes=(kept + spec.head_size_v) * get_dtype_size(spec.dtype))
+        size = content(kept, spec.head_size_v, get_dtype_size(spec.dtype), is_quantized=is_quantized)
+        return replace(spec, state_content_bytes=size)
 
     @classmethod
     def validate_configuration(cls, *args: Any, **given: Any) -> list[str]:
@@ -66,24 +74,44 @@ class AquaBackend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
-        """Such layers attend densely."""
+        """Such layers attend to every dimension of what they see."""
         return True
 
 
 class AquaMetadataBuilder(AttentionMetadataBuilder[AquaMetadata]):
-    """See `AttentionMetadataBuilder`."""
+    """See `AttentionMetadataBuilder`; vLLM puts sequences that decode before others."""
 
-    # Abstract there.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold = 1
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        recorded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        most = max(vllm_config.scheduler_config.max_num_seqs, recorded)
+        self.arrived = torch.zeros(most * kv_cache_spec.num_kv_heads, dtype=torch.int32, device=device)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """None where plain torch decodes, which must know lengths."""
+        model, device = vllm_config.model_config, torch.device(current_platform.device_type)
+        group = model.get_num_attention_heads(vllm_config.parallel_config) // kv_cache_spec.num_kv_heads
+        if current_platform.is_cpu() or why_no_kernels(kv_cache_spec, group, model.dtype, device):
+            return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> AquaMetadata:
-        """Of one batch."""
+        """Of one batch: on the host only what is said of prompts."""
         given = common_attn_metadata
-        return AquaMetadata(
-            given.query_start_loc_cpu[: given.num_reqs + 1].tolist(),
-            given.seq_lens[: given.num_reqs].tolist(),
-            given.block_table_tensor,
-        )
+        decodes = split_decodes_and_prefills(given, decode_threshold=1)[0]
+        starts = given.query_start_loc_cpu[decodes : given.num_reqs + 1].tolist()
+        lengths: list[int] = []
+        if decodes < given.num_reqs:
+            # Exact for prompts.
+            known = given.seq_lens_cpu_upper_bound
+            known = given.seq_lens if known is None else known
+            lengths = known[decodes : given.num_reqs].tolist()
+        slots, table = given.slot_mapping, given.block_table_tensor
+        step = Step(table[:decodes], given.seq_lens[:decodes], slots[:decodes], self.arrived)
+        return AquaMetadata(decodes, step, starts, lengths, slots, table)

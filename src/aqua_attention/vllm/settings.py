@@ -21,7 +21,7 @@ PROJECTIONS, CONFIG = "AQUA_PROJECTIONS", "AQUA_CONFIG"
 Every process of a server inherits them, and vLLM's CPU platform takes a backend only from a plugin, which is given
 nothing else.
 """
-UNSERVED = {"h2o_ratio": 1.0, "bits": None, "logit_error": None, "select_p": None, "select_tokens": None}
+UNSERVED = {"h2o_ratio": 1.0, "logit_error": None, "select_p": None, "select_tokens": None}
 """Knobs that a server cannot follow yet, and the values that do nothing."""
 
 
@@ -49,6 +49,8 @@ class Serving:
         for name, nothing in UNSERVED.items():
             if (value := getattr(config, name)) != nothing:
                 raise AquaError(f"{CONFIG}: {name} is {value!r}, which is not served in vLLM yet: leave it out")
+        if config.bits == 4:
+            raise AquaError(f"{CONFIG}: bits is 4, which is not served in vLLM: set it to 8, or leave it out")
         if config.s_ratio > 0 and config.sink + config.recent > 0:
             raise AquaError(
                 f"{CONFIG}: s_ratio is {config.s_ratio:g} with an exact window of {config.sink} + {config.recent} "

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from aqua_attention.errors import Reason
 from aqua_attention.ops.backend import READS_ALL, Backend, Channels
-from aqua_attention.ops.layout import LARGEST_QUANTIZED, WIDEST, Chosen, TiledCache
+from aqua_attention.ops.layout import BLOCKS, LARGEST_QUANTIZED, WIDEST, Chosen, TiledCache
+from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32: two tiles on their way need more shared memory than wider ones leave."""
+LEAST_QUERIES = 64
+"""Of a part of a prompt: with few queries what comes before the attention takes longer than it."""
 LOAD_BFLOAT16 = "load the model with dtype='bfloat16'"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -40,8 +43,8 @@ class Triton(Backend):
         if call.softcap is not None or call.s_aux is not None:
             return "it knows neither softcap nor extra softmax logits (s_aux)"
         queries, keys = call.query.shape[2], call.key.shape[2]
-        if queries != keys:
-            return f"it is for a whole prompt, with as many queries as keys: {queries} and {keys}"
+        if queries != keys and queries < LEAST_QUERIES:
+            return f"it is for prompts and parts of {LEAST_QUERIES} tokens or more: {queries} queries and {keys} keys"
         widest = max(call.query.shape[3], call.key.shape[3], call.value.shape[3])
         if call.query.dtype not in DTYPES or widest > WIDEST:
             text = f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
@@ -126,6 +129,59 @@ class Triton(Backend):
         from aqua_attention.ops.backends.triton.step import decode_step
 
         return decode_step(query, key, value, cache, plan, scaling)
+
+    def why_not_paged(self, query: Tensor, cache: PagedCache, layer: PagedLayer) -> str | None:
+        """See `Backend`."""
+        if reason := no_kernels_reason(query.device):
+            return reason
+        widest, plan = max(query.shape[-1], cache.value_dim), layer.plan
+        if query.dtype not in DTYPES or widest > WIDEST:
+            text = f"it takes bfloat16, float16 and float32 and heads of at most {WIDEST} dimensions"
+            return Reason(text, "" if widest > WIDEST else LOAD_BFLOAT16)
+        if query.dtype == torch.float32 and widest > LARGEST_FLOAT32 and query.is_cuda:
+            text = f"heads have {widest} dimensions, and in float32 it takes {LARGEST_FLOAT32} at most"
+            return Reason(text, LOAD_BFLOAT16)
+        if cache.quantization is not None and widest > LARGEST_QUANTIZED:
+            text = f"heads have {widest} dimensions, and with bits=8 it takes {LARGEST_QUANTIZED} at most"
+            return Reason(text, "leave bits out")
+        if cache.block_size not in BLOCKS:
+            return f"pages have {cache.block_size} tokens, and it takes {', '.join(map(str, BLOCKS))}"
+        if plan is None:
+            return None
+        if plan.config.share != "group" and query.shape[1] != cache.num_key_value_heads:
+            text = f"share is {plan.config.share!r}, and the kernel reads the same dimensions for a group"
+            return Reason(text, "set share='group'")
+        if plan.has_window_store or plan.is_adaptive:
+            return "it knows neither logit_error nor tokens that keep more dimensions than others"
+        return None
+
+    def write_paged(self, key: Tensor, value: Tensor, cache: PagedCache, layer: PagedLayer, slots: Tensor) -> None:
+        """See `Backend`."""
+        from aqua_attention.ops.backends.triton.paged_write import write_paged
+
+        write_paged(key, value, cache, None if layer.plan is None else layer.plan.rotation, slots)
+
+    def decode_paged(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cache: PagedCache,
+        layer: PagedLayer,
+        step: Step,
+        output: Tensor,
+    ) -> None:
+        """See `Backend`."""
+        from aqua_attention.ops.backends.triton.paged_decode import decode_paged
+        from aqua_attention.ops.backends.triton.paged_prepare import prepare_paged
+
+        chosen = None
+        if layer.plan is None:
+            self.write_paged(key, value, cache, layer, step.slots)
+        else:
+            query, chosen = prepare_paged(query, key, value, cache, layer.plan, step)
+        # Which tokens are attended to would be chosen here, from the same queries and dimensions.
+        decode_paged(query, chosen, cache, layer, step, output)
 
 
 def _why_not_states(states: Tensor) -> str | None:

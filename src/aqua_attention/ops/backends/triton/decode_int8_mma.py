@@ -134,22 +134,29 @@ def decode_quantized_kernel(
     scores_ptr,
     scaling,
     before,
+    window,
     APPENDED: gl.constexpr,
     GROUP: gl.constexpr,
     KEPT: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     CHOSEN: gl.constexpr,
     BLOCK: gl.constexpr,
+    KEY_SIZE: gl.constexpr,
+    VALUE_SIZE: gl.constexpr,
+    SCALE_SIZE: gl.constexpr,
     EARLY: gl.constexpr,
 ):
-    """Attention of a part of the tiles of a sequence and key-value head, all but the first, with the chosen dimensions:
-    what `quantized_tiles` does. Tiles and values come as words of four codes.
+    """Attention of a part of the tiles of a sequence and key-value head with the chosen dimensions: what
+    `quantized_tiles` does. Tiles and values come as words of four codes.
 
     With EARLY the kernel after this one may start when all programs of this one have. Nothing is read through the cache
     of the processor, where what was before may lie.
 
     Args:
         before: parts of each head that are others' in `partial` and `lse`.
+        window: None: all tiles but the first and those of the tail. Where all tokens are in pages, `sink`, `recent` and
+            `min_length`: the tiles in which no token needs every dimension.
+        KEY_SIZE, VALUE_SIZE, SCALE_SIZE: words, words and scales from a block to the next.
     """
     KEY_WORDS: gl.constexpr = TILE // 4
     VALUE_WORDS: gl.constexpr = VALUE_DIM // 4
@@ -159,10 +166,15 @@ def decode_quantized_kernel(
     VALUE_CHUNKS: gl.constexpr = TILE // 16
     split, group, row = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     length = gl.minimum(gl.load(cache.lengths + row, cache_modifier=".cg") + APPENDED, cache.tile_count * TILE)
-    done = gl.maximum((length - 1) // TILE - 1, 0)
-    each = gl.cdiv(gl.maximum(done - 1, 0), gl.num_programs(0))
-    begin = 1 + split * each
-    end = gl.minimum(begin + each, done)
+    if window is None:
+        first, last = 1, gl.maximum((length - 1) // TILE - 1, 0)
+    else:
+        sink, recent, min_length = window
+        first = gl.cdiv(sink, TILE)
+        last = gl.maximum(length - recent, 0) // TILE * (length >= min_length).to(gl.int32)
+    each = gl.cdiv(gl.maximum(last - first, 0), gl.num_programs(0))
+    begin = first + split * each
+    end = gl.minimum(begin + each, last)
     place = (row * gl.num_programs(1) + group).to(gl.int64)
     first_block = row.to(gl.int64) * cache.row_stride + group.to(gl.int64) * cache.head_stride
     query_ptr += place * GROUP * KEPT
@@ -228,8 +240,8 @@ def decode_quantized_kernel(
         key_blocks = blocks_of(lookup, begin, key_word * 4, BLOCK)
         value_blocks = blocks_of(lookup, begin, value_token, BLOCK)
         scale_blocks = blocks_of(lookup, begin, sixteen, BLOCK)
-        keys_ptr = of_words(tiles_ptr, key_blocks, block_table_ptr, KEPT * BLOCK // 4)
-        next_values_ptr = of_tokens(values_ptr, value_blocks, block_table_ptr, BLOCK * VALUE_WORDS)
+        keys_ptr = of_words(tiles_ptr, key_blocks, block_table_ptr, KEY_SIZE)
+        next_values_ptr = of_tokens(values_ptr, value_blocks, block_table_ptr, VALUE_SIZE)
         waiting = ()
         for chunk in gl.static_range(AHEAD):
             if chunk < CHUNKS:
@@ -241,17 +253,17 @@ def decode_quantized_kernel(
             now_values_ptr = next_values_ptr
             scales_at = (sixteen % BLOCK)[:, None] + of_sixteen[None, :]
             key_scales = gl.load(
-                of_tokens(key_scales_ptr, scale_blocks, block_table_ptr, BLOCK) + scales_at, cache_modifier=".cg"
+                of_tokens(key_scales_ptr, scale_blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg"
             )
             value_scales = gl.load(
-                of_tokens(value_scales_ptr, scale_blocks, block_table_ptr, BLOCK) + scales_at, cache_modifier=".cg"
+                of_tokens(value_scales_ptr, scale_blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg"
             )
             # Looked up early: the last blocks of a tile are waited for while the first of the next are asked for.
             after = gl.minimum(tile + 1, end - 1)
             key_blocks = blocks_of(lookup, after, key_word * 4, BLOCK)
             value_blocks = blocks_of(lookup, after, value_token, BLOCK)
             scale_blocks = blocks_of(lookup, after, sixteen, BLOCK)
-            next_values_ptr = of_tokens(values_ptr, value_blocks, block_table_ptr, BLOCK * VALUE_WORDS)
+            next_values_ptr = of_tokens(values_ptr, value_blocks, block_table_ptr, VALUE_SIZE)
             scores = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
             for chunk in gl.static_range(CHUNKS):
                 words = waiting[0]
@@ -276,7 +288,7 @@ def decode_quantized_kernel(
             largest = now
             output = output * shrink[None, :]
             parts = right_operands((weights * (of_rows(value_scales) * VALUE_UNIT)[:, None]).to(gl.float16))
-            keys_ptr = of_words(tiles_ptr, key_blocks, block_table_ptr, KEPT * BLOCK // 4)
+            keys_ptr = of_words(tiles_ptr, key_blocks, block_table_ptr, KEY_SIZE)
             for chunk in gl.static_range(VALUE_CHUNKS):
                 words = waiting[0]
                 if chunk + AHEAD < VALUE_CHUNKS:

@@ -17,6 +17,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     token_blocks,
     token_pointers,
 )
+from aqua_attention.ops.backends.triton.choose import choose_dims
 from aqua_attention.ops.backends.triton.turn import load_rotation, load_states, turn, turning
 from aqua_attention.ops.layout import Chosen, TiledCache
 from aqua_attention.ops.plan import LayerPlan
@@ -185,34 +186,22 @@ def _prepare(
                     tl.store(counts_ptr + place, KEPT)
             does_query = does_query & (is_short == 0)
         if does_query:
-            # The dimensions of largest summed square; among equals the lower one, and a NaN is largest.
-            if SELECTION == "static":
-                size = (KEPT_PADDED - narrow).to(tl.float32)
-            else:
-                size = tl.where(inside[:, None], turned, 0.0)
-                if SELECTION == "weighted":
-                    size *= rms[None, :]
-                size = tl.sum(size * size if SQUARED else tl.abs(size), 0)
-                size = tl.where(size == size, size, float("inf"))
-            size = tl.where(column, size, -1.0)
-            ahead = (size[:, None] > size[None, :]) | (
-                (size[:, None] == size[None, :]) & (narrow[:, None] < narrow[None, :])
+            choose_dims(
+                turned,
+                inside,
+                rms,
+                (dims_ptr, mask_ptr, counts_ptr),
+                place,
+                logit_error,
+                scaling,
+                KEPT,
+                KEPT_PADDED,
+                COUNT,
+                LISTED,
+                ADAPTIVE,
+                SELECTION,
+                SQUARED,
             )
-            rank = tl.sum(ahead.to(tl.int32), 0)
-            if not ADAPTIVE:
-                chosen = (rank < COUNT).to(tl.int32)
-                if counts_ptr is not None:
-                    tl.store(counts_ptr + place, COUNT)
-            else:
-                # Dropping a dimension costs its variance and that of all behind it.
-                error = tl.where(inside[:, None], turned, 0.0) * rms[None, :] * scaling
-                variance = tl.sum(error * error, 0)
-                behind = tl.sum(tl.where(ahead, 0.0, variance[:, None]), 0)
-                few = behind <= logit_error
-                chosen = (((few == 0) | (rank == 0)) & column).to(tl.int32)
-                tl.store(counts_ptr + place, tl.sum(chosen, 0))
-            tl.store(mask_ptr + place * KEPT + narrow, chosen.to(tl.int8), column)
-            tl.store(dims_ptr + place * LISTED + rank, narrow, chosen > 0)
 
 
 @triton.jit

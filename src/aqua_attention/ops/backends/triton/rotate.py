@@ -49,7 +49,13 @@ def rotate_on_gpu(states: Tensor, rotation: Tensor) -> Tensor:
 
 
 def rotate_and_narrow(
-    query: Tensor, plan: LayerPlan, scaling: float, *, both: bool = True, is_observed: bool = False
+    query: Tensor,
+    plan: LayerPlan,
+    scaling: float,
+    *,
+    both: bool = True,
+    is_observed: bool = False,
+    before: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rotate queries, and set to zero what `ops.select.select_dimensions` does not select of them.
 
@@ -58,8 +64,8 @@ def rotate_and_narrow(
         scaling: factor of the scores, read by `logit_error`.
         both: False writes the narrow ones only, in the place of the rotated ones.
         is_observed: what is selected is given back, too.
-
-    The queries are those of a whole prompt: the first `min_length` - 1 of them are short, and stay as they are.
+        before: tokens of the prompt before the first query. The first `min_length` - 1 of all are short, and stay as
+            they are.
 
     Returns:
         The rotated queries and the narrow ones, both [batch, num_attention_heads, length, kept] as of `empty_by_token`,
@@ -79,7 +85,7 @@ def rotate_and_narrow(
     if is_observed:
         selected = torch.empty_like(rotated, dtype=torch.bool)
     narrow = torch.empty_like(rotated) if both else rotated
-    _launch(query, plan.rotation, rotated, narrow, selected, plan, scaling)
+    _launch(query, plan.rotation, rotated, narrow, selected, plan, scaling, max(0, plan.min_length - before))
     return rotated, narrow, selected
 
 
@@ -124,6 +130,7 @@ def _launch(
     selected: Tensor | None = None,
     plan: LayerPlan | None = None,
     scaling: float = 1.0,
+    min_length: int = 0,
 ) -> None:
     """Rotate; with a plan, choose dimensions too."""
     batch, heads, length, head_dim = states.shape
@@ -159,7 +166,7 @@ def _launch(
             0 if plan is None else plan.k,
             0.0 if plan is None else float(plan.config.logit_error or 0.0),
             scaling,
-            None if plan is None else plan.min_length or None,
+            min_length or None,
             MODE=mode,
             SELECTION=selection,
             SQUARED=squared,
@@ -192,7 +199,7 @@ def _times(states, high, low, turned, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _turn(
+def turned_tokens(
     source,
     rotation,
     HEAD_DIM: tl.constexpr,
@@ -282,7 +289,9 @@ def _rotate_and_narrow(
         for member in range(TOGETHER):
             head_ptr = states_ptr + row * stride_batch + (first + member).to(tl.int64) * stride_head
             source = (head_ptr, stride_token, tokens, there)
-            turned = _turn(source, rotation, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED, TOKENS, PRECISION)
+            turned = turned_tokens(
+                source, rotation, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED, TOKENS, PRECISION
+            )
             if BOTH or TOGETHER > 1 or MODE == "none":
                 tl.store(rotated_ptr + start + member * written_head + offsets, turned, written)
             if MODE == "largest" or MODE == "error":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""The exact window of a whole prompt on a GPU, merged with the attention to everything else in one pass."""
+"""The exact window of a prompt on a GPU, merged with the attention to everything else in one pass."""
 
 import triton
 import triton.language as tl
@@ -19,9 +19,9 @@ def window_merge(call: Call, far: Tensor, far_lse: Tensor) -> Tensor:
     """Attention to the exact window, merged with the attention to everything else.
 
     Args:
-        call: of a whole prompt, with rotated queries; its window has 1 to length - 1 tokens.
-        far: attention of the queries from sink + recent on to the keys outside their windows,
-            [batch, num_attention_heads, length - sink - recent, value_dim]; far_lse: its log-sum-exp, float32.
+        call: of a prompt or its last part, with rotated queries; its window has fewer tokens than there are keys.
+        far: attention of the queries from the token sink + recent on to the keys outside their windows,
+            [batch, num_attention_heads, so many, value_dim]; far_lse: its log-sum-exp, float32.
 
     Returns:
         [batch, num_attention_heads, length, value_dim] as of `empty_by_token`, in the dtype of the values.
@@ -30,12 +30,14 @@ def window_merge(call: Call, far: Tensor, far_lse: Tensor) -> Tensor:
         AquaError: shapes or sizes that the kernel does not take; the message lists what it takes.
     """
     (batch, heads, length, kept), sink, recent = call.query.shape, call.sink, call.recent
-    kv_heads, value_dim = call.key.shape[1], call.value.shape[3]
-    if min(sink, recent) < 0 or not 0 < sink + recent < length:
+    (_, kv_heads, keys, _), value_dim = call.key.shape, call.value.shape[3]
+    if min(sink, recent) < 0 or not 0 < sink + recent < keys:
         raise AquaError(
-            f"sink is {sink} and recent {recent}: the kernel takes a window of 1 to {length - 1} for {length} tokens"
+            f"sink is {sink} and recent {recent}: the kernel takes a window of 1 to {keys - 1} for {keys} tokens"
         )
-    rest = (batch, heads, length - sink - recent)
+    before = keys - length
+    first_far = max(sink + recent - before, 0)
+    rest = (batch, heads, length - first_far)
     if far.shape != (*rest, value_dim) or far_lse.shape != rest or far_lse.dtype != float32:
         raise AquaError(
             f"far is {tuple(far.shape)} and its log-sum-exp {far_lse.dtype} {tuple(far_lse.shape)}: they must be "
@@ -60,6 +62,8 @@ def window_merge(call: Call, far: Tensor, far_lse: Tensor) -> Tensor:
             *value.stride()[:3],
             *far.stride()[:3],
             length,
+            before,
+            first_far,
             sink,
             recent,
             call.scaling * LOG2_E,
@@ -99,6 +103,8 @@ def _window(
     far_head,
     far_token,
     length,
+    before,
+    first_far,
     sink,
     recent,
     scaling,
@@ -136,9 +142,10 @@ def _window(
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     # Blocks of first tokens, then of those from the first query's window on, which are not counted twice.
-    begin = tl.maximum(start - recent + 1, sink)
-    end = tl.where(recent > 0, tl.minimum(start + ROWS // TOGETHER, length), 0)
-    firsts = tl.cdiv(tl.minimum(sink, start + ROWS // TOGETHER), KEYS)
+    places = before + tokens
+    begin = tl.maximum(before + start - recent + 1, sink)
+    end = tl.where(recent > 0, before + tl.minimum(start + ROWS // TOGETHER, length), 0)
+    firsts = tl.cdiv(tl.minimum(sink, before + start + ROWS // TOGETHER), KEYS)
     for block in range(firsts + tl.cdiv(tl.maximum(end - begin, 0), KEYS)):
         is_first = block < firsts
         positions = tl.where(is_first, block, block - firsts) * KEYS + tl.where(is_first, 0, begin) + tl.arange(0, KEYS)
@@ -154,20 +161,19 @@ def _window(
             0.0,
         )
         scores = tl.dot(query, keys, input_precision=PRECISION) * scaling
-        after = tl.where(is_first, -1, tokens - recent)
-        seen = given[None, :] & (positions[None, :] <= tokens[:, None]) & (positions[None, :] > after[:, None])
+        after = tl.where(is_first, -1, places - recent)
+        seen = given[None, :] & (positions[None, :] <= places[:, None]) & (positions[None, :] > after[:, None])
         scores = tl.where(seen, scores, float("-inf"))
         largest, total, output = online_softmax(scores, values, None, largest, total, output, PRECISION)
 
-    window = sink + recent
-    has_far = there & (tokens >= window)
-    far_row = (row * groups * GROUP + heads) * (length - window) + tokens - window
+    has_far = there & (tokens >= first_far)
+    far_row = (row * groups * GROUP + heads) * (length - first_far) + tokens - first_far
     far_lse = tl.load(far_lse_ptr + far_row, has_far, float("-inf")) * 1.4426950408889634
     far = tl.load(
         far_ptr
         + row * far_batch
         + heads[:, None] * far_head
-        + (tokens - window).to(tl.int64)[:, None] * far_token
+        + (tokens - first_far).to(tl.int64)[:, None] * far_token
         + columns[None, :],
         has_far[:, None] & (columns[None, :] < VALUE_DIM),
         0.0,
