@@ -272,7 +272,7 @@ def test_needle_questions_follow_the_seed(word_tokenizer):
         ({"lengths": [10]}, "length is 10: question and needles alone take"),
         ({"lengths": [100_000]}, "give more text"),
         ({"text": "w1 " * 900}, "hardly a piece of the text .* has about [0-9]+ tokens"),
-        ({"text": " ".join(map(str, range(100_000, 1_000_000)))}, "full of six-digit numbers"),
+        ({"text": " ".join(map(str, range(100_000, 1_000_000)))}, "full of 6-digit numbers"),
     ],
 )
 def test_impossible_needles_are_refused(word_tokenizer, changes, message):

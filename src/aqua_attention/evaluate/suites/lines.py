@@ -17,25 +17,11 @@ from aqua_attention.evaluate.record import file_digest
 from aqua_attention.evaluate.run import Job
 from aqua_attention.evaluate.setting import Setting, Subject
 from aqua_attention.evaluate.suites.grid import QUESTIONS, Sizes
+from aqua_attention.evaluate.suites.names import MOST_NAMES, names
 from aqua_attention.evaluate.suites.retrieval import Question, retrieval_jobs
 from aqua_attention.io.files import open_text
 
-_ADJECTIVES = (
-    "amber ancient autumn bitter blunt bold brave brief bright broken calm careful clever cold copper crisp curious "
-    "daring dark deep distant dusty eager early faint fierce fragile gentle golden grand green hidden hollow humble "
-    "icy jolly keen lively lonely loud lucky mellow misty modest narrow nimble noble odd pale patient plain proud "
-    "quick quiet rapid rare restless rough round rusty salty shallow sharp silent silver slow solid spare steady "
-    "stern stray sunny swift tall tender tidy vast warm weary wide wild young"
-).split()
-_NOUNS = (
-    "acorn anchor apron badger barrel basket beacon bell bridge bucket cabin candle canyon carpet castle cedar cellar "
-    "chimney cliff clock cloud comet compass copper coral cotton cradle dagger desert donkey eagle ember engine falcon "
-    "feather fence ferry fiddle forest fountain garden glacier granite hammer harbor hazel helmet heron island jacket "
-    "kettle ladder lantern lemon lizard marble meadow mirror needle nettle oyster paddle parrot pebble pepper pillow "
-    "pine planet plum quarry rabbit raven ribbon river rocket saddle salmon shadow shovel spider statue summit table "
-    "temple thistle timber tunnel turtle valley velvet violin wagon walnut whistle willow window winter"
-).split()
-MOST_LINES = len(_ADJECTIVES) * len(_NOUNS)
+MOST_LINES = MOST_NAMES
 
 
 def lines_questions(lines: int, *, count: int, seed: int = 0) -> list[Question]:
@@ -91,18 +77,17 @@ def sized_questions(sizes: Sizes, seed: int) -> list[Question]:
 
 
 def _generated(lines: int, rng: random.Random) -> Question:
-    names = [f"{_ADJECTIVES[n // len(_NOUNS)]}-{_NOUNS[n % len(_NOUNS)]}" for n in rng.sample(range(MOST_LINES), lines)]
-    numbers = rng.sample(range(1, 50_001), lines)
+    named, numbers = names(rng, lines), rng.sample(range(1, 50_001), lines)
     asked = rng.randrange(lines)
     record = "\n".join(
-        f"line {name}: REGISTER_CONTENT is <{number}>" for name, number in zip(names, numbers, strict=True)
+        f"line {name}: REGISTER_CONTENT is <{number}>" for name, number in zip(named, numbers, strict=True)
     )
     prompt = (
         "Each line of the record below has a name and, in angle brackets, a number, its REGISTER_CONTENT. Read them "
         f"all: a question about one of them follows.\n\n{record}\n\n"
-        f"That was the record. What is the REGISTER_CONTENT of line {names[asked]}? Answer with its number."
+        f"That was the record. What is the REGISTER_CONTENT of line {named[asked]}? Answer with its number."
     )
-    return _question(prompt, names[asked], numbers[asked], lines)
+    return _question(prompt, named[asked], numbers[asked], lines)
 
 
 def _parsed(line: str, where: str) -> Question:
