@@ -73,8 +73,8 @@ _SERVE = (
 _HEADS = Rows("per_layer", ("layer",), ("score_loss", "softmax_loss"))
 
 
-def _retrieval(name: str, cells: str, *labels: str) -> Suite:
-    rows = (Rows("cells", (*labels, *_COUNTS)),)
+def _retrieval(name: str, cells: str, *labels: str, title: str = "") -> Suite:
+    rows = (Rows("cells", (*labels, *_COUNTS), title=title),)
     return Suite((*_COUNTS, *_PAIRED), rows=rows, of_dense=_COUNTS, cells=cells, jobs=_jobs(name))
 
 
@@ -89,6 +89,7 @@ SUITES = {
     ),
     "needle": _retrieval("needle", "length", "length", "depth"),
     "lines": _retrieval("lines", "lines", "lines"),
+    "ruler": _retrieval("ruler", "length", "length", title="task"),
     "tasks": Suite(
         ("value", "stderr", "count", "dense", *_PAIRED), ("task", "metric"), of_dense=("value",), apart=True
     ),
@@ -108,3 +109,5 @@ SUITES = {
     ),
 }
 """By name. A new suite is a line here and a module."""
+RETRIEVAL = tuple(name for name, suite in SUITES.items() if suite.cells)
+"""Those that count right answers in cells."""

@@ -14,7 +14,7 @@ from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.model.capture import attention_layers
 
 QUESTIONS = 50
-"""For each number of lines, unless told otherwise."""
+"""For each number of lines, and each task and length of RULER, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Sizes:
         needles: how many. repeats: haystacks a cell, each cut from another place of the text, with other needles.
         lines: in a question. count: questions for each number of lines.
         lines_file: see `read_lines_questions`; asked instead of generated ones.
+        tasks: of RULER, empty for all; `lengths` and `count` are theirs, too. questions: see `read_squad`.
     """
 
     context: int = 2048
@@ -40,6 +41,8 @@ class Sizes:
     lines: tuple[int, ...] = (100, 200)
     count: int | None = QUESTIONS
     lines_file: Path | None = None
+    tasks: tuple[str, ...] = ()
+    questions: Path | None = None
 
 
 QUICK = Sizes(
@@ -50,6 +53,7 @@ QUICK = Sizes(
     depths=(0.0, 0.5, 1.0),
     lines=(10, 20),
     count=4,
+    tasks=("niah_single_2", "niah_multikey_1", "niah_multivalue", "niah_multiquery", "vt"),
 )
 """Small enough for the default model on two CPU cores: minutes for a suite over eight settings."""
 

@@ -3,7 +3,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,23 +18,44 @@ SPARE_TOKENS = 4
 """Tokens that an answer may have beyond those of the expected numbers, such as a space and a full stop."""
 WORDS_BETWEEN = 8
 """Tokens that it may have between two numbers, such as "and" or a name."""
+TIE = 1e-9
+"""Shares of an answer that differ by less are the same."""
+
+
+def is_correct(answer: str, expected: Sequence[str]) -> bool:
+    """Whether the first numbers in `answer` are the expected ones, in their order."""
+    return re.findall("[0-9]+", answer)[: len(expected)] == list(expected)
+
+
+def share_found(answer: str, expected: Sequence[str]) -> float:
+    """Share of the expected strings that are in `answer`, in whatever case and order."""
+    return sum(text.lower() in answer.lower() for text in expected) / len(expected)
+
+
+def any_found(answer: str, expected: Sequence[str]) -> bool:
+    """Whether one of the expected strings is in `answer`, in whatever case."""
+    return any(text.lower() in answer.lower() for text in expected)
 
 
 @dataclass(frozen=True)
 class Question:
-    """One item: what the model reads, and the numbers that it has to write.
+    """One item: what the model reads, and the numbers or words that it has to write.
 
     Attributes:
         answer_start: how the model's answer begins, up to the first number; it is put into the model's mouth, so that
             chatting around the answer costs neither tokens nor correctness.
-        expected: the numbers, in the order asked for, as digits.
+        expected: the numbers, in the order asked for, as digits; or other strings.
         labels: what tells this item from others, such as `{"length": 2048, "depth": 0.5}`.
+        new_tokens: that the answer may have; None is as many as the expected numbers take.
+        score: called as score(answer, expected); how right an answer is, 0 to 1.
     """
 
     prompt: str
     answer_start: str
     expected: tuple[str, ...]
-    labels: dict[str, int | float]
+    labels: dict[str, int | float | str]
+    new_tokens: int | None = None
+    score: Callable[[str, Sequence[str]], float] = is_correct
 
 
 def evaluate_retrieval(
@@ -52,9 +73,10 @@ def evaluate_retrieval(
 
     Returns:
         `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: `Run.head`,
-        `accuracy` (exact match), what `paired` gives (not corrected for asking several times), `same_answer` (share of
-        answers that are dense's, token for token), `mean_k`. An entry a question: its labels, `tokens`, `expected`, and
-        the lists `answers` and `correct`, dense first.
+        `accuracy` (the mean score), what `counted` and `paired` give (a question whose score differs at all is lost or
+        gained; not corrected for asking several times), `same_answer` (share of answers that are dense's, token for
+        token), `mean_k`. An entry a question: its labels, `tokens`, `expected`, and the lists `answers` and `correct`
+        (scores), dense first.
 
     Raises:
         AquaError: no questions, one longer than the model's positions, NaN.
@@ -75,16 +97,17 @@ def evaluate_retrieval(
         known[index] = written[-1][0]
     step(0)
     correct = [
-        [is_correct(answer.text, question.expected) for answer in answers]
+        [question.score(answer.text, question.expected) for answer in answers]
         for question, answers in zip(questions, written, strict=True)
     ]
     rows = []
     for place, run in enumerate(runs, 1):
-        compared = paired([(marks[0], marks[place]) for marks in correct])
+        compared = paired([(marks[0], marks[place]) for marks in correct], TIE)
         same = sum(answers[place].token_ids == answers[0].token_ids for answers in written)
-        accuracy = sum(marks[place] for marks in correct) / len(questions)
+        given = [marks[place] for marks in correct]
+        accuracy = {"accuracy": sum(given) / len(questions)} | counted(questions, given)
         figures = {"same_answer": same / len(questions), "mean_k": run.mean_k()}
-        rows.append(run.head() | {"accuracy": accuracy} | compared | figures)
+        rows.append(run.head() | accuracy | compared | figures)
     return {
         "dense": {"accuracy": sum(marks[0] for marks in correct) / len(questions), "questions": len(questions)},
         "rows": rows,
@@ -116,20 +139,23 @@ def retrieval_jobs(
         row = found["rows"][0] if setting else itself
         # The dense model's answer comes first, and is the only one when there is no setting.
         right = [question["correct"][-1] for question in found["questions"]]
-        counted = {"cells": _cells(questions, right), "right": sum(right), "asked": len(right)}
-        return counted | {name: row[name] for name in itself}
+        return counted(questions, right) | {name: row[name] for name in itself}
 
     options = options | {"chat": subject.chat}
     return subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
 
 
-def _cells(questions: Sequence[Question], right: Sequence[bool]) -> list[dict[str, Any]]:
-    """Right answers of all, for each length (or number of lines) and depth."""
-    cells: dict[tuple[tuple[str, float | None], ...], list[bool]] = {}
-    for question, is_right in zip(questions, right, strict=True):
+def counted(questions: Sequence[Question], marks: Sequence[float]) -> dict[str, Any]:
+    """`right` (the sum of the scores) and `asked`, and in `cells` the same for each combination of labels."""
+    cells: dict[tuple[tuple[str, Any], ...], list[float]] = {}
+    for question, mark in zip(questions, marks, strict=True):
         labels = {"depth": None} | question.labels
-        cells.setdefault(tuple(sorted(labels.items(), reverse=True)), []).append(is_right)
-    return [dict(labels) | {"right": sum(marks), "asked": len(marks)} for labels, marks in cells.items()]
+        cells.setdefault(tuple(sorted(labels.items(), reverse=True)), []).append(mark)
+    return {"cells": [dict(labels) | _sum(each) for labels, each in cells.items()]} | _sum(marks)
+
+
+def _sum(marks: Sequence[float]) -> dict[str, float]:
+    return {"right": round(sum(marks), 4), "asked": len(marks)}
 
 
 def _encoded(subject: Subject, questions: Sequence[Question]) -> list[tuple[Tensor, int]]:
@@ -139,17 +165,17 @@ def _encoded(subject: Subject, questions: Sequence[Question]) -> list[tuple[Tens
     tokenizer, encoded = subject.tokenizer, []
     for question in questions:
         prompt = encode_prompt(tokenizer, question.prompt, chat=subject.chat, answer_start=question.answer_start)
-        numbers: list[int] = tokenizer(", ".join(question.expected), add_special_tokens=False)["input_ids"]
-        budget = len(numbers) + SPARE_TOKENS + WORDS_BETWEEN * (len(question.expected) - 1)
+        budget = question.new_tokens or _budget(tokenizer, question.expected)
         where = ", ".join(f"{name} {value}" for name, value in question.labels.items())
         check_fits(subject.model, prompt, prompt.shape[1] + budget, f"a question ({where})", "ask shorter ones")
         encoded.append((prompt, budget))
     return encoded
 
 
-def is_correct(answer: str, expected: Sequence[str]) -> bool:
-    """Whether the first numbers in `answer` are the expected ones, in their order."""
-    return re.findall("[0-9]+", answer)[: len(expected)] == list(expected)
+def _budget(tokenizer: Any, numbers: Sequence[str]) -> int:
+    """Tokens that an answer of these numbers may have."""
+    ids: list[int] = tokenizer(", ".join(numbers), add_special_tokens=False)["input_ids"]
+    return len(ids) + SPARE_TOKENS + WORDS_BETWEEN * (len(numbers) - 1)
 
 
 def paired(pairs: Iterable[tuple[float, float]], tie: float = 1.0) -> dict[str, Any]:
