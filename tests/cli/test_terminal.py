@@ -103,9 +103,9 @@ def test_without_a_terminal_a_step_is_a_line_when_it_begins_goes_on_and_ends(mon
         report("evaluate", 100, 100)
     assert capsys.readouterr().err.splitlines() == [
         "evaluate: 0 of 100",
-        "evaluate: 30 of 100, 30 s",
-        "evaluate: 60 of 100, 60 s",
-        "evaluate: 90 of 100, 90 s",
+        "evaluate: 30 of 100, 30 s, about 70 s left",
+        "evaluate: 60 of 100, 60 s, about 40 s left",
+        "evaluate: 90 of 100, 90 s, about 10 s left",
         "evaluate: 100 of 100, 100 s",
     ]
 

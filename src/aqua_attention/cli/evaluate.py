@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 LINES = [100, 200]
 LENGTHS = [1024, 2048, 4096]
 DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
+RULER_LENGTHS = [4096]
+QUESTIONS = 50
 
 evaluations = Commands(no_args_is_help=True, help="Measure what AQUA loses against the dense model.")
 
@@ -132,6 +135,40 @@ def needle(
     subject = model.subject(projections, data, seed=seed, chat=chat)
     sizes = Sizes(lengths=tuple(length), depths=tuple(depth), needles=needles, repeats=repeats)
     _retrieve("needle", subject, settings, needle_questions(subject, sizes), show, needles=needles)
+
+
+@evaluations.command()
+def ruler(
+    *,
+    projections: ProjectionsFile,
+    data: Text = "builtin:evaluation",
+    length: Annotated[list[int], "Tokens of prompt and answer together; repeat."] = RULER_LENGTHS,
+    task: Annotated[list[str] | None, "A task by its name; repeat (all of them)."] = None,
+    count: Annotated[int, "Questions for each task and length."] = QUESTIONS,
+    questions: Annotated[Path | None, "Questions about paragraphs, a .json in SQuAD's format, for the task qa."] = None,
+    seed: Annotated[int, "Chooses everything in the questions."] = 0,
+    knobs: Rows,
+    chat: Chat = True,
+    model: ModelOptions,
+    show: Show,
+) -> None:
+    """The tasks of RULER (arXiv 2404.06654), made from a text at each length; dense and AQUA on the same questions.
+
+    Tasks: niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery (needles), vt (variable
+    tracking), cwe and fwe (common and frequent words), qa (question answering among documents cut from the text).
+
+    Example: `aqua eval ruler smollm2 -p smollm2.safetensors --data essays/ --length 4096 --length 8192
+    --questions dev-v1.1.json --k-ratio 0.5 --json ruler.json`
+    """
+    settings = settings_of(knobs)
+    from aqua_attention.evaluate.suites.grid import Sizes
+    from aqua_attention.evaluate.suites.ruler import asked_tasks, questions_named, ruler_questions
+
+    sizes = Sizes(lengths=tuple(length), tasks=tuple(task or ()), count=count, questions=questions)
+    sizes = replace(sizes, tasks=tuple(asked_tasks(sizes)))
+    subject = model.subject(projections, data, seed=seed, chat=chat)
+    read = questions_named(sizes)
+    _retrieve("ruler", subject, settings, ruler_questions(subject, sizes), show, **read)
 
 
 def _retrieve(

@@ -104,13 +104,19 @@ class SizeOptions:
     quick: Quick = False
     context: Annotated[int | None, "Tokens in a window (2048; quick 1024)."] = None
     tokens: Annotated[int | None, "Tokens to read (perplexity 8192, retention 4096; quick 2048, 1024)."] = None
-    length: Annotated[list[int] | None, "Needle: tokens of the prompt; repeat (1024 2048 4096; quick 512 1024)."] = None
+    length: Annotated[
+        list[int] | None, "Needle, RULER: tokens of the prompt; repeat (1024 2048 4096; quick 512 1024)."
+    ] = None
     depth: Annotated[list[float] | None, "Needle: where it is; repeat (0 0.25 0.5 0.75 1; quick 0 0.5 1)."] = None
     needles: Annotated[int | None, "Needle: how many are hidden, and asked for (1)."] = None
     repeats: Annotated[int | None, "Needle: haystacks for each length and depth (1)."] = None
     lines: Annotated[list[int] | None, "Lines in a question; repeat (100 200; quick 10 20)."] = None
     lines_file: Annotated[Path | None, "LongEval's .jsonl of line questions; generated when left out."] = None
-    count: Annotated[int | None, "Questions for each number of lines (50; quick 4)."] = None
+    task: Annotated[list[str] | None, "RULER: a task; repeat (all; quick five of them)."] = None
+    questions: Annotated[Path | None, "RULER: questions in SQuAD's format, for the task qa."] = None
+    count: Annotated[
+        int | None, "Questions for each number of lines, and each task and length of RULER (50; quick 4)."
+    ] = None
 
     def sizes(self) -> Sizes:
         """What the suites take; a size given twice counts once.
@@ -127,8 +133,8 @@ class SizeOptions:
         check_sizes(context=self.context, tokens=self.tokens)
         given: dict[str, Any] = dict(vars(self))
         given |= {name: tuple(dict.fromkeys(each)) or None for name, each in given.items() if isinstance(each, list)}
-        lengths, depths = given.pop("length"), given.pop("depth")
-        return sizes_of(**given, retention_tokens=self.tokens, lengths=lengths, depths=depths)
+        named = {f"{name}s": given.pop(name) for name in ("length", "depth", "task")}
+        return sizes_of(**given, **named, retention_tokens=self.tokens)
 
 
 def grid(
@@ -141,7 +147,7 @@ def grid(
     knobs: Grid,
     data: Text = "builtin:evaluation",
     given: SizeOptions,
-    seed: Annotated[int, "Chooses needles, haystacks and lines."] = 0,
+    seed: Annotated[int, "Chooses needles, haystacks, lines and RULER's questions."] = 0,
     chat: Chat = True,
     model: ModelOptions,
 ) -> None:

@@ -45,7 +45,7 @@ class Subject:
         name, data: the model and what it reads, as the user named them.
         tokenizer, text: None and empty for images.
         rests_on: the `provenance` of the projections.
-        seed: chooses needles, haystacks and lines.
+        seed: chooses needles, haystacks, lines and RULER's questions.
         chat: put questions into the tokenizer's chat template, if it has one.
     """
 

@@ -59,6 +59,8 @@ def _progress_lines() -> Callable[[str, float, int], None]:
         if now >= due.get(name, now) or (done >= total and due[name] < math.inf):
             due[name] = now + LINE_SECONDS if done < total else math.inf  # an end is said once
             passed = f", {now - start:.0f} s" if now - start >= 1 else ""
+            if passed and 0 < done < total:
+                passed += f", about {(now - start) * (total - done) / done:.0f} s left"
             print(f"{name}: {done:g} of {total}{passed}", file=sys.stderr, flush=True)
 
     return report

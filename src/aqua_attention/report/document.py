@@ -92,6 +92,12 @@ def count(value: Any) -> str:
     return plain(value, "z.0f")
 
 
+def right_of(figures: Row) -> str:
+    """Right answers of all, such as "3/4"; of answers that are right in part, the sum of their shares."""
+    right = number(figures.get("right"))
+    return f"{plain(right, 'z.1f' if right % 1 else 'z.0f')}/{count(figures.get('asked'))}"
+
+
 def cells(figures: Row, columns: Sequence[Column]) -> list[str]:
     """Figures as the columns write them; NaN where there is none."""
     return [column.cell({column.key: number(figures.get(column.key))}) for column in columns]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from aqua_attention.evaluate.record import Record, number
-from aqua_attention.report.document import Block, Section, cells, count, model_of, name_of, percent, plain
+from aqua_attention.evaluate.suites import RETRIEVAL
+from aqua_attention.report.document import Block, Section, cells, model_of, name_of, percent, plain, right_of
 from aqua_attention.report.figures import Axis, loss_curves
 from aqua_attention.report.runs import named_facts, runs_of, same_model, told_apart
 from aqua_attention.report.tables import LOSSES, PERPLEXITY, describe_setting
@@ -49,7 +50,7 @@ def loss_sections(records: Sequence[Record]) -> list[Section]:
     """What you gain and lose, and the trade-offs, for each model and text."""
     groups = runs_of(records, "perplexity")
     drawn = [block for place, (title, group) in enumerate(groups.items()) if (block := _trade_off(place, title, group))]
-    asked = [record for record in records if record.suite in ("needle", "lines")]
+    asked = [record for record in records if record.suite in RETRIEVAL]
     tables, left = [], asked
     for title, group in groups.items():
         # Settings without perplexity stand in the first table of their model only.
@@ -82,7 +83,7 @@ def _gain_and_loss(title: str, group: Sequence[Record], asked: Sequence[Record],
     known = {name_of(record) for record in settings}
     settings += {name_of(r): r for r in others if r.setting is not None and name_of(r) not in known}.values()
     names = {name_of(record) for record in settings}
-    runs = [run for suite in ("needle", "lines") for run in runs_of(asked, suite).values()]
+    runs = [run for suite in RETRIEVAL for run in runs_of(asked, suite).values()]
     runs = [run for run in runs if not names or any(name_of(record) in names for record in run)]
     columns = told_apart([f"{run[0].suite}: right" for run in runs], [named_facts(run[0]) for run in runs])
     rows = []
@@ -105,7 +106,7 @@ def _dense_perplexity(record: Record) -> float:
 def _right(run: Sequence[Record], name: str) -> str:
     """Right answers of all under a setting; each where it was asked twice, nothing where it was not asked."""
     found = [record.figures for record in run if name_of(record) == name]
-    return " | ".join(dict.fromkeys(f"{count(result['right'])}/{count(result['asked'])}" for result in found))
+    return " | ".join(dict.fromkeys(map(right_of, found)))
 
 
 def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:

@@ -30,7 +30,7 @@ MOST_ROWS = 300
 """Of a table in HTML, which stays small enough to be sent about; the Markdown has all."""
 PARTS: tuple[tuple[Callable[[Sequence[Record]], list[Section]], str], ...] = (
     (loss_sections, "perplexity"),
-    (retrieval_sections, "needle lines"),
+    (retrieval_sections, "needle lines ruler"),
     (task_sections, "tasks"),
     (transfer_sections, "transfer context"),
     (image_sections, "images"),

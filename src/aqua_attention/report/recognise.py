@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from aqua_attention.evaluate.record import Record, Unusable, check_schema, read_setting, short
-from aqua_attention.evaluate.suites import SUITES
+from aqua_attention.evaluate.suites import RETRIEVAL, SUITES
 from aqua_attention.report.tables import row_name
 
 DETAILS = "command version versions commit device dtype started projections calibration_tokens key_weights".split()
 PROJECTIONS = {"projections", "projections_sha256", "calibration_tokens"}
-SOURCE_KEYS = "data context tokens seed needles chat scored length batch limit quick images".split()
+SOURCE_KEYS = "data context tokens seed needles questions_file chat scored length batch limit quick images".split()
 OF_COMMANDS = ("rows", "results", "layers", "records")
 """What holds the figures of a command; a record of a grid has them in `result`."""
 OWN_KEYS = {"settings", "failed", "unused", "written"}
@@ -146,32 +146,45 @@ def _images(suite: str, value: _File, source: str) -> list[Record]:
 
 
 def _retrieval(suite: str, value: _File, source: str) -> list[Record]:
-    """Needle or lines: how many are right in each cell follows from the questions."""
+    """Needle, lines or RULER: how many are right in each cell follows from the questions."""
     questions: Any = value.get("questions")
-    rows, column = value["rows"], SUITES[suite].cells
+    rows, column, title = value["rows"], SUITES[suite].cells, SUITES[suite].rows[0].title
+    names = (column, title or "depth")
     try:
-        labels = [(question[column], question.get("depth")) for question in questions]
+        labels = [(question[column], question.get(names[1])) for question in questions]
         marks = [question["correct"] for question in questions]
         lengths = {len(row) for row in marks}
     except (TypeError, KeyError, IndexError, AttributeError):
         lengths = set()
     if not lengths:
         raise Unusable("its questions are damaged")
-    if odd := [each for pair in labels for each in pair if each is not None and not isinstance(each, (int, float))]:
+    if title and (odd := [each for _, each in labels if not isinstance(each, str)]):
+        raise Unusable(f"a question has {title} {short(odd[0])}, not a text")
+    numeric = [each for pair in labels for each in pair[: 1 if title else 2]]
+    if odd := [each for each in numeric if each is not None and not isinstance(each, (int, float))]:
         raise Unusable(f"a question has length, depth or lines {short(odd[0])}, not a number")
     if lengths != {len(rows) + 1}:
         raise Unusable("its questions have not an answer for each setting")
 
     def result(place: int) -> _File:
-        cells = {label: [0, 0] for label in labels}
+        cells: dict[Any, list[float]] = {label: [0, 0] for label in labels}
         for label, row in zip(labels, marks, strict=True):
-            cells[label][0] += bool(row[place])
+            cells[label][0] += _mark(row[place])
             cells[label][1] += 1
-        counted = [{column: at, "depth": depth, "right": n, "asked": m} for (at, depth), (n, m) in cells.items()]
-        return {"cells": counted, "right": sum(bool(row[place]) for row in marks), "asked": len(marks)}
+        counted = [dict(zip(names, at, strict=True)) | _counts(*each) for at, each in cells.items()]
+        return {"cells": counted} | _counts(sum(_mark(row[place]) for row in marks), len(marks))
 
     counted = [row | result(place) for place, row in enumerate(rows, 1)]
     return _rows(suite, value | {"dense": [result(0)], "rows": counted}, source)
+
+
+def _mark(value: Any) -> float:
+    """How right an answer is: a share, or whether it is right."""
+    return value if isinstance(value, float) else bool(value)
+
+
+def _counts(right: float, asked: float) -> _File:
+    return {"right": round(right, 4), "asked": asked}
 
 
 def _memory(suite: str, value: _File, source: str) -> list[Record]:
@@ -185,7 +198,7 @@ def _memory(suite: str, value: _File, source: str) -> list[Record]:
 
 READERS: dict[str, Callable[[str, _File, str], list[Record]]] = {
     **dict.fromkeys(("perplexity", "retention", "tasks"), _rows),
-    **dict.fromkeys(("needle", "lines"), _retrieval),
+    **dict.fromkeys(RETRIEVAL, _retrieval),
     "images": _images,
     "memory": _memory,
 }

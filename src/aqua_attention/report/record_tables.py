@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from aqua_attention.evaluate.record import Record
 from aqua_attention.evaluate.suites import SUITES
-from aqua_attention.report.document import name_of
+from aqua_attention.report.document import name_of, right_of
 from aqua_attention.report.tables import Table, matrix
 
 
@@ -84,7 +84,7 @@ def _figures(record: Record) -> list[str]:
     if "score_loss" in result:
         return [f"scores {result['score_loss']:.2%} lost", "", f"softmax {result['softmax_loss']:.2%} lost"]
     if "cells" in result:
-        right = f"{result['right']}/{result['asked']} right"
+        right = f"{right_of(result)} right"
         if dense:
             return [right, "", ""]
         return [right, f"{result['lost']} lost, {result['gained']} gained", f"p {result['p_value']:.2g}"]

@@ -35,7 +35,7 @@ def facts_of_run(record: Record) -> dict[str, str]:
         given["predictions"] = next((each for each in known if each is not None), None)
         given["scored"] = given.get("scored") or result.get("scored")
     if SUITES[record.suite].cells:
-        for name in ("lengths", "depths", "lines", "count", "repeats"):
+        for name in ("lengths", "depths", "lines", "tasks", "count", "repeats"):
             given.pop(name, None)
         given["cells"] = _cells(record.suite, result.get("cells"))
     given |= {name: value for name, value in record.details.items() if name in OF_A_RUN or _is_digest(name)}
@@ -152,6 +152,8 @@ def _cells(suite: str, cells: Any) -> str | None:
     depths = {number(cell.get("depth")) for cell in cells if cell.get("depth") is not None}
     words = [f"{key} {', '.join(f'{column:g}' for column in columns)}"]
     words += [f"depths {', '.join(f'{depth:g}' for depth in sorted(depths))}"] if len(depths) > 1 else []
+    tasks = sorted({str(cell["task"]) for cell in cells if "task" in cell})
+    words += [f"tasks {', '.join(tasks)}"] if tasks else []
     return ", ".join([*words, f"{sum(number(cell.get('asked')) for cell in cells):g} asked"])
 
 

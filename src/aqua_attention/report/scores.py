@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores of needles, lines and tasks; and what is told by a table alone: images, and suites that have no drawing."""
+"""Scores of needles, lines, RULER and tasks; and what a table alone tells: images, and suites without a drawing."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from aqua_attention.evaluate.record import Record, number
 from aqua_attention.evaluate.suites import SUITES
-from aqua_attention.report.document import Block, Panel, Section, cells, count, name_of, percent, plain
+from aqua_attention.report.document import Block, Panel, Section, cells, count, name_of, percent, plain, right_of
 from aqua_attention.report.figures import Axis, curves, heat
 from aqua_attention.report.runs import OF_A_TASK, facts_of_run, runs_of, told_apart
-from aqua_attention.report.tables import IMAGES, PAIRED, Column, Row, Table
+from aqua_attention.report.tables import IMAGES, PAIRED, Column, Table
 
 MOST_DRAWN = 24
 """Settings of one model and text that a heat map each is drawn of; the numbers hold all."""
 RETRIEVAL_NOTE = (
-    "Exact answers (greedy). Lost, gained: questions that only dense, only AQUA got right; p: exact McNemar test."
+    "Exact answers (greedy). Lost, gained: questions that only dense, only AQUA got right; p: exact McNemar test. "
+    "RULER: share of the expected strings that are in an answer (question answering: any of them); lost, gained: "
+    "questions of which dense, of which AQUA has more."
 )
 IMAGES_NOTE = (
     "Cosine of each image's embedding to its dense one. Same neighbour: share of the images whose nearest other image "
@@ -29,29 +32,40 @@ TASKS_NOTE = (
 
 
 def retrieval_sections(records: Sequence[Record]) -> list[Section]:
-    """Needle and lines."""
+    """Needle, lines and RULER."""
     blocks = []
-    for place, (title, group) in enumerate(runs_of(records, "needle").items()):
-        panels = [_needle(f"needle{place}-{index}", record) for index, record in enumerate(group[:MOST_DRAWN])]
-        more = f"The first {MOST_DRAWN} of {len(group)} settings are drawn." if len(group) > MOST_DRAWN else ""
-        blocks.append(Block(f"Needle in a haystack: {title}", _table(group), group, panels, more))
+    for suite, words in (("needle", "Needle in a haystack"), ("ruler", "RULER")):
+        for place, (title, group) in enumerate(runs_of(records, suite).items()):
+            panels = [_grid(f"{suite}{place}-{index}", record) for index, record in enumerate(group[:MOST_DRAWN])]
+            more = f"The first {MOST_DRAWN} of {len(group)} settings are drawn." if len(group) > MOST_DRAWN else ""
+            blocks.append(Block(f"{words}: {title}", _table(group), group, panels, more))
     for place, (title, group) in enumerate(runs_of(records, "lines").items()):
         blocks.append(Block(f"Lines: {title}", _table(group), group, [_lines(f"lines{place}", group)]))
     return [Section("Retrieval", blocks, RETRIEVAL_NOTE)]
 
 
-def _needle(identity: str, record: Record) -> Panel:
-    sums: dict[tuple[float, float], list[float]] = {}
+def _grid(identity: str, record: Record) -> Panel:
+    """Right answers by length, and by depth or task."""
+    is_needle = record.suite == "needle"
+    key, side = ("depth", "depth (0 beginning, 1 end)") if is_needle else ("task", "task")
+    sums: dict[tuple[Any, float], list[float]] = {}
     for cell in record.figures["cells"]:
-        counts = sums.setdefault((number(cell.get("depth")), number(cell.get("length"))), [0.0, 0.0])
+        row = number(cell.get(key)) if is_needle else str(cell[key])
+        counts = sums.setdefault((row, number(cell.get("length"))), [0.0, 0.0])
         counts[:] = counts[0] + number(cell.get("right")), counts[1] + number(cell.get("asked"))
-    depths, lengths = (sorted({place[axis] for place in sums}, key=lambda v: (math.isnan(v), v)) for axis in (0, 1))
-    counted = [[sums.get((depth, length), []) for length in lengths] for depth in depths]
+    rows, lengths = (_in_order(list(dict.fromkeys(each))) for each in zip(*sums, strict=True))
+    counted = [[sums.get((row, length), []) for length in lengths] for row in rows]
     shares = [[_share(*cell) for cell in line] for line in counted]
-    texts = [["/".join(map(count, cell)) for cell in line] for line in counted]
-    alt, name = f"Needles found by length and depth, {name_of(record)}", name_of(record)
-    sides = ("depth (0 beginning, 1 end)", list(map(plain, depths))), ("length (tokens)", list(map(count, lengths)))
+    texts = [[right_of({"right": cell[0], "asked": cell[1]}) if cell else "" for cell in line] for line in counted]
+    alt, name = f"Right answers by length and {key}, {name_of(record)}", name_of(record)
+    sides = (side, list(map(plain, rows)) if is_needle else rows), ("length (tokens)", list(map(count, lengths)))
     return heat(identity, alt, name, *sides, shares, unit="right (%)", limits=(0.0, 1.0), texts=texts)
+
+
+def _in_order(values: list[Any]) -> list[Any]:
+    """Numbers by size, NaN last; names as they come."""
+    is_named = any(isinstance(value, str) for value in values)
+    return values if is_named else sorted(values, key=lambda value: (math.isnan(value), value))
 
 
 def _share(right: float = math.nan, asked: float = 0.0) -> float:
@@ -69,27 +83,24 @@ def _lines(identity: str, group: Sequence[Record]) -> Panel:
 
 
 def _table(group: Sequence[Record]) -> Table:
-    """A row for each setting and depth, a column for each length or number of lines."""
-    key, deep = ("lines", []) if group[0].suite == "lines" else ("length", ["depth"])
+    """A row for each setting and depth or task, a column for each length or number of lines."""
+    key, deep = {"lines": ("lines", []), "ruler": ("length", ["task"])}.get(group[0].suite, ("length", ["depth"]))
     columns = list({count(cell.get(key)) for record in group for cell in record.figures["cells"]})
     columns.sort(key=lambda column: (len(column), column))
     rows = []
     for record in group:
         found: dict[str, dict[str, str]] = {}
         for cell in record.figures["cells"]:
-            found.setdefault(plain(cell.get("depth")), {})[count(cell.get(key))] = _of(cell)
+            label = str(cell["task"]) if "task" in deep else plain(cell.get("depth"))
+            found.setdefault(label, {})[count(cell.get(key))] = right_of(cell)
         # Dense attention has nothing to be compared with.
-        whole = [_of(record.figures), *(cells(record.figures, PAIRED) if record.setting else [""] * len(PAIRED))]
+        whole = [right_of(record.figures), *(cells(record.figures, PAIRED) if record.setting else [""] * len(PAIRED))]
         for depth, by_column in found.items():
             row = [name_of(record), *([depth] if deep else []), *(by_column.get(column, "") for column in columns)]
             rows.append(row + whole)
             whole = [""] * len(whole)
     titles = ["setting", *deep, *(f"{key} {column}" for column in columns), "all"]
     return [*titles, *(column.title for column in PAIRED)], rows
-
-
-def _of(counts: Row) -> str:
-    return f"{count(counts.get('right'))}/{count(counts.get('asked'))}"
 
 
 def task_sections(records: Sequence[Record]) -> list[Section]:

@@ -299,10 +299,11 @@ def retrieval_grid(result: dict[str, Any]) -> Table:
     """Right answers of all, for each combination of the questions' labels, dense and under each setting."""
     figures = ("tokens", "expected", "answers", "correct")
     labels = [name for name in result["questions"][0] if name not in figures]
-    marks: dict[tuple[str, ...], list[list[bool]]] = {}
+    marks: dict[tuple[str, ...], list[list[float]]] = {}
     for question in result["questions"]:
         marks.setdefault(tuple(str(question[name]) for name in labels), []).append(question["correct"])
-    rows = [[*at, *(f"{sum(each)}/{len(each)}" for each in zip(*found, strict=True))] for at, found in marks.items()]
+    counts = {at: [f"{sum(each):.4g}/{len(each)}" for each in zip(*found, strict=True)] for at, found in marks.items()}
+    rows = [[*at, *cells] for at, cells in counts.items()]
     return [*labels, "dense", *(name for name, _ in _by_setting(result))], rows
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from aqua_attention.evaluate.record import Record, number
-from aqua_attention.report.document import Panel, count, name_of, percent
+from aqua_attention.evaluate.suites import RETRIEVAL
+from aqua_attention.report.document import Panel, name_of, percent, right_of
 from aqua_attention.report.figures import Axis, bars
 from aqua_attention.report.losses import SHARES, shares_of
 from aqua_attention.report.runs import runs_of, same_model
@@ -74,7 +75,9 @@ def _verdict(identity: str, title: str, settings: Sequence[Record], records: Seq
     words = f"{name_of(best)} does {percent(work, 0)} of dense attention's dot-product work and stores "
     words += f"{percent(cache, 0)} of its cache bytes; perplexity changes by {percent(_loss(best), 2, sign=True)}"
     words += f" (KL {_kl(best):.4f})"
-    words += "".join(f", {ours.suite}: {_right(ours)} right (dense {_right(dense)})" for ours, dense in asked)
+    words += "".join(
+        f", {ours.suite}: {right_of(ours.figures)} right (dense {right_of(dense.figures)})" for ours, dense in asked
+    )
     rows = [(SHARES[0], work), (SHARES[2], cache), ("perplexity (higher is worse)", 1 + _loss(best))]
     for ours, dense in asked:
         if dense.figures["right"]:
@@ -87,13 +90,9 @@ def _verdict(identity: str, title: str, settings: Sequence[Record], records: Seq
 def _answers(best: Record, records: Sequence[Record]) -> list[tuple[Record, Record]]:
     """What the best setting and dense attention answered to the same questions, a pair for each run."""
     pairs = []
-    for suite in ("needle", "lines"):
+    for suite in RETRIEVAL:
         for run in runs_of([record for record in records if same_model(record, best)], suite).values():
             ours = [record for record in run if (record.setting, record.basis) == (best.setting, best.basis)]
             dense = [record for record in run if record.is_dense]
             pairs += list(zip(ours[:1], dense[:1], strict=False))
     return pairs
-
-
-def _right(record: Record) -> str:
-    return f"{count(record.figures['right'])}/{count(record.figures['asked'])}"

@@ -12,7 +12,7 @@ from aqua_attention.evaluate.run import Job
 from aqua_attention.evaluate.setting import Setting, Subject
 from aqua_attention.evaluate.suites.grid import Sizes
 from aqua_attention.evaluate.suites.haystack import Haystack, new_numbers, token_counts
-from aqua_attention.evaluate.suites.retrieval import Question, retrieval_jobs
+from aqua_attention.evaluate.suites.retrieval import Labels, Question, retrieval_jobs
 
 CITIES = (
     "Bergen Cusco Dakar Esfahan Fukuoka Granada Havana Innsbruck Jakarta Kyoto Lagos Mombasa Nairobi Oslo Porto Quito "
@@ -42,7 +42,7 @@ def needle_questions(subject: Subject, sizes: Sizes) -> list[Question]:
     for length, depth, repeat in product(dict.fromkeys(sizes.lengths), dict.fromkeys(sizes.depths), range(repeats)):
         rng = random.Random(f"{subject.seed}/{length}/{depth}/{repeat}")
         cities, numbers = rng.sample(CITIES, needles), new_numbers(rng, needles, DIGITS, text)
-        labels: dict[str, int | float | str] = {"length": length, "depth": depth}
+        labels: Labels = {"length": length, "depth": depth}
         bare = _question("", cities, numbers, labels)
         overhead = encode_prompt(tokenizer, bare.prompt, chat=subject.chat, answer_start=bare.answer_start).shape[1]
         hidden = [f"The secret number of {city} is {number}." for city, number in zip(cities, numbers, strict=True)]
@@ -64,9 +64,7 @@ def needle_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> 
     return retrieval_jobs("needle", subject, settings, *given, text_digest(subject.text))
 
 
-def _question(
-    hay: str, cities: Sequence[str], numbers: Sequence[str], labels: dict[str, int | float | str]
-) -> Question:
+def _question(hay: str, cities: Sequence[str], numbers: Sequence[str], labels: Labels) -> Question:
     several = len(cities) > 1
     named = cities[0] if not several else f"{', '.join(cities[:-1])} and {cities[-1]}"
     asked = f"the secret numbers of {named}, in this order" if several else f"the secret number of {named}"

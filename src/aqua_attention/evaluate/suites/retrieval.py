@@ -20,6 +20,8 @@ WORDS_BETWEEN = 8
 """Tokens that it may have between two numbers, such as "and" or a name."""
 TIE = 1e-9
 """Shares of an answer that differ by less are the same."""
+Labels = dict[str, int | float | str]
+"""What tells a question from others, such as `{"length": 2048, "depth": 0.5}`."""
 
 
 def is_correct(answer: str, expected: Sequence[str]) -> bool:
@@ -45,7 +47,6 @@ class Question:
         answer_start: how the model's answer begins, up to the first number; it is put into the model's mouth, so that
             chatting around the answer costs neither tokens nor correctness.
         expected: the numbers, in the order asked for, as digits; or other strings.
-        labels: what tells this item from others, such as `{"length": 2048, "depth": 0.5}`.
         new_tokens: that the answer may have; None is as many as the expected numbers take.
         score: called as score(answer, expected); how right an answer is, 0 to 1.
     """
@@ -53,7 +54,7 @@ class Question:
     prompt: str
     answer_start: str
     expected: tuple[str, ...]
-    labels: dict[str, int | float | str]
+    labels: Labels
     new_tokens: int | None = None
     score: Callable[[str, Sequence[str]], float] = is_correct
 

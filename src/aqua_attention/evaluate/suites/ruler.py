@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from aqua_attention.data.text import text_digest
@@ -89,16 +88,17 @@ def ruler_questions(subject: Subject, sizes: Sizes) -> list[Question]:
 
 def ruler_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) -> list[Job]:
     """Items of each task and length, see `ruler_questions`."""
-    tasks = asked_tasks(sizes)
-    options: dict[str, Any] = {"data": subject.data, "lengths": sizes.lengths, "tasks": tasks, "count": sizes.count}
-    options |= questions_named(sizes.questions if QA in tasks else None)
-    questions = ruler_questions(subject, replace(sizes, tasks=tuple(tasks)))
-    return retrieval_jobs("ruler", subject, settings, questions, options, text_digest(subject.text))
+    sizes = replace(sizes, tasks=tuple(asked_tasks(sizes)))
+    options: dict[str, Any] = {name: getattr(sizes, name) for name in ("lengths", "tasks", "count")}
+    given = ruler_questions(subject, sizes), options | {"data": subject.data} | questions_named(sizes)
+    return retrieval_jobs("ruler", subject, settings, *given, text_digest(subject.text))
 
 
-def questions_named(path: Path | None) -> dict[str, str]:
-    """What a record says of a file of questions."""
-    return {} if path is None else {"questions_file": str(path), "questions_sha256": file_digest(path)}
+def questions_named(sizes: Sizes) -> dict[str, str]:
+    """What a record says of the file of questions, if one of the tasks reads it."""
+    if QA not in sizes.tasks or sizes.questions is None:
+        return {}
+    return {"questions_file": str(sizes.questions), "questions_sha256": file_digest(sizes.questions)}
 
 
 @dataclass(frozen=True)
