@@ -57,7 +57,8 @@ def library(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", ["generate", *(f"eval {name}" for name in "perplexity lines needle tasks grid transfer context".split())]
+    "command",
+    ["generate", *(f"eval {name}" for name in "perplexity lines needle ruler tasks grid transfer context".split())],
 )
 def test_one_declaration_is_an_option_of_every_command_that_has_knobs(library, command):
     done = library("-m", "aqua_attention.cli.main", *command.split(), "--help")

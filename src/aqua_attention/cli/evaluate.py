@@ -167,8 +167,9 @@ def ruler(
     sizes = Sizes(lengths=tuple(length), tasks=tuple(task or ()), count=count, questions=questions)
     sizes = replace(sizes, tasks=tuple(asked_tasks(sizes)))
     subject = model.subject(projections, data, seed=seed, chat=chat)
-    read = questions_named(sizes)
-    _retrieve("ruler", subject, settings, ruler_questions(subject, sizes), show, **read)
+    with progress_bar("questions") as progress:
+        asked = ruler_questions(subject, sizes, progress)
+    _retrieve("ruler", subject, settings, asked, show, **questions_named(sizes))
 
 
 def _retrieve(

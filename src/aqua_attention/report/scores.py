@@ -93,6 +93,8 @@ def _table(group: Sequence[Record]) -> Table:
         for cell in record.figures["cells"]:
             label = str(cell["task"]) if "task" in deep else plain(cell.get("depth"))
             found.setdefault(label, {})[count(cell.get(key))] = right_of(cell)
+        if "task" in deep and len(found) > 1:
+            found["all"] = {column: right_of(each) for column, each in _by_length(record).items()}
         # Dense attention has nothing to be compared with.
         whole = [right_of(record.figures), *(cells(record.figures, PAIRED) if record.setting else [""] * len(PAIRED))]
         for depth, by_column in found.items():
@@ -101,6 +103,16 @@ def _table(group: Sequence[Record]) -> Table:
             whole = [""] * len(whole)
     titles = ["setting", *deep, *(f"{key} {column}" for column in columns), "all"]
     return [*titles, *(column.title for column in PAIRED)], rows
+
+
+def _by_length(record: Record) -> dict[str, dict[str, float]]:
+    """Right answers to all tasks of each length."""
+    sums: dict[str, dict[str, float]] = {}
+    for cell in record.figures["cells"]:
+        counts = sums.setdefault(count(cell.get("length")), {"right": 0.0, "asked": 0.0})
+        for name in counts:
+            counts[name] += number(cell.get(name))
+    return sums
 
 
 def task_sections(records: Sequence[Record]) -> list[Section]:

@@ -296,12 +296,20 @@ def tasks_table(result: dict[str, Any]) -> Table:
 
 
 def retrieval_grid(result: dict[str, Any]) -> Table:
-    """Right answers of all, for each combination of the questions' labels, dense and under each setting."""
+    """Right answers of all, for each combination of the questions' labels, dense and under each setting.
+
+    Questions of several tasks have a row more for each length: all of them together.
+    """
     figures = ("tokens", "expected", "answers", "correct")
     labels = [name for name in result["questions"][0] if name not in figures]
     marks: dict[tuple[str, ...], list[list[float]]] = {}
+    together: dict[tuple[str, ...], list[list[float]]] = {}
     for question in result["questions"]:
-        marks.setdefault(tuple(str(question[name]) for name in labels), []).append(question["correct"])
+        at = tuple(str(question[name]) for name in labels)
+        marks.setdefault(at, []).append(question["correct"])
+        if "task" in labels:
+            together.setdefault(("all", *at[1:]), []).append(question["correct"])
+    marks |= together if len(marks) > len(together) else {}
     counts = {at: [f"{sum(each):.4g}/{len(each)}" for each in zip(*found, strict=True)] for at, found in marks.items()}
     rows = [[*at, *cells] for at, cells in counts.items()]
     return [*labels, "dense", *(name for name, _ in _by_setting(result))], rows

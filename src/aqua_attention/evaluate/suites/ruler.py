@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from aqua_attention.data.text import text_digest
@@ -18,10 +19,10 @@ from aqua_attention.evaluate.record import file_digest
 from aqua_attention.evaluate.ruler.material import Draw, Material
 from aqua_attention.evaluate.ruler.needles import Needles
 from aqua_attention.evaluate.ruler.reading import reading
-from aqua_attention.evaluate.ruler.squad import read_squad
+from aqua_attention.evaluate.ruler.squad import check_is_file, read_squad
 from aqua_attention.evaluate.ruler.tracking import tracking
 from aqua_attention.evaluate.ruler.words import common, frequent
-from aqua_attention.evaluate.run import Job
+from aqua_attention.evaluate.run import Job, Progress, counting
 from aqua_attention.evaluate.setting import Setting, Subject
 from aqua_attention.evaluate.suites.grid import QUESTIONS, Sizes
 from aqua_attention.evaluate.suites.retrieval import Question, retrieval_jobs
@@ -50,7 +51,7 @@ FULL = 0.9
 def asked_tasks(sizes: Sizes) -> list[str]:
     """The tasks that are asked for, each once; of all of them, question answering needs a file of questions.
 
-    AquaError for an unknown task, and for question answering by name without questions.
+    AquaError for an unknown task, for question answering by name without questions, and for a file that is not there.
     """
     for name in sizes.tasks:
         if name not in TASKS:
@@ -61,10 +62,12 @@ def asked_tasks(sizes: Sizes) -> list[str]:
     if QA in tasks and sizes.questions is None:
         warnings.warn(f"task {QA} is left out: it takes a file in SQuAD's format (--questions)", stacklevel=3)
         tasks.remove(QA)
+    if QA in tasks and sizes.questions is not None:
+        check_is_file(sizes.questions)
     return tasks
 
 
-def ruler_questions(subject: Subject, sizes: Sizes) -> list[Question]:
+def ruler_questions(subject: Subject, sizes: Sizes, progress: Progress | None = None) -> list[Question]:
     """So many items of each task and length, in this order; `length` is tokens of prompt and answer together.
 
     Item i of a task and length follows the seed, whatever else is asked for. AquaError as `asked_tasks`; for a length
@@ -78,11 +81,12 @@ def ruler_questions(subject: Subject, sizes: Sizes) -> list[Question]:
         raise AquaError(f"count is {count}: {sizes.questions} has {len(readings)} questions, give a smaller count")
     random.Random(f"{subject.seed}/{QA}").shuffle(readings)
     material, questions = Material(subject.tokenizer, subject.text, readings), []
-    for task in tasks:
-        for length in dict.fromkeys(sizes.lengths):
-            for index in range(count):
-                make = partial(_made, subject, material, task, length, index)
-                questions.append(_fitted(make, task, length))
+    places = list(product(tasks, dict.fromkeys(sizes.lengths), range(count)))
+    step = counting(progress, len(places))
+    for task, length, index in places:
+        step(1)
+        questions.append(_fitted(partial(_made, subject, material, task, length, index), task, length))
+    step(0)
     return questions
 
 
