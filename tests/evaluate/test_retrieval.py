@@ -20,6 +20,7 @@ from aqua_attention.evaluate.suites import needle, retrieval
 from aqua_attention.evaluate.suites.grid import Sizes
 from aqua_attention.evaluate.suites.lines import MOST_LINES, lines_questions, read_lines_questions
 from aqua_attention.evaluate.suites.retrieval import Question, evaluate_retrieval, is_correct, paired_p_value
+from aqua_attention.ops.plan import Reading
 from aqua_attention.report.tables import retrieval_grid, retrieval_table
 from conftest import subject_of
 
@@ -69,6 +70,8 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
             text = dense[len(asked) // 2]
         else:
             attachment.on_selection(0, None, torch.Size((1, 4, 1, 8)), 16)
+            read, seen = torch.tensor([[[3]]]), torch.tensor([[[12]]])
+            attachment.on_reading(0, Reading(read, seen, torch.tensor([[[0.5]]])))
             text = scripted[len(asked) // 2 - 1]
         return Continuation(text, [int(text)])
 
@@ -82,6 +85,7 @@ def test_the_figures_count_pairs(llama, word_tokenizer, monkeypatch):
     assert result["dense"] == {"accuracy": 0.75, "questions": 4}
     (row,) = result["rows"]
     expected = {"accuracy": 0.5, "lost": 2, "gained": 1, "p_value": 1.0, "same_answer": 0.25, "mean_k": 0.5}
+    expected |= {"tokens_read": 0.25, "bytes_read": 0.5}
     assert expected.items() <= row.items()
     assert result["questions"][3] == {
         "lines": 0,

@@ -137,17 +137,23 @@ class Run:
         """Share of head_dim that was multiplied outside the exact window, mean over all queries of all layers."""
         return sum(int(count) for count in self._selected.values()) / sum(self._selectable.values())
 
+    def shares(self) -> dict[str, float]:
+        """`mean_k`, and where tokens are chosen `tokens_read` and `bytes_read`, shares of all that is seen."""
+        return {"mean_k": self.mean_k()} | {
+            name: float(part.sum() / whole.sum()) for name, part, whole in self._reads()
+        }
+
     def mean_ks(self) -> dict[str, Any]:
-        """`mean_k`, and where tokens are chosen `tokens_read` and `bytes_read`, shares of all that is seen; each also
-        for each layer, as a list in `mean_k_per_layer` and so on.
-        """
+        """`shares`, and each also for each layer, as a list in `mean_k_per_layer` and so on."""
         layers = [int(self._selected[layer]) / self._selectable[layer] for layer in sorted(self._selected)]
-        found: dict[str, Any] = {"mean_k": self.mean_k(), "mean_k_per_layer": layers}
-        if self._read:
-            read, seen, shares = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
-            for name, amount in (("tokens_read", read), ("bytes_read", shares)):
-                found |= {name: float(amount.sum() / seen.sum()), f"{name}_per_layer": (amount / seen).tolist()}
-        return found
+        found = self.shares() | {"mean_k_per_layer": layers}
+        return found | {f"{name}_per_layer": (part / whole).tolist() for name, part, whole in self._reads()}
+
+    def _reads(self) -> list[tuple[str, Tensor, Tensor]]:
+        if not self._read:
+            return []
+        read, seen, shares = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
+        return [("tokens_read", read, seen), ("bytes_read", shares, seen)]
 
 
 def runs_of(subject: Subject, settings: Sequence[Setting], side: str = TEXT) -> list[Run]:

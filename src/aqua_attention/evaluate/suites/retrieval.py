@@ -76,8 +76,8 @@ def evaluate_retrieval(
         `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: `Run.head`,
         `accuracy` (the mean score), what `counted` and `paired` give (a question whose score differs at all is lost or
         gained; not corrected for asking several times), `same_answer` (share of answers that are dense's, token for
-        token), `mean_k`. An entry a question: its labels, `tokens`, `expected`, and the lists `answers` and `correct`
-        (scores), dense first.
+        token), `Run.shares`. An entry a question: its labels, `tokens`, `expected`, and the lists `answers` and
+        `correct` (scores), dense first.
 
     Raises:
         AquaError: no questions, one longer than the model's positions, NaN.
@@ -107,8 +107,7 @@ def evaluate_retrieval(
         same = sum(answers[place].token_ids == answers[0].token_ids for answers in written)
         given = [marks[place] for marks in correct]
         accuracy = {"accuracy": sum(given) / len(questions)} | counted(questions, given)
-        figures = {"same_answer": same / len(questions), "mean_k": run.mean_k()}
-        rows.append(run.head() | accuracy | compared | figures)
+        rows.append(run.head() | accuracy | compared | {"same_answer": same / len(questions)} | run.shares())
     return {
         "dense": {"accuracy": sum(marks[0] for marks in correct) / len(questions), "questions": len(questions)},
         "rows": rows,
