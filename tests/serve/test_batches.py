@@ -42,6 +42,9 @@ def served(projections, monkeypatch):
         for place in ("aqua_attention.vllm.attention", "aqua_attention.vllm.backend"):
             monkeypatch.setattr(f"{place}.serving", lambda: setting)
         monkeypatch.setattr(module, "own_heads", lambda count, here: slice(0, here))
+        # What vLLM is configured to do is asked in test_checks.
+        monkeypatch.setattr(module, "get_current_vllm_config", lambda: None)
+        monkeypatch.setattr(module, "check_engine", lambda config: None)
         return AquaAttention(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, kv_cache_dtype)
 
     return make
@@ -71,7 +74,6 @@ def metadata(queries, lengths, table, slots, padded=0):
 
 def builder():
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
     )
@@ -163,20 +165,7 @@ def test_pages_hold_what_is_kept_and_in_8_bits_its_scales(served):
     assert AquaBackend.customize_spec(spec_of()) == spec_of()
 
 
-def test_bits_and_the_dtype_of_the_cache_go_together(served):
-    for options in ({"bits": 8}, {"kv_cache_dtype": INT8}, {"kv_cache_dtype": "fp8"}):
-        with pytest.raises(AquaError, match="int8_per_token_head with bits 8 in AQUA_CONFIG, or auto without"):
-            served(k_ratio=0.5, **options)
-
-
 def test_in_8_bits_every_layer_needs_projections(served):
     impl = served(window=12, kv_cache_dtype=INT8, k_ratio=0.5, bits=8)
     with pytest.raises(AquaError, match="bits is for the pages of all layers, and layer 1 has a sliding window"):
         impl._made(1, torch.device("cpu"))
-
-
-def test_context_parallelism_is_refused(served):
-    served(k_ratio=0.5)
-    config = SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=2))
-    with pytest.raises(AquaError, match="decode context parallelism"):
-        AquaMetadataBuilder(spec_of(), [], config, torch.device("cpu"))
