@@ -15,7 +15,7 @@ import aqua_attention as aqua
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.vllm import attention as module
-from aqua_attention.vllm.attention import AquaAttention
+from aqua_attention.vllm.attention import AquaAttention, own_heads
 from aqua_attention.vllm.backend import AquaBackend, AquaMetadataBuilder
 from aqua_attention.vllm.settings import Serving
 from aqua_attention.vllm.versions import INT8
@@ -168,4 +168,34 @@ def test_pages_hold_what_is_kept_and_in_8_bits_its_scales(served):
 def test_in_8_bits_every_layer_needs_projections(served):
     impl = served(window=12, kv_cache_dtype=INT8, k_ratio=0.5, bits=8)
     with pytest.raises(AquaError, match="bits is for the pages of all layers, and layer 1 has a sliding window"):
+        impl._made(1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("count", "here", "size", "expected"),
+    [
+        (8, 8, 1, [(0, 8)]),
+        (8, 4, 2, [(0, 4), (4, 8)]),
+        (2, 1, 4, [(0, 1), (0, 1), (1, 2), (1, 2)]),
+        # Projections of a model with more heads, or fewer.
+        (16, 8, 1, [None]),
+        (8, 8, 2, [None, None]),
+        (3, 1, 4, [None] * 4),
+    ],
+)
+def test_a_process_has_the_heads_that_tensor_parallelism_gives_it(count, here, size, expected, monkeypatch):
+    monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+    for rank, own in enumerate(expected):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        assert own_heads(count, here) == (None if own is None else slice(*own))
+
+
+def test_projections_of_a_model_with_other_heads_are_refused(served, monkeypatch):
+    impl = served(k_ratio=0.5)
+    monkeypatch.setattr(module, "own_heads", own_heads)
+    monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
+    assert impl._made(1, torch.device("cpu")).num_key_value_heads == KV_HEADS
+    impl.num_kv_heads = 1
+    with pytest.raises(AquaError, match=r"AQUA_PROJECTIONS: made for .*, but layer 1 has 1 key-value heads of 16"):
         impl._made(1, torch.device("cpu"))
