@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the vLLM backend makes of a batch, without an engine: who decodes, and that all get their own answers."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 
 pytest.importorskip("vllm.entrypoints")
 
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, UniformTypeKVCacheSpecs
 
 import aqua_attention as aqua
 from aqua_attention.errors import AquaError
@@ -199,3 +200,21 @@ def test_projections_of_a_model_with_other_heads_are_refused(served, monkeypatch
     impl.num_kv_heads = 1
     with pytest.raises(AquaError, match=r"AQUA_PROJECTIONS: made for .*, but layer 1 has 1 key-value heads of 16"):
         impl._made(1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("reason", [None, "no kernels"])
+def test_graphs_are_recorded_where_kernels_decode_every_layer(on_cpu, reason, monkeypatch):
+    platform = SimpleNamespace(is_cpu=lambda: on_cpu, device_type="cpu")
+    monkeypatch.setattr("aqua_attention.vllm.backend.current_platform", platform)
+    asked = []
+    monkeypatch.setattr("aqua_attention.vllm.backend.why_no_kernels", lambda *given: asked.append(given[1]) or reason)
+    model = SimpleNamespace(dtype=torch.float32, get_num_attention_heads=lambda parallel: HEADS)
+    config = SimpleNamespace(model_config=model, parallel_config=None)
+    other = replace(spec_of(), num_kv_heads=4)
+    several = UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs={"one": spec_of(), "other": other})
+    for spec in (spec_of(), several):
+        found = AquaMetadataBuilder.get_cudagraph_support(config, spec)
+        assert (found is AttentionCGSupport.NEVER) == (on_cpu or reason is not None)
+    if not on_cpu:
+        assert asked == ([2, 2, 1] if reason is None else [2, 2])
