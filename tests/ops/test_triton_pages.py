@@ -206,9 +206,10 @@ def test_edges_and_merge_around_inner_tiles_by_hand(config, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bits", [None, 8])
-def test_a_recorded_step_serves_other_lengths(bits):
+@pytest.mark.parametrize(("bits", "by_hand_rows"), [(None, 1 << 30), (8, 1 << 30), (8, 1)])
+def test_a_recorded_step_serves_other_lengths(bits, by_hand_rows, monkeypatch):
     """Nothing but what is in the tensors decides."""
+    monkeypatch.setattr(paged_decode, "BY_HAND_ROWS", by_hand_rows)
     rotation = torch.eye(128, device=DEVICE).expand(2, 128, 128)
     options = {"bits": bits, "rotation": rotation, "k_ratio": 0.5, "sink": 4, "recent": 64, "min_length": 100}
     given = problem((8, 2), [3000, 700, 90, 1], (128, 128, 128), torch.bfloat16, **options)
