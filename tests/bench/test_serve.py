@@ -60,7 +60,9 @@ class Handler(BaseHTTPRequestHandler):
         if "--dying" in sys.argv:
             os._exit(1)
         tokens = ["a"] * body["max_tokens"]
-        if ours and config["k_ratio"] == 1 and "--wrong" in sys.argv:
+        # Keys are rotated, which k_ratio 1 would leave out, and every dimension is multiplied.
+        is_gate = ours and config["k_ratio"] < 1 and config["min_length"] > 1e6 and config["s_ratio"] == 0
+        if is_gate and "--wrong" in sys.argv:
             tokens[3] = "b"
         likely = [{"a": -0.1, "b": -2.5}] * len(tokens)
         self.answer({"choices": [{"logprobs": {"tokens": tokens, "top_logprobs": likely}}]})
@@ -153,6 +155,7 @@ def test_rows_ratios_and_record(stand_in, projections, aqua, tmp_path):
     ("options", "server", "words", "servers"),
     [
         ((), "--broken", "did not start (AQUA_CONFIG: it is wrong): see ", 1),
+        (("--k-ratio", 1), "--wrong", "AQUA's answer to prompt 0 is not stock's (a token is 2.4 less likely", 2),
         ((), "--wrong", "AQUA's answer to prompt 0 is not stock's (a token is 2.4 less likely", 2),
         ((), "--dying", "the server no longer answers (", 1),
         (("--no-gate",), "--silent", "the server did not take AQUA's attention: see ", 2),

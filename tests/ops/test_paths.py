@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain import attention_mass
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from aqua_attention.ops import dense, reference
 from aqua_attention.ops.api import attention
@@ -183,6 +184,24 @@ def test_attention_with_lse_is_the_plain_softmax(widths, length, block, monkeypa
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.double(), scores.softmax(-1) @ wide_value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_fused_kernel_for_fewer_queries_is_asked_only_where_it_can_answer(monkeypatch):
+    """Without a GPU: tensors have no content, and torch's flash attention says yes to everything."""
+    monkeypatch.setattr(torch.backends.cuda, "can_use_flash_attention", lambda given: True)
+
+    def takes(width, **options):
+        with FakeTensorMode():
+            options = {"dtype": torch.bfloat16, "device": "cuda"} | options
+            query, key = (torch.empty(1, heads, length, width, **options) for heads, length in ((4, 64), (2, 99)))
+            return dense.takes_fewer_queries(query, key, key)
+
+    assert takes(96)
+    assert not takes(100)  # a head of OpenLLaMA 3B
+    assert not takes(96, dtype=torch.float32)
+    assert not takes(96, requires_grad=True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not takes(96)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "fused", "reference", "auto"])

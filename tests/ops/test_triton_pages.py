@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -13,7 +14,10 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from aqua_attention.errors import AquaError
 from aqua_attention.ops import api
+from aqua_attention.ops.backend import why_not_paged
+from aqua_attention.ops.pages import PagedCache
 from aqua_attention.ops.select import rotate, select_dimensions
 
 pytest.importorskip("triton")
@@ -202,9 +206,10 @@ def test_edges_and_merge_around_inner_tiles_by_hand(config, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bits", [None, 8])
-def test_a_recorded_step_serves_other_lengths(bits):
+@pytest.mark.parametrize(("bits", "by_hand_rows"), [(None, 1 << 30), (8, 1 << 30), (8, 1)])
+def test_a_recorded_step_serves_other_lengths(bits, by_hand_rows, monkeypatch):
     """Nothing but what is in the tensors decides."""
+    monkeypatch.setattr(paged_decode, "BY_HAND_ROWS", by_hand_rows)
     rotation = torch.eye(128, device=DEVICE).expand(2, 128, 128)
     options = {"bits": bits, "rotation": rotation, "k_ratio": 0.5, "sink": 4, "recent": 64, "min_length": 100}
     given = problem((8, 2), [3000, 700, 90, 1], (128, 128, 128), torch.bfloat16, **options)
@@ -229,3 +234,19 @@ def test_more_sequences_than_programs():
         problem((2, 2), lengths, (16, 16, 16), k_ratio=1.0, impl=impl, seed=3) for impl in ("triton", "torch")
     )
     assert torch.allclose(ours.decode("triton"), plain.decode("torch"), atol=1e-4)
+
+
+def test_too_few_counters_are_refused():
+    given = problem((2, 2), [20, 3], (16, 16, 16), k_ratio=0.5)
+    given.step = given.step._replace(arrived=given.step.arrived[:3])
+    with pytest.raises(AquaError, match="arrived holds 3 counters: 2 sequences need 4"):
+        given.decode("triton")
+
+
+def test_pages_that_are_not_read_in_one_go_are_left_to_plain_torch():
+    """Padding behind a page, as vLLM puts it where layers of several kinds share their memory."""
+    given = problem((2, 2), [20], (16, 16, 16), k_ratio=0.5)
+    for apart, expected in ((2 * 64 * 32 + 16, None), (2 * 64 * 32 + 8, r"pages are \(4104, 2048\) elements apart")):
+        storage = torch.zeros(3 * apart, device=DEVICE).as_strided((3, 2, 64, 32), (apart, 64 * 32, 32, 1))
+        reason = why_not_paged(given.query, PagedCache(storage, 16, 16), given.layer)
+        assert re.match(expected, reason) if expected else reason is None

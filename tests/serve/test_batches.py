@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the vLLM backend makes of a batch, without an engine: who decodes, and that all get their own answers."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +9,14 @@ import torch
 
 pytest.importorskip("vllm.entrypoints")
 
-from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, UniformTypeKVCacheSpecs
 
 import aqua_attention as aqua
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.vllm import attention as module
-from aqua_attention.vllm.attention import AquaAttention
+from aqua_attention.vllm.attention import AquaAttention, own_heads
 from aqua_attention.vllm.backend import AquaBackend, AquaMetadataBuilder
 from aqua_attention.vllm.settings import Serving
 from aqua_attention.vllm.versions import INT8
@@ -42,6 +43,9 @@ def served(projections, monkeypatch):
         for place in ("aqua_attention.vllm.attention", "aqua_attention.vllm.backend"):
             monkeypatch.setattr(f"{place}.serving", lambda: setting)
         monkeypatch.setattr(module, "own_heads", lambda count, here: slice(0, here))
+        # What vLLM is configured to do is asked in test_checks.
+        monkeypatch.setattr(module, "get_current_vllm_config", lambda: None)
+        monkeypatch.setattr(module, "check_engine", lambda config: None)
         return AquaAttention(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, kv_cache_dtype)
 
     return make
@@ -71,7 +75,6 @@ def metadata(queries, lengths, table, slots, padded=0):
 
 def builder():
     config = SimpleNamespace(
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
     )
@@ -163,20 +166,55 @@ def test_pages_hold_what_is_kept_and_in_8_bits_its_scales(served):
     assert AquaBackend.customize_spec(spec_of()) == spec_of()
 
 
-def test_bits_and_the_dtype_of_the_cache_go_together(served):
-    for options in ({"bits": 8}, {"kv_cache_dtype": INT8}, {"kv_cache_dtype": "fp8"}):
-        with pytest.raises(AquaError, match="int8_per_token_head with bits 8 in AQUA_CONFIG, or auto without"):
-            served(k_ratio=0.5, **options)
-
-
 def test_in_8_bits_every_layer_needs_projections(served):
     impl = served(window=12, kv_cache_dtype=INT8, k_ratio=0.5, bits=8)
     with pytest.raises(AquaError, match="bits is for the pages of all layers, and layer 1 has a sliding window"):
         impl._made(1, torch.device("cpu"))
 
 
-def test_context_parallelism_is_refused(served):
-    served(k_ratio=0.5)
-    config = SimpleNamespace(parallel_config=SimpleNamespace(decode_context_parallel_size=2))
-    with pytest.raises(AquaError, match="decode context parallelism"):
-        AquaMetadataBuilder(spec_of(), [], config, torch.device("cpu"))
+@pytest.mark.parametrize(
+    ("count", "here", "size", "expected"),
+    [
+        (8, 8, 1, [(0, 8)]),
+        (8, 4, 2, [(0, 4), (4, 8)]),
+        (2, 1, 4, [(0, 1), (0, 1), (1, 2), (1, 2)]),
+        # Projections of a model with more heads, or fewer.
+        (16, 8, 1, [None]),
+        (8, 8, 2, [None, None]),
+        (3, 1, 4, [None] * 4),
+    ],
+)
+def test_a_process_has_the_heads_that_tensor_parallelism_gives_it(count, here, size, expected, monkeypatch):
+    monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+    for rank, own in enumerate(expected):
+        monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        assert own_heads(count, here) == (None if own is None else slice(*own))
+
+
+def test_projections_of_a_model_with_other_heads_are_refused(served, monkeypatch):
+    impl = served(k_ratio=0.5)
+    monkeypatch.setattr(module, "own_heads", own_heads)
+    monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: 1)
+    monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: 0)
+    assert impl._made(1, torch.device("cpu")).num_key_value_heads == KV_HEADS
+    impl.num_kv_heads = 1
+    with pytest.raises(AquaError, match=r"AQUA_PROJECTIONS: made for .*, but layer 1 has 1 key-value heads of 16"):
+        impl._made(1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("reason", [None, "no kernels"])
+def test_graphs_are_recorded_where_kernels_decode_every_layer(on_cpu, reason, monkeypatch):
+    platform = SimpleNamespace(is_cpu=lambda: on_cpu, device_type="cpu")
+    monkeypatch.setattr("aqua_attention.vllm.backend.current_platform", platform)
+    asked = []
+    monkeypatch.setattr("aqua_attention.vllm.backend.why_no_kernels", lambda *given: asked.append(given[1]) or reason)
+    model = SimpleNamespace(dtype=torch.float32, get_num_attention_heads=lambda parallel: HEADS)
+    config = SimpleNamespace(model_config=model, parallel_config=None)
+    other = replace(spec_of(), num_kv_heads=4)
+    several = UniformTypeKVCacheSpecs(block_size=BLOCK, kv_cache_specs={"one": spec_of(), "other": other})
+    for spec in (spec_of(), several):
+        found = AquaMetadataBuilder.get_cudagraph_support(config, spec)
+        assert (found is AttentionCGSupport.NEVER) == (on_cpu or reason is not None)
+    if not on_cpu:
+        assert asked == ([2, 2, 1] if reason is None else [2, 2])

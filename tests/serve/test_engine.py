@@ -19,6 +19,8 @@ import aqua_attention as aqua
 from conftest import SHAPE, calibrated, make_llama
 
 DENSE = {"k_ratio": 1.0}
+ROTATED = {"k_ratio": 0.5, "min_length": 10_000}
+"""Every dimension too, of keys that are rotated."""
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 HALF = {"k_ratio": 0.5, "min_length": 0}
 
@@ -49,9 +51,10 @@ def room(log):
     return int(re.search(r"KV cache size: ([\d,]+) tokens", log)[1].replace(",", ""))
 
 
+@pytest.mark.parametrize("config", [DENSE, ROTATED], ids=str)
 @pytest.mark.timeout(900)
-def test_with_every_dimension_it_is_stock(smollm2, prompts, stock):
-    found = run(smollm2[0], prompts, projections=smollm2[3], config=DENSE)
+def test_with_every_dimension_it_is_stock(smollm2, prompts, stock, config):
+    found = run(smollm2[0], prompts, projections=smollm2[3], config=config)
     assert tokens(found) == tokens(stock)
     assert room(found[1]) == room(stock[1])
 

@@ -40,6 +40,8 @@ FIGURES = {
 }
 """What a row calls a figure, what the client does, and the factor between."""
 GATE_PROMPTS, GATE_TOKENS, GATE_CHOICES = 6, 24, 5
+ENDLESS = 1 << 30
+"""Tokens: more than any sequence has."""
 MOST_GAP = {"float32": 0.01}
 """By dtype: how much less likely than stock's a token may be, in log-probability, where the two are not the same."""
 MOST_GAP_OF_HALVES = 0.25
@@ -81,7 +83,7 @@ class ServeBenchmark:
         options: of both servers, as `vllm serve` takes them.
         backend: AQUA's name in this version of vLLM.
         folder: where logs go.
-        gate: check first that a server with AQUA and every dimension gives stock's tokens.
+        gate: check first that a server with AQUA's rotated keys and every dimension gives stock's tokens.
     """
 
     model: str
@@ -108,7 +110,9 @@ class ServeBenchmark:
             AquaError: a server that does not start or answer, or that fails the check. Its log is kept.
         """
         check_vllm()
-        whole = replace(self.config, k_ratio=1.0, s_ratio=0.0, bits=None)
+        # Every dimension because sequences are short, and not by `k_ratio` 1, with which keys are not even rotated.
+        dims = min(self.config.k_ratio, 0.5)
+        whole = replace(self.config, k_ratio=dims, min_length=ENDLESS, s_ratio=0.0, bits=None)
         done, total = 0, 2 + 2 * len(self.load.concurrency) + self.gate
 
         def step() -> None:

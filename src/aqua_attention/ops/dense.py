@@ -89,7 +89,9 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float
             query, key, value, 0.0, True, scale=scaling
         )
         return output, lse[:, :, :length]
-    if query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16):
+    # Operators that are asked directly pad no heads to a multiple of 8.
+    in_eights = query.shape[-1] % 8 == 0
+    if query.device.type == "cuda" and in_eights and query.dtype in (torch.float16, torch.bfloat16):
         given = SDPAParams(query, key, value, None, 0.0, True, query.shape[1] > key.shape[1])
         if torch.backends.cuda.can_use_cudnn_attention(given):
             output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -101,7 +103,7 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float
                 query, key, value, 0.0, True, False, scale=scaling
             )
             return output, lse[:, :, :length]
-    fits = same_width and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0 and query.dtype != torch.float64
+    fits = same_width and query.shape[-1] <= 256 and in_eights and query.dtype != torch.float64
     if query.device.type == "cuda" and fits:
         key, value = (states.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for states in (key, value))
         output, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -114,6 +116,9 @@ def attention_with_lse(query: Tensor, key: Tensor, value: Tensor, scaling: float
 def takes_fewer_queries(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether a fused kernel does causal attention of fewer queries than keys, without a mask in memory."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    # The operator pads no heads to a multiple of 8, and `torch.compile` cannot trace the question below.
+    if query.shape[-1] % 8 or torch.compiler.is_compiling():
         return False
     if torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)):
         return False

@@ -154,25 +154,31 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
                         f"AQUA_CONFIG: {name} is for the pages of all layers, and layer {index} {reason}: leave it out"
                     )
             return None
-        if known.rotation.shape[-1] != self.head_size or len(known.rotation) < self.num_kv_heads:
-            here = f"layer {index} has {self.num_kv_heads} key-value heads of {self.head_size}"
+        heads = own_heads(len(known.rotation), self.num_kv_heads)
+        if known.rotation.shape[-1] != self.head_size or heads is None:
+            here = f"layer {index} has {self.num_kv_heads} key-value heads of {self.head_size} in this process"
             raise AquaError(
                 f"AQUA_PROJECTIONS: made for {serving().projections.fits}, but {here}: calibrate this model"
             )
         plan = known.plan(config, device, index=index)
-        heads = own_heads(plan.num_key_value_heads, self.num_kv_heads)
         parts = (plan.rotation, plan.key_rms, plan.key_scale, plan.key_mean)
         rotation, rms, scale, mean = (None if each is None else each[heads].contiguous() for each in parts)
         assert rotation is not None and rms is not None
         return LayerPlan(rotation, rms, plan.config, self.scale, scale, mean, index=index)
 
 
-def own_heads(count: int, here: int) -> slice:
-    """Which of `count` key-value heads this process has, where tensor parallelism gives it `here` of them."""
+def own_heads(count: int, here: int) -> slice | None:
+    """Which of `count` key-value heads this process has, where tensor parallelism gives it `here` of them.
+
+    None: no model with so many heads would give it these.
+    """
     size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    # With more processes than heads, several have the same one.
-    start = rank * here if here * size == count else rank * count // size
-    return slice(start, start + here)
+    if here * size == count:
+        return slice(rank * here, (rank + 1) * here)
+    if here == 1 and size % count == 0:
+        # With more processes than heads, several have the same one.
+        return slice(rank * count // size, rank * count // size + 1)
+    return None
 
 
 def why_no_kernels(spec: Any, group: int, dtype: torch.dtype, device: torch.device) -> str | None:

@@ -94,10 +94,11 @@ class AquaMetadataBuilder(AttentionMetadataBuilder[AquaMetadata]):
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         """None where plain torch decodes, which must know lengths."""
         model, device = vllm_config.model_config, torch.device(current_platform.device_type)
-        group = model.get_num_attention_heads(vllm_config.parallel_config) // kv_cache_spec.num_kv_heads
-        if current_platform.is_cpu() or why_no_kernels(kv_cache_spec, group, model.dtype, device):
-            return AttentionCGSupport.NEVER
-        return cls._cudagraph_support
+        heads = model.get_num_attention_heads(vllm_config.parallel_config)
+        # Layers of different shapes come as one specification of many.
+        specs = getattr(kv_cache_spec, "kv_cache_specs", {"": kv_cache_spec}).values()
+        reasons = (why_no_kernels(each, heads // each.num_kv_heads, model.dtype, device) for each in specs)
+        return AttentionCGSupport.NEVER if current_platform.is_cpu() or any(reasons) else cls._cudagraph_support
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -18,6 +18,8 @@ LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32: two tiles on their way need more shared memory than wider ones leave."""
 LEAST_QUERIES = 64
 """Of a part of a prompt: with few queries what comes before the attention takes longer than it."""
+LEAST_ALIGNED = 16
+"""Elements of pages that kernels read at once."""
 LOAD_BFLOAT16 = "load the model with dtype='bfloat16'"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -146,6 +148,8 @@ class Triton(Backend):
             return Reason(text, "leave bits out")
         if cache.block_size not in BLOCKS:
             return f"pages have {cache.block_size} tokens, and it takes {', '.join(map(str, BLOCKS))}"
+        if any(stride % LEAST_ALIGNED for stride in cache.storage.stride()[:2]):
+            return f"pages are {cache.storage.stride()[:2]} elements apart, and it takes multiples of {LEAST_ALIGNED}"
         if plan is None:
             return None
         if plan.config.share != "group" and query.shape[1] != cache.num_key_value_heads:

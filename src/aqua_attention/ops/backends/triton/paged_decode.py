@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.blocks import (
     LEAST_SIZE,
     LOG2_E,
@@ -59,6 +60,9 @@ def decode_paged(
         query: [batch, num_attention_heads, kept], as keys are stored; the heads of a token lie together.
         chosen: the dimensions to multiply outside the exact window; None: all.
         output: [batch, num_attention_heads, value_dim], contiguous; is written.
+
+    Raises:
+        AquaError: fewer counters than sequences and heads.
     """
     (batch, heads, kept), kv_heads, plan = query.shape, cache.num_key_value_heads, layer.plan
     if is_by_hand(query, cache, layer, step):
@@ -66,6 +70,8 @@ def decode_paged(
 
         decode_by_hand(query, chosen, cache, layer, step, output)
         return
+    if step.arrived.numel() < batch * kv_heads:
+        raise AquaError(f"arrived holds {step.arrived.numel()} counters: {batch} sequences need {batch * kv_heads}")
     group, is_quantized = heads // kv_heads, cache.quantization is not None
     most = kept if chosen is None else chosen.dims.shape[-1]
     programs, warps = (QUANTIZED_PROGRAMS, QUANTIZED_WARPS) if is_quantized else (PROGRAMS, WARPS)
@@ -122,7 +128,7 @@ def is_by_hand(query: Tensor, cache: PagedCache, layer: PagedLayer, step: Step) 
     if cache.quantization is None or not query.is_cuda or VERSION < (3, 6):
         return False
     (block, head), tables = cache.storage.stride()[:2], step.block_table
-    if block % head or head % 16 or tables.stride(0) < tables.shape[1] or layer.softcap or layer.window:
+    if block % head or not query.is_contiguous() or tables.stride(0) < tables.shape[1] or layer.softcap or layer.window:
         return False
     group = query.shape[1] // cache.num_key_value_heads
     fits = group <= BY_HAND_GROUP and cache.value_dim in BY_HAND_VALUES
