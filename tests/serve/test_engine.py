@@ -109,6 +109,8 @@ def test_a_cache_too_small_for_all_gives_the_same_answers(smollm2, prompts):
     many = prompts * 4
     small = run(smollm2[0], many, **options, num_gpu_blocks_override=80, block_size=32, max_num_seqs=32)
     assert tokens(small) == expected * 4
+    # What begins alike is found in the prefix cache meanwhile.
+    assert any(each["cached"] for each in small[0])
 
 
 @pytest.mark.timeout(900)
