@@ -98,15 +98,15 @@ def scores_by_dimensions(query: Tensor, key: Tensor, selected: Tensor | None, pl
 
     Args:
         query: rotated, [batch, num_attention_heads, queries, kept]; selected: boolean of that shape; None: all.
-        key: rotated, [batch, num_key_value_heads, tokens, kept].
+        key: as `scored_keys` gives them, [batch, num_key_value_heads, tokens, kept].
     """
     bits = plan.config.score_bits
     scale_bytes = 0 if bits == 16 else SCALE_BYTES
     if selected is None:
-        return Scored(products(query, scored_keys(key, plan)), plan.kept * bits / 8 + scale_bytes)
+        return Scored(products(query, key), plan.kept * bits / 8 + scale_bytes)
     # A dimension is read once for all heads of a group.
     dims = selected.unflatten(1, (key.shape[1], -1)).any(2).sum(-1)
-    return Scored(products(torch.where(selected, query, 0), scored_keys(key, plan)), dims * (bits / 8) + scale_bytes)
+    return Scored(products(torch.where(selected, query, 0), key), dims * (bits / 8) + scale_bytes)
 
 
 SCORES = scores_by_dimensions
@@ -137,19 +137,21 @@ def attend_to_chosen(
     """
     dtype = torch.promote_types(call.query.dtype, torch.float32)
     query, key, value = (states.to(dtype) for states in call[:3])
-    found = []
+    copy, found = scored_keys(key[..., : plan.kept], plan), []
     for block, seen, part in query_blocks(query, key.shape[2], call.mask, call.sink, call.recent):
         rows = query[:, :, block]
         given = call._replace(query=rows, key=key[:, :, :seen], value=value[:, :, :seen], mask=part)
         chosen = None if selected is None else selected[:, :, block, : plan.kept]
-        found.append(_block(given, plan, chosen, None if short is None else short[..., block]))
+        found.append(_block(given, copy[:, :, :seen], plan, chosen, None if short is None else short[..., block]))
     outputs, readings = zip(*found, strict=True)
     reading = Reading(*(torch.cat(each, -1) for each in zip(*readings, strict=True)))
     return torch.cat(outputs, 2).to(call.value.dtype), reading
 
 
-def _block(call: Call, plan: LayerPlan, selected: Tensor | None, short: Tensor | None) -> tuple[Tensor, Reading]:
-    """Some queries, and all keys that they see."""
+def _block(
+    call: Call, copy: Tensor, plan: LayerPlan, selected: Tensor | None, short: Tensor | None
+) -> tuple[Tensor, Reading]:
+    """Some queries, and all keys that they see; `copy`: what is scored of these."""
     (batch, heads, queries, _), (groups, tokens) = call.query.shape, call.key.shape[1:3]
     window = {"queries": queries, "keys": tokens, "start": tokens - queries, "sink": call.sink, "recent": call.recent}
     visible, exact = visible_and_exact(call.mask, **window, device=call.query.device)
@@ -169,7 +171,7 @@ def _block(call: Call, plan: LayerPlan, selected: Tensor | None, short: Tensor |
     if call.key.shape[-1] > plan.kept:
         # Tokens of the exact window keep more dimensions than others.
         full = torch.where(exact, products(call.query, call.key), full)
-    scored = SCORES(query, key, selected, plan)
+    scored = SCORES(query, copy, selected, plan)
     approximate = torch.where(exact, full, scored.scores)
     approximate = softmax_of(limited(approximate).masked_fill(~visible, -torch.inf))
     weight = approximate.view(batch, groups, -1, queries, tokens).sum(2)

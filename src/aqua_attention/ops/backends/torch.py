@@ -26,14 +26,13 @@ class _Torch(Backend):
 
     def attend(self, call: Call, plan: LayerPlan) -> Attended:
         """See `Backend`."""
-        query, selected = rotate(call.query, plan.rotation), None
-        queries, keys = query.shape[2], call.key.shape[2]
+        query, selected, short = rotate(call.query, plan.rotation), None, None
+        queries, keys, chooses_tokens = query.shape[2], call.key.shape[2], plan.config.chooses_tokens
         # Choosing is what short sequences should not pay for; where tokens keep fewer dimensions, that must be said.
-        if call.mask is not None or keys >= plan.min_length or plan.has_window_store:
+        if call.mask is not None or keys >= plan.min_length or plan.has_window_store or chooses_tokens:
             short = short_queries(call.mask, plan.min_length, queries=queries, keys=keys, device=query.device)
             selected = select_dimensions(query, plan, short, scaling=call.scaling)
-        if plan.config.chooses_tokens:
-            short = short_queries(call.mask, plan.min_length, queries=queries, keys=keys, device=query.device)
+        if chooses_tokens:
             output, reading = attend_to_chosen(call._replace(query=query), plan, selected, short)
             return Attended(output, selected, query.shape, reading)
         return Attended(self.attend_rotated(call._replace(query=query), selected), selected, query.shape)
