@@ -15,7 +15,7 @@ import aqua_attention as aqua
 from aqua_attention.calibration.run import collect
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.model.fingerprint import key_weight_digest, shape_of
-from aqua_attention.report.tables import provenance_table
+from aqua_attention.report.projections import provenance_table
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
 FIRST = {"selection": "weighted", "sink": 1}

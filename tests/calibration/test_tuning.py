@@ -241,7 +241,7 @@ def test_calibrate_goes_through_three_passes_and_stops_in_the_last(tmp_path, wor
 
 
 def test_inspect_shows_what_tuning_did(svd):
-    from aqua_attention.report.tables import provenance_table
+    from aqua_attention.report.projections import provenance_table
 
     start = svd[1]
     losses = {"0.5 group": [0.02, 0.01]}

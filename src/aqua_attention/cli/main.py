@@ -186,7 +186,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibr
 
     Example: `aqua inspect smollm2.safetensors`
     """
-    from aqua_attention.report.tables import spectrum_table
+    from aqua_attention.report.projections import spectrum_table
 
     projections = load_projections(file)
     result, where_from = _described(file, projections)
@@ -216,7 +216,7 @@ def _described(file: Path, projections: Projections) -> tuple[dict[str, Any], Ta
     """Projections in figures, and where they come from."""
     from aqua_attention.calibration.projections import spectrum
     from aqua_attention.evaluate.record import provenance
-    from aqua_attention.report.tables import provenance_table
+    from aqua_attention.report.projections import provenance_table
 
     model = {"name": projections.model.get("name"), "shape": projections.model["shape"]}
     result = {"model": model, "calibration": projections.calibration, "layers": spectrum(projections)}
