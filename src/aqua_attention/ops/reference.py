@@ -112,9 +112,18 @@ def attention_probabilities(
         scores = scores_of(torch.where(selected, query, 0))
         if sink + recent > 0 or (mask is not None and mask.dtype == torch.uint8):
             scores = torch.where(exact, scores_of(query), scores)
+    return softmax_seen(scores, visible, s_aux)
+
+
+def softmax_seen(scores: Tensor, visible: Tensor, s_aux: Tensor | None) -> Tensor:
+    """Softmax over what is visible, zeros where nothing is; `s_aux`: see `attention_reference`.
+
+    Args:
+        scores: [batch, num_attention_heads, queries, keys]; visible: boolean, broadcasts to that.
+    """
     scores = scores.masked_fill(~visible, -torch.inf)
     if s_aux is not None:
-        extra = s_aux.to(dtype).reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
+        extra = s_aux.to(scores.dtype).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
     return scores.softmax(-1).masked_fill(~visible.any(-1, keepdim=True), 0.0)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from aqua_attention.ops.layout import quantized
 from aqua_attention.ops.mask import visible_and_exact
 from aqua_attention.ops.plan import Call, LayerPlan, Reading
-from aqua_attention.ops.reference import query_blocks, weighted_values
+from aqua_attention.ops.reference import query_blocks, softmax_seen, weighted_values
 
 SCALE_BYTES = 2
 """Of the scale of a token and head, where keys or values are in few bits."""
@@ -161,19 +161,13 @@ def _block(
         found = found * call.scaling
         return call.softcap * torch.tanh(found / call.softcap) if call.softcap is not None else found
 
-    def softmax_of(scores: Tensor) -> Tensor:
-        if call.s_aux is not None:
-            extra = call.s_aux.to(scores.dtype).reshape(1, heads, 1, 1).expand(batch, heads, queries, 1)
-            scores = torch.cat([scores, extra], -1)
-        return scores.softmax(-1)[..., :tokens]
-
     full = products(query, key)
     if call.key.shape[-1] > plan.kept:
         # Tokens of the exact window keep more dimensions than others.
         full = torch.where(exact, products(call.query, call.key), full)
     scored = SCORES(query, copy, selected, plan)
     approximate = torch.where(exact, full, scored.scores)
-    approximate = softmax_of(limited(approximate).masked_fill(~visible, -torch.inf))
+    approximate = softmax_seen(limited(approximate), visible, call.s_aux)
     weight = approximate.view(batch, groups, -1, queries, tokens).sum(2)
     # What is visible is the same for all heads.
     visible, exact = (each[:, :1].expand(weight.shape) for each in (visible, exact))
@@ -181,8 +175,7 @@ def _block(
     if short is not None:
         read = read | (visible & short[:, :1, :, None])
     every = read.repeat_interleave(heads // groups, 1)
-    probabilities = softmax_of(limited(full).masked_fill(~every, -torch.inf))
-    probabilities = probabilities.masked_fill(~every.any(-1, keepdim=True), 0.0)
+    probabilities = softmax_seen(limited(full), every, call.s_aux)
     if LEFT_OUT != "nothing":
         probabilities = _with_others(probabilities, approximate, every, visible.repeat_interleave(heads // groups, 1))
     output = weighted_values(probabilities, lambda tall: tall @ call.value, groups)
