@@ -28,6 +28,8 @@ from aqua_attention.data.text import load_text, token_windows, tokenize
 from aqua_attention.evaluate.setting import Setting, Subject, first_windows
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, evaluate_perplexity
 from aqua_attention.model.sides import TEXT
+from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.select import select_dimensions
 
 SETTINGS = ({"k_ratio": 0.5}, {"k_ratio": 0.25}, {"k_ratio": 0.75}, {"k_ratio": 0.5, "share": "head"})
 ONE = (Target(0.5, "group", 1.0),)
@@ -50,6 +52,24 @@ VARIANTS: Mapping[str, Changes] = {
 }
 
 
+def softly(width: float) -> Changes:
+    """The choice of dimensions has a gradient: that of a sigmoid of the logarithm of their sizes, so wide."""
+
+    def dropped(query: torch.Tensor, plan: LayerPlan) -> torch.Tensor:
+        selected = select_dimensions(query.detach(), plan)
+        if selected is None or not plan.selects:
+            return torch.zeros_like(query) if selected is None else query.masked_fill(selected, 0)
+        heads = query.float().unflatten(1, (plan.key_rms.shape[0], -1)) * plan.key_rms.float()[:, None, None]
+        size = heads.square()
+        size = size.sum(2, keepdim=True).expand_as(size) if plan.config.share == "group" else size
+        size = size.clamp_min(1e-20).log().flatten(1, 2) / 2
+        limit = size.detach().topk(plan.k + 1, -1).values[..., -2:].mean(-1, keepdim=True)
+        soft = ((size - limit) / width).sigmoid()
+        return query * (1 - (selected + soft - soft.detach())).to(query.dtype)
+
+    return [(tuning, "_dropped", dropped)]
+
+
 def weighing(*weights: float) -> Changes:
     """The targets of the third pass with other weights."""
     return [(tuning, "TARGETS", [each._replace(weight=w) for each, w in zip(tuning.TARGETS, weights, strict=True)])]
@@ -60,10 +80,14 @@ TUNED: Mapping[str, Changes] = {
     FROM_SVD: [],
     "equal weights": weighing(1, 1, 1, 1, 1),
     "more weight on 0.5": weighing(0.5, 4, 0.5, 4, 0.5),
+    "more weight on 0.75 and head": weighing(1, 2, 2, 4, 1),
     "0.5 group only": weighing(0, 1, 0, 0, 0),
+    "0.5 head only": weighing(0, 0, 0, 1, 0),
     "without s_ratio": weighing(1, 3, 1, 2, 0),
     "rate 0.0005": [(tuning, "RATE", 0.0005)],
     "rate 0.002": [(tuning, "RATE", 0.002)],
+    "choice with a gradient, 0.1": softly(0.1),
+    "choice with a gradient, 0.5": softly(0.5),
 }
 """Of the third pass."""
 

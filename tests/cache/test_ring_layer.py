@@ -446,6 +446,8 @@ def test_a_step_recorded_as_a_cuda_graph_goes_on_by_itself(maker, name):
         cache.reset()
         model(ids[:, :8], past_key_values=cache)
         token, stream = ids[:, 8:9].clone(), torch.cuda.Stream()
+        # The other stream reads what this one writes.
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             found = [model(token, past_key_values=cache).logits]
         torch.cuda.synchronize()

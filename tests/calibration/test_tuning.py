@@ -12,7 +12,7 @@ from aqua_attention.calibration import learned, learning, reading, tuning
 from aqua_attention.calibration.checkpoint import room_for
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.calibration.reading import Reading
-from aqua_attention.calibration.tuning import TARGETS, attention_dropping, tune
+from aqua_attention.calibration.tuning import TARGETS, attention_dropping, outside_and_hidden, tune
 from aqua_attention.ops.mask import visible_and_exact
 from aqua_attention.ops.plan import Call, LayerPlan
 from aqua_attention.ops.reference import attention_reference
@@ -81,7 +81,7 @@ def test_its_attention_is_the_references(target, case):
         s_aux=extra,
         **window,
     )
-    found = attention_dropping(call, [plan, plan], rotation, *seen)
+    found = attention_dropping(call, [plan, plan], rotation, *outside_and_hidden(*seen))
     real = ~torch.isnan(found)
     assert real[:, :, 5:].all()
     tolerance = 0.03 if case == "bfloat16" else 1e-4
