@@ -76,8 +76,8 @@ def main():
             results += [{"name": name, **row} for row in found]
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
             # Of what the first has no room for, also the batch that it had.
-            extra = [(row["batch"], row["length"]) for row in found] if wanted is sizes else []
-            wanted = list(dict.fromkeys([*extra, *wanted]))
+            if found and wanted is sizes:
+                wanted = list(dict.fromkeys([*((row["batch"], row["length"]) for row in found), *sizes]))
             if given.json:
                 write_json(given.json, {"layers": given.layers, "results": results})
     show(results)
@@ -167,15 +167,16 @@ def measure(request):
 
 
 def show(results):
-    """A table, each row beside the first setting's of the same size."""
-    first = {}
+    """A table, each row beside the first setting's of the same size, where there is one."""
+    first = {(each["batch"], each["length"]): each for each in reversed(results) if each["name"] == results[0]["name"]}
     rows = []
     for each in results:
         size = each["batch"], each["length"]
-        stock = first.setdefault(size, each)
-        ratios = [f"{each[key] / stock[key]:.2f}" for key in ("tokens_per_second", "capacity")]
-        figures = [f"{each['tokens_per_second']:.0f}", ratios[0], f"{1e3 * each['step_seconds']:.2f}"]
-        rows.append([f"{size[0]} x {size[1]}", each["name"], *figures, f"{each['capacity']:,}", ratios[1]])
+        speed, room = (
+            f"{each[key] / first[size][key]:.2f}" if size in first else "" for key in ("tokens_per_second", "capacity")
+        )
+        figures = [f"{each['tokens_per_second']:.0f}", speed, f"{1e3 * each['step_seconds']:.2f}"]
+        rows.append([f"{size[0]} x {size[1]}", each["name"], *figures, f"{each['capacity']:,}", room])
     rows.sort(key=lambda row: [int(part) for part in row[0].split(" x ")])
     titles = ["batch x tokens", "engine", "tokens a second", "to the first", "ms a step", "room for tokens"]
     print(markdown([*titles, "to the first"], rows))
