@@ -19,9 +19,10 @@ from aqua_attention.vllm import attention as module
 from aqua_attention.vllm.attention import AquaAttention, own_heads
 from aqua_attention.vllm.backend import AquaBackend, AquaMetadataBuilder
 from aqua_attention.vllm.settings import Serving
-from aqua_attention.vllm.versions import INT8
+from aqua_attention.vllm.versions import INT8, LAYOUTS
 from conftest import calibrated, make_llama
 
+INT8_MODE = KVQuantMode.INT8_PER_TOKEN_HEAD
 BLOCK, BLOCKS, HEADS, KV_HEADS, DIM = 16, 40, 4, 2, 16
 LENGTHS, QUERIES = [37, 20, 33, 64, 5], [1, 1, 1, 30, 5]
 """Three sequences that decode, one of them a prompt's last token; a part of a prompt; a whole one."""
@@ -156,14 +157,26 @@ def test_a_token_sees_pages_that_a_prompt_of_the_same_batch_fills(served):
     assert torch.allclose(output[1:], expected[:32], atol=1e-5)
 
 
+@pytest.mark.skipif(LAYOUTS is None, reason="pages of this vLLM hold whole keys")
 def test_pages_hold_what_is_kept_and_in_8_bits_its_scales(served):
     served(k_ratio=0.5, s_ratio=0.25, sink=0, recent=0)
     assert AquaBackend.customize_spec(spec_of()).state_content_bytes == (12 + 16) * 4
     served(k_ratio=0.5, bits=8, kv_cache_dtype=INT8)
-    mode = KVQuantMode.INT8_PER_TOKEN_HEAD
-    assert AquaBackend.customize_spec(spec_of(torch.int8, kv_quant_mode=mode)).state_content_bytes == 16 + 16 + 4
+    assert AquaBackend.customize_spec(spec_of(torch.int8, kv_quant_mode=INT8_MODE)).state_content_bytes == 16 + 16 + 4
     served(k_ratio=0.5)
     assert AquaBackend.customize_spec(spec_of()) == spec_of()
+
+
+@pytest.mark.skipif(LAYOUTS is not None, reason="this vLLM does not ask for shapes")
+@pytest.mark.parametrize("given", [("auto", torch.bfloat16, KVQuantMode.NONE), (INT8, torch.int8, INT8_MODE)])
+def test_pages_by_shape_are_as_large_as_vllm_takes_them_to_be(given):
+    name, dtype, mode = given
+    spec = spec_of(dtype, kv_quant_mode=mode)
+    shape = AquaBackend.get_kv_cache_shape(3, BLOCK, KV_HEADS, DIM, cache_dtype_str=name)
+    assert 3 * spec.page_size_bytes == torch.empty(shape, dtype=dtype).nbytes
+    assert [shape[place] for place in AquaBackend.get_kv_cache_stride_order()] == list(shape)
+    assert AquaBackend.get_kv_cache_block_dim(BLOCK, KV_HEADS, DIM) == 0
+    assert not AquaBackend.indexes_kv_by_block_stride()
 
 
 def test_in_8_bits_every_layer_needs_projections(served):

@@ -15,6 +15,7 @@ pytest.importorskip("vllm.entrypoints")
 import vllm
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from aqua_attention.config import AquaConfig
@@ -25,6 +26,9 @@ from aqua_attention.vllm.backend import AquaBackend
 from aqua_attention.vllm.checks import ALLOW, TESTED, check_version, why_not
 from aqua_attention.vllm.settings import CONFIG, INT8, PROJECTIONS, serving
 from conftest import calibrated, make_llama
+
+named = pytest.mark.skipif(not hasattr(AttentionBackendEnum, "register"), reason="this vLLM has no other names")
+on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="of vLLM's CPU platform")
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +60,13 @@ def environment(monkeypatch, tmp_path):
         register_backend(member, path)
 
 
+APART = {"distributed_executor_backend": "mp"}
+"""Of more processes than there are GPUs here."""
 REFUSED = [
     ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is fp8, .*: leave it out"),
     ({"kv_cache_dtype": "float16"}, "kv_cache_dtype is float16, .*the model's dtype: leave it out"),
     (
-        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2},
+        {"tensor_parallel_size": 4, "decode_context_parallel_size": 2, **APART},
         "decode_context_parallel_size is 2, .*: set it to 1",
     ),
     ({"kv_offloading_size": 1.0}, "kv_connector is OffloadingConnector, .*: leave .* and kv_offloading_size out"),
@@ -82,7 +88,7 @@ def test_what_aqua_does_not_serve_is_named_with_its_value_and_remedy(configured,
 
 
 def test_what_it_serves_is_not_refused(configured, environment):
-    for options in ({}, {"kv_cache_dtype": "bfloat16"}, {"tensor_parallel_size": 2}, {"enforce_eager": True}):
+    for options in ({}, {"kv_cache_dtype": "bfloat16"}, {"tensor_parallel_size": 2, **APART}, {"enforce_eager": True}):
         assert why_not(configured(**options)) is None
 
 
@@ -105,7 +111,7 @@ def test_vllm_asks_the_rest_by_itself(configured, environment):
     given = {"use_mla": False, "has_sink": True, "use_sparse": False, "use_mm_prefix": False}
     given |= {"use_per_head_quant_scales": False, "device_capability": None, "attn_type": "decoder"}
     with set_current_vllm_config(configured()):
-        found = AquaBackend.validate_configuration(16, torch.bfloat16, "auto", 16, **given)
+        found = AquaBackend.validate_configuration(16, torch.bfloat16, "auto", 64, **given)
     assert found == ["attention sinks not supported"]
 
 
@@ -115,6 +121,7 @@ def test_this_version_is_tested():
 
 @pytest.mark.parametrize("version", ["0.25.1", "0.320.0", "0.99.0", "1.0.0", "dev"])
 def test_other_versions_are_refused_and_may_be_allowed(version, monkeypatch):
+    monkeypatch.delenv(ALLOW, raising=False)
     with pytest.raises(AquaError, match=rf"vLLM is {version}, and AQUA was tested with .*{TESTED[-1]}: .*{ALLOW}=1"):
         check_version(version)
     monkeypatch.setenv(ALLOW, "1")
@@ -124,6 +131,7 @@ def test_other_versions_are_refused_and_may_be_allowed(version, monkeypatch):
 
 def test_an_untested_version_is_refused_only_where_aqua_is_wanted(environment):
     environment.setattr(vllm, "__version__", "0.99.0")
+    environment.delenv(ALLOW, raising=False)
     with pytest.raises(AquaError, match=r"vLLM is 0\.99\.0"):
         plugin.register()
     environment.delenv(PROJECTIONS)
@@ -150,16 +158,23 @@ def test_a_wrong_setting_is_said_when_the_plugin_loads(environment, setting, sai
         plugin.register()
 
 
+@named
 def test_registering_again_changes_nothing(environment):
     for _ in range(3):
         plugin.register()
     assert plugin.backend_name() == AquaBackend.get_name() == "AQUA"
     assert AttentionBackendEnum["AQUA"].get_class() is AquaBackend
-    assert AttentionBackendEnum.CPU_ATTN.get_class() is AquaBackend
     # Of the registry's own placeholder somebody else may have need.
     assert not AttentionBackendEnum.CUSTOM.is_overridden()
 
 
+@on_cpu
+def test_on_a_cpu_it_stands_in_for_the_platforms_own(environment):
+    plugin.register()
+    assert AttentionBackendEnum.CPU_ATTN.get_class() is AquaBackend
+
+
+@named
 def test_a_process_that_has_loaded_no_plugin_reads_it(environment, tmp_path):
     plugin.register()
     (tmp_path / "pickled").write_bytes(pickle.dumps(AttentionBackendEnum["AQUA"]))
@@ -171,7 +186,7 @@ def test_a_process_that_has_loaded_no_plugin_reads_it(environment, tmp_path):
 
 def test_where_there_are_no_names_it_is_the_custom_backend(environment):
     """As up to 0.31; the registry is this version's, without what newer ones have."""
-    environment.delattr(AttentionBackendEnum, "register")
+    environment.delattr(AttentionBackendEnum, "register", raising=False)
     for _ in range(3):
         plugin.register()
     assert plugin.backend_name() == AquaBackend.get_name() == "CUSTOM"
@@ -179,13 +194,14 @@ def test_where_there_are_no_names_it_is_the_custom_backend(environment):
 
 
 def test_somebody_elses_custom_backend_stays_where_aqua_is_not_wanted(environment):
-    environment.delattr(AttentionBackendEnum, "register")
+    environment.delattr(AttentionBackendEnum, "register", raising=False)
     environment.delenv(PROJECTIONS)
     register_backend(AttentionBackendEnum.CUSTOM, "some.other.Backend")
     plugin.register()
     assert AttentionBackendEnum.CUSTOM.get_path() == "some.other.Backend"
 
 
+@on_cpu
 def test_latent_attention_is_refused_on_a_cpu_too(environment):
     plugin.register()
     for name in ("CPU_MLA", "AMX_MLA"):
