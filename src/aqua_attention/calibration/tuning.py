@@ -307,19 +307,32 @@ class _Tuning:
         return recomputed(attention_dropping, call, plans, plans[0].rotation, *self._seen(call), use_reentrant=False)
 
     def _seen(self, call: Call) -> tuple[Tensor, Tensor]:
-        """What queries see, and what of that is in the exact window; without a mask it is the same in every call."""
+        """See `outside_and_hidden`; without a mask it is the same in every call."""
         length, device = call.query.shape[2], call.query.device
         if call.mask is None and device in self._causal:
             return self._causal[device]
         sizes = {"queries": length, "keys": length, "start": 0, "sink": SINK, "recent": RECENT}
-        found = visible_and_exact(call.mask, **sizes, device=device)
+        found = outside_and_hidden(*visible_and_exact(call.mask, **sizes, device=device))
         if call.mask is None:
             self._causal[device] = found
         return found
 
 
+def outside_and_hidden(visible: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks as numbers, because filling by a mask copies all scores first.
+
+    Args:
+        visible, exact: what a query sees, and what of that is in the exact window, see `mask.visible_and_exact`.
+
+    Returns:
+        1 outside the exact window, 0 in it; and minus infinity where a query does not see a key, else 0.
+    """
+    hidden = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
+    return (~exact).float(), hidden
+
+
 def attention_dropping(
-    call: Call, plans: Sequence[LayerPlan], rotation: Tensor, visible: Tensor, exact: Tensor
+    call: Call, plans: Sequence[LayerPlan], rotation: Tensor, outside: Tensor, hidden: Tensor
 ) -> Tensor:
     """`attention_reference` of a call whose keys are not rotated, with a gradient by the rotation.
 
@@ -328,18 +341,19 @@ def attention_dropping(
     Args:
         plans: of each row of the batch, all of one rotation and exact window.
         rotation: [num_key_value_heads, head_dim, head_dim].
-        visible, exact: what a query sees, and what of that is in the exact window, see `mask.visible_and_exact`.
+        outside, hidden: see `outside_and_hidden`.
     """
     (batch, heads, length, dim), groups = call.query.shape, call.key.shape[1]
+    query = call.query.float() * call.scaling
     rotated = rotate(call.query, rotation)
     dropped = torch.cat([_dropped(row, plan) for row, plan in zip(rotated.split(1), plans, strict=True)])
 
     def products(queries: Tensor, keys: Tensor) -> Tensor:
-        tall = queries.float().reshape(batch, groups, -1, dim)
+        tall = queries.reshape(batch, groups, -1, dim)
         return (tall @ keys.float().transpose(-1, -2)).view(batch, heads, length, -1)
 
-    lost = products(dropped, rotate(call.key, rotation)).masked_fill(exact, 0.0)
-    scores = ((products(call.query, call.key) - lost) * call.scaling).masked_fill(~visible, -torch.inf)
+    lost = products(dropped.float() * call.scaling, rotate(call.key, rotation))
+    scores = torch.addcmul(products(query, call.key), lost, outside, value=-1) + hidden
     if call.s_aux is not None:
         extra = call.s_aux.float().reshape(1, heads, 1, 1).expand(batch, heads, length, 1)
         scores = torch.cat([scores, extra], -1)
