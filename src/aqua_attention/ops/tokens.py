@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aqua_attention.ops.heaviest import least_of
 from aqua_attention.ops.layout import quantized
 from aqua_attention.ops.mask import visible_and_exact
 from aqua_attention.ops.plan import Call, LayerPlan, Reading
@@ -56,16 +57,14 @@ def choose_tokens(weight: Tensor, visible: Tensor, exact: Tensor, plan: LayerPla
     others = visible & ~exact
     if share == 1:
         return visible
-    ordered = weight.masked_fill(~others, -1.0).sort(-1, descending=True).values
-    if share is None:
-        wanted = others.sum(-1).clamp(max=count)
+    if count is not None:
+        # Hidden tokens and those of the window come last.
+        ordered = weight.masked_fill(~others, -1.0)
+        least = ordered.topk(min(count, weight.shape[-1]), -1, sorted=False).values.amin(-1, keepdim=True)
     else:
-        heavy = ordered.clamp_min(0)
-        before = (weight * exact).sum(-1, keepdim=True) + heavy.cumsum(-1) - heavy
-        target = share * (weight * visible).sum(-1, keepdim=True)
-        wanted = torch.minimum((before < target).sum(-1), others.sum(-1))
-    last = ordered.gather(-1, (wanted - 1).clamp_min(0)[..., None])
-    least = torch.where(wanted[..., None] > 0, last, torch.inf)
+        assert share is not None
+        wanted = share * (weight * visible).sum(-1) - (weight * exact).sum(-1)
+        least = least_of(weight.masked_fill(~others, 0.0), wanted)
     # Not `weight >= least`, which NaN would not be.
     return exact | (others & ~(weight < least))
 
