@@ -72,8 +72,7 @@ def ablations(name: str, dims: float, bits: int, head_dim: int) -> dict[str, Met
     found |= {"pages by largest": changed(Way(by_pages(largest))), "pages by sum": changed(Way(by_pages(summed)))}
     # These have no second copy of the keys: the copy that scores is all there is, outside the exact window.
     found |= {f"values only, {part:.0%}": changed(Way(exact_keys=False), k_ratio=part) for part in (0.5, 0.75)}
-    found |= {f"first {count} layers dense": changed(dense_until(count)) for count in (1, 2)}
-    return found
+    return found | {"first layer dense": changed(dense_until(1)), "first two layers dense": changed(dense_until(2))}
 
 
 def exactly(query: Tensor, key: Tensor, _: Tensor | None, plan: LayerPlan) -> Scored:
