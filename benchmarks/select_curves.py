@@ -8,138 +8,112 @@
 All choose for the same queries of the same windows, with the same exact window (4 + 64), and attend exactly to what
 they read. They differ in what scores the tokens. A row a method and budget: the share of the tokens and of the bytes
 that is read, scores included, KL to dense attention, and the change of perplexity. "oracle" scores exactly, for free.
+
+Each row also says which share of the exact softmax the chosen tokens hold, in all and by layer, and what the scores
+make of it. With --json every row is kept as soon as it is measured, and a second run goes on behind the last one.
+Windows of 32k tokens of a model of 152k words take about 60 GB of a GPU in float32. There, set
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: blocks of queries see more and more keys.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shlex
+import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from select_methods import CHANNELS, Method, ablations, measuring, ours, p_by_layer, peers
 from torch import Tensor
 
 import aqua_attention as aqua
-from aqua_attention.data.text import load_text, tokenize
+from aqua_attention.data.text import load_text, text_digest, tokenize
+from aqua_attention.evaluate.record import file_digest, now, provenance, write_result
+from aqua_attention.evaluate.run import facts_of_model
 from aqua_attention.evaluate.setting import Setting, Subject, first_windows
 from aqua_attention.evaluate.suites.perplexity import DenseLogits, evaluate_perplexity
-from aqua_attention.ops import tokens
-from aqua_attention.ops.plan import LayerPlan
-from aqua_attention.ops.tokens import Scored, products, scores_by_dimensions
+from aqua_attention.ops import reference
+from aqua_attention.ops.tokens import Way
 
-PAGE = 16
 SHARES = ({"select_p": 0.8}, {"select_p": 0.9}, {"select_p": 0.95}, {"select_p": 0.99})
 COUNTS = (0.02, 0.05, 0.1, 0.2)
 """Of the tokens of a window, for methods with a fixed budget."""
+FIGURES = ("tokens_read", "bytes_read", "kl", "perplexity", "perplexity_change", "top1")
+LAYERS = ("tokens_read_per_layer", "bytes_read_per_layer")
+GPU_CHUNKS = 64
+"""Scores of a block of queries, see `ops.reference`: half a gigabyte, of which about ten copies are in flight."""
+GPU_LOGITS = 24 << 30
+"""Dense logits kept on a GPU: one window of 32k tokens and 152k words in float32, beside as much of a setting's."""
 
 
-def exactly(query: Tensor, key: Tensor, _: Tensor | None, plan: LayerPlan) -> Scored:
-    """An oracle's scores."""
-    return Scored(products(query, key), 0.0)
-
-
-def by_loudest_channels(query: Tensor, key: Tensor, _: Tensor | None, plan: LayerPlan) -> Scored:
-    """DoubleSparse: the channels whose products are largest on the calibration text, the same for all queries."""
-    chosen = torch.zeros_like(plan.key_rms, dtype=torch.bool)
-    chosen.scatter_(-1, CHANNELS[plan.index].to(query.device).topk(plan.k, -1).indices, True)
-    rows = chosen.repeat_interleave(query.shape[1] // key.shape[1], 0)[None, :, None].expand(query.shape)
-    return scores_by_dimensions(query, key, rows, plan)
-
-
-CHANNELS: dict[int, Tensor] = {}
-"""Of each layer: root mean squares of queries times those of keys, [num_key_value_heads, head_dim]."""
-
-
-def paged(of_page: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Scored]:
-    """Scores of whole pages: the tokens of one score the same, so that all of them are read or none."""
-
-    def scores(query: Tensor, key: Tensor, _: Tensor | None, plan: LayerPlan) -> Scored:
-        count = key.shape[2]
-        rest = -count % PAGE
-        # The last page is filled up with its last token.
-        whole = torch.cat([key, key[:, :, -1:].expand(-1, -1, rest, -1)], 2).unflatten(2, (-1, PAGE))
-        found = of_page(query, whole).repeat_interleave(PAGE, -1)[..., :count]
-        return Scored(found, 2 * key.shape[-1] * 2 / PAGE)
-
-    return scores
-
-
-def most_possible(query: Tensor, pages: Tensor) -> Tensor:
-    """Quest: the largest product that a key within a page's minimum and maximum could have."""
-    return products(query.clamp_min(0), pages.amax(3)) + products(query.clamp_max(0), pages.amin(3))
-
-
-def mean_and_deviation(query: Tensor, pages: Tensor) -> Tensor:
-    """The product with a page's mean, and one standard deviation of it."""
-    return products(query, pages.mean(3)) + products(query.square(), pages.var(3, correction=0)).sqrt()
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to choose tokens.
+@dataclass
+class Curves:
+    """The rows so far, in their file.
 
     Attributes:
-        basis: of the projections, see `Projections.with_basis`; or the name of a file.
-        knobs: of the setting, besides the budget; scores: what scores tokens; left_out: see `tokens.LEFT_OUT`.
-        fixed: its budget is a number of tokens, not a share of the softmax.
+        head: what is true of all; results: those of each text and length, as the file holds them.
     """
 
-    basis: str
-    knobs: dict[str, Any]
-    scores: Callable[..., Scored] = scores_by_dimensions
-    left_out: str = "nothing"
-    fixed: bool = False
+    path: Path | None
+    head: dict[str, Any]
+    started: str
+    results: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, path: Path | None, head: dict[str, Any]) -> "Curves":
+        """With what the file has already; a ValueError where it is of something else."""
+        if path is None or not path.exists():
+            return cls(path, head, now(), [])
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if other := [name for name in ("model", "dtype", "files") if value.get(name) != head[name]]:
+            raise ValueError(f"{path} has another {', '.join(other)}: give another file")
+        return cls(path, head, value["started"], value["results"])
+
+    def of_text(self, **same: Any) -> list[dict[str, Any]]:
+        """The rows of one text and length, to be added to."""
+        for result in self.results:
+            if all(result[name] == value for name, value in same.items()):
+                return result["rows"]
+        self.results.append(same | {"rows": []})
+        return self.results[-1]["rows"]
+
+    def write(self) -> None:
+        """Keep all rows."""
+        if self.path is not None:
+            write_result(self.path, "select", self.head | {"results": self.results}, shlex.join(sys.argv), self.started)
 
 
-def peers(dims: float) -> dict[str, Method]:
-    """Others' methods, in as many dimensions as ours where they have dimensions."""
-    of_query = {"k_ratio": dims, "selection": "magnitude"}
-    static = {"k_ratio": dims, "selection": "static"}
-    found = {
-        "SparQ": Method("none", of_query, left_out="mean"),
-        "Loki": Method("key-pca", static),
-        "DoubleSparse": Method("none", static, by_loudest_channels),
-        "Quest": Method("none", {}, paged(most_possible)),
-        "pages, mean and deviation": Method("none", {}, paged(mean_and_deviation)),
-        "oracle": Method("none", {}, exactly),
-    }
-    return found | {f"{name}, fixed": replace(method, fixed=True) for name, method in found.items()}
+def measured(subject: Subject, method: Method, budget: dict[str, Any], windows: Tensor, dense: DenseLogits) -> Any:
+    """One row."""
+    started = time.perf_counter()
+    setting = Setting(aqua.AquaConfig(**method.knobs | budget))
+    with measuring(method.way) as masses:
+        row = evaluate_perplexity(subject, [setting], windows, dense_logits=dense)["rows"][0]
+    figures = {name: row[name] for name in (*FIGURES, *LAYERS)} | masses.figures()
+    return budget | figures | {"setting": row["setting"], "seconds": round(time.perf_counter() - started, 2)}
 
 
-def ours(name: str, dims: float, bits: int) -> dict[str, Method]:
-    """AQUA-Select with a file's rotations."""
-    method = Method(name, {"k_ratio": dims, "score_bits": bits})
-    return {f"AQUA ({name})": method, f"AQUA ({name}), fixed": replace(method, fixed=True)}
+def said(row: dict[str, Any], budget: dict[str, Any]) -> str:
+    """A row in words."""
+    asked = ", ".join(f"{each} {value:g}" for each, value in budget.items())
+    decided = "" if row["mass_decided"] is None else f", {row['mass_decided']:.4f} where p decides"
+    return (
+        f"{row['method']}, {asked}: {row['tokens_read']:.1%} of the tokens, {row['bytes_read']:.1%} of the bytes, "
+        f"KL {row['kl']:.4f}, perplexity {row['perplexity_change']:+.2%}; they hold {row['mass']:.4f} of the softmax "
+        f"(by the scores {row['mass_expected']:.4f}{decided}); {row['seconds']:.0f} s"
+    )
 
 
-def ablations(name: str, dims: float, bits: int, head_dim: int) -> dict[str, Method]:
-    """AQUA-Select with one choice changed at a time."""
-    as_it_is = Method(name, {"k_ratio": dims, "score_bits": bits})
-
-    def changed(**knobs: Any) -> Method:
-        return replace(as_it_is, knobs=as_it_is.knobs | knobs)
-
-    found = {"as it is": as_it_is}
-    found |= {f"{few} dimensions": changed(k_ratio=few / head_dim) for few in (16, 32, 48, 64) if few < head_dim}
-    found |= {f"{few} bits": changed(score_bits=few) for few in (16, 8, 4)}
-    found |= {"magnitude": changed(selection="magnitude"), "static": changed(selection="static")}
-    found |= {"dimensions by head": changed(share="head")}
-    found |= {f"left out: {each}": replace(as_it_is, left_out=each) for each in ("mean", "others")}
-    return found
-
-
-@contextmanager
-def measuring(method: Method) -> Iterator[None]:
-    """While open, tokens are scored so."""
-    before = tokens.SCORES, tokens.LEFT_OUT
-    tokens.SCORES, tokens.LEFT_OUT = method.scores, method.left_out
-    try:
-        yield
-    finally:
-        tokens.SCORES, tokens.LEFT_OUT = before
+def dense_logits(windows: Tensor, model: Any) -> DenseLogits:
+    """On a GPU where all fit there, since taking them back takes longer than computing them; else in memory."""
+    words = (model.lm_head if hasattr(model, "lm_head") else model.get_output_embeddings()).weight
+    needed = windows.numel() * words.shape[0] * words.element_size()
+    if words.device.type == "cpu" or needed > GPU_LOGITS:
+        return DenseLogits()
+    return DenseLogits(GPU_LOGITS, str(words.device))
 
 
 def main() -> None:
@@ -155,53 +129,78 @@ def main() -> None:
     parser.add_argument("--dims", type=int, default=32, help="dimensions that score")
     parser.add_argument("--bits", type=int, default=8, help="their bits, of AQUA")
     parser.add_argument("--ablate", action="store_true", help="AQUA with one choice changed at a time, not the peers")
+    parser.add_argument("--correct", help="a text, no tested one: with --ablate, also p by layer, found on its start")
     parser.add_argument("--method", action="append", help="only this one; may be repeated")
+    parser.add_argument("--p", type=float, action="append", help="only this select_p; may be repeated")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", help="write the rows here")
+    parser.add_argument("--json", type=Path, help="keep the rows here; rows that it has are not measured again")
     given = parser.parse_args()
     model, tokenizer = aqua.load_model(given.model, dtype=given.dtype)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    files = [each.partition("=") for each in given.projections]
-    bases = {name: aqua.Projections.load(file) for name, _, file in files}
+    reference.GPU_CHUNKS = GPU_CHUNKS
+    files = {name: Path(file) for name, _, file in (each.partition("=") for each in given.projections)}
+    bases = {name: aqua.Projections.load(file) for name, file in files.items()}
     first = next(iter(bases.values()))
     bases |= {name: first.with_basis(name) for name in ("none", "key-pca")}
     plain = bases["none"].layers
     CHANNELS.update({index: layer.key_rms * layer.query_rms for index, layer in plain.items()})
     head_dim = next(iter(plain.values())).rotation.shape[-1]
     methods: dict[str, Method] = {}
-    for name, _, _ in files:
-        make = ablations if given.ablate else ours
-        methods |= make(name, given.dims / head_dim, given.bits, *([head_dim] if given.ablate else []))
+    for name in files:
+        if given.ablate:
+            made = ablations(name, given.dims / head_dim, given.bits, head_dim)
+            made |= {"p by layer": made["as it is"]} if given.correct else {}
+            methods |= made if len(files) == 1 else {f"{each} ({name})": method for each, method in made.items()}
+        else:
+            methods |= ours(name, given.dims / head_dim, given.bits)
     methods |= {} if given.ablate else peers(given.dims / head_dim)
     if unknown := set(given.method or ()) - set(methods):
         parser.error(f"--method is {', '.join(unknown)}: choose from {', '.join(methods)}")
-    rows = []
+    rests_on = provenance(next(iter(files.values())), first)
+    del rests_on["basis"]
+    head = {"model": given.model, "dtype": given.dtype, "files": {n: file_digest(f) for n, f in files.items()}}
+    try:
+        curves = Curves.of(given.json, head | rests_on | facts_of_model(model))
+    except ValueError as error:
+        parser.error(str(error))
+    shares = [{"select_p": p} for p in given.p] if given.p else SHARES
+
+    def windows_of(text: str, tokens: int, length: int) -> Tensor:
+        return first_windows(model, tokenize(tokenizer, text), tokens, length)
+
     for length in given.length:
-        for text in given.test:
-            subject = Subject("", model, tokenizer, first, text=load_text(text))
-            windows = first_windows(model, tokenize(tokenizer, subject.text), max(given.tokens, length), length)
-            kept = DenseLogits()
-            for name in given.method or methods:
-                method = methods[name]
-                counts = ({"select_tokens": math.ceil(share * length)} for share in COUNTS)
-                budgets = list(counts) if method.fixed else SHARES
-                settings = [Setting(aqua.AquaConfig(**method.knobs | budget)) for budget in budgets]
+        corrected: dict[str, Way] = {}
+        for name in given.test:
+            text = load_text(name)
+            subject = Subject("", model, tokenizer, first, text=text)
+            windows = windows_of(text, max(given.tokens, length), length)
+            rows = curves.of_text(data=name, context=length, tokens=windows.numel(), text_sha256=text_digest(text))
+            dense = dense_logits(windows, model)
+            for title in given.method or methods:
+                method = methods[title]
+                counts = [{"select_tokens": math.ceil(share * length)} for share in COUNTS]
                 of = replace(subject, projections=bases[method.basis])
-                with measuring(method):
-                    found = evaluate_perplexity(of, settings, windows, dense_logits=kept)["rows"]
-                for budget, row in zip(budgets, found, strict=True):
-                    shares = {each: row[each] for each in ("tokens_read", "bytes_read", "kl", "perplexity_change")}
-                    layers = {"tokens_read_per_layer": row["tokens_read_per_layer"]}
-                    rows.append({"text": text, "length": length, "method": name} | budget | shares | layers)
-                    said = ", ".join(f"{each} {value:g}" for each, value in budget.items())
-                    print(
-                        f"{text} {length} {name}, {said}: {row['tokens_read']:.1%} of the tokens, "
-                        f"{row['bytes_read']:.1%} of the bytes, KL {row['kl']:.4f}, "
-                        f"perplexity {row['perplexity_change']:+.2%}",
-                        flush=True,
-                    )
-    if given.json:
-        Path(given.json).write_text(json.dumps(rows, indent=1), encoding="utf-8")
+                for budget in counts if method.fixed else shares:
+                    wanted = {"method": title} | budget
+                    if any(wanted.items() <= row.items() for row in rows):
+                        continue
+                    if title.startswith("p by layer"):
+                        if title not in corrected:
+                            calibration = windows_of(load_text(given.correct), length, length)
+                            corrected[title] = found_p(of, method, calibration)
+                        method = replace(method, way=corrected[title])
+                    rows.append(wanted | measured(of, method, budget, windows, dense))
+                    print(f"{name} {length} {said(rows[-1], budget)}", flush=True)
+                    curves.write()
+
+
+def found_p(subject: Subject, method: Method, windows: Tensor) -> Way:
+    """The way in which each layer asks for a p of its own, found on these windows."""
+    dense, found = dense_logits(windows, subject.model), {}
+    for budget in SHARES:
+        row = measured(subject, method, budget, windows, dense)
+        found[budget["select_p"]] = row["mass_per_layer"]
+    return p_by_layer(found)
 
 
 if __name__ == "__main__":

@@ -203,6 +203,14 @@ def test_words_are_those_that_stand_in_no_other(word_tokenizer):
     assert sorted(material.Material(word_tokenizer, text).words) == ["orchards", "pineapple", "straßen", "äpfel"]
 
 
+def test_words_of_other_scripts(word_tokenizer):
+    """Marks of Hindi belong to its words; Chinese and Thai have no words that could be told apart."""
+    assert material.Material(word_tokenizer, "किताबें और विद्यालय").words == ["विद्यालय", "किताबें"]
+    assert material.Material(word_tokenizer, "читать книги").words == ["читать", "книги"]
+    assert material.Material(word_tokenizer, "我们今天去图书馆。ภาษาไทยเขียนติดกัน").words == []
+    assert material.Material(word_tokenizer, "12 34").words == []
+
+
 # Files of questions
 
 

@@ -263,6 +263,7 @@ def test_few_bits_are_near():
         ({"select_tokens": 0}, "select_tokens is 0"),
         ({"select_p": 0.5, "select_tokens": 3}, "give one of them"),
         ({"select_p": 0.5, "h2o_ratio": 0.5}, "all tokens must stay"),
+        ({"select_tokens": 5, "h2o_ratio": 0.5}, "all tokens must stay"),
         ({"score_bits": 8}, "no tokens are chosen"),
         ({"select_p": 0.5, "score_bits": 5}, "score_bits is 5"),
     ],

@@ -86,6 +86,52 @@ def retrieval(key, columns, depths, share):
     return {"cells": cells, "right": right, "asked": asked, "lost": 3, "gained": 1, "p_value": 0.625}
 
 
+def ruler(length_costs):
+    """RULER's result: three tasks at two lengths, ten questions each, right in part."""
+    tasks, lengths = ("niah_single_1", "vt", "cwe"), (4096, 8192)
+    cells = [
+        {"task": task, "length": length, "right": round(10 - place - length_costs * length / 4096, 4), "asked": 10}
+        for place, task in enumerate(tasks)
+        for length in lengths
+    ]
+    right, asked = (sum(cell[name] for cell in cells) for name in ("right", "asked"))
+    return {"cells": cells, "right": right, "asked": asked, "lost": 3, "gained": 1, "p_value": 0.625}
+
+
+def choice():
+    """What `benchmarks/select_curves.py` writes: two lengths, four methods by p and two with a fixed number."""
+
+    def row(method, budget, share, costs):
+        scored = 0.0 if method == "oracle" else 0.066
+        layers = [share * factor for factor in (2.0, 1.0, 0.5, 0.5)]
+        figures = {"method": method} | budget | {"tokens_read": share, "bytes_read": share + scored}
+        figures |= {"kl": costs, "perplexity": 20 * (1 + costs), "perplexity_change": costs, "top1": 1 - costs}
+        figures |= {"tokens_read_per_layer": layers, "bytes_read_per_layer": [each + scored for each in layers]}
+        held = budget.get("select_p", 1 - share) - costs / 4
+        figures |= dict.fromkeys(("mass", "mass_expected", "mass_decided"), held)
+        figures |= {f"{name}_per_layer": [held] * 4 for name in ("mass", "mass_expected", "mass_decided")}
+        return figures | {"mass_decided_per_layer": [None, held, held, held], "seconds": 1.0}
+
+    def rows(length):
+        worse = {"AQUA (svd)": 1.0, "SparQ": 1.5, "Quest": 3.0, "oracle": 0.7}
+        found = [
+            row(method, {"select_p": p}, min(1.0, factor * 400 / length * (1 - p) ** -0.3), factor * (1 - p) / 9)
+            for method, factor in worse.items()
+            for p in (0.8, 0.9, 0.95, 0.99)
+        ]
+        return found + [
+            row(f"{method}, fixed", {"select_tokens": int(share * length)}, share, worse[method] * 0.002 / share)
+            for method in ("AQUA (svd)", "oracle")
+            for share in (0.02, 0.05, 0.1, 0.2)
+        ]
+
+    of_length = [
+        {"data": "wiki.txt", "context": length, "tokens": 16384, "text_sha256": "1" * 64, "rows": rows(length)}
+        for length in (8192, 16384)
+    ]
+    return SAID | {"schema": 1, "suite": "select", "dtype": "float32", "device": "GPU", "results": of_length}
+
+
 def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -124,6 +170,7 @@ def records():
         made.append(record("needle", config, needle, options={"data": "builtin:evaluation", "lengths": [1024]}))
         lines = retrieval("lines", (50, 100, 200), (None,), lambda n, _, loss=loss: 0.9 - loss * n / 200)
         made.append(record("lines", config, lines, options={}))
+        made.append(record("ruler", config, ruler(loss), options={"data": "builtin:evaluation"}))
     for selection, worse in (("static", 2.0), ("magnitude", 1.2), ("weighted", 1.0)):
         for ratio in (0.25, 0.5, 0.75):
             heads = [[worse * (1 - ratio) ** 2 * (1 + layer + head) / 12 for head in range(8)] for layer in range(4)]
@@ -217,6 +264,7 @@ def benchmarks():
         | {"schema": 1, "suite": "serve", "device": "GPU"}
         | {"results": [{"batch": 8, "length": 1024, "new_tokens": 128, "dtype": "bfloat16", "rows": served}]},
         "memory.json": {"length": 8192, "batch": 1, "dtype": "torch.bfloat16", "model": MODEL, "rows": rows},
+        "select.json": choice(),
         "spectrum.json": {"model": {"name": MODEL, "shape": {}}, "calibration": {"tokens": 8192}, "layers": layers},
     }
 

@@ -22,8 +22,8 @@ def test_every_suite_is_read(tmp_path):
     found = collect(samples.write(tmp_path))
     assert not found.unused
     suites = {record.suite for record in found.records}
-    grid = {"perplexity", "retention", "needle", "lines", "tasks", "transfer", "context"}
-    assert suites == grid | {"decode", "generate", "serve", "memory", "spectrum", "breakeven"}
+    grid = {"perplexity", "retention", "needle", "lines", "ruler", "tasks", "transfer", "context"}
+    assert suites == grid | {"select", "decode", "generate", "serve", "memory", "spectrum", "breakeven"}
     assert sorted(record.error["kind"] for record in found.failed) == ["error", "out_of_memory"]
     # Dense first, then fewer and fewer dimensions.
     perplexity = [record.setting for record in found.records if record.suite == "perplexity"]

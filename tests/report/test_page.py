@@ -307,7 +307,7 @@ def test_a_row_that_lacks_a_figure_is_shown_without_it(tmp_path):
 def test_whatever_is_in_a_file_there_is_a_page(tmp_path, seed):
     rng = random.Random(seed)
     values, files = [], {}
-    for suite in ("perplexity", "needle", "lines", "retention", "tasks", "transfer", "context"):
+    for suite in ("perplexity", "needle", "lines", "ruler", "retention", "tasks", "transfer", "context"):
         first, *others = rng.sample([value for value in samples.records() if value["suite"] == suite], 3)
         values += [changed(first, rng), *others]
     for name, value in samples.benchmarks().items():

@@ -7,11 +7,14 @@ they are exact. They choose, for each query and key-value head, the tokens with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from aqua_attention.ops.heaviest import least_of
 from aqua_attention.ops.layout import quantized
 from aqua_attention.ops.mask import visible_and_exact
 from aqua_attention.ops.plan import Call, LayerPlan, Reading
@@ -54,16 +57,14 @@ def choose_tokens(weight: Tensor, visible: Tensor, exact: Tensor, plan: LayerPla
     others = visible & ~exact
     if share == 1:
         return visible
-    ordered = weight.masked_fill(~others, -1.0).sort(-1, descending=True).values
-    if share is None:
-        wanted = others.sum(-1).clamp(max=count)
+    if count is not None:
+        # Hidden tokens and those of the window come last.
+        ordered = weight.masked_fill(~others, -1.0)
+        least = ordered.topk(min(count, weight.shape[-1]), -1, sorted=False).values.amin(-1, keepdim=True)
     else:
-        heavy = ordered.clamp_min(0)
-        before = (weight * exact).sum(-1, keepdim=True) + heavy.cumsum(-1) - heavy
-        target = share * (weight * visible).sum(-1, keepdim=True)
-        wanted = torch.minimum((before < target).sum(-1), others.sum(-1))
-    last = ordered.gather(-1, (wanted - 1).clamp_min(0)[..., None])
-    least = torch.where(wanted[..., None] > 0, last, torch.inf)
+        assert share is not None
+        wanted = share * (weight * visible).sum(-1) - (weight * exact).sum(-1)
+        least = least_of(weight.masked_fill(~others, 0.0), wanted)
     # Not `weight >= least`, which NaN would not be.
     return exact | (others & ~(weight < least))
 
@@ -109,11 +110,44 @@ def scores_by_dimensions(query: Tensor, key: Tensor, selected: Tensor | None, pl
     return Scored(products(torch.where(selected, query, 0), key), dims * (bits / 8) + scale_bytes)
 
 
-SCORES = scores_by_dimensions
-"""What scores tokens. Benchmarks put other methods here, to compare them."""
-LEFT_OUT = "nothing"
-"""What stands for tokens that are not read: "nothing"; "mean", the mean of all values seen, as SparQ has it; "others",
-the mean of the values not read. Both weigh what the approximate softmax leaves out. Benchmarks change it."""
+class Choice(NamedTuple):
+    """What one block of queries chose, for who watches; all [batch, num_key_value_heads, queries, tokens].
+
+    Attributes:
+        layer: its index in the model.
+        read, visible, exact: boolean.
+        approximate, weight: softmax by the scores and the exact one, summed over the heads of a group.
+    """
+
+    layer: int
+    read: Tensor
+    visible: Tensor
+    exact: Tensor
+    approximate: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class Way:
+    """How tokens are scored, chosen and weighed. Benchmarks put others in the place of ours, to compare them.
+
+    Attributes:
+        scores: what scores tokens; choose: which are read.
+        left_out: what stands for tokens that are not read: "nothing"; "mean", the mean of all values seen, as SparQ has
+            it; "others", the mean of the values not read. Both weigh what the approximate softmax leaves out.
+        exact_keys: chosen tokens are weighed by exact scores. If not, only those of the exact window are, and of the
+            others no keys are read but those that are scored.
+        watch: is told what was chosen. Exact weights of all tokens are computed for it alone.
+    """
+
+    scores: Callable[[Tensor, Tensor, Tensor | None, LayerPlan], Scored] = scores_by_dimensions
+    choose: Callable[[Tensor, Tensor, Tensor, LayerPlan], Tensor] = choose_tokens
+    left_out: str = "nothing"
+    exact_keys: bool = True
+    watch: Callable[[Choice], None] | None = None
+
+
+WAY = Way()
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:
@@ -152,7 +186,7 @@ def _block(
     call: Call, copy: Tensor, plan: LayerPlan, selected: Tensor | None, short: Tensor | None
 ) -> tuple[Tensor, Reading]:
     """Some queries, and all keys that they see; `copy`: what is scored of these."""
-    (batch, heads, queries, _), (groups, tokens) = call.query.shape, call.key.shape[1:3]
+    (heads, queries), (groups, tokens) = call.query.shape[1:3], call.key.shape[1:3]
     window = {"queries": queries, "keys": tokens, "start": tokens - queries, "sink": call.sink, "recent": call.recent}
     visible, exact = visible_and_exact(call.mask, **window, device=call.query.device)
     query, key = call.query[..., : plan.kept], call.key[..., : plan.kept]
@@ -165,32 +199,47 @@ def _block(
     if call.key.shape[-1] > plan.kept:
         # Tokens of the exact window keep more dimensions than others.
         full = torch.where(exact, products(call.query, call.key), full)
-    scored = SCORES(query, copy, selected, plan)
-    approximate = torch.where(exact, full, scored.scores)
-    approximate = softmax_seen(limited(approximate), visible, call.s_aux)
-    weight = approximate.view(batch, groups, -1, queries, tokens).sum(2)
+    scored = WAY.scores(query, copy, selected, plan)
+    likely = limited(torch.where(exact, full, scored.scores))
+    approximate = softmax_seen(likely, visible, call.s_aux)
+    weight = _of_groups(approximate, groups)
     # What is visible is the same for all heads.
     visible, exact = (each[:, :1].expand(weight.shape) for each in (visible, exact))
-    read = choose_tokens(weight, visible, exact, plan)
+    read = WAY.choose(weight, visible, exact, plan)
     if short is not None:
         read = read | (visible & short[:, :1, :, None])
+    full = limited(full)
+    if WAY.watch is not None:
+        dense = softmax_seen(full, visible[:, :1], call.s_aux)
+        WAY.watch(Choice(plan.index, read, visible, exact, weight, _of_groups(dense, groups)))
     every = read.repeat_interleave(heads // groups, 1)
-    probabilities = softmax_seen(limited(full), every, call.s_aux)
-    if LEFT_OUT != "nothing":
+    probabilities = softmax_seen(full if WAY.exact_keys else likely, every, call.s_aux)
+    if WAY.left_out != "nothing":
         probabilities = _with_others(probabilities, approximate, every, visible.repeat_interleave(heads // groups, 1))
     output = weighted_values(probabilities, lambda tall: tall @ call.value, groups)
-    return output, _reading(read.sum(-1), visible.sum(-1), scored.read, plan, call.value.shape[-1])
+    count, seen = read.sum(-1), visible.sum(-1)
+    keys = count if WAY.exact_keys else exact.sum(-1)
+    return output, _reading(count, keys, seen, scored.read, plan, call.value.shape[-1])
 
 
-def _reading(read: Tensor, seen: Tensor, scored: Tensor | float, plan: LayerPlan, value_dim: int) -> Reading:
+def _of_groups(probabilities: Tensor, groups: int) -> Tensor:
+    """Summed over the heads of each group."""
+    return probabilities.unflatten(1, (groups, -1)).sum(2)
+
+
+def _reading(
+    read: Tensor, keys: Tensor, seen: Tensor, scored: Tensor | float, plan: LayerPlan, value_dim: int
+) -> Reading:
+    """`read` tokens, exact keys of `keys` of them, and `scored` bytes of each that is seen."""
     bits = plan.config.bits
-    token = (plan.kept + value_dim) * (bits or 16) / 8 + (0 if bits is None else 2 * SCALE_BYTES)
-    share = (scored + token * read / seen.clamp_min(1)) / (2 * (plan.head_dim + value_dim))
+    scale = 0 if bits is None else SCALE_BYTES
+    one, other = (dims * (bits or 16) / 8 + scale for dims in (plan.kept, value_dim))
+    share = (scored + (one * keys + other * read) / seen.clamp_min(1)) / (2 * (plan.head_dim + value_dim))
     return Reading(read, seen, share.float())
 
 
 def _with_others(probabilities: Tensor, approximate: Tensor, read: Tensor, visible: Tensor) -> Tensor:
     """Probabilities in which tokens that are not read have equal parts of what the approximate softmax gives them."""
     missing = (approximate * (visible & ~read)).sum(-1, keepdim=True)
-    among = visible if LEFT_OUT == "mean" else visible & ~read
+    among = visible if WAY.left_out == "mean" else visible & ~read
     return probabilities * (1 - missing) + missing * among / among.sum(-1, keepdim=True).clamp_min(1)

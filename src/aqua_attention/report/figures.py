@@ -133,7 +133,7 @@ def loss_curves(
     """Perplexity change and KL divergence over a common x, of records as (label of the curve, x, figures)."""
     axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
     alt = f"Perplexity change and KL divergence {alt}"
-    points = [(label, at, [number(row[key]) for key in ("perplexity_change", "kl")]) for label, at, row in records]
+    points = [(label, at, [number(row.get(key)) for key in ("perplexity_change", "kl")]) for label, at, row in records]
     return curves(name, alt, x, axes, points, joined, alone)
 
 

@@ -12,6 +12,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import Record, make_folder
 from aqua_attention.io.files import write_atomically
 from aqua_attention.report import svg
+from aqua_attention.report.choice import choice_sections
 from aqua_attention.report.collect import Collected
 from aqua_attention.report.document import Block, Panel, Section, data_of, name_of
 from aqua_attention.report.layers import layer_sections
@@ -30,6 +31,7 @@ MOST_ROWS = 300
 """Of a table in HTML, which stays small enough to be sent about; the Markdown has all."""
 PARTS: tuple[tuple[Callable[[Sequence[Record]], list[Section]], str], ...] = (
     (loss_sections, "perplexity"),
+    (choice_sections, "select"),
     (retrieval_sections, "needle lines ruler"),
     (task_sections, "tasks"),
     (transfer_sections, "transfer context"),

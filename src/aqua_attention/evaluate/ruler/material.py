@@ -3,6 +3,7 @@
 
 import random
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from aqua_attention.evaluate.suites.haystack import Haystack, token_counts
 
 LEAST_LETTERS = 4
 """Of a word that is asked for: shorter ones stand in other words."""
+NO_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
+"""Scripts that put no spaces between words, so that none can be told from another."""
 MOST_WORDS = 20_000
 """Different words that are looked at, from the text's beginning."""
 DOCUMENT_TOKENS = 150
@@ -59,8 +62,10 @@ class Material:
 
     @cached_property
     def words(self) -> list[str]:
-        """Different words of the text in lower case, none of which stands in another one."""
-        found = re.findall(rf"[^\W\d_]{{{LEAST_LETTERS},}}", self.text.lower())
+        """Different words of the text in lower case, none of which stands in another one; see `NO_SPACES`."""
+        text = self.text.lower()
+        letters = "".join(sorted(filter(_is_of_words, set(text))))
+        found = re.findall(rf"[{re.escape(letters)}]{{{LEAST_LETTERS},}}", text) if letters else []
         words, kept = list(dict.fromkeys(found))[:MOST_WORDS], ""
         for word in sorted(words, key=lambda word: (-len(word), word)):
             if word not in kept:
@@ -78,3 +83,9 @@ class Material:
                 found += [Document(text, text.lower(), ends[last] - ends[first])] if text else []
                 first = last
         return found
+
+
+def _is_of_words(sign: str) -> bool:
+    """Letters and the marks on them, which in Hindi and others are characters of their own."""
+    is_letter = sign.isalpha() or unicodedata.category(sign).startswith("M")
+    return is_letter and not unicodedata.name(sign, "").startswith(NO_SPACES)

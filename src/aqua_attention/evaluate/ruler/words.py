@@ -38,7 +38,7 @@ def common(material: Material, draw: Draw) -> Question:
     if needed > len(words):
         raise AquaError(
             f"the text has {len(words)} different words that are long enough, cwe of {draw.length} tokens takes "
-            f"{needed}: give more text, a smaller length, or other tasks (--task)"
+            f"{needed}: give more text, a smaller length, or other tasks (--task). Scripts without spaces have none"
         )
     drawn = draw.rng.sample(words, needed)
     shown, shown_others, asked, rest = _cut(drawn, COMMON, in_example, COMMON, others)

@@ -70,6 +70,7 @@ _SERVE = (
     "token_seconds",
     "ratio",
 )
+_CHOICE = Rows("rows", ("tokens_read", "bytes_read", "kl", "perplexity_change"), title="method")
 _HEADS = Rows("per_layer", ("layer",), ("score_loss", "softmax_loss"))
 
 
@@ -95,6 +96,7 @@ SUITES = {
     ),
     "transfer": Suite(_LOSSES, ("calibrated", "tested"), newer=(*_NEWER, "distance"), calibrates=True),
     "context": Suite(("calibrated_length", "tested_length", *_LOSSES), newer=_NEWER, calibrates=True),
+    "select": Suite(rows=(_CHOICE,), command="benchmarks/select_curves.py"),
     "images": Suite(("mean_cosine", "lowest_cosine", "same_neighbour", "mean_k")),
     "spectrum": _benchmark("inspect", Rows("layers", ("layer", "head_dim"), ("dims_90", "dims_99"))),
     "memory": _benchmark("bench memory", Rows("rows", ("bytes", "ratio", "peak_bytes", "peak_ratio"), title="setting")),

@@ -59,12 +59,14 @@ class _Sums:
 
 @dataclass(eq=False, repr=False)
 class DenseLogits:
-    """The dense model's logits, kept in ordinary memory for several calls over the same windows of the same model.
+    """The dense model's logits, kept for several calls over the same windows of the same model.
 
-    Those beyond `most_bytes` are computed again in each call; asked for another model or windows, it forgets.
+    Those beyond `most_bytes` are computed again in each call; asked for another model or windows, it forgets. `device`
+    is where they are kept, ordinary memory by default.
     """
 
     most_bytes: int = KEPT_BYTES
+    device: str = "cpu"
     _owner: tuple[PreTrainedModel, Tensor] | None = field(default=None, init=False)
     _kept: dict[int, Tensor] = field(default_factory=dict, init=False)
 
@@ -76,7 +78,7 @@ class DenseLogits:
             return self._kept[index].to(input_device(model))
         logits = _logits(model, windows[index][None].to(input_device(model)))
         if sum(kept.nbytes for kept in self._kept.values()) + logits.nbytes <= self.most_bytes:
-            self._kept[index] = logits.cpu()
+            self._kept[index] = logits.to(self.device)
         return logits
 
 
