@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Scoring all tokens of a sequence by a few dimensions of their keys in 8 bits.
+
+Scores become weights in 16 bits: a weight is relative to the largest of its tile, so that it keeps 11 bits over 29
+octaves, and what reads it takes no more powers. The exact window is scored with whole keys by a program of its own.
+"""
+
+import triton
+import triton.language as tl
+
+from aqua_attention.ops.backends.triton.blocks import (
+    LEAST_SIZE,
+    LOG2_E,
+    TILE,
+    key_pointers,
+    on_device_of,
+    starts_early,
+    token_blocks,
+    token_pointers,
+)
+from aqua_attention.ops.backends.triton.decode_int8 import decoded
+from aqua_attention.ops.backends.triton.token_work import (
+    BINS,
+    ScoredArguments,
+    TokenWork,
+    first_block,
+    seen_length,
+    start_early,
+    token_rows,
+)
+from aqua_attention.ops.scored import ScoredCache
+
+WARPS, STAGES = 4, 4
+WEIGHT_UNIT = tl.constexpr(32768.0)
+"""What the weight 1 is in float16: as much room below as there can be."""
+
+
+def score_tokens(
+    cache: ScoredCache, work: TokenWork, *, scaling: float, window: tuple[int, int], appended: bool
+) -> None:
+    """Write weights, their largest, log-sum-exps, and zeros where the next kernels add.
+
+    Args:
+        window: tokens of the exact window, the first and the last ones.
+        appended: one token more is there than `cache.lengths` say.
+    """
+    batch, kv_heads, _, _, _ = cache.shape
+    most = work.dims.shape[2]
+    with on_device_of(work.rotated):
+        _score_tokens[(work.splits + 1, kv_heads, batch)](
+            work.rotated,
+            work.dims,
+            ScoredArguments.of(cache),
+            work.scratch,
+            scaling * LOG2_E,
+            *window,
+            APPENDED=appended,
+            CHOSEN=most,
+            DIMS=max(LEAST_SIZE, triton.next_power_of_2(most)),
+            BINS=BINS,
+            ASSEMBLY=work.rotated.is_cuda,
+            num_warps=WARPS,
+            num_stages=STAGES,
+            **{name: size for name, size in work.constants(cache).items() if not name.startswith("VALUE")},
+            **starts_early(work.rotated),
+        )
+
+
+@triton.jit
+def _score_tokens(
+    query_ptr,
+    dims_ptr,
+    cache,
+    scratch,
+    scaling,
+    sink,
+    recent,
+    APPENDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    start_early(EARLY)
+    split, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(0) - 1
+    place = (row * tl.num_programs(1) + group).to(tl.int64)
+    length = seen_length(cache, row, APPENDED)
+    heads = tl.arange(0, ROWS)
+    inside = heads < GROUP
+    query_ptr += place * GROUP * KEPT
+    if split == splits:
+        bins = tl.arange(0, BINS)
+        tl.store(scratch.coarse + place * 2 * BINS + bins, tl.zeros([BINS], tl.int32))
+        tl.store(scratch.coarse + (place * 2 + 1) * BINS + bins, tl.zeros([BINS], tl.int32))
+        tl.store(scratch.fine + place * BINS + bins, tl.zeros([BINS], tl.int32))
+        lse = _window(
+            query_ptr, cache, row, group, scaling, sink, recent, length, GROUP, ROWS, KEPT, KEPT_PADDED, BLOCK
+        )
+    else:
+        tiles = tl.cdiv(length, TILE)
+        each = tl.cdiv(tiles, splits)
+        begin = split * each
+        end = tl.minimum(begin + each, tiles)
+        lse = _tiles(
+            query_ptr,
+            dims_ptr + place * CHOSEN,
+            cache,
+            scratch,
+            (row, group, place, length, begin, end),
+            scaling,
+            sink,
+            recent,
+            GROUP,
+            ROWS,
+            KEPT,
+            CHOSEN,
+            DIMS,
+            BLOCK,
+            ASSEMBLY,
+        )
+    tl.store(scratch.part_lse + (place * GROUP + heads) * (splits + 1) + split, lse, inside)
+
+
+@triton.jit
+def _tiles(
+    query_ptr,
+    dims_ptr,
+    cache,
+    scratch,
+    part,
+    scaling,
+    sink,
+    recent,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Score the tiles of one program. Scales and means of channels go into the query, made small enough for float16."""
+    row, group, place, length, begin, end = part
+    heads, tokens, indices = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DIMS)
+    inside, taken = heads < GROUP, indices < CHOSEN
+    dims = tl.load(dims_ptr + indices, taken, 0, cache_modifier=".cg")
+    query = tl.load(
+        query_ptr + heads[:, None] * KEPT + dims[None, :],
+        inside[:, None] & taken[None, :],
+        0.0,
+        cache_modifier=".cg",
+    ).to(tl.float32)
+    mean = tl.sum(query * tl.load(cache.channel_mean + group * KEPT + dims)[None, :], 1) * scaling
+    query *= tl.load(cache.channel_scale + group * KEPT + dims)[None, :]
+    is_wide: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
+    unit = tl.full([ROWS], 1.0, tl.float32) * scaling
+    if not is_wide:
+        peak = tl.max(tl.abs(query), 1)
+        peak = tl.where(peak > 0, peak, 1.0)
+        query = (query / peak[:, None]).to(tl.float16)
+        unit = peak * scaling
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    first = first_block(cache, row, group)
+    table_ptr = cache.block_table
+    if table_ptr is not None:
+        table_ptr += row * cache.table_width
+    # Scales are too small for the compiler to load ahead.
+    block_ids = token_blocks(table_ptr, first, cache.block_stride, begin, cache.table_width, BLOCK)
+    next_scales = tl.load(
+        token_pointers(cache.scales, table_ptr, block_ids, 1, BLOCK), begin * TILE + tokens < end * TILE, 0.0
+    )
+    for tile in range(begin, end):
+        block_ids = token_blocks(table_ptr, first, cache.block_stride, tile, cache.table_width, BLOCK)
+        codes_at = key_pointers(cache.codes, table_ptr, block_ids, dims, KEPT, BLOCK)
+        if DIMS == CHOSEN:
+            codes = tl.load(codes_at)
+        else:
+            codes = tl.load(codes_at, taken[:, None] & (tokens[None, :] >= 0), 128)
+        scales = next_scales.to(tl.float32)
+        if is_wide:
+            scores = tl.dot(query, codes.to(tl.float32) - 128, input_precision="ieee")
+        else:
+            scores = tl.dot(query, decoded(codes, ASSEMBLY))
+        block_ids = token_blocks(
+            table_ptr, first, cache.block_stride, tl.minimum(tile + 1, end - 1), cache.table_width, BLOCK
+        )
+        next_scales = tl.load(token_pointers(cache.scales, table_ptr, block_ids, 1, BLOCK))
+        scores = scores * (unit[:, None] * scales[None, :]) + mean[:, None]
+        position = tile * TILE + tokens
+        others = (position < length) & (position >= sink) & (position < length - recent)
+        scores = tl.where(others[None, :], scores, float("-inf"))
+        # The largest of numbers leaves NaN out; the sum does not.
+        top = tl.max(scores, 1)
+        level = tl.where(top > float("-inf"), top, 0.0)
+        weights = tl.exp2(scores - level[:, None])
+        at = (place * cache.tile_count + tile) * GROUP + heads
+        tl.store(scratch.tops + at, level, inside)
+        tl.store(
+            scratch.weights + at[:, None] * TILE + tokens[None, :],
+            (weights * WEIGHT_UNIT).to(tl.float16),
+            inside[:, None] & (tokens[None, :] >= 0),
+        )
+        now = tl.maximum(largest, top)
+        base = tl.where(now > float("-inf"), now, 0.0)
+        total = total * tl.exp2(largest - base) + tl.sum(weights, 1) * tl.exp2(top - base)
+        largest = now
+    return largest + tl.log2(total)
+
+
+@triton.jit
+def _window(
+    query_ptr,
+    cache,
+    row,
+    group,
+    scaling,
+    sink,
+    recent,
+    length,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Log-sum-exp of the exact window, at most TILE tokens at either end, with every dimension."""
+    heads, tokens, narrow = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, KEPT_PADDED)
+    query = tl.load(
+        query_ptr + heads[:, None] * KEPT + narrow[None, :],
+        (heads < GROUP)[:, None] & (narrow < KEPT)[None, :],
+        0.0,
+        cache_modifier=".cg",
+    )
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    first = first_block(cache, row, group)
+    for end in tl.static_range(2):
+        start = 0 if end == 0 else tl.maximum(length - recent, sink)
+        position = start + tokens
+        seen = position < (tl.minimum(sink, length) if end == 0 else length)
+        rows = token_rows(cache, row, first, position, seen, BLOCK)
+        keys = tl.load(
+            cache.keys + rows[None, :] * KEPT + narrow[:, None],
+            seen[None, :] & (narrow < KEPT)[:, None],
+            0.0,
+            cache_modifier=".cg",
+        )
+        scores = tl.dot(query, keys, input_precision="ieee") * scaling
+        scores = tl.where(seen[None, :], scores, float("-inf"))
+        now = tl.maximum(largest, tl.max(scores, 1))
+        base = tl.where(now > float("-inf"), now, 0.0)
+        total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
+        largest = now
+    return largest + tl.log2(total)

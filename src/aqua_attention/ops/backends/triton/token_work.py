@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""What the kernels that choose tokens are given: a cache, and the memory that they leave their results in.
+
+All is allocated once. What must be zero at the start of a step is zeroed by a kernel of that step, so that a replayed
+graph finds nothing of the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aqua_attention.ops.backends.triton.blocks import padded, sm_count
+from aqua_attention.ops.layout import TILE
+from aqua_attention.ops.scored import ScoredCache
+
+BINS = 256
+"""Of each of two histograms: the upper and the lower half of a weight in 16 bits."""
+SCORE_PROGRAMS, LEAST_TILES = 8, 2
+"""Programs that score, for each multiprocessor, and tiles of one at least."""
+CHOOSE_PROGRAMS, MOST_CHUNKS = 8, 64
+"""Programs that choose, for each multiprocessor, and parts of a sequence and head at most."""
+ALONE_PLACES = 1.0
+"""From so many sequences and heads for each multiprocessor on, one program chooses for one of them, in one launch."""
+GATHER_PROGRAMS, GATHER_WAVES = 2, 4
+"""Programs that attend, for each multiprocessor, and pieces of work of each of them."""
+GATHERED = 64
+"""Tokens that are gathered at once."""
+
+
+class ScoredArguments(NamedTuple):
+    """What kernels are given of a `ScoredCache`, as one argument. A place is a sequence and head, a block a tile.
+
+    The block table and its width are for pages, in which nothing lies yet.
+    """
+
+    keys: Tensor
+    value_tokens: Tensor  # a tuple of triton's has `values` of its own
+    codes: Tensor
+    scales: Tensor
+    channel_scale: Tensor
+    channel_mean: Tensor
+    lengths: Tensor
+    block_table: Tensor | None
+    tile_count: int
+    max_length: int
+    table_width: int
+    row_stride: int
+    head_stride: int
+    block_stride: int
+
+    @staticmethod
+    def of(cache: ScoredCache) -> ScoredArguments:
+        """Those of a cache, whose tensors are never replaced."""
+        (_, kv_heads, _, _, tiles), states = cache.shape, (cache.keys, cache.values, cache.codes, cache.scales)
+        numbers = tiles, cache.max_length, 0, kv_heads * tiles, tiles, 1
+        return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers)
+
+
+class Scratch(NamedTuple):
+    """What the kernels of a step hand on. Places are batch * num_key_value_heads, G the query heads of each.
+
+    Attributes:
+        weights: float16 [places, tiles, G, TILE], 2**15 times the weight of a token, where the largest of its tile is 1.
+        tops: float32 [places, tiles, G], the largest score of a tile.
+        part_lse: float32 [places, G, splits + 1], log-sum-exp of the tokens of a program; the last: the exact window.
+        orders: int16 [places, tiles * TILE], weights of all heads together as numbers without a sign, in their order.
+        coarse: int32 [places, 2, BINS], how many tokens have each upper half of `orders`, and the sum of their lower.
+        fine: int32 [places, BINS], how many of those at the threshold have each lower half.
+        at_least: int32 [places, chunks, BINS], the same of a program's tokens, with all greater ones.
+        above: int32 [places, chunks], how many of a program's tokens are read whatever the lower half.
+        tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
+        partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of work.
+        arrived: int32 [places], zero: pieces that are done.
+    """
+
+    weights: Tensor
+    tops: Tensor
+    part_lse: Tensor
+    orders: Tensor
+    coarse: Tensor
+    fine: Tensor
+    at_least: Tensor
+    above: Tensor
+    tokens: Tensor
+    counts: Tensor
+    partial: Tensor
+    lse: Tensor
+    arrived: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWork:
+    """Memory and sizes of grids for steps over one cache; layers of the same shape may share it.
+
+    Attributes:
+        rotated: queries, [batch, num_attention_heads, kept].
+        dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
+        scratch: what kernels hand on.
+        splits, chunks, programs: of the kernels that score, choose and attend.
+        group: query heads of a key-value head.
+    """
+
+    rotated: Tensor
+    dims: Tensor
+    mask: Tensor
+    scratch: Scratch
+    splits: int
+    chunks: int
+    programs: int
+    group: int
+
+    @staticmethod
+    def of(
+        cache: ScoredCache,
+        num_attention_heads: int,
+        k: int,
+        *,
+        splits: int | None = None,
+        chunks: int | None = None,
+        programs: int | None = None,
+    ) -> TokenWork:
+        """For steps with so many query heads and chosen dimensions; numbers of programs: None fills the GPU."""
+        batch, kv_heads, kept, value_dim, tiles = cache.shape
+        places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.keys
+        count = sm_count(states)
+        if splits is None:
+            splits = min(-(-count * SCORE_PROGRAMS // places), -(-tiles // LEAST_TILES))
+        if chunks is None:
+            chunks = min(-(-count * CHOOSE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
+            chunks = 1 if places >= ALONE_PLACES * count else chunks
+        programs = count * GATHER_PROGRAMS if programs is None else programs
+        units = programs * GATHER_WAVES + places
+
+        def made(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=states.device)
+
+        scratch = Scratch(
+            weights=made(torch.float16, places, tiles, group, TILE),
+            tops=made(torch.float32, places, tiles, group),
+            part_lse=made(torch.float32, places, group, splits + 1),
+            orders=made(torch.int16, places, tiles * TILE),
+            coarse=made(torch.int32, places, 2, BINS),
+            fine=made(torch.int32, places, BINS),
+            at_least=made(torch.int32, places, chunks, BINS),
+            above=made(torch.int32, places, chunks),
+            tokens=made(torch.int32, places, tiles * TILE),
+            counts=made(torch.int32, places),
+            partial=made(torch.float32, units, group, value_dim),
+            lse=made(torch.float32, units, group),
+            arrived=made(torch.int32, places),
+        )
+        rotated = made(states.dtype, batch, num_attention_heads, kept)
+        dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
+        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, group)
+
+    def constants(self, cache: ScoredCache) -> dict[str, int]:
+        """What the kernels know when they are compiled."""
+        _, _, kept, value_dim, _ = cache.shape
+        return {
+            "GROUP": self.group,
+            "ROWS": padded(self.group),
+            "KEPT": kept,
+            "KEPT_PADDED": padded(kept),
+            "VALUE_DIM": value_dim,
+            "VALUE_PADDED": padded(value_dim),
+            "BLOCK": TILE,
+        }
+
+    @property
+    def places(self) -> int:
+        """Sequences times key-value heads."""
+        return self.scratch.counts.shape[0]
+
+
+@triton.jit
+def first_block(cache, row, group):
+    """The block at which a sequence and head begins."""
+    return row.to(tl.int64) * cache.row_stride + group.to(tl.int64) * cache.head_stride
+
+
+@triton.jit
+def seen_length(cache, row, APPENDED: tl.constexpr):
+    """Tokens of a sequence, with the one that was just written. Not through the cache of this processor, where what was
+    before may lie.
+    """
+    return tl.minimum(tl.load(cache.lengths + row, cache_modifier=".cg") + APPENDED, cache.max_length)
+
+
+@triton.jit
+def token_rows(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
+    """Where tokens of a sequence and head lie, in tokens from the first of all."""
+    if cache.block_table is None:
+        rows = first * BLOCK + tokens
+    else:
+        at = row * cache.table_width + tokens // BLOCK
+        block = tl.load(cache.block_table + at, is_token, 0, cache_modifier=".cg").to(tl.int64)
+        rows = (first + block * cache.block_stride) * BLOCK + tokens % BLOCK
+    return rows
+
+
+@triton.jit
+def start_early(EARLY: tl.constexpr):
+    """Wait for the kernel before this one, and let the next be put on the GPU. All kernels of a step do it, so that
+    each finds what any before it has written.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
