@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,7 @@ def selected_step(
 
 def attend_selected(rotated: Tensor, cache: ScoredCache, plan: LayerPlan, scaling: float) -> SelectedStep:
     """The same of rotated queries, once the token is in the cache."""
-    batch, kv_heads, _, value_dim, _ = cache.shape
+    kv_heads, value_dim = cache.shape[1], cache.shape[3]
     read = torch.zeros(cache.keys.shape[:3], dtype=torch.bool, device=rotated.device)
     weight = torch.zeros(read.shape, device=rotated.device)
     output = rotated.new_zeros(*rotated.shape[:2], value_dim)
@@ -63,7 +64,8 @@ def attend_selected(rotated: Tensor, cache: ScoredCache, plan: LayerPlan, scalin
         read[row, :, seen] = taken
         scores = products(call.query.float(), call.key.float()) * scaling
         every = taken[None, :, None].repeat_interleave(rotated.shape[1] // kv_heads, 1)
-        found = weighted_values(softmax_seen(scores, every, None), lambda p, v=call.value: p @ v.float(), kv_heads)
+        probabilities = softmax_seen(scores, every, None)
+        found = weighted_values(probabilities, partial(torch.matmul, other=call.value.float()), kv_heads)
         output[row] = found[0, :, 0].to(output.dtype)
     return SelectedStep(output, read, weight, rotated)
 

@@ -4,7 +4,7 @@
 
 Three phases, of which each needs what all programs have found in the one before: the weights of a group's heads are
 added, and their upper halves counted; tokens at the threshold are counted by their lower halves; tokens that are read
-are listed, in order. With one program for a sequence and head all three are one launch, otherwise three.
+are listed, in order. Where the weights of a sequence fit into one program, `token_resident` does all in one launch.
 
 A list has room for all tokens, and both histograms count all of them, so that no distribution of scores overflows.
 """
@@ -22,48 +22,66 @@ from aqua_attention.ops.backends.triton.token_order import (
     flat,
     order_of,
 )
+from aqua_attention.ops.backends.triton.token_resident import choose_resident
 from aqua_attention.ops.backends.triton.token_scores import WEIGHT_UNIT
-from aqua_attention.ops.backends.triton.token_work import ScoredArguments, TokenWork, seen_length, start_early
+from aqua_attention.ops.backends.triton.token_weights import merged_lse
+from aqua_attention.ops.backends.triton.token_work import (
+    RESIDENT_TILES,
+    ScoredArguments,
+    TokenWork,
+    seen_length,
+    start_early,
+)
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache
 
-WARPS, ALONE_WARPS = 4, 8
-"""Of a program; each warp has a tile of its own at a time."""
+WARPS = 4
+"""Of a program; each has a tile of its own at a time."""
 PHASES = 3
+RESIDENT_WARPS, TILES_OF_WARP = 16, 16
+"""Of such a program at most, and how many tiles a warp holds, unless these are too many."""
 
 
 def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
     """Write the tokens that are read, and how many these are."""
-    batch, kv_heads, _, _, _ = cache.shape
-    config, alone = plan.config, work.chunks == 1
-    by_count = config.select_p is None
-    warps = ALONE_WARPS if alone else WARPS
+    batch, kv_heads, _, _, tiles = cache.shape
+    config, padded_tiles = plan.config, triton.next_power_of_2(tiles)
+    given = (
+        ScoredArguments.of(cache),
+        work.scratch,
+        0.0 if config.select_p is None else float(config.select_p),
+        config.select_tokens or 0,
+        plan.sink,
+        plan.recent,
+        plan.min_length,
+        work.splits,
+    )
+    constants = {
+        "APPENDED": appended,
+        "GROUP": work.group,
+        "SPLITS_PADDED": triton.next_power_of_2(work.splits + 1),
+        "BY_COUNT": config.select_p is None,
+        "UNIT": 1.0 / triton.next_power_of_2(work.group),
+        **starts_early(work.rotated),
+    }
     with on_device_of(work.rotated):
-        for phase in (-1,) if alone else range(PHASES):
-            _choose_tokens[(work.chunks, kv_heads, batch)](
-                ScoredArguments.of(cache),
-                work.scratch,
-                0.0 if config.select_p is None else float(config.select_p),
-                config.select_tokens or 0,
-                plan.sink,
-                plan.recent,
-                plan.min_length,
-                work.splits,
-                APPENDED=appended,
-                GROUP=work.group,
-                SPLITS_PADDED=triton.next_power_of_2(work.splits + 1),
+        if work.chunks == 1 and tiles <= RESIDENT_TILES:
+            warps = max(4, min(RESIDENT_WARPS, padded_tiles // TILES_OF_WARP))
+            choose_resident[(kv_heads, batch)](*given, TILES_PADDED=padded_tiles, num_warps=warps, **constants)
+            return
+        for phase in range(PHASES):
+            choose_phase[(work.chunks, kv_heads, batch)](
+                *given,
                 CHUNKS_PADDED=triton.next_power_of_2(work.chunks),
-                AT_ONCE=warps,
-                BY_COUNT=by_count,
-                UNIT=1.0 / triton.next_power_of_2(work.group),
+                AT_ONCE=WARPS,
                 PHASE=phase,
-                num_warps=warps,
-                **starts_early(work.rotated),
+                num_warps=WARPS,
+                **constants,
             )
 
 
 @triton.jit
-def _choose_tokens(
+def choose_phase(
     cache,
     scratch,
     share,
@@ -84,7 +102,7 @@ def _choose_tokens(
 ):
     """Args:
     UNIT: weights of heads are shares of their softmax; times this all together are 1 at most.
-    PHASE: -1 for all three.
+    PHASE: 0, 1 or 2.
     """
     start_early(EARLY)
     chunk, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -94,43 +112,18 @@ def _choose_tokens(
     each = tl.cdiv(tiles, tl.num_programs(0))
     begin = chunk * each
     end = tl.minimum(begin + each, tiles)
-    lse, window = _merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
+    lse, window = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
     part = (place, length, begin, end, cache.tile_count)
     limits = (window, share, wanted, sink, recent)
-    every = length < min_length
+    every = (length < min_length) | (window != window)
     if not BY_COUNT:
         every = every | (share >= 1.0)
-    if PHASE <= 0:
+    if PHASE == 0:
         _weigh(scratch, lse, part, sink, recent, GROUP, AT_ONCE, UNIT)
-    if PHASE == -1:
-        tl.debug_barrier()  # what threads of this program have written is read by others of it
-    if (PHASE == -1) | (PHASE == 1):
+    elif PHASE == 1:
         _count(scratch, part, limits, every, chunk, AT_ONCE, BY_COUNT)
-    if PHASE == -1:
-        tl.debug_barrier()
-    if (PHASE == -1) | (PHASE == 2):
+    else:
         _list(scratch, part, limits, every, chunk, CHUNKS_PADDED, AT_ONCE, BY_COUNT)
-
-
-@triton.jit
-def _merged_lse(part_lse_ptr, place, splits, GROUP: tl.constexpr, SPLITS_PADDED: tl.constexpr, UNIT: tl.constexpr):
-    """Log-sum-exp of each head, as a tuple of numbers, and the mass of the exact window."""
-    parts = tl.arange(0, SPLITS_PADDED)
-    found, window = (), 0.0
-    for head in tl.static_range(GROUP):
-        lse = tl.load(
-            part_lse_ptr + (place * GROUP + head) * (splits + 1) + parts,
-            parts <= splits,
-            float("-inf"),
-            cache_modifier=".cg",
-        )
-        top = tl.max(lse, 0)
-        top = tl.where(top > float("-inf"), top, 0.0)
-        whole = top + tl.log2(tl.sum(tl.exp2(lse - top), 0))
-        # NaN in any part is in the sum.
-        window += tl.sum(tl.where(parts == splits, tl.exp2(lse - whole), 0.0), 0) * UNIT
-        found = found + (whole,)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
-    return found, window
 
 
 @triton.jit
@@ -157,7 +150,7 @@ def _weigh(scratch, lse, part, sink, recent, GROUP: tl.constexpr, AT_ONCE: tl.co
     tokens = tl.arange(0, TILE)
     for tile in range(begin, end, AT_ONCE):
         together, position = _positions(tile, AT_ONCE)
-        exact, others = _kinds(position, length, end, sink, recent)
+        others = _kinds(position, length, end, sink, recent)[1]
         weight = tl.zeros([AT_ONCE, TILE], tl.float32)
         for head in tl.static_range(GROUP):
             at = (place * tile_count + together) * GROUP + head
@@ -193,13 +186,13 @@ def _threshold(scratch, place, limits, every, BY_COUNT: tl.constexpr):
 
 @triton.jit
 def _count(scratch, part, limits, every, chunk, AT_ONCE: tl.constexpr, BY_COUNT: tl.constexpr):
-    """Phase 1: how many tokens of this program are read anyway, and how many at the threshold have which lower half."""
+    """Phase 1: how many tokens of this program are read anyway; the fine histogram of those at the threshold."""
     place, length, begin, end, tile_count = part
-    upper, reached, target = _threshold(scratch, place, limits, every, BY_COUNT)
+    upper = _threshold(scratch, place, limits, every, BY_COUNT)[0]
     counts = tl.zeros([AT_ONCE, 16, 16], tl.float32)
     above = tl.zeros([AT_ONCE, TILE], tl.int32)
     for tile in range(begin, end, AT_ONCE):
-        together, position = _positions(tile, AT_ONCE)
+        position = _positions(tile, AT_ONCE)[1]
         exact, others = _kinds(position, length, end, limits[3], limits[4])
         orders = _load_orders(scratch, place, tile_count, position, others)
         above += (exact | (others & ((orders >> 8) > upper))).to(tl.int32)

@@ -28,8 +28,16 @@ def order_of(weight):
 
 
 @triton.jit
+def value_of(order):
+    """The weight that an order stands for; behind all of them infinity."""
+    bits = (order + (96 << 11)) << 12
+    value = tl.where(order < 2048, order.to(tl.float32) * 2.0**-41, bits.to(tl.float32, bitcast=True))
+    return tl.where(order > LARGEST_ORDER, float("inf"), value)
+
+
+@triton.jit
 def unit_and_base(upper):
-    """What one in the lower half is worth for tokens with these upper halves, and how many such a lower half of zero."""
+    """What one in the lower half is worth beside these upper halves, and how many of it a lower half of zero is."""
     exponent = upper >> 3
     unit = tl.exp2((tl.maximum(exponent, 1) - 42).to(tl.float32))
     base = tl.where(exponent > 0, 2048, 0) + (upper & 7) * 256

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""The first launch of a step that chooses tokens: rotate query and key, choose dimensions, append to a `ScoredCache`."""
+"""First of a step that chooses tokens: rotate query and key, choose dimensions, append to a `ScoredCache`."""
 
 import triton
 import triton.language as tl

@@ -181,7 +181,7 @@ def _tiles(
     for tile in range(begin, end):
         block_ids = token_blocks(table_ptr, first, cache.block_stride, tile, cache.table_width, BLOCK)
         codes_at = key_pointers(cache.codes, table_ptr, block_ids, dims, KEPT, BLOCK)
-        if DIMS == CHOSEN:
+        if DIMS == CHOSEN:  # noqa: SIM108 (known when compiling)
             codes = tl.load(codes_at)
         else:
             codes = tl.load(codes_at, taken[:, None] & (tokens[None, :] >= 0), 128)

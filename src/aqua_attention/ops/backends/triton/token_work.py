@@ -26,8 +26,8 @@ SCORE_PROGRAMS, LEAST_TILES = 8, 2
 """Programs that score, for each multiprocessor, and tiles of one at least."""
 CHOOSE_PROGRAMS, MOST_CHUNKS = 8, 64
 """Programs that choose, for each multiprocessor, and parts of a sequence and head at most."""
-ALONE_PLACES = 1.0
-"""From so many sequences and heads for each multiprocessor on, one program chooses for one of them, in one launch."""
+RESIDENT_TILES = 256
+"""Of a sequence at most where one program chooses for it."""
 GATHER_PROGRAMS, GATHER_WAVES = 2, 4
 """Programs that attend, for each multiprocessor, and pieces of work of each of them."""
 GATHERED = 64
@@ -67,7 +67,7 @@ class Scratch(NamedTuple):
     """What the kernels of a step hand on. Places are batch * num_key_value_heads, G the query heads of each.
 
     Attributes:
-        weights: float16 [places, tiles, G, TILE], 2**15 times the weight of a token, where the largest of its tile is 1.
+        weights: float16 [places, tiles, G, TILE], 2**15 times the weight where the largest of the tile is 1.
         tops: float32 [places, tiles, G], the largest score of a tile.
         part_lse: float32 [places, G, splits + 1], log-sum-exp of the tokens of a program; the last: the exact window.
         orders: int16 [places, tiles * TILE], weights of all heads together as numbers without a sign, in their order.
@@ -103,7 +103,7 @@ class TokenWork:
         rotated: queries, [batch, num_attention_heads, kept].
         dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
         scratch: what kernels hand on.
-        splits, chunks, programs: of the kernels that score, choose and attend.
+        splits, chunks, programs: of the kernels that score, choose and attend; 1 of `chunks`: see `token_resident`.
         group: query heads of a key-value head.
     """
 
@@ -134,7 +134,7 @@ class TokenWork:
             splits = min(-(-count * SCORE_PROGRAMS // places), -(-tiles // LEAST_TILES))
         if chunks is None:
             chunks = min(-(-count * CHOOSE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
-            chunks = 1 if places >= ALONE_PLACES * count else chunks
+            chunks = 1 if tiles <= RESIDENT_TILES else chunks
         programs = count * GATHER_PROGRAMS if programs is None else programs
         units = programs * GATHER_WAVES + places
 

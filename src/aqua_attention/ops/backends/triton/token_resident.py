@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Choosing tokens where the weights of a sequence and head fit into the registers of one program: in one launch.
+
+They are read once. The threshold is found by halving an interval of orders, and by guessing where in it the threshold
+would be if mass were spread evenly: a step costs three instructions a number, less than a histogram.
+"""
+
+import triton
+import triton.language as tl
+
+from aqua_attention.ops.backends.triton.blocks import TILE
+from aqua_attention.ops.backends.triton.token_order import BINS, order_of, value_of
+from aqua_attention.ops.backends.triton.token_scores import WEIGHT_UNIT
+from aqua_attention.ops.backends.triton.token_weights import merged_lse
+from aqua_attention.ops.backends.triton.token_work import seen_length, start_early
+
+
+@triton.jit
+def choose_resident(
+    cache,
+    scratch,
+    share,
+    wanted,
+    sink,
+    recent,
+    min_length,
+    splits,
+    APPENDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    TILES_PADDED: tl.constexpr,
+    BY_COUNT: tl.constexpr,
+    UNIT: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One sequence and key-value head; arguments as those of `token_choice.choose_phase`."""
+    start_early(EARLY)
+    group, row = tl.program_id(0), tl.program_id(1)
+    place = (row * tl.num_programs(0) + group).to(tl.int64)
+    length = seen_length(cache, row, APPENDED)
+    lse, window = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
+    every = (length < min_length) | (window != window)
+    if BY_COUNT:
+        window = 0.0
+    else:
+        every = every | (share >= 1.0)
+    tiles, tokens = tl.arange(0, TILES_PADDED), tl.arange(0, TILE)
+    position = tiles[:, None] * TILE + tokens[None, :]
+    seen = position < length
+    others = seen & (position >= sink) & (position < length - recent)
+    weight = tl.zeros([TILES_PADDED, TILE], tl.float32)
+    for head in tl.static_range(GROUP):
+        at = (place * cache.tile_count + tiles) * GROUP + head
+        top = tl.load(scratch.tops + at, tiles * TILE < length, 0.0, cache_modifier=".cg")
+        some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], others, 0.0, cache_modifier=".cg")
+        weight += some.to(tl.float32) * (tl.exp2(top - lse[head]) * (UNIT / WEIGHT_UNIT))[:, None]
+    weight = tl.where(others, value_of(order_of(weight)), -1.0)
+    least = value_of(_threshold(weight, window, share, wanted, BY_COUNT))
+    read = ((seen & (others == 0)) | (others & ((weight >= least) | every))).to(tl.int32)
+    held = tl.sum(read, 1)
+    ends = tl.cumsum(held, 0)
+    at = (ends - held)[:, None] + tl.cumsum(read, 1) - 1
+    tl.store(scratch.tokens + place * cache.tile_count * TILE + at, position, read > 0)
+    tl.store(scratch.counts + place, tl.sum(held, 0))
+
+
+@triton.jit
+def _have(weight, least, BY_COUNT: tl.constexpr):
+    """Mass, or number, of the tokens that weigh so much at least."""
+    return tl.sum(tl.where(weight >= least, 1.0 if BY_COUNT else weight, 0.0))
+
+
+@triton.jit
+def _threshold(weight, window, share, wanted, BY_COUNT: tl.constexpr):
+    """The order from which on tokens are read: the largest for which they have enough; behind all orders for none."""
+    low_has = window + _have(weight, 0.0, BY_COUNT)
+    target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has
+    low = tl.where(window >= target, BINS * BINS, 0)
+    high, high_has = tl.maximum(low, BINS * BINS), low_has * 0 + window
+    turn = 0
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if turn % 3 > 0:
+            guess = low + ((low_has - target) / (low_has - high_has) * (high - low).to(tl.float32)).to(tl.int32)
+            middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
+        has = window + _have(weight, value_of(middle), BY_COUNT)
+        enough = has >= target
+        low, low_has = tl.where(enough, middle, low), tl.where(enough, has, low_has)
+        high, high_has = tl.where(enough, high, middle), tl.where(enough, high_has, has)
+        turn += 1
+    return low
