@@ -28,7 +28,8 @@ from aqua_attention.ops.backends.triton.token_work import (
 )
 from aqua_attention.ops.scored import ScoredCache
 
-WARPS, STAGES, WIDE_STAGES = 4, 3, 2
+WARPS, STAGES, WIDE_STAGES = 4, 5, 3
+"""Two stages are one block on its way: the list is read a stage before what it says."""
 MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
 

@@ -4,6 +4,10 @@
 
 Scores become weights in 16 bits: a weight is relative to the largest of its tile, so that it keeps 11 bits over 29
 octaves, and what reads it takes no more powers. The exact window is scored with whole keys by a program of its own.
+
+A product of tensor cores has 16 rows, and a group seldom has so many heads. So one product scores several tiles: the
+dimensions of all of them stand below each other, and rows of the query that belong to one tile are zero in the others.
+No more is multiplied than with rows left empty, and everything that follows works on full rows.
 """
 
 import triton
@@ -13,17 +17,15 @@ from aqua_attention.ops.backends.triton.blocks import (
     LEAST_SIZE,
     LOG2_E,
     TILE,
-    key_pointers,
     on_device_of,
     starts_early,
-    token_blocks,
-    token_pointers,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import decoded
 from aqua_attention.ops.backends.triton.token_work import (
     BINS,
     ScoredArguments,
     TokenWork,
+    code_pointers,
     first_block,
     seen_length,
     start_early,
@@ -31,7 +33,9 @@ from aqua_attention.ops.backends.triton.token_work import (
 )
 from aqua_attention.ops.scored import ScoredCache
 
-WARPS, STAGES = 4, 4
+WARPS, STAGES = 4, 3
+MOST_PRODUCTS = 128
+"""Dimensions of all tiles that one product scores, at most."""
 WEIGHT_UNIT = tl.constexpr(32768.0)
 """What the weight 1 is in float16: as much room below as there can be."""
 
@@ -46,7 +50,9 @@ def score_tokens(
         appended: one token more is there than `cache.lengths` say.
     """
     batch, kv_heads, _, _, _ = cache.shape
-    most = work.dims.shape[2]
+    most, heads = work.dims.shape[2], triton.next_power_of_2(work.group)
+    dims = max(LEAST_SIZE, triton.next_power_of_2(most))
+    together = max(1, min(LEAST_SIZE // heads, MOST_PRODUCTS // dims))
     with on_device_of(work.rotated):
         _score_tokens[(work.splits + 1, kv_heads, batch)](
             work.rotated,
@@ -57,7 +63,9 @@ def score_tokens(
             *window,
             APPENDED=appended,
             CHOSEN=most,
-            DIMS=max(LEAST_SIZE, triton.next_power_of_2(most)),
+            DIMS=dims,
+            HEADS=max(LEAST_SIZE // together, heads),
+            TOGETHER=together,
             BINS=BINS,
             ASSEMBLY=work.rotated.is_cuda,
             num_warps=WARPS,
@@ -83,6 +91,8 @@ def _score_tokens(
     KEPT_PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
     DIMS: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -93,17 +103,18 @@ def _score_tokens(
     splits = tl.num_programs(0) - 1
     place = (row * tl.num_programs(1) + group).to(tl.int64)
     length = seen_length(cache, row, APPENDED)
-    heads = tl.arange(0, ROWS)
-    inside = heads < GROUP
     query_ptr += place * GROUP * KEPT
+    lse_ptr = scratch.part_lse + place * GROUP * (splits + 1) + split
     if split == splits:
         bins = tl.arange(0, BINS)
         tl.store(scratch.coarse + place * 2 * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.coarse + (place * 2 + 1) * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.fine + place * BINS + bins, tl.zeros([BINS], tl.int32))
-        lse = _window(
+        window_lse = _window(
             query_ptr, cache, row, group, scaling, sink, recent, length, GROUP, ROWS, KEPT, KEPT_PADDED, BLOCK
         )
+        members = tl.arange(0, ROWS)
+        tl.store(lse_ptr + members * (splits + 1), window_lse, members < GROUP)
     else:
         tiles = tl.cdiv(length, TILE)
         each = tl.cdiv(tiles, splits)
@@ -119,14 +130,16 @@ def _score_tokens(
             sink,
             recent,
             GROUP,
-            ROWS,
             KEPT,
             CHOSEN,
             DIMS,
+            HEADS,
+            TOGETHER,
             BLOCK,
             ASSEMBLY,
         )
-    tl.store(scratch.part_lse + (place * GROUP + heads) * (splits + 1) + split, lse, inside)
+        heads = tl.arange(0, HEADS)
+        tl.store(lse_ptr + heads * (splits + 1), lse, heads < GROUP)
 
 
 @triton.jit
@@ -140,80 +153,78 @@ def _tiles(
     sink,
     recent,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
     KEPT: tl.constexpr,
     CHOSEN: tl.constexpr,
     DIMS: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """Score the tiles of one program. Scales and means of channels go into the query, made small enough for float16."""
     row, group, place, length, begin, end = part
-    heads, tokens, indices = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, DIMS)
-    inside, taken = heads < GROUP, indices < CHOSEN
-    dims = tl.load(dims_ptr + indices, taken, 0, cache_modifier=".cg")
+    rows, tokens, indices = tl.arange(0, TOGETHER * HEADS), tl.arange(0, TILE), tl.arange(0, TOGETHER * DIMS)
+    # Which head and tile a row is of, and which dimension and tile is multiplied there.
+    head, tile_of_row = rows % HEADS, rows // HEADS
+    index, tile_of_dim = indices % DIMS, indices // DIMS
+    inside, taken = head < GROUP, index < CHOSEN
+    dims = tl.load(dims_ptr + index, taken, 0, cache_modifier=".cg")
     query = tl.load(
-        query_ptr + heads[:, None] * KEPT + dims[None, :],
-        inside[:, None] & taken[None, :],
+        query_ptr + head[:, None] * KEPT + dims[None, :],
+        inside[:, None] & taken[None, :] & (tile_of_row[:, None] == tile_of_dim[None, :]),
         0.0,
         cache_modifier=".cg",
     ).to(tl.float32)
     mean = tl.sum(query * tl.load(cache.channel_mean + group * KEPT + dims)[None, :], 1) * scaling
     query *= tl.load(cache.channel_scale + group * KEPT + dims)[None, :]
     is_wide: tl.constexpr = query_ptr.dtype.element_ty == tl.float32
-    unit = tl.full([ROWS], 1.0, tl.float32) * scaling
+    unit = tl.full([TOGETHER * HEADS], 1.0, tl.float32) * scaling
     if not is_wide:
         peak = tl.max(tl.abs(query), 1)
         peak = tl.where(peak > 0, peak, 1.0)
         query = (query / peak[:, None]).to(tl.float16)
         unit = peak * scaling
-    largest = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    largest = tl.full([TOGETHER * HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([TOGETHER * HEADS], tl.float32)
     first = first_block(cache, row, group)
-    table_ptr = cache.block_table
-    if table_ptr is not None:
-        table_ptr += row * cache.table_width
-    # Scales are too small for the compiler to load ahead.
-    block_ids = token_blocks(table_ptr, first, cache.block_stride, begin, cache.table_width, BLOCK)
-    next_scales = tl.load(
-        token_pointers(cache.scales, table_ptr, block_ids, 1, BLOCK), begin * TILE + tokens < end * TILE, 0.0
-    )
-    for tile in range(begin, end):
-        block_ids = token_blocks(table_ptr, first, cache.block_stride, tile, cache.table_width, BLOCK)
-        codes_at = key_pointers(cache.codes, table_ptr, block_ids, dims, KEPT, BLOCK)
-        if DIMS == CHOSEN:  # noqa: SIM108 (known when compiling)
-            codes = tl.load(codes_at)
-        else:
-            codes = tl.load(codes_at, taken[:, None] & (tokens[None, :] >= 0), 128)
-        scales = next_scales.to(tl.float32)
+    for tile in range(begin, end, TOGETHER):
+        wanted = taken & (tile + tile_of_dim < end)
+        codes_at = code_pointers(
+            cache, row, first, (tile + tile_of_dim)[:, None], dims[:, None], tokens[None, :], KEPT, BLOCK
+        )
+        codes = tl.load(codes_at, wanted[:, None] & (tokens[None, :] >= 0), 128)
+        position = (tile + tile_of_row)[:, None] * TILE + tokens[None, :]
+        seen = (position < length) & (position < end * TILE)
+        scales = tl.load(cache.scales + token_rows(cache, row, first, position, seen, BLOCK), seen, 0.0)
         if is_wide:
             scores = tl.dot(query, codes.to(tl.float32) - 128, input_precision="ieee")
         else:
             scores = tl.dot(query, decoded(codes, ASSEMBLY))
-        block_ids = token_blocks(
-            table_ptr, first, cache.block_stride, tl.minimum(tile + 1, end - 1), cache.table_width, BLOCK
-        )
-        next_scales = tl.load(token_pointers(cache.scales, table_ptr, block_ids, 1, BLOCK))
-        scores = scores * (unit[:, None] * scales[None, :]) + mean[:, None]
-        position = tile * TILE + tokens
-        others = (position < length) & (position >= sink) & (position < length - recent)
-        scores = tl.where(others[None, :], scores, float("-inf"))
+        scores = scores * (unit[:, None] * scales.to(tl.float32)) + mean[:, None]
+        others = seen & (position >= sink) & (position < length - recent)
+        scores = tl.where(others, scores, float("-inf"))
         # The largest of numbers leaves NaN out; the sum does not.
         top = tl.max(scores, 1)
         level = tl.where(top > float("-inf"), top, 0.0)
         weights = tl.exp2(scores - level[:, None])
-        at = (place * cache.tile_count + tile) * GROUP + heads
-        tl.store(scratch.tops + at, level, inside)
+        there = inside & (tile + tile_of_row < end)
+        at = (place * cache.tile_count + tile + tile_of_row) * GROUP + head
+        tl.store(scratch.tops + at, level, there)
         tl.store(
             scratch.weights + at[:, None] * TILE + tokens[None, :],
             (weights * WEIGHT_UNIT).to(tl.float16),
-            inside[:, None] & (tokens[None, :] >= 0),
+            there[:, None] & (tokens[None, :] >= 0),
         )
         now = tl.maximum(largest, top)
         base = tl.where(now > float("-inf"), now, 0.0)
         total = total * tl.exp2(largest - base) + tl.sum(weights, 1) * tl.exp2(top - base)
         largest = now
-    return largest + tl.log2(total)
+    # Tiles of one head that lay in different rows.
+    largest, total = tl.reshape(largest, [TOGETHER, HEADS]), tl.reshape(total, [TOGETHER, HEADS])
+    whole = tl.max(largest, 0)
+    base = tl.where(whole > float("-inf"), whole, 0.0)
+    total = tl.sum(total * tl.exp2(largest - base[None, :]), 0)
+    return base + tl.log2(total)
 
 
 @triton.jit

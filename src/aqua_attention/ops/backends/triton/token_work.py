@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aqua_attention.ops.backends.triton.blocks import TILE as TOKENS
 from aqua_attention.ops.backends.triton.blocks import padded, sm_count
 from aqua_attention.ops.layout import TILE
 from aqua_attention.ops.scored import ScoredCache
@@ -28,7 +29,7 @@ CHOOSE_PROGRAMS, MOST_CHUNKS = 8, 64
 """Programs that choose, for each multiprocessor, and parts of a sequence and head at most."""
 RESIDENT_TILES = 256
 """Of a sequence at most where one program chooses for it."""
-GATHER_PROGRAMS, GATHER_WAVES = 2, 4
+GATHER_PROGRAMS, GATHER_WAVES = 3, 4
 """Programs that attend, for each multiprocessor, and pieces of work of each of them."""
 GATHERED = 64
 """Tokens that are gathered at once."""
@@ -203,6 +204,19 @@ def token_rows(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
         block = tl.load(cache.block_table + at, is_token, 0, cache_modifier=".cg").to(tl.int64)
         rows = (first + block * cache.block_stride) * BLOCK + tokens % BLOCK
     return rows
+
+
+@triton.jit
+def code_pointers(cache, row, first, tiles, dims, tokens, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the codes of dimensions of tiles lie; arguments broadcast to one shape."""
+    if cache.block_table is None:
+        pointers = cache.codes + (first + tiles * cache.block_stride) * (DIM * BLOCK) + dims * BLOCK + tokens
+    else:
+        at = row * cache.table_width + (tiles * TOKENS + tokens) // BLOCK
+        blocks = tl.load(cache.block_table + at, at < (row + 1) * cache.table_width, 0, cache_modifier=".cg")
+        blocks = first + blocks.to(tl.int64) * cache.block_stride
+        pointers = cache.codes + blocks * (DIM * BLOCK) + dims * BLOCK + tokens % BLOCK
+    return pointers
 
 
 @triton.jit
