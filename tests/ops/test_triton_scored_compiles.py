@@ -34,8 +34,8 @@ def build(dtype, heads, groups, dim, value_dim, length=5000, **choice):
     cache = ScoredCache.empty(3, value_dim, length, score_quantization(plan), dtype=dtype, device="cpu")
     states = (torch.zeros(3, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim)))
     states, output = list(states), torch.zeros(3, heads, value_dim, dtype=dtype)
-    for chunks in (1, 8):
-        work = TokenWork.of(cache, heads, plan.k, splits=16, chunks=chunks)
+    for chunks, phases in ((1, False), (8, False), (8, True)):
+        work = TokenWork.of(cache, heads, plan.k, splits=16, chunks=chunks, phases=phases)
         token_step.selected_step(*states, cache, plan, work, output, scaling=0.1)
 
 

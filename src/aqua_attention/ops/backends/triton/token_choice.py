@@ -26,7 +26,6 @@ from aqua_attention.ops.backends.triton.token_resident import choose_resident
 from aqua_attention.ops.backends.triton.token_scores import WEIGHT_UNIT
 from aqua_attention.ops.backends.triton.token_weights import merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
-    RESIDENT_TILES,
     ScoredArguments,
     TokenWork,
     seen_length,
@@ -38,14 +37,14 @@ from aqua_attention.ops.scored import ScoredCache
 WARPS = 4
 """Of a program; each has a tile of its own at a time."""
 PHASES = 3
-RESIDENT_WARPS, TILES_OF_WARP = 16, 16
-"""Of such a program at most, and how many tiles a warp holds, unless these are too many."""
+RESIDENT_WARPS, LEAST_WARPS, TILES_OF_WARP = 16, 4, 16
+"""Of a program that keeps weights, at most and at least, and how many tiles a warp keeps, unless these are too many."""
 
 
 def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
     """Write the tokens that are read, and how many these are."""
     batch, kv_heads, _, _, tiles = cache.shape
-    config, padded_tiles = plan.config, triton.next_power_of_2(tiles)
+    config = plan.config
     given = (
         ScoredArguments.of(cache),
         work.scratch,
@@ -65,9 +64,12 @@ def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appen
         **starts_early(work.rotated),
     }
     with on_device_of(work.rotated):
-        if work.chunks == 1 and tiles <= RESIDENT_TILES:
-            warps = max(4, min(RESIDENT_WARPS, padded_tiles // TILES_OF_WARP))
-            choose_resident[(kv_heads, batch)](*given, TILES_PADDED=padded_tiles, num_warps=warps, **constants)
+        if not work.phases:
+            held = int(triton.next_power_of_2(-(-tiles // work.chunks)))
+            warps = max(LEAST_WARPS, min(RESIDENT_WARPS, held // TILES_OF_WARP))
+            choose_resident[(work.chunks, kv_heads, batch)](
+                *given, TILES_PADDED=held, CHUNKS=work.chunks, num_warps=warps, **constants
+            )
             return
         for phase in range(PHASES):
             choose_phase[(work.chunks, kv_heads, batch)](

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Choosing tokens where the weights of a sequence and head fit into the registers of one program: in one launch.
+"""Choosing tokens in one launch, by programs that keep the weights of all tokens in registers.
 
-They are read once. The threshold is found by halving an interval of orders, and by guessing where in it the threshold
+They are read once. Several programs of a sequence and head, where it does not fit into one, wait for each other: each
+says what it has above a threshold, and all add that up in the same order. This needs all of them on the GPU at once,
+which blocks that follow each other are. The interpreter runs one program after the other, and takes one only.
+
+The threshold is found by halving an interval of orders, and by guessing where in it the threshold
 would be if mass were spread evenly: a step costs three instructions a number, less than a histogram.
 """
 
@@ -13,7 +17,9 @@ from aqua_attention.ops.backends.triton.blocks import TILE
 from aqua_attention.ops.backends.triton.token_order import BINS, order_of, value_of
 from aqua_attention.ops.backends.triton.token_scores import WEIGHT_UNIT
 from aqua_attention.ops.backends.triton.token_weights import merged_lse
-from aqua_attention.ops.backends.triton.token_work import seen_length, start_early
+from aqua_attention.ops.backends.triton.token_work import MOST_TURNS, seen_length, start_early
+
+TURNS = tl.constexpr(MOST_TURNS)
 
 
 @triton.jit
@@ -30,24 +36,32 @@ def choose_resident(
     GROUP: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     TILES_PADDED: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BY_COUNT: tl.constexpr,
     UNIT: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One sequence and key-value head; arguments as those of `token_choice.choose_phase`."""
+    """Part of a sequence and key-value head; arguments as those of `token_choice.choose_phase`.
+
+    Args:
+        TILES_PADDED: of a program; CHUNKS: programs of a sequence and head.
+    """
     start_early(EARLY)
-    group, row = tl.program_id(0), tl.program_id(1)
-    place = (row * tl.num_programs(0) + group).to(tl.int64)
+    chunk, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    place = (row * tl.num_programs(1) + group).to(tl.int64)
     length = seen_length(cache, row, APPENDED)
+    shared = (scratch.met + place, scratch.said + place * TURNS * CHUNKS, chunk)
     lse, window = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
     every = (length < min_length) | (window != window)
     if BY_COUNT:
         window = 0.0
     else:
         every = every | (share >= 1.0)
-    tiles, tokens = tl.arange(0, TILES_PADDED), tl.arange(0, TILE)
+    # Of what there is, each has an equal part.
+    each = tl.cdiv(tl.cdiv(length, TILE), CHUNKS)
+    tiles, tokens = chunk * each + tl.arange(0, TILES_PADDED), tl.arange(0, TILE)
     position = tiles[:, None] * TILE + tokens[None, :]
-    seen = position < length
+    seen = (position < length) & (position < (chunk + 1) * each * TILE)
     others = seen & (position >= sink) & (position < length - recent)
     weight = tl.zeros([TILES_PADDED, TILE], tl.float32)
     for head in tl.static_range(GROUP):
@@ -56,37 +70,60 @@ def choose_resident(
         some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], others, 0.0, cache_modifier=".cg")
         weight += some.to(tl.float32) * (tl.exp2(top - lse[head]) * (UNIT / WEIGHT_UNIT))[:, None]
     weight = tl.where(others, value_of(order_of(weight)), -1.0)
-    least = value_of(_threshold(weight, window, share, wanted, BY_COUNT))
-    read = ((seen & (others == 0)) | (others & ((weight >= least) | every))).to(tl.int32)
+    order, turn = _threshold(weight, window, share, wanted, shared, CHUNKS, BY_COUNT)
+    read = ((seen & (others == 0)) | (others & ((weight >= value_of(order)) | every))).to(tl.int32)
     held = tl.sum(read, 1)
     ends = tl.cumsum(held, 0)
-    at = (ends - held)[:, None] + tl.cumsum(read, 1) - 1
+    behind = tl.sum(held, 0)
+    total, before = _together(behind.to(tl.float32), shared, turn, CHUNKS)
+    at = (ends - held)[:, None] + tl.cumsum(read, 1) - 1 + before.to(tl.int32)
     tl.store(scratch.tokens + place * cache.tile_count * TILE + at, position, read > 0)
-    tl.store(scratch.counts + place, tl.sum(held, 0))
+    if chunk == 0:
+        tl.store(scratch.counts + place, total.to(tl.int32))
+
+
+@triton.jit
+def _together(number, shared, turn, CHUNKS: tl.constexpr):
+    """The sum of a number of each program of a sequence and head, and that of the programs before this one."""
+    before = number * 0
+    if CHUNKS > 1:
+        met_ptr, said_ptr, chunk = shared
+        said_ptr += turn * CHUNKS
+        tl.store(said_ptr + chunk, number)
+        tl.debug_barrier()  # it is written before this program says so
+        met = tl.atomic_add(met_ptr, 1) + 1
+        while met < (turn + 1) * CHUNKS:
+            met = tl.atomic_add(met_ptr, 0)
+        chunks = tl.arange(0, CHUNKS)
+        numbers = tl.load(said_ptr + chunks, cache_modifier=".cg")
+        number, before = tl.sum(numbers, 0), tl.sum(tl.where(chunks < chunk, numbers, 0.0), 0)
+    return number, before
 
 
 @triton.jit
 def _have(weight, least, BY_COUNT: tl.constexpr):
-    """Mass, or number, of the tokens that weigh so much at least."""
+    """Mass, or number, of the tokens of this program that weigh so much at least."""
     return tl.sum(tl.where(weight >= least, 1.0 if BY_COUNT else weight, 0.0))
 
 
 @triton.jit
-def _threshold(weight, window, share, wanted, BY_COUNT: tl.constexpr):
-    """The order from which on tokens are read: the largest for which they have enough; behind all orders for none."""
-    low_has = window + _have(weight, 0.0, BY_COUNT)
+def _threshold(weight, window, share, wanted, shared, CHUNKS: tl.constexpr, BY_COUNT: tl.constexpr):
+    """The order from which on tokens are read, the largest for which they have enough; behind all orders for none. And
+    how often programs have met.
+    """
+    low_has = window + _together(_have(weight, 0.0, BY_COUNT), shared, 0, CHUNKS)[0]
     target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has
     low = tl.where(window >= target, BINS * BINS, 0)
     high, high_has = tl.maximum(low, BINS * BINS), low_has * 0 + window
-    turn = 0
+    turn = 1
     while high - low > 1:
         middle = (low + high) >> 1
         if turn % 3 > 0:
             guess = low + ((low_has - target) / (low_has - high_has) * (high - low).to(tl.float32)).to(tl.int32)
             middle = tl.minimum(tl.maximum(guess, low + 1), high - 1)
-        has = window + _have(weight, value_of(middle), BY_COUNT)
+        has = window + _together(_have(weight, value_of(middle), BY_COUNT), shared, turn, CHUNKS)[0]
         enough = has >= target
         low, low_has = tl.where(enough, middle, low), tl.where(enough, has, low_has)
         high, high_has = tl.where(enough, high, middle), tl.where(enough, high_has, has)
         turn += 1
-    return low
+    return low, turn

@@ -110,6 +110,7 @@ def _score_tokens(
         tl.store(scratch.coarse + place * 2 * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.coarse + (place * 2 + 1) * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.fine + place * BINS + bins, tl.zeros([BINS], tl.int32))
+        tl.store(scratch.met + place, 0)
         window_lse = _window(
             query_ptr, cache, row, group, scaling, sink, recent, length, GROUP, ROWS, KEPT, KEPT_PADDED, BLOCK
         )
@@ -187,21 +188,29 @@ def _tiles(
     largest = tl.full([TOGETHER * HEADS], float("-inf"), tl.float32)
     total = tl.zeros([TOGETHER * HEADS], tl.float32)
     first = first_block(cache, row, group)
+    behind = tl.minimum(length - recent, end * TILE)
     for tile in range(begin, end, TOGETHER):
-        wanted = taken & (tile + tile_of_dim < end)
+        # Instead of nothing, the last tile again or dimension 0, times zero: masks of bytes cost more.
         codes_at = code_pointers(
-            cache, row, first, (tile + tile_of_dim)[:, None], dims[:, None], tokens[None, :], KEPT, BLOCK
+            cache,
+            row,
+            first,
+            tl.minimum(tile + tile_of_dim, end - 1)[:, None],
+            dims[:, None],
+            tokens[None, :],
+            KEPT,
+            BLOCK,
         )
-        codes = tl.load(codes_at, wanted[:, None] & (tokens[None, :] >= 0), 128)
-        position = (tile + tile_of_row)[:, None] * TILE + tokens[None, :]
-        seen = (position < length) & (position < end * TILE)
-        scales = tl.load(cache.scales + token_rows(cache, row, first, position, seen, BLOCK), seen, 0.0)
+        codes = tl.load(codes_at)
+        held = tl.minimum(tile + tile_of_row, end - 1)[:, None] * TILE + tokens[None, :]
+        scales = tl.load(cache.scales + token_rows(cache, row, first, held, held >= 0, BLOCK))
         if is_wide:
             scores = tl.dot(query, codes.to(tl.float32) - 128, input_precision="ieee")
         else:
             scores = tl.dot(query, decoded(codes, ASSEMBLY))
         scores = scores * (unit[:, None] * scales.to(tl.float32)) + mean[:, None]
-        others = seen & (position >= sink) & (position < length - recent)
+        position = (tile + tile_of_row)[:, None] * TILE + tokens[None, :]
+        others = (position >= sink) & (position < behind)
         scores = tl.where(others, scores, float("-inf"))
         # The largest of numbers leaves NaN out; the sum does not.
         top = tl.max(scores, 1)

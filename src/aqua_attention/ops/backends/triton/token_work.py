@@ -25,10 +25,14 @@ BINS = 256
 """Of each of two histograms: the upper and the lower half of a weight in 16 bits."""
 SCORE_PROGRAMS, LEAST_TILES = 8, 2
 """Programs that score, for each multiprocessor, and tiles of one at least."""
-CHOOSE_PROGRAMS, MOST_CHUNKS = 8, 64
-"""Programs that choose, for each multiprocessor, and parts of a sequence and head at most."""
-RESIDENT_TILES = 256
-"""Of a sequence at most where one program chooses for it."""
+PHASE_PROGRAMS = 8
+"""Programs that choose in phases, for each multiprocessor."""
+RESIDENT_TILES, LEAST_RESIDENT = 256, 32
+"""Tiles whose weights a program keeps at most, and at least where there are several programs."""
+MOST_CHUNKS = 64
+"""Programs that choose for a sequence and head at most."""
+MOST_TURNS = 64
+"""Times that these meet at most: every third halves what is left of 17 bits."""
 GATHER_PROGRAMS, GATHER_WAVES = 3, 4
 """Programs that attend, for each multiprocessor, and pieces of work of each of them."""
 GATHERED = 64
@@ -79,6 +83,7 @@ class Scratch(NamedTuple):
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
         partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of work.
         arrived: int32 [places], zero: pieces that are done.
+        met: int32 [places], how often programs have met; said: float32 [places, MOST_TURNS, chunks], what they said.
     """
 
     weights: Tensor
@@ -94,6 +99,8 @@ class Scratch(NamedTuple):
     partial: Tensor
     lse: Tensor
     arrived: Tensor
+    met: Tensor
+    said: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +111,8 @@ class TokenWork:
         rotated: queries, [batch, num_attention_heads, kept].
         dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
         scratch: what kernels hand on.
-        splits, chunks, programs: of the kernels that score, choose and attend; 1 of `chunks`: see `token_resident`.
+        splits, chunks, programs: of the kernels that score, choose and attend.
+        phases: whether tokens are chosen in three launches; see `token_choice`.
         group: query heads of a key-value head.
     """
 
@@ -115,6 +123,7 @@ class TokenWork:
     splits: int
     chunks: int
     programs: int
+    phases: bool
     group: int
 
     @staticmethod
@@ -126,16 +135,24 @@ class TokenWork:
         splits: int | None = None,
         chunks: int | None = None,
         programs: int | None = None,
+        phases: bool | None = None,
     ) -> TokenWork:
-        """For steps with so many query heads and chosen dimensions; numbers of programs: None fills the GPU."""
+        """For steps with so many query heads and chosen dimensions; numbers of programs: None fills the GPU.
+
+        Without `phases`, `chunks` must be a power of 2, and those of one sequence and head run at once.
+        """
         batch, kv_heads, kept, value_dim, tiles = cache.shape
         places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.keys
         count = sm_count(states)
         if splits is None:
             splits = min(-(-count * SCORE_PROGRAMS // places), -(-tiles // LEAST_TILES))
+        found, fits = _resident_chunks(places, tiles, count)
+        if phases is None:
+            phases = not fits or (found > 1 and not states.is_cuda)
         if chunks is None:
-            chunks = min(-(-count * CHOOSE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
-            chunks = 1 if tiles <= RESIDENT_TILES else chunks
+            chunks = found
+            if phases:
+                chunks = min(-(-count * PHASE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
         programs = count * GATHER_PROGRAMS if programs is None else programs
         units = programs * GATHER_WAVES + places
 
@@ -156,10 +173,12 @@ class TokenWork:
             partial=made(torch.float32, units, group, value_dim),
             lse=made(torch.float32, units, group),
             arrived=made(torch.int32, places),
+            met=made(torch.int32, places),
+            said=made(torch.float32, places, MOST_TURNS, chunks),
         )
         rotated = made(states.dtype, batch, num_attention_heads, kept)
         dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
-        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, group)
+        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, phases, group)
 
     def constants(self, cache: ScoredCache) -> dict[str, int]:
         """What the kernels know when they are compiled."""
@@ -178,6 +197,14 @@ class TokenWork:
     def places(self) -> int:
         """Sequences times key-value heads."""
         return self.scratch.counts.shape[0]
+
+
+def _resident_chunks(places: int, tiles: int, count: int) -> tuple[int, bool]:
+    """Programs that keep the weights of a sequence and head, and whether so many can."""
+    chunks = int(triton.next_power_of_2(-(-tiles // RESIDENT_TILES)))
+    while places * chunks * 2 <= count and tiles >= chunks * 2 * LEAST_RESIDENT:
+        chunks *= 2
+    return chunks, chunks <= min(MOST_CHUNKS, count // 2)
 
 
 @triton.jit
