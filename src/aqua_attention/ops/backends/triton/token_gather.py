@@ -18,8 +18,6 @@ from aqua_attention.ops.backends.triton.blocks import (
     store_part,
 )
 from aqua_attention.ops.backends.triton.token_work import (
-    GATHER_WAVES,
-    GATHERED,
     ScoredArguments,
     TokenWork,
     first_block,
@@ -30,6 +28,8 @@ from aqua_attention.ops.scored import ScoredCache
 
 WARPS, STAGES, WIDE_STAGES = 4, 5, 3
 """Two stages are one block on its way: the list is read a stage before what it says."""
+GATHERED = 64
+"""Tokens that are gathered at once."""
 MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
 
@@ -51,7 +51,7 @@ def attend_to_tokens(cache: ScoredCache, work: TokenWork, output: Tensor, *, sca
             GROUP_PADDED=heads,
             MERGED=max(1, MERGED_ROWS // heads),
             GATHERED=GATHERED,
-            WAVES=GATHER_WAVES,
+            WAVES=work.waves,
             num_warps=WARPS,
             num_stages=STAGES if work.rotated.element_size() == 2 else WIDE_STAGES,
             **work.constants(cache),

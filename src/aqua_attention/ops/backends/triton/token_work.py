@@ -35,8 +35,6 @@ MOST_TURNS = 64
 """Times that these meet at most: every third halves what is left of 17 bits."""
 GATHER_PROGRAMS, GATHER_WAVES = 3, 4
 """Programs that attend, for each multiprocessor, and pieces of work of each of them."""
-GATHERED = 64
-"""Tokens that are gathered at once."""
 
 
 class ScoredArguments(NamedTuple):
@@ -111,7 +109,7 @@ class TokenWork:
         rotated: queries, [batch, num_attention_heads, kept].
         dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
         scratch: what kernels hand on.
-        splits, chunks, programs: of the kernels that score, choose and attend.
+        splits, chunks, programs: of the kernels that score, choose and attend; waves: pieces of work of the last.
         phases: whether tokens are chosen in three launches; see `token_choice`.
         group: query heads of a key-value head.
     """
@@ -123,6 +121,7 @@ class TokenWork:
     splits: int
     chunks: int
     programs: int
+    waves: int
     phases: bool
     group: int
 
@@ -178,7 +177,7 @@ class TokenWork:
         )
         rotated = made(states.dtype, batch, num_attention_heads, kept)
         dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
-        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, phases, group)
+        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, phases, group)
 
     def constants(self, cache: ScoredCache) -> dict[str, int]:
         """What the kernels know when they are compiled."""
