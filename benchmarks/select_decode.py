@@ -54,6 +54,7 @@ def main():
     parser.add_argument("--head-shares", default=",".join(map(str, HEAD_SHARES)), help="by mass, of each head; or none")
     parser.add_argument("--mass", type=float, default=MASS, help="select_p")
     parser.add_argument("--set", action="append", default=[], help="a tuned constant, as token_gather.WARPS=8; repeat")
+    parser.add_argument("--bits", type=int, choices=[8], help="of keys and values; default: 16")
     parser.add_argument("--phases", action="store_true", help="choose tokens in three launches")
     parser.add_argument("--no-dense", action="store_true", help="leave out what it is compared with")
     parser.add_argument("--json", help="write all figures here")
@@ -82,7 +83,7 @@ def main():
         found = []
         for name, knobs, wanted in settings:
             torch.cuda.empty_cache()
-            found.append({"name": name, **measure(batch, length, knobs, wanted, given.phases)})
+            found.append({"name": name, **measure(batch, length, knobs, wanted, given)})
         rows = [[*row(each, dense["seconds"], peak)] for each in found]
         columns = ["", "us", "to dense", "read", *found[0]["pieces"], "error"]
         print(markdown(columns, rows) + "\n", flush=True)
@@ -102,7 +103,7 @@ def row(found, dense, peak):
     yield f"{found['error']:.2%}"
 
 
-def measure(batch, length, knobs, head_shares, phases):
+def measure(batch, length, knobs, head_shares, given):
     """Seconds of one layer, of its pieces, what these read and write, and how far answers are from plain torch's."""
     torch.manual_seed(0)
     config = AquaConfig(
@@ -116,13 +117,13 @@ def measure(batch, length, knobs, head_shares, phases):
     ones = torch.ones(KV_HEADS, DIM, device="cuda")
     plan = LayerPlan(rotation, ones, config, SCALING, key_scale=ones, key_mean=torch.zeros_like(ones))
     layers = max(1, min(MOST_LAYERS, LEAST_BYTES // (4 * batch * length * KV_HEADS * DIM) + 1))
-    caches = [filled(batch, length, plan, head_shares) for _ in range(layers)]
+    caches = [filled(batch, length, plan, head_shares, given.bits) for _ in range(layers)]
     query, key, value = (torch.randn(batch, n, DIM, dtype=DTYPE, device="cuda") for n in (HEADS, KV_HEADS, KV_HEADS))
     if head_shares is not None:
         query, key = 0.05 * query, 0.05 * key
         query[..., 0] = DIM**0.5
     output = torch.empty(batch, HEADS, DIM, dtype=DTYPE, device="cuda")
-    work = TokenWork.of(caches[0], HEADS, plan.k, phases=phases or None)
+    work = TokenWork.of(caches[0], HEADS, plan.k, phases=given.phases or None)
 
     def reset():
         for cache in caches:
@@ -153,13 +154,14 @@ def measure(batch, length, knobs, head_shares, phases):
         "score": (scored, tokens * (SCORED + 2 + 2 * group)),
         # It adds to what scoring has made zero.
         "choose": (timed(score, choose) - scored, tokens * 2 * group + 4 * taken),
-        "attend": (timed(attend), taken * (4 + 4 * DIM)),
+        "attend": (timed(attend), taken * (4 + (4 * DIM if given.bits is None else 2 * DIM + 4))),
     }
     return {
         "seconds": timed(whole),
         "read": read,
         "error": error,
         "layers": layers,
+        "bits": given.bits,
         "splits": work.splits,
         "chunks": work.chunks,
         "phases": work.phases,
@@ -167,9 +169,9 @@ def measure(batch, length, knobs, head_shares, phases):
     }
 
 
-def filled(batch, length, plan, head_shares):
+def filled(batch, length, plan, head_shares, bits):
     """Random keys and values; or keys of which given shares, anywhere, hold the mass that is asked for."""
-    cache = ScoredCache.empty(batch, DIM, length, score_quantization(plan), dtype=DTYPE, device="cuda")
+    cache = ScoredCache.empty(batch, DIM, length, score_quantization(plan), dtype=DTYPE, device="cuda", bits=bits)
     lengths = torch.full((1,), length - ROOM, dtype=torch.int32, device="cuda")
     for index in range(batch):
         keys, values = (torch.randn(1, KV_HEADS, length, DIM, dtype=DTYPE, device="cuda") for _ in range(2))
@@ -187,8 +189,11 @@ def filled(batch, length, plan, head_shares):
 def part(cache, index):
     """One sequence of a cache, as a cache."""
     one = slice(index, index + 1)
+    scales = None if cache.value_scales is None else cache.value_scales[one]
     states = (each[one] for each in (cache.keys, cache.values, cache.codes, cache.scales))
-    return ScoredCache(*states, cache.quantization, cache.lengths[one], cache.max_length)
+    return ScoredCache(
+        *states, cache.quantization, cache.lengths[one], cache.max_length, cache.dtype, value_scales=scales
+    )
 
 
 def compared(cache, plan, work, output):

@@ -45,9 +45,9 @@ def plan_of(kv_heads, dim, *, seed=0, **knobs):
     )
 
 
-def problem(heads, lengths, dim, value_dim, dtype=torch.float32, *, seed=0, keys=None, sharp=2.0, **knobs):
+def problem(heads, lengths, dim, value_dim, dtype=torch.float32, *, seed=0, keys=None, sharp=2.0, held=None, **knobs):
     """Rows of these lengths with their queries; NaN behind the ends. `keys`: [tokens] of scores, the same in all rows,
-    along the first dimension, which the query then reads.
+    along the first dimension, which the query then reads. `held`: bits of keys and values.
     """
     (count, kv_heads), batch, longest = heads, len(lengths), max(1, *lengths)
     plan = plan_of(kv_heads, dim, seed=seed, **knobs)
@@ -60,7 +60,7 @@ def problem(heads, lengths, dim, value_dim, dtype=torch.float32, *, seed=0, keys
         states = torch.zeros_like(states)
         states[..., 0] = keys.to(states)
     cache = ScoredCache.empty(
-        batch, value_dim, longest + 5, score_quantization(plan), dtype=dtype, device=rotated.device
+        batch, value_dim, longest + 5, score_quantization(plan), dtype=dtype, device=rotated.device, bits=held
     )
     values = random(batch, kv_heads, longest, value_dim, seed=seed + 6, dtype=dtype)
     hidden = torch.arange(longest, device=DEVICE) >= torch.tensor(lengths, device=DEVICE)[:, None]
@@ -125,30 +125,37 @@ def check_choice(read, given, expected):
             if length < plan.min_length or config.select_p == 1 or weight.isnan().any():
                 assert chosen.all()
                 continue
+            weight_eps, mass_eps = WEIGHT_EPS, MASS_EPS
+            if given.rotated.dtype != torch.float32 or given.cache.value_scales is not None:
+                # Queries are rounded to float16 once more.
+                query = given.rotated[row].view(-1, group, given.rotated.shape[-1])[head].float().abs()
+                keys = torch.stack(given.cache.read(row, length)[::2]).abs().amax(0)[head]
+                rounded = 2.0**-10 * float((query @ keys.T).max()) * plan.scaling
+                weight_eps, mass_eps = weight_eps + rounded, mass_eps + rounded
             others, left = chosen & ~exact, ~chosen & ~exact
             if others.any() and left.any():
-                assert weight[others].min() >= (1 - WEIGHT_EPS) * weight[left].max() - 2.0**-30
+                assert weight[others].min() >= (1 - weight_eps) * weight[left].max() - 2.0**-30
             least = weight[others].min() if others.any() else torch.inf
-            fewer = exact | (others & (weight > (1 + WEIGHT_EPS) * least + 2.0**-30))
+            fewer = exact | (others & (weight > (1 + weight_eps) * least + 2.0**-30))
             if config.select_p is None:
                 wanted = min(config.select_tokens, int((~exact).sum()))
                 assert others.sum() >= wanted and (wanted == 0 or (fewer & ~exact).sum() < wanted)
             else:
                 target = config.select_p * group
-                assert weight[chosen].sum() >= target - MASS_EPS * group
-                assert not others.any() or weight[fewer].sum() < target + MASS_EPS * group
+                assert weight[chosen].sum() >= target - mass_eps * group
+                assert not others.any() or weight[fewer].sum() < target + mass_eps * group
 
 
 def check_output(output, read, given):
     """As close to float64, of the same tokens, as a few times the same in the dtype."""
     cache, scaling = given.cache, given.plan.scaling
     group = given.rotated.shape[1] // cache.shape[1]
-    eps = torch.finfo(output.dtype).eps
+    eps = torch.finfo(output.dtype if cache.value_scales is None else torch.float16).eps
     for row, length in enumerate(cache.lengths.tolist()):
         if length == 0:
             assert (output[row] == 0).all()
             continue
-        keys, values = (each[row, :, :length].double() for each in (cache.keys, cache.values))
+        keys, values = (each.double() for each in cache.read(row, length)[:2])
         query = given.rotated[row].double().unflatten(0, (-1, group))
         scores = (query @ keys.transpose(-1, -2) * scaling).masked_fill(~read[row, :, None, :length], -torch.inf)
         exact = (scores.softmax(-1) @ values).flatten(0, 1)

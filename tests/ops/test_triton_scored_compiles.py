@@ -27,11 +27,11 @@ for module in (token_choice, token_gather, token_prepare, token_scores):
             setattr(module, name, Launch(getattr(module, name)))
 
 
-def build(dtype, heads, groups, dim, value_dim, length=5000, **choice):
+def build(dtype, heads, groups, dim, value_dim, length=5000, bits=None, **choice):
     config = aqua.AquaConfig(share="group", score_bits=8, **choice)
     units = torch.ones(groups, dim), torch.zeros(groups, dim)
     plan = LayerPlan(torch.zeros(groups, dim, dim), units[0], config, 0.1, key_scale=units[0], key_mean=units[1])
-    cache = ScoredCache.empty(3, value_dim, length, score_quantization(plan), dtype=dtype, device="cpu")
+    cache = ScoredCache.empty(3, value_dim, length, score_quantization(plan), dtype=dtype, device="cpu", bits=bits)
     states = (torch.zeros(3, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim)))
     states, output = list(states), torch.zeros(3, heads, value_dim, dtype=dtype)
     for chunks, phases in ((1, False), (8, False), (8, True)):
@@ -50,6 +50,10 @@ CASES = {
     "count": "dict(dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, select_tokens=500)",
     "odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, select_p=0.9)",
     "wide group": "dict(dtype=torch.bfloat16, heads=16, groups=1, dim=256, value_dim=256, k_ratio=0.25, select_p=0.9)",
+    "int8": "dict(dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, "
+    "select_tokens=9, bits=8)",
+    "int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
+    "select_p=0.9, bits=8)",
     "float32": "dict(dtype=torch.float32, heads=2, groups=2, dim=64, value_dim=64, k_ratio=0.5, select_p=0.9)",
 }
 

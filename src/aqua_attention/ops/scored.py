@@ -3,7 +3,8 @@
 
 A query scores all tokens and reads few. Scoring multiplies few dimensions of many keys, so the copy lies in tiles in
 which each dimension is one run, in 8 bits: `codes[batch, head, tile, dimension, token]`. Reading takes whole keys and
-values here and there, so these lie by token: a chosen token is one run of each.
+values here and there, so these lie by token: a chosen token is one run of each. In 8 bits keys have the same codes as
+the copy, in the other order.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ class ScoredCache:
     sequence is not looked at.
 
     Attributes:
-        keys: [batch, num_key_value_heads, tiles * TILE, kept], rotated; values: likewise of value_dim.
+        keys: [batch, num_key_value_heads, tiles * TILE, kept], rotated; values: likewise of value_dim. In 8 bits uint8.
         codes: uint8 [batch, num_key_value_heads, tiles, kept, TILE], in which 128 is zero.
         scales: bfloat16 [batch, num_key_value_heads, tiles * TILE], of the codes of a token.
         quantization: how codes are made of keys, `(code - 128) * scale * channel_scale + channel_mean`.
         lengths: int32 [batch], tokens of each sequence.
         max_length: tokens of a sequence at most.
+        dtype: of queries, and of keys and values that are not in 8 bits.
+        value_scales: as `scales`, of values in 8 bits, `(code - 128) * scale`; None: keys and values are as they came.
     """
 
     keys: Tensor
@@ -44,6 +47,8 @@ class ScoredCache:
     quantization: Quantization
     lengths: Tensor
     max_length: int
+    dtype: torch.dtype
+    value_scales: Tensor | None = None
 
     @staticmethod
     def empty(
@@ -54,8 +59,9 @@ class ScoredCache:
         *,
         dtype: torch.dtype,
         device: Device,
+        bits: int | None = None,
     ) -> ScoredCache:
-        """Empty sequences; heads and the width of keys are those of the quantization.
+        """Empty sequences; heads and the width of keys are those of the quantization. `bits`: 8 or None.
 
         Raises:
             AquaError: sizes that do not fit each other.
@@ -66,15 +72,17 @@ class ScoredCache:
         for name, tensor in zip(quantization._fields, quantization, strict=True):
             expect(f"quantization.{name}", tensor, torch.float32, (kv_heads, kept))
         tiles = -(-max_length // TILE)
-        tokens = batch, kv_heads, tiles * TILE
+        tokens, kind = (batch, kv_heads, tiles * TILE), dtype if bits is None else torch.uint8
         return ScoredCache(
-            torch.zeros(*tokens, kept, dtype=dtype, device=device),
-            torch.zeros(*tokens, value_dim, dtype=dtype, device=device),
+            torch.zeros(*tokens, kept, dtype=kind, device=device),
+            torch.zeros(*tokens, value_dim, dtype=kind, device=device),
             torch.zeros(batch, kv_heads, tiles, kept, TILE, dtype=torch.uint8, device=device),
             torch.zeros(tokens, dtype=torch.bfloat16, device=device),
             quantization,
             torch.zeros(batch, dtype=torch.int32, device=device),
             max_length,
+            dtype,
+            None if bits is None else torch.zeros(tokens, dtype=torch.bfloat16, device=device),
         )
 
     @property
@@ -99,18 +107,34 @@ class ScoredCache:
         self.lengths.add_(1).clamp_(max=self.max_length)
 
     def _write(self, row: int, tokens: slice, keys: Tensor, values: Tensor) -> None:
-        self.keys[row, :, tokens], self.values[row, :, tokens] = keys, values
-        # Of the keys as they are held, so that what is scored follows from what is read.
-        states = self.keys[row, :, tokens].float()
+        # Of keys in the dtype of the cache, so that what is scored follows from what is read.
+        states = keys.to(self.dtype).float()
         states = (states - self.quantization.channel_mean[:, None]) / self.quantization.channel_scale[:, None]
         codes, self.scales[row, :, tokens] = quantized(states)
         at = torch.arange(tokens.start, tokens.stop, device=codes.device)
         self.codes[row][:, at // TILE, :, at % TILE] = codes.transpose(0, 1)
+        if self.value_scales is not None:
+            keys = codes
+            values, self.value_scales[row, :, tokens] = quantized(values)
+        self.keys[row, :, tokens], self.values[row, :, tokens] = keys, values
+
+    def read(self, row: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values, and the keys as they are scored, of the first tokens of a sequence, float32
+        [num_key_value_heads, length, width].
+        """
+        channel_scale, channel_mean = (each[:, None] for each in self.quantization)
+        codes = self.codes[row].transpose(-1, -2).flatten(1, 2)[:, :length]
+        scored = (codes.float() - 128) * self.scales[row, :, :length, None].float() * channel_scale + channel_mean
+        keys, values = (each[row, :, :length].float() for each in (self.keys, self.values))
+        if self.value_scales is None:
+            return keys, values, scored
+        keys = (keys - 128) * self.scales[row, :, :length, None].float() * channel_scale + channel_mean
+        return keys, (values - 128) * self.value_scales[row, :, :length, None].float(), scored
 
     def check_step(self, query: Tensor, key: Tensor, value: Tensor, plan: LayerPlan) -> None:
         """Raise AquaError for a token of each sequence, or a plan, that no step over this cache takes."""
         batch, kv_heads, kept, value_dim, _ = self.shape
-        heads, head_dim, dtype = query.shape[1], query.shape[-1], self.keys.dtype
+        heads, head_dim, dtype = query.shape[1], query.shape[-1], self.dtype
         for name, states, shape, kind in (
             ("query", query, (batch, heads // kv_heads * kv_heads, head_dim), dtype),
             ("key", key, (batch, kv_heads, head_dim), dtype),

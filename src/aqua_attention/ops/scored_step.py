@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from aqua_attention.ops.mask import visible_and_exact
-from aqua_attention.ops.plan import Call, LayerPlan
+from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.reference import softmax_seen, weighted_values
 from aqua_attention.ops.scored import ScoredCache
 from aqua_attention.ops.select import rotate, select_dimensions
-from aqua_attention.ops.tokens import choose_tokens, products, scored_keys
+from aqua_attention.ops.tokens import choose_tokens, products
 
 
 class SelectedStep(NamedTuple):
@@ -58,28 +58,28 @@ def attend_selected(rotated: Tensor, cache: ScoredCache, plan: LayerPlan, scalin
     for row, length in enumerate(cache.lengths.tolist()):
         if length == 0:
             continue
-        one, seen = slice(row, row + 1), slice(0, length)
-        call = Call(rotated[one, :, None], cache.keys[one, :, seen], cache.values[one, :, seen], None, 0, 0, scaling)
-        taken, weight[row, :, seen] = _chosen(call, plan)
+        seen, query = slice(0, length), rotated[row : row + 1, :, None]
+        keys, values, copy = (each[None] for each in cache.read(row, length))
+        taken, weight[row, :, seen] = _chosen(query, keys, copy, plan, scaling)
         read[row, :, seen] = taken
-        scores = products(call.query.float(), call.key.float()) * scaling
+        scores = products(query.float(), keys) * scaling
         every = taken[None, :, None].repeat_interleave(rotated.shape[1] // kv_heads, 1)
         probabilities = softmax_seen(scores, every, None)
-        found = weighted_values(probabilities, partial(torch.matmul, other=call.value.float()), kv_heads)
+        found = weighted_values(probabilities, partial(torch.matmul, other=values), kv_heads)
         output[row] = found[0, :, 0].to(output.dtype)
     return SelectedStep(output, read, weight, rotated)
 
 
-def _chosen(call: Call, plan: LayerPlan) -> tuple[Tensor, Tensor]:
-    """Which tokens one query reads and what they weigh, [num_key_value_heads, tokens]."""
-    query, key = call.query.float(), call.key.float()
+def _chosen(query: Tensor, key: Tensor, copy: Tensor, plan: LayerPlan, scaling: float) -> tuple[Tensor, Tensor]:
+    """Which tokens one query reads and what they weigh, [num_key_value_heads, tokens]; `copy`: keys to be scored."""
     (_, heads, _, _), (_, kv_heads, length, _) = query.shape, key.shape
     short = torch.zeros(1, heads, 1, dtype=torch.bool, device=query.device)
-    selected = select_dimensions(call.query, plan, short, scaling=call.scaling)
+    selected = select_dimensions(query, plan, short, scaling=scaling)
     window = {"queries": 1, "keys": length, "start": length - 1, "sink": plan.sink, "recent": plan.recent}
     visible, exact = visible_and_exact(None, **window, device=query.device)
-    scored = products(query if selected is None else torch.where(selected, query, 0), scored_keys(call.key, plan))
-    scores = torch.where(exact, products(query, key), scored) * call.scaling
+    query = query.float()
+    scored = products(query if selected is None else torch.where(selected, query, 0), copy)
+    scores = torch.where(exact, products(query, key), scored) * scaling
     weight = softmax_seen(scores, visible, None).view(1, kv_heads, heads // kv_heads, 1, length).sum(2)
     visible, exact = (each[:, :1].expand(weight.shape) for each in (visible, exact))
     read = visible if length < plan.min_length else choose_tokens(weight, visible, exact, plan)

@@ -17,6 +17,8 @@ from aqua_attention.ops.backends.triton.blocks import (
     starts_early,
     store_part,
 )
+from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT, decoded
+from aqua_attention.ops.backends.triton.token_weights import query_for_codes
 from aqua_attention.ops.backends.triton.token_work import (
     ScoredArguments,
     TokenWork,
@@ -52,6 +54,7 @@ def attend_to_tokens(cache: ScoredCache, work: TokenWork, output: Tensor, *, sca
             MERGED=max(1, MERGED_ROWS // heads),
             GATHERED=GATHERED,
             WAVES=work.waves,
+            ASSEMBLY=work.rotated.is_cuda,
             num_warps=WARPS,
             num_stages=STAGES if work.rotated.element_size() == 2 else WIDE_STAGES,
             **work.constants(cache),
@@ -81,6 +84,7 @@ def _attend_to_tokens(
     MERGED: tl.constexpr,
     GATHERED: tl.constexpr,
     WAVES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     start_early(EARLY)
@@ -114,6 +118,7 @@ def _attend_to_tokens(
             VALUE_PADDED,
             BLOCK,
             GATHERED,
+            ASSEMBLY,
         )
         tl.debug_barrier()  # the whole program has written before it says so
         if tl.atomic_add(scratch.arrived + place, 1) == last - first - 1:
@@ -143,6 +148,7 @@ def _piece(
     VALUE_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     GATHERED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Attention to some tokens of a list."""
     row, group, place, piece, begin, end = part
@@ -154,6 +160,8 @@ def _piece(
         0.0,
         cache_modifier=".cg",
     )
+    if cache.value_scales is not None:
+        query, unit, _mean = query_for_codes(query, cache, group, scaling, KEPT, KEPT_PADDED)
     first_of_place = first_block(cache, row, group)
     tokens_ptr = scratch.tokens + place * cache.tile_count * BLOCK
     largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -165,16 +173,28 @@ def _piece(
         tokens = tl.load(tokens_ptr + at, listed, 0, cache_modifier=".cg")
         rows = token_rows(cache, row, first_of_place, tokens, listed, BLOCK)
         keys = tl.load(
-            cache.keys + rows[None, :] * KEPT + narrow[:, None], listed[None, :] & (narrow < KEPT)[:, None], 0.0
+            cache.keys + rows[None, :] * KEPT + narrow[:, None], listed[None, :] & (narrow < KEPT)[:, None], 0
         )
         values = tl.load(
             cache.value_tokens + rows[:, None] * VALUE_DIM + columns[None, :],
             listed[:, None] & column[None, :],
-            0.0,
+            0,
         )
-        scores = tl.dot(query, keys, input_precision="ieee") * scaling
-        scores = tl.where(listed[None, :], scores, float("-inf"))
-        largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
+        if cache.value_scales is not None:
+            # What the means of channels add is the same for all tokens.
+            scales = tl.load(cache.scales + rows, listed, 0.0).to(tl.float32)
+            value_scales = tl.load(cache.value_scales + rows, listed, 0.0).to(tl.float32) * VALUE_UNIT
+            scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * scales[None, :])
+            scores = tl.where(listed[None, :], scores, float("-inf"))
+            largest, total, output = online_softmax(
+                scores, decoded(values, ASSEMBLY), value_scales, largest, total, output, "ieee"
+            )
+        else:
+            scores = tl.dot(query, keys, input_precision="ieee") * scaling
+            scores = tl.where(listed[None, :], scores, float("-inf"))
+            largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
+    if cache.value_scales is not None:
+        output /= VALUE_UNIT
     store_part(scratch.partial, scratch.lse, piece * GROUP + heads, largest, total, output, inside, columns, VALUE_DIM)
 
 

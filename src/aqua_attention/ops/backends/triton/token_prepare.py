@@ -108,15 +108,21 @@ def _prepare_tokens(
             block = tl.load(cache.block_table + row * cache.table_width + block).to(tl.int64)
         block = first + block * cache.block_stride
         at = block * BLOCK + position % BLOCK
-        tl.store(cache.keys + at * KEPT + narrow, new.to(cache.keys.dtype.element_ty), column)
         value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
-        tl.store(cache.value_tokens + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
         mean = tl.load(cache.channel_mean + group * KEPT + narrow, column, 0.0)
         unit = tl.load(cache.channel_scale + group * KEPT + narrow, column, 1.0)
         codes, scale = quantized((new - mean) / unit, 0)
         # One byte in each run of a dimension: few, and the rest of the tile is not touched.
         tl.store(cache.codes + (block * KEPT + narrow) * BLOCK + position % BLOCK, codes, column)
         tl.store(cache.scales + at, scale)
+        if cache.value_scales is not None:
+            tl.store(cache.keys + at * KEPT + narrow, codes, column)
+            value_codes, value_scale = quantized(value.to(tl.float32), 0)
+            tl.store(cache.value_tokens + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
+            tl.store(cache.value_scales + at, value_scale)
+        else:
+            tl.store(cache.keys + at * KEPT + narrow, new.to(cache.keys.dtype.element_ty), column)
+            tl.store(cache.value_tokens + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
     if does_query:
         choose_dims(
             turned,

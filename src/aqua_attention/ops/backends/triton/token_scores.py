@@ -21,6 +21,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     starts_early,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import decoded
+from aqua_attention.ops.backends.triton.token_weights import query_for_codes
 from aqua_attention.ops.backends.triton.token_work import (
     BINS,
     ScoredArguments,
@@ -112,7 +113,7 @@ def _score_tokens(
         tl.store(scratch.fine + place * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.met + place, 0)
         window_lse = _window(
-            query_ptr, cache, row, group, scaling, sink, recent, length, GROUP, ROWS, KEPT, KEPT_PADDED, BLOCK
+            query_ptr, cache, row, group, scaling, sink, recent, length, GROUP, ROWS, KEPT, KEPT_PADDED, BLOCK, ASSEMBLY
         )
         members = tl.arange(0, ROWS)
         tl.store(lse_ptr + members * (splits + 1), window_lse, members < GROUP)
@@ -251,6 +252,7 @@ def _window(
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
     """Log-sum-exp of the exact window, at most TILE tokens at either end, with every dimension."""
     heads, tokens, narrow = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, KEPT_PADDED)
@@ -260,6 +262,8 @@ def _window(
         0.0,
         cache_modifier=".cg",
     )
+    if cache.value_scales is not None:
+        query, unit, mean = query_for_codes(query, cache, group, scaling, KEPT, KEPT_PADDED)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     first = first_block(cache, row, group)
@@ -271,10 +275,14 @@ def _window(
         keys = tl.load(
             cache.keys + rows[None, :] * KEPT + narrow[:, None],
             seen[None, :] & (narrow < KEPT)[:, None],
-            0.0,
+            0,
             cache_modifier=".cg",
         )
-        scores = tl.dot(query, keys, input_precision="ieee") * scaling
+        if cache.value_scales is not None:
+            scales = tl.load(cache.scales + rows, seen, 0.0, cache_modifier=".cg").to(tl.float32)
+            scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * scales[None, :]) + mean[:, None]
+        else:
+            scores = tl.dot(query, keys, input_precision="ieee") * scaling
         scores = tl.where(seen[None, :], scores, float("-inf"))
         now = tl.maximum(largest, tl.max(scores, 1))
         base = tl.where(now > float("-inf"), now, 0.0)

@@ -23,8 +23,8 @@ from aqua_attention.ops.scored import ScoredCache
 
 BINS = 256
 """Of each of two histograms: the upper and the lower half of a weight in 16 bits."""
-SCORE_PROGRAMS, LEAST_TILES = 8, 2
-"""Programs that score, for each multiprocessor, and tiles of one at least."""
+SCORE_PROGRAMS, LEAST_TILES = 6, 4
+"""Programs that score, for each multiprocessor, two rounds of those that run at once; and tiles of one at least."""
 PHASE_PROGRAMS = 8
 """Programs that choose in phases, for each multiprocessor."""
 RESIDENT_TILES, LEAST_RESIDENT = 256, 32
@@ -33,7 +33,7 @@ MOST_CHUNKS = 64
 """Programs that choose for a sequence and head at most."""
 MOST_TURNS = 64
 """Times that these meet at most: every third halves what is left of 17 bits."""
-GATHER_PROGRAMS, GATHER_WAVES = 3, 4
+GATHER_PROGRAMS, GATHER_WAVES = 2, 4
 """Programs that attend, for each multiprocessor, and pieces of work of each of them."""
 
 
@@ -47,6 +47,7 @@ class ScoredArguments(NamedTuple):
     value_tokens: Tensor  # a tuple of triton's has `values` of its own
     codes: Tensor
     scales: Tensor
+    value_scales: Tensor | None
     channel_scale: Tensor
     channel_mean: Tensor
     lengths: Tensor
@@ -61,7 +62,10 @@ class ScoredArguments(NamedTuple):
     @staticmethod
     def of(cache: ScoredCache) -> ScoredArguments:
         """Those of a cache, whose tensors are never replaced."""
-        (_, kv_heads, _, _, tiles), states = cache.shape, (cache.keys, cache.values, cache.codes, cache.scales)
+        (_, kv_heads, _, _, tiles), states = (
+            cache.shape,
+            (cache.keys, cache.values, cache.codes, cache.scales, cache.value_scales),
+        )
         numbers = tiles, cache.max_length, 0, kv_heads * tiles, tiles, 1
         return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers)
 
@@ -141,10 +145,10 @@ class TokenWork:
         Without `phases`, `chunks` must be a power of 2, and those of one sequence and head run at once.
         """
         batch, kv_heads, kept, value_dim, tiles = cache.shape
-        places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.keys
+        places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.codes
         count = sm_count(states)
         if splits is None:
-            splits = min(-(-count * SCORE_PROGRAMS // places), -(-tiles // LEAST_TILES))
+            splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
         found, fits = _resident_chunks(places, tiles, count)
         if phases is None:
             phases = not fits or (found > 1 and not states.is_cuda)
@@ -175,7 +179,7 @@ class TokenWork:
             met=made(torch.int32, places),
             said=made(torch.float32, places, MOST_TURNS, chunks),
         )
-        rotated = made(states.dtype, batch, num_attention_heads, kept)
+        rotated = made(cache.dtype, batch, num_attention_heads, kept)
         dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
         return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, phases, group)
 
