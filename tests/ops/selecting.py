@@ -15,10 +15,15 @@ from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache, score_quantization
 
-WAYS = {"one program": {"phases": False, "chunks": 1}, "phases": {"phases": True, "chunks": 3}}
+WAYS = {
+    "fused": {"way": "fused", "chunks": 1},
+    "resident": {"way": "resident", "chunks": 1},
+    "phases": {"way": "phases", "chunks": 3},
+}
 if DEVICE == "cuda":
     # The interpreter runs one program after the other.
-    WAYS["programs that meet"] = {"phases": False, "chunks": 4}
+    WAYS["fused programs that meet"] = {"way": "fused", "chunks": 8}
+    WAYS["programs that meet"] = {"way": "resident", "chunks": 4}
 WEIGHT_EPS = 2.0**-9
 """Of a weight, relative: it is kept in 11 bits twice."""
 MASS_EPS = 1e-3
@@ -83,6 +88,7 @@ def work_for(given, *, splits=2, programs=3, **way):
             tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
     work.rotated.copy_(given.rotated)
     work.dims.copy_(given.dims)
+    work.scratch.met.zero_()  # as the kernel before would
     return work
 
 

@@ -152,7 +152,7 @@ def test_a_nan_leaves_other_rows_right(choice, where):
 def test_all_the_mass_is_dense_attention(k_ratio):
     given = problem((4, 2), [257, 64], 32, 32, select_p=1.0, k_ratio=k_ratio)
     check(given)
-    output, read = run(given, **WAYS["one program"])
+    output, read = run(given, **WAYS["fused"])
     for row, length in enumerate((257, 64)):
         assert read[row].sum(-1).tolist() == [length] * 2
         states = (given.cache.keys[row, None, :, :length], given.cache.values[row, None, :, :length])

@@ -13,14 +13,16 @@ CODE = (
     + """
 import torch
 import aqua_attention as aqua
-from aqua_attention.ops.backends.triton import token_choice, token_gather, token_prepare, token_scores, token_step
+from aqua_attention.ops.backends.triton import token_choice, token_fused, token_gather, token_prepare, token_scores
+from aqua_attention.ops.backends.triton import token_step
 from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache, score_quantization
 
-KERNELS = ("_prepare_tokens", "_score_tokens", "choose_phase", "choose_resident", "_attend_to_tokens")
-for module in (token_choice, token_gather, token_prepare, token_scores):
+KERNELS = ("_prepare_tokens", "_score_tokens", "choose_phase", "choose_resident", "_score_and_choose")
+KERNELS += ("_attend_to_tokens",)
+for module in (token_choice, token_fused, token_gather, token_prepare, token_scores):
     module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
     for name in KERNELS:
         if hasattr(module, name):
@@ -34,8 +36,8 @@ def build(dtype, heads, groups, dim, value_dim, length=5000, bits=None, **choice
     cache = ScoredCache.empty(3, value_dim, length, score_quantization(plan), dtype=dtype, device="cpu", bits=bits)
     states = (torch.zeros(3, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim)))
     states, output = list(states), torch.zeros(3, heads, value_dim, dtype=dtype)
-    for chunks, phases in ((1, False), (8, False), (8, True)):
-        work = TokenWork.of(cache, heads, plan.k, splits=16, chunks=chunks, phases=phases)
+    for chunks, way in ((1, "fused"), (8, "fused"), (1, "resident"), (8, "resident"), (8, "phases")):
+        work = TokenWork.of(cache, heads, plan.k, splits=16, chunks=chunks, way=way)
         token_step.selected_step(*states, cache, plan, work, output, scaling=0.1)
 
 
@@ -62,5 +64,12 @@ CASES = {
 def test_kernels_that_choose_tokens_compile_for_hopper(case, tmp_path):
     kernels = compiled(CODE, CASES[case], tmp_path)
     names = [line.split()[0] for line in kernels]
-    assert set(names) == {"_prepare_tokens", "_score_tokens", "choose_resident", "choose_phase", "_attend_to_tokens"}
+    assert set(names) == {
+        "_prepare_tokens",
+        "_score_tokens",
+        "_score_and_choose",
+        "choose_resident",
+        "choose_phase",
+        "_attend_to_tokens",
+    }
     assert names.count("choose_phase") == 3

@@ -64,7 +64,7 @@ def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appen
         **starts_early(work.rotated),
     }
     with on_device_of(work.rotated):
-        if not work.phases:
+        if work.way == "resident":
             held = int(triton.next_power_of_2(-(-tiles // work.chunks)))
             warps = max(LEAST_WARPS, min(RESIDENT_WARPS, held // TILES_OF_WARP))
             choose_resident[(work.chunks, kv_heads, batch)](

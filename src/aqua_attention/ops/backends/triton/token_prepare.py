@@ -43,6 +43,7 @@ def prepare_tokens(
             work.rotated,
             work.dims,
             work.mask,
+            work.scratch.met,
             COUNT=work.dims.shape[2],
             SELECTION=plan.config.selection,
             SQUARED=plan.config.share == "group",
@@ -64,6 +65,7 @@ def _prepare_tokens(
     rotated_ptr,
     dims_ptr,
     mask_ptr,
+    met_ptr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -94,6 +96,7 @@ def _prepare_tokens(
     loaded = (load_states(source, 0, GROUP, ROWS, HEAD_DIM, CHUNK), high, low)
     turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
     if does_query:
+        tl.store(met_ptr + place, 0)
         tl.store(
             rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
             turned,

@@ -49,8 +49,33 @@ def choose_resident(
     start_early(EARLY)
     chunk, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place = (row * tl.num_programs(1) + group).to(tl.int64)
-    length = seen_length(cache, row, APPENDED)
-    shared = (scratch.met + place, scratch.said + place * TURNS * CHUNKS, chunk)
+    part = (place, seen_length(cache, row, APPENDED), chunk, 0)
+    limits = (share, wanted, sink, recent, min_length)
+    choose_held(cache, scratch, part, limits, splits, GROUP, SPLITS_PADDED, TILES_PADDED, CHUNKS, BY_COUNT, UNIT)
+
+
+@triton.jit
+def choose_held(
+    cache,
+    scratch,
+    part,
+    limits,
+    splits,
+    GROUP: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    TILES_PADDED: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BY_COUNT: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Choose among the tokens of this program, and list what is read.
+
+    Args:
+        part: the place, its length, which program of it this is, and how many have met at this place before.
+    """
+    place, length, chunk, met = part
+    share, wanted, sink, recent, min_length = limits
+    shared = (scratch.met + place, scratch.said + place * TURNS * CHUNKS, chunk, met)
     lse, window = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
     every = (length < min_length) | (window != window)
     if BY_COUNT:
@@ -83,17 +108,24 @@ def choose_resident(
 
 
 @triton.jit
+def meet(met_ptr, count):
+    """Say that this program has written what others wait for, and wait until so many have."""
+    tl.debug_barrier()  # all of it is written before
+    met = tl.atomic_add(met_ptr, 1) + 1
+    while met < count:
+        met = tl.atomic_add(met_ptr, 0)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _together(number, shared, turn, CHUNKS: tl.constexpr):
     """The sum of a number of each program of a sequence and head, and that of the programs before this one."""
     before = number * 0
     if CHUNKS > 1:
-        met_ptr, said_ptr, chunk = shared
+        met_ptr, said_ptr, chunk, met_before = shared
         said_ptr += turn * CHUNKS
         tl.store(said_ptr + chunk, number)
-        tl.debug_barrier()  # it is written before this program says so
-        met = tl.atomic_add(met_ptr, 1) + 1
-        while met < (turn + 1) * CHUNKS:
-            met = tl.atomic_add(met_ptr, 0)
+        meet(met_ptr, met_before + (turn + 1) * CHUNKS)
         chunks = tl.arange(0, CHUNKS)
         numbers = tl.load(said_ptr + chunks, cache_modifier=".cg")
         number, before = tl.sum(numbers, 0), tl.sum(tl.where(chunks < chunk, numbers, 0.0), 0)

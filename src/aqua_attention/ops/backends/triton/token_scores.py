@@ -51,9 +51,6 @@ def score_tokens(
         appended: one token more is there than `cache.lengths` say.
     """
     batch, kv_heads, _, _, _ = cache.shape
-    most, heads = work.dims.shape[2], triton.next_power_of_2(work.group)
-    dims = max(LEAST_SIZE, triton.next_power_of_2(most))
-    together = max(1, min(LEAST_SIZE // heads, MOST_PRODUCTS // dims))
     with on_device_of(work.rotated):
         _score_tokens[(work.splits + 1, kv_heads, batch)](
             work.rotated,
@@ -63,17 +60,26 @@ def score_tokens(
             scaling * LOG2_E,
             *window,
             APPENDED=appended,
-            CHOSEN=most,
-            DIMS=dims,
-            HEADS=max(LEAST_SIZE // together, heads),
-            TOGETHER=together,
             BINS=BINS,
-            ASSEMBLY=work.rotated.is_cuda,
             num_warps=WARPS,
             num_stages=STAGES,
-            **{name: size for name, size in work.constants(cache).items() if not name.startswith("VALUE")},
+            **score_constants(cache, work),
             **starts_early(work.rotated),
         )
+
+
+def score_constants(cache: ScoredCache, work: TokenWork) -> dict[str, int]:
+    """What kernels that score know when they are compiled."""
+    most, heads = work.dims.shape[2], int(triton.next_power_of_2(work.group))
+    dims = max(LEAST_SIZE, int(triton.next_power_of_2(most)))
+    together = max(1, min(LEAST_SIZE // heads, MOST_PRODUCTS // dims))
+    return {name: size for name, size in work.constants(cache).items() if not name.startswith("VALUE")} | {
+        "CHOSEN": most,
+        "DIMS": dims,
+        "HEADS": max(LEAST_SIZE // together, heads),
+        "TOGETHER": together,
+        "ASSEMBLY": work.rotated.is_cuda,
+    }
 
 
 @triton.jit
@@ -111,8 +117,7 @@ def _score_tokens(
         tl.store(scratch.coarse + place * 2 * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.coarse + (place * 2 + 1) * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.fine + place * BINS + bins, tl.zeros([BINS], tl.int32))
-        tl.store(scratch.met + place, 0)
-        window_lse = _window(
+        window_lse = score_window(
             query_ptr, cache, row, group, scaling, sink, recent, length, GROUP, ROWS, KEPT, KEPT_PADDED, BLOCK, ASSEMBLY
         )
         members = tl.arange(0, ROWS)
@@ -122,7 +127,7 @@ def _score_tokens(
         each = tl.cdiv(tiles, splits)
         begin = split * each
         end = tl.minimum(begin + each, tiles)
-        lse = _tiles(
+        lse = score_tiles(
             query_ptr,
             dims_ptr + place * CHOSEN,
             cache,
@@ -145,7 +150,7 @@ def _score_tokens(
 
 
 @triton.jit
-def _tiles(
+def score_tiles(
     query_ptr,
     dims_ptr,
     cache,
@@ -238,7 +243,7 @@ def _tiles(
 
 
 @triton.jit
-def _window(
+def score_window(
     query_ptr,
     cache,
     row,

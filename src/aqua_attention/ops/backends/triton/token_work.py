@@ -31,6 +31,11 @@ RESIDENT_TILES, LEAST_RESIDENT = 256, 32
 """Tiles whose weights a program keeps at most, and at least where there are several programs."""
 MOST_CHUNKS = 64
 """Programs that choose for a sequence and head at most."""
+FUSED_TILES, LEAST_FUSED, FUSED_PROGRAMS = 64, 16, 3
+"""The same of a program that scores, too, and how many of them a multiprocessor holds."""
+WAYS = ("fused", "resident", "phases")
+"""Of choosing tokens: in the launch that scores (`token_fused`), in one (`token_resident`), or in three, whose programs
+do not wait for each other (`token_choice`)."""
 MOST_TURNS = 64
 """Times that these meet at most: every third halves what is left of 17 bits."""
 GATHER_PROGRAMS, GATHER_WAVES = 2, 4
@@ -114,7 +119,7 @@ class TokenWork:
         dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
         scratch: what kernels hand on.
         splits, chunks, programs: of the kernels that score, choose and attend; waves: pieces of work of the last.
-        phases: whether tokens are chosen in three launches; see `token_choice`.
+        way: how tokens are chosen, one of WAYS.
         group: query heads of a key-value head.
     """
 
@@ -126,7 +131,7 @@ class TokenWork:
     chunks: int
     programs: int
     waves: int
-    phases: bool
+    way: str
     group: int
 
     @staticmethod
@@ -138,24 +143,29 @@ class TokenWork:
         splits: int | None = None,
         chunks: int | None = None,
         programs: int | None = None,
-        phases: bool | None = None,
+        way: str | None = None,
     ) -> TokenWork:
         """For steps with so many query heads and chosen dimensions; numbers of programs: None fills the GPU.
 
-        Without `phases`, `chunks` must be a power of 2, and those of one sequence and head run at once.
+        `way`: one of WAYS; None: the fastest that takes these sizes. But for "phases", `chunks` must be a power of 2.
         """
         batch, kv_heads, kept, value_dim, tiles = cache.shape
         places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.codes
         count = sm_count(states)
-        if splits is None:
-            splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
-        found, fits = _resident_chunks(places, tiles, count)
-        if phases is None:
-            phases = not fits or (found > 1 and not states.is_cuda)
+        fused = _chunks(places, tiles, FUSED_TILES, LEAST_FUSED, count * FUSED_PROGRAMS)
+        if way is None:
+            # The interpreter runs one program after the other, and none can wait for a later one.
+            way = WAYS[0] if fused <= (MOST_CHUNKS if states.is_cuda else 1) else WAYS[2]
         if chunks is None:
-            chunks = found
-            if phases:
+            chunks = fused
+            if way == WAYS[1]:
+                chunks = _chunks(places, tiles, RESIDENT_TILES, LEAST_RESIDENT, count)
+            elif way == WAYS[2]:
                 chunks = min(-(-count * PHASE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
+        if way == WAYS[0]:
+            splits = chunks
+        elif splits is None:
+            splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
         programs = count * GATHER_PROGRAMS if programs is None else programs
         units = programs * GATHER_WAVES + places
 
@@ -181,7 +191,7 @@ class TokenWork:
         )
         rotated = made(cache.dtype, batch, num_attention_heads, kept)
         dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
-        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, phases, group)
+        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, way, group)
 
     def constants(self, cache: ScoredCache) -> dict[str, int]:
         """What the kernels know when they are compiled."""
@@ -202,12 +212,12 @@ class TokenWork:
         return self.scratch.counts.shape[0]
 
 
-def _resident_chunks(places: int, tiles: int, count: int) -> tuple[int, bool]:
-    """Programs that keep the weights of a sequence and head, and whether so many can."""
-    chunks = int(triton.next_power_of_2(-(-tiles // RESIDENT_TILES)))
-    while places * chunks * 2 <= count and tiles >= chunks * 2 * LEAST_RESIDENT:
+def _chunks(places: int, tiles: int, most: int, least: int, programs: int) -> int:
+    """Programs of a sequence and head that each keep so many tiles: enough, and as many as there is room for."""
+    chunks = int(triton.next_power_of_2(-(-tiles // most)))
+    while places * chunks * 2 <= programs and tiles >= chunks * 2 * least:
         chunks *= 2
-    return chunks, chunks <= min(MOST_CHUNKS, count // 2)
+    return chunks
 
 
 @triton.jit
