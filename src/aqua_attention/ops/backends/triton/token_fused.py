@@ -17,7 +17,7 @@ from aqua_attention.ops.backends.triton.token_work import ScoredArguments, Token
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache
 
-LEAST_WARPS, MOST_WARPS, TILES_OF_WARP, STAGES = 4, 16, 16, 3
+LEAST_WARPS, MOST_WARPS, TILES_OF_WARP, STAGES = 4, 16, 8, 3
 
 
 def score_and_choose(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, scaling: float, appended: bool) -> None:

@@ -31,13 +31,13 @@ RESIDENT_TILES, LEAST_RESIDENT = 256, 32
 """Tiles whose weights a program keeps at most, and at least where there are several programs."""
 MOST_CHUNKS = 64
 """Programs that choose for a sequence and head at most."""
-FUSED_TILES, LEAST_FUSED, FUSED_PROGRAMS = 64, 16, 3
+FUSED_TILES, LEAST_FUSED, FUSED_PROGRAMS = 64, 16, 2
 """The same of a program that scores, too, and how many of them a multiprocessor holds."""
 WAYS = ("fused", "resident", "phases")
 """Of choosing tokens: in the launch that scores (`token_fused`), in one (`token_resident`), or in three, whose programs
 do not wait for each other (`token_choice`)."""
-MOST_TURNS = 64
-"""Times that these meet at most: every third halves what is left of 17 bits."""
+MOST_TURNS = 16
+"""Times that these meet at most: first and last, and each time between quarters what is left of 17 bits."""
 GATHER_PROGRAMS, GATHER_WAVES = 2, 4
 """Programs that attend, for each multiprocessor, and pieces of work of each of them."""
 
@@ -90,7 +90,7 @@ class Scratch(NamedTuple):
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
         partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of work.
         arrived: int32 [places], zero: pieces that are done.
-        met: int32 [places], how often programs have met; said: float32 [places, MOST_TURNS, chunks], what they said.
+        met: int32 [places], how often programs have met; said: float32 [places, MOST_TURNS, 3, chunks]: what.
     """
 
     weights: Tensor
@@ -187,7 +187,7 @@ class TokenWork:
             lse=made(torch.float32, units, group),
             arrived=made(torch.int32, places),
             met=made(torch.int32, places),
-            said=made(torch.float32, places, MOST_TURNS, chunks),
+            said=made(torch.float32, places, MOST_TURNS, 3, chunks),
         )
         rotated = made(cache.dtype, batch, num_attention_heads, kept)
         dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
