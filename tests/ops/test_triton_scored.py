@@ -40,7 +40,8 @@ def check(given, **options):
         check_choice(read, given, expected)
         check_output(output, read, given)
         found.append(read)
-    assert all(torch.equal(found[0], each) for each in found[1:])
+    # What weights are relative to is added up in another order.
+    assert all((found[0] != each).sum(-1).max() <= 2 for each in found[1:])
     return found[0]
 
 
@@ -73,7 +74,7 @@ def test_plain_torch_is_the_specification(choice):
     expected = expected_of(given)
     plan, cache = given.plan, given.cache
     call = Call(given.rotated[:, :, None], cache.keys[:, :, :200], cache.values[:, :, :200], None, 3, 20, plan.scaling)
-    selected = torch.zeros(1, 2, 32, dtype=torch.bool).scatter_(-1, given.dims.long(), True)
+    selected = torch.zeros(1, 2, 32, dtype=torch.bool, device=DEVICE).scatter_(-1, given.dims.long(), True)
     selected = selected.repeat_interleave(2, 1)[:, :, None]
     output, reading = attend_to_chosen(call, plan, selected, None)
     assert torch.equal(reading.read[..., 0], expected.read.sum(-1))
@@ -183,10 +184,10 @@ def step_problem(batch, heads, dim, value_dim, room, dtype, bits=None, **knobs):
 @pytest.mark.parametrize(("choice", "bits"), [({"select_p": 0.5}, None), ({"select_tokens": 9}, 8)])
 def test_whole_steps_rotate_choose_append_and_attend(way, choice, bits):
     """From nothing, over the end of a tile, to a full cache: what was left in the memory of one step is no other's."""
-    plan, states, (cache, plain) = step_problem(2, (4, 2), 32, 48, 130, torch.float32, bits, recent=4, sink=2, **choice)
+    plan, states, (cache, plain) = step_problem(3, (4, 2), 32, 48, 130, torch.float32, bits, recent=4, sink=2, **choice)
     work = TokenWork.of(cache, 4, plan.k, splits=2, programs=3, **WAYS[way])
-    output = torch.empty(2, 4, 48, device=DEVICE)
-    held = torch.tensor([0, 125], device=DEVICE)
+    output = torch.empty(3, 4, 48, device=DEVICE)
+    held = torch.tensor([0, 125, -1], device=DEVICE)
     for each in (cache, plain):
         each.fill(states[1][:, :, :125], states[2][:, :, :125], held)
     for step in range(7):
@@ -200,7 +201,8 @@ def test_whole_steps_rotate_choose_append_and_attend(way, choice, bits):
         assert (read != expected.read).sum() <= 2
         if torch.equal(read, expected.read):
             assert torch.allclose(output, expected.output, atol=2e-5 if bits is None else 0.05)
-    assert cache.lengths.tolist() == [7, 130]
+    assert cache.lengths.tolist() == [7, 130, -1] and not output[2].any()
+    assert not cache.scales[:, :, 130:].any()
     # The interpreter rounds the scale of a token another way.
     assert (cache.codes.int() - plain.codes.int()).abs().max() <= 2
     assert torch.allclose(cache.scales.float(), plain.scales.float(), rtol=2**-7)
@@ -268,3 +270,36 @@ def test_recorded_steps_of_several_layers_do_not_meet(way, choice):
             for states in new:
                 states.mul_(-1.01)
     assert not work.scratch.arrived.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["fused", "resident", "phases"])
+@pytest.mark.parametrize("held", [None, 8])
+@pytest.mark.parametrize(
+    ("lengths", "choice"),
+    [
+        ([32768, 5, 20000, 0], {"select_p": 0.95}),
+        ([32768, 300, 129], {"select_tokens": 3000}),
+        ([131072], {"select_p": 0.9}),
+        ([70000, 131072], {"select_tokens": 13000}),
+    ],
+)
+def test_large_sizes_in_bfloat16(lengths, choice, held, way):
+    """With as many programs as are taken by themselves, which meet."""
+    torch.use_deterministic_algorithms(False)
+    given = problem((32, 8), lengths, 128, 128, torch.bfloat16, k_ratio=0.25, sharp=3.0, held=held, **choice)
+    output, read = run(given, splits=None, programs=None, way=way)
+    check_choice(read, given, expected_of(given))
+    check_output(output, read, given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["fused", "resident", "phases"])
+@pytest.mark.parametrize("choice", [{"select_p": 0.9}, {"select_tokens": 7}])
+def test_equal_scores_and_a_spike_of_a_long_row(choice, way):
+    keys = torch.zeros(131072, device=DEVICE)
+    keys[100000] = 3.0
+    given = problem((4, 1), [131072], 128, 128, torch.bfloat16, keys=keys, **NOTHING, **choice)
+    output, read = run(given, splits=None, programs=None, way=way)
+    assert read[0, 0, 100000] and read.sum() >= 131072 - 127
+    check_output(output, read, given)

@@ -34,7 +34,7 @@ class ScoredCache:
         codes: uint8 [batch, num_key_value_heads, tiles, kept, TILE], in which 128 is zero.
         scales: bfloat16 [batch, num_key_value_heads, tiles * TILE], of the codes of a token.
         quantization: how codes are made of keys, `(code - 128) * scale * channel_scale + channel_mean`.
-        lengths: int32 [batch], tokens of each sequence.
+        lengths: int32 [batch], tokens of each sequence; negative: a row of padding, which takes none and gives zeros.
         max_length: tokens of a sequence at most.
         dtype: of queries, and of keys and values that are not in 8 bits.
         value_scales: as `scales`, of values in 8 bits, `(code - 128) * scale`; None: keys and values are as they came.
@@ -102,9 +102,9 @@ class ScoredCache:
     def append(self, key: Tensor, value: Tensor) -> None:
         """One more token of each sequence, [batch, num_key_value_heads, width]. Where there is no room it is lost."""
         for row, length in enumerate(self.lengths.tolist()):
-            if length < self.max_length:
+            if 0 <= length < self.max_length:
                 self._write(row, slice(length, length + 1), key[row, :, None], value[row, :, None])
-        self.lengths.add_(1).clamp_(max=self.max_length)
+        self.lengths.add_((self.lengths >= 0).int()).clamp_(max=self.max_length)
 
     def _write(self, row: int, tokens: slice, keys: Tensor, values: Tensor) -> None:
         # Of keys in the dtype of the cache, so that what is scored follows from what is read.

@@ -56,7 +56,7 @@ def attend_selected(rotated: Tensor, cache: ScoredCache, plan: LayerPlan, scalin
     weight = torch.zeros(read.shape, device=rotated.device)
     output = rotated.new_zeros(*rotated.shape[:2], value_dim)
     for row, length in enumerate(cache.lengths.tolist()):
-        if length == 0:
+        if length <= 0:
             continue
         seen, query = slice(0, length), rotated[row : row + 1, :, None]
         keys, values, copy = (each[None] for each in cache.read(row, length))

@@ -129,8 +129,8 @@ def _attend_to_tokens(
                 if place % groups == 0:
                     # Nothing in this launch reads the length.
                     row = place // groups
-                    held = tl.load(cache.lengths + row, cache_modifier=".cg") + 1
-                    tl.store(cache.lengths + row, tl.minimum(held, cache.max_length))
+                    held = tl.load(cache.lengths + row, cache_modifier=".cg")
+                    tl.store(cache.lengths + row, tl.minimum(held + 1, cache.max_length), held >= 0)
 
 
 @triton.jit

@@ -103,7 +103,7 @@ def _prepare_tokens(
             inside[:, None] & column[None, :],
         )
     turned = turned.to(tl.float32)
-    if does_key & (position < cache.max_length):
+    if does_key & (position >= 0) & (position < cache.max_length):
         new = tl.sum(tl.where((heads == GROUP)[:, None], turned, 0.0), 0)
         first = first_block(cache, row, group)
         block = (position // BLOCK).to(tl.int64)

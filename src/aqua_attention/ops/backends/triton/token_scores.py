@@ -73,6 +73,8 @@ def score_constants(cache: ScoredCache, work: TokenWork) -> dict[str, int]:
     most, heads = work.dims.shape[2], int(triton.next_power_of_2(work.group))
     dims = max(LEAST_SIZE, int(triton.next_power_of_2(most)))
     together = max(1, min(LEAST_SIZE // heads, MOST_PRODUCTS // dims))
+    if work.rotated.element_size() == 4:
+        together = 1  # products in float32 are not those of tensor cores
     return {name: size for name, size in work.constants(cache).items() if not name.startswith("VALUE")} | {
         "CHOSEN": most,
         "DIMS": dims,

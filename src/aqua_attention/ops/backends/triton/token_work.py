@@ -82,7 +82,7 @@ class Scratch(NamedTuple):
         weights: float16 [places, tiles, G, TILE], 2**15 times the weight where the largest of the tile is 1.
         tops: float32 [places, tiles, G], the largest score of a tile.
         part_lse: float32 [places, G, splits + 1], log-sum-exp of the tokens of a program; the last: the exact window.
-        orders: int16 [places, tiles * TILE], weights of all heads together as numbers without a sign, in their order.
+        orders: int16 [places, tiles * TILE], weights of all heads together as numbers without a sign; for phases.
         coarse: int32 [places, 2, BINS], how many tokens have each upper half of `orders`, and the sum of their lower.
         fine: int32 [places, BINS], how many of those at the threshold have each lower half.
         at_least: int32 [places, chunks, BINS], the same of a program's tokens, with all greater ones.
@@ -176,7 +176,7 @@ class TokenWork:
             weights=made(torch.float16, places, tiles, group, TILE),
             tops=made(torch.float32, places, tiles, group),
             part_lse=made(torch.float32, places, group, splits + 1),
-            orders=made(torch.int16, places, tiles * TILE),
+            orders=made(torch.int16, places, tiles * TILE if way == WAYS[2] else 1),
             coarse=made(torch.int32, places, 2, BINS),
             fine=made(torch.int32, places, BINS),
             at_least=made(torch.int32, places, chunks, BINS),
@@ -231,7 +231,8 @@ def seen_length(cache, row, APPENDED: tl.constexpr):
     """Tokens of a sequence, with the one that was just written. Not through the cache of this processor, where what was
     before may lie.
     """
-    return tl.minimum(tl.load(cache.lengths + row, cache_modifier=".cg") + APPENDED, cache.max_length)
+    held = tl.load(cache.lengths + row, cache_modifier=".cg")
+    return tl.where(held < 0, 0, tl.minimum(held + APPENDED, cache.max_length))
 
 
 @triton.jit
