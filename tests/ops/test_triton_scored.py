@@ -235,6 +235,15 @@ def test_what_does_not_fit_is_refused():
             selected_step(**given | changed, scaling=0.1)
 
 
+def test_programs_that_wait_must_run_at_once(monkeypatch):
+    monkeypatch.setattr("aqua_attention.ops.backends.triton.token_work.sm_count", lambda _: 4)
+    given = problem((2, 1), [3000], 16, 16, select_p=0.5)
+    for way in ("fused", "resident"):
+        with pytest.raises(AquaError, match="chunks is 4"):
+            TokenWork.of(given.cache, 2, given.plan.k, way=way, chunks=4)
+    assert TokenWork.of(given.cache, 2, given.plan.k, chunks=4, way="phases").chunks == 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("choice", [{"select_p": 0.9}, {"select_tokens": 100}])

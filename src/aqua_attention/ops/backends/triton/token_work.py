@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.blocks import TILE as TOKENS
 from aqua_attention.ops.backends.triton.blocks import padded, sm_count
 from aqua_attention.ops.layout import TILE
@@ -148,6 +149,9 @@ class TokenWork:
         """For steps with so many query heads and chosen dimensions; numbers of programs: None fills the GPU.
 
         `way`: one of WAYS; None: the fastest that takes these sizes. But for "phases", `chunks` must be a power of 2.
+
+        Raises:
+            AquaError: more `chunks` than there are multiprocessors, which could wait for each other for ever.
         """
         batch, kv_heads, kept, value_dim, tiles = cache.shape
         places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.codes
@@ -155,13 +159,16 @@ class TokenWork:
         fused = _chunks(places, tiles, FUSED_TILES, LEAST_FUSED, count * FUSED_PROGRAMS)
         if way is None:
             # The interpreter runs one program after the other, and none can wait for a later one.
-            way = WAYS[0] if fused <= (MOST_CHUNKS if states.is_cuda else 1) else WAYS[2]
+            most = min(MOST_CHUNKS, count - 1) if states.is_cuda else 1
+            way = WAYS[0] if fused <= most else WAYS[2]
         if chunks is None:
             chunks = fused
             if way == WAYS[1]:
                 chunks = _chunks(places, tiles, RESIDENT_TILES, LEAST_RESIDENT, count)
             elif way == WAYS[2]:
                 chunks = min(-(-count * PHASE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
+        if way != WAYS[2] and chunks >= count:
+            raise AquaError(f"chunks is {chunks}: so many programs must run at once, and here {count} surely do")
         if way == WAYS[0]:
             splits = chunks
         elif splits is None:
