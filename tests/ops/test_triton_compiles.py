@@ -62,7 +62,7 @@ class Launch:
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 KINDS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int32": "i32", "int8": "i8", "uint8": "u8"}
-KINDS["int64"] = "i64"
+KINDS |= {"int64": "i64", "int16": "i16"}
 KINDS = {"torch." + name: kind for name, kind in KINDS.items()}
 """
 

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""Attention to listed tokens, whose keys and values lie here and there.
+
+Lists differ in length by a factor of thirty, so all are cut into pieces of one size, a few for each program that runs
+at a time; which piece is whose is found from the counts alone. The last program to end a piece of a list merges them.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aqua_attention.ops.backends.triton.blocks import (
+    LOG2_E,
+    on_device_of,
+    online_softmax,
+    starts_early,
+    store_part,
+)
+from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT, decoded
+from aqua_attention.ops.backends.triton.token_weights import query_for_codes
+from aqua_attention.ops.backends.triton.token_work import (
+    ScoredArguments,
+    TokenWork,
+    first_block,
+    start_early,
+    token_rows,
+)
+from aqua_attention.ops.scored import ScoredCache
+
+WARPS, STAGES, WIDE_STAGES = 4, 5, 3
+"""Two stages are one block on its way: the list is read a stage before what it says."""
+GATHERED = 64
+"""Tokens that are gathered at once."""
+MERGED_ROWS = 64
+"""Partial results of so many pieces and heads are merged at once."""
+
+
+def attend_to_tokens(cache: ScoredCache, work: TokenWork, output: Tensor, *, scaling: float, appended: bool) -> None:
+    """Write the attention to the listed tokens, [batch, num_attention_heads, value_dim]; sequences are longer then."""
+    heads = triton.next_power_of_2(work.group)
+    with on_device_of(work.rotated):
+        _attend_to_tokens[(work.programs,)](
+            work.rotated,
+            ScoredArguments.of(cache),
+            work.scratch,
+            output,
+            scaling * LOG2_E,
+            work.places,
+            cache.shape[1],
+            APPENDED=appended,
+            PLACES_PADDED=triton.next_power_of_2(work.places),
+            GROUP_PADDED=heads,
+            MERGED=max(1, MERGED_ROWS // heads),
+            GATHERED=GATHERED,
+            WAVES=work.waves,
+            ASSEMBLY=work.rotated.is_cuda,
+            num_warps=WARPS,
+            num_stages=STAGES if work.rotated.element_size() == 2 else WIDE_STAGES,
+            **work.constants(cache),
+            **starts_early(work.rotated),
+        )
+
+
+@triton.jit
+def _attend_to_tokens(
+    query_ptr,
+    cache,
+    scratch,
+    output_ptr,
+    scaling,
+    places,
+    groups,
+    APPENDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PLACES_PADDED: tl.constexpr,
+    MERGED: tl.constexpr,
+    GATHERED: tl.constexpr,
+    WAVES: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    start_early(EARLY)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    every = tl.arange(0, PLACES_PADDED)
+    is_place = every < places
+    counts = tl.load(scratch.counts + every, is_place, 0, cache_modifier=".cg")
+    size = tl.cdiv(tl.cdiv(tl.sum(counts.to(tl.int64), 0), programs * WAVES), GATHERED) * GATHERED
+    size = tl.maximum(size, GATHERED).to(tl.int32)
+    # A list of nothing has one piece, too, whose program writes zeros.
+    pieces = tl.where(is_place, tl.maximum(tl.cdiv(counts, size), 1), 0)
+    ends = tl.cumsum(pieces, 0)
+    for piece in range(program, tl.sum(pieces, 0), programs):
+        place = tl.sum((ends <= piece).to(tl.int32), 0)
+        own = every == place
+        last = tl.sum(tl.where(own, ends, 0), 0)
+        first = last - tl.sum(tl.where(own, pieces, 0), 0)
+        begin = (piece - first) * size
+        end = tl.minimum(begin + size, tl.sum(tl.where(own, counts, 0), 0))
+        _piece(
+            query_ptr + place.to(tl.int64) * GROUP * KEPT,
+            cache,
+            scratch,
+            (place // groups, place % groups, place.to(tl.int64), piece, begin, end),
+            scaling,
+            GROUP,
+            ROWS,
+            KEPT,
+            KEPT_PADDED,
+            VALUE_DIM,
+            VALUE_PADDED,
+            BLOCK,
+            GATHERED,
+            ASSEMBLY,
+        )
+        tl.debug_barrier()  # the whole program has written before it says so
+        if tl.atomic_add(scratch.arrived + place, 1) == last - first - 1:
+            tl.store(scratch.arrived + place, 0)
+            output_at = output_ptr + place.to(tl.int64) * GROUP * VALUE_DIM
+            _merge(scratch, output_at, first, last, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED)
+            if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
+                if place % groups == 0:
+                    # Nothing in this launch reads the length.
+                    row = place // groups
+                    held = tl.load(cache.lengths + row, cache_modifier=".cg")
+                    tl.store(cache.lengths + row, tl.minimum(held + 1, cache.max_length), held >= 0)
+
+
+@triton.jit
+def _piece(
+    query_ptr,
+    cache,
+    scratch,
+    part,
+    scaling,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATHERED: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Attention to some tokens of a list."""
+    row, group, place, piece, begin, end = part
+    heads, narrow, columns = tl.arange(0, ROWS), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
+    inside, column = heads < GROUP, columns < VALUE_DIM
+    query = tl.load(
+        query_ptr + heads[:, None] * KEPT + narrow[None, :],
+        inside[:, None] & (narrow < KEPT)[None, :],
+        0.0,
+        cache_modifier=".cg",
+    )
+    if cache.value_scales is not None:
+        query, unit, _mean = query_for_codes(query, cache, group, scaling, KEPT, KEPT_PADDED)
+    first_of_place = first_block(cache, row, group)
+    tokens_ptr = scratch.tokens + place * cache.tile_count * BLOCK
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    for start in range(begin, end, GATHERED):
+        at = start + tl.arange(0, GATHERED)
+        listed = at < end
+        tokens = tl.load(tokens_ptr + at, listed, 0, cache_modifier=".cg")
+        rows = token_rows(cache, row, first_of_place, tokens, listed, BLOCK)
+        keys = tl.load(
+            cache.keys + rows[None, :] * KEPT + narrow[:, None], listed[None, :] & (narrow < KEPT)[:, None], 0
+        )
+        values = tl.load(
+            cache.value_tokens + rows[:, None] * VALUE_DIM + columns[None, :],
+            listed[:, None] & column[None, :],
+            0,
+        )
+        if cache.value_scales is not None:
+            # What the means of channels add is the same for all tokens.
+            scales = tl.load(cache.scales + rows, listed, 0.0).to(tl.float32)
+            value_scales = tl.load(cache.value_scales + rows, listed, 0.0).to(tl.float32) * VALUE_UNIT
+            scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * scales[None, :])
+            scores = tl.where(listed[None, :], scores, float("-inf"))
+            largest, total, output = online_softmax(
+                scores, decoded(values, ASSEMBLY), value_scales, largest, total, output, "ieee"
+            )
+        else:
+            scores = tl.dot(query, keys, input_precision="ieee") * scaling
+            scores = tl.where(listed[None, :], scores, float("-inf"))
+            largest, total, output = online_softmax(scores, values, None, largest, total, output, "ieee")
+    if cache.value_scales is not None:
+        output /= VALUE_UNIT
+    store_part(scratch.partial, scratch.lse, piece * GROUP + heads, largest, total, output, inside, columns, VALUE_DIM)
+
+
+@triton.jit
+def _merge(
+    scratch,
+    output_ptr,
+    first,
+    last,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """The attention to a whole list from that to its pieces, in their order."""
+    members, columns = tl.arange(0, GROUP_PADDED), tl.arange(0, VALUE_PADDED)
+    largest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    output = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
+    for start in range(first, last, MERGED):
+        pieces = start + tl.arange(0, MERGED)
+        there = (pieces < last)[:, None] & (members < GROUP)[None, :]
+        at = pieces[:, None] * GROUP + members[None, :]
+        # Past the cache of this processor, which may hold what was there before.
+        lse = tl.load(scratch.lse + at, there, float("-inf"), cache_modifier=".cg")
+        some = tl.load(
+            scratch.partial + at[:, :, None] * VALUE_DIM + columns[None, None, :],
+            there[:, :, None] & (columns < VALUE_DIM)[None, None, :],
+            0.0,
+            cache_modifier=".cg",
+        )
+        now = tl.maximum(largest, tl.max(lse, 0))
+        base = tl.where(now > float("-inf"), now, 0.0)
+        weights = tl.exp2(lse - base[None, :])
+        shrink = tl.exp2(largest - base)
+        total = total * shrink + tl.sum(weights, 0)
+        output = output * shrink[:, None] + tl.sum(some * weights[:, :, None], 0)
+        largest = now
+    output = output / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(
+        output_ptr + members[:, None] * VALUE_DIM + columns[None, :],
+        output.to(output_ptr.dtype.element_ty),
+        (members < GROUP)[:, None] & (columns < VALUE_DIM)[None, :],
+    )

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""First of a step that chooses tokens: rotate query and key, choose dimensions, append to a `ScoredCache`."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aqua_attention.ops.backends.triton.blocks import on_device_of, starts_early
+from aqua_attention.ops.backends.triton.choose import choose_dims
+from aqua_attention.ops.backends.triton.prepare import quantized
+from aqua_attention.ops.backends.triton.token_work import ScoredArguments, TokenWork, first_block, start_early
+from aqua_attention.ops.backends.triton.turn import load_rotation, load_states, turn, turning
+from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.scored import ScoredCache
+
+WARPS = 8
+FEW_PROGRAMS = 64
+
+
+def prepare_tokens(
+    query: Tensor, key: Tensor, value: Tensor, cache: ScoredCache, plan: LayerPlan, work: TokenWork
+) -> None:
+    """Write `work.rotated`, `work.dims` and the new token, which is counted once `attend_to_tokens` ends.
+
+    Args:
+        query: [batch, num_attention_heads, head_dim], contiguous; key: [batch, num_key_value_heads, head_dim], value
+            likewise.
+    """
+    batch, kv_heads, kept, _, _ = cache.shape
+    # A second program for the key and the value, where there are multiprocessors for it.
+    halves = 2 if work.places <= FEW_PROGRAMS else 1
+    constants = work.constants(cache)
+    constants.pop("ROWS")
+    with on_device_of(query):
+        _prepare_tokens[(kv_heads, batch, halves)](
+            query,
+            key,
+            value,
+            plan.rotation,
+            plan.key_rms,
+            ScoredArguments.of(cache),
+            work.rotated,
+            work.dims,
+            work.mask,
+            work.scratch.met,
+            COUNT=work.dims.shape[2],
+            SELECTION=plan.config.selection,
+            SQUARED=plan.config.share == "group",
+            num_warps=WARPS,
+            **constants,
+            **turning(work.group, query.shape[2], kept),
+            **starts_early(query),
+        )
+
+
+@triton.jit
+def _prepare_tokens(
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    rotation_ptr,
+    rms_ptr,
+    cache,
+    rotated_ptr,
+    dims_ptr,
+    mask_ptr,
+    met_ptr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    COUNT: tl.constexpr,
+    SELECTION: tl.constexpr,
+    SQUARED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    group, row = tl.program_id(0), tl.program_id(1)
+    place = (row * tl.num_programs(0) + group).to(tl.int64)
+    does_query, does_key = tl.program_id(2) == 0, tl.program_id(2) == tl.num_programs(2) - 1
+    heads, narrow, columns = tl.arange(0, ROWS), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
+    inside, column = heads < GROUP, narrow < KEPT
+    rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
+    rotation_ptr += group * HEAD_DIM * KEPT
+    high, low = load_rotation(rotation_ptr, 0, rotated_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+    # What computes the query ends here; a rotation is older.
+    start_early(EARLY)
+    position = tl.load(cache.lengths + row, cache_modifier=".cg")
+    source = (query_ptr, key_ptr, rotation_ptr, place)
+    loaded = (load_states(source, 0, GROUP, ROWS, HEAD_DIM, CHUNK), high, low)
+    turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
+    if does_query:
+        tl.store(met_ptr + place, 0)
+        tl.store(
+            rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
+            turned,
+            inside[:, None] & column[None, :],
+        )
+    turned = turned.to(tl.float32)
+    if does_key & (position >= 0) & (position < cache.max_length):
+        new = tl.sum(tl.where((heads == GROUP)[:, None], turned, 0.0), 0)
+        first = first_block(cache, row, group)
+        block = (position // BLOCK).to(tl.int64)
+        if cache.block_table is not None:
+            block = tl.load(cache.block_table + row * cache.table_width + block).to(tl.int64)
+        block = first + block * cache.block_stride
+        at = block * BLOCK + position % BLOCK
+        value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
+        mean = tl.load(cache.channel_mean + group * KEPT + narrow, column, 0.0)
+        unit = tl.load(cache.channel_scale + group * KEPT + narrow, column, 1.0)
+        codes, scale = quantized((new - mean) / unit, 0)
+        # One byte in each run of a dimension: few, and the rest of the tile is not touched.
+        tl.store(cache.codes + (block * KEPT + narrow) * BLOCK + position % BLOCK, codes, column)
+        tl.store(cache.scales + at, scale)
+        if cache.value_scales is not None:
+            tl.store(cache.keys + at * KEPT + narrow, codes, column)
+            value_codes, value_scale = quantized(value.to(tl.float32), 0)
+            tl.store(cache.value_tokens + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
+            tl.store(cache.value_scales + at, value_scale)
+        else:
+            tl.store(cache.keys + at * KEPT + narrow, new.to(cache.keys.dtype.element_ty), column)
+            tl.store(cache.value_tokens + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
+    if does_query:
+        choose_dims(
+            turned,
+            inside,
+            rms,
+            (dims_ptr, mask_ptr, None),
+            place,
+            0.0,
+            1.0,
+            KEPT,
+            KEPT_PADDED,
+            COUNT,
+            COUNT,
+            False,
+            SELECTION,
+            SQUARED,
+        )

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def,assignment"
+"""What several kernels that choose tokens share: a query for codes of 8 bits, and what weights are relative to."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def merged_lse(part_lse_ptr, place, splits, GROUP: tl.constexpr, SPLITS_PADDED: tl.constexpr, UNIT: tl.constexpr):
+    """Log-sum-exp of each head, as a tuple of numbers, and the mass of the exact window."""
+    parts = tl.arange(0, SPLITS_PADDED)
+    found, window = (), 0.0
+    for head in tl.static_range(GROUP):
+        lse = tl.load(
+            part_lse_ptr + (place * GROUP + head) * (splits + 1) + parts,
+            parts <= splits,
+            float("-inf"),
+            cache_modifier=".cg",
+        )
+        top = tl.max(lse, 0)
+        top = tl.where(top > float("-inf"), top, 0.0)
+        whole = top + tl.log2(tl.sum(tl.exp2(lse - top), 0))
+        # NaN in any part is in the sum.
+        window += tl.sum(tl.where(parts == splits, tl.exp2(lse - whole), 0.0), 0) * UNIT
+        found = found + (whole,)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
+    return found, window
+
+
+@triton.jit
+def query_for_codes(query, cache, group, scaling, KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr):
+    """A query that multiplies codes of keys, [rows, KEPT_PADDED] in float16, with scales and means of channels in it.
+
+    Returns:
+        The query, what its products are worth times the scale of a token, and what is added to these.
+    """
+    narrow = tl.arange(0, KEPT_PADDED)
+    query = query.to(tl.float32)
+    mean = tl.load(cache.channel_mean + group * KEPT + narrow, narrow < KEPT, 0.0)
+    mean = tl.sum(query * mean[None, :], 1) * scaling
+    query *= tl.load(cache.channel_scale + group * KEPT + narrow, narrow < KEPT, 0.0)[None, :]
+    peak = tl.max(tl.abs(query), 1)
+    peak = tl.where(peak > 0, peak, 1.0)
+    return (query / peak[:, None]).to(tl.float16), peak * scaling, mean

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def"
+"""What the kernels that choose tokens are given: a cache, and the memory that they leave their results in.
+
+All is allocated once. What must be zero at the start of a step is zeroed by a kernel of that step, so that a replayed
+graph finds nothing of the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aqua_attention.errors import AquaError
+from aqua_attention.ops.backends.triton.blocks import TILE as TOKENS
+from aqua_attention.ops.backends.triton.blocks import padded, sm_count
+from aqua_attention.ops.layout import TILE
+from aqua_attention.ops.scored import ScoredCache
+
+BINS = 256
+"""Of each of two histograms: the upper and the lower half of a weight in 16 bits."""
+SCORE_PROGRAMS, LEAST_TILES = 6, 4
+"""Programs that score, for each multiprocessor, two rounds of those that run at once; and tiles of one at least."""
+PHASE_PROGRAMS = 8
+"""Programs that choose in phases, for each multiprocessor."""
+RESIDENT_TILES, LEAST_RESIDENT = 256, 32
+"""Tiles whose weights a program keeps at most, and at least where there are several programs."""
+MOST_CHUNKS = 64
+"""Programs that choose for a sequence and head at most."""
+FUSED_TILES, LEAST_FUSED, FUSED_PROGRAMS = 64, 16, 2
+"""The same of a program that scores, too, and how many of them a multiprocessor holds."""
+WAYS = ("fused", "resident", "phases")
+"""Of choosing tokens: in the launch that scores (`token_fused`), in one (`token_resident`), or in three, whose programs
+do not wait for each other (`token_choice`)."""
+MOST_TURNS = 16
+"""Times that these meet at most: first and last, and each time between quarters what is left of 17 bits."""
+GATHER_PROGRAMS, GATHER_WAVES = 2, 4
+"""Programs that attend, for each multiprocessor, and pieces of work of each of them."""
+
+
+class ScoredArguments(NamedTuple):
+    """What kernels are given of a `ScoredCache`, as one argument. A place is a sequence and head, a block a tile.
+
+    The block table and its width are for pages, in which nothing lies yet.
+    """
+
+    keys: Tensor
+    value_tokens: Tensor  # a tuple of triton's has `values` of its own
+    codes: Tensor
+    scales: Tensor
+    value_scales: Tensor | None
+    channel_scale: Tensor
+    channel_mean: Tensor
+    lengths: Tensor
+    block_table: Tensor | None
+    tile_count: int
+    max_length: int
+    table_width: int
+    row_stride: int
+    head_stride: int
+    block_stride: int
+
+    @staticmethod
+    def of(cache: ScoredCache) -> ScoredArguments:
+        """Those of a cache, whose tensors are never replaced."""
+        (_, kv_heads, _, _, tiles), states = (
+            cache.shape,
+            (cache.keys, cache.values, cache.codes, cache.scales, cache.value_scales),
+        )
+        numbers = tiles, cache.max_length, 0, kv_heads * tiles, tiles, 1
+        return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers)
+
+
+class Scratch(NamedTuple):
+    """What the kernels of a step hand on. Places are batch * num_key_value_heads, G the query heads of each.
+
+    Attributes:
+        weights: float16 [places, tiles, G, TILE], 2**15 times the weight where the largest of the tile is 1.
+        tops: float32 [places, tiles, G], the largest score of a tile.
+        part_lse: float32 [places, G, splits + 1], log-sum-exp of the tokens of a program; the last: the exact window.
+        orders: int16 [places, tiles * TILE], weights of all heads together as numbers without a sign; for phases.
+        coarse: int32 [places, 2, BINS], how many tokens have each upper half of `orders`, and the sum of their lower.
+        fine: int32 [places, BINS], how many of those at the threshold have each lower half.
+        at_least: int32 [places, chunks, BINS], the same of a program's tokens, with all greater ones.
+        above: int32 [places, chunks], how many of a program's tokens are read whatever the lower half.
+        tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
+        partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of work.
+        arrived: int32 [places], zero: pieces that are done.
+        met: int32 [places], how often programs have met; said: float32 [places, MOST_TURNS, 3, chunks]: what.
+    """
+
+    weights: Tensor
+    tops: Tensor
+    part_lse: Tensor
+    orders: Tensor
+    coarse: Tensor
+    fine: Tensor
+    at_least: Tensor
+    above: Tensor
+    tokens: Tensor
+    counts: Tensor
+    partial: Tensor
+    lse: Tensor
+    arrived: Tensor
+    met: Tensor
+    said: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenWork:
+    """Memory and sizes of grids for steps over one cache; layers of the same shape may share it.
+
+    Attributes:
+        rotated: queries, [batch, num_attention_heads, kept].
+        dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
+        scratch: what kernels hand on.
+        splits, chunks, programs: of the kernels that score, choose and attend; waves: pieces of work of the last.
+        way: how tokens are chosen, one of WAYS.
+        group: query heads of a key-value head.
+    """
+
+    rotated: Tensor
+    dims: Tensor
+    mask: Tensor
+    scratch: Scratch
+    splits: int
+    chunks: int
+    programs: int
+    waves: int
+    way: str
+    group: int
+
+    @staticmethod
+    def of(
+        cache: ScoredCache,
+        num_attention_heads: int,
+        k: int,
+        *,
+        splits: int | None = None,
+        chunks: int | None = None,
+        programs: int | None = None,
+        way: str | None = None,
+    ) -> TokenWork:
+        """For steps with so many query heads and chosen dimensions; numbers of programs: None fills the GPU.
+
+        `way`: one of WAYS; None: the fastest that takes these sizes. But for "phases", `chunks` must be a power of 2.
+
+        Raises:
+            AquaError: more `chunks` than there are multiprocessors, which could wait for each other for ever.
+        """
+        batch, kv_heads, kept, value_dim, tiles = cache.shape
+        places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.codes
+        count = sm_count(states)
+        fused = _chunks(places, tiles, FUSED_TILES, LEAST_FUSED, count * FUSED_PROGRAMS)
+        if way is None:
+            # The interpreter runs one program after the other, and none can wait for a later one.
+            most = min(MOST_CHUNKS, count - 1) if states.is_cuda else 1
+            way = WAYS[0] if fused <= most else WAYS[2]
+        if chunks is None:
+            chunks = fused
+            if way == WAYS[1]:
+                chunks = _chunks(places, tiles, RESIDENT_TILES, LEAST_RESIDENT, count)
+            elif way == WAYS[2]:
+                chunks = min(-(-count * PHASE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
+        if way != WAYS[2] and chunks >= count:
+            raise AquaError(f"chunks is {chunks}: so many programs must run at once, and here {count} surely do")
+        if way == WAYS[0]:
+            splits = chunks
+        elif splits is None:
+            splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
+        programs = count * GATHER_PROGRAMS if programs is None else programs
+        units = programs * GATHER_WAVES + places
+
+        def made(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=states.device)
+
+        scratch = Scratch(
+            weights=made(torch.float16, places, tiles, group, TILE),
+            tops=made(torch.float32, places, tiles, group),
+            part_lse=made(torch.float32, places, group, splits + 1),
+            orders=made(torch.int16, places, tiles * TILE if way == WAYS[2] else 1),
+            coarse=made(torch.int32, places, 2, BINS),
+            fine=made(torch.int32, places, BINS),
+            at_least=made(torch.int32, places, chunks, BINS),
+            above=made(torch.int32, places, chunks),
+            tokens=made(torch.int32, places, tiles * TILE),
+            counts=made(torch.int32, places),
+            partial=made(torch.float32, units, group, value_dim),
+            lse=made(torch.float32, units, group),
+            arrived=made(torch.int32, places),
+            met=made(torch.int32, places),
+            said=made(torch.float32, places, MOST_TURNS, 3, chunks),
+        )
+        rotated = made(cache.dtype, batch, num_attention_heads, kept)
+        dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
+        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, way, group)
+
+    def constants(self, cache: ScoredCache) -> dict[str, int]:
+        """What the kernels know when they are compiled."""
+        _, _, kept, value_dim, _ = cache.shape
+        return {
+            "GROUP": self.group,
+            "ROWS": padded(self.group),
+            "KEPT": kept,
+            "KEPT_PADDED": padded(kept),
+            "VALUE_DIM": value_dim,
+            "VALUE_PADDED": padded(value_dim),
+            "BLOCK": TILE,
+        }
+
+    @property
+    def places(self) -> int:
+        """Sequences times key-value heads."""
+        return self.scratch.counts.shape[0]
+
+
+def _chunks(places: int, tiles: int, most: int, least: int, programs: int) -> int:
+    """Programs of a sequence and head that each keep so many tiles: enough, and as many as there is room for."""
+    chunks = int(triton.next_power_of_2(-(-tiles // most)))
+    while places * chunks * 2 <= programs and tiles >= chunks * 2 * least:
+        chunks *= 2
+    return chunks
+
+
+@triton.jit
+def first_block(cache, row, group):
+    """The block at which a sequence and head begins."""
+    return row.to(tl.int64) * cache.row_stride + group.to(tl.int64) * cache.head_stride
+
+
+@triton.jit
+def seen_length(cache, row, APPENDED: tl.constexpr):
+    """Tokens of a sequence, with the one that was just written. Not through the cache of this processor, where what was
+    before may lie.
+    """
+    held = tl.load(cache.lengths + row, cache_modifier=".cg")
+    return tl.where(held < 0, 0, tl.minimum(held + APPENDED, cache.max_length))
+
+
+@triton.jit
+def token_rows(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
+    """Where tokens of a sequence and head lie, in tokens from the first of all."""
+    if cache.block_table is None:
+        rows = first * BLOCK + tokens
+    else:
+        at = row * cache.table_width + tokens // BLOCK
+        block = tl.load(cache.block_table + at, is_token, 0, cache_modifier=".cg").to(tl.int64)
+        rows = (first + block * cache.block_stride) * BLOCK + tokens % BLOCK
+    return rows
+
+
+@triton.jit
+def code_pointers(cache, row, first, tiles, dims, tokens, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the codes of dimensions of tiles lie; arguments broadcast to one shape."""
+    if cache.block_table is None:
+        pointers = cache.codes + (first + tiles * cache.block_stride) * (DIM * BLOCK) + dims * BLOCK + tokens
+    else:
+        at = row * cache.table_width + (tiles * TOKENS + tokens) // BLOCK
+        blocks = tl.load(cache.block_table + at, at < (row + 1) * cache.table_width, 0, cache_modifier=".cg")
+        blocks = first + blocks.to(tl.int64) * cache.block_stride
+        pointers = cache.codes + blocks * (DIM * BLOCK) + dims * BLOCK + tokens % BLOCK
+    return pointers
+
+
+@triton.jit
+def start_early(EARLY: tl.constexpr):
+    """Wait for the kernel before this one, and let the next be put on the GPU. All kernels of a step do it, so that
+    each finds what any before it has written.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()

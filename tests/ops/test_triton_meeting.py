@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Programs that choose tokens together, where triton's interpreter runs one after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+import triton.language as tl
+from decoding import DEVICE
+from selecting import WAYS, check_output, listed, problem, run, work_for
+
+from aqua_attention.ops.backends.triton import token_fused, token_resident
+from aqua_attention.ops.backends.triton.token_step import attend_selected
+from aqua_attention.ops.backends.triton.token_work import MOST_TURNS
+
+
+@triton.jit
+def _meet(met_ptr, count):
+    """Nobody waits."""
+    tl.debug_barrier()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there programs wait for each other")
+@pytest.mark.parametrize(
+    ("way", "choice"), [("fused", {"select_p": 0.7}), ("fused", {"select_tokens": 50}), ("resident", {"select_p": 0.4})]
+)
+def test_several_programs_find_what_one_does(way, choice, monkeypatch):
+    """The first ones do not find yet what later ones say. But what all say first is right at once, what they say next
+    is right when all are run again, and so on.
+    """
+    for module in (token_fused, token_resident):
+        monkeypatch.setattr(module, "meet", _meet)
+    given = problem((2, 1), [600], 16, 16, **choice)
+    work = work_for(given, way=way, chunks=4)
+    for tensor in (work.scratch.said, work.scratch.part_lse):
+        tensor.zero_()
+    output = torch.empty(1, 2, 16)
+    for _ in range(MOST_TURNS):
+        attend_selected(given.cache, given.plan, work, output, scaling=given.plan.scaling, appended=False)
+    assert torch.equal(listed(work, given.cache), run(given, **WAYS["phases"])[1])
+    check_output(output, listed(work, given.cache), given)

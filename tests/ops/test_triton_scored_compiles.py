@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that choose tokens compile for a GPU where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+from test_triton_compiles import LAUNCH, compiled
+
+CODE = (
+    LAUNCH
+    + """
+import torch
+import aqua_attention as aqua
+from aqua_attention.ops.backends.triton import token_choice, token_fused, token_gather, token_prepare, token_scores
+from aqua_attention.ops.backends.triton import token_step
+from aqua_attention.ops.backends.triton.token_work import TokenWork
+from aqua_attention.ops.layout import Quantization
+from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.scored import ScoredCache, score_quantization
+
+KERNELS = ("_prepare_tokens", "_score_tokens", "choose_phase", "choose_resident", "_score_and_choose")
+KERNELS += ("_attend_to_tokens",)
+for module in (token_choice, token_fused, token_gather, token_prepare, token_scores):
+    module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
+    for name in KERNELS:
+        if hasattr(module, name):
+            setattr(module, name, Launch(getattr(module, name)))
+
+
+def build(dtype, heads, groups, dim, value_dim, length=5000, bits=None, **choice):
+    config = aqua.AquaConfig(share="group", score_bits=8, **choice)
+    units = torch.ones(groups, dim), torch.zeros(groups, dim)
+    plan = LayerPlan(torch.zeros(groups, dim, dim), units[0], config, 0.1, key_scale=units[0], key_mean=units[1])
+    cache = ScoredCache.empty(3, value_dim, length, score_quantization(plan), dtype=dtype, device="cpu", bits=bits)
+    states = (torch.zeros(3, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim)))
+    states, output = list(states), torch.zeros(3, heads, value_dim, dtype=dtype)
+    for chunks, way in ((1, "fused"), (8, "fused"), (1, "resident"), (8, "resident"), (8, "phases")):
+        work = TokenWork.of(cache, heads, plan.k, splits=16, chunks=chunks, way=way)
+        token_step.selected_step(*states, cache, plan, work, output, scaling=0.1)
+
+
+for given in CASES:
+    build(**given)
+print("done")
+"""
+)
+CASES = {
+    "share": "dict(dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, select_p=0.95, "
+    "length=32768)",
+    "count": "dict(dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, select_tokens=500)",
+    "odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, select_p=0.9)",
+    "wide group": "dict(dtype=torch.bfloat16, heads=16, groups=1, dim=256, value_dim=256, k_ratio=0.25, select_p=0.9)",
+    "int8": "dict(dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, "
+    "select_tokens=9, bits=8)",
+    "int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
+    "select_p=0.9, bits=8)",
+    "float32": "dict(dtype=torch.float32, heads=2, groups=2, dim=64, value_dim=64, k_ratio=0.5, select_p=0.9)",
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_that_choose_tokens_compile_for_hopper(case, tmp_path):
+    kernels = compiled(CODE, CASES[case], tmp_path)
+    names = [line.split()[0] for line in kernels]
+    assert set(names) == {
+        "_prepare_tokens",
+        "_score_tokens",
+        "_score_and_choose",
+        "choose_resident",
+        "choose_phase",
+        "_attend_to_tokens",
+    }
+    assert names.count("choose_phase") == 3
