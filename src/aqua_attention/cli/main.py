@@ -14,6 +14,7 @@ import typer
 
 from aqua_attention.cli import records
 from aqua_attention.cli.bench import benchmarks
+from aqua_attention.cli.doctor import doctor
 from aqua_attention.cli.evaluate import evaluations
 from aqua_attention.cli.images import Images, Layers, Side, calibrate_on_images, images, text_for, wants_images
 from aqua_attention.cli.options import (
@@ -57,6 +58,7 @@ app = Commands(
 for command in (tasks, records.grid, records.transfer, records.context, images):
     evaluations.command()(command)
 benchmarks.command()(serve)
+app.command()(doctor)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
 # Everything after the first word is lm-eval's, its --help too.
