@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-architectures test-vllm soak-vllm lint format check clean
+.PHONY: help .venv demo test test-architectures test-vllm soak-vllm lint format check docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -29,7 +29,7 @@ demo: .venv/.installed  ## calibrate and compare on the default model, into demo
 test: .venv/.installed .venv/.lm-eval  ## run the tests; make test ARGS="-k text" WORKERS=0
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
-test-architectures: .venv/.installed  ## hold some 50 architectures to README's table; too long for every change
+test-architectures: .venv/.installed  ## hold some 50 architectures to the table of docs/models.md; too long for every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m architectures $(ARGS)
 
 # vLLM pins other versions than ours, so it has an environment of its own. Its CPU build needs no GPU.
@@ -54,8 +54,17 @@ format: .venv/.installed  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Not needed to work on the code.
+.venv/.docs: .venv/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: .venv/.docs  ## write the tables of settings, and make the site of README and docs/ in site/; links are strict
+	$(BIN)/python tools/pages/settings.py
+	$(BIN)/mkdocs build --strict
+
 check: lint test  ## lint, then test
 
 clean:  ## remove .venv, caches and outputs
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-out
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-out site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

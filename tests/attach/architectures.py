@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Architectures beyond the families of `test_matrix.py`: one small model each, and what AQUA does with it.
 
-README.md has the same table.
+docs/models.md has the same table.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ REFUSALS = {
     ),
     "padding with a cache": ({}, "hides no padding.*: give it rows of the same length, or use_cache=False"),
 }
-"""What can be refused, as README.md says it: a setting, and what the error says of it with the remedy."""
+"""What can be refused, as docs/models.md says it: a setting, and what the error says of it with the remedy."""
 UNSTORED = {"cache": "growing", "refused": ("`bits`", "`h2o_ratio`")}
 """Keys do not come straight from a plain layer of the cache: they are rotated at each step, and all is stored."""
 

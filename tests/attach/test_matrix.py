@@ -160,9 +160,9 @@ def test_models_that_do_not_use_the_interface_are_refused_by_name(name, llama):
         aqua.apply(model, llama[1])
 
 
-def test_the_readme_has_the_table_of_architectures():
+def test_the_documentation_has_the_table_of_architectures():
     """What `make test-architectures` holds, and what is refused as a whole."""
-    lines = (Path(__file__).parents[2] / "README.md").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "docs" / "models.md").read_text().splitlines()
     first = lines.index("| architectures | what is special | `generate`'s cache | refused |") + 2
     table = {}
     for line in lines[first : lines.index("", first)]:
