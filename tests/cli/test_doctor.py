@@ -65,6 +65,43 @@ def test_paths_are_what_an_attachment_says():
     assert lines["GPU"].found == "none" and lines["GPU"].note
 
 
+def gpu_of(monkeypatch, **changes):
+    """The line of the GPU where torch says other things of CUDA."""
+    for name, value in changes.items():
+        monkeypatch.setattr(torch.version if name == "cuda" else torch.cuda, name, value)
+    return doctor._gpu()
+
+
+def test_a_gpu_is_named_with_its_capability(monkeypatch):
+    changes = {"is_available": lambda: True, "device_count": lambda: 3, "get_device_name": lambda: "Some GPU"}
+    found = gpu_of(monkeypatch, **changes, get_device_capability=lambda: (8, 6))
+    assert (found.found, found.note) == ("Some GPU, and 2 more", "compute capability 8.6")
+
+
+def test_without_a_gpu_it_says_why(monkeypatch):
+    for cuda, words in (
+        (None, "this build of torch has no CUDA"),
+        ("12.8", "torch has CUDA 12.8 and finds no NVIDIA GPU"),
+    ):
+        found = gpu_of(monkeypatch, is_available=lambda: False, cuda=cuda)
+        assert found.found == "none"
+        assert words in found.note
+
+
+def test_a_driver_that_fails_is_a_line(monkeypatch):
+    def fail():
+        raise RuntimeError("driver error\nmore")
+
+    assert gpu_of(monkeypatch, is_available=fail).note == "torch cannot use it: driver error"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_decode(monkeypatch):
+    lines = by_name(doctor.check_up())
+    assert lines["GPU"].note.startswith("compute capability")
+    assert "triton, tiled cache" in lines["decoding"].found
+
+
 @on_cpu
 def test_without_a_compiler_it_says_why_the_cache_grows_and_what_helps(monkeypatch):
     monkeypatch.setattr(build, "_compiler", lambda: None)

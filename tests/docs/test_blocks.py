@@ -24,7 +24,6 @@ def name_of(path):
 def small(monkeypatch, tmp_path, word_tokenizer):
     """In place of the default model and its texts: a tiny Llama, random words, and a folder for files."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     ids = torch.randint(0, VOCABULARY - 2, (20_000,), generator=torch.Generator().manual_seed(5)).tolist()
 
@@ -48,7 +47,7 @@ def pictures(tmp_path):
     CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip")
     shape = {"height": 32, "width": 32}
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=shape).save_pretrained(tmp_path / "clip")
-    bytes_of = torch.randint(0, 256, (4, 40, 40, 3), dtype=torch.uint8).numpy()
+    bytes_of = torch.randint(0, 256, (16, 40, 40, 3), dtype=torch.uint8).numpy()
     return {"path": str(tmp_path / "clip"), "photos": [image.fromarray(each) for each in bytes_of]}
 
 

@@ -96,11 +96,14 @@ def _gpu() -> Check:
         import torch
     except (ImportError, OSError) as error:
         return Check("GPU", "unknown", f"torch cannot be loaded: {_line(error)}")
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        count = torch.cuda.device_count()
-        others = f", and {count - 1} more" if count > 1 else ""
-        return Check("GPU", f"{torch.cuda.get_device_name()}{others}", f"compute capability {major}.{minor}")
+    try:
+        if torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability()
+            count = torch.cuda.device_count()
+            others = f", and {count - 1} more" if count > 1 else ""
+            return Check("GPU", f"{torch.cuda.get_device_name()}{others}", f"compute capability {major}.{minor}")
+    except RuntimeError as error:
+        return Check("GPU", "unknown", f"torch cannot use it: {_line(error)}")
     if torch.version.cuda is None:
         return Check("GPU", "none", "this build of torch has no CUDA; with an NVIDIA GPU, install one that has")
     return Check("GPU", "none", f"torch has CUDA {torch.version.cuda} and finds no NVIDIA GPU or no driver")
