@@ -79,8 +79,7 @@ def attend_to_chosen(call: Call, plan: LayerPlan) -> Attended:
     step.squared, step.adaptive = plan.config.share == "group", plan.is_adaptive
     step.count, step.sink, step.recent = plan.k if plan.selects else 0, call.sink, call.recent
     step.scaling, step.logit_error = call.scaling, plan.config.logit_error or 0.0
-    wanted = -(-JOBS_A_THREAD * torch.get_num_threads() // rows)
-    step.parts = max(1, min(wanted, -(-length // (LEAST_TILES * TILE))))
+    step.parts = _parts(rows, length)
     step.multiply(chosen)
     all_.keys, all_.values = key.data_ptr(), value.data_ptr()
     all_.key_batch, all_.key_head, all_.value_batch, all_.value_head = (*key.stride()[:2], *value.stride()[:2])
@@ -102,6 +101,14 @@ def attend_to_chosen(call: Call, plan: LayerPlan) -> Attended:
     scored = scored * (bits / 8) + (0 if bits == 16 else SCALE_BYTES)
     reading = reading_of(counts[0], counts[0], counts[1], scored, plan, width)
     return Attended(output, selected, rotated.shape, reading)
+
+
+def _parts(rows: int, length: int) -> int:
+    """Parts of a sequence: one where sequences and heads alone keep the threads busy for three quarters of the time."""
+    threads = torch.get_num_threads()
+    if 3 * threads * -(-rows // threads) <= 4 * rows:
+        return 1
+    return max(1, min(-(-JOBS_A_THREAD * threads // rows), -(-length // (LEAST_TILES * TILE))))
 
 
 def _by_token(states: Tensor) -> Tensor:
