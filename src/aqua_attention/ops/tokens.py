@@ -219,7 +219,7 @@ def _block(
     output = weighted_values(probabilities, lambda tall: tall @ call.value, groups)
     count, seen = read.sum(-1), visible.sum(-1)
     keys = count if WAY.exact_keys else exact.sum(-1)
-    return output, reading_of(count, keys, seen, scored.read, plan, call.value.shape[-1])
+    return output, _reading(count, keys, seen, scored.read, plan, call.value.shape[-1])
 
 
 def _of_groups(probabilities: Tensor, groups: int) -> Tensor:
@@ -227,7 +227,7 @@ def _of_groups(probabilities: Tensor, groups: int) -> Tensor:
     return probabilities.unflatten(1, (groups, -1)).sum(2)
 
 
-def reading_of(
+def _reading(
     read: Tensor, keys: Tensor, seen: Tensor, scored: Tensor | float, plan: LayerPlan, value_dim: int
 ) -> Reading:
     """`read` tokens, exact keys of `keys` of them, and `scored` bytes of each that is seen."""

@@ -2,6 +2,7 @@
 // One decoding attention step on a CPU, reading only the chosen dimensions of the keys; see step.py and decode.py.
 // Keys and values lie as in TiledCache: tiles of TILE tokens by dimension, a ring of two tiles by token behind them.
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 

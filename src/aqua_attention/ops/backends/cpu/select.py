@@ -5,8 +5,11 @@ Keys and values lie by token, so a chosen one is one run of each. What is scored
 `score_bits` 16 the keys themselves.
 """
 
+from __future__ import annotations
+
 import ctypes
 from threading import local
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -16,8 +19,8 @@ from aqua_attention.ops.backends.cpu.build import kernels
 from aqua_attention.ops.backends.cpu.step import DTYPES, JOBS_A_THREAD, LEAST_TILES, Step, everything
 from aqua_attention.ops.layout import TILE, Chosen
 from aqua_attention.ops.mask import WHOLE, visible_and_exact
-from aqua_attention.ops.plan import Attended, Call, LayerPlan
-from aqua_attention.ops.tokens import SCALE_BYTES, reading_of
+from aqua_attention.ops.plan import Attended, Call, LayerPlan, Reading
+from aqua_attention.ops.tokens import SCALE_BYTES
 
 SIZES = ("key_batch", "key_head", "value_batch", "value_head", "marks_each", "length", "room", "coded", "token_count")
 
@@ -29,16 +32,23 @@ class Selecting(ctypes.Structure):
         ("step", Step),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "codes", "code_scales")),
         *((name, ctypes.c_void_p) for name in ("channel_scale", "channel_mean", "marks", "shorts")),
-        *((name, ctypes.c_void_p) for name in ("scores", "tops", "masses", "weights", "tokens", "read", "seen")),
+        *((name, ctypes.c_void_p) for name in ("scores", "tops", "masses", "weights", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("read", "seen", "shares", "prepared", "scored", "chosen")),
         *((name, ctypes.c_int64) for name in SIZES),
         ("share", ctypes.c_double),
+        *((name, ctypes.c_float) for name in ("token_bytes", "dim_bytes", "code_bytes", "whole_bytes")),
     ]
 
 
 class _Memory(local):
-    """What a step works in; kept for the next one, of any layer, because new pages take as long as scoring does."""
+    """What a thread keeps between steps: memory to work in, of all layers, and the arguments of each.
 
-    held: Tensor | None = None
+    New pages take as long as scoring does.
+    """
+
+    def __init__(self) -> None:
+        self.held: Tensor | None = None
+        self.fixed: WeakKeyDictionary[LayerPlan, FixedArguments] = WeakKeyDictionary()
 
     def of(self, count: int) -> Tensor:
         """So many float32 numbers, or more."""
@@ -50,65 +60,90 @@ class _Memory(local):
 _memory = _Memory()
 
 
+class FixedArguments:
+    """Arguments that stay the same between the steps of a layer, and memory for what it chooses."""
+
+    def __init__(self, call: Call, plan: LayerPlan) -> None:
+        (batch, heads, _, head_dim), (_, kv_heads, _, kept) = call.query.shape, call.key.shape
+        width, config = call.value.shape[3], plan.config
+        self.key = self.key_of(call)
+        # C knows their addresses, so they are held.
+        self.matrices = plan.rotation.contiguous(), plan.key_rms.contiguous()
+        counted = plan.selects and (plan.is_adaptive or plan.min_length > 0)
+        self.chosen = _room_for_choice(plan, batch, counted) if plan.selects else everything(batch, kv_heads, kept)
+        self.arguments = given = Selecting()
+        self.pointer = ctypes.byref(given)
+        self.call = getattr(kernels(), f"select_{DTYPES[call.query.dtype]}")
+        step = given.step
+        step.rotation, step.rms = (each.data_ptr() for each in self.matrices)
+        step.rows, step.rows_each, step.group = batch * kv_heads, kv_heads, heads // kv_heads
+        step.wide, step.dims, step.value_dims = head_dim, kept, width
+        step.selection = SELECTIONS.index(config.selection)
+        step.squared, step.adaptive = config.share == "group", plan.is_adaptive
+        step.count, step.sink, step.recent = plan.k if plan.selects else 0, call.sink, call.recent
+        step.scaling, step.logit_error = call.scaling, config.logit_error or 0.0
+        step.multiply(self.chosen)
+        given.share, given.token_count = config.select_p or 0.0, config.select_tokens or 0
+        given.dim_bytes = config.score_bits / 8
+        given.code_bytes = 0 if config.score_bits == 16 else SCALE_BYTES
+        given.token_bytes, given.whole_bytes = 2 * (kept + width), 2 * (head_dim + width)
+
+    @staticmethod
+    def key_of(call: Call) -> tuple[object, ...]:
+        """What must not change of a call."""
+        return call.query.shape, call.query.dtype, call.value.shape[3], call.scaling, call.sink, call.recent
+
+    @classmethod
+    def of(cls, call: Call, plan: LayerPlan) -> FixedArguments:
+        """Those of an earlier step where they fit."""
+        fixed = _memory.fixed.get(plan)
+        if fixed is None or fixed.key != cls.key_of(call):
+            fixed = _memory.fixed[plan] = cls(call, plan)
+        return fixed
+
+
 def attend_to_chosen(call: Call, plan: LayerPlan) -> Attended:
     """See `ops.backend.Backend.attend`, for one query a sequence and what `Cpu.why_not` does not refuse."""
+    fixed = FixedArguments.of(call, plan)
+    given, copy = fixed.arguments, call.score_copy if plan.config.score_bits == 8 else None
     query, key, value = call.query.contiguous(), _by_token(call.key), _by_token(call.value)
-    (batch, heads, _, head_dim), (_, kv_heads, length, kept) = query.shape, key.shape
-    width, rows, group = value.shape[3], batch * kv_heads, heads // kv_heads
-    marks, shorts = _marks(call, plan)
-    counted = plan.selects and (plan.is_adaptive or shorts is not None)
-    chosen = _room_for_choice(plan, batch, counted) if plan.selects else everything(batch, kv_heads, kept)
+    batch, kv_heads, length, kept = key.shape
+    step, heads = given.step, query.shape[1]
     rotated = query.new_empty((batch, heads, 1, kept))
-    output = query.new_empty((batch, heads, 1, width))
+    output = query.new_empty((batch, heads, 1, value.shape[3]))
     counts = torch.empty((2, batch, kv_heads, 1), dtype=torch.int64, device="cpu")
-    rotation, rms = plan.rotation.contiguous(), plan.key_rms.contiguous()
-
-    all_ = Selecting()
-    step, copy = all_.step, call.score_copy if plan.config.score_bits == 8 else None
-    all_.length, all_.room = length, -(-length // TILE) * TILE
+    shares = torch.empty((batch, kv_heads, 1), dtype=torch.float32, device="cpu")
+    marks, shorts = _marks(call, plan) if call.mask is not None or plan.min_length else (None, None)
+    given.length, given.room = length, -(-length // TILE) * TILE
     if copy is not None:
         codes, scales = copy.make_room(batch, length)
-        all_.codes, all_.code_scales, all_.coded = codes.data_ptr(), scales.data_ptr(), copy.length
-        all_.channel_scale, all_.channel_mean = (each.data_ptr() for each in copy.quantization)
+        given.codes, given.code_scales, given.coded = codes.data_ptr(), scales.data_ptr(), copy.length
+        given.channel_scale, given.channel_mean = (each.data_ptr() for each in copy.quantization)
         step.tiles_each = codes.shape[2]
-    step.query, step.rotation, step.rms = query.data_ptr(), rotation.data_ptr(), rms.data_ptr()
-    step.rotated, step.output = rotated.data_ptr(), output.data_ptr()
-    step.rows, step.rows_each, step.group = rows, kv_heads, group
-    step.wide, step.dims, step.value_dims = head_dim, kept, width
-    step.selection = SELECTIONS.index(plan.config.selection)
-    step.squared, step.adaptive = plan.config.share == "group", plan.is_adaptive
-    step.count, step.sink, step.recent = plan.k if plan.selects else 0, call.sink, call.recent
-    step.scaling, step.logit_error = call.scaling, plan.config.logit_error or 0.0
-    step.parts = _parts(rows, length)
-    step.multiply(chosen)
-    all_.keys, all_.values = key.data_ptr(), value.data_ptr()
-    all_.key_batch, all_.key_head, all_.value_batch, all_.value_head = (*key.stride()[:2], *value.stride()[:2])
-    if marks is not None:
-        all_.marks, all_.marks_each = marks.data_ptr(), length if marks.shape[0] > 1 else 0
-    all_.shorts = None if shorts is None else shorts.data_ptr()
-    all_.read, all_.seen = counts[0].data_ptr(), counts[1].data_ptr()
-    all_.share, all_.token_count = plan.config.select_p or 0.0, plan.config.select_tokens or 0
-    held = _place(all_)
-    getattr(kernels(), f"select_{DTYPES[query.dtype]}")(ctypes.byref(all_))
+    step.query, step.rotated, step.output = query.data_ptr(), rotated.data_ptr(), output.data_ptr()
+    given.keys, given.values = key.data_ptr(), value.data_ptr()
+    given.key_batch, given.key_head = key.stride()[:2]
+    given.value_batch, given.value_head = value.stride()[:2]
+    given.marks = None if marks is None else marks.data_ptr()
+    given.marks_each = 0 if marks is None or marks.shape[0] == 1 else length
+    given.shorts = None if shorts is None else shorts.data_ptr()
+    given.read, given.shares = counts.data_ptr(), shares.data_ptr()
+    given.seen = given.read + counts[0].nbytes
+    step.parts = _parts(step.rows, length)
+    held = _place(given)
+    fixed.call(fixed.pointer)
     del held  # by name until the call has ended, as all that C was given an address of
     if copy is not None:
         copy.length = length
-    selected = chosen.selected(heads) if call.is_observed and plan.selects else None
-    scored: Tensor | float = float(kept if not plan.selects else plan.k)
-    if chosen.counts is not None:
-        scored = chosen.counts[..., None]
-    bits = plan.config.score_bits
-    scored = scored * (bits / 8) + (0 if bits == 16 else SCALE_BYTES)
-    reading = reading_of(counts[0], counts[0], counts[1], scored, plan, width)
-    return Attended(output, selected, rotated.shape, reading)
+    # The next step writes to the same memory.
+    selected = fixed.chosen.selected(heads) if call.is_observed and plan.selects else None
+    return Attended(output, selected, rotated.shape, Reading(counts[0], counts[1], shares))
 
 
 def _parts(rows: int, length: int) -> int:
-    """Parts of a sequence: one where sequences and heads alone keep the threads busy for three quarters of the time."""
-    threads = torch.get_num_threads()
-    if 3 * threads * -(-rows // threads) <= 4 * rows:
-        return 1
-    return max(1, min(-(-JOBS_A_THREAD * threads // rows), -(-length // (LEAST_TILES * TILE))))
+    """Parts of a sequence, as `attending` of step.py has it."""
+    wanted = -(-JOBS_A_THREAD * torch.get_num_threads() // rows)
+    return max(1, min(wanted, -(-length // (LEAST_TILES * TILE))))
 
 
 def _by_token(states: Tensor) -> Tensor:
@@ -156,6 +191,9 @@ def _place(all_: Selecting) -> Tensor:
         "tokens": tokens,
         "tops": heads * step.parts,
         "masses": heads * step.parts,
+        "prepared": rows,
+        "scored": rows,
+        "chosen": rows,
     }
     shared = {"sums": heads * step.parts * step.value_dims, "largest": heads * step.parts, "total": heads * step.parts}
     held = _memory.of(sum(sizes.values()) + sum(shared.values()))
