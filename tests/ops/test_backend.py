@@ -71,7 +71,8 @@ def test_a_new_backend_is_chosen_named_and_refuses_for_its_reason(dummy):
     with pytest.raises(AquaError) as refusal:
         attend(long, plan, "dummy")
     assert str(refusal.value) == (
-        "impl='dummy' cannot take this call (it is for 8 keys at most): use auto, triton, fused, cpu, chunked or reference"
+        "impl='dummy' cannot take this call (it is for 8 keys at most): "
+        "use auto, triton, fused, cpu, chunked or reference"
     )
     with pytest.raises(AquaError, match="must be one of auto, dummy, triton, fused, cpu, chunked, reference"):
         attend(short, plan, "flash")

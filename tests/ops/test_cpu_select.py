@@ -69,9 +69,7 @@ def check(call, plan, monkeypatch, *, ties=0):
     every = choice.read.repeat_interleave(query.shape[1] // call.key.shape[1], 1)
     probabilities = softmax_seen(products(query, call.key.double()) * call.scaling, every, None)
     exact = weighted_values(probabilities, lambda tall: tall @ call.value.double(), call.key.shape[1])
-    plain, error = (
-        (each.output.double() - exact).abs().nan_to_num().amax((0, 2, 3)) for each in (expected, found)
-    )
+    plain, error = ((each.output.double() - exact).abs().nan_to_num().amax((0, 2, 3)) for each in (expected, found))
     assert torch.equal(found.output.isnan(), expected.output.isnan())
     scale = call.value[call.value.isfinite()].abs().max()
     assert (error <= 4 * plain + 32 * torch.finfo(call.query.dtype).eps * scale).all()
