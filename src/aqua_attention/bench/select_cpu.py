@@ -50,8 +50,8 @@ def select_way(problem: Problem, config: AquaConfig) -> SelectWay:
     """One setting, checked against plain torch; an AquaError where it is wrong."""
     query, (key, value), keys, values, rotation, key_rms = problem
     rotated = rotate(keys, rotation).float()
-    fixed = {"key_scale": rotated.std((0, 2)), "key_mean": rotated.mean((0, 2))}
-    plan = LayerPlan(rotation, key_rms, config, rotation.shape[1] ** -0.5, **fixed)
+    scale, mean = rotated.std((0, 2)), rotated.mean((0, 2))
+    plan = LayerPlan(rotation, key_rms, config, rotation.shape[1] ** -0.5, key_scale=scale, key_mean=mean)
     layer = RotatedLayer(plan)
     layer.update(keys[:, :, :-1], values[:, :, :-1])
     new = key[:, :, None], value[:, :, None]
