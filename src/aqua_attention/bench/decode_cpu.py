@@ -85,8 +85,8 @@ def measure_decode_cpu(
         selects: also settings that choose tokens (AQUA-Select), from a growing cache, as `generate` has it.
 
     Returns:
-        A row a way: `name`, `k_ratio` (None: dense; 1 and "aqua, short": with `min_length`), `seconds` (of the fastest of
-        many runs) of attention alone, if it was timed, and `step_seconds`, with what comes before: append, for ours
+        A row a way: `name`, `k_ratio` (None: dense; 1 and "aqua, short": with `min_length`), `seconds` (of the fastest
+        of many runs) of attention alone, if it was timed, and `step_seconds`, with what comes before: append, for ours
         rotate and choose too. For `selects` also `setting` and `read` (share of the tokens).
 
     Raises:
