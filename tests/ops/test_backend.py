@@ -71,9 +71,10 @@ def test_a_new_backend_is_chosen_named_and_refuses_for_its_reason(dummy):
     with pytest.raises(AquaError) as refusal:
         attend(long, plan, "dummy")
     assert str(refusal.value) == (
-        "impl='dummy' cannot take this call (it is for 8 keys at most): use auto, triton, fused, chunked or reference"
+        "impl='dummy' cannot take this call (it is for 8 keys at most): "
+        "use auto, triton, fused, cpu, chunked or reference"
     )
-    with pytest.raises(AquaError, match="must be one of auto, dummy, triton, fused, chunked, reference"):
+    with pytest.raises(AquaError, match="must be one of auto, dummy, triton, fused, cpu, chunked, reference"):
         attend(short, plan, "flash")
     # What it does not override is refused, or left to others.
     assert load("dummy").why_not_tiled(plan, 2, torch.float16) == "it reads no tiles"

@@ -167,8 +167,9 @@ def _call(decoder: PreTrainedModel, layer: _Layer, batch: int, queries: int, key
 
 def _asked(layer: _Layer, call: Call) -> tuple[Call, LayerPlan | None]:
     """What a backend is asked: a store that is not plain rotates and chooses by itself."""
-    by_store = isinstance(layer.cached, RotatedLayer) and not layer.plan.is_plain
-    return call, None if by_store else layer.plan
+    if not isinstance(layer.cached, RotatedLayer):
+        return call, layer.plan
+    return call._replace(score_copy=layer.cached.score_copy), layer.plan if layer.plan.is_plain else None
 
 
 def _backend(layer: _Layer, call: Call) -> str:

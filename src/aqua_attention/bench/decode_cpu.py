@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aqua_attention.bench.dense import Attend, matmul, sdpa, sdpa_packed
 from aqua_attention.bench.problem import K_RATIOS, OURS, Attended, Problem
+from aqua_attention.bench.select_cpu import SelectWay, select_way
 from aqua_attention.config import AquaConfig
 from aqua_attention.machine import Shape
 from aqua_attention.ops.backends.cpu.decode import decode
@@ -48,6 +49,11 @@ class Way(NamedTuple):
     cache: TiledCache | None = None
     fixed: Any = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row says of it beside times."""
+        return {"name": self.name, "k_ratio": self.k_ratio}
+
     def run(self, part: str, length: int) -> float:
         """Seconds of "attention" alone, or of a "step", as the newest of `length` tokens."""
         if self.cache is not None:
@@ -68,6 +74,7 @@ def measure_decode_cpu(
     short: bool = False,
     sink: int = OURS.sink,
     recent: int = OURS.recent,
+    selects: tuple[AquaConfig, ...] = (),
 ) -> list[dict[str, Any]]:
     """Check and time one step over random keys and values of one sequence, `length` tokens with the new one.
 
@@ -75,28 +82,30 @@ def measure_decode_cpu(
         parts: what is timed, of attention alone and the whole step.
         short: also with `min_length` above `length`.
         sink, recent: the exact window.
+        selects: also settings that choose tokens (AQUA-Select), from a growing cache, as `generate` has it.
 
     Returns:
         A row a way: `name`, `k_ratio` (None: dense; 1 and "aqua, short": with `min_length`), `seconds` (of the fastest
         of many runs) of attention alone, if it was timed, and `step_seconds`, with what comes before: append, for ours
-        rotate and choose too.
+        rotate and choose too. For `selects` also `setting` and `read` (share of the tokens).
 
     Raises:
         AquaError: a way is wrong, or there is no compiler.
     """
 
-    def every_way(length: int) -> list[Way]:
+    def every_way(length: int) -> list[Way | SelectWay]:
         problem = Problem.random(shape, batch=1, length=length)
         ours = replace(OURS, sink=sink, recent=recent)
         settings = [replace(ours, k_ratio=min(k_ratios), min_length=length + 1)] if short else []
         settings += [replace(ours, k_ratio=ratio) for ratio in k_ratios]
-        return [*(_dense_way(problem, *way) for way in DENSE.items()), *_our_ways(problem, settings)]
+        choosing = (select_way(problem, config) for config in selects)
+        return [*(_dense_way(problem, *way) for way in DENSE.items()), *_our_ways(problem, settings), *choosing]
 
     ways = every_way(length)
     times = _fastest_seconds(ways, every_way(min(length, FEW_TOKENS)), length, parts)
     names = {"attention": "seconds", "step": "step_seconds"}
     rows = [{names[part]: times[index, part] for part in parts} for index in range(len(ways))]
-    return [{"name": way.name, "k_ratio": way.k_ratio} | row for way, row in zip(ways, rows, strict=True)]
+    return [way.facts | row for way, row in zip(ways, rows, strict=True)]
 
 
 def _dense_way(problem: Problem, name: str, attend: Attend) -> Way:
@@ -144,7 +153,9 @@ def _our_ways(problem: Problem, configs: list[AquaConfig]) -> list[Way]:
     return [way(config, filled(int(config.min_length)) if config.min_length else shared) for config in configs]
 
 
-def _fastest_seconds(ways: list[Way], others: list[Way], length: int, parts: tuple[str, ...]) -> dict[Any, float]:
+def _fastest_seconds(
+    ways: list[Way | SelectWay], others: list[Way | SelectWay], length: int, parts: tuple[str, ...]
+) -> dict[Any, float]:
     """Of each way, by its index, and part the fastest run, because what makes others slower is other programs.
 
     Before each the caches of the processor are filled with something else, as a model's weights fill them between two

@@ -29,6 +29,7 @@ from aqua_attention.ops.mask import HIDDEN, short_queries
 from aqua_attention.ops.mass import attention_mass, group_mass
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 from aqua_attention.ops.reference import attention_probabilities, weighted_values
+from aqua_attention.ops.score_copy import ScoreCopy
 from aqua_attention.ops.select import select_dimensions
 
 FEW_QUERIES = 16
@@ -67,6 +68,7 @@ class RotatedLayer(Readable, DynamicLayer):
         """Real tokens of each sequence so far, evicted ones too, [batch]."""
         self._has_padding = False
         self._is_offloaded = False
+        self._score_copy: ScoreCopy | None = None
         self._handed: Tensor | None = None
         """The values that stand for the stored ones until attention has asked for these."""
 
@@ -74,6 +76,15 @@ class RotatedLayer(Readable, DynamicLayer):
     def stored(self) -> int:
         """Tokens stored; less than the length after an eviction."""
         return self._keys.length
+
+    @property
+    def score_copy(self) -> ScoreCopy | None:
+        """The copy of the keys by which tokens are chosen, under the plan of now; None where there is none."""
+        if not self.plan.is_plain or not self.plan.config.chooses_tokens or self.plan.config.score_bits != 8:
+            return None
+        if self._score_copy is None or self._score_copy.plan is not self.plan:
+            self._score_copy = ScoreCopy(self.plan)
+        return self._score_copy
 
     def held_states(self) -> tuple[Tensor, Tensor] | None:
         """See `Readable`. Under `s_ratio` with an exact window keys are zero where they were not stored."""
@@ -105,7 +116,7 @@ class RotatedLayer(Readable, DynamicLayer):
     def attend(self, call: Call, is_sliding: bool) -> Attended:
         """See `CacheLayer`. Then tokens are evicted, if that is due; never those of a layer with a sliding window."""
         if self.plan.is_plain:
-            return attend_by_token(call, self.plan)
+            return attend_by_token(call._replace(score_copy=self.score_copy), self.plan)
         check_handed_out(call.value, self._handed, stored_specially(self.plan))
         self._handed = None
         if offloaded := self._is_offloaded:
@@ -182,6 +193,8 @@ class RotatedLayer(Readable, DynamicLayer):
         left = self.stored - removed
         self._keys.keep(left)
         self._values.keep(left)
+        if self._score_copy is not None:
+            self._score_copy.keep(left)
         if self._real is not None and self._lengths is not None:
             self._lengths = self._lengths - self._real[:, left:].sum(-1)
             self._real = self._real[:, :left]
@@ -262,6 +275,8 @@ class RotatedLayer(Readable, DynamicLayer):
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         self._keys.change(function)
         self._values.change(function)
+        if self._score_copy is not None:
+            self._score_copy.change(function)
         for name in TENSORS:
             if (tensor := getattr(self, f"_{name}")) is not None:
                 setattr(self, f"_{name}", function(tensor))

@@ -27,9 +27,10 @@ def attend(call: Call, plan: LayerPlan, impl: str = "auto") -> Attended:
 
     Args:
         call: from `LayerPlan.call`.
-        impl: "triton" (our kernels for a whole prompt on a GPU), "fused" (dense fused kernels on masked queries),
-            "chunked" (the reference in bounded memory), "reference" (whole score matrix), or "auto": the first of
-            these that can take the call. All compute the same function; `ops.backend.choose` says which one "auto" is.
+        impl: "triton" (our kernels for a whole prompt on a GPU), "fused" (dense fused kernels on masked queries), "cpu"
+            (one query that chooses tokens, in C), "chunked" (the reference in bounded memory), "reference" (whole score
+            matrix), or "auto": the first of these that can take the call. All compute the same function;
+            `ops.backend.choose` says which one "auto" is.
 
     Raises:
         AquaError: shapes that do not fit, an unknown `impl`, or one that cannot take this call.

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 BACKENDS = {
     "triton": "aqua_attention.ops.backends.triton:Triton",
-    "cpu": "aqua_attention.ops.backends.cpu:Cpu",
     "fused": "aqua_attention.ops.backends.torch:Fused",
+    "cpu": "aqua_attention.ops.backends.cpu:Cpu",
     "chunked": "aqua_attention.ops.backends.torch:Chunked",
     "reference": "aqua_attention.ops.backends.torch:Reference",
 }

@@ -7,13 +7,16 @@ A `LayerPlan` is made when AQUA is attached, a `Call` for each attention call. B
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError, Reason
+
+if TYPE_CHECKING:
+    from aqua_attention.ops.score_copy import ScoreCopy
 
 
 class Call(NamedTuple):
@@ -28,6 +31,7 @@ class Call(NamedTuple):
         softcap: soft limit c of the scores, c * tanh(score / c), as in Gemma 2.
         s_aux: [num_attention_heads], one extra logit a head that takes part in the softmax and has no value (gpt-oss).
         is_observed: somebody asks which dimensions were chosen; it changes no route, see `Attended`.
+        score_copy: of the keys, to score tokens by, where the cache has one; a backend may do without.
     """
 
     query: Tensor
@@ -40,6 +44,7 @@ class Call(NamedTuple):
     softcap: float | None = None
     s_aux: Tensor | None = None
     is_observed: bool = False
+    score_copy: ScoreCopy | None = None
 
     @property
     def has_window(self) -> bool:

@@ -2,6 +2,7 @@
 // One decoding attention step on a CPU, reading only the chosen dimensions of the keys; see step.py and decode.py.
 // Keys and values lie as in TiledCache: tiles of TILE tokens by dimension, a ring of two tiles by token behind them.
 #include <math.h>
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -112,6 +113,26 @@ static inline float sum_of(Lanes wide) {
     return (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
 }
 
+// An online softmax over `count` more scores of each head, which become weights, with zeros up to a multiple of four.
+static inline void soften(int heads, int count, float scores[][TILE], int64_t width, float sums[][MOST_DIMS],
+                          float *largest, float *total) {
+    for (int h = 0; h < heads; h++) {
+        float *score = scores[h], top = largest[h], added = 0.0f;
+#pragma omp simd reduction(max : top)
+        for (int t = 0; t < count; t++) top = score[t] > top ? score[t] : top;
+        float safe = top == -INFINITY ? 0.0f : top;
+#pragma omp simd
+        for (int t = 0; t < count; t++) score[t] = exponential(score[t] - safe);
+#pragma omp simd reduction(+ : added)
+        for (int t = 0; t < count; t++) added += score[t];
+        float shrink = exponential(largest[h] - safe);
+        total[h] = total[h] * shrink + added;
+        largest[h] = top;
+        for (int64_t d = 0; d < width; d++) sums[h][d] *= shrink;
+        for (int t = count; t < (count + 3) / 4 * 4; t++) score[t] = 0.0f;
+    }
+}
+
 static inline float same(float number) { return number; }
 static inline float from_bfloat16(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -133,12 +154,15 @@ static inline void fetch(const void *from, size_t bytes) {
     for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char *)from + byte, 0, 2);
 }
 
+#include "choose.inc"
+
 #define NUMBER float
 #define WIDE same
 #define NARROW same
 #define NAME(function) function##_float32
 #include "prepare.inc"
 #include "decode.inc"
+#include "select.inc"
 #undef NUMBER
 #undef WIDE
 #undef NARROW
@@ -150,3 +174,4 @@ static inline void fetch(const void *from, size_t bytes) {
 #define NAME(function) function##_bfloat16
 #include "prepare.inc"
 #include "decode.inc"
+#include "select.inc"
