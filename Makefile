@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-architectures test-vllm soak-vllm lint format check docs clean
+.PHONY: help .venv demo test test-architectures test-select test-vllm soak-vllm lint format check docs clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -31,6 +31,9 @@ test: .venv/.installed .venv/.lm-eval  ## run the tests; make test ARGS="-k text
 
 test-architectures: .venv/.installed  ## hold some 50 architectures to the table of docs/models.md; too long for every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m architectures $(ARGS)
+
+test-select: .venv/.installed  ## kernels that choose tokens, in triton's interpreter: 5 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m select $(ARGS)
 
 # vLLM pins other versions than ours, so it has an environment of its own. Its CPU build needs no GPU.
 .venv-vllm/.installed: pyproject.toml

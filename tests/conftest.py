@@ -138,10 +138,15 @@ def tiny_folder(tmp_path_factory, word_tokenizer):
     return folder
 
 
+LONG = ("architectures", "select")
+
+
 def pytest_collection_modifyitems(config, items):
-    """Tests marked gpu need a CUDA device; those marked architectures run where that mark is asked for."""
-    if "architectures" not in config.getoption("markexpr"):
-        left_out = [item for item in items if item.get_closest_marker("architectures")]
+    """Tests marked gpu need a CUDA device; those of LONG marks run where that mark is asked for."""
+    for mark in LONG:
+        if mark in config.getoption("markexpr"):
+            continue
+        left_out = [item for item in items if item.get_closest_marker(mark)]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     if not torch.cuda.is_available():

@@ -28,6 +28,8 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.scored import ScoredCache, score_quantization
 from aqua_attention.ops.tokens import attend_to_chosen
 
+pytestmark = pytest.mark.select
+
 HEADS = [(4, 2), (3, 1), (8, 1), (2, 2)]
 NOTHING = {"sink": 0, "recent": 0}
 

@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("triton")
 from test_triton_compiles import LAUNCH, compiled
 
+pytestmark = pytest.mark.select
+
 CODE = (
     LAUNCH
     + """
