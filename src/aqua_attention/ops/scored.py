@@ -19,7 +19,7 @@ from aqua_attention.ops.layout import TILE, Device, Quantization, expect, quanti
 from aqua_attention.ops.plan import LayerPlan
 
 LEAST_SCALE = 1e-12
-"""Of a channel; see `ops.tokens.scored_keys`."""
+"""Of a channel, because a key that never varies is divided by it, too."""
 
 
 @dataclass(frozen=True, eq=False)

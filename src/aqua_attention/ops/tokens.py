@@ -19,6 +19,7 @@ from aqua_attention.ops.layout import quantized
 from aqua_attention.ops.mask import visible_and_exact
 from aqua_attention.ops.plan import Call, LayerPlan, Reading
 from aqua_attention.ops.reference import query_blocks, softmax_seen, weighted_values
+from aqua_attention.ops.scored import score_quantization
 
 SCALE_BYTES = 2
 """Of the scale of a token and head, where keys or values are in few bits."""
@@ -81,8 +82,7 @@ def scored_keys(key: Tensor, plan: LayerPlan) -> Tensor:
     bits, states = plan.config.score_bits, key.to(torch.promote_types(key.dtype, torch.float32))
     if bits == 16:
         return states
-    assert plan.key_scale is not None and plan.key_mean is not None
-    mean, scale = (each[:, None, : key.shape[-1]] for each in (plan.key_mean, plan.key_scale.clamp_min(1e-12)))
+    scale, mean = (each[:, None] for each in score_quantization(plan))
     states = (states - mean) / scale
     if bits == 8:
         codes, scales = quantized(states)

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from aqua_attention.errors import Reason
+from aqua_attention.ops import tokens
 from aqua_attention.ops.backend import Backend
+from aqua_attention.ops.backends.cpu.build import no_kernel_reason
+from aqua_attention.ops.backends.cpu.step import DTYPES
 from aqua_attention.ops.layout import WIDEST, Chosen, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 
-DTYPES = (torch.float32, torch.bfloat16)
 SCORE_BITS = (16, 8)
 
 
@@ -34,7 +36,7 @@ class Cpu(Backend):
             return f"it is for one query a sequence, there are {call.query.shape[2]}"
         if torch.compiler.is_compiling():
             return "torch.compile does not look into it"
-        return _why_not_call(call, plan) or _why_not_scored(call, plan) or _no_kernel_reason()
+        return _why_not_call(call, plan) or _why_not_scored(call, plan) or no_kernel_reason()
 
     def attend(self, call: Call, plan: LayerPlan) -> Attended:
         """See `Backend`."""
@@ -48,7 +50,7 @@ class Cpu(Backend):
 
     def why_not_tiled(self, plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
         """See `Backend`."""
-        if reason := _no_kernel_reason():
+        if reason := no_kernel_reason():
             return reason
         if dtype not in DTYPES:
             text = f"the model is {dtype}, and the CPU kernel takes float32 and bfloat16"
@@ -86,6 +88,8 @@ def _why_not_call(call: Call, plan: LayerPlan) -> str | None:
 def _why_not_scored(call: Call, plan: LayerPlan) -> str | None:
     """What of the settings by which it would score tokens it does not take."""
     config = plan.config
+    if tokens.Way() != tokens.WAY:
+        return "it chooses tokens in our way only, and a benchmark has put another in its place"
     if plan.has_window_store:
         text = "it knows no tokens that keep more dimensions than others (s_ratio with an exact window)"
         return Reason(text, "leave s_ratio out, or sink and recent")
@@ -98,12 +102,3 @@ def _why_not_scored(call: Call, plan: LayerPlan) -> str | None:
         text = "score_bits is 8, and there is no copy of the keys, which a growing cache without bits has"
         return Reason(text, "leave bits out, or set score_bits=16")
     return None
-
-
-def _no_kernel_reason() -> str | None:
-    """Why there can be none here. Looking for a compiler takes as long as a short step, so it is asked no more once
-    there are kernels.
-    """
-    from aqua_attention.ops.backends.cpu.build import kernels, no_kernel_reason
-
-    return None if kernels.cache_info().currsize else no_kernel_reason()

@@ -21,7 +21,12 @@ SECONDS = 120
 
 
 def no_kernel_reason() -> str | None:
-    """Why there can be no kernel on this machine; None when there can be one, as far as is known before compiling."""
+    """Why there can be no kernel on this machine; None when there can be one, as far as is known before compiling.
+
+    A kernel that is loaded needs no compiler, and looking for one takes as long as a short step.
+    """
+    if kernels.cache_info().currsize:
+        return None
     if platform.system() != "Linux":
         return f"the kernel is for Linux, this is {platform.system()}"
     if _compiler() is None:
