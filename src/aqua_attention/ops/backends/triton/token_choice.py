@@ -23,8 +23,7 @@ from aqua_attention.ops.backends.triton.token_order import (
     order_of,
 )
 from aqua_attention.ops.backends.triton.token_resident import choose_resident
-from aqua_attention.ops.backends.triton.token_scores import WEIGHT_UNIT
-from aqua_attention.ops.backends.triton.token_weights import merged_lse
+from aqua_attention.ops.backends.triton.token_weights import group_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
     ScoredArguments,
     TokenWork,
@@ -149,19 +148,11 @@ def _weigh(scratch, lse, part, sink, recent, GROUP: tl.constexpr, AT_ONCE: tl.co
     place, length, begin, end, tile_count = part
     counts = tl.zeros([AT_ONCE, 16, 16], tl.float32)
     lower = tl.zeros([AT_ONCE, 16, 16], tl.float32)
-    tokens = tl.arange(0, TILE)
     for tile in range(begin, end, AT_ONCE):
         together, position = _positions(tile, AT_ONCE)
         others = _kinds(position, length, end, sink, recent)[1]
-        weight = tl.zeros([AT_ONCE, TILE], tl.float32)
-        for head in tl.static_range(GROUP):
-            at = (place * tile_count + together) * GROUP + head
-            top = tl.load(scratch.tops + at, together < end, 0.0, cache_modifier=".cg")
-            factor = tl.exp2(top - lse[head]) * (UNIT / WEIGHT_UNIT)
-            some = tl.load(
-                scratch.weights + at[:, None] * TILE + tokens[None, :], others, 0.0, cache_modifier=".cg"
-            ).to(tl.float32)
-            weight += some * factor[:, None]
+        at = place * tile_count + together
+        weight = group_weights(scratch, at, together < end, others, lse, GROUP, AT_ONCE, UNIT)
         orders = order_of(weight)
         tl.store(scratch.orders + place * tile_count * TILE + position, orders.to(tl.int16), others)
         counts, lower = add_coarse(orders, others, counts, lower)

@@ -10,7 +10,7 @@ Of each sequence and head the first program scores the exact window, and all oth
 import triton
 import triton.language as tl
 
-from aqua_attention.ops.backends.triton.blocks import LOG2_E, TILE, on_device_of, starts_early
+from aqua_attention.ops.backends.triton.blocks import LOG2_E, on_device_of, starts_early
 from aqua_attention.ops.backends.triton.token_resident import choose_held, meet
 from aqua_attention.ops.backends.triton.token_scores import score_constants, score_tiles, score_window
 from aqua_attention.ops.backends.triton.token_work import ScoredArguments, TokenWork, seen_length, start_early
@@ -84,25 +84,33 @@ def _score_and_choose(
     place = (row * tl.num_programs(1) + group).to(tl.int64)
     length = seen_length(cache, row, APPENDED)
     query_ptr += place * GROUP * KEPT
-    lse_ptr = scratch.part_lse + place * GROUP * (CHUNKS + 1)
+    part = (row, group, place, length)
     if chunk < 0:
-        window_lse = score_window(
-            query_ptr, cache, row, group, scaling, sink, recent, length, GROUP, ROWS, KEPT, KEPT_PADDED, BLOCK, ASSEMBLY
+        score_window(
+            query_ptr,
+            cache,
+            scratch,
+            part,
+            CHUNKS,
+            scaling,
+            sink,
+            recent,
+            GROUP,
+            ROWS,
+            KEPT,
+            KEPT_PADDED,
+            BLOCK,
+            ASSEMBLY,
         )
-        members = tl.arange(0, ROWS)
-        tl.store(lse_ptr + members * (CHUNKS + 1) + CHUNKS, window_lse, members < GROUP)
         meet(scratch.met + place, 0)
     else:
-        tiles = tl.cdiv(length, TILE)
-        each = tl.cdiv(tiles, CHUNKS)
-        begin = chunk * each
-        end = tl.minimum(begin + each, tiles)
-        lse = score_tiles(
+        score_tiles(
             query_ptr,
             dims_ptr + place * CHOSEN,
             cache,
             scratch,
-            (row, group, place, length, begin, end),
+            part,
+            (chunk, CHUNKS),
             scaling,
             sink,
             recent,
@@ -115,9 +123,7 @@ def _score_and_choose(
             BLOCK,
             ASSEMBLY,
         )
-        heads = tl.arange(0, HEADS)
-        tl.store(lse_ptr + heads * (CHUNKS + 1) + chunk, lse, heads < GROUP)
         meet(scratch.met + place, CHUNKS + 1)
-        part = (place, length, chunk, CHUNKS + 1)
+        own = (place, length, chunk, CHUNKS + 1)
         limits = (share, wanted, sink, recent, min_length)
-        choose_held(cache, scratch, part, limits, CHUNKS, GROUP, SPLITS_PADDED, TILES_PADDED, CHUNKS, BY_COUNT, UNIT)
+        choose_held(cache, scratch, own, limits, CHUNKS, GROUP, SPLITS_PADDED, TILES_PADDED, CHUNKS, BY_COUNT, UNIT)

@@ -15,8 +15,7 @@ import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import TILE
 from aqua_attention.ops.backends.triton.token_order import BINS, order_of, value_of
-from aqua_attention.ops.backends.triton.token_scores import WEIGHT_UNIT
-from aqua_attention.ops.backends.triton.token_weights import merged_lse
+from aqua_attention.ops.backends.triton.token_weights import group_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import MOST_TURNS, seen_length, start_early
 
 TURNS = tl.constexpr(MOST_TURNS)
@@ -88,12 +87,8 @@ def choose_held(
     position = tiles[:, None] * TILE + tokens[None, :]
     seen = (position < length) & (position < (chunk + 1) * each * TILE)
     others = seen & (position >= sink) & (position < length - recent)
-    weight = tl.zeros([TILES_PADDED, TILE], tl.float32)
-    for head in tl.static_range(GROUP):
-        at = (place * cache.tile_count + tiles) * GROUP + head
-        top = tl.load(scratch.tops + at, tiles * TILE < length, 0.0, cache_modifier=".cg")
-        some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], others, 0.0, cache_modifier=".cg")
-        weight += some.to(tl.float32) * (tl.exp2(top - lse[head]) * (UNIT / WEIGHT_UNIT))[:, None]
+    at = place * cache.tile_count + tiles
+    weight = group_weights(scratch, at, tiles * TILE < length, others, lse, GROUP, TILES_PADDED, UNIT)
     weight = tl.where(others, value_of(order_of(weight)), -1.0)
     order, turn = _threshold(weight, window, share, wanted, shared, CHUNKS, BY_COUNT)
     read = ((seen & (others == 0)) | (others & ((weight >= value_of(order)) | every))).to(tl.int32)

@@ -21,7 +21,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     starts_early,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import decoded
-from aqua_attention.ops.backends.triton.token_weights import query_for_codes
+from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, query_for_codes
 from aqua_attention.ops.backends.triton.token_work import (
     BINS,
     ScoredArguments,
@@ -37,8 +37,6 @@ from aqua_attention.ops.scored import ScoredCache
 WARPS, STAGES = 4, 3
 MOST_PRODUCTS = 128
 """Dimensions of all tiles that one product scores, at most."""
-WEIGHT_UNIT = tl.constexpr(32768.0)
-"""What the weight 1 is in float16: as much room below as there can be."""
 
 
 def score_tokens(
@@ -113,28 +111,36 @@ def _score_tokens(
     place = (row * tl.num_programs(1) + group).to(tl.int64)
     length = seen_length(cache, row, APPENDED)
     query_ptr += place * GROUP * KEPT
-    lse_ptr = scratch.part_lse + place * GROUP * (splits + 1) + split
+    part = (row, group, place, length)
     if split == splits:
         bins = tl.arange(0, BINS)
         tl.store(scratch.coarse + place * 2 * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.coarse + (place * 2 + 1) * BINS + bins, tl.zeros([BINS], tl.int32))
         tl.store(scratch.fine + place * BINS + bins, tl.zeros([BINS], tl.int32))
-        window_lse = score_window(
-            query_ptr, cache, row, group, scaling, sink, recent, length, GROUP, ROWS, KEPT, KEPT_PADDED, BLOCK, ASSEMBLY
+        score_window(
+            query_ptr,
+            cache,
+            scratch,
+            part,
+            splits,
+            scaling,
+            sink,
+            recent,
+            GROUP,
+            ROWS,
+            KEPT,
+            KEPT_PADDED,
+            BLOCK,
+            ASSEMBLY,
         )
-        members = tl.arange(0, ROWS)
-        tl.store(lse_ptr + members * (splits + 1), window_lse, members < GROUP)
     else:
-        tiles = tl.cdiv(length, TILE)
-        each = tl.cdiv(tiles, splits)
-        begin = split * each
-        end = tl.minimum(begin + each, tiles)
-        lse = score_tiles(
+        score_tiles(
             query_ptr,
             dims_ptr + place * CHOSEN,
             cache,
             scratch,
-            (row, group, place, length, begin, end),
+            part,
+            (split, splits),
             scaling,
             sink,
             recent,
@@ -147,8 +153,6 @@ def _score_tokens(
             BLOCK,
             ASSEMBLY,
         )
-        heads = tl.arange(0, HEADS)
-        tl.store(lse_ptr + heads * (splits + 1), lse, heads < GROUP)
 
 
 @triton.jit
@@ -158,6 +162,7 @@ def score_tiles(
     cache,
     scratch,
     part,
+    share,
     scaling,
     sink,
     recent,
@@ -170,8 +175,16 @@ def score_tiles(
     BLOCK: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """Score the tiles of one program. Scales and means of channels go into the query, made small enough for float16."""
-    row, group, place, length, begin, end = part
+    """Score the tiles of one program. Scales and means of channels go into the query, made small enough for float16.
+
+    Args:
+        share: which of how many programs it is.
+    """
+    (row, group, place, length), (split, splits) = part, share
+    tiles = tl.cdiv(length, TILE)
+    each = tl.cdiv(tiles, splits)
+    begin = split * each
+    end = tl.minimum(begin + each, tiles)
     rows, tokens, indices = tl.arange(0, TOGETHER * HEADS), tl.arange(0, TILE), tl.arange(0, TOGETHER * DIMS)
     # Which head and tile a row is of, and which dimension and tile is multiplied there.
     head, tile_of_row = rows % HEADS, rows // HEADS
@@ -241,19 +254,21 @@ def score_tiles(
     whole = tl.max(largest, 0)
     base = tl.where(whole > float("-inf"), whole, 0.0)
     total = tl.sum(total * tl.exp2(largest - base[None, :]), 0)
-    return base + tl.log2(total)
+    heads = tl.arange(0, HEADS)
+    lse_ptr = scratch.part_lse + (place * GROUP + heads) * (splits + 1) + split
+    tl.store(lse_ptr, base + tl.log2(total), heads < GROUP)
 
 
 @triton.jit
 def score_window(
     query_ptr,
     cache,
-    row,
-    group,
+    scratch,
+    part,
+    splits,
     scaling,
     sink,
     recent,
-    length,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     KEPT: tl.constexpr,
@@ -262,6 +277,7 @@ def score_window(
     ASSEMBLY: tl.constexpr,
 ):
     """Log-sum-exp of the exact window, at most TILE tokens at either end, with every dimension."""
+    row, group, place, length = part
     heads, tokens, narrow = tl.arange(0, ROWS), tl.arange(0, TILE), tl.arange(0, KEPT_PADDED)
     query = tl.load(
         query_ptr + heads[:, None] * KEPT + narrow[None, :],
@@ -295,4 +311,5 @@ def score_window(
         base = tl.where(now > float("-inf"), now, 0.0)
         total = total * tl.exp2(largest - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
         largest = now
-    return largest + tl.log2(total)
+    lse_ptr = scratch.part_lse + (place * GROUP + heads) * (splits + 1) + splits
+    tl.store(lse_ptr, largest + tl.log2(total), heads < GROUP)

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def,assignment"
-"""What several kernels that choose tokens share: a query for codes of 8 bits, and what weights are relative to."""
+"""What several kernels that choose tokens share: a query for codes of 8 bits, and the weights of a group's heads."""
 
 import triton
 import triton.language as tl
+
+from aqua_attention.ops.backends.triton.blocks import TILE
+
+WEIGHT_UNIT = tl.constexpr(32768.0)
+"""What the weight 1 is in float16: as much room below as there can be."""
 
 
 @triton.jit
@@ -42,3 +47,22 @@ def query_for_codes(query, cache, group, scaling, KEPT: tl.constexpr, KEPT_PADDE
     peak = tl.max(tl.abs(query), 1)
     peak = tl.where(peak > 0, peak, 1.0)
     return (query / peak[:, None]).to(tl.float16), peak * scaling, mean
+
+
+@triton.jit
+def group_weights(scratch, tiles, is_tile, others, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
+    """Weights of the heads of a group together, float32 [TILES, TILE].
+
+    Args:
+        tiles: numbers of the tiles, counted from the first of all places; is_tile: which there are.
+        others: tokens outside the exact window, [TILES, TILE]; elsewhere weights are 0.
+        lse: of `merged_lse`.
+    """
+    tokens = tl.arange(0, TILE)
+    weight = tl.zeros([TILES, TILE], tl.float32)
+    for head in tl.static_range(GROUP):
+        at = tiles * GROUP + head
+        top = tl.load(scratch.tops + at, is_tile, 0.0, cache_modifier=".cg")
+        some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], others, 0.0, cache_modifier=".cg")
+        weight += some.to(tl.float32) * (tl.exp2(top - lse[head]) * (UNIT / WEIGHT_UNIT))[:, None]
+    return weight
