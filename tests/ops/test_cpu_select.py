@@ -230,3 +230,12 @@ def test_what_it_does_not_take_goes_on_in_plain_torch():
     states = torch.ones(1, 1, 4, 32)
     with pytest.raises(aqua.AquaError, match="only where it chooses tokens"):
         attend(plan.call(states[:, :, :1], states, states), plan, "cpu")
+
+
+@compiled
+def test_another_way_of_choosing_is_not_left_out_in_silence(monkeypatch):
+    plan = plan_of(select_p=0.5, score_bits=16)
+    call = call_of(plan)
+    assert choose(call, plan).name == "cpu"
+    monkeypatch.setattr(tokens, "WAY", tokens.Way(left_out="mean"))
+    assert choose(call, plan).name != "cpu"

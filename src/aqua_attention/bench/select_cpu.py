@@ -57,6 +57,7 @@ def select_way(problem: Problem, config: AquaConfig) -> SelectWay:
     new = key[:, :, None], value[:, :, None]
     call = plan.call(query[:, :, None], *layer.update(*new))
     way = SelectWay(layer, call, new, {})
+    # Named once, so that a setting that C does not take is an error and not a slow row.
     attend(call._replace(score_copy=layer.score_copy), plan, "cpu")
     way.layer.crop(keys.shape[2] - 1)
     found = way.step()
