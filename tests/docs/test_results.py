@@ -10,7 +10,9 @@ from decimal import Decimal
 
 import pytest
 
+from aqua_attention.config import AquaConfig
 from pages import cells, commands, files, marks, picture, results
+from pages import record as record_of
 
 RECORDS, SHORT = results.load()
 TEXTS = results.texts()
@@ -165,3 +167,53 @@ def test_cells_keep_the_digits_of_a_record(cell, text):
     row = {"change": "0.0020", "kl": "0.0041", "least": "-0.0000", "many": "462944"}
     names = {name: Decimal(value) for name, value in row.items()} | {"word": "none"}
     assert cells.written(cell, names) == text
+
+
+def written_by_a_command():
+    setting = AquaConfig(k_ratio=0.5).to_dict()
+    return {
+        "suite": "perplexity",
+        "command": "aqua eval perplexity tiny -p tiny.safetensors --preset fast --json x.json",
+        "version": "0.1.0",
+        "versions": {"torch": "2.13.0"},
+        "commit": "69c7d63",
+        "started": "2026-11-27T10:00:00+00:00",
+        "model": "tiny",
+        "projections_sha256": "0" * 64,
+        "dense": {"perplexity": 20.0},
+        "rows": [{"setting": setting, "basis": "aqua", "perplexity": 20.5, "kl": 0.0205, "per_layer": [1, 2]}],
+    }
+
+
+def test_a_file_of_a_command_becomes_the_draft_of_a_record(tmp_path):
+    source, target = tmp_path / "x.json", tmp_path / "results" / "mine.json"
+    target.parent.mkdir()
+    source.write_text(json.dumps(written_by_a_command()))
+    record_of.main([str(source), str(target)])
+    mine = results.load(target.parent)[0]["mine"]
+    assert mine["versions"] == {"torch": "2.13.0", "aqua_attention": "0.1.0"}
+    assert mine["digests"] == {"projections_sha256": "0" * 64}
+    assert mine["measured"] == "2026-11-27"
+    assert results.record_table(mine).splitlines()[2:] == [
+        "| dense | 20.0 |  |",
+        "| k_ratio 0.5, weighted, shared by group, sliding exact, exact 4 + 64 | 20.5 | 0.0205 |",
+    ]
+    with pytest.raises(SystemExit, match="take another name"):
+        record_of.main([str(source), str(target)])
+
+
+def test_rows_of_several_sizes_are_told_apart():
+    step = {"name": "aqua", "k_ratio": 0.5, "seconds": 0.018}
+    sizes = [{"batch": batch, "length": 1024, "rows": [step]} for batch in (1, 8)]
+    found = {"command": "aqua bench generate", "started": "2026-11-27", "results": sizes}
+    assert [row["row"] for row in record_of.draft(found)["rows"]] == [
+        "1 x 1024, aqua, k_ratio 0.5",
+        "8 x 1024, aqua, k_ratio 0.5",
+    ]
+
+
+@pytest.mark.parametrize("field", ["command", "started", "rows"])
+def test_a_file_that_does_not_say_how_it_was_made_becomes_no_record(field):
+    found = {name: value for name, value in written_by_a_command().items() if name not in (field, "dense")}
+    with pytest.raises(cells.Wrong, match=field):
+        record_of.draft(found)

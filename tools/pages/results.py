@@ -9,12 +9,14 @@ python tools/pages/results.py     # writes them into the pages
 |---|---|
 | title, command | what is measured; the commands that measured it |
 | model, data, dtype, device, versions, commit, digests | on what; null where there is none or none was recorded |
-| measured, recorded_in | the day, or that of the commit which brought the figures if only that is known; this commit |
+| measured | the day; or that of the commit which brought the figures, where only this is known |
+| recorded_in | that commit; null where `commit` says what was measured |
 | columns | for each: `heading`, and `cell`, a text with figures in braces; see `pages.cells` |
 | rows | for each: `row`, its name, and figures. What has no figure stays empty |
 
 A `cell` that is a list holds alternatives: the first whose figures are all there is written. Numbers keep the digits
 that stand in the file. A ratio that the command printed is a figure like others, because it knew more digits.
+`pages.record` makes the draft of a record from a command's `--json`.
 
 **A short table**, `results/short/NAME.json`, has `title`, `columns` (headings) and `rows` of cells, with figures of
 several records: `{memory_bytes['int8'].whole.ratio:.2f}`. It has no figures of its own.
@@ -41,7 +43,7 @@ from pages.files import ROOT, with_results
 RESULTS = ROOT / "results"
 MARK = "results/"
 _FACTS = ("model", "data", "dtype", "device", "versions", "commit", "digests")
-_RECORD = {"title": str, "command": list, "measured": str, "recorded_in": str, "columns": list, "rows": list}
+_RECORD = {"title": str, "command": list, "measured": str, "columns": list, "rows": list}
 _SHORT = {"title": str, "columns": list, "rows": list}
 
 Tables = dict[str, dict[str, Any]]
@@ -53,7 +55,7 @@ def load(folder: Path = RESULTS) -> tuple[Tables, Tables]:
     Raises:
         Wrong: a file is none of these, in one line.
     """
-    records = {path.stem: _read(path, _RECORD, _FACTS) for path in sorted(folder.glob("*.json"))}
+    records = {path.stem: _read(path, _RECORD, (*_FACTS, "recorded_in")) for path in sorted(folder.glob("*.json"))}
     for name, record in records.items():
         _check(name, record)
     short = {path.stem: _read(path, _SHORT, ()) for path in sorted((folder / "short").glob("*.json"))}
@@ -125,7 +127,7 @@ def provenance(record: Mapping[str, Any]) -> str:
     """Where the figures of a record come from, to be unfolded."""
     lost = ", ".join(field for field in ("device", "versions", "commit", "digests") if record[field] is None)
     facts = [[field, _fact(record[field])] for field in _FACTS if record[field] is not None]
-    facts.append(["in the repository since", f"commit {record['recorded_in']}"])
+    facts += [["in the repository since", f"commit {record['recorded_in']}"]] if record["recorded_in"] else []
     facts += [["not recorded", lost]] if lost else []
     heads = [each for each in (record["device"], record["measured"]) if each]
     return "\n".join(
