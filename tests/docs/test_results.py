@@ -147,6 +147,19 @@ def test_a_short_table_without_its_figure_is_an_error(tmp_path, record, cell, me
         results.texts(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<!-- begin results/demo: make docs writes this -->",
+        "<!-- begin results/demo: make docs writes that -->\n<!-- end results/demo -->",
+        "<!-- begin results/demo: make docs writes this -->\n<!-- end results/gain -->",
+    ],
+)
+def test_a_mark_without_its_end_is_an_error(page):
+    with pytest.raises(cells.Wrong, match="the marks of results/demo are wrong"):
+        results.generated(page, TEXTS)
+
+
 def test_a_page_that_shows_an_unknown_table_is_an_error():
     with pytest.raises(cells.Wrong, match="there is no results/none"):
         results.generated("<!-- begin results/none: make docs writes this -->\n<!-- end results/none -->", TEXTS)

@@ -184,9 +184,13 @@ def generated(page: str, found: Mapping[str, str]) -> str:
     """The page with its tables as they must be.
 
     Raises:
-        Wrong: it names a table that is not there.
+        Wrong: it names a table that is not there, or has a mark without an end.
     """
-    missing = [name for name in marks.names(page) if name.startswith(MARK) and name not in found]
+    begun, whole = re.findall(r"<!-- begin ([^\s:]+)", page), marks.names(page)
+    for name in begun:
+        if begun.count(name) != whole.count(name):
+            raise Wrong(f"the marks of {name} are wrong")
+    missing = [name for name in begun if name.startswith(MARK) and name not in found]
     if missing:
         raise Wrong(f"there is no {missing[0]}.json")
     return marks.filled(page, found)
