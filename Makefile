@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-architectures test-select test-vllm soak-vllm lint format check docs site clean
+.PHONY: help .venv demo test test-architectures test-select test-long test-vllm soak-vllm lint format check docs site clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -34,6 +34,9 @@ test-architectures: .venv/.installed  ## hold some 50 architectures to the table
 
 test-select: .venv/.installed  ## kernels that choose tokens, in triton's interpreter: 5 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m select $(ARGS)
+
+test-long: .venv/.installed  ## more kinds of kernels, compiled and in triton's interpreter: 10 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m long $(ARGS)
 
 # vLLM pins other versions than ours, so it has an environment of its own. Its CPU build needs no GPU.
 .venv-vllm/.installed: pyproject.toml
