@@ -266,7 +266,7 @@ def context_jobs(
     """A job for every length tested, length calibrated, number of calibration tokens, and setting.
 
     Its result is that of `perplexity_figures`, with `calibrated_length`, `tested_length` and `calibration_tokens`
-    (those really read). AquaError as `check_sizes` and `resolved_settings`; a window longer than the test text or the
+    (those that were read). AquaError as `check_sizes` and `resolved_settings`; a window longer than the test text or the
     positions.
 
     Args:
