@@ -128,50 +128,70 @@ class AquaConfig:
         AquaError: a value is out of range; the message names the field, the value and the range.
     """
 
-    k_ratio: Annotated[float, Knob("Share of dimensions multiplied", "0 < k_ratio <= 1")] = 0.9
-    s_ratio: Annotated[float, Knob("Share of trailing key dimensions never stored", "0 <= s_ratio < 1")] = 0.0
+    k_ratio: Annotated[float, Knob("Share of the key dimensions that a query multiplies", "0 < k_ratio <= 1")] = 0.9
+    s_ratio: Annotated[float, Knob("Share of the key dimensions that is never stored", "0 <= s_ratio < 1")] = 0.0
     selection: Annotated[
-        str, Knob("magnitude (the paper), weighted (ours) or static (PCA slice)", choices=SELECTIONS)
+        str,
+        Knob(
+            "How they are chosen: magnitude (the paper), weighted (ours) or static (always the first)",
+            choices=SELECTIONS,
+        ),
     ] = "weighted"
     share: Annotated[
-        str, Knob("head: each query head its own dimensions; group: one set a KV head", choices=SHARES)
+        str, Knob("One choice for each query head, or for its group (all of one key-value head)", choices=SHARES)
     ] = "group"
-    sink: Annotated[int, Knob("First tokens scored with every dimension", _TOKENS)] = 4
+    sink: Annotated[int, Knob("How many first tokens are scored with every dimension", _TOKENS)] = 4
     recent: Annotated[
-        int, Knob("Last tokens scored with every dimension", _TOKENS, causal="no token is the most recent one")
+        int,
+        Knob("How many last tokens are scored with every dimension", _TOKENS, causal="no token is the most recent one"),
     ] = 64
     logit_error: Annotated[
-        float | None, Knob("Adaptive k: variance of the logit error allowed to a query; replaces k_ratio", "0 or more")
+        float | None,
+        Knob("Variance of the logit error that a query may have; chooses k, replaces k_ratio", "0 or more"),
     ] = None
     bits: Annotated[
         int | None,
-        Knob("8 or 4: keys and values in int8 or int4 (default: as computed)", choices=BITS, causal=_NO_CACHE),
+        Knob("Store keys and values in int8 (8) or int4 (4) (default: as computed)", choices=BITS, causal=_NO_CACHE),
     ] = None
     h2o_ratio: Annotated[
-        float, Knob("Share of the tokens that stays in the cache", "0 < h2o_ratio <= 1", causal=_NO_CACHE)
+        float,
+        Knob(
+            "Share of the tokens that the cache keeps; the others are forgotten (H2O)",
+            "0 < h2o_ratio <= 1",
+            causal=_NO_CACHE,
+        ),
     ] = 1.0
     h2o_queries: Annotated[
-        int | None, Knob("Only the last so many queries say which (default: all, H2O)", "1 or more")
+        int | None, Knob("How many last queries decide which tokens stay (default: all)", "1 or more")
     ] = None
     min_length: Annotated[
         int | Literal["auto"],
         Knob(
-            "Queries that see fewer tokens multiply every dimension; auto: see `aqua bench breakeven`",
+            "A query that sees fewer tokens multiplies every dimension; auto: as `aqua bench breakeven` found",
             *(_TOKENS, (AUTO,), "all queries of a sequence see as many tokens"),
         ),
     ] = 0
     sliding: Annotated[
-        str, Knob("Sliding-window layers: exact, or approximate as the others (the paper)", choices=SLIDING)
+        str, Knob("Layers with a sliding window: exact, or approximate like the others (the paper)", choices=SLIDING)
     ] = "exact"
     select_p: Annotated[
         float | None,
-        Knob("Share of the softmax that is read, by tokens (default: all)", "0 < select_p <= 1", causal=_ALL_READ),
+        Knob(
+            "Read the fewest tokens that hold this share of the softmax (default: all)",
+            "0 < select_p <= 1",
+            causal=_ALL_READ,
+        ),
     ] = None
     select_tokens: Annotated[
-        int | None, Knob("A fixed number of tokens to read, besides the exact window", "1 or more", causal=_ALL_READ)
+        int | None, Knob("Read this many tokens, besides the exact ones (default: all)", "1 or more", causal=_ALL_READ)
     ] = None
     score_bits: Annotated[
-        int, Knob("Bits of the keys that scores choose tokens by", choices=SCORE_BITS, causal=_ALL_READ)
+        int,
+        Knob(
+            "Bits of the copy of the keys by which select_p and select_tokens choose",
+            choices=SCORE_BITS,
+            causal=_ALL_READ,
+        ),
     ] = 16
 
     def __post_init__(self) -> None:

@@ -49,7 +49,8 @@ if TYPE_CHECKING:
 
 app = Commands(
     name="aqua",
-    help="AQUA attention: multiply only the query dimensions that matter (arXiv 2509.11155).",
+    help="AQUA attention: multiply only the query dimensions that matter (arXiv 2509.11155).\n\n"
+    "Begin with `aqua demo`, or with `aqua calibrate MODEL -o FILE` and `aqua generate MODEL -p FILE --prompt TEXT`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -58,12 +59,8 @@ app = Commands(
 for command in (tasks, records.grid, records.transfer, records.context, images):
     evaluations.command()(command)
 benchmarks.command()(serve)
-app.command()(doctor)
 app.add_typer(evaluations, name="eval")
 app.add_typer(benchmarks, name="bench")
-# Everything after the first word is lm-eval's, its --help too.
-_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
-app.command("lm-eval", context_settings=_PASSED_ON)(lm_eval)
 
 
 @app.callback(invoke_without_command=True)
@@ -74,47 +71,27 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-def report(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Results: what `aqua eval grid` wrote, or --json of other commands.")
-    ],
+def demo(
+    *,
+    out: Annotated[Path, "Folder for projections, table.md and summary.json."] = Path("demo-out"),
     show: Show,
 ) -> None:
-    """Turn a folder of results into one page: DIR/report.html, and the same as DIR/report.md. Needs no network.
+    """Fetch a small model, calibrate it, measure what is gained and lost, and let it write: some 5 minutes.
 
-    Reads `DIR/*.json` and `DIR/records/*.json`: those of `aqua eval grid`, and what `aqua eval`, `aqua bench` and
-    `aqua inspect` write with --json. Files that are none of these are named in the report.
-
-    Example: `aqua report results`
+    Example: `aqua demo --out demo-out`
     """
-    from aqua_attention.report.collect import collect
-    from aqua_attention.report.page import IMAGES, write_report
+    from aqua_attention.cli.demo import run_demo
+    from aqua_attention.report.tables import perplexity_table
 
-    collected = collect(folder)
-    if not (collected.records or collected.failed):
-        first = "; ".join(f"{name} is not used: {reason}" for name, reason in collected.unused[:1])
-        raise AquaError(
-            f"{folder} holds no results ({first}): give the folder that --json or `aqua eval grid` wrote into"
-        )
-    pages = folder / "report.html", folder / "report.md"
-    check_writable("page", *pages, *(folder / IMAGES).glob("figure-*.svg"))
-    check_apart(*pages, show.json)
-    with progress_bar("report") as progress:
-        paths = write_report(folder, collected, progress)
-    suites, about = Counter(record.suite for record in collected.records), ("suite", "source", "setting", "error")
-    result = {
-        "settings": dict(suites),
-        "failed": [{name: getattr(record, name) for name in about} for record in collected.failed],
-        "unused": [{"file": name, "reason": reason} for name, reason in collected.unused],
-        "written": [str(path) for path in paths],
-    }
-    show(result)
-    for name, reason in collected.unused:
-        typer.echo(f"not used: {name}: {reason}", err=True)
-    counts = ", ".join(f"{count} {suite}" for suite, count in suites.items()) or "none"
-    typer.echo(f"settings: {counts}; failed: {len(collected.failed)}; files not used: {len(collected.unused)}")
-    for path in paths:
-        typer.echo(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
+    with progress_bars() as report:
+        summary = run_demo(out, report)
+    show(summary, perplexity_table(summary), suite="perplexity")
+    generation = summary["generation"]
+    typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
+    typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")
+    minutes, memory = sum(summary["seconds"].values()) / 60, summary["peak_memory_bytes"]
+    used = f", peak memory {memory / 1e9:.1f} GB" if memory else ""
+    typer.echo(f"\n{minutes:.1f} minutes{used}; results in {out}")
 
 
 @app.command()
@@ -122,12 +99,13 @@ def calibrate(
     *,
     output: Annotated[Path, "--output", "-o", "Write the projections here (.safetensors)."],
     data: Annotated[
-        str | None, "A file or folder of text, hub:name, builtin:calibration; or images, builtin:photographs."
+        str | None,
+        "Text or images: a file or folder, hub:name, builtin:calibration, builtin:photographs (default: built-in).",
     ] = None,
-    tokens: Annotated[int | None, "How many tokens to read (default: 32768, learned 81920, tuned 614400)."] = None,
+    tokens: Annotated[int | None, "How many tokens to read (default: 32768; learned: 81920; tuned: 614400)."] = None,
     context: Context = 2048,
     basis: Basis,
-    seed: Annotated[int, "Chooses the windows."] = 0,
+    seed: Annotated[int, "Seed that chooses the windows."] = 0,
     side: Side = None,
     images: Images = 256,
     layers: Layers = None,
@@ -137,9 +115,9 @@ def calibrate(
 ) -> None:
     """Learn a model's projections from a text, or from images, once. Stopped or killed, it goes on with --resume.
 
-    With --basis learned they lose about half as much (ten minutes on a CPU, less than one on a GPU). With --basis tuned
-    all layers are then turned together: less again, and only on a GPU in acceptable time. With --positions one file
-    serves short and long contexts.
+    With --basis learned they lose about half as much, in ten minutes on a CPU or one on a GPU. With --basis tuned all
+    layers are then turned together. They lose less again, but only a GPU does that in acceptable time. With --positions
+    one file serves short and long contexts.
 
     Example: `aqua calibrate smollm2 --data notes.txt --basis learned --positions 0:8192 -o smollm2.safetensors`
     """
@@ -199,7 +177,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="File made by `aqua calibr
 def merge_files(
     first: Annotated[Path, typer.Argument(help="File made by `aqua calibrate`.")],
     second: Annotated[Path, typer.Argument(help="Another one, of the same model, from other text.")],
-    output: Annotated[Path, "--output", "-o", "Write the merged projections here."],
+    output: Annotated[Path, "--output", "-o", "Write the joined projections here (.safetensors)."],
     show: Show,
 ) -> None:
     """Join two calibrations of one model, as if one run had read both texts (for calibrating on several machines).
@@ -229,17 +207,17 @@ def _described(file: Path, projections: Projections) -> tuple[dict[str, Any], Ta
 def generate(
     *,
     projections: ProjectionsFile,
-    prompt: Annotated[str, "What to continue; put into the model's chat template if it has one."],
-    max_new_tokens: Annotated[int, "How many tokens to write at most."] = 64,
+    prompt: Annotated[str, "What to continue."],
+    max_new_tokens: Annotated[int, "Most tokens to write."] = 64,
     config: AquaConfig,
-    compare: Annotated[bool, "--compare", "Write the dense model's answer too."] = False,
+    compare: Annotated[bool, "--compare", "Also write the dense model's answer."] = False,
     explain: Annotated[bool, "--explain", "Say what it ran on, and what would be faster."] = False,
     serving: Serving,
     chat: Chat = True,
     model: ModelOptions,
     show: Show,
 ) -> None:
-    """Continue a prompt with AQUA attention (greedy), by the fastest path there is; --explain says which.
+    """Continue a prompt with AQUA attention (greedy). It takes the fastest path there is, which --explain names.
 
     Example: `aqua generate smollm2 -p smollm2.safetensors --prompt "What is a list?" --preset fast
     --compare`
@@ -270,27 +248,57 @@ def generate(
 
 
 @app.command()
-def demo(
-    *,
-    out: Annotated[Path, "Folder for projections, table.md and summary.json."] = Path("demo-out"),
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Folder that `aqua eval grid` wrote, or with --json files of other commands."
+        ),
+    ],
     show: Show,
 ) -> None:
-    """Fetch a small model, calibrate it, measure gain and loss, and let it write: everything in one go.
+    """Turn a folder of results into one page: DIR/report.html, and the same as DIR/report.md. Needs no network.
 
-    Example: `aqua demo --out demo-out`
+    It reads `DIR/records/*.json`, which `aqua eval grid` writes, and `DIR/*.json`, which other commands write with
+    --json. Files that are none of these are named in the report.
+
+    Example: `aqua report results`
     """
-    from aqua_attention.cli.demo import run_demo
-    from aqua_attention.report.tables import perplexity_table
+    from aqua_attention.report.collect import collect
+    from aqua_attention.report.page import IMAGES, write_report
 
-    with progress_bars() as report:
-        summary = run_demo(out, report)
-    show(summary, perplexity_table(summary), suite="perplexity")
-    generation = summary["generation"]
-    typer.echo(f"\nprompt: {generation['prompt']}\n\n--- dense\n{generation['dense']}")
-    typer.echo(f"\n--- AQUA, half the dimensions\n{generation['aqua']}")
-    minutes, memory = sum(summary["seconds"].values()) / 60, summary["peak_memory_bytes"]
-    used = f", peak memory {memory / 1e9:.1f} GB" if memory else ""
-    typer.echo(f"\n{minutes:.1f} minutes{used}; results in {out}")
+    collected = collect(folder)
+    if not (collected.records or collected.failed):
+        first = "; ".join(f"{name} is not used: {reason}" for name, reason in collected.unused[:1])
+        raise AquaError(
+            f"{folder} holds no results ({first}): give the folder that --json or `aqua eval grid` wrote into"
+        )
+    pages = folder / "report.html", folder / "report.md"
+    check_writable("page", *pages, *(folder / IMAGES).glob("figure-*.svg"))
+    check_apart(*pages, show.json)
+    with progress_bar("report") as progress:
+        paths = write_report(folder, collected, progress)
+    suites, about = Counter(record.suite for record in collected.records), ("suite", "source", "setting", "error")
+    result = {
+        "settings": dict(suites),
+        "failed": [{name: getattr(record, name) for name in about} for record in collected.failed],
+        "unused": [{"file": name, "reason": reason} for name, reason in collected.unused],
+        "written": [str(path) for path in paths],
+    }
+    show(result)
+    for name, reason in collected.unused:
+        typer.echo(f"not used: {name}: {reason}", err=True)
+    counts = ", ".join(f"{count} {suite}" for suite, count in suites.items()) or "none"
+    typer.echo(f"settings: {counts}; failed: {len(collected.failed)}; files not used: {len(collected.unused)}")
+    for path in paths:
+        typer.echo(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+# Last in the help: what a newcomer needs first stands first.
+app.command()(doctor)
+# Everything after the first word is lm-eval's, its --help too.
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command("lm-eval", context_settings=_PASSED_ON)(lm_eval)
 
 
 def main() -> None:

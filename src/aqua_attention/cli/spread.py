@@ -18,9 +18,9 @@ from aqua_attention.cli.terminal import stoppable
 from aqua_attention.config import DEFAULT_PRESET, PRESETS, AquaConfig, Knob, knobs
 from aqua_attention.errors import AquaError
 
-BASIS = Knob("aqua (as calibrated); to compare: svd, none (not rotated) or key-pca (keys alone)", default="aqua")
+BASIS = Knob("The rotation: aqua (as calibrated); to compare svd, none, or key-pca (of keys alone)", default="aqua")
 """No knob of `AquaConfig`: a setting has it beside them."""
-PRESET = Annotated[str, f"A setting by name: {', '.join(PRESETS)}; options that you give change it."]
+PRESET = Annotated[str, f"A setting by name: {', '.join(PRESETS)}; other options change it."]
 _CONTEXT = "typer_context"
 """The parameter by which typer tells which options were given."""
 
@@ -175,5 +175,5 @@ def _explained(annotation: Any, knob: Knob | None) -> Any:
         return annotation
     text = f"{knob.help}, {knob.range}" if "<" in knob.range else knob.help
     if "list[" in str(annotation):
-        text += ", or none; repeat" if None in knob.choices else "; repeat"
+        text += ", or none; may be repeated" if None in knob.choices else "; may be repeated"
     return Annotated[annotation, typer.Option(help=f"{text}.")]
