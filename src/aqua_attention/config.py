@@ -206,7 +206,9 @@ class AquaConfig:
         if self.select_p is not None and self.select_tokens is not None:
             raise AquaError(f"select_p is {self.select_p:g} and select_tokens {self.select_tokens}: give one of them")
         if self.chooses_tokens and self.h2o_ratio < 1:
-            raise AquaError(f"h2o_ratio is {self.h2o_ratio:g}: with select_p or select_tokens all tokens must stay")
+            raise AquaError(
+                f"h2o_ratio is {self.h2o_ratio:g}: with select_p or select_tokens all tokens must stay, set it to 1"
+            )
         if self.score_bits != 16 and not self.chooses_tokens:
             raise AquaError(
                 f"score_bits is {self.score_bits}, but no tokens are chosen: leave it out, or give select_p or "

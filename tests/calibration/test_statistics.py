@@ -89,7 +89,7 @@ def test_merge_adds_layer_by_layer():
 
 def test_merging_other_layers_is_refused_naming_both_sets():
     layer = LayerStatistics.of(*states())
-    with pytest.raises(AquaError, match=r"different layers cannot be merged: \[0, 1\] and \[0, 2\]"):
+    with pytest.raises(AquaError, match=r"statistics of layers \[0, 1\] and \[0, 2\] cannot be merged: "):
         merge({1: layer, 0: layer}, {0: layer, 2: layer})
 
 

@@ -136,7 +136,7 @@ def test_bits_are_a_setting_and_memory_is_measured(aqua, projections_file, tiny_
 def test_bench_decode_needs_a_gpu_and_a_size(aqua):
     pytest.importorskip("triton")
     for arguments, words in (
-        ([], "measures kernels on a CUDA GPU: there is none"),
+        ([], "measures kernels on a CUDA GPU, and there is none: try "),
         (["--size", "8"], "size is '8': it must be sequences x tokens, such as 8x32768"),
         (["--dtype", "int8"], "dtype is 'int8': it must be bfloat16 or float16"),
     ):

@@ -234,7 +234,9 @@ class Attachment:
         if not self._plans:
             raise AquaError("AQUA is not attached: make its cache inside `apply`, or after attach()")
         if not self._rotates_on_write:
-            raise AquaError(f"{type(self.model).__name__} does not take its keys straight from its cache")
+            raise AquaError(
+                f"{type(self.model).__name__} does not take its keys straight from its cache: leave new_cache out"
+            )
         untiled = self._why_not_tiled() if max_length is not None else None
         return make_cache(self._decoder.config, self._cached(), max_length, offloading, layout, untiled)
 
@@ -360,7 +362,9 @@ class Attachment:
         if isinstance(mask, Tensor) and mask.ndim == 4:
             interface.as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
-                raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
+                raise AquaError(
+                    "after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means: give a 2-D one"
+                )
         if needs := torch.is_grad_enabled() and ("the tiled layout" if recordable else needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (tokens is not None and tokens.requires_grad):
@@ -376,7 +380,7 @@ class Attachment:
         is_sliding = bool(given.get("sliding_window")) or plan.index in self._bounded
         if is_sliding and call.mask is not None and call.mask.dtype == torch.bool and plan.needs_codes:
             raise AquaError(
-                "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
+                "sink, recent and min_length in a sliding-window layer need a 2-D mask, not a 4-D one: set them to 0"
             )
         observer = self.on_selection
         call = call._replace(sink=plan.sink, recent=plan.recent, is_observed=observer is not None)

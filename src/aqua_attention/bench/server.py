@@ -40,7 +40,9 @@ OURS = "AQUA attention: "
 def check_vllm() -> None:
     """An AquaError where this Python has no vLLM."""
     if find_spec("vllm") is None:
-        raise AquaError(f"{sys.executable} has no vLLM: install aqua-attention beside vLLM, and call that aqua")
+        raise AquaError(
+            f"{sys.executable} has no vLLM: install it (pip install 'aqua-attention[vllm]'), or use another Python"
+        )
 
 
 def environment_of(projections: Path | str | None, setting: Mapping[str, Any] | None = None) -> dict[str, str]:

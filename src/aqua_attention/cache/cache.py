@@ -233,6 +233,8 @@ def make_cache(
         raise AquaError(f"a static cache cannot store {needs}: leave out max_length, or that")
     if not any(isinstance(layer, common.Recordable) for layer in cache.layers):
         if layout == "tiled":
-            raise AquaError("a cache in the tiled layout is impossible here, because no layer can have it")
+            raise AquaError(
+                "a cache in the tiled layout is impossible here, because no layer can have it: use layout auto or plain"
+            )
         cache.layout = "plain"
     return cache

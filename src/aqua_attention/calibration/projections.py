@@ -148,11 +148,15 @@ class Projections:
             if said[0] == said[1]:
                 names = [map(str, shape.get("names") or [row[0] for row in shape["layers"]]) for shape in shapes]
                 said = [f"{text} (layers {', '.join(each)})" for text, each in zip(said, names, strict=True)]
-            raise AquaError(f"projections of different models cannot be merged: {' and '.join(said)}")
+            raise AquaError(
+                f"projections of different models ({' and '.join(said)}) cannot be merged: give files of one"
+            )
         bases = {self.basis, other.basis}
         if len(bases) > 1 and not (are_parts and bases == {"aqua", LEARNED}):
             verb = "joined" if are_parts else "merged"
-            raise AquaError(f"projections in different bases cannot be {verb}: {self.basis} and {other.basis}")
+            raise AquaError(
+                f"projections in the bases {self.basis} and {other.basis} cannot be {verb}: calibrate both in one basis"
+            )
         if LEARNED in bases and not are_parts:
             raise AquaError("learned projections cannot be merged: learn on both texts with `aqua calibrate`")
         parts = [self.calibration, other.calibration]
@@ -163,7 +167,8 @@ class Projections:
             return self._joined(other, read)
         if difference := other_weights(*(part.model.get("key_weights") for part in (self, other))):
             raise AquaError(
-                f"projections of different weights cannot be merged: the key weights differ by {difference:.1%}"
+                f"projections of different weights (key weights differ by {difference:.1%}) cannot be merged: "
+                "calibrate both on the same checkpoint"
             )
         if _texts(parts[0]) & _texts(parts[1]):
             warnings.warn(

@@ -302,7 +302,7 @@ class _Tuning:
         if plans is None or given.get("sliding_window"):
             return interface.attend_dense(interface.directed(call, causal))
         if call.softcap is not None:
-            raise AquaError("a basis is not tuned for scores with a soft limit (softcap): use svd")
+            raise AquaError("a basis is not tuned for scores with a soft limit (softcap): use basis svd")
         self._dropped.add(module)
         return recomputed(attention_dropping, call, plans, plans[0].rotation, *self._seen(call), use_reentrant=False)
 

@@ -220,7 +220,7 @@ def _subject(model: MaybeModel, projections: Path | None, data: str | None, laye
     """What `generate` measures: model, projections, prompts (None: random), and the model's name."""
     if model.model is None:
         if projections or data:
-            raise AquaError("projections and data are of a MODEL: name it, or leave them out")
+            raise AquaError("--projections and --data are for a MODEL: name it, or leave them out")
         from aqua_attention.bench.random_llama import make_llama, random_projections
 
         made = make_llama(model.device, model.dtype, layers)
@@ -228,7 +228,7 @@ def _subject(model: MaybeModel, projections: Path | None, data: str | None, laye
     if projections is None:
         raise AquaError(f"{model.model} needs its projections: make them by `aqua calibrate`, and give -p FILE")
     if layers is not None:
-        raise AquaError("layers is of the random model: leave it out, or MODEL")
+        raise AquaError("--layers is for the random model: leave out --layers, or MODEL")
     learned, (loaded, tokenizer) = load_projections(projections), model.load()
     if data is None:
         return loaded, learned, None, model.name
@@ -288,4 +288,6 @@ def _needing_triton(command: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise AquaError(f"aqua bench {command} needs triton, which CUDA builds of torch bring along") from error
+        raise AquaError(
+            f"aqua bench {command} needs triton, which CUDA builds of torch bring along: pip install triton"
+        ) from error

@@ -144,7 +144,7 @@ def calibrate(
     with stoppable(kept):
         if wants_images(model, data, side):
             if basis != Basis():
-                raise AquaError("basis and positions are for text: leave them out")
+                raise AquaError("--basis and --positions are for text, and images are read: leave them out")
             projections = calibrate_on_images(model, data or "builtin:photographs", images, **options)
         else:
             text = text_for(model.model, data or "builtin:calibration")

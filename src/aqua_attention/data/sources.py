@@ -55,7 +55,7 @@ def local_files(spec: str, suffixes: Sequence[str], forms: str, unknown: str, ki
         raise AquaError(f"{unknown}: {forms}")
     files = files_below(path, suffixes) if path.is_dir() else [path]
     if not files:
-        raise AquaError(f"the folder {spec!r} holds no {kind} ending in {', '.join(suffixes)}")
+        raise AquaError(f"the folder {spec!r} holds no {kind} ending in {', '.join(suffixes)}: give another one")
     return files
 
 

@@ -78,7 +78,7 @@ def first_tensor(output: Any) -> Tensor:
     for part in parts:
         if part is not None:
             return first_tensor(part)
-    raise AquaError("the model returns no tensor")
+    raise AquaError("the model returns no tensor: AQUA needs one that returns logits or embeddings")
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

@@ -76,7 +76,9 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
                     f"this model has attention with {name}, which AQUA does not serve: choose another backend"
                 )
         if attn_type != AttentionType.DECODER:
-            raise AquaError(f"attention of kind {attn_type} is not served by AQUA: only decoders are")
+            raise AquaError(
+                f"attention of kind {attn_type} is not served by AQUA, only decoders are: choose another backend"
+            )
         check_engine(get_current_vllm_config())
         self.num_heads, self.head_size, self.num_kv_heads, self.scale = num_heads, head_size, num_kv_heads, float(scale)
         self.sliding_window, self.logits_soft_cap = sliding_window, logits_soft_cap or None

@@ -48,8 +48,8 @@ class Haystack:
             if ends[stop] - ends[start] >= 0.9 * room:
                 return start, stop
         raise AquaError(
-            f"hardly a piece of the text from one sentence end to another has about {room} tokens: give a text with "
-            "more full stops or empty lines, or another length"
+            f"too few parts of the text that end with a sentence have about {room} tokens: give a text with more full "
+            "stops or empty lines, or another length"
         )
 
 
