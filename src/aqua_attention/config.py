@@ -87,16 +87,16 @@ class AquaConfig:
     Attributes:
         k_ratio: share of the kept dimensions whose products are computed for a query, in (0, 1];
             k = ceil(k_ratio * kept). 1 is dense attention, up to rounding.
-        logit_error: adaptive k, replaces `k_ratio` when given: each query keeps the fewest dimensions, in the order of
-            `selection`, for which the variance of the logit error, sum over the dropped dimensions of
-            (scaling * q_i * rms(k_i))^2, is at most this; summed over the query heads when `share` is "group". It is in
-            the logit's own units, so one value fits every layer, head and model: 0.05 to 0.2 are sensible.
+        logit_error: adaptive k, which replaces `k_ratio` when given. Each query keeps the fewest dimensions, in the
+            order of `selection`, for which the variance of the logit error is at most this. The variance is the sum of
+            (scaling * q_i * rms(k_i))^2 over the dropped dimensions, and over the query heads when `share` is "group".
+            It has no unit, so one value fits every layer, head and model: 0.05 to 0.2 are sensible.
         s_ratio: share of trailing (low-variance) rotated key dimensions that are never stored, in [0, 1)
             ("AQUA-Memory"); kept = head_dim - round(s_ratio * head_dim). Tokens of an exact window keep all of them,
             and so do, when there is one, all tokens of sliding-window layers.
         selection: which dimensions a query keeps. "magnitude": largest |q_i| (the paper). "weighted": largest
-            |q_i| * rms(k_i), the expected size of what is dropped (ours). "static": always the first k, whatever
-            the query (plain PCA slicing, for comparison).
+            |q_i| * rms(k_i), the expected size of what is dropped (ours). "static": always the first k (PCA slicing,
+            for comparison).
         share: "head": each query head its own dimensions (the paper). "group": one set for all query heads of
             a key-value head, which is what lets a GPU read fewer key bytes under grouped-query attention.
         sink: number of first (non-padding) tokens scored with every dimension.
@@ -104,17 +104,17 @@ class AquaConfig:
         bits: 8 or 4 stores keys (by rotated channel, with calibrated scales) and values in int8 or int4, except for the
             last 64 to 128 tokens (or `recent`, if more); None stores them as the model computes them. With 4, the first
             quarter of the key dimensions has 8.
-        h2o_ratio: share of a sequence's tokens so far that a cache keeps, in (0, 1] ("AQUA-H2O"): for each key-value
-            head half of them those that were given most attention, half the most recent; `sink` and `recent` tokens
+        h2o_ratio: share of a sequence's tokens so far that a cache keeps, in (0, 1] ("AQUA-H2O"). For each key-value
+            head, half of these were given most attention, and half are the most recent. `sink` and `recent` tokens
             always stay. 1 keeps all.
-        h2o_queries: only the last so many queries say which tokens stay, as in SnapKV; None: all so far, as in H2O. In
-            decoding the attention of earlier ones fades, by one part in so many for each new token.
-        min_length: a query that sees fewer tokens of its sequence, its own included and padding not, multiplies every
-            stored dimension: below it, choosing costs more than it saves. In a sliding-window layer all tokens so far
-            count. "auto": `apply` takes the number from what `aqua bench breakeven` measured here, for decoding.
-        sliding: sliding-window layers of a decoder. "exact": they multiply and store every dimension. They read their
-            window only, so that leaving dimensions out saves no time there and costs most of the loss (ours).
-            "approximate": they are as the others (the paper).
+        h2o_queries: how many last queries decide which tokens stay, as in SnapKV. None: all so far, as in H2O. With
+            h2o_queries = n, the attention of earlier queries fades by 1/n for each decoded token.
+        min_length: a query that sees fewer tokens of its sequence multiplies every stored dimension: below it, choosing
+            costs more than it saves. Its own token counts, padding does not. In a sliding-window layer all tokens so
+            far count. "auto": `apply` takes the number that `aqua bench breakeven` measured here, for decoding.
+        sliding: sliding-window layers of a decoder. "exact": they multiply and store every dimension (ours). They read
+            their window only, so leaving dimensions out would save no time there, and cost most of the loss.
+            "approximate": they are like the others (the paper).
         select_p: each query reads only some tokens ("AQUA-Select"): for each key-value head the fewest that hold this
             share of its approximate softmax, in (0, 1]. `k_ratio` then says how many dimensions score them. Attention
             to what is read multiplies every stored dimension. Tokens of the exact window are always read. None: all.

@@ -29,9 +29,9 @@ class AquaCache(Cache):
     """A cache made for one attachment, by `Attachment.new_cache`: growing, or of a fixed size.
 
     Attributes:
-        max_length: tokens for which there is room, which grows where more come; None: as many as are held.
-        layout: "tiled": its decoding step can be recorded; full layers are tiled for the decoding kernels. Or "plain".
-        windows: sizes of the sliding windows, by layer index.
+        max_length: tokens for which there is room. It grows when more come. None: a growing cache.
+        layout: "tiled" for the decoding kernels, whose steps can be recorded; or "plain".
+        windows: sizes of the sliding windows in tokens, by layer index.
 
     An ordinary `DynamicCache`, which `generate` makes by itself, becomes the same as the growing one while it is empty.
     """

@@ -75,8 +75,8 @@ class Projections:
     """Rotations for all attention layers of one model, with the statistics they come from.
 
     Attributes:
-        layers: by layer index.
-        statistics: the calibration sums, by layer index.
+        layers: the rotation of each attention layer and what is known of it, by layer index, see `LayerProjection`.
+        statistics: the calibration sums (float64), by layer index.
         model: what the projections fit: `shape` (see `fingerprint.shape_of`), `key_weights` (digest or None), `name`.
         calibration: provenance: `text_sha256`, `tokens`, `context`, `seed`, `library_version`.
         basis: "aqua", the singular vectors, or "learned"; for comparison "none", the model's own dimensions, or
@@ -119,6 +119,9 @@ class Projections:
         Args:
             basis: "aqua", as calibrated; "svd", the singular vectors, though others were learned; "none", not rotated,
                 as SparQ; "key-pca", as Loki.
+
+        Raises:
+            AquaError: there is no such basis, or these projections were not learned.
         """
         name = "aqua" if basis == "svd" else basis
         own = self.basis in (basis, name) or (basis == "aqua" and self.basis == LEARNED)
@@ -135,8 +138,10 @@ class Projections:
     def merged(self, other: Projections | Path | str) -> Projections:
         """As if one calibration had read both texts: the sums are added and decomposed again.
 
-        Of different layers of one model, such as those of text and of images, all in one. An AquaError where the two
-        are not of the same model, or not in the same basis.
+        Calibrations of different layers of one model, such as those of text and of images, become one of all layers.
+
+        Raises:
+            AquaError: the two are not of the same model, or not in the same basis.
         """
         other = Projections.of(other)
         shapes = [part.model["shape"] for part in (self, other)]
@@ -249,8 +254,11 @@ class Projections:
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, whole or not at all.
 
-        Tensors a layer: `rotation` (float32), `query_gram`, `key_gram`, `key_sum` (float64), `counts` (int64), and of a
-        learned basis `key_spread` (float32).
+        Tensors of each layer: `rotation` (float32), `query_gram`, `key_gram` and `key_sum` (float64), `counts` (int64),
+        and of a learned basis `key_spread` (float32).
+
+        Raises:
+            AquaError: the file cannot be written.
         """
         rotations = {f"layers.{index}.rotation": layer.rotation for index, layer in self.layers.items()}
         if self.basis == LEARNED:
@@ -262,7 +270,8 @@ class Projections:
     def load(cls, path: Path | str) -> Projections:
         """Read and check a file: format, shapes, dtypes, content digest, finiteness, orthogonality.
 
-        An AquaError names what is wrong and the remedy.
+        Raises:
+            AquaError: there is no such file, or a check fails; the message says which.
         """
         path = Path(path)
         if not path.is_file():
