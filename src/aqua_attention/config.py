@@ -236,7 +236,7 @@ class AquaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The setting that `to_dict` wrote; what is left out has its default. An AquaError for a name of no knob."""
+        """The setting that `to_dict` wrote; what is left out has its default. An AquaError for an unknown name."""
         config: Any = cls
         known = list(knobs(config))
         for name in values:

@@ -86,7 +86,7 @@ class Coverage:
         return Reason(text, remedy)
 
     def check_call(self, module: nn.Module, is_causal: bool, dropout: float, found_causal: bool | None) -> None:
-        """Raise AquaError for an attention call of a layer that is none of these, or not as it was found.
+        """Raise AquaError for an attention call of an unknown layer, or of one that has changed since it was found.
 
         `found_causal` is whether it was causal when it was found; None for one that is not among `found`.
         """

@@ -167,7 +167,7 @@ def _check_setting(
 
 
 def _exact(settings: tuple[AquaConfig, ...]) -> AquaConfig:
-    """The first setting with every dimension; where there is none, the first of all with every dimension."""
+    """The first setting that multiplies every dimension; if none does, the first setting changed so that it does."""
     first = settings[0]
     exact = AquaConfig(k_ratio=1, selection=first.selection, share=first.share, sink=first.sink, recent=first.recent)
     return next(filter(is_exact, settings), exact)

@@ -47,7 +47,7 @@ Facts = dict[str, Any]
 
 
 class RunOptions(TypedDict, total=False):
-    """What every calibration takes; what is left out has the default of `CalibrationRun`.
+    """Options of every calibration. The defaults are those of `CalibrationRun`.
 
     Attributes:
         name: recorded as the model's name; the one in its config unless given.
@@ -163,7 +163,7 @@ def calibrate(
 
 
 def _in_turn(told: Progress | None, *counts: int) -> list[Progress | None]:
-    """What passes over so many windows call, one after the other, so that they look like one."""
+    """Progress functions of several passes, so that they look like one pass over all windows."""
 
     def part(before: int) -> Progress | None:
         return told and (lambda done, _: told(before + done, sum(counts)))

@@ -209,7 +209,7 @@ class _Tuning:
         return [{name: getattr(self, name)[place] for name in STATE} for place in range(len(self._layers))]
 
     def projections(self) -> Projections:
-        """The tuned rotations, or those of before where on what was held out they are no better."""
+        """The tuned rotations, or the earlier ones if the tuned ones are no better on the held-out windows."""
         tuned = [orthogonal(each) for each in self.rotation]
         after = self._held_loss(tuned) if self._dropped else self._before
         losses = {name: [round(before, 6), round(after[name], 6)] for name, before in self._before.items()}

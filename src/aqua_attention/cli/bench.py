@@ -80,7 +80,7 @@ class GenerateSizes:
     )
 
     def of(self, model: Any, *, is_random: bool) -> list[tuple[int, int]]:
-        """Those asked for, or by default what is usual on the device; of a user's model single prompts that fit."""
+        """The sizes asked for; by default the usual ones of the device, for a user's model single prompts that fit."""
         from aqua_attention.bench.problem import read_sizes
         from aqua_attention.model.limits import position_limit
 

@@ -101,7 +101,7 @@ class ResultsFolder(Show):
 
 @dataclass(frozen=True)
 class SizeOptions:
-    """How much each suite reads; what is not given is that of a full or a quick grid."""
+    """How much each suite reads. Sizes that are not given are those of a full or a quick grid."""
 
     quick: Quick = False
     context: Annotated[int | None, "Tokens in a window (default: 2048; quick: 1024)."] = None

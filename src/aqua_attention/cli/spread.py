@@ -166,7 +166,7 @@ def _knob_option(name: str, knob: Knob, repeated: bool = False) -> Option:
 
 
 def _explained(annotation: Any, knob: Knob | None) -> Any:
-    """A type with an option's help: the string beside it, else the knob's; what is an option already stays."""
+    """A type with an option's help: the string beside it, else the knob's. An option that has help keeps it."""
     kind, *beside = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     if beside:
         words = all(isinstance(each, str) for each in beside)

@@ -41,7 +41,7 @@ class AttentionLayer:
     reads_own_cache: bool
     """Whether its keys come straight from this layer of a `DynamicCache`, so that they can be rotated when written."""
     only_plain: str = ""
-    """What only a cache can follow that hands out the very values it was given; empty: nothing of the kind."""
+    """Why only a plain cache will do, which hands out the very values it was given; empty: any cache will do."""
     name: str = ""
     """Where the module is in the base model, such as "vision_tower.encoder.layers.0.self_attn"."""
     causal: bool = True

@@ -184,7 +184,7 @@ def own_heads(count: int, here: int) -> slice | None:
 
 
 def why_no_kernels(spec: Any, group: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why kernels do not decode such layers, so many query heads to a key-value head; None when they do."""
+    """Why kernels do not decode layers with so many query heads for each key-value head; None when they do."""
     config, head_size, value_dim = serving().config, spec.head_size, spec.head_size_v
     kept = config.kept_dims(head_size)
     of_head = torch.ones(1, kept, device=device)

@@ -63,7 +63,7 @@ def hide(sentences: Sequence[str], needles: Sequence[str], places: Sequence[int]
 
 
 def new_numbers(rng: random.Random, count: int, digits: int, text: str) -> list[str]:
-    """Different ones of so many digits, none of which the text holds; AquaError where it is full of them."""
+    """`count` different numbers of `digits` digits that the text does not hold; AquaError if it holds too many."""
     numbers: dict[str, None] = {}
     for _ in range(TRIES + count):
         if len(numbers) == count:
