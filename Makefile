@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-architectures test-select test-vllm soak-vllm lint format check docs clean
+.PHONY: help .venv demo test test-architectures test-select test-vllm soak-vllm lint format check docs site clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -65,11 +65,15 @@ format: .venv/.installed  ## apply ruff's fixes and formatting
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
-docs: .venv/.docs  ## write the tables of settings, and make the site of README and docs/ in site/; links are strict
+docs: .venv/.installed  ## write the tables of settings and results, and draw the picture, from config.py and results/
 	$(BIN)/python tools/pages/settings.py
+	$(BIN)/python tools/pages/results.py
+	$(BIN)/python tools/pages/picture.py
+
+site: .venv/.docs  ## make the site of README and docs/ in site/; links are strict, and no page is written
 	$(BIN)/mkdocs build --strict
 
-check: lint test  ## lint, then test
+check: lint site test  ## lint, the site, then tests
 
 clean:  ## remove .venv, caches and outputs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-out site

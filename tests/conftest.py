@@ -156,6 +156,16 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def no_kernel_loaded():
+    """As in a new process: a C kernel that an earlier test has loaded needs no compiler."""
+    from aqua_attention.ops.backends.cpu import build
+
+    build.kernels.cache_clear()
+    yield build
+    build.kernels.cache_clear()
+
+
+@pytest.fixture
 def aqua(monkeypatch, capsys):
     """Run `aqua ARGS`; returns (exit code, standard output, standard error with its warnings)."""
 

@@ -81,7 +81,7 @@ class Knob:
 class AquaConfig:
     """What is multiplied, what is stored, and which tokens are exact.
 
-    The defaults lose little (RESULTS.md has the figures), and the decoding kernels take them.
+    The defaults lose little (docs/results/loss.md has the figures), and the decoding kernels take them.
     `AquaConfig.paper()` is the paper's method. `AquaConfig.preset(name)` knows other settings by name.
 
     Attributes:

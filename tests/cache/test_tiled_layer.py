@@ -266,7 +266,7 @@ def test_a_tiled_cache_of_another_attachment_is_refused(model):
         model(tokens(1, 5), past_key_values=cache)
 
 
-def test_what_the_layout_cannot_do_is_said(model, monkeypatch):
+def test_what_the_layout_cannot_do_is_said(model):
     model, projections = model
     with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.5)) as attachment:
         with pytest.raises(aqua.AquaError, match="share is 'head'"):
@@ -293,13 +293,21 @@ def test_what_the_layout_cannot_do_is_said(model, monkeypatch):
             model(tokens(2, 1), past_key_values=cache)
         with pytest.raises(aqua.AquaError, match="no gradient"):
             model(tokens(1, 1), past_key_values=cache)
-        if DEVICE == "cpu":
-            monkeypatch.delenv("TRITON_INTERPRET")
-            monkeypatch.setenv("PATH", "")
-            with pytest.raises(aqua.AquaError, match="no C compiler"):
-                attachment.new_cache(max_length=64, layout="tiled")
     with pytest.raises(aqua.AquaError, match="has left the model"), torch.no_grad():
         model(tokens(1, 1), past_key_values=cache)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU needs no C compiler")
+def test_without_a_compiler_there_is_no_layout_of_tiles(model, monkeypatch, no_kernel_loaded):
+    model, projections = model
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("PATH", "")
+    config = aqua.AquaConfig.paper(k_ratio=0.5, share="group")
+    with (
+        aqua.apply(model, projections, config) as attachment,
+        pytest.raises(aqua.AquaError, match="no C compiler"),
+    ):
+        attachment.new_cache(max_length=64, layout="tiled")
 
 
 def test_sliding_layers_beside_tiled_ones():

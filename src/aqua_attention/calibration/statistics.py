@@ -17,7 +17,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored
 
 LEAST_TOKENS = 16
-"""For each dimension of a head; with so many the loss is within a tenth of what it can be (RESULTS.md)."""
+"""For each dimension of a head; so many lose within a tenth of the least possible (docs/results/calibration.md)."""
 
 
 @dataclass(repr=False)
