@@ -53,8 +53,9 @@ def projections_of(model: Any, tokenizer: Any, file: Path, tokens: int) -> aqua.
 def bytes_read(model: Any, projections: aqua.Projections, config: aqua.AquaConfig, length: int) -> float:
     """Bytes of keys and values that decoding a token reads here after so many, to those of dense attention."""
     with aqua.apply(model, projections, config) as attachment:
-        read = attachment.explain(length=length).decoding.bytes
-    return read.step / read.dense_step
+        decoding = attachment.explain(length=length).decoding
+    assert decoding is not None  # an encoder, which decodes nothing, predicts no next token, and was refused
+    return decoding.bytes.step / decoding.bytes.dense_step
 
 
 def main() -> None:

@@ -129,16 +129,22 @@ class AquaConfig:
     """
 
     k_ratio: Annotated[float, Knob("Share of the key dimensions that a query multiplies", "0 < k_ratio <= 1")] = 0.9
-    s_ratio: Annotated[float, Knob("Share of the key dimensions that is never stored", "0 <= s_ratio < 1")] = 0.0
+    s_ratio: Annotated[
+        float, Knob("Share of the key dimensions, the last ones, that is never stored", "0 <= s_ratio < 1")
+    ] = 0.0
     selection: Annotated[
         str,
         Knob(
-            "How they are chosen: magnitude (the paper), weighted (ours) or static (always the first)",
+            "How dimensions are chosen: magnitude (the paper), weighted (ours) or static (always the first)",
             choices=SELECTIONS,
         ),
     ] = "weighted"
     share: Annotated[
-        str, Knob("One choice for each query head, or for its group (all of one key-value head)", choices=SHARES)
+        str,
+        Knob(
+            "Who chooses: head (each query head for itself) or group (those of a key-value head together)",
+            choices=SHARES,
+        ),
     ] = "group"
     sink: Annotated[int, Knob("How many first tokens are scored with every dimension", _TOKENS)] = 4
     recent: Annotated[

@@ -181,8 +181,8 @@ def generate(
     """Measure `model.generate` on this machine, dense and AQUA: first token, milliseconds a token, memory.
 
     MODEL is yours, with its projections. Without one, weights are random: Llama-3.1-8B's shape on a GPU, a small Llama
-    on a CPU. Rows: transformers' default, its compiled static cache, dense attention in steps recorded as ours are (the
-    fastest kernel), and AQUA. All are checked before they are timed.
+    on a CPU. Rows are transformers' default, its compiled static cache, dense attention by the fastest kernel in
+    recorded steps, and AQUA. All are checked before they are timed.
 
     Example: `aqua bench generate smollm2 -p smollm2.safetensors --length 4096 --json generate.json`
     """

@@ -57,7 +57,7 @@ class ResultsFolder(Show):
         AquaError: one cannot be made or written. Nothing is made yet, so that a mistake leaves no empty folder.
     """
 
-    folder: Annotated[Path, typer.Argument(help="Folder of results. One that is there already is gone on with.")]
+    folder: Annotated[Path, typer.Argument(help="Folder of results. If it exists, the run goes on in it.")]
 
     def __post_init__(self) -> None:
         folder, json, absolute = self.folder, self.json, self.folder.absolute()
