@@ -51,10 +51,13 @@ test-vllm: .venv-vllm/.installed  ## the plugin in a real vLLM engine on a CPU: 
 soak-vllm: .venv-vllm/.installed  ## half an hour of mixed requests to a vLLM server; make soak-vllm ARGS="--minutes 5"
 	.venv-vllm/bin/python tests/serve/soak.py $(ARGS)
 
-lint: .venv/.installed  ## ruff check, ruff format --check, mypy
+SPELLED := *.md docs src tests tools benchmarks examples mkdocs.yml pyproject.toml Makefile
+
+lint: .venv/.installed  ## ruff check, ruff format --check, mypy, codespell
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell $(SPELLED)
 
 format: .venv/.installed  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix

@@ -8,10 +8,12 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pages import files, links, prose, settings
+from pages import files, links, prose, settings, style
 
 PAGES = files.pages()
 LINKED = [*PAGES, *(files.ROOT / name for name in files.ROOT_PAGES)]
+WRITTEN = [path for path in PAGES if path.parent.name != "results"]
+"""Pages but those of figures, whose words are older."""
 LONGEST_README = 150
 AT_THE_ROOT = [files.ROOT / name for name in ("SERVING.md", "CONTRIBUTING.md", "DESIGN.md")]
 
@@ -30,6 +32,25 @@ def test_no_sentence_is_very_long(path):
     text = path.read_text()
     longest = max(prose.sentences(text), key=prose.words)
     assert prose.words(longest) <= prose.LONGEST, longest
+
+
+@pytest.mark.parametrize("path", [*WRITTEN, *AT_THE_ROOT, files.ROOT / "CHANGELOG.md"], ids=name_of)
+def test_pages_have_no_unwanted_words(path):
+    assert list(style.unwanted(path)) == []
+
+
+def test_sources_have_no_unwanted_words():
+    assert len(style.sources()) > 200
+    assert [line for path in style.sources() for line in style.unwanted(path)] == []
+
+
+def test_unwanted_words_are_found_by_line(tmp_path):
+    page, source = tmp_path / "a.md", tmp_path / "a.py"
+    page.write_text("Adjust it.\nSimply `just` use\n\n```sh\njust\n```\nit in\norder to leverages.\n")
+    source.write_text('"""It was just written."""\nname = utilized\n')
+    said = [line.rpartition(": ")[0] for line in style.unwanted(page)]
+    assert said == ["a.md:2: 'simply'", "a.md:7: 'in order to'", "a.md:8: 'leverage'"]
+    assert list(style.unwanted(source)) == ["a.py:2: 'utilize': use"]
 
 
 @pytest.mark.parametrize("path", LINKED, ids=name_of)

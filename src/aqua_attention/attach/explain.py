@@ -124,7 +124,7 @@ def _why_not_skipping(layers: list[_Layer], length: int) -> str | None:
 
 
 def _kind(cached: Any) -> str:
-    """What a layer of a cache is called; those of transformers by their class."""
+    """The name of a kind of cache layer: ours as in `KINDS`, others by their class."""
     return KINDS.get(type(cached), type(cached).__name__)
 
 

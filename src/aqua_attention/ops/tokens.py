@@ -111,7 +111,7 @@ def scores_by_dimensions(query: Tensor, key: Tensor, selected: Tensor | None, pl
 
 
 class Choice(NamedTuple):
-    """What one block of queries chose, for who watches; all [batch, num_key_value_heads, queries, tokens].
+    """What one block of queries chose, for observers; all [batch, num_key_value_heads, queries, tokens].
 
     Attributes:
         layer: its index in the model.
