@@ -12,8 +12,6 @@ from pages import files, links, prose, settings, style
 
 PAGES = files.pages()
 LINKED = [*PAGES, *(files.ROOT / name for name in files.ROOT_PAGES)]
-WRITTEN = [path for path in PAGES if path.parent.name != "results"]
-"""Pages but those of figures, whose words are older."""
 LONGEST_README = 150
 AT_THE_ROOT = [files.ROOT / name for name in ("SERVING.md", "CONTRIBUTING.md", "DESIGN.md")]
 
@@ -34,7 +32,7 @@ def test_no_sentence_is_very_long(path):
     assert prose.words(longest) <= prose.LONGEST, longest
 
 
-@pytest.mark.parametrize("path", [*WRITTEN, *AT_THE_ROOT, files.ROOT / "CHANGELOG.md"], ids=name_of)
+@pytest.mark.parametrize("path", [*PAGES, *AT_THE_ROOT, files.ROOT / "CHANGELOG.md"], ids=name_of)
 def test_pages_have_no_unwanted_words(path):
     assert list(style.unwanted(path)) == []
 
