@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cache stores of one layer, as its plan says: rotated, sliced, quantized, evicted."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from aqua_attention.cache.window import WindowStore
 from aqua_attention.config import AquaConfig
 from aqua_attention.model.fingerprint import other_weights, same_projected
 from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.tokens import SCALE_BYTES, scored_bytes
 
 
 def needs_own_cache(config: AquaConfig) -> str:
@@ -90,6 +93,46 @@ def token_bytes(plan: LayerPlan, itemsize: int, length: int, is_tiled: bool) -> 
     keys, values = _unwindowed_stores(plan)
     assert isinstance(keys, Quantized) and isinstance(values, Quantized)
     return plan.config.h2o_ratio * heads * (keys.token_bytes(plan.kept) + values.token_bytes(plan.head_dim))
+
+
+class ChoiceBytes(NamedTuple):
+    """What a step that chooses tokens by a kernel reads in a layer.
+
+    Attributes:
+        scored: bytes of each token of context; chosen: of each token that is attended to.
+        most: so many of these at most.
+    """
+
+    scored: float
+    chosen: int
+    most: int
+
+
+def choice_bytes(plan: LayerPlan, itemsize: int, length: int, is_tiled: bool) -> ChoiceBytes:
+    """Of a layer's step, see `token_bytes`."""
+    config, heads = plan.config, plan.num_key_value_heads
+    # In 16 bits the keys themselves are scored, which lie by token.
+    scored = plan.kept * itemsize if config.score_bits == 16 else scored_bytes(plan.k, plan)
+    chosen = states_bytes(plan.kept, plan.head_dim, itemsize, config.bits if is_tiled else None)
+    most = length
+    if config.select_tokens is not None and length >= plan.min_length:
+        most = min(length, config.select_tokens + plan.sink + plan.recent)
+    return ChoiceBytes(heads * scored, heads * chosen, most)
+
+
+def held_bytes(plan: LayerPlan, itemsize: int, kind: str) -> float:
+    """Bytes that a cache holds for a token that is in no exact window, in a layer of this kind ("tiled", "scored",
+    "growing"), with what is scored; but for room that is not used yet, and what kernels work in.
+    """
+    heads, bits = plan.num_key_value_heads, plan.config.bits
+    if kind == "growing":
+        copied = plan.is_plain and plan.config.chooses_tokens and plan.config.score_bits == 8
+        return token_bytes(plan, itemsize, 0, False) + copied * heads * (plan.kept + SCALE_BYTES)
+    held = states_bytes(plan.kept, plan.head_dim, itemsize, bits)
+    if kind == "scored":
+        # In 8 bits keys and their copy have the same scales.
+        held += plan.kept + (SCALE_BYTES if bits is None else 0)
+    return heads * held
 
 
 def states_bytes(read: int, value_dim: int, itemsize: int, bits: int | None) -> int:
