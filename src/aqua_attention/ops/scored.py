@@ -10,7 +10,7 @@ the copy, in the other order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,7 @@ class ScoredCache:
         max_length: tokens of a sequence at most.
         dtype: of queries, and of keys and values that are not in 8 bits.
         value_scales: as `scales`, of values in 8 bits, `(code - 128) * scale`; None: keys and values are as they came.
+        rotated_from: as in `TiledCache`; all keys are rotated.
         memory: what kernels work in between the start and the end of a step. Caches whose steps follow one another, as
             those of a model's layers, may share it.
     """
@@ -56,6 +57,7 @@ class ScoredCache:
     dtype: torch.dtype
     value_scales: Tensor | None = None
     memory: dict[Any, Any] = field(default_factory=dict)
+    rotated_from: ClassVar[int] = 0
 
     @staticmethod
     def empty(
