@@ -205,22 +205,34 @@ def _backend(layer: _Layer, call: Call) -> str:
 def _bytes(layers: list[_Layer], itemsize: int, length: int, batch: int, *, by_kernel: bool) -> Bytes:
     """See `Bytes`; `by_kernel`: chosen tokens are all that is read beside scores."""
     full, slides = ([each for each in layers if (each.window is None) == whole] for whole in (True, False))
-    sizes = [(each.plan, itemsize, length, isinstance(each.cached, TiledLayer)) for each in full]
-    choices = [choice_bytes(*each) for each in sizes if by_kernel and each[0].config.chooses_tokens]
-    token = sum(token_bytes(*each) for each in sizes if not (by_kernel and each[0].config.chooses_tokens))
-    token += sum(each.scored for each in choices)
+    token = chosen = step = 0.0
+    for each in full:
+        plan, is_tiled = each.plan, isinstance(each.cached, TiledLayer)
+        if not (by_kernel and plan.config.chooses_tokens):
+            token += token_bytes(plan, itemsize, length, is_tiled)
+            continue
+        bits = plan.config.bits if is_tiled else None
+        sizes = choice_bytes(plan.config, plan.head_dim, itemsize, bits)
+        scored, whole = (plan.num_key_value_heads * size for size in sizes)
+        token, chosen, step = token + scored, chosen + whole, step + whole * _most_chosen(plan, length)
     dense = sum(_state_bytes(each, each.plan.head_dim, itemsize) for each in full)
     held = sum(held_bytes(each.plan, itemsize, _kind(each.cached)) for each in full)
     # Windows keep every stored dimension, and are multiplied in plain torch.
     widths = [(each, min(each.window or 0, length)) for each in slides]
-    step = sum(count * _state_bytes(each, each.plan.rotation.shape[2], itemsize) for each, count in widths)
-    step += sum(each.most * each.chosen for each in choices)
+    step += sum(count * _state_bytes(each, each.plan.rotation.shape[2], itemsize) for each, count in widths)
     dense_step = sum(count * _state_bytes(each, each.plan.head_dim, itemsize) for each, count in widths)
-    is_bound = any(each[0].is_adaptive and each[3] for each in sizes)
-    is_bound = is_bound or (bool(choices) and any(each.plan.config.select_p for each in full))
+    is_bound = any(each.plan.is_adaptive and isinstance(each.cached, TiledLayer) for each in full)
+    is_bound = is_bound or (chosen > 0 and any(each.plan.config.select_p is not None for each in full))
     step, dense_step = round(batch * (length * token + step)), batch * (length * dense + dense_step)
-    chosen = sum(each.chosen for each in choices)
-    return Bytes(round(token), dense, step, dense_step, is_bound, chosen, round(held))
+    return Bytes(round(token), dense, step, dense_step, is_bound, round(chosen), round(held))
+
+
+def _most_chosen(plan: LayerPlan, length: int) -> int:
+    """Tokens that a step attends to at most, but for those that weigh as much as the last one."""
+    count = plan.config.select_tokens
+    if count is None or length < plan.min_length:
+        return length
+    return min(length, count + plan.sink + plan.recent)
 
 
 def _state_bytes(layer: _Layer, width: int, itemsize: int) -> int:

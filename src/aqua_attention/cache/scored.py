@@ -52,5 +52,6 @@ class ScoredLayer(TiledLayer):
         # Short sequences read all, whatever scored them.
         selected = chosen.selected(query.shape[1]) | is_short if plan.selects else None
         read, seen = counts.long()[..., None], lengths.long()[:, None, None].expand(*key.shape[:2], 1)
-        reading = reading_of(read, read, seen, scored_bytes(plan.k, plan), plan, value.shape[2])
+        scored = scored_bytes(plan.k, plan.config.score_bits)
+        reading = reading_of(read, read, seen, scored, plan, value.shape[2])
         return Attended(output, selected, shape, reading)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a cache stores of one layer, as its plan says: rotated, sliced, quantized, evicted."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -95,29 +93,17 @@ def token_bytes(plan: LayerPlan, itemsize: int, length: int, is_tiled: bool) -> 
     return plan.config.h2o_ratio * heads * (keys.token_bytes(plan.kept) + values.token_bytes(plan.head_dim))
 
 
-class ChoiceBytes(NamedTuple):
-    """What a step that chooses tokens by a kernel reads in a layer.
+def choice_bytes(config: AquaConfig, head_dim: int, itemsize: int, bits: int | None) -> tuple[float, int]:
+    """Bytes that a kernel that chooses tokens reads in a head: of each token to score it, and of each one chosen.
 
-    Attributes:
-        scored: bytes of each token of context; chosen: of each token that is attended to.
-        most: so many of these at most.
+    Args:
+        itemsize: bytes of a number of the model's dtype; bits: of keys and values that are read.
     """
-
-    scored: float
-    chosen: int
-    most: int
-
-
-def choice_bytes(plan: LayerPlan, itemsize: int, length: int, is_tiled: bool) -> ChoiceBytes:
-    """Of a layer's step, see `token_bytes`."""
-    config, heads = plan.config, plan.num_key_value_heads
+    kept, chosen = config.kept_dims(head_dim), states_bytes(config.kept_dims(head_dim), head_dim, itemsize, bits)
     # In 16 bits the keys themselves are scored, which lie by token.
-    scored = plan.kept * itemsize if config.score_bits == 16 else scored_bytes(plan.k, plan)
-    chosen = states_bytes(plan.kept, plan.head_dim, itemsize, config.bits if is_tiled else None)
-    most = length
-    if config.select_tokens is not None and length >= plan.min_length:
-        most = min(length, config.select_tokens + plan.sink + plan.recent)
-    return ChoiceBytes(heads * scored, heads * chosen, most)
+    if config.score_bits == 16:
+        return kept * itemsize, chosen
+    return scored_bytes(config.selected_dims(head_dim), config.score_bits), chosen
 
 
 def held_bytes(plan: LayerPlan, itemsize: int, kind: str) -> float:

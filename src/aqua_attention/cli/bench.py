@@ -63,6 +63,25 @@ class ExactWindow:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio."""
+
+    select_p: Annotated[
+        list[float] | None, "A row more that reads the tokens with this share of the softmax; repeat."
+    ] = None
+    select_tokens: Annotated[
+        list[int] | None, "A row more that reads so many tokens, besides the exact window; repeat."
+    ] = None
+    score_bits: Annotated[int, "Of the keys that score tokens in these rows: 16, 8 or 4."] = 8
+
+    def of(self, config: AquaConfig) -> list[AquaConfig]:
+        """The settings of these rows."""
+        chosen = [{"select_p": share} for share in self.select_p or ()]
+        chosen += [{"select_tokens": count} for count in self.select_tokens or ()]
+        return [AquaConfig(**config.to_dict() | each | {"score_bits": self.score_bits}) for each in chosen]
+
+
+@dataclass(frozen=True)
 class GenerateSizes:
     """How many prompts, how long, and how much is generated after them."""
 
@@ -160,6 +179,7 @@ def generate(
     static: Annotated[bool, "Measure transformers' compiled static cache too: it compiles for a minute a size."] = True,
     layers: Annotated[int | None, "Without MODEL: layers of the random one."] = None,
     data: Annotated[str | None, "With MODEL: prompts from this text, see `aqua calibrate` (default: random)."] = None,
+    choices: Choices,
     exact: ExactWindow,
     model: MaybeModel,
     show: Show,
@@ -185,6 +205,7 @@ def generate(
     kinds += [(min(k_ratio), 8)] if (on_gpu if int8 is None else int8) else []
     ours = AquaConfig(**vars(exact))
     settings = tuple(replace(ours, k_ratio=ratio, bits=bits) for ratio, bits in kinds)
+    settings += tuple(choices.of(replace(ours, k_ratio=min(k_ratio))))
     given: dict[str, Any] = {
         "new_tokens": sizes.new_tokens,
         "fill": sizes.fill,

@@ -102,15 +102,14 @@ def scores_by_dimensions(query: Tensor, key: Tensor, selected: Tensor | None, pl
         key: as `scored_keys` gives them, [batch, num_key_value_heads, tokens, kept].
     """
     if selected is None:
-        return Scored(products(query, key), scored_bytes(plan.kept, plan))
+        return Scored(products(query, key), scored_bytes(plan.kept, plan.config.score_bits))
     # A dimension is read once for all heads of a group.
     dims = selected.unflatten(1, (key.shape[1], -1)).any(2).sum(-1)
-    return Scored(products(torch.where(selected, query, 0), key), scored_bytes(dims, plan))
+    return Scored(products(torch.where(selected, query, 0), key), scored_bytes(dims, plan.config.score_bits))
 
 
-def scored_bytes(dims: Any, plan: LayerPlan) -> Any:
-    """Bytes of so many dimensions of a key that is scored, with its scale."""
-    bits = plan.config.score_bits
+def scored_bytes(dims: Any, bits: int) -> Any:
+    """Bytes of so many dimensions of a key that is scored in so many bits, with its scale."""
     return dims * (bits / 8) + (0 if bits == 16 else SCALE_BYTES)
 
 
