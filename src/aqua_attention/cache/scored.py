@@ -51,7 +51,7 @@ class ScoredLayer(TiledLayer):
         is_short = (lengths < plan.min_length)[:, None, None, None]
         # Short sequences read all, whatever scored them.
         selected = chosen.selected(query.shape[1]) | is_short if plan.selects else None
-        read, seen = counts.long()[..., None], lengths.long()[:, None, None].expand(*key.shape[:2], 1)
+        read, seen = counts.long()[..., None], lengths.long()[:, None, None].repeat(1, key.shape[1], 1)
         scored = scored_bytes(plan.k, plan.config.score_bits)
         reading = reading_of(read, read, seen, scored, plan, value.shape[2])
         return Attended(output, selected, shape, reading)
