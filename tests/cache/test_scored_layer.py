@@ -40,17 +40,18 @@ def model():
 
 @pytest.fixture(scope="module")
 def models():
-    """The same of several layers, without shared keys, and in 16 bits, by name."""
-    made = {"three layers": {}, "apart": {"num_key_value_heads": 4}, "three heads": {"num_attention_heads": 6}}
-    made = {
-        name: make_llama(**{"num_hidden_layers": 3 if name == "three layers" else 2} | given)
-        for name, given in made.items()
+    """The same of several layers, without shared keys, shared by threes, and in 16 bits, by name."""
+    shapes = {
+        "three layers": {"num_hidden_layers": 3},
+        "apart": {"num_hidden_layers": 2, "num_key_value_heads": 4},
+        "by threes": {"num_hidden_layers": 2, "num_attention_heads": 6, "hidden_size": 96},
+        "16 bits": {"num_hidden_layers": 2},
     }
+    made = {name: make_llama(**shape) for name, shape in shapes.items()}
+    found = {name: (each.to(DEVICE), calibrated(each)) for name, each in made.items()}
     # The interpreter computes bfloat16 wrongly.
-    made["16 bits"] = make_llama(num_hidden_layers=2)
-    found = {name: (each, calibrated(each)) for name, each in made.items()}
-    found["16 bits"][0].to(torch.bfloat16 if DEVICE == "cuda" else torch.float16)
-    return {name: (each.to(DEVICE), projections) for name, (each, projections) in found.items()}
+    made["16 bits"].to(torch.bfloat16 if DEVICE == "cuda" else torch.float16)
+    return found
 
 
 def tokens(batch, length, seed=0):
@@ -92,7 +93,8 @@ def check(model, settings, length, *, steps=2, batch=2, mask=None, atol=2e-4, mo
     torch.testing.assert_close(logits[real].float(), expected[real].float(), atol=atol, rtol=atol)
     for mine, theirs in zip(tiled, plain, strict=True):
         assert torch.equal(mine.read, theirs.read) and torch.equal(mine.seen, theirs.seen)
-        torch.testing.assert_close(mine.share, theirs.share)
+        if "min_length" not in settings:  # short sequences are scored by all dimensions there
+            torch.testing.assert_close(mine.share, theirs.share)
     return tiled
 
 
@@ -102,7 +104,7 @@ def test_a_step_is_that_of_the_growing_cache(model):
 
 
 @slow
-@pytest.mark.parametrize("name", ["three layers", "apart", "three heads", "16 bits"])
+@pytest.mark.parametrize("name", ["three layers", "apart", "by threes", "16 bits"])
 @pytest.mark.parametrize("settings", [{}, COUNT], ids=["share", "count"])
 @pytest.mark.parametrize("length", [1, 127, 129, 300])
 def test_steps_are_those_of_the_growing_cache(models, name, settings, length):
