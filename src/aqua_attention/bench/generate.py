@@ -249,8 +249,8 @@ def facts(attachment: Attachment) -> dict[str, Any]:
     """What the last `generate` of an attachment took: the layout of its cache, its backend, and why not another."""
     untiled = attachment._why_not_automatic()
     if untiled is not None:
-        decoding = attachment.explain().decoding
-        if decoding is not None and decoding.choice and decoding.unchosen is None:
+        decoding = attachment.explain().decoding if attachment.config.chooses_tokens else None
+        if decoding is not None and decoding.unchosen is None:
             return {"layout": decoding.layout, "backend": next(iter(decoding.backends)), "reason": untiled}
         return {"layout": "plain", "backend": None, "reason": untiled}
     device = next(iter(attachment._cached().values())).rotation.device
