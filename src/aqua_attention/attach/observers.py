@@ -5,6 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
 NAMES = ("on_selection", "on_reading")
 """Of an `Attachment`."""
 
@@ -26,3 +30,11 @@ def noted(observing: Any, told: list[tuple[str, Any]]) -> Iterator[None]:
     finally:
         for name, observer in observers.items():
             setattr(observing, name, observer)
+
+
+def tell(observing: Any, told: list[tuple[str, Any]]) -> None:
+    """Tell observers what was noted, in clones."""
+    for name, seen in told:
+        # A size is a tuple, but none to be looked into.
+        cloned = tree_map_only(Tensor, torch.clone, seen, is_leaf=lambda each: isinstance(each, torch.Size))
+        getattr(observing, name)(*cloned)

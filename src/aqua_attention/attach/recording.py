@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 from transformers import Cache, PreTrainedTokenizerBase
 
-from aqua_attention.attach.observers import noted, observers_of
+from aqua_attention.attach.observers import noted, observers_of, tell
 from aqua_attention.attach.rehearsal import GeneratingThreads, Rehearsal, as_recorded
 from aqua_attention.errors import Reason
 
@@ -326,8 +326,7 @@ class Recorder:
         self.reason, self.replays = "", self.replays + 1
         self.last.replays += 1
         # Clones, because the next replay writes over them.
-        for name, told in steps.observed:
-            getattr(self._observing, name)(*tree_map_only(Tensor, torch.clone, told))
+        tell(self._observing, steps.observed)
         outputs = tree_map_only(Tensor, torch.clone, steps.outputs)
         return steps.kind(**outputs, **{CACHE: cache})
 
