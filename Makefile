@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-architectures test-select test-vllm soak-vllm lint format check docs clean
+.PHONY: help .venv demo test test-architectures test-select test-long test-vllm soak-vllm lint format check docs site clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 26
@@ -35,6 +35,9 @@ test-architectures: .venv/.installed  ## hold some 50 architectures to the table
 test-select: .venv/.installed  ## kernels that choose tokens, in triton's interpreter: 5 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m select $(ARGS)
 
+test-long: .venv/.installed  ## more kinds of kernels, compiled and in triton's interpreter: 10 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m long $(ARGS)
+
 # vLLM pins other versions than ours, so it has an environment of its own. Its CPU build needs no GPU.
 .venv-vllm/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-vllm
@@ -48,10 +51,13 @@ test-vllm: .venv-vllm/.installed  ## the plugin in a real vLLM engine on a CPU: 
 soak-vllm: .venv-vllm/.installed  ## half an hour of mixed requests to a vLLM server; make soak-vllm ARGS="--minutes 5"
 	.venv-vllm/bin/python tests/serve/soak.py $(ARGS)
 
-lint: .venv/.installed  ## ruff check, ruff format --check, mypy
+SPELLED := *.md docs src tests tools benchmarks examples mkdocs.yml pyproject.toml Makefile
+
+lint: .venv/.installed  ## ruff check, ruff format --check, mypy, codespell
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/codespell $(SPELLED)
 
 format: .venv/.installed  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix
@@ -62,11 +68,15 @@ format: .venv/.installed  ## apply ruff's fixes and formatting
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
 	@touch $@
 
-docs: .venv/.docs  ## write the tables of settings, and make the site of README and docs/ in site/; links are strict
+docs: .venv/.installed  ## write the tables of settings and results, and draw the picture, from config.py and results/
 	$(BIN)/python tools/pages/settings.py
+	$(BIN)/python tools/pages/results.py
+	$(BIN)/python tools/pages/picture.py
+
+site: .venv/.docs  ## make the site of README and docs/ in site/; links are strict, and no page is written
 	$(BIN)/mkdocs build --strict
 
-check: lint test  ## lint, then test
+check: lint site test  ## lint, the site, then tests
 
 clean:  ## remove .venv, caches and outputs
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist demo-out site

@@ -10,6 +10,8 @@ import warnings
 import pytest
 import torch
 
+import interpreter
+
 # No test may reach a model hub; the default model comes from the package index, once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
@@ -138,7 +140,7 @@ def tiny_folder(tmp_path_factory, word_tokenizer):
     return folder
 
 
-LONG = ("architectures", "select")
+LONG = ("architectures", "select", "long")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -150,9 +152,26 @@ def pytest_collection_modifyitems(config, items):
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
     if not torch.cuda.is_available():
+        interpreter.make_faster()  # the modules of the tests are imported by now
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def mostly_long(values, *kept):
+    """Parameters of a test: all but those kept are marked long."""
+    assert set(kept) <= set(values)
+    return [pytest.param(each, marks=() if each in kept else pytest.mark.long) for each in values]
+
+
+@pytest.fixture
+def no_kernel_loaded():
+    """As in a new process: a C kernel that an earlier test has loaded needs no compiler."""
+    from aqua_attention.ops.backends.cpu import build
+
+    build.kernels.cache_clear()
+    yield build
+    build.kernels.cache_clear()
 
 
 @pytest.fixture

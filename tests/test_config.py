@@ -112,7 +112,7 @@ def test_what_is_no_setting_is_refused(given):
 
 def test_the_logit_error_has_one_name():
     """In the command's help and in Python."""
-    assert "variance of the logit error" in knobs()["logit_error"].help
+    assert "variance of the logit error" in knobs()["logit_error"].help.lower()
     assert "the variance of the logit error" in " ".join(AquaConfig.__doc__.split())
 
 

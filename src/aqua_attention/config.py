@@ -81,22 +81,22 @@ class Knob:
 class AquaConfig:
     """What is multiplied, what is stored, and which tokens are exact.
 
-    The defaults lose little (RESULTS.md has the figures), and the decoding kernels take them.
+    The defaults lose little (docs/results/loss.md has the figures), and the decoding kernels take them.
     `AquaConfig.paper()` is the paper's method. `AquaConfig.preset(name)` knows other settings by name.
 
     Attributes:
         k_ratio: share of the kept dimensions whose products are computed for a query, in (0, 1];
             k = ceil(k_ratio * kept). 1 is dense attention, up to rounding.
-        logit_error: adaptive k, replaces `k_ratio` when given: each query keeps the fewest dimensions, in the order of
-            `selection`, for which the variance of the logit error, sum over the dropped dimensions of
-            (scaling * q_i * rms(k_i))^2, is at most this; summed over the query heads when `share` is "group". It is in
-            the logit's own units, so one value fits every layer, head and model: 0.05 to 0.2 are sensible.
+        logit_error: adaptive k, which replaces `k_ratio` when given. Each query keeps the fewest dimensions, in the
+            order of `selection`, for which the variance of the logit error is at most this. The variance is the sum of
+            (scaling * q_i * rms(k_i))^2 over the dropped dimensions, and over the query heads when `share` is "group".
+            It has no unit, so one value fits every layer, head and model: 0.05 to 0.2 are sensible.
         s_ratio: share of trailing (low-variance) rotated key dimensions that are never stored, in [0, 1)
             ("AQUA-Memory"); kept = head_dim - round(s_ratio * head_dim). Tokens of an exact window keep all of them,
             and so do, when there is one, all tokens of sliding-window layers.
         selection: which dimensions a query keeps. "magnitude": largest |q_i| (the paper). "weighted": largest
-            |q_i| * rms(k_i), the expected size of what is dropped (ours). "static": always the first k, whatever
-            the query (plain PCA slicing, for comparison).
+            |q_i| * rms(k_i), the expected size of what is dropped (ours). "static": always the first k (PCA slicing,
+            for comparison).
         share: "head": each query head its own dimensions (the paper). "group": one set for all query heads of
             a key-value head, which is what lets a GPU read fewer key bytes under grouped-query attention.
         sink: number of first (non-padding) tokens scored with every dimension.
@@ -104,17 +104,17 @@ class AquaConfig:
         bits: 8 or 4 stores keys (by rotated channel, with calibrated scales) and values in int8 or int4, except for the
             last 64 to 128 tokens (or `recent`, if more); None stores them as the model computes them. With 4, the first
             quarter of the key dimensions has 8.
-        h2o_ratio: share of a sequence's tokens so far that a cache keeps, in (0, 1] ("AQUA-H2O"): for each key-value
-            head half of them those that were given most attention, half the most recent; `sink` and `recent` tokens
+        h2o_ratio: share of a sequence's tokens so far that a cache keeps, in (0, 1] ("AQUA-H2O"). For each key-value
+            head, half of these were given most attention, and half are the most recent. `sink` and `recent` tokens
             always stay. 1 keeps all.
-        h2o_queries: only the last so many queries say which tokens stay, as in SnapKV; None: all so far, as in H2O. In
-            decoding the attention of earlier ones fades, by one part in so many for each new token.
-        min_length: a query that sees fewer tokens of its sequence, its own included and padding not, multiplies every
-            stored dimension: below it, choosing costs more than it saves. In a sliding-window layer all tokens so far
-            count. "auto": `apply` takes the number from what `aqua bench breakeven` measured here, for decoding.
-        sliding: sliding-window layers of a decoder. "exact": they multiply and store every dimension. They read their
-            window only, so that leaving dimensions out saves no time there and costs most of the loss (ours).
-            "approximate": they are as the others (the paper).
+        h2o_queries: how many last queries decide which tokens stay, as in SnapKV. None: all so far, as in H2O. With
+            h2o_queries = n, the attention of earlier queries fades by 1/n for each decoded token.
+        min_length: a query that sees fewer tokens of its sequence multiplies every stored dimension: below it, choosing
+            costs more than it saves. Its own token counts, padding does not. In a sliding-window layer all tokens so
+            far count. "auto": `apply` takes the number that `aqua bench breakeven` measured here, for decoding.
+        sliding: sliding-window layers of a decoder. "exact": they multiply and store every dimension (ours). They read
+            their window only, so leaving dimensions out would save no time there, and cost most of the loss.
+            "approximate": they are like the others (the paper).
         select_p: each query reads only some tokens ("AQUA-Select"): for each key-value head the fewest that hold this
             share of its approximate softmax, in (0, 1]. `k_ratio` then says how many dimensions score them. Attention
             to what is read multiplies every stored dimension. Tokens of the exact window are always read. None: all.
@@ -128,50 +128,76 @@ class AquaConfig:
         AquaError: a value is out of range; the message names the field, the value and the range.
     """
 
-    k_ratio: Annotated[float, Knob("Share of dimensions multiplied", "0 < k_ratio <= 1")] = 0.9
-    s_ratio: Annotated[float, Knob("Share of trailing key dimensions never stored", "0 <= s_ratio < 1")] = 0.0
+    k_ratio: Annotated[float, Knob("Share of the key dimensions that a query multiplies", "0 < k_ratio <= 1")] = 0.9
+    s_ratio: Annotated[
+        float, Knob("Share of the key dimensions, the last ones, that is never stored", "0 <= s_ratio < 1")
+    ] = 0.0
     selection: Annotated[
-        str, Knob("magnitude (the paper), weighted (ours) or static (PCA slice)", choices=SELECTIONS)
+        str,
+        Knob(
+            "How dimensions are chosen: magnitude (the paper), weighted (ours) or static (always the first)",
+            choices=SELECTIONS,
+        ),
     ] = "weighted"
     share: Annotated[
-        str, Knob("head: each query head its own dimensions; group: one set a KV head", choices=SHARES)
+        str,
+        Knob(
+            "Who chooses: head (each query head for itself) or group (those of a key-value head together)",
+            choices=SHARES,
+        ),
     ] = "group"
-    sink: Annotated[int, Knob("First tokens scored with every dimension", _TOKENS)] = 4
+    sink: Annotated[int, Knob("How many first tokens are scored with every dimension", _TOKENS)] = 4
     recent: Annotated[
-        int, Knob("Last tokens scored with every dimension", _TOKENS, causal="no token is the most recent one")
+        int,
+        Knob("How many last tokens are scored with every dimension", _TOKENS, causal="no token is the most recent one"),
     ] = 64
     logit_error: Annotated[
-        float | None, Knob("Adaptive k: variance of the logit error allowed to a query; replaces k_ratio", "0 or more")
+        float | None,
+        Knob("Variance of the logit error that a query may have; chooses k, replaces k_ratio", "0 or more"),
     ] = None
     bits: Annotated[
         int | None,
-        Knob("8 or 4: keys and values in int8 or int4 (default: as computed)", choices=BITS, causal=_NO_CACHE),
+        Knob("Store keys and values in int8 (8) or int4 (4) (default: as computed)", choices=BITS, causal=_NO_CACHE),
     ] = None
     h2o_ratio: Annotated[
-        float, Knob("Share of the tokens that stays in the cache", "0 < h2o_ratio <= 1", causal=_NO_CACHE)
+        float,
+        Knob(
+            "Share of the tokens that the cache keeps; the others are forgotten (H2O)",
+            "0 < h2o_ratio <= 1",
+            causal=_NO_CACHE,
+        ),
     ] = 1.0
     h2o_queries: Annotated[
-        int | None, Knob("Only the last so many queries say which (default: all, H2O)", "1 or more")
+        int | None, Knob("How many last queries decide which tokens stay (default: all)", "1 or more")
     ] = None
     min_length: Annotated[
         int | Literal["auto"],
         Knob(
-            "Queries that see fewer tokens multiply every dimension; auto: see `aqua bench breakeven`",
+            "A query that sees fewer tokens multiplies every dimension; auto: as `aqua bench breakeven` found",
             *(_TOKENS, (AUTO,), "all queries of a sequence see as many tokens"),
         ),
     ] = 0
     sliding: Annotated[
-        str, Knob("Sliding-window layers: exact, or approximate as the others (the paper)", choices=SLIDING)
+        str, Knob("Layers with a sliding window: exact, or approximate like the others (the paper)", choices=SLIDING)
     ] = "exact"
     select_p: Annotated[
         float | None,
-        Knob("Share of the softmax that is read, by tokens (default: all)", "0 < select_p <= 1", causal=_ALL_READ),
+        Knob(
+            "Read the fewest tokens that hold this share of the softmax (default: all)",
+            "0 < select_p <= 1",
+            causal=_ALL_READ,
+        ),
     ] = None
     select_tokens: Annotated[
-        int | None, Knob("A fixed number of tokens to read, besides the exact window", "1 or more", causal=_ALL_READ)
+        int | None, Knob("Read this many tokens, besides the exact ones (default: all)", "1 or more", causal=_ALL_READ)
     ] = None
     score_bits: Annotated[
-        int, Knob("Bits of the keys that scores choose tokens by", choices=SCORE_BITS, causal=_ALL_READ)
+        int,
+        Knob(
+            "Bits of the copy of the keys by which select_p and select_tokens choose",
+            choices=SCORE_BITS,
+            causal=_ALL_READ,
+        ),
     ] = 16
 
     def __post_init__(self) -> None:
@@ -186,7 +212,9 @@ class AquaConfig:
         if self.select_p is not None and self.select_tokens is not None:
             raise AquaError(f"select_p is {self.select_p:g} and select_tokens {self.select_tokens}: give one of them")
         if self.chooses_tokens and self.h2o_ratio < 1:
-            raise AquaError(f"h2o_ratio is {self.h2o_ratio:g}: with select_p or select_tokens all tokens must stay")
+            raise AquaError(
+                f"h2o_ratio is {self.h2o_ratio:g}: with select_p or select_tokens all tokens must stay, set it to 1"
+            )
         if self.score_bits != 16 and not self.chooses_tokens:
             raise AquaError(
                 f"score_bits is {self.score_bits}, but no tokens are chosen: leave it out, or give select_p or "
@@ -214,7 +242,7 @@ class AquaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The setting that `to_dict` wrote; what is left out has its default. An AquaError for a name of no knob."""
+        """The setting that `to_dict` wrote; what is left out has its default. An AquaError for an unknown name."""
         config: Any = cls
         known = list(knobs(config))
         for name in values:

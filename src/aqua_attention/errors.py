@@ -6,6 +6,9 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+REPORT = "this is a defect of AQUA, report it with what `aqua doctor` says"
+"""The remedy where a check of ours fails, which no user can mend."""
+
 
 class AquaError(ValueError):
     """A user's mistake, said in one line with its remedy; the command exits with code 2."""

@@ -49,7 +49,7 @@ class Shape(NamedTuple):
         """Raise AquaError where query heads do not divide into groups."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if min(heads, kv_heads) < 1 or heads % kv_heads:
-            raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
+            raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads: give a multiple")
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
         return 0
     auto = 'min_length is "auto"'
     if shape.device.type not in ("cpu", "cuda"):
-        raise AquaError(f"{auto}: there are profiles for cpu and cuda, not for {shape.device.type}")
+        raise AquaError(f"{auto}: there are profiles for cpu and cuda, not for {shape.device.type}, give a number")
     if shape.dtype not in MEASURED[shape.device.type]:
         raise AquaError(f"{auto}: there are no profiles for {shape.dtype} on {shape.device.type}, give a number")
     path, any_ratio = profile_path(shape), config.logit_error is not None

@@ -56,7 +56,7 @@ def test_the_model_is_the_same_each_time_and_leaves_the_random_state(model):
     assert twin.dtype == torch.bfloat16
     assert twin.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.equal(torch.get_rng_state(), before)
-    with pytest.raises(aqua_package.AquaError, match="heads must divide"):
+    with pytest.raises(aqua_package.AquaError, match="query heads in equal groups"):
         random_llama.make_model(num_attention_heads=4, num_key_value_heads=3, device=DEVICE)
 
 
@@ -240,10 +240,10 @@ REFUSED = {
     "a dtype": (["--dtype", "int8"], "dtype is 'int8': it must be auto, float32, bfloat16, float16"),
     "a ratio": (["--k-ratio", "2", "--layers", "1"], "k_ratio is 2.0"),
     "bits of scores": (["--select-p", "0.5", "--score-bits", "5", "--layers", "1"], "score_bits is 5"),
-    "layers": (["--layers", "0"], "there must be a layer"),
-    "projections of no model": (["-p", "p"], "projections and data are of a MODEL"),
+    "layers": (["--layers", "0"], "give one layer or more"),
+    "projections of no model": (["-p", "p"], "--projections and --data are for a MODEL"),
     "a model alone": (["MODEL"], "needs its projections: make them by `aqua calibrate`, and give -p FILE"),
-    "layers of a model": (["MODEL", "-p", "p", "--layers", "2"], "layers is of the random model"),
+    "layers of a model": (["MODEL", "-p", "p", "--layers", "2"], "--layers is for the random model"),
     "too long a text": (
         ["MODEL", "-p", "FILE", "--length", "250", "--data", "builtin:evaluation"],
         "the model knows 256 positions",

@@ -323,7 +323,7 @@ def test_what_is_read_is_a_copy_that_cannot_be_written(kind):
     assert torch.allclose(layer.keys, keys, atol=1e-5)
     assert torch.allclose(layer.values, values)
     for name in ("keys", "values"):
-        with pytest.raises(aqua.AquaError, match=f"{name} of a cache layer of AQUA cannot be set: read keys and valu"):
+        with pytest.raises(aqua.AquaError, match=f"{name} of a cache layer of AQUA cannot be set: read keys and "):
             setattr(layer, name, keys)
     with pytest.raises(RuntimeError, match="make a clone"):
         layer.keys[:, :, 0] = 0

@@ -122,12 +122,17 @@ def test_load_model_takes_dtypes_of_torch(tiny_folder):
     assert aqua.load_model(Path(tiny_folder), dtype="float16")[0].dtype == torch.float16
 
 
+def without_seconds(lines):
+    """On a busy machine a step may take a second or more, and says so."""
+    return [line.split(",")[0] for line in lines.splitlines()]
+
+
 def test_calibrating_shows_lines_where_there_is_no_terminal(llama, word_tokenizer, words, capsys):
     aqua.calibrate(llama[0], word_tokenizer, words, tokens=1920, context=64)
-    first, *_, last = capsys.readouterr().err.splitlines()
-    assert (first, last.split(",")[0]) == ("calibrate: 0 of 30", "calibrate: 30 of 30")
+    first, *_, last = without_seconds(capsys.readouterr().err)
+    assert (first, last) == ("calibrate: 0 of 30", "calibrate: 30 of 30")
     aqua.calibrate_inputs(llama[0], [{"input_ids": torch.arange(2, 42)[None]}])
-    assert capsys.readouterr().err.splitlines() == ["calibrate: 0 of 1", "calibrate: 1 of 1"]
+    assert without_seconds(capsys.readouterr().err) == ["calibrate: 0 of 1", "calibrate: 1 of 1"]
 
 
 def test_calibrating_shows_a_bar_on_a_terminal(llama, word_tokenizer, words, capsys, monkeypatch):

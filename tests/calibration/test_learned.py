@@ -245,7 +245,9 @@ def test_what_cannot_be_learned_is_refused(svd):
     with pytest.raises(aqua.AquaError, match=r"context is 64: nearly all of it lies in the exact window of 4 \+ 64"):
         learn(*svd, windows(8)[:, :64])
     encoder = make(tf.BertConfig, tf.BertModel)
-    with pytest.raises(aqua.AquaError, match=r"is no decoder of text: a basis is learned for decoders, use svd"):
+    with pytest.raises(
+        aqua.AquaError, match=r"is no decoder of text, and only for decoders a basis is learned: use basis svd"
+    ):
         learn(encoder, calibrated(encoder), windows())
 
 
@@ -311,7 +313,7 @@ def test_an_extra_logit_takes_its_share_and_a_soft_limit_is_refused():
     call = one_call()
     plain, shared = draw(call, 8, 0), draw(call._replace(s_aux=torch.full((6,), 6.0)), 8, 0)
     assert float(shared.weight.sum()) < 0.5 * float(plain.weight.sum())
-    with pytest.raises(aqua.AquaError, match=r"soft limit \(softcap\): use svd"):
+    with pytest.raises(aqua.AquaError, match=r"soft limit \(softcap\): use basis svd"):
         draw(call._replace(softcap=1.0), 8, 0)
 
 

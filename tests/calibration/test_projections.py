@@ -291,7 +291,7 @@ def test_two_halves_merge_to_the_whole_and_other_models_are_refused():
     for other, message in (
         (projections(slice(0, 1), model | {"shape": shape | {"model_type": "opt"}}), "different models"),
         (projections(slice(0, 1), model | {"key_weights": [[0.5, 0.2, 0.3, 0.4]]}), "different weights"),
-        (projections(slice(0, 1), basis="none"), "different bases"),
+        (projections(slice(0, 1), basis="none"), "in the bases aqua and none"),
     ):
         with pytest.raises(AquaError, match=message):
             whole.merged(other)

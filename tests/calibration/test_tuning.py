@@ -294,7 +294,7 @@ def test_a_number_that_overflows_takes_no_step(svd, known, monkeypatch):
 
 def test_a_soft_limit_of_scores_is_refused():
     model = tf.Gemma2ForCausalLM(tf.Gemma2Config(**SHAPE, attn_logit_softcapping=5.0)).eval()
-    with pytest.raises(aqua.AquaError, match=r"soft limit \(softcap\): use svd"):
+    with pytest.raises(aqua.AquaError, match=r"soft limit \(softcap\): use basis svd"):
         tune(model, calibrated(model, windows=6, context=CONTEXT), windows())
 
 

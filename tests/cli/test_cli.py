@@ -16,6 +16,7 @@ from aqua_attention.calibration.projections import Projections
 from aqua_attention.cli import main as cli
 from aqua_attention.report.recognise import records_of
 from conftest import make_llama
+from pages import prose
 
 
 @pytest.fixture(scope="session")
@@ -135,7 +136,7 @@ def test_bits_are_a_setting_and_memory_is_measured(aqua, projections_file, tiny_
 def test_bench_decode_needs_a_gpu_and_a_size(aqua):
     pytest.importorskip("triton")
     for arguments, words in (
-        ([], "measures kernels on a CUDA GPU: there is none"),
+        ([], "measures kernels on a CUDA GPU, and there is none: try "),
         (["--size", "8"], "size is '8': it must be sequences x tokens, such as 8x32768"),
         (["--dtype", "int8"], "dtype is 'int8': it must be bfloat16 or float16"),
     ):
@@ -362,6 +363,24 @@ def test_every_command_has_an_example_in_its_help(aqua):
         assert "Example" in out
         # All arguments of lm-eval are the harness's own.
         assert ("--output_path" if command == ["lm-eval"] else "--json") in out
+
+
+def test_help_is_in_short_sentences_and_every_option_is_explained():
+    from typer.main import get_command
+
+    def commands(command):
+        yield command
+        for each in getattr(command, "commands", {}).values():
+            yield from commands(each)
+
+    found = list(commands(get_command(cli.app)))
+    assert len(found) > 20
+    for command in found:
+        assert "`aqua " in command.help, command.name
+        assert prose.average(command.help) <= prose.MOST_WORDS, command.name
+        for option in command.params:
+            assert option.help.endswith("."), (command.name, option.name)
+            assert max(map(prose.words, prose.sentences(option.help))) <= prose.MOST_WORDS, option.help
 
 
 def test_version(aqua):

@@ -103,9 +103,8 @@ def test_on_a_gpu_kernels_decode(monkeypatch):
 
 
 @on_cpu
-def test_without_a_compiler_it_says_why_the_cache_grows_and_what_helps(monkeypatch):
+def test_without_a_compiler_it_says_why_the_cache_grows_and_what_helps(monkeypatch, no_kernel_loaded):
     monkeypatch.setattr(build, "_compiler", lambda: None)
-    build.kernels.cache_clear()
     lines = by_name(doctor.check_up())
     assert lines["C kernel"].found == "none"
     assert "growing" in lines["decoding"].found
@@ -114,12 +113,10 @@ def test_without_a_compiler_it_says_why_the_cache_grows_and_what_helps(monkeypat
 
 
 @on_cpu
-def test_a_compiler_that_fails_is_said_of_decoding_too(monkeypatch, tmp_path):
+def test_a_compiler_that_fails_is_said_of_decoding_too(monkeypatch, tmp_path, no_kernel_loaded):
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(build, "_compiler", lambda: "/bin/false")
-    build.kernels.cache_clear()
     lines = by_name(doctor.check_up())
-    build.kernels.cache_clear()
     if build.no_kernel_reason() is None:
         assert "cannot compile" in lines["C kernel"].note
         assert lines["decoding"].note.startswith("it will fail: the C compiler")

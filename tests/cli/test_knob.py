@@ -123,7 +123,7 @@ def test_a_dataclass_is_an_option_a_field():
         "Its name.",
         "Where it is.",
         "A number or a word.",
-        "aqua (as calibrated); to compare: svd",
+        "aqua (as calibrated); to compare svd",
         "One of a few.",
     ):
         assert words in shown
@@ -148,7 +148,7 @@ def test_knobs_that_repeat_are_lists_and_an_option_of_the_command_stands_for_one
     taken, shown = given(repeated)
     assert taken == defaults
     assert "Its own." in shown
-    assert "One of a few, or none; repeat." in shown
+    assert "One of a few, or none; may be repeated." in shown
     taken, _ = given(
         repeated, "--few", "none", "--few", 2, "--word", 9, "--word", "auto", "--k-ratio", 0.5, "--sink", 3
     )

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pages import files, links, prose, settings
+from pages import files, links, prose, settings, style
 
 PAGES = files.pages()
 LINKED = [*PAGES, *(files.ROOT / name for name in files.ROOT_PAGES)]
@@ -32,6 +32,25 @@ def test_no_sentence_is_very_long(path):
     assert prose.words(longest) <= prose.LONGEST, longest
 
 
+@pytest.mark.parametrize("path", [*PAGES, *AT_THE_ROOT, files.ROOT / "CHANGELOG.md"], ids=name_of)
+def test_pages_have_no_unwanted_words(path):
+    assert list(style.unwanted(path)) == []
+
+
+def test_sources_have_no_unwanted_words():
+    assert len(style.sources()) > 200
+    assert [line for path in style.sources() for line in style.unwanted(path)] == []
+
+
+def test_unwanted_words_are_found_by_line(tmp_path):
+    page, source = tmp_path / "a.md", tmp_path / "a.py"
+    page.write_text("Adjust it.\nSimply `just` use\n\n```sh\njust\n```\nit in\norder to leverages.\n")
+    source.write_text('"""It was just written."""\nname = utilized\n')
+    said = [line.rpartition(": ")[0] for line in style.unwanted(page)]
+    assert said == ["a.md:2: 'simply'", "a.md:7: 'in order to'", "a.md:8: 'leverage'"]
+    assert list(style.unwanted(source)) == ["a.py:2: 'utilize': use"]
+
+
 @pytest.mark.parametrize("path", LINKED, ids=name_of)
 def test_links_lead_somewhere(path):
     assert list(links.broken(path)) == []
@@ -42,8 +61,9 @@ def test_the_readme_is_short():
 
 
 def test_every_page_is_in_the_navigation():
-    named = set(re.findall(r": ([\w-]+\.md)$", (files.ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert named == {path.name for path in files.DOCS.glob("*.md")} | {"index.md", *files.ROOT_PAGES}
+    named = set(re.findall(r": ([\w/-]+\.md)$", (files.ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    in_docs = {str(path.relative_to(files.DOCS)) for path in files.DOCS.rglob("*.md")}
+    assert named == in_docs | {"index.md", *files.ROOT_PAGES}
 
 
 def test_the_tables_of_settings_are_those_of_the_declaration():
@@ -63,8 +83,11 @@ def test_drawings_are_well_formed_and_follow_light_and_dark(path):
     root = ElementTree.parse(path).getroot()
     text = path.read_text()
     assert root.get("viewBox")
-    assert "@media(prefers-color-scheme:dark)" in text
-    assert re.search(r'aria-labelledby="([\w-]+)"><title id="\1">', text.replace("\n", ""))
+    if path in (files.LIGHT, files.DARK):
+        assert root.get("aria-label")
+    else:
+        assert "@media(prefers-color-scheme:dark)" in text
+        assert re.search(r'aria-labelledby="([\w-]+)"><title id="\1">', text.replace("\n", ""))
     assert any(path.name in page.read_text() for page in PAGES)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The site of README and docs/, where its generator is installed (`make docs` installs it)."""
+"""The site of README and docs/, where its generator is installed (`make site` installs it)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def site(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_page_is_there(site):
-    names = {path.stem for path in files.pages()} - {"README"}
-    assert {*names, "index", "RESULTS", "SERVING"} <= {path.stem for path in site.glob("*.html")}
+    names = {str(path.relative_to(files.DOCS).with_suffix("")) for path in files.pages() if path != files.README}
+    made = {str(path.relative_to(site).with_suffix("")) for path in site.rglob("*.html")}
+    assert {*names, "index", "SERVING"} <= made
 
 
 @pytest.mark.slow
@@ -40,7 +41,7 @@ def test_the_api_comes_from_docstrings(site):
 @pytest.mark.slow
 def test_drawings_follow_the_switch_of_the_site(site):
     page = (site / "how-it-works.html").read_text()
-    count = len(list(files.DOCS.glob("images/*.svg")))
+    count = len(set(files.DOCS.glob("images/*.svg")) - {files.LIGHT, files.DARK})
     assert len(re.findall(r'\[data-md-color-scheme="slate"\] \.drawing', page)) == count
     assert "prefers-color-scheme:dark){.drawing" not in page
 
@@ -49,5 +50,30 @@ def test_drawings_follow_the_switch_of_the_site(site):
 def test_links_between_readme_and_docs_hold_on_the_site(site):
     page = (site / "index.html").read_text()
     assert 'href="start.html"' in page
-    assert 'href="RESULTS.html"' in page
+    assert 'href="results/loss.html"' in page
     assert "docs/" not in "".join(re.findall(r'href="([^"]*)"', page))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["index.html", "results.html"])
+def test_the_picture_follows_the_switch_of_the_site(site, name):
+    page = (site / name).read_text()
+    assert '[data-md-color-scheme="slate"] .figure{' in page
+    assert "<picture>" not in page
+
+
+@pytest.mark.slow
+def test_pages_of_results_link_to_pages_beside_and_above_them(site):
+    page = (site / "results" / "tasks.html").read_text()
+    assert 'href="loss.html"' in page
+    assert 'href="../SERVING.html"' in page
+    assert "<summary>" in page
+
+
+def test_links_of_a_page_one_folder_down_are_those_of_the_site():
+    from pages import site as hook
+
+    assert hook.relinked("[a](../../DESIGN.md) [b](../limits.md) [c](loss.md)", 1) == (
+        "[a](../DESIGN.md) [b](../limits.md) [c](loss.md)"
+    )
+    assert hook.relinked('[a](../DESIGN.md) <img src="docs/images/x.svg">') == '[a](DESIGN.md) <img src="images/x.svg">'

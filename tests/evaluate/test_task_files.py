@@ -253,8 +253,8 @@ def test_a_damaged_row_names_its_line(tmp_path, name, damage):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no questions: it is empty"),
-        (b"\n \n", "holds no questions"),
+        (b"", "is empty: give a file with questions"),
+        (b"\n \n", "is empty"),
         (b'{"a": 1}\n{', "line 2 is not JSON"),
         (b"[1]", "line 1 is no JSON object"),
         (b"[" * 200_000, "line 1 is not JSON"),

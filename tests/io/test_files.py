@@ -52,7 +52,7 @@ def test_the_old_content_is_there_until_the_new_one_is_complete(tmp_path, monkey
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(AquaError, match=r"cannot write .*gone.a\.bin: there is no folder .*gone$"):
+    with pytest.raises(AquaError, match=r"cannot write .*gone.a\.bin: there is no folder .*gone, make it first$"):
         write_atomically(tmp_path / "gone" / "a.bin", b"one")
     assert names(tmp_path) == []
 

@@ -304,17 +304,19 @@ def test_pages_that_nobody_has_stay_untouched_and_sequences_do_not_meet():
 
 @pytest.mark.parametrize("name", ["int8", "pages of 32", "int8 in pages of 64"])
 def test_a_full_sequence_writes_nothing_into_another(name):
-    options = layout(name, 2, 1, 16, 260, seed=4)
-    cache = TiledCache(2, 1, 16, 16, 260, torch.float32, DEVICE, **options)
-    keys, values = random(2, 1, 258, 16, seed=1), random(2, 1, 258, 16, seed=2)
-    cache.fill(keys, values, torch.tensor([258, 100]))
+    room = 3 * TILE
+    options = layout(name, 2, 1, 16, room, seed=4)
+    cache = TiledCache(2, 1, 16, 16, room, torch.float32, DEVICE, **options)
+    keys, values = random(2, 1, room, 16, seed=1), random(2, 1, room, 16, seed=2)
+    # The first has 3 places left; the second begins another tile.
+    cache.fill(keys, values, torch.tensor([room - 3, TILE - 3]))
     rotation, rms = torch.eye(16, device=DEVICE)[None].contiguous(), torch.ones(1, 16, device=DEVICE)
     before = [states[1, :, :100].clone() for states in cache.read()]
-    for step in range(130):
+    for step in range(6):
         new = random(3, 2, 1, 16, seed=step)
         query, taken = prepare(new[0], new[1], new[2], cache, rotation, rms, aqua.AquaConfig.paper(k_ratio=0.5))
         decode(query, taken, cache, appended=True)
-    assert cache.lengths.tolist() == [3 * TILE, 230]
+    assert cache.lengths.tolist() == [room, TILE + 3]
     for old, new in zip(before, cache.read(), strict=True):
         limit = 0.0 if "int8" not in name else 0.2  # the first tiles are rounded meanwhile
         assert (old - new[1, :, :100]).abs().max() <= limit

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from conftest import mostly_long
+
 pytest.importorskip("triton")
 LARGEST_SHARED_MEMORY = 232_448
 """Bytes that a program can have on an H100."""
@@ -167,7 +169,7 @@ SHORT = {"weighted", "adaptive", "pages", "hybrid", "hybrid, adaptive"}
 """With those that a step in one launch takes, too: of 16 bits, not rounded, not wide."""
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_long(CASES, "dense", "adaptive", "int8", "by hand"))
 def test_every_kernel_compiles_for_hopper_and_fits_its_shared_memory(case, tmp_path):
     kernels = compiled(COMPILE, CASES[case], tmp_path)
     assert {line.split()[0] for line in kernels} >= {"_prepare", "decode_kernel", "_rotate_and_narrow", "_window"}
@@ -268,7 +270,7 @@ IN_PAGES = {
 }
 
 
-@pytest.mark.parametrize("case", IN_PAGES)
+@pytest.mark.parametrize("case", mostly_long(IN_PAGES, "half", "dense", "int8", "by hand"))
 def test_kernels_over_pages_compile_too(case, tmp_path):
     kernels = compiled(PAGES, IN_PAGES[case], tmp_path)
     decoding = {"decode_quantized_kernel", "_edges", "merge_kernel"} if "by hand" in case else {"_decode_paged"}

@@ -16,6 +16,7 @@ from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.reference import attention_reference
 from aqua_attention.ops.select import rotate
 from aqua_attention.ops.select import select_dimensions as select_of_plan
+from conftest import mostly_long
 
 pytest.importorskip("triton")
 from aqua_attention.ops.backends.triton import rotate as rotate_kernels
@@ -320,7 +321,7 @@ def test_constants_fit_the_layout():
 @pytest.mark.parametrize(
     "choice", [{"k_ratio": 0.3}, {"k_ratio": 0.5, "selection": "static"}, {"logit_error": 0.1, "selection": "weighted"}]
 )
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", mostly_long(DTYPES, torch.float16))
 def test_watching_what_is_chosen_changes_no_bit(share, min_length, window, choice, dtype):
     rotation, key_rms = projection(2, 64, 48, 0)
     config = config_of((64, 48), share=share, min_length=min_length, sink=window[0], recent=window[1], **choice)

@@ -19,6 +19,7 @@ from aqua_attention.report.collect import collect
 from aqua_attention.report.losses import cache_share, key_share
 from aqua_attention.report.page import facts_of, html, report_markdown, sections_of, write_report
 from aqua_attention.report.verdict import verdicts
+from conftest import mostly_long
 
 pytest.importorskip("matplotlib")
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -303,7 +304,7 @@ def test_a_row_that_lacks_a_figure_is_shown_without_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", mostly_long(range(6), 0, 1))
 def test_whatever_is_in_a_file_there_is_a_page(tmp_path, seed):
     rng = random.Random(seed)
     values, files = [], {}

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
-ROOT_PAGES = ("RESULTS.md", "SERVING.md", "CONTRIBUTING.md", "DESIGN.md", "CHANGELOG.md")
+ROOT_PAGES = ("SERVING.md", "CONTRIBUTING.md", "DESIGN.md", "CHANGELOG.md")
 """Pages of the site that lie at the root of the repository, besides README.md, which is its first page."""
+LIGHT, DARK = DOCS / "images" / "loss-light.svg", DOCS / "images" / "loss-dark.svg"
+"""The picture of README, which picture.py draws."""
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -24,8 +26,13 @@ class Block(NamedTuple):
 
 
 def pages() -> list[Path]:
-    """README and docs/*.md: those whose prose is measured and whose code is run."""
-    return [README, *sorted(DOCS.glob("*.md"))]
+    """README and what is in docs/: those whose prose is measured and whose code is run."""
+    return [README, *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("results/*.md"))]
+
+
+def with_results() -> list[Path]:
+    """Pages that show tables of what was measured."""
+    return [*pages(), ROOT / "SERVING.md"]
 
 
 def blocks(path: Path, *languages: str) -> list[Block]:

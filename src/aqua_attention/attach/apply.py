@@ -61,17 +61,16 @@ ReadingObserver = Callable[[int, Reading], None]
 class Attachment:
     """AQUA on one model. Made by `apply`; use it as a context manager, or call `attach` and `detach`.
 
-    While attached, every attention layer of the model computes AQUA attention, in prefill and in decoding. `generate`
-    gets a tiled cache of the size it needs, where that is possible, and on a GPU its decoding steps are recorded as a
-    CUDA graph. An empty `DynamicCache` stores rotated keys. Any other cache works too, only slower: its keys are
-    rotated at each step.
+    While attached, attention layers compute AQUA attention, in prefill and in decoding. `generate` gets a tiled cache
+    of the size it needs, where that is possible. On a GPU its decoding steps are recorded as a CUDA graph. An empty
+    `DynamicCache` stores rotated keys. Any other cache works too, but slower: its keys are rotated at each step.
 
     Attributes:
-        model, projections, config: as given, but a `min_length` of "auto" is a number, and for an encoder what needs a
-            causal order or a cache does nothing (such as `recent`, which is 0).
+        model, projections: as given.
+        config: as given, but a `min_length` of "auto" is a number, and for an encoder `recent` and the like are 0.
         sides: "text", "images" or both: what the layers under AQUA read.
-        dense: names of the attention layers that stay dense: the projections or the pattern leave them out, AQUA cannot
-            take them, as an nn.MultiheadAttention (the pooling head of SigLIP), or they were not found, for a reason.
+        dense: attention layers that stay dense, by name. The projections or the pattern leave them out, or AQUA cannot
+            take them, such as nn.MultiheadAttention (the pooling head of SigLIP).
         on_selection: called as on_selection(layer index, selected, shape of the rotated queries, head_dim) for every
             attention call; `selected` is boolean [batch, num_attention_heads, queries, kept] or None for all of them.
             It is told what was chosen, and changes no route.
@@ -135,7 +134,7 @@ class Attachment:
         return f"<Attachment of {type(self.model).__name__}: {layers}; AquaConfig({changes}); {state}>"
 
     def attach(self) -> Attachment:
-        """Put AQUA into the model; an AquaError where it is attached already, or another thread is about to."""
+        """Put AQUA into the model, and return itself; an AquaError where there is one, or another thread attaches."""
         with interface.CHANGES:
             return self._attach()
 
@@ -220,33 +219,36 @@ class Attachment:
         """An empty cache for this attachment, to be given to `generate` or `forward` as `past_key_values`.
 
         Args:
-            max_length: None grows as needed; a number of tokens allocates them once and never changes a shape, as
-                `torch.compile` and CUDA graphs need.
+            max_length: tokens that are allocated at once; no shape changes then, as `torch.compile` and CUDA graphs
+                need. None: the cache grows.
             offloading: keep the layers that are not in use on the CPU.
-            layout: of a cache of fixed size. "tiled": keys by dimension, for the decoding kernels, which read the
-                chosen dimensions only (on a CPU, one in C that is compiled when it is first used), and sliding-window
-                layers as rings; "plain": keys by token, all of them read; "auto": tiled on a GPU, where that is
-                possible. The cache's `layout` says which it is. A tiled one can be recorded in a CUDA graph;
-                `torch.compile` breaks its graph there, so take a plain one for that.
+            layout: of a cache of fixed size. "tiled": keys by dimension, of which the decoding kernels read the chosen
+                ones only, and sliding-window layers as rings. "plain": keys by token, all of them read. "auto": tiled
+                on a GPU, where that is possible. The cache's `layout` says which it is. A tiled one can be recorded in
+                a CUDA graph. `torch.compile` breaks its graph there: take a plain one for that.
 
-        An AquaError where AQUA is not attached, or a cache of fixed size or its layout cannot store a setting.
+        Raises:
+            AquaError: AQUA is not attached, or a cache of fixed size or its layout cannot store a setting.
         """
         if not self._plans:
             raise AquaError("AQUA is not attached: make its cache inside `apply`, or after attach()")
         if not self._rotates_on_write:
-            raise AquaError(f"{type(self.model).__name__} does not take its keys straight from its cache")
+            raise AquaError(
+                f"{type(self.model).__name__} does not take its keys straight from its cache: leave new_cache out"
+            )
         untiled = self._why_not_tiled() if max_length is not None else None
         return make_cache(self._decoder.config, self._cached(), max_length, offloading, layout, untiled)
 
     def explain(self, length: int = 4096, batch: int = 1) -> Explanation:
-        """What a prompt of so many tokens and decoding after it run on, what that reads, and what would be faster.
+        """What a prompt of so many tokens, and decoding after it, run on; the bytes read; what would be faster.
 
-        Before `generate` was called it says what will happen, then also what did. Print it, or take its fields.
+        Before `generate` was called it says what will happen, then also what did. Print it, or read its fields.
 
         Args:
             length: tokens of each sequence, without padding; batch: sequences.
 
-        An AquaError where AQUA is not attached, or sizes below 1.
+        Raises:
+            AquaError: AQUA is not attached, or a size is below 1.
         """
         if not self._plans:
             raise AquaError("AQUA is not attached: ask for an explanation inside `apply`, or after attach()")
@@ -360,7 +362,9 @@ class Attachment:
         if isinstance(mask, Tensor) and mask.ndim == 4:
             interface.as_aqua_mask(mask)
             if any(isinstance(layer, RotatedLayer) and layer.has_evicted for layer in cache.layers):
-                raise AquaError("after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means")
+                raise AquaError(
+                    "after an eviction (h2o_ratio), a 4-D mask no longer says which tokens it means: give a 2-D one"
+                )
         if needs := torch.is_grad_enabled() and ("the tiled layout" if recordable else needs_own_cache(self.config)):
             trained = any(weight.requires_grad for weight in self._decoder.parameters())
             if trained or (tokens is not None and tokens.requires_grad):
@@ -376,7 +380,7 @@ class Attachment:
         is_sliding = bool(given.get("sliding_window")) or plan.index in self._bounded
         if is_sliding and call.mask is not None and call.mask.dtype == torch.bool and plan.needs_codes:
             raise AquaError(
-                "sink, recent and min_length in a sliding-window layer need a 2-D attention mask, not a 4-D one"
+                "sink, recent and min_length in a sliding-window layer need a 2-D mask, not a 4-D one: set them to 0"
             )
         observer = self.on_selection
         call = call._replace(sink=plan.sink, recent=plan.recent, is_observed=bool(observer or self.on_reading))

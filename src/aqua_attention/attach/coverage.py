@@ -86,7 +86,7 @@ class Coverage:
         return Reason(text, remedy)
 
     def check_call(self, module: nn.Module, is_causal: bool, dropout: float, found_causal: bool | None) -> None:
-        """Raise AquaError for an attention call of a layer that is none of these, or not as it was found.
+        """Raise AquaError for an attention call of an unknown layer, or of one that has changed since it was found.
 
         `found_causal` is whether it was causal when it was found; None for one that is not among `found`.
         """
@@ -102,7 +102,8 @@ class Coverage:
             )
         if is_causal != (self.left[module] if found_causal is None else found_causal):
             raise AquaError(
-                f"{self.name} is {'' if is_causal else 'not '}causal in this call, other than when AQUA looked at it"
+                f"{self.name} is {'' if is_causal else 'not '}causal in this call, other than when AQUA was "
+                "attached: attach it again"
             )
         if dropout > 0:
             raise AquaError("AQUA attention has no dropout: call model.eval(), or set attention_dropout to 0")
@@ -170,6 +171,7 @@ def _configs(model: PreTrainedModel, stack: list[AttentionLayer]) -> list[Any]:
     found = [getattr(layer.module, "config", None) for layer in stack]
     if None in found:
         raise AquaError(
-            f"the attention layers of {type(model).__name__} have no config: AQUA can only take all of them"
+            f"the attention layers of {type(model).__name__} have no config: AQUA can only take all of them, "
+            "leave layers out"
         )
     return list({id(config): config for config in found}.values())

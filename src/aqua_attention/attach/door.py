@@ -25,31 +25,36 @@ def apply(
     record: bool = True,
     compile: bool = True,
 ) -> Attachment:
-    """AQUA attention for `model`, to be used as a context manager that restores everything, also after an error.
+    """AQUA attention (arXiv 2509.11155) for `model`. Use it as a context manager: it restores the model at its end.
 
     Example:
         >>> with aqua.apply(model, projections):
         ...     model.generate(**inputs)
 
-    For a lasting change: `attachment = aqua.apply(model, projections, config).attach()`, and `attachment.detach()`.
-    Neither of the two: nothing is changed, and a warning says so where what this returns is dropped.
+    For a lasting change call `attachment = aqua.apply(model, projections, config).attach()`, and later
+    `attachment.detach()`. Without `with` or `attach()` nothing changes, and a warning says so once the result is gone.
 
-    A model has one AQUA at a time, which every thread that runs the model gets. While one thread attaches or
-    calibrates, another one that would is refused. A copied or pickled model is a detached one.
+    A model has one AQUA at a time, and every thread that runs the model gets it. While one thread attaches or
+    calibrates, another one that tries is refused. A copied or pickled model is a detached one.
 
     Args:
-        projections: or the path of their file.
-        config: or a dict of its fields, or the name of a preset; None is `AquaConfig()`.
-        layers: only the layers whose name matches, such as "vision_tower.*" in a vision-language model; the others stay
-            dense, as do those that the projections do not cover. `Attachment.dense` names them.
+        model: a transformers model in any floating dtype, on any device.
+        projections: what `calibrate` returned, or the path of its file.
+        config: an AquaConfig, a dict of its fields, or the name of a preset; None is `AquaConfig()`.
+        layers: a pattern of names, such as "vision_tower.*" in a vision-language model. Layers that do not match stay
+            dense, as do those that the projections do not cover. `Attachment.dense` names them. None: all layers.
         layout: of the cache that `generate` gets. "auto": tiled where that is possible, for the decoding kernels;
             "tiled": an AquaError where it is not; "plain": a growing cache.
         record: on a GPU, record the decoding steps of `generate` as a CUDA graph, and replay it.
         compile: with `record`, have `torch.compile` make a few kernels of the model's norms, rotary embeddings and
             activations. It takes seconds once, and says so.
 
-    An AquaError where the model does not use transformers' attention interface, the projections are not for it, or a
-    setting means nothing to it: an encoder has no cache, and no token is its most recent one.
+    Returns:
+        An `Attachment`, which does nothing before `with` or `attach()`.
+
+    Raises:
+        AquaError: the model does not use transformers' attention interface, the projections are not for it, or a
+            setting means nothing to it (an encoder has no cache, and no token is its most recent one).
     """
     options: dict[str, Any] = {"layout": layout, "record": record, "compile": compile}
     attachment = Attachment(model, Projections.of(projections), AquaConfig.of(config), layers, **options)

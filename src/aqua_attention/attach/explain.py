@@ -143,7 +143,7 @@ def _why_not_chosen(known: Known, layer: _Layer, call: Call) -> str | None:
 
 
 def _kind(cached: Any) -> str:
-    """What a layer of a cache is called; those of transformers by their class."""
+    """The name of a kind of cache layer: ours as in `KINDS`, others by their class."""
     return KINDS.get(type(cached), type(cached).__name__)
 
 

@@ -40,7 +40,7 @@ class Replaced:
         setattr(model, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the method itself, in another way; in the same way once AQUA is detached, for who still holds this."""
+        """Call the replacement; once AQUA is detached, the model's own method, in case somebody kept this object."""
         if self._replacement is None:
             return self.original(*args, **kwargs)
         return self._replacement(self.original, *args, **kwargs)
@@ -60,7 +60,7 @@ class Replaced:
 
 
 def refuse_batching(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """In place of what begins continuous batching, whose pages are no cache of ours."""
+    """Refuse continuous batching, which keeps keys in pages of its own."""
     raise AquaError(
         "AQUA does not know continuous batching (generate_batch), which keeps keys and values in pages of its own: "
         "call generate with a padded batch, or detach AQUA"
@@ -147,7 +147,7 @@ class GenerateCaches:
 
 
 def _takes_back(given: dict[str, Any]) -> bool:
-    """Whether a call of `generate` drops tokens of its cache again: those of an assistant, and the assistant's own."""
+    """Whether a call of `generate` drops tokens of its cache again, as assisted decoding does, in both models."""
     mode = given.get("generation_mode")
     is_assistant = getattr(given.get("generation_config"), "is_assistant", False)
     return bool(is_assistant) or str(getattr(mode, "value", mode)).replace("_", " ") == ASSISTED

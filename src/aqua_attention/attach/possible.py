@@ -34,7 +34,7 @@ def why_no_tiles(
 
 
 def why_not_by_itself(devices: set[torch.device]) -> str | None:
-    """Why kernels on these devices run only for those who name them; None when they run by themselves."""
+    """Why kernels on these devices run only when they are asked for by name; None when they run by themselves."""
     if all(tiled_backend(each).decodes_automatically(each) for each in devices):
         return None
     return Reason("triton's interpreter stands for a GPU, which is for tests", "set layout='tiled'")

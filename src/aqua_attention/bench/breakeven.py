@@ -90,7 +90,9 @@ def measure_breakeven(
     # Also refuses what is no ratio at all.
     counts = [AquaConfig(k_ratio=ratio).selected_dims(shape.head_dim) for ratio in k_ratios]
     if not counts or max(counts) >= shape.head_dim:
-        raise AquaError(f"k_ratio is {', '.join(f'{r:g}' for r in k_ratios)}: each must leave out some dimensions")
+        raise AquaError(
+            f"k_ratio is {', '.join(f'{r:g}' for r in k_ratios)}: each must leave out some dimensions, choose less"
+        )
     warn_of_load("the profile is kept all the same: measure again when the machine is idle")
     rows = []
     for done, length in enumerate(lengths):
@@ -133,7 +135,9 @@ def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, rece
         try:
             from aqua_attention.bench.decode import measure_decode
         except ModuleNotFoundError as error:
-            raise AquaError("on a GPU this needs triton, which CUDA builds of torch bring along") from error
+            raise AquaError(
+                "aqua bench breakeven needs triton on a GPU, which CUDA builds of torch bring along: pip install triton"
+            ) from error
         with torch.cuda.device(shape.device):
             measured = measure_decode(
                 shape, batch=1, length=length, k_ratios=(1.0, *k_ratios), sink=sink, recent=recent
@@ -141,7 +145,9 @@ def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, rece
         measured = [row for row in measured if "absent" not in row]
     dense = {row["name"]: row["step_seconds"] for row in measured if row["k_ratio"] is None}
     if not dense:
-        raise AquaError(f"no dense attention ran at {length} tokens, so that there is nothing to compare with")
+        raise AquaError(
+            f"no dense attention ran at {length} tokens, so there is nothing to compare with: choose other --lengths"
+        )
     whole, *aqua = (row["step_seconds"] for row in measured if row["k_ratio"] is not None)
     fastest = min(dense, key=dense.__getitem__)
     return {"length": length, "dense": dense[fastest], "dense_name": fastest, "whole": whole, "aqua": aqua}

@@ -138,7 +138,7 @@ def figures(task: Task, options: Options, recorder: Recorder | None = None) -> d
 
 
 def step_seconds(task: Task, recorder: Recorder | None) -> float | None:
-    """Median time of the recorded step alone, after a short call; None where there is none, or no GPU."""
+    """Median time of the recorded step alone, after a short call; None without a recording or a GPU."""
     graphs = [steps.graph for steps in recorder._steps.values() if steps.graph is not None] if recorder else []
     if not graphs or task.ids.device.type != "cuda":
         return None

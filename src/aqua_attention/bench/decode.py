@@ -18,7 +18,7 @@ from aqua_attention.bench.dense import BASELINES, LOW_PRECISION, Maker
 from aqua_attention.bench.problem import K_RATIOS, OURS, Attended, Problem
 from aqua_attention.bench.timing import MOST_REPEATS, read_bandwidth, seconds_of
 from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import REPORT, AquaError
 from aqua_attention.machine import Shape
 from aqua_attention.ops.backends.triton.decode import decode
 from aqua_attention.ops.backends.triton.prepare import prepare
@@ -58,7 +58,7 @@ def measure_decode(
         AquaError: no CUDA GPU, or a kernel of ours is wrong.
     """
     if not torch.cuda.is_available():
-        raise AquaError("aqua bench decode measures kernels on a CUDA GPU: there is none")
+        raise AquaError("aqua bench decode measures kernels on a CUDA GPU, and there is none: try aqua bench generate")
     shape.check_heads()
     ours = replace(OURS, sink=sink, recent=recent)
     configs = [replace(ours, k_ratio=ratio) for ratio in k_ratios]
@@ -199,7 +199,7 @@ def _close(found: Tensor, expected: Tensor, name: str, limit: float | None = Non
     """Raise AquaError where it is further from the reference than `limit`, of its size; None: than rounding."""
     error = float((found.double() - expected.double()).norm() / expected.double().norm())
     if not error <= (limit or torch.finfo(found.dtype).eps):
-        raise AquaError(f"a kernel is wrong: the {name} is {error:.2e} from the reference")
+        raise AquaError(f"a kernel is wrong: the {name} is {error:.2e} from the reference: {REPORT}")
 
 
 def _check_cache(found: Tensor, query: Tensor, cache: TiledCache, selected: Tensor | None, config: AquaConfig) -> None:

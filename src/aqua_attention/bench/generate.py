@@ -90,7 +90,9 @@ class GenerateBenchmark:
         An AquaError where too few tokens would be counted.
         """
         if new_tokens < LEAST:
-            raise AquaError(f"new_tokens is {new_tokens}: it must be {LEAST} or more, {SETTLING} are not counted")
+            raise AquaError(
+                f"new_tokens is {new_tokens}: it must be {LEAST} or more, of which the first {SETTLING} are not counted"
+            )
         self.model, self.projections, self.settings = model, projections, settings
         self.new_tokens, self.compile, self.static, self.is_random = new_tokens, compile, static, is_random
         self.fill = fill

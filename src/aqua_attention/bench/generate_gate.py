@@ -18,7 +18,7 @@ from aqua_attention.bench.clocked import Task, default_options, own_options
 from aqua_attention.bench.generate_dense import Parts, Reasons, recorded_dense, static_options, why_failed
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import REPORT, AquaError
 
 SHORT = 300
 """Tokens of the prompts at most, or of filled caches: full tiles and a tail."""
@@ -125,10 +125,12 @@ def check_near(found: Tensor, expected: Tensor | None, name: str, limit: float) 
     Where these are not known (None), they must be finite.
     """
     if expected is None and not bool(torch.isfinite(found).all()):
-        raise AquaError(f"generate is wrong: the logits of {name} are not all finite")
+        raise AquaError(f"generate is wrong: the logits of {name} are not all finite: {REPORT}")
     error = 0.0 if expected is None else difference(found, expected)
     if not error <= limit:
-        raise AquaError(f"generate is wrong: the logits of {name} are off by {error:.2g}, allowed: {limit:.2g}")
+        raise AquaError(
+            f"generate is wrong: the logits of {name} are off by {error:.2g}, {limit:.2g} is allowed: {REPORT}"
+        )
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -167,7 +169,7 @@ def _check_setting(
 
 
 def _exact(settings: tuple[AquaConfig, ...]) -> AquaConfig:
-    """The first setting with every dimension; where there is none, the first of all with every dimension."""
+    """The first setting that multiplies every dimension; if none does, the first setting changed so that it does."""
     first = settings[0]
     exact = AquaConfig(k_ratio=1, selection=first.selection, share=first.share, sink=first.sink, recent=first.recent)
     return next(filter(is_exact, settings), exact)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import REPORT, AquaError
 from aqua_attention.machine import Shape
 from aqua_attention.ops.reference import attention_reference
 
@@ -93,7 +93,7 @@ class Attended(NamedTuple):
         yardstick, error = (float((each.double() - exact).norm()) for each in (self.reference(self.query.dtype), found))
         limit = tolerance * yardstick + least * float(exact.norm())
         if not error <= limit:
-            raise AquaError(f"a kernel is wrong: {name} is {error:.2e} from float64, {limit:.2e} is allowed")
+            raise AquaError(f"a kernel is wrong: {name} is {error:.2e} from float64, {limit:.2e} is allowed: {REPORT}")
 
 
 def read_sizes(sizes: list[str]) -> list[tuple[int, int]]:

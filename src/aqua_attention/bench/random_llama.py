@@ -34,7 +34,7 @@ def make_model(dtype: torch.dtype = torch.bfloat16, device: str = "cuda", **chan
     layers, heads, kv_heads = (shape[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads"))
     if layers < 1 or heads % kv_heads:
         given = f"{layers} layers with {heads} query heads for {kv_heads} key-value heads"
-        raise AquaError(f"{given}: there must be a layer, and heads must divide")
+        raise AquaError(f"{given}: give one layer or more, and query heads in equal groups")
     config = LlamaConfig(**shape, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[torch.device(device)] if on_gpu else []):
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 from aqua_attention.bench.problem import Problem
 from aqua_attention.cache.growing import RotatedLayer
 from aqua_attention.config import AquaConfig
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import REPORT, AquaError
 from aqua_attention.ops.api import attend
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 from aqua_attention.ops.select import rotate
@@ -73,5 +73,5 @@ def _check(found: Attended, right: Attended) -> float:
     error = float((found.output.double() - right.output.double()).norm() / right.output.double().norm())
     allowed = max(LEAST_ERROR, ROUNDINGS * torch.finfo(found.output.dtype).eps) if several == 0 else TIED_ERROR
     if several > TIES or not error <= allowed:
-        raise AquaError(f"choosing tokens is wrong: {several} others are read, and the error is {error:.1e}")
+        raise AquaError(f"choosing tokens is wrong: {several} others are read, and the error is {error:.1e}: {REPORT}")
     return float(found.reading.read.double().mean() / found.reading.seen.double().mean())

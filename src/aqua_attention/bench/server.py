@@ -40,7 +40,9 @@ OURS = "AQUA attention: "
 def check_vllm() -> None:
     """An AquaError where this Python has no vLLM."""
     if find_spec("vllm") is None:
-        raise AquaError(f"{sys.executable} has no vLLM: install aqua-attention beside vLLM, and call that aqua")
+        raise AquaError(
+            f"{sys.executable} has no vLLM: install it (pip install 'aqua-attention[vllm]'), or use another Python"
+        )
 
 
 def environment_of(projections: Path | str | None, setting: Mapping[str, Any] | None = None) -> dict[str, str]:
@@ -93,7 +95,7 @@ class Server:
         return OURS in self.log.read_text(errors="replace")
 
     def ask(self, path: str, body: dict[str, Any] | None = None, seconds: float = ANSWER_SECONDS) -> bytes:
-        """The answer to a request; an OSError where there is none."""
+        """The answer to a request; an OSError when none comes."""
         data = None if body is None else json.dumps(body).encode()
         with urlopen(
             Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"}), timeout=seconds
@@ -102,7 +104,7 @@ class Server:
         return content
 
     def complete(self, prompt: str | list[int], new_tokens: int, **options: Any) -> dict[str, Any]:
-        """A greedy answer of so many tokens, with its `token_ids`; other options as the interface has them."""
+        """A greedy answer of `new_tokens` tokens, with its `token_ids`; `options` are fields of the request."""
         wanted = {"temperature": 0, "max_tokens": new_tokens, "ignore_eos": True, "return_token_ids": True}
         body = {"model": self.model, "prompt": prompt} | wanted | options
         try:

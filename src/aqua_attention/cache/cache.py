@@ -31,9 +31,9 @@ class AquaCache(Cache):
     """A cache made for one attachment, by `Attachment.new_cache`: growing, or of a fixed size.
 
     Attributes:
-        max_length: tokens for which there is room, which grows where more come; None: as many as are held.
-        layout: "tiled": its decoding step can be recorded; full layers are tiled for the decoding kernels. Or "plain".
-        windows: sizes of the sliding windows, by layer index.
+            max_length: tokens for which there is room. It grows when more come. None: a growing cache.
+        layout: "tiled" for the decoding kernels, whose steps can be recorded; or "plain".
+        windows: sizes of the sliding windows in tokens, by layer index.
         memory: what kernels that choose tokens work in, one layer after the other.
 
     An ordinary `DynamicCache`, which `generate` makes by itself, becomes the same as the growing one while it is empty.
@@ -58,7 +58,7 @@ class AquaCache(Cache):
         return False
 
     def make_room(self, tokens: int) -> None:
-        """See that so many tokens fit: more than there is room for move to a cache half as large again, or more."""
+        """Make room for so many tokens. A cache that is too small grows by half, or to that number if it is larger."""
         if self.max_length is None or tokens <= self.max_length:
             return
         room = max(tokens, self.max_length + self.max_length // 2)
@@ -102,7 +102,7 @@ class AquaCache(Cache):
 
 
 def rotate_on_write(cache: Cache, plans: Plans, config: PreTrainedConfig) -> None:
-    """Make the layers of `cache` rotate what is written to them, as far as that keeps their content right.
+    """Make the layers of `cache` rotate what is written to them, if their content stays right.
 
     Empty layers are replaced. Layers that an earlier attachment filled go on under this one, if they store the same.
     Everything else stays as it is: ordinary layers with content, other kinds of layer. `config` is the decoder's.
@@ -125,7 +125,7 @@ def _planned(cache: Cache, plans: Plans) -> list[tuple[int, LayerPlan, Any, Laye
 
 
 def _empty(cache: Cache, index: int, plan: LayerPlan) -> cache_utils.CacheLayerMixin | None:
-    """The rotated layer that takes the place of an empty one; None where there is none.
+    """The rotated layer that replaces an empty one; None if its kind has no rotated one.
 
     Layers of a fixed size are replaced in an `AquaCache` only.
     """
@@ -244,6 +244,8 @@ def make_cache(
         raise AquaError(f"a static cache cannot store {needs}: leave out max_length, or that")
     if not any(isinstance(layer, common.Recordable) for layer in cache.layers):
         if layout == "tiled":
-            raise AquaError("a cache in the tiled layout is impossible here, because no layer can have it")
+            raise AquaError(
+                "a cache in the tiled layout is impossible here, because no layer can have it: use layout auto or plain"
+            )
         cache.layout = "plain"
     return cache

@@ -38,7 +38,7 @@ def save_cache(path: Path | str, cache: Any, plans: Plans, model: dict[str, Any]
         if not ours or plan is None or not stores_the_same(plan, layer.plan):
             raise AquaError("this cache was not filled under this AQUA: save it before AQUA leaves the model")
         if layer.batch == 0:
-            raise AquaError("this cache is empty: there is nothing to save")
+            raise AquaError("this cache is empty, so there is nothing to save: generate with it first")
         numbers, held = layer.state()
         described = {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in held.items()}
         layers.append({"numbers": numbers, "tensors": described})

@@ -79,7 +79,7 @@ class RotatedLayer(Readable, DynamicLayer):
 
     @property
     def score_copy(self) -> ScoreCopy | None:
-        """The copy of the keys by which tokens are chosen, under the plan of now; None where there is none."""
+        """The copy of the keys by which the current plan chooses tokens; None if it chooses none."""
         if not self.plan.is_plain or not self.plan.config.chooses_tokens or self.plan.config.score_bits != 8:
             return None
         if self._score_copy is None or self._score_copy.plan is not self.plan:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all cache layers of ours have in common: a plan, rotated keys that say whose they are, and `attend`.
+"""Base of all cache layers of AQUA: a plan, rotated keys that know their layer, and `attend`.
 
 The bounded ones, with a sliding window or a fixed size, hold a layer of transformers' own, of rotated keys.
 """
@@ -231,7 +231,7 @@ def never_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Recordable:
-    """What layers have in common whose decoding step asks the host nothing, so that a CUDA graph can record it.
+    """Base of layers whose decoding step never waits for the host, so that a CUDA graph can record it.
 
     A prompt, and a token under a mask that is not known, go another way, which may ask.
     """

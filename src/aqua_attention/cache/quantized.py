@@ -36,7 +36,7 @@ class Quantized:
     def __init__(
         self, bits: int, recent: int, channel_scale: Tensor | None = None, channel_mean: Tensor | None = None
     ) -> None:
-        """An empty store of 8 or 4 bits, in which `recent` last tokens, up to twice as many, stay as they are.
+        """An empty store of 8 or 4 bits. The last `recent` tokens, up to twice as many, are not rounded.
 
         channel_scale, channel_mean: of rotated keys by falling variance, [heads, width], float32; None: values.
         """

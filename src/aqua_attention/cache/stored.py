@@ -71,7 +71,7 @@ def stores_the_same(plan: LayerPlan, other: LayerPlan) -> bool:
 
 
 def same_weights(first: list[float] | None, second: list[float] | None) -> bool:
-    """Whether two layers' key weights are the same as far as is known."""
+    """Whether two layers have the same key weights; True where one is unknown."""
     return first is None or second is None or not other_weights([first], [second])
 
 

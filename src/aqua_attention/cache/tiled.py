@@ -44,7 +44,7 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; what is allocated stays, because recorded CUDA graphs know its addresses."""
+        """Forget all tokens. Memory stays allocated, because recorded CUDA graphs know its addresses."""
         self.is_initialized = False
         self._is_filled = False
         self._new = None
@@ -58,7 +58,7 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
 
     @torch.inference_mode(False)  # so that what is allocated now can be written to in any mode
     def grow(self, room: int) -> None:
-        """Make room for so many tokens; what is held stays. Its addresses change, so that steps are recorded anew."""
+        """Make room for so many tokens, and keep those that are held. Addresses change, so steps are recorded anew."""
         if self.is_initialized:
             self.cache = self.cache.enlarged(room)
         self.max_cache_len = room

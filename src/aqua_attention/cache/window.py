@@ -16,8 +16,8 @@ window has."""
 class WindowStore:
     """A store (see `store.Store`) of narrow keys; the first `sink` and the last `recent` tokens are wide.
 
-    Without it `s_ratio` 0.25 costs SmolLM2 ten times as much (RESULTS.md), and it is a few kilobytes a layer. All new
-    tokens are wide until `settle`, because each is in the window of the queries around it.
+    Without it `s_ratio` 0.25 costs SmolLM2 ten times as much (docs/results/memory.md), and it is a few kilobytes a
+    layer. All new tokens are wide until `settle`, because each is in the window of the queries around it.
     """
 
     def __init__(self, leading: Store, kept: int, sink: int, recent: int) -> None:

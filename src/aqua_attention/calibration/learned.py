@@ -39,7 +39,7 @@ def learn(
     checkpoint_seconds: float = 10.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Projections:
-    """Rotations that lose less than those of `projections`; for heads where none was found, the same.
+    """Rotations that lose less than those of `projections`. Heads for which none is found keep theirs.
 
     Memory: three samples of `MOST_BYTES` at most, and `KEPT` of them, where the model is.
 

@@ -75,8 +75,8 @@ class Projections:
     """Rotations for all attention layers of one model, with the statistics they come from.
 
     Attributes:
-        layers: by layer index.
-        statistics: the calibration sums, by layer index.
+        layers: the rotation of each attention layer and what is known of it, by layer index, see `LayerProjection`.
+        statistics: the calibration sums (float64), by layer index.
         model: what the projections fit: `shape` (see `fingerprint.shape_of`), `key_weights` (digest or None), `name`.
         calibration: provenance: `text_sha256`, `tokens`, `context`, `seed`, `library_version`.
         basis: "aqua", the singular vectors, or "learned"; for comparison "none", the model's own dimensions, or
@@ -119,6 +119,9 @@ class Projections:
         Args:
             basis: "aqua", as calibrated; "svd", the singular vectors, though others were learned; "none", not rotated,
                 as SparQ; "key-pca", as Loki.
+
+        Raises:
+            AquaError: there is no such basis, or these projections were not learned.
         """
         name = "aqua" if basis == "svd" else basis
         own = self.basis in (basis, name) or (basis == "aqua" and self.basis == LEARNED)
@@ -135,8 +138,10 @@ class Projections:
     def merged(self, other: Projections | Path | str) -> Projections:
         """As if one calibration had read both texts: the sums are added and decomposed again.
 
-        Of different layers of one model, such as those of text and of images, all in one. An AquaError where the two
-        are not of the same model, or not in the same basis.
+        Calibrations of different layers of one model, such as those of text and of images, become one of all layers.
+
+        Raises:
+            AquaError: the two are not of the same model, or not in the same basis.
         """
         other = Projections.of(other)
         shapes = [part.model["shape"] for part in (self, other)]
@@ -148,11 +153,15 @@ class Projections:
             if said[0] == said[1]:
                 names = [map(str, shape.get("names") or [row[0] for row in shape["layers"]]) for shape in shapes]
                 said = [f"{text} (layers {', '.join(each)})" for text, each in zip(said, names, strict=True)]
-            raise AquaError(f"projections of different models cannot be merged: {' and '.join(said)}")
+            raise AquaError(
+                f"projections of different models ({' and '.join(said)}) cannot be merged: give files of one"
+            )
         bases = {self.basis, other.basis}
         if len(bases) > 1 and not (are_parts and bases == {"aqua", LEARNED}):
             verb = "joined" if are_parts else "merged"
-            raise AquaError(f"projections in different bases cannot be {verb}: {self.basis} and {other.basis}")
+            raise AquaError(
+                f"projections in the bases {self.basis} and {other.basis} cannot be {verb}: calibrate both in one basis"
+            )
         if LEARNED in bases and not are_parts:
             raise AquaError("learned projections cannot be merged: learn on both texts with `aqua calibrate`")
         parts = [self.calibration, other.calibration]
@@ -163,7 +172,8 @@ class Projections:
             return self._joined(other, read)
         if difference := other_weights(*(part.model.get("key_weights") for part in (self, other))):
             raise AquaError(
-                f"projections of different weights cannot be merged: the key weights differ by {difference:.1%}"
+                f"projections of different weights (key weights differ by {difference:.1%}) cannot be merged: "
+                "calibrate both on the same checkpoint"
             )
         if _texts(parts[0]) & _texts(parts[1]):
             warnings.warn(
@@ -244,8 +254,11 @@ class Projections:
     def save(self, path: Path | str) -> None:
         """Write one safetensors file, whole or not at all.
 
-        Tensors a layer: `rotation` (float32), `query_gram`, `key_gram`, `key_sum` (float64), `counts` (int64), and of a
-        learned basis `key_spread` (float32).
+        Tensors of each layer: `rotation` (float32), `query_gram`, `key_gram` and `key_sum` (float64), `counts` (int64),
+        and of a learned basis `key_spread` (float32).
+
+        Raises:
+            AquaError: the file cannot be written.
         """
         rotations = {f"layers.{index}.rotation": layer.rotation for index, layer in self.layers.items()}
         if self.basis == LEARNED:
@@ -257,7 +270,8 @@ class Projections:
     def load(cls, path: Path | str) -> Projections:
         """Read and check a file: format, shapes, dtypes, content digest, finiteness, orthogonality.
 
-        An AquaError names what is wrong and the remedy.
+        Raises:
+            AquaError: there is no such file, or a check fails; the message says which.
         """
         path = Path(path)
         if not path.is_file():

@@ -86,7 +86,7 @@ def check_learnable(name: str, layers: Sequence[capture.AttentionLayer], windows
     """Raise AquaError where no basis can be learned: other layers than a decoder's, or too little to read."""
     count, context = windows.shape
     if any(not layer.causal for layer in layers):
-        raise AquaError(f"{name} is no decoder of text: a basis is learned for decoders, use svd")
+        raise AquaError(f"{name} is no decoder of text, and only for decoders a basis is learned: use basis svd")
     if count < LEAST_WINDOWS:
         few = f"{count} window" + "s" * (count != 1)
         raise AquaError(f"there are {few} to learn a basis from: {LEAST_WINDOWS} are needed, read more tokens")

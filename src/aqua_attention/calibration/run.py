@@ -47,7 +47,7 @@ Facts = dict[str, Any]
 
 
 class RunOptions(TypedDict, total=False):
-    """What every calibration takes; what is left out has the default of `CalibrationRun`.
+    """Options of every calibration. The defaults are those of `CalibrationRun`.
 
     Attributes:
         name: recorded as the model's name; the one in its config unless given.
@@ -79,23 +79,26 @@ def calibrate(
     last_position: int | None = None,
     **options: Unpack[RunOptions],
 ) -> Projections:
-    """Learn the projections of `model` from windows of `text`.
+    """Learn the projections of `model` from windows of `text` (arXiv 2509.11155, section 3).
 
     Args:
-        model: a decoder or encoder that reads text; its weights and its attention are left as they are. Or the name of
-            one, see `load_model`.
+        model: a decoder or encoder that reads text, or the name of one, see `load_model`. Its weights and its
+            attention are left as they are.
         tokenizer: the model's; None where the model is named.
         text: plain text, or the Path of a file or folder of it, see `load_text`.
         tokens: how many tokens to read; fewer when the text is shorter (`calibration["tokens"]` says). None: 32768, for
             a learned basis 81920, for a tuned one 614400.
         context: tokens in a window.
-        seed: windows are spread over the whole text, and the seed chooses them; None: the first windows of the text.
-        basis: "svd", the singular vectors (the paper); "learned", these turned in a second pass until choosing
-            dimensions changes each head's attention less, see `learned.learn`; "tuned", all layers turned together in a
-            third, until it changes the model's predictions less, see `tuning.tune` (for a GPU).
-        last_position: half of the windows are read as if they lay later in a longer text, up to this position, so that
-            one file serves short and long contexts; None: at the first positions, which is worse on longer texts.
+        seed: chooses the windows, which are spread over the whole text. None: the first windows of the text.
+        basis: "svd": the singular vectors (the paper). "learned": these turned in a second pass, until choosing
+            dimensions changes each head's attention less, see `learned.learn`. "tuned": all layers turned together in a
+            third pass, until the model's predictions change less, see `tuning.tune` (for a GPU).
+        last_position: read half of the windows as if they began later, up to this position. One file then serves
+            short and long contexts. None: all at the first positions, which is worse on longer texts.
         options: see `RunOptions`.
+
+    Returns:
+        A float32 rotation [num_key_value_heads, head_dim, head_dim] for each attention layer, with its statistics.
 
     Raises:
         AquaError: no attention layers, a text shorter than one window, a context longer than the model's, NaN; a
@@ -160,7 +163,7 @@ def calibrate(
 
 
 def _in_turn(told: Progress | None, *counts: int) -> list[Progress | None]:
-    """What passes over so many windows call, one after the other, so that they look like one."""
+    """Progress functions of several passes, so that they look like one pass over all windows."""
 
     def part(before: int) -> Progress | None:
         return told and (lambda done, _: told(before + done, sum(counts)))
@@ -177,13 +180,18 @@ def calibrate_inputs(
 ) -> Projections:
     """Learn the projections of `model` from whatever it reads: images, or prompts with images in them.
 
+    Only the layers that read the inputs are calibrated. Two calibrations of a vision-language model, on images and on
+    text, become one by `Projections.merged`.
+
     Args:
-        inputs: what the model is called with, a forward pass each and without padding: `pixel_values` (and what an
-            image processor gives with them), `input_ids`, or both; one alone counts as a list of one. Only the layers
-            that read them are calibrated; two calibrations of a vision-language model, on images and on text, become
-            one by `Projections.merged`.
+        model: its weights and its attention are left as they are.
+        inputs: keyword arguments of one forward pass each, without padding: `pixel_values` (and what an image processor
+            gives with them), `input_ids` (int64 [batch, tokens]), or both. One alone counts as a list of one.
         facts: recorded in `calibration`, such as how many images these are.
         options: see `RunOptions`.
+
+    Returns:
+        As `calibrate`.
 
     Raises:
         AquaError: as of `calibrate`; nothing to read, padded inputs, or inputs that the model does not take.

@@ -62,7 +62,7 @@ def draw(call: Call, queries: int, seed: int) -> Sample:
     An AquaError where scores have a soft limit, since dropped products then do more than add.
     """
     if call.softcap is not None:
-        raise AquaError("a basis is not learned for scores with a soft limit (softcap): use svd")
+        raise AquaError("a basis is not learned for scores with a soft limit (softcap): use basis svd")
     device, length = call.query.device, call.query.shape[2]
     generator = torch.Generator(device).manual_seed(seed)
     places = torch.randint(min(FIRST, length // 2), length, (queries,), generator=generator, device=device)

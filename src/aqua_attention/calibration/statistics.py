@@ -17,7 +17,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.io.tensors import Stored
 
 LEAST_TOKENS = 16
-"""For each dimension of a head; with so many the loss is within a tenth of what it can be (RESULTS.md)."""
+"""For each dimension of a head; so many lose within a tenth of the least possible (docs/results/calibration.md)."""
 
 
 @dataclass(repr=False)
@@ -66,7 +66,9 @@ class LayerStatistics:
         """The statistics of both texts together."""
         if self.key_gram.shape != other.key_gram.shape:
             shapes = f"{tuple(self.key_gram.shape)} and {tuple(other.key_gram.shape)}"
-            raise AquaError(f"statistics of layers of different shapes cannot be merged: {shapes}")
+            raise AquaError(
+                f"statistics of layers of different shapes, {shapes}, cannot be merged: give those of one model"
+            )
         return LayerStatistics(*(getattr(self, each.name) + getattr(other, each.name) for each in fields(self)))
 
     def check_finite(self, layer: int) -> None:
@@ -85,7 +87,9 @@ Statistics = dict[int, LayerStatistics]
 def merge(first: Statistics, second: Statistics) -> Statistics:
     """The statistics of two runs over different text of the same model, as if it had been one run."""
     if first.keys() != second.keys():
-        raise AquaError(f"statistics of different layers cannot be merged: {sorted(first)} and {sorted(second)}")
+        raise AquaError(
+            f"statistics of layers {sorted(first)} and {sorted(second)} cannot be merged: give those of one model"
+        )
     return {layer: first[layer] + second[layer] for layer in first}
 
 

@@ -209,7 +209,7 @@ class _Tuning:
         return [{name: getattr(self, name)[place] for name in STATE} for place in range(len(self._layers))]
 
     def projections(self) -> Projections:
-        """The tuned rotations, or those of before where on what was held out they are no better."""
+        """The tuned rotations, or the earlier ones if the tuned ones are no better on the held-out windows."""
         tuned = [orthogonal(each) for each in self.rotation]
         after = self._held_loss(tuned) if self._dropped else self._before
         losses = {name: [round(before, 6), round(after[name], 6)] for name, before in self._before.items()}
@@ -302,7 +302,7 @@ class _Tuning:
         if plans is None or given.get("sliding_window"):
             return interface.attend_dense(interface.directed(call, causal))
         if call.softcap is not None:
-            raise AquaError("a basis is not tuned for scores with a soft limit (softcap): use svd")
+            raise AquaError("a basis is not tuned for scores with a soft limit (softcap): use basis svd")
         self._dropped.add(module)
         return recomputed(attention_dropping, call, plans, plans[0].rotation, *self._seen(call), use_reentrant=False)
 

@@ -31,10 +31,13 @@ CPU_SIZES = ["1x512", "1x8192"]
 GENERATE_K_RATIOS = [AquaConfig.k_ratio, 0.5]
 BREAKEVEN_K_RATIOS = [0.75, 0.5]
 
-Size = Annotated[list[str], "Sequences and tokens in each, such as 8x32768; repeat."]
+Size = Annotated[list[str], "Sequences and tokens in each, such as 8x32768; may be repeated."]
 Half = Annotated[str, "bfloat16 or float16."]
 
-benchmarks = Commands(no_args_is_help=True, help="Measure what AQUA saves.")
+benchmarks = Commands(
+    no_args_is_help=True,
+    help="Measure what AQUA saves in time and memory.\n\nExample: `aqua bench generate smollm2 -p smollm2.safetensors`",
+)
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,12 @@ class Choices:
     """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio."""
 
     select_p: Annotated[
-        list[float] | None, "A row more that reads the tokens with this share of the softmax; repeat."
+        list[float] | None, "Also time reading only the tokens with this share of the softmax; repeat."
     ] = None
     select_tokens: Annotated[
-        list[int] | None, "A row more that reads so many tokens, besides the exact window; repeat."
+        list[int] | None, "Also time reading only so many tokens, besides the exact window; repeat."
     ] = None
-    score_bits: Annotated[int, "Of the keys that score tokens in these rows: 16, 8 or 4."] = 8
+    score_bits: Annotated[int, "Bits of the keys that choose these tokens: 16, 8 or 4."] = 8
 
     def of(self, config: AquaConfig) -> list[AquaConfig]:
         """The settings of these rows."""
@@ -85,13 +88,18 @@ class Choices:
 class GenerateSizes:
     """How many prompts, how long, and how much is generated after them."""
 
-    size: Annotated[list[str] | None, "Prompts and tokens in each, such as 8x8192; repeat."] = None
+    size: Annotated[
+        list[str] | None,
+        "Prompts and tokens in each, such as 8x8192; may be repeated (default: what is usual on the device).",
+    ] = None
     length: Annotated[int | None, "The same as --size 1xLENGTH."] = None
     new_tokens: Annotated[int, "Tokens that each call generates; those after the first 8 are counted."] = 72
-    fill: Annotated[bool, "--fill", "Caches begin with random tokens. No prompt is read, and none is timed."] = False
+    fill: Annotated[bool, "--fill", "Begin with random tokens in the cache. No prompt is read, and none is timed."] = (
+        False
+    )
 
     def of(self, model: Any, *, is_random: bool) -> list[tuple[int, int]]:
-        """Those asked for, or by default what is usual on the device; of a user's model single prompts that fit."""
+        """The sizes asked for; by default the usual ones of the device, for a user's model single prompts that fit."""
         from aqua_attention.bench.problem import read_sizes
         from aqua_attention.model.limits import position_limit
 
@@ -120,7 +128,7 @@ def memory(
     model: ModelOptions,
     show: Show,
 ) -> None:
-    """Bytes of the cache as allocated, and the peak of the whole generation: transformers' caches and ours.
+    """Measure the bytes of the cache, and the peak of the whole generation: transformers' caches and AQUA's.
 
     Example: `aqua bench memory smollm2 -p smollm2.safetensors --length 8192 --json memory.json`
     """
@@ -146,11 +154,11 @@ def decode(
     k_ratio: list[float] = K_RATIOS,
     exact: ExactWindow,
     dtype: Half = "bfloat16",
-    int8: Annotated[bool, "Keys and values in int8 too, beside dense kernels in fp8."] = False,
-    page: Annotated[list[int] | None, "In pages of so many tokens too: 32, 64 or 128; repeat."] = None,
+    int8: Annotated[bool, "Also time keys and values in int8, beside dense kernels in fp8."] = False,
+    page: Annotated[list[int] | None, "Also time pages of 32, 64 or 128 tokens; may be repeated."] = None,
     show: Show,
 ) -> None:
-    """One decoding attention step on a CUDA GPU, checked and timed: AQUA's kernel beside every dense one installed.
+    """Check and time one attention step of decoding on a CUDA GPU: AQUA's kernel beside every dense one installed.
 
     Example: `aqua bench decode --size 32x32768 --size 8x131072 --json decode.json`
     """
@@ -171,24 +179,30 @@ def decode(
 @benchmarks.command()
 def generate(
     *,
-    projections: Annotated[Path | None, "--projections", "-p", "Of MODEL: the file made by `aqua calibrate`."] = None,
+    projections: Annotated[Path | None, "--projections", "-p", "File made by `aqua calibrate` for MODEL."] = None,
     sizes: GenerateSizes,
     k_ratio: list[float] = GENERATE_K_RATIOS,
-    int8: Annotated[bool | None, "The smallest k_ratio with keys and values in int8 too (default: on a GPU)."] = None,
+    int8: Annotated[
+        bool | None, "Also time keys and values in int8, with the smallest k_ratio (default: on a GPU)."
+    ] = None,
     compile: Annotated[bool, "Compile norms, rotary embeddings and MLPs of recorded steps, dense ones too."] = True,
-    static: Annotated[bool, "Measure transformers' compiled static cache too: it compiles for a minute a size."] = True,
-    layers: Annotated[int | None, "Without MODEL: layers of the random one."] = None,
-    data: Annotated[str | None, "With MODEL: prompts from this text, see `aqua calibrate` (default: random)."] = None,
+    static: Annotated[
+        bool, "Also time transformers' compiled static cache, which compiles for a minute for each size."
+    ] = True,
+    layers: Annotated[int | None, "Without MODEL: how many layers the random model has."] = None,
+    data: Annotated[
+        str | None, "With MODEL: take prompts from this text, as in `aqua calibrate` (default: random tokens)."
+    ] = None,
     choices: Choices,
     exact: ExactWindow,
     model: MaybeModel,
     show: Show,
 ) -> None:
-    """What AQUA gains in `model.generate` on this machine: first token, milliseconds a token, memory, dense beside it.
+    """Measure `model.generate` on this machine, dense and AQUA: first token, milliseconds a token, memory.
 
     MODEL is yours, with its projections. Without one, weights are random: Llama-3.1-8B's shape on a GPU, a small Llama
-    on a CPU. Rows: transformers' default, its compiled static cache, dense attention in steps recorded as ours are (the
-    fastest kernel), and AQUA. All are checked before they are timed.
+    on a CPU. Rows are transformers' default, its compiled static cache, dense attention by the fastest kernel in
+    recorded steps, and AQUA. All are checked before they are timed.
 
     Example: `aqua bench generate smollm2 -p smollm2.safetensors --length 4096 --json generate.json`
     """
@@ -227,7 +241,7 @@ def _subject(model: MaybeModel, projections: Path | None, data: str | None, laye
     """What `generate` measures: model, projections, prompts (None: random), and the model's name."""
     if model.model is None:
         if projections or data:
-            raise AquaError("projections and data are of a MODEL: name it, or leave them out")
+            raise AquaError("--projections and --data are for a MODEL: name it, or leave them out")
         from aqua_attention.bench.random_llama import make_llama, random_projections
 
         made = make_llama(model.device, model.dtype, layers)
@@ -235,7 +249,7 @@ def _subject(model: MaybeModel, projections: Path | None, data: str | None, laye
     if projections is None:
         raise AquaError(f"{model.model} needs its projections: make them by `aqua calibrate`, and give -p FILE")
     if layers is not None:
-        raise AquaError("layers is of the random model: leave it out, or MODEL")
+        raise AquaError("--layers is for the random model: leave out --layers, or MODEL")
     learned, (loaded, tokenizer) = load_projections(projections), model.load()
     if data is None:
         return loaded, learned, None, model.name
@@ -249,14 +263,16 @@ def breakeven(
     *,
     device: Device = None,
     shape: Heads,
-    dtype: Annotated[str | None, "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (the first)."] = None,
+    dtype: Annotated[
+        str | None, "float32 or bfloat16 on a CPU, bfloat16 or float16 on a GPU (default: the first)."
+    ] = None,
     k_ratio: list[float] = BREAKEVEN_K_RATIOS,
-    lengths: Annotated[str | None, "FIRST..LAST tokens, doubled (default: 64..65536)."] = None,
+    lengths: Annotated[str | None, "FIRST..LAST tokens, each length twice the one before (default: 64..65536)."] = None,
     quick: Annotated[bool, "--quick", "Lengths up to 4096 only."] = False,
     exact: ExactWindow,
     show: Show,
 ) -> None:
-    """From which length on choosing dimensions is faster than using all: checked, timed, kept for min_length="auto".
+    """Find the length from which choosing dimensions is faster than using all, and keep it for min_length="auto".
 
     Example: `aqua bench breakeven --device cpu --heads 9 --groups 3 --head-dim 64 --k-ratio 0.75 --k-ratio 0.5 --quick`
     """
@@ -293,4 +309,6 @@ def _needing_triton(command: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise AquaError(f"aqua bench {command} needs triton, which CUDA builds of torch bring along") from error
+        raise AquaError(
+            f"aqua bench {command} needs triton, which CUDA builds of torch bring along: pip install triton"
+        ) from error

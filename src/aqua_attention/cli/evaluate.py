@@ -25,12 +25,16 @@ DEPTHS = [0.0, 0.25, 0.5, 0.75, 1.0]
 RULER_LENGTHS = [4096]
 QUESTIONS = 50
 
-evaluations = Commands(no_args_is_help=True, help="Measure what AQUA loses against the dense model.")
+evaluations = Commands(
+    no_args_is_help=True,
+    help="Measure what AQUA loses against the dense model.\n\n"
+    "Example: `aqua eval perplexity smollm2 -p smollm2.safetensors`",
+)
 
 
 @evaluations.command()
 def perplexity(*, projections: ProjectionsFile, read: Windows, knobs: Rows, model: ModelOptions, show: Show) -> None:
-    """Perplexity, KL divergence and top-1 agreement, dense and AQUA in one run.
+    """Measure perplexity, KL divergence and top-1 agreement, dense and AQUA on the same text.
 
     Example: `aqua eval perplexity smollm2 -p smollm2.safetensors --k-ratio 0.75 --k-ratio 0.5 --json rows.json`
     """
@@ -55,12 +59,14 @@ def retention(
     projections: ProjectionsFile,
     read: Windows,
     tokens: Tokens = 4096,
-    k_ratio: Annotated[list[float] | None, "Share of dimensions; repeat (0.9 0.75 0.5 0.25)."] = None,
+    k_ratio: Annotated[
+        list[float] | None, "Share of the key dimensions; may be repeated (default: 0.9 0.75 0.5 0.25)."
+    ] = None,
     basis: str = "aqua",
     model: ModelOptions,
     show: Show,
 ) -> None:
-    """How much of scores and softmax is lost, per layer and head: static, dynamic and weighted choice of dimensions.
+    """Measure how much of scores and softmax each layer and head loses, by static, dynamic and weighted choice.
 
     Example: `aqua eval retention smollm2 -p smollm2.safetensors --json retention.json`
     """
@@ -79,16 +85,16 @@ def retention(
 def lines(
     *,
     projections: ProjectionsFile,
-    data: Annotated[Path | None, "LongEval's .jsonl of line questions; generated when left out."] = None,
-    count: Annotated[int | None, "How many questions (a file: all of them; generated: 50)."] = None,
-    lines: Annotated[list[int] | None, "Lines in a generated question; repeat (100 200)."] = None,
-    seed: Annotated[int, "Chooses the generated questions."] = 0,
+    data: Annotated[Path | None, "LongEval's .jsonl of line questions (default: generated questions)."] = None,
+    count: Annotated[int | None, "How many questions (default: all of a file, 50 generated ones)."] = None,
+    lines: Annotated[list[int] | None, "Lines in a generated question; may be repeated (default: 100 200)."] = None,
+    seed: Annotated[int, "Seed that chooses the generated questions."] = 0,
     knobs: Rows,
     chat: Chat = True,
     model: ModelOptions,
     show: Show,
 ) -> None:
-    """Line retrieval (LongEval): find one of hundreds of numbered lines; dense and AQUA on the same questions.
+    """Ask for one of hundreds of numbered lines (LongEval), dense and AQUA the same questions.
 
     Example: `aqua eval lines smollm2 -p smollm2.safetensors --lines 100 --count 50 --k-ratio 0.75 --k-ratio 0.5
     --json lines.json`
@@ -113,17 +119,17 @@ def needle(
     *,
     projections: ProjectionsFile,
     data: Text = "builtin:evaluation",
-    length: Annotated[list[int], "Tokens of the prompt; repeat."] = LENGTHS,
-    depth: Annotated[list[float], "Where the needle is, 0 the beginning, 1 the end; repeat."] = DEPTHS,
-    needles: Annotated[int, "How many are hidden, and asked for."] = 1,
+    length: Annotated[list[int], "Tokens of the prompt; may be repeated."] = LENGTHS,
+    depth: Annotated[list[float], "Where the needle is, from 0 (beginning) to 1 (end); may be repeated."] = DEPTHS,
+    needles: Annotated[int, "How many needles are hidden, and asked for."] = 1,
     repeats: Annotated[int, "Haystacks for each length and depth."] = 1,
-    seed: Annotated[int, "Chooses needles and haystacks."] = 0,
+    seed: Annotated[int, "Seed that chooses needles and haystacks."] = 0,
     knobs: Rows,
     chat: Chat = True,
     model: ModelOptions,
     show: Show,
 ) -> None:
-    """Needle in a haystack: secret numbers hidden at each depth of texts of each length, dense and AQUA.
+    """Hide secret numbers at each depth of texts of each length and ask for them, dense and AQUA.
 
     Example: `aqua eval needle smollm2 -p smollm2.safetensors --data essays/ --length 2048 --length 4096 --k-ratio 0.5
     --json needle.json`
@@ -142,17 +148,17 @@ def ruler(
     *,
     projections: ProjectionsFile,
     data: Text = "builtin:evaluation",
-    length: Annotated[list[int], "Tokens of prompt and answer together; repeat."] = RULER_LENGTHS,
-    task: Annotated[list[str] | None, "A task by its name; repeat (all of them)."] = None,
+    length: Annotated[list[int], "Tokens of prompt and answer together; may be repeated."] = RULER_LENGTHS,
+    task: Annotated[list[str] | None, "A task by its name; may be repeated (default: all)."] = None,
     count: Annotated[int, "Questions for each task and length."] = QUESTIONS,
-    questions: Annotated[Path | None, "Questions about paragraphs, a .json in SQuAD's format, for the task qa."] = None,
-    seed: Annotated[int, "Chooses everything in the questions."] = 0,
+    questions: Annotated[Path | None, "For the task qa: questions about paragraphs, a .json in SQuAD's format."] = None,
+    seed: Annotated[int, "Seed that chooses everything in the questions."] = 0,
     knobs: Rows,
     chat: Chat = True,
     model: ModelOptions,
     show: Show,
 ) -> None:
-    """The tasks of RULER (arXiv 2404.06654), made from a text at each length; dense and AQUA on the same questions.
+    """Ask RULER's questions (arXiv 2404.06654), made from a text at each length, dense and AQUA the same.
 
     Tasks: niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery (needles), vt (variable
     tracking), cwe and fwe (common and frequent words), qa (question answering among documents cut from the text).

@@ -45,8 +45,13 @@ def images(
     *,
     projections: ProjectionsFile,
     data: Annotated[str, "A folder of images, an image, or hub:name."] = "builtin:evaluation-photographs",
-    k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (0.9 0.75 0.5 0.25)."] = None,
-    selection: Annotated[list[str] | None, "magnitude, weighted, static; repeat (all, and not rotated)."] = None,
+    k_ratio: Annotated[
+        list[float] | None,
+        "Share of the key dimensions that a query multiplies; may be repeated (default: 0.9 0.75 0.5 0.25).",
+    ] = None,
+    selection: Annotated[
+        list[str] | None, "magnitude, weighted or static; may be repeated (default: all, and not rotated)."
+    ] = None,
     basis: str = "aqua",
     share: str = "head",
     sink: int = 0,
@@ -54,7 +59,7 @@ def images(
     model: ImageModel,
     show: Show,
 ) -> None:
-    """How far embeddings turn under AQUA, how many nearest neighbours stay, and what each layer loses.
+    """Measure how far embeddings of images turn, how many nearest neighbours stay, and what each layer loses.
 
     Example: `aqua eval images clip-vit-base-patch16/ -p clip.safetensors --data pictures/ --k-ratio 0.75 --k-ratio 0.5
     --json images.json`

@@ -26,9 +26,9 @@ ProjectionsFile = Annotated[Path, "--projections", "-p", "File made by `aqua cal
 Context = Annotated[int, "Tokens in a window."]
 Text = Annotated[str, "Text: builtin:evaluation, a file or folder, hub:name."]
 Tokens = Annotated[int, "How many tokens to read, from the start of the text."]
-Chat = Annotated[bool, "Use the model's chat template."]
-Seed = Annotated[int, "Chooses the windows calibrated on."]
-Quick = Annotated[bool, "--quick", "Short texts: minutes for the default model."]
+Chat = Annotated[bool, "Put the prompt into the model's chat template, if it has one."]
+Seed = Annotated[int, "Seed that chooses the windows to calibrate on."]
+Quick = Annotated[bool, "--quick", "Read short texts, which takes minutes for the default model."]
 
 Rows = Annotated[dict[str, list[Any]], Knobs(repeat=("k_ratio",))]
 """A row a `k_ratio`; the other knobs are the same in all."""
@@ -42,10 +42,12 @@ class ModelOptions:
     """A model, and how it is loaded."""
 
     model: Annotated[str, typer.Argument(help="smollm2 (fetched once), a local folder, a .gguf file, or a hub id.")]
-    gguf_file: Annotated[str | None, "A GGUF file's name inside the folder or hub repository."] = None
+    gguf_file: Annotated[str | None, "Name of a GGUF file in the model's folder or hub repository."] = None
     dtype: Dtype = "auto"
     device: Device = None
-    trust_remote_code: Annotated[bool, "--trust-remote-code", "Run code that comes with the model."] = False
+    trust_remote_code: Annotated[
+        bool, "--trust-remote-code", "Run code that comes with the model: only if you trust it."
+    ] = False
 
     @property
     def name(self) -> str:
@@ -97,8 +99,10 @@ class ModelOptions:
 class Serving:
     """How `generate` decodes under AQUA, as `apply` takes it."""
 
-    layout: Annotated[str, "Of the cache: auto, tiled (for the decoding kernels) or plain (it grows)."] = "auto"
-    record: Annotated[bool, "Record decoding steps as a CUDA graph, on a GPU."] = True
+    layout: Annotated[
+        str, "Layout of the cache: auto, tiled (for the decoding kernels) or plain (grows with each token)."
+    ] = "auto"
+    record: Annotated[bool, "On a GPU, record decoding steps as a CUDA graph and replay it."] = True
     compile: Annotated[bool, "Compile norms, MLPs and rotary embeddings for recorded steps."] = True
 
 
@@ -107,9 +111,12 @@ class Basis:
     """Which basis is calibrated, and at which positions windows are read."""
 
     basis: Annotated[
-        str, "svd: singular vectors, the paper's. learned: turned until less is lost. tuned: further, on a GPU."
+        str,
+        "svd: singular vectors (the paper). learned: loses about half. tuned: loses less again, slow without a GPU.",
     ] = "svd"
-    positions: Annotated[str | None, "0:LAST, such as 0:32768: read half of the windows as if they lay later."] = None
+    positions: Annotated[
+        str | None, "For long contexts, 0:LAST such as 0:32768: read half of the windows as if they began later."
+    ] = None
 
     @property
     def last_position(self) -> int | None:
@@ -126,8 +133,8 @@ class Basis:
 class Resuming:
     """How a killed calibration goes on."""
 
-    resume: Annotated[bool, "--resume", "Go on where a killed run stopped."] = False
-    checkpoint_seconds: Annotated[float, "How often the state is kept, in OUTPUT.partial."] = 10.0
+    resume: Annotated[bool, "--resume", "Go on where a stopped or killed run ended."] = False
+    checkpoint_seconds: Annotated[float, "Seconds after which the state is kept again, in OUTPUT.partial."] = 10.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,8 @@ class MaybeModel(ModelOptions):
     """A model, where the command has one of its own too."""
 
     model: Annotated[
-        str | None, typer.Argument(help="smollm2, a folder, a .gguf file, or a hub id; none: random weights.")
+        str | None,
+        typer.Argument(help="smollm2, a local folder, a .gguf file, or a hub id (left out: random weights)."),
     ] = None  # type: ignore[assignment]
 
 

@@ -33,7 +33,9 @@ def check_writable(kind: str, *paths: Path | None) -> None:
             # An empty file holds nothing that could be lost.
             keeps = path.is_file() and path.stat().st_size > 0 and not is_ours(path)
         except OSError as error:
-            raise AquaError(f"cannot read {path} ({error.strerror}), to see whether it may be replaced") from error
+            raise AquaError(
+                f"cannot read {path} ({error.strerror}), to see whether it may be replaced: give another name"
+            ) from error
         if keeps:
             raise AquaError(f"{path} is there and holds no {what} of aqua: give another name, or delete it")
 

@@ -41,10 +41,12 @@ TEST_TOKENS = 8192, 1024
 CONTEXT = 2048, 512
 WINDOWS = [512, 2048], [256, 512]
 # The same in the words of the help.
-CALIBRATED, TESTED, WINDOW = ("{}; quick {}".format(*sizes) for sizes in (CALIBRATION_TOKENS, TEST_TOKENS, CONTEXT))
-LENGTHS = "512 2048; quick 256 512"
+CALIBRATED, TESTED, WINDOW = (
+    "default: {}; quick: {}".format(*sizes) for sizes in (CALIBRATION_TOKENS, TEST_TOKENS, CONTEXT)
+)
+LENGTHS = "default: 512 2048; quick: 256 512"
 
-TestTokens = Annotated[int | None, f"Tokens that each is tested on ({TESTED})."]
+TestTokens = Annotated[int | None, f"Tokens of each test ({TESTED})."]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class ResultsFolder(Show):
         AquaError: one cannot be made or written. Nothing is made yet, so that a mistake leaves no empty folder.
     """
 
-    folder: Annotated[Path, typer.Argument(help="Results folder; made if missing, gone on with if not.")]
+    folder: Annotated[Path, typer.Argument(help="Folder of results. If it exists, the run goes on in it.")]
 
     def __post_init__(self) -> None:
         folder, json, absolute = self.folder, self.json, self.folder.absolute()
@@ -99,23 +101,30 @@ class ResultsFolder(Show):
 
 @dataclass(frozen=True)
 class SizeOptions:
-    """How much each suite reads; what is not given is that of a full or a quick grid."""
+    """How much each suite reads. Sizes that are not given are those of a full or a quick grid."""
 
     quick: Quick = False
-    context: Annotated[int | None, "Tokens in a window (2048; quick 1024)."] = None
-    tokens: Annotated[int | None, "Tokens to read (perplexity 8192, retention 4096; quick 2048, 1024)."] = None
+    context: Annotated[int | None, "Tokens in a window (default: 2048; quick: 1024)."] = None
+    tokens: Annotated[int | None, "Tokens to read (default: perplexity 8192, retention 4096; quick: 2048, 1024)."] = (
+        None
+    )
     length: Annotated[
-        list[int] | None, "Needle, RULER: tokens of the prompt; repeat (1024 2048 4096; quick 512 1024)."
+        list[int] | None,
+        "Needle, RULER: tokens of the prompt; may be repeated (default: 1024 2048 4096; quick: 512 1024).",
     ] = None
-    depth: Annotated[list[float] | None, "Needle: where it is; repeat (0 0.25 0.5 0.75 1; quick 0 0.5 1)."] = None
-    needles: Annotated[int | None, "Needle: how many are hidden, and asked for (1)."] = None
-    repeats: Annotated[int | None, "Needle: haystacks for each length and depth (1)."] = None
-    lines: Annotated[list[int] | None, "Lines in a question; repeat (100 200; quick 10 20)."] = None
-    lines_file: Annotated[Path | None, "LongEval's .jsonl of line questions; generated when left out."] = None
-    task: Annotated[list[str] | None, "RULER: a task; repeat (all; quick five of them)."] = None
-    questions: Annotated[Path | None, "RULER: questions in SQuAD's format, for the task qa."] = None
+    depth: Annotated[
+        list[float] | None, "Needle: where it is; may be repeated (default: 0 0.25 0.5 0.75 1; quick: 0 0.5 1)."
+    ] = None
+    needles: Annotated[int | None, "Needle: how many are hidden, and asked for (default: 1)."] = None
+    repeats: Annotated[int | None, "Needle: haystacks for each length and depth (default: 1)."] = None
+    lines: Annotated[list[int] | None, "Lines in a question; may be repeated (default: 100 200; quick: 10 20)."] = None
+    lines_file: Annotated[Path | None, "LongEval's .jsonl of line questions (default: generated questions)."] = None
+    task: Annotated[list[str] | None, "RULER: a task; may be repeated (default: all; quick: five of them)."] = None
+    questions: Annotated[
+        Path | None, "RULER: for the task qa, questions about paragraphs, a .json in SQuAD's format."
+    ] = None
     count: Annotated[
-        int | None, "Questions for each number of lines, and each task and length of RULER (50; quick 4)."
+        int | None, "Questions for each number of lines, and each task and length of RULER (default: 50; quick: 4)."
     ] = None
 
     def sizes(self) -> Sizes:
@@ -141,17 +150,23 @@ def grid(
     *,
     results: ResultsFolder,
     projections: ProjectionsFile,
-    suite: Annotated[list[str], f"{GRID_SUITES}; repeat."] = DEFAULT_SUITES,
-    k_ratio: Annotated[list[float] | None, "Share of dimensions multiplied; repeat (that of the preset)."] = None,
-    logit_error: Annotated[list[float] | None, "Adaptive k, beside the k_ratios given; repeat."] = None,
+    suite: Annotated[list[str], f"What to measure: {GRID_SUITES}; may be repeated."] = DEFAULT_SUITES,
+    k_ratio: Annotated[
+        list[float] | None,
+        "Share of the key dimensions that a query multiplies; may be repeated (default: the preset's).",
+    ] = None,
+    logit_error: Annotated[
+        list[float] | None,
+        "Variance of the logit error that a query may have, beside the k_ratios given; may be repeated.",
+    ] = None,
     knobs: Grid,
     data: Text = "builtin:evaluation",
     given: SizeOptions,
-    seed: Annotated[int, "Chooses needles, haystacks, lines and RULER's questions."] = 0,
+    seed: Annotated[int, "Seed that chooses needles, haystacks, lines and RULER's questions."] = 0,
     chat: Chat = True,
     model: ModelOptions,
 ) -> None:
-    """Every combination of the repeated options under every suite, a record each; stopped, the same command goes on.
+    """Measure every combination of the repeated options by every suite. Stopped, the same command goes on.
 
     Example: `aqua eval grid results smollm2 -p smollm2.safetensors --quick --suite perplexity --suite needle
     --k-ratio 1 --k-ratio 0.5 --h2o-ratio 1 --h2o-ratio 0.5`
@@ -172,19 +187,19 @@ def grid(
 def transfer(
     *,
     results: ResultsFolder,
-    domain: Annotated[list[str], "NAME=TEXT, a text as --data takes; repeat, at least two."],
+    domain: Annotated[list[str], "NAME=TEXT: a kind of text, as a file or folder, or hub:name; give two or more."],
     knobs: Rows,
-    calibration_tokens: Annotated[int | None, f"Tokens that each projection is calibrated on ({CALIBRATED})."] = None,
+    calibration_tokens: Annotated[int | None, f"Tokens of each calibration ({CALIBRATED})."] = None,
     tokens: TestTokens = None,
     context: Annotated[int | None, f"Tokens in a window ({WINDOW})."] = None,
     quick: Quick = False,
     seed: Seed = 0,
     model: ModelOptions,
 ) -> None:
-    """Projections calibrated on each kind of text, tested on each: loss, and how far the rotations are apart.
+    """Calibrate on each kind of text and test on each: what is lost, and how far the rotations are apart.
 
-    The first 80% of a text calibrate, the rest tests. Distance: chordal, of the leading dimensions; 0 the same, 1 as
-    far as possible.
+    The first 80% of a text are for calibration, the rest for the test. The distance is the chordal one of the leading
+    dimensions: 0 is the same, 1 as far as possible.
 
     Example: `aqua eval transfer results smollm2 --domain prose=novel.txt --domain code=src.txt --k-ratio 0.5`
     """
@@ -212,10 +227,12 @@ def transfer(
 def context(
     *,
     results: ResultsFolder,
-    calibrated_length: Annotated[list[int] | None, f"Tokens in a window of calibration; repeat ({LENGTHS})."] = None,
-    tested_length: Annotated[list[int] | None, f"Tokens in a window of the test; repeat ({LENGTHS})."] = None,
+    calibrated_length: Annotated[
+        list[int] | None, f"Tokens in a window of calibration; may be repeated ({LENGTHS})."
+    ] = None,
+    tested_length: Annotated[list[int] | None, f"Tokens in a window of the test; may be repeated ({LENGTHS})."] = None,
     calibration_tokens: Annotated[
-        list[int] | None, f"Tokens to calibrate on; repeat, to see how many are enough ({CALIBRATED})."
+        list[int] | None, f"Tokens to calibrate on; may be repeated, to see how many are enough ({CALIBRATED})."
     ] = None,
     calibration_data: Annotated[str, "Text to calibrate on."] = "builtin:calibration",
     data: Text = "builtin:evaluation",
@@ -225,7 +242,7 @@ def context(
     seed: Seed = 0,
     model: ModelOptions,
 ) -> None:
-    """Calibrated on windows of one length and tested at another; calibrated on few tokens and on many.
+    """Calibrate on windows of one length and test at another; calibrate on few tokens and on many.
 
     Examples: `aqua eval context results smollm2 --calibrated-length 512 --calibrated-length 2048 --k-ratio 0.5`
 

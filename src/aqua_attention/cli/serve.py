@@ -28,8 +28,8 @@ class LoadOptions:
 
     input_len: Annotated[int, "Tokens of each prompt, which are random."] = 1024
     output_len: Annotated[int, "Tokens of each answer."] = 128
-    concurrency: Annotated[list[int] | None, "Requests at once; repeat (1 and 8)."] = None
-    requests: Annotated[int, "Requests for each of those at once."] = 4
+    concurrency: Annotated[list[int] | None, "Requests at once; may be repeated (default: 1 8)."] = None
+    requests: Annotated[int, "Requests in all, for each of those at once: 4 at 8 at once are 32."] = 4
 
 
 def serve(
@@ -38,14 +38,14 @@ def serve(
     projections: ProjectionsFile,
     config: AquaConfig,
     load: LoadOptions,
-    gate: Annotated[bool, "First check that a server with every dimension gives stock's tokens."] = True,
+    gate: Annotated[bool, "First check that AQUA with every dimension gives the stock server's tokens."] = True,
     server: Annotated[str, "Options of both servers, in quotes, such as '--dtype float32 --enforce-eager'."] = "",
     show: Show,
 ) -> None:
-    """What AQUA gains in a vLLM server on this machine: vLLM's benchmark client against a stock server, then ours.
+    """Measure a vLLM server on this machine with vLLM's benchmark client: a stock server, then one with AQUA.
 
     Needs vLLM in this Python. Both servers have the same options, and only one runs at a time. The cache's capacity is
-    read in vLLM's log.
+    read from vLLM's log.
 
     Example: `aqua bench serve model/ -p model.safetensors --k-ratio 0.5 --concurrency 8 --json serve.json`
     """

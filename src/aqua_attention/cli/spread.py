@@ -18,9 +18,9 @@ from aqua_attention.cli.terminal import stoppable
 from aqua_attention.config import DEFAULT_PRESET, PRESETS, AquaConfig, Knob, knobs
 from aqua_attention.errors import AquaError
 
-BASIS = Knob("aqua (as calibrated); to compare: svd, none (not rotated) or key-pca (keys alone)", default="aqua")
+BASIS = Knob("The rotation: aqua (as calibrated); to compare svd, none, or key-pca (of keys alone)", default="aqua")
 """No knob of `AquaConfig`: a setting has it beside them."""
-PRESET = Annotated[str, f"A setting by name: {', '.join(PRESETS)}; options that you give change it."]
+PRESET = Annotated[str, f"A setting by name: {', '.join(PRESETS)}; other options change it."]
 _CONTEXT = "typer_context"
 """The parameter by which typer tells which options were given."""
 
@@ -166,7 +166,7 @@ def _knob_option(name: str, knob: Knob, repeated: bool = False) -> Option:
 
 
 def _explained(annotation: Any, knob: Knob | None) -> Any:
-    """A type with an option's help: the string beside it, else the knob's; what is an option already stays."""
+    """A type with an option's help: the string beside it, else the knob's. An option that has help keeps it."""
     kind, *beside = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     if beside:
         words = all(isinstance(each, str) for each in beside)
@@ -175,5 +175,5 @@ def _explained(annotation: Any, knob: Knob | None) -> Any:
         return annotation
     text = f"{knob.help}, {knob.range}" if "<" in knob.range else knob.help
     if "list[" in str(annotation):
-        text += ", or none; repeat" if None in knob.choices else "; repeat"
+        text += ", or none; may be repeated" if None in knob.choices else "; may be repeated"
     return Annotated[annotation, typer.Option(help=f"{text}.")]

@@ -21,18 +21,22 @@ QUICK_CHOICES, QUICK_WRITTEN = 10, 2
 def tasks(
     *,
     projections: ProjectionsFile,
-    task: Annotated[list[str], f"NAME=PATH, a file or a folder of splits; repeat. NAME is {NAMES}."],
-    limit: Annotated[int | None, "Only the first so many questions of a task (MMLU: of a subject)."] = None,
-    few_shot: Annotated[int | None, "Examples for each question (gsm8k 5, others 0; truthfulqa always 0)."] = None,
-    seed: Annotated[int, "Draws the examples."] = 0,
+    task: Annotated[list[str], f"NAME=PATH, a file or a folder of splits; may be repeated. NAME is {NAMES}."],
+    limit: Annotated[
+        int | None, "How many questions of a task, from its start (MMLU: of a subject; default: all)."
+    ] = None,
+    few_shot: Annotated[
+        int | None, "Examples before each question (default: gsm8k 5, others 0; truthfulqa always 0)."
+    ] = None,
+    seed: Annotated[int, "Seed that draws the examples."] = 0,
     quick: Annotated[bool, "--quick", f"Only {QUICK_CHOICES} questions of a task, {QUICK_WRITTEN} of gsm8k."] = False,
     state: Annotated[Path | None, "Keep the answers in this file; after Ctrl-C or a kill, go on from it."] = None,
-    batch: Annotated[int, "Questions at once."] = 8,
+    batch: Annotated[int, "How many questions are answered at once."] = 8,
     knobs: Rows,
     model: ModelOptions,
     show: Show,
 ) -> None:
-    """Multiple choice and arithmetic from local files, dense and AQUA on the same questions.
+    """Answer multiple-choice and arithmetic questions of local files, dense and AQUA the same questions.
 
     Example: `aqua eval tasks smollm2 -p smollm2.safetensors --task hellaswag=hellaswag_val.jsonl --task gsm8k=gsm8k/
     --limit 100 --k-ratio 0.5 --state tasks.state --json tasks.json`
@@ -72,10 +76,10 @@ def _some_of(files: list[Any]) -> str:
 
 
 def lm_eval(context: typer.Context) -> None:
-    """Run lm-evaluation-harness with the model type `aqua`; all arguments are its own (`aqua lm-eval run --help`).
+    """Run lm-evaluation-harness with the model type `aqua`. All arguments are its own (`aqua lm-eval run --help`).
 
-    Its --model_args are those of `--model hf`, and projections, basis, preset, k_ratio, selection, sink, ...; its
-    --output_path writes the figures, and with --use_cache a stopped run goes on.
+    --model_args takes what it takes for `--model hf`, and projections, basis, preset, k_ratio and the other knobs.
+    --output_path writes the figures. With --use_cache a stopped run goes on.
 
     Example: `aqua lm-eval run --model aqua --model_args
     pretrained=smollm2,projections=smollm2.safetensors,preset=fast

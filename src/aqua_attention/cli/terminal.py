@@ -81,7 +81,7 @@ class Show:
         AquaError: the file cannot be written, or is not ours, which is said before anything is measured.
     """
 
-    json: Annotated[Path | None, "Also write the figures to this file."] = None
+    json: Annotated[Path | None, "Also write the figures to this file, as JSON."] = None
     started: str = field(default_factory=now, init=False)
 
     def __post_init__(self) -> None:

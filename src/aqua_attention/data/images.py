@@ -143,7 +143,7 @@ def _row_picture(spec: str, row: dict[str, Any]) -> Image:
 
     found = next((value for value in row.values() if isinstance(value, Image)), None)
     if found is None:
-        raise AquaError(f"{spec} has no images in its columns {', '.join(row)}")
+        raise AquaError(f"{spec} has no images in its columns {', '.join(row)}: give another dataset")
     return found.convert("RGB")
 
 
@@ -154,7 +154,7 @@ def image_reader(model: PreTrainedModel, processor: Any | None) -> Reader:
     """
     name = type(model).__name__
     if IMAGES not in sides(model):
-        raise AquaError(f"{name} reads text, not images")
+        raise AquaError(f"{name} reads text, not images: give a text, or a model that reads images")
     if processor is not None:
 
         def processed(picture: Image) -> dict[str, Tensor]:

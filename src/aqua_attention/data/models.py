@@ -120,7 +120,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model that reads text, in eval mode on `device`, and its tokenizer.
 
-    Causal language models, and encoders and vision-language models by the class that their config names.
+    It may be a causal language model, or an encoder or vision-language model, whose config names its class.
 
     Args:
         name: "smollm2" (the default model), a local folder, a .gguf file, or a hub id.
@@ -131,7 +131,7 @@ def load_model(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        AquaError: an argument is wrong, or the model cannot be loaded whole.
+        AquaError: an argument is wrong, the model reads no text, or it cannot be loaded whole.
     """
     name, (dtype, target) = _name(name), _placement(dtype, device)
     if name == DEFAULT_MODEL:

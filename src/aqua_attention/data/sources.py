@@ -55,13 +55,13 @@ def local_files(spec: str, suffixes: Sequence[str], forms: str, unknown: str, ki
         raise AquaError(f"{unknown}: {forms}")
     files = files_below(path, suffixes) if path.is_dir() else [path]
     if not files:
-        raise AquaError(f"the folder {spec!r} holds no {kind} ending in {', '.join(suffixes)}")
+        raise AquaError(f"the folder {spec!r} holds no {kind} ending in {', '.join(suffixes)}: give another one")
     return files
 
 
 @contextmanager
 def hub_at_hand(name: str) -> Iterator[None]:
-    """While open, a hub that does not answer now is not asked: what is cached is found, all else fails, at once.
+    """While open, a hub that does not answer is not asked. Cached files are found, and all else fails at once.
 
     Without this, libraries ask again and again, for a minute, in silence. Nothing is asked about a local `name`.
     """

@@ -133,7 +133,9 @@ def _parquet_rows(path: Path) -> Iterator[str]:
             names = file.schema_arrow.names
             column = next((field for field in _FIELDS if field in names), None)
             if column is None:
-                raise AquaError(f"{path} has no column 'text' or 'content': its columns are {', '.join(names)}")
+                raise AquaError(
+                    f"{path} has no column 'text' or 'content': its columns are {', '.join(names)}, rename one"
+                )
             for batch in file.iter_batches(columns=[column], batch_size=1024):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str | None):
@@ -147,7 +149,9 @@ def _row_text(row: dict[str, Any], where: str) -> str:
     for field in _FIELDS:
         if isinstance(row.get(field), str):
             return str(row[field])
-    raise AquaError(f"{where} has no string in a field 'text' or 'content': its fields are {', '.join(row)}")
+    raise AquaError(
+        f"{where} has no string in a field 'text' or 'content': its fields are {', '.join(row)}, rename one"
+    )
 
 
 def text_digest(text: str) -> str:

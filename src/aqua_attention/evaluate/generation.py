@@ -79,7 +79,7 @@ def continue_tokens(
 
 
 def check_fits(model: PreTrainedModel, token_ids: Tensor, tokens: int, question: str, remedy: str) -> None:
-    """Raise AquaError for a question whose `tokens`, with its answer, are too many, and as `check_tokens`."""
+    """Raise AquaError if a question of `tokens` tokens, answer included, does not fit, or as `check_tokens`."""
     limit = position_limit(model)
     if limit is not None and tokens > limit:
         what = f"{question} takes {tokens} tokens with its answer"

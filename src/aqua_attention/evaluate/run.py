@@ -142,7 +142,7 @@ def counting(progress: Progress | None, total: int, done: int = 0) -> Callable[[
 
 
 def damaged(what: str) -> AquaError:
-    """The error for a model whose numbers are none, with the remedy."""
+    """The error for a model that gives NaN or infinity, with the remedy."""
     return AquaError(f"{what}: its weights are damaged, or the dtype is too narrow (try --dtype float32)")
 
 
@@ -155,7 +155,7 @@ def check_sizes(**sizes: int | Sequence[int] | None) -> None:
 
 
 def failure_kind(error: Exception) -> str | None:
-    """ "out_of_memory", "error" (refused), or None for what is neither, and so a defect of ours."""
+    """ "out_of_memory", "error" (refused), or None for anything else, which is a defect of AQUA."""
     if isinstance(error, AquaError):
         return "error"
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

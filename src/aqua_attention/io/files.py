@@ -23,9 +23,9 @@ def write_atomically(path: Path | str, content: bytes) -> None:
     # A link is written through, not replaced; one to a pipe (/dev/stdout) names no file.
     path = path if is_stream else path.resolve()
     if not path.parent.is_dir():
-        raise AquaError(f"cannot write {path}: there is no folder {path.parent}")
+        raise AquaError(f"cannot write {path}: there is no folder {path.parent}, make it first")
     if path.is_dir():
-        raise AquaError(f"cannot write {path}: it is a folder")
+        raise AquaError(f"cannot write {path}: it is a folder, give a file")
     temporary = None
     try:
         if is_stream:

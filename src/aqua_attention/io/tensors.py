@@ -34,7 +34,7 @@ class Stored:
     """
 
     def __init__(self, path: Path, kind: str, *, what: str, remedy: str) -> None:
-        """Open a file of `what`, such as "AQUA projections"; AquaError where it is none of this kind and version."""
+        """Open a file of `what`, such as "AQUA projections"; AquaError if it is of another kind or version."""
         self.path, self.remedy = path, remedy
         try:
             with safetensors.safe_open(path, framework="pt") as file:

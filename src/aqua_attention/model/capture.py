@@ -41,7 +41,7 @@ class AttentionLayer:
     reads_own_cache: bool
     """Whether its keys come straight from this layer of a `DynamicCache`, so that they can be rotated when written."""
     only_plain: str = ""
-    """What only a cache can follow that hands out the very values it was given; empty: nothing of the kind."""
+    """Why only a plain cache will do, which hands out the very values it was given; empty: any cache will do."""
     name: str = ""
     """Where the module is in the base model, such as "vision_tower.encoder.layers.0.self_attn"."""
     causal: bool = True
@@ -94,7 +94,7 @@ def layers_and_gaps(model: PreTrainedModel) -> tuple[list[AttentionLayer], list[
     """The attention layers of a model in order, and why some could not be found ("its image layers could not ...").
 
     Each side is run on a small input and watched, and the run compared with the model's own attention. Unlike a look at
-    class names, this shows that a layer really sends its attention through the interface. There are gaps where a model
+    class names, this shows that a layer sends its attention through the interface. There are gaps where a model
     takes images in a form that AQUA does not know how to make. An AquaError where it does not send its attention
     through transformers' interface, or is no decoder or encoder of text or images.
     """

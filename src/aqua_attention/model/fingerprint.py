@@ -73,7 +73,7 @@ def key_weight_digest(layers: list[AttentionLayer]) -> Digest | None:
         norm = sample.norm().clamp_min(1e-30)
         whole = norm if bias is None else torch.hypot(norm, bias.detach().float().cpu().norm())
         if not bool(torch.isfinite(whole)):
-            raise AquaError(f"the key weights of layer {layer.index} hold NaN or infinity: the checkpoint is damaged")
+            raise AquaError(f"the key weights of layer {layer.index} hold NaN or infinity: fetch the checkpoint again")
         lengths = [norm, whole]
         if (scale := _key_norm(layer)) is not None:
             lengths.append(scale.detach().float().cpu().norm().clamp_min(1e-3))

@@ -241,7 +241,7 @@ def as_aqua_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def directed(call: Call, causal: bool, sink: int = 0) -> Call:
-    """With a mask where there is none and the attention is not causal; `sink` tokens of it are in the exact window."""
+    """The call with a mask, if it has none and is not causal. `sink` tokens of the mask are in the exact window."""
     if causal or call.mask is not None:
         return call
     mask = bidirectional(call.query.shape[2], call.key.shape[2], sink=sink, device=call.query.device)

@@ -78,7 +78,7 @@ def first_tensor(output: Any) -> Tensor:
     for part in parts:
         if part is not None:
             return first_tensor(part)
-    raise AquaError("the model returns no tensor")
+    raise AquaError("the model returns no tensor: AQUA needs one that returns logits or embeddings")
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
@@ -112,7 +112,7 @@ def given_sides(inputs: Sequence[Inputs]) -> set[str]:
 
 
 def padding(inputs: Inputs) -> str | None:
-    """Which of the masks in `inputs` says that there is padding; None where there is none."""
+    """The name of the mask in `inputs` that hides padding; None without padding."""
     return next((name for name in _MASKS if name in inputs and not bool(inputs[name].all())), None)
 
 

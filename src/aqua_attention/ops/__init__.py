@@ -4,8 +4,8 @@
     LayerPlan            what AQUA does in one layer; `LayerPlan.of` makes one from plain tensors
     Call, attend         attention of a prompt, or of any queries over keys by token
     TiledCache, decode   one decoding step over keys laid out for it
-    attention            the same as `attend` for rotated queries and a choice that is made already
-    rotate               what keys go through
+    attention            like `attend`, but queries are rotated and dimensions chosen already
+    rotate               the rotation that keys go through
     select_dimensions    which dimensions each query multiplies
     attention_reference  the specification
     choose               which backend takes a call, and why another does not

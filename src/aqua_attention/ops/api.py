@@ -189,7 +189,7 @@ def _check(call: Call, selected: Tensor | None, width: int, head_dim: int) -> No
     if value.shape[:3] != key.shape[:3]:
         raise AquaError(f"value is {tuple(value.shape)}: it must have the heads and tokens of key {tuple(key.shape)}")
     if heads % kv_heads:
-        raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads")
+        raise AquaError(f"{heads} query heads do not divide into {kv_heads} key-value heads: give a multiple")
     if selected is not None and (selected.shape != query.shape or selected.dtype != torch.bool):
         raise AquaError(
             f"selected is {selected.dtype} {tuple(selected.shape)}: it must be boolean, in the shape of query "

@@ -358,9 +358,9 @@ class TiledCache:
             AquaError: another number of them, or they lie in pages.
         """
         if len(rows) != len(self.lengths):
-            raise AquaError(f"{len(rows)} sequences cannot take the places of {len(self.lengths)}")
+            raise AquaError(f"{len(rows)} sequences cannot take the places of {len(self.lengths)}: give as many")
         if self.pages is not None:
-            raise AquaError("sequences in pages change places in the table")
+            raise AquaError("sequences in pages cannot be moved: change their rows in the table of pages")
         for states in (self.tiles, self.tail, self.values, self.lengths, self.key_scales, self.value_scales):
             if states is not None:
                 states.copy_(states.index_select(0, rows))

@@ -155,7 +155,7 @@ class PagedLayer:
 
     def __post_init__(self) -> None:
         if self.plan is not None and self.window is not None:
-            raise AquaError("a layer with a sliding window attends to every dimension")
+            raise AquaError("a layer with a sliding window attends to every dimension: leave plan or window out")
 
 
 class Step(NamedTuple):

@@ -190,5 +190,5 @@ class LayerPlan:
         return self
 
     def __getstate__(self) -> Any:
-        """Not to be pickled: what is loaded elsewhere would know of no attachment."""
+        """Refuse pickling: a copy loaded elsewhere would belong to no attachment."""
         raise AquaError("a cache that AQUA has filled cannot be pickled: write it with Attachment.save_cache")

@@ -166,7 +166,7 @@ def attention_chunked(
 def query_blocks(
     query: Tensor, keys: int, mask: Tensor | None, sink: int, recent: int
 ) -> Iterator[tuple[slice, int, Tensor | None]]:
-    """Blocks of as many queries as have room, how many keys from the first on each sees, and its part of the mask."""
+    """Blocks of as many queries as fit into memory: queries, how many first keys they see, their part of the mask."""
     queries = query.shape[2]
     scores = CHUNK_SCORES * (1 if query.device.type == "cpu" else GPU_CHUNKS)
     rows = max(1, scores // max(1, query.shape[0] * query.shape[1] * keys))

@@ -114,7 +114,7 @@ def scored_bytes(dims: Any, bits: int) -> Any:
 
 
 class Choice(NamedTuple):
-    """What one block of queries chose, for who watches; all [batch, num_key_value_heads, queries, tokens].
+    """What one block of queries chose, for observers; all [batch, num_key_value_heads, queries, tokens].
 
     Attributes:
         layer: its index in the model.

@@ -83,7 +83,7 @@ def percent(value: Any, digits: int = 1, *, sign: bool = False) -> str:
 
 
 def plain(value: Any, form: str = "z.3g") -> str:
-    """A figure of a file in a format; NaN, where there is none, and infinity as such."""
+    """A figure of a file in a format. NaN (also for a missing figure) and infinity are written as such."""
     return written(number(value), form)
 
 

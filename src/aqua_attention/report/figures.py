@@ -4,6 +4,7 @@
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from aqua_attention.evaluate.record import number
@@ -18,6 +19,8 @@ LEAST_SPAN = 4.0
 MARKERS, OTHERS, DENSE = "osD^vPXh", "others: see the numbers", "dense"
 FEW = 6
 """So many places on an axis have a tick each."""
+CLOSEST = 25
+"""And if none is closer to the next than the axis divided by this, because numbers would run into each other."""
 BESIDE = 14
 """Pixels between curves over a single place."""
 SMALLEST, LARGEST = 1e-6, 1e9
@@ -41,23 +44,31 @@ class Axis(NamedTuple):
 
 
 def curves(
-    name: str, alt: str, x: Axis, ys: Sequence[Axis], points: Iterable[Point], joined: bool = True, alone: bool = True
+    name: str,
+    alt: str,
+    x: Axis,
+    ys: Sequence[Axis],
+    points: Iterable[Point],
+    joined: bool = True,
+    alone: bool = True,
+    width: int = svg.WIDE,
 ) -> Panel:
     """Curves over a common x, their points joined by lines or not, an axis for each of `ys`.
 
     The axes stand above each other, and beside each other in the wide drawing of a panel that is `alone`. Where there
     are more curves than colours, the longest are coloured, and all others are one grey. Dense attention is a ring,
-    which shows around whatever has the same value. Curves over a single x stand beside each other.
+    which shows around whatever has the same value. Curves over a single x stand beside each other. `width` is that of
+    the wide drawing.
     """
     lines: dict[str, list[Point]] = {}
     for point in points:
         lines.setdefault(point[0], []).append(point)
-    narrow = _curves(name, alt, x, ys, lines, joined, wide=False)
-    return Panel(narrow, alt, _curves(f"{name}-wide", alt, x, ys, lines, joined, wide=True) if alone else "")
+    narrow = _curves(name, alt, x, ys, lines, joined)
+    return Panel(narrow, alt, _curves(f"{name}-wide", alt, x, ys, lines, joined, wide=width) if alone else "")
 
 
 def _curves(
-    name: str, alt: str, x: Axis, ys: Sequence[Axis], lines: dict[str, list[Point]], joined: bool, *, wide: bool
+    name: str, alt: str, x: Axis, ys: Sequence[Axis], lines: dict[str, list[Point]], joined: bool, wide: int = 0
 ) -> str:
     looks = _looks(lines, "-" if joined else "")
     xs = sorted({at for line in lines.values() for _, at, _ in line if abs(at) < LARGEST})
@@ -65,7 +76,7 @@ def _curves(
     columns, rows = (len(ys), 1) if wide else (1, len(ys))
     legend = 3 if wide else 1
     height = 50 + (300 if wide else 200) * rows + 17 * -(-entries // legend)
-    with svg.styled(height, svg.WIDE if wide else svg.WIDTH) as figure:
+    with svg.styled(height, wide or svg.WIDTH) as figure:
         axes: Any = figure.subplots(rows, columns, sharex=True, squeeze=False).flatten()
         for place, (axis, y) in enumerate(zip(axes, ys, strict=True)):
             for number_of, (label, look) in enumerate(looks.items()):
@@ -95,7 +106,8 @@ def _looks(lines: dict[str, list[Point]], style: str) -> dict[str, dict[str, Any
     if len(coloured) > len(svg.SERIES):
         longest = sorted(coloured, key=lambda label: -len(lines[label]))[: len(svg.SERIES)]
         coloured = [label for label in coloured if label in longest and len(lines[label]) > 1]
-    same: dict[str, Any] = {"markersize": 5.5, "markeredgecolor": svg.PAPER, "markeredgewidth": 0.6, "linestyle": style}
+    same: dict[str, Any] = {"markeredgecolor": svg.PAPER, "markeredgewidth": 0.6, "linestyle": style}
+    same["markersize"] = 5.5 if style else 8
     looks = {
         label: same | {"color": colour, "marker": marker, "label": _shortened(label)}
         for label, colour, marker in zip(coloured, svg.SERIES, MARKERS, strict=False)
@@ -121,7 +133,9 @@ def _at_places(axis: Any, kind: Axis, places: Sequence[float]) -> None:
         axis.axes.set_xlim(places[0] / 2, places[0] * 2)
     elif len(places) == 1:
         axis.axes.set_xlim(places[0] - 1, places[0] + 1)
-    if len(places) == 1 or (len(places) <= FEW and kind.scale == "linear"):
+    least = (places[-1] - places[0]) / CLOSEST if places else 0.0
+    are_apart = all(after - before >= least for before, after in pairwise(places))
+    if len(places) == 1 or (len(places) <= FEW and are_apart and kind.scale == "linear"):
         shown = axis.get_major_formatter()
         axis.set_ticks(list(places))
         axis.set_major_formatter(shown if kind.scale != "linear" else (lambda value, _: f"{value:g}"))

@@ -102,9 +102,15 @@ def _rewritten(tag: str, name: str, used: set[str]) -> str:
     return re.sub(r"\s*\n\s*", "\n", tag)
 
 
-def alone(svg: str) -> str:
-    """The same as a file of its own, with its colours in it."""
-    style = f"svg{{{variables(LIGHT)}background:var(--paper)}}"
-    style += f"@media(prefers-color-scheme:dark){{svg{{{variables(DARK)}}}}}"
+def alone(svg: str, dark: bool | None = None) -> str:
+    """The same as a file of its own, with its colours in it.
+
+    Args:
+        svg: as `drawing` returns it.
+        dark: for a dark page, or for a light one; None follows the system.
+    """
+    style = f"svg{{{variables(DARK if dark else LIGHT)}background:var(--paper)}}"
+    if dark is None:
+        style += f"@media(prefers-color-scheme:dark){{svg{{{variables(DARK)}}}}}"
     end = svg.index(">") + 1
     return f"{svg[:end]}<style>{style}</style>{svg[end:]}\n"

@@ -188,7 +188,7 @@ def _title(record: Record, apart: Sequence[str] = ()) -> str:
 
 
 def _calibration_tokens(record: Record, unknown: float = math.nan) -> float:
-    """As asked for, where the record says: how many are really read differs a little with the length of windows."""
+    """As asked for, where the record says: how many are read differs a little with the length of windows."""
     asked = record.options.get("calibrated")
     given = asked.get("tokens") if isinstance(asked, dict) else None
     tokens = number(record.figures.get("calibration_tokens") if given is None else given)

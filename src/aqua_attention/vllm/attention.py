@@ -76,7 +76,9 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
                     f"this model has attention with {name}, which AQUA does not serve: choose another backend"
                 )
         if attn_type != AttentionType.DECODER:
-            raise AquaError(f"attention of kind {attn_type} is not served by AQUA: only decoders are")
+            raise AquaError(
+                f"attention of kind {attn_type} is not served by AQUA, only decoders are: choose another backend"
+            )
         check_engine(get_current_vllm_config())
         self.num_heads, self.head_size, self.num_kv_heads, self.scale = num_heads, head_size, num_kv_heads, float(scale)
         self.sliding_window, self.logits_soft_cap = sliding_window, logits_soft_cap or None
@@ -182,7 +184,7 @@ def own_heads(count: int, here: int) -> slice | None:
 
 
 def why_no_kernels(spec: Any, group: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why kernels do not decode such layers, so many query heads to a key-value head; None when they do."""
+    """Why kernels do not decode layers with so many query heads for each key-value head; None when they do."""
     config, head_size, value_dim = serving().config, spec.head_size, spec.head_size_v
     kept = config.kept_dims(head_size)
     of_head = torch.ones(1, kept, device=device)

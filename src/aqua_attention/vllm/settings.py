@@ -76,6 +76,6 @@ def _config(setting: str) -> AquaConfig:
             return AquaConfig.preset(setting)
         return AquaConfig.from_dict(json.loads(setting))
     except json.JSONDecodeError as error:
-        raise AquaError(f"{CONFIG} is {setting!r}: it is no JSON ({error})") from error
+        raise AquaError(f"{CONFIG} is {setting!r}: it is no JSON ({error}), give a preset's name or JSON") from error
     except AquaError as error:
         raise AquaError(f"{CONFIG}: {error}") from error

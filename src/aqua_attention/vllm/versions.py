@@ -24,7 +24,7 @@ class PagesByShape:
     def get_kv_cache_shape(
         num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, cache_dtype_str: str = "auto"
     ) -> tuple[int, ...]:
-        """See `AttentionBackend`: what is not stored, with `s_ratio`, takes its room all the same."""
+        """See `AttentionBackend`: with `s_ratio` the room of dimensions that are not stored is taken all the same."""
         content = 2 * head_size + (OLD_SCALE_BYTES if cache_dtype_str == INT8 else 0)
         return num_blocks, num_kv_heads, block_size, content
 

@@ -48,8 +48,8 @@ class Haystack:
             if ends[stop] - ends[start] >= 0.9 * room:
                 return start, stop
         raise AquaError(
-            f"hardly a piece of the text from one sentence end to another has about {room} tokens: give a text with "
-            "more full stops or empty lines, or another length"
+            f"too few parts of the text that end with a sentence have about {room} tokens: give a text with more full "
+            "stops or empty lines, or another length"
         )
 
 
@@ -63,7 +63,7 @@ def hide(sentences: Sequence[str], needles: Sequence[str], places: Sequence[int]
 
 
 def new_numbers(rng: random.Random, count: int, digits: int, text: str) -> list[str]:
-    """Different ones of so many digits, none of which the text holds; AquaError where it is full of them."""
+    """`count` different numbers of `digits` digits that the text does not hold; AquaError if it holds too many."""
     numbers: dict[str, None] = {}
     for _ in range(TRIES + count):
         if len(numbers) == count:

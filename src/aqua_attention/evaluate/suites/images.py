@@ -41,9 +41,9 @@ def evaluate_images(
     model = subject.model
     name = type(model).__name__
     if IMAGES not in sides(model):
-        raise AquaError(f"{name} reads text, not images")
+        raise AquaError(f"{name} reads text, not images: give a model that reads images")
     if len(inputs) < 2:
-        raise AquaError(f"there is {len(inputs)} image: nearest neighbours need two or more")
+        raise AquaError(f"there is {len(inputs)} image: nearest neighbours need two or more, give more images")
     check_unpadded(inputs)
     runs = runs_of(subject, settings, IMAGES)
     batches = _batches(inputs)

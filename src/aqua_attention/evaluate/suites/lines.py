@@ -53,7 +53,7 @@ def read_lines_questions(path: Path, *, count: int | None = None) -> list[Questi
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise AquaError(f"{path} cannot be read ({error}): fetch it again") from error
     if not questions:
-        raise AquaError(f"{path} holds no questions: it is empty")
+        raise AquaError(f"{path} is empty: give a file with questions")
     return questions
 
 
@@ -97,7 +97,7 @@ def _parsed(line: str, where: str) -> Question:
     except (ValueError, TypeError, RecursionError) as error:
         raise AquaError(f"{where} is no LongEval line question ({error}): mend or drop it") from error
     except KeyError as error:
-        raise AquaError(f"{where} has no field {error}: it is no LongEval line question") from error
+        raise AquaError(f"{where} has no field {error}, so it is no LongEval line question: mend or drop it") from error
     name = name[0] if isinstance(name, list) and name else name
     for field, value in (("prompt", prompt), ("random_idx", name)):
         # Half of a surrogate pair is what no tokenizer takes.

@@ -266,8 +266,8 @@ def context_jobs(
     """A job for every length tested, length calibrated, number of calibration tokens, and setting.
 
     Its result is that of `perplexity_figures`, with `calibrated_length`, `tested_length` and `calibration_tokens`
-    (those really read). AquaError as `check_sizes` and `resolved_settings`; a window longer than the test text or the
-    positions.
+    (those that were read). AquaError as `check_sizes` and `resolved_settings`; a window longer than the test text or
+    the positions.
 
     Args:
         calibration, test: names and texts, different ones.

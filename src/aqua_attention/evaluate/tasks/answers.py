@@ -88,7 +88,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, context: str, continuation: str
     start = len(tokenizer(bare, verbose=False)["input_ids"])
     if not 0 < start < len(ids):
         raise AquaError(
-            f"the tokenizer leaves nothing of the answer {continuation!r} after {bare[-40:]!r}: it cannot be scored"
+            f"the tokenizer leaves nothing of the answer {continuation!r} after {bare[-40:]!r}, which cannot be "
+            "scored: drop the question"
         )
     return _Pair(tuple(ids), start)
 

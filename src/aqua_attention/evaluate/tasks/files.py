@@ -64,7 +64,7 @@ def read_rows(files: Sequence[Path], columns: Sequence[str] | None = None) -> li
     """
     rows = [row for file in files for row in _read(file, columns)]
     if not rows:
-        raise AquaError(f"{', '.join(map(str, files))} holds no questions: it is empty")
+        raise AquaError(f"{', '.join(map(str, files))} is empty: give a file with questions")
     return rows
 
 

@@ -165,7 +165,7 @@ def _outside(setting: Setting, lengths: list[int]) -> float:
 
 
 def _pairs(tokens: int) -> int:
-    """How many pairs of a query and a key it sees so many tokens have."""
+    """How many pairs of a query and a visible key there are in so many tokens."""
     return max(0, tokens) * max(0, tokens + 1) // 2
 
 

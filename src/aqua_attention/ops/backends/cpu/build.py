@@ -57,7 +57,9 @@ def kernels() -> ctypes.CDLL:
         _compile(compiler, target)
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise AquaError(f"the CPU kernel cannot be kept in or loaded from {folder}: {error}") from error
+        raise AquaError(
+            f"the CPU kernel cannot be kept in or loaded from {folder} ({error}): set AQUA_CACHE_DIR"
+        ) from error
 
 
 def _compiler() -> str | None:
@@ -75,9 +77,14 @@ def _compile(compiler: str, target: Path) -> None:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
             except subprocess.TimeoutExpired as error:
-                raise AquaError(f"the C compiler {compiler} did not end within {SECONDS} s") from error
+                raise AquaError(
+                    f"the C compiler {compiler} did not end within {SECONDS} s: set CC to another"
+                ) from error
             if done.returncode != 0:
-                raise AquaError(f"the C compiler {compiler} cannot compile {SOURCE.name}: {done.stderr.strip()[-400:]}")
+                said_why = " ".join(done.stderr.split())[-400:]
+                raise AquaError(
+                    f"the C compiler {compiler} cannot compile {SOURCE.name} ({said_why}): set CC to another"
+                )
         linked.replace(target)
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole decoding step with every dimension in one launch, for caches of few tokens.
 
-`prepare` and `decode` are two, and below some thousands of tokens it is launches that take the time. Here each program
-rotates the query itself, and only the one with the newest tokens does anything with the key.
+At k = d nothing is selected, so one launch suffices. `prepare` and `decode` take two, and below some thousands of
+tokens launches take most of the time. Here each program rotates the query itself, and only the one with the newest
+tokens does anything with the key.
 """
 
 import torch

@@ -83,7 +83,10 @@ def check_selected(
     heads = query.shape[1]
     expect("output", output, query.dtype, (batch, heads, value_dim))
     if work.rotated.shape != (batch, heads, kept) or work.dims.shape[2] != plan.k:
-        raise AquaError(f"work is for queries {tuple(work.rotated.shape)} and {work.dims.shape[2]} dimensions")
+        raise AquaError(
+            f"work is for queries {tuple(work.rotated.shape)} and {work.dims.shape[2]} dimensions: give it "
+            f"{(batch, heads, kept)} and {plan.k}"
+        )
     for name, states in (("query", query), ("key", key), ("value", value), ("rotation", plan.rotation)):
         if not states.is_contiguous():
             raise AquaError(f"{name} must be contiguous")

@@ -168,7 +168,7 @@ class TokenWork:
             elif way == WAYS[2]:
                 chunks = min(-(-count * PHASE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
         if way != WAYS[2] and chunks >= count:
-            raise AquaError(f"chunks is {chunks}: so many programs must run at once, and here {count} surely do")
+            raise AquaError(f"chunks is {chunks}: so many programs must run at once, give less than {count}")
         if way == WAYS[0]:
             splits = chunks
         elif splits is None:
