@@ -269,6 +269,13 @@ class AquaConfig:
         return self.select_p is not None or self.select_tokens is not None
 
     @property
+    def choice(self) -> str:
+        """How many tokens are read, in words; empty: all."""
+        if self.select_p is not None:
+            return f"select_p={self.select_p:g}"
+        return "" if self.select_tokens is None else f"select_tokens={self.select_tokens}"
+
+    @property
     def changes(self) -> dict[str, Any]:
         """The fields that are not at their defaults."""
         config: Any = type(self)

@@ -7,8 +7,10 @@ import torch
 import aqua_attention as aqua
 from aqua_attention.evaluate.setting import Setting
 from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
+from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 from conftest import VOCABULARY, calibrated, make_gemma3, subject_of
 
+OTHER_BITS = "leave bits out, or set score_bits=16"
 SELECT = {"k_ratio": 0.5, "select_p": 0.8, "sink": 2, "recent": 4, "score_bits": 8}
 
 
@@ -91,6 +93,28 @@ def test_explain_says_what_it_costs(llama):
         assert explained.decoding.layout == "growing"
         assert "it reads every token" in str(explained)
         assert "select_p" in str(explained)
+
+
+def test_explain_says_who_chooses_on_a_cpu(llama, monkeypatch):
+    """The kernel in C is no obstacle; what it does not take has a remedy."""
+    if no_kernel_reason():
+        pytest.skip(no_kernel_reason())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    found = {}
+    for more in ({}, {"score_bits": 16}, {"score_bits": 4}, {"share": "head"}, {"bits": 8}):
+        with aqua.apply(*llama, SELECT | more) as attachment:
+            found[str(more)] = explained = attachment.explain(100)
+            assert (explained.decoding.layout, explained.decoding.choice) == ("growing", "select_p=0.8")
+    in_c, others = list(found.values())[:2], list(found.values())[2:]
+    assert [(each.reason, each.decoding.unchosen, set(each.decoding.backends)) for each in in_c] == [
+        (None, None, {"cpu"})
+    ] * 2
+    # 3 layers of 2 heads: 8 of 16 dimensions in a byte and a scale, or whole keys; keys and values of those chosen.
+    sizes = [(each.decoding.bytes.token, each.decoding.bytes.chosen, each.decoding.bytes.held) for each in in_c]
+    assert sizes == [(6 * 10, 6 * 128, 6 * (128 + 18)), (6 * 64, 6 * 128, 6 * 128)]
+    assert [each.remedy for each in others] == ["set score_bits=8", "set share='group'", OTHER_BITS]
+    assert all(set(each.decoding.backends) == {"chunked"} and each.decoding.bytes.chosen == 0 for each in others)
+    assert "tokens are chosen by plain torch, because score_bits is 4" in str(others[0])
 
 
 def test_what_is_read_is_counted(llama):

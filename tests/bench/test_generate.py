@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache, OPTConfig, OPTForCausalLM, StaticCache
 import aqua_attention as aqua_package
 from aqua_attention.bench import clocked, random_llama
 from aqua_attention.bench import generate as bench
+from aqua_attention.bench.generate_gate import is_exact
 from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.model.capture import attention_layers
 from aqua_attention.report.recognise import records_of
@@ -30,6 +32,7 @@ SHAPE = {
 EXACT = aqua_package.AquaConfig(k_ratio=1, selection="weighted", share="group", sink=4, recent=64)
 
 HALF = aqua_package.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64)
+SELECT = aqua_package.AquaConfig(k_ratio=0.25, sink=4, recent=16, select_tokens=10, score_bits=8)
 INT8 = aqua_package.AquaConfig(k_ratio=0.5, selection="weighted", share="group", sink=4, recent=64, bits=8)
 
 
@@ -67,6 +70,16 @@ def test_bytes_are_those_of_the_weights_but_the_embeddings_and_of_the_chosen_dim
     for config, each in ((None, 32 * 4), (EXACT, 32 * 4), (HALF, 24 * 4), (INT8, 24 + 4)):
         read = bench.step_bytes(model, layers, batch=3, length=100, config=config)
         assert read - weights == tokens * each
+
+
+@pytest.mark.parametrize(("bits", "whole"), [(None, 32 * 4), (8, 32 + 4)])
+def test_where_tokens_are_chosen_all_are_scored_and_some_are_read(model, bits, whole):
+    sizes = {"batch": 3, "length": 100, "config": dataclasses.replace(SELECT, bits=bits)}
+    tokens, weights = 2 * 3 * 2 * 100, bench.weight_bytes(model)
+    for share in (0.25, 1.0):
+        read = bench.step_bytes(model, attention_layers(model), **sizes, tokens_read=share)
+        assert read - weights == tokens * (4 + 2 + share * whole)
+    assert not is_exact(dataclasses.replace(SELECT, k_ratio=1.0))
 
 
 def test_tied_embeddings_are_read_and_of_a_sliding_window_only_its_tokens():
@@ -168,7 +181,8 @@ def test_a_small_model_is_measured_on_a_cpu_by_the_command(aqua, tmp_path, monke
     monkeypatch.setattr(random_llama, "LLAMA_SMALL", random_llama.LLAMA_8B | SHAPE | {"vocab_size": VOCABULARY})
     file = tmp_path / "generate.json"
     arguments = ("--device", "cpu", "--size", "2x40", "--length", 24, "--new-tokens", 16, "--int8", "--json", file)
-    code, out, err = aqua("bench", "generate", *arguments)
+    choices = ("--select-p", 0.5, "--select-tokens", 3, "--sink", 1, "--recent", 2)
+    code, out, err = aqua("bench", "generate", *arguments, *choices)
     assert code == 0, err
     assert "AQUA, k_ratio 0.5" in out
     value = json.loads(file.read_text())
@@ -178,7 +192,8 @@ def test_a_small_model_is_measured_on_a_cpu_by_the_command(aqua, tmp_path, monke
     for result in value["results"]:
         names = [(row["name"], row["k_ratio"], row["bits"]) for row in result["rows"]]
         assert names[0] == ("transformers, default", None, None)
-        assert names[1:] == [("AQUA", 0.9, None), ("AQUA", 0.5, None), ("AQUA, int8", 0.5, 8)]
+        assert names[1:4] == [("AQUA", 0.9, None), ("AQUA", 0.5, None), ("AQUA, int8", 0.5, 8)]
+        assert names[4:] == [("AQUA, select_p=0.5", 0.5, None), ("AQUA, select_tokens=3", 0.5, None)]
         assert result["baseline"] == "transformers, default"
         assert not result["compiled"]
         assert not result["is_filled"]
@@ -190,7 +205,9 @@ def test_a_small_model_is_measured_on_a_cpu_by_the_command(aqua, tmp_path, monke
         ours = result["rows"][1:]
         assert {row["recorded"] for row in ours} == {False}
         assert all(row["reason"] for row in ours)
-        assert {row["layout"] for row in ours} <= {"tiled", "plain"}
+        assert {row["layout"] for row in ours} <= {"tiled", "plain", "growing"}
+        assert all(0 < row["tokens_read"] < 1 and row["setting"]["score_bits"] == 8 for row in ours[3:])
+        assert not any("tokens_read" in row for row in ours[:3])
     found = records_of(value, "generate.json")
     assert [record.suite for record in found] == ["generate", "generate"]
     assert SUITES["generate"].command == "aqua bench generate"
@@ -222,6 +239,7 @@ REFUSED = {
     "few tokens": (["--new-tokens", "9", "--layers", "1"], "new_tokens is 9: it must be 16 or more"),
     "a dtype": (["--dtype", "int8"], "dtype is 'int8': it must be auto, float32, bfloat16, float16"),
     "a ratio": (["--k-ratio", "2", "--layers", "1"], "k_ratio is 2.0"),
+    "bits of scores": (["--select-p", "0.5", "--score-bits", "5", "--layers", "1"], "score_bits is 5"),
     "layers": (["--layers", "0"], "give one layer or more"),
     "projections of no model": (["-p", "p"], "--projections and --data are for a MODEL"),
     "a model alone": (["MODEL"], "needs its projections: make them by `aqua calibrate`, and give -p FILE"),

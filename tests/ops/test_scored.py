@@ -55,6 +55,28 @@ def test_what_is_scored_is_what_the_reference_scores(bits):
         assert torch.allclose(given, values[row, :, :length], atol=limit)
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_cache_grows_changes_places_and_is_read(bits):
+    plan = plan_of(kv_heads=2, **KNOBS)
+    cache = cache_of(plan, 2, 130, bits=bits)
+    keys, values = random(2, 2, 120, 8), random(2, 2, 120, 16, seed=1)
+    cache.fill(keys, values, torch.tensor([120, -1]))
+    larger = cache.enlarged(300)
+    assert (larger.max_length, larger.codes.shape[2], larger.memory is cache.memory) == (300, 3, True)
+    larger.take(torch.tensor([0, 0]))
+    assert larger.lengths.tolist() == [120, 120]
+    for row in range(2):
+        assert all(torch.equal(*pair) for pair in zip(larger.read(row, 120), cache.read(0, 120), strict=True))
+    for found, given in zip(larger.held(), (keys, values), strict=True):
+        assert torch.allclose(found, given[:1].expand(2, -1, -1, -1), atol=0.05 if bits else 0)
+    with pytest.raises(AquaError, match="1 sequences cannot take the places of 2"):
+        cache.take(torch.tensor([0]))
+    cache.clear()
+    assert cache.held()[0].shape == (2, 2, 0, 8)
+    with pytest.raises(AquaError, match="do not fit a cache of keys"):
+        cache.fill(random(2, 2, 131, 8), random(2, 2, 131, 16), torch.tensor([1, 1]))
+
+
 def test_steps_from_nothing_are_a_prompt_and_a_full_cache_takes_no_more():
     plan = plan_of(kv_heads=2, **KNOBS)
     cache, whole = cache_of(plan, 1, 130), cache_of(plan, 1, 130)

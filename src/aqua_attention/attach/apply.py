@@ -383,7 +383,7 @@ class Attachment:
                 "sink, recent and min_length in a sliding-window layer need a 2-D mask, not a 4-D one: set them to 0"
             )
         observer = self.on_selection
-        call = call._replace(sink=plan.sink, recent=plan.recent, is_observed=observer is not None)
+        call = call._replace(sink=plan.sink, recent=plan.recent, is_observed=bool(observer or self.on_reading))
         with without_autocast(call.query.device.type):
             output, selected, rotated, reading = layer_of(call.key, plan).attend(call, is_sliding)
         if observer is not None:

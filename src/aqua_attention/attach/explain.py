@@ -22,15 +22,22 @@ from aqua_attention.cache.cache import AquaCache, sliding_windows
 from aqua_attention.cache.growing import FEW_QUERIES, RotatedLayer
 from aqua_attention.cache.layer import RotatedSlidingLayer
 from aqua_attention.cache.ring import RingLayer
-from aqua_attention.cache.stored import states_bytes, token_bytes
+from aqua_attention.cache.scored import ScoredLayer
+from aqua_attention.cache.stored import choice_bytes, held_bytes, states_bytes, token_bytes
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.errors import Reason, remedy_of
 from aqua_attention.model.capture import AttentionLayer
 from aqua_attention.model.interface import directed
-from aqua_attention.ops.backend import choose, tiled_backend, why_not_preferred
+from aqua_attention.ops.backend import choose, tiled_backend, why_not_chosen, why_not_preferred
 from aqua_attention.ops.plan import Call, LayerPlan
 
-KINDS = {TiledLayer: "tiled", RingLayer: "ring", RotatedLayer: "growing", RotatedSlidingLayer: "sliding"}
+KINDS = {
+    TiledLayer: "tiled",
+    ScoredLayer: "scored",
+    RingLayer: "ring",
+    RotatedLayer: "growing",
+    RotatedSlidingLayer: "sliding",
+}
 STORES = "torch over what is stored"
 """In place of a backend, where few queries are multiplied with codes."""
 
@@ -101,6 +108,7 @@ def _decoding(
         unrecorded = Reason("the cache is not tiled", remedy_of(known.untiled))
     calls = [(each, _call(known.decoder, each, batch, 1, length + 1)) for each in layers]
     compiled, left_out, uncompiled = _compiled(parts) if unrecorded is None else ({}, {}, None)
+    unchosen = next(filter(None, (_why_not_chosen(known, each, call) for each, call in calls)), None)
     return Decoding(
         backends=dict(Counter(_backend(each, call) for each, call in calls)),
         layout=layout,
@@ -113,7 +121,9 @@ def _decoding(
         left_out=left_out,
         uncompiled=uncompiled,
         unskipped=_why_not_skipping(layers, length),
-        bytes=_bytes(layers, known.decoder.dtype.itemsize, length, batch),
+        choice=next(filter(None, (each.plan.config.choice for each in layers)), ""),
+        unchosen=unchosen,
+        bytes=_bytes(layers, known.decoder.dtype.itemsize, length, batch, by_kernel=unchosen is None),
     )
 
 
@@ -121,6 +131,15 @@ def _why_not_skipping(layers: list[_Layer], length: int) -> str | None:
     """Why layers that see the whole context multiply every dimension; those with a window are exact on purpose."""
     reasons = (each.plan.why_not_skipping(length) for each in layers if each.window is None)
     return next(filter(None, reasons), None)
+
+
+def _why_not_chosen(known: Known, layer: _Layer, call: Call) -> str | None:
+    """Why no kernel chooses the tokens of a layer; None when one does, or all are read."""
+    if not layer.plan.config.chooses_tokens or isinstance(layer.cached, ScoredLayer):
+        return None
+    reason = why_not_chosen(_asked(layer, call)[0], layer.plan)
+    # That of a GPU's kernels, where there is one.
+    return known.untiled or reason if reason and call.query.is_cuda else reason
 
 
 def _kind(cached: Any) -> str:
@@ -169,7 +188,8 @@ def _asked(layer: _Layer, call: Call) -> tuple[Call, LayerPlan | None]:
     """What a backend is asked: a store that is not plain rotates and chooses by itself."""
     if not isinstance(layer.cached, RotatedLayer):
         return call, layer.plan
-    return call._replace(score_copy=layer.cached.score_copy), layer.plan if layer.plan.is_plain else None
+    by_token = layer.plan.is_plain or layer.plan.config.chooses_tokens
+    return call._replace(score_copy=layer.cached.score_copy), layer.plan if by_token else None
 
 
 def _backend(layer: _Layer, call: Call) -> str:
@@ -182,17 +202,37 @@ def _backend(layer: _Layer, call: Call) -> str:
     return choose(call, plan).name
 
 
-def _bytes(layers: list[_Layer], itemsize: int, length: int, batch: int) -> Bytes:
+def _bytes(layers: list[_Layer], itemsize: int, length: int, batch: int, *, by_kernel: bool) -> Bytes:
+    """See `Bytes`; `by_kernel`: chosen tokens are all that is read beside scores."""
     full, slides = ([each for each in layers if (each.window is None) == whole] for whole in (True, False))
-    token = sum(token_bytes(each.plan, itemsize, length, isinstance(each.cached, TiledLayer)) for each in full)
+    token = chosen = step = 0.0
+    for each in full:
+        plan, is_tiled = each.plan, isinstance(each.cached, TiledLayer)
+        if not (by_kernel and plan.config.chooses_tokens):
+            token += token_bytes(plan, itemsize, length, is_tiled)
+            continue
+        bits = plan.config.bits if is_tiled else None
+        sizes = choice_bytes(plan.config, plan.head_dim, itemsize, bits)
+        scored, whole = (plan.num_key_value_heads * size for size in sizes)
+        token, chosen, step = token + scored, chosen + whole, step + whole * _most_chosen(plan, length)
     dense = sum(_state_bytes(each, each.plan.head_dim, itemsize) for each in full)
+    held = sum(held_bytes(each.plan, itemsize, _kind(each.cached)) for each in full)
     # Windows keep every stored dimension, and are multiplied in plain torch.
     widths = [(each, min(each.window or 0, length)) for each in slides]
-    step = sum(count * _state_bytes(each, each.plan.rotation.shape[2], itemsize) for each, count in widths)
+    step += sum(count * _state_bytes(each, each.plan.rotation.shape[2], itemsize) for each, count in widths)
     dense_step = sum(count * _state_bytes(each, each.plan.head_dim, itemsize) for each, count in widths)
     is_bound = any(each.plan.is_adaptive and isinstance(each.cached, TiledLayer) for each in full)
+    is_bound = is_bound or (chosen > 0 and any(each.plan.config.select_p is not None for each in full))
     step, dense_step = round(batch * (length * token + step)), batch * (length * dense + dense_step)
-    return Bytes(round(token), dense, step, dense_step, is_bound)
+    return Bytes(round(token), dense, step, dense_step, is_bound, round(chosen), round(held))
+
+
+def _most_chosen(plan: LayerPlan, length: int) -> int:
+    """Tokens that a step attends to at most, but for those that weigh as much as the last one."""
+    count = plan.config.select_tokens
+    if count is None or length < plan.min_length:
+        return length
+    return min(length, count + plan.sink + plan.recent)
 
 
 def _state_bytes(layer: _Layer, width: int, itemsize: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 from aqua_attention.attach.recording import NATURAL
 from aqua_attention.errors import remedy_of, said
+from aqua_attention.ops.backend import FROM_GROWING
 
 MOST_KINDS = 6
 """Kinds of compiled parts that are named in a line."""
@@ -32,9 +33,12 @@ class Bytes:
     """Bytes of keys and values that decoding reads in all layers, and those that dense attention reads.
 
     Attributes:
-        token, dense_token: for each token of context, in the layers that see all of it.
+        token, dense_token: for each token of context, in the layers that see all of it; where a kernel chooses tokens
+            what scores them.
         step, dense_step: for a new token of each sequence.
-        is_bound: whether fewer may be read, because `logit_error` decides.
+        is_bound: whether fewer may be read, because `logit_error` or `select_p` decides.
+        chosen: for each token that is chosen; 0 where no kernel chooses.
+        held: that the cache holds for each token of context, in these layers, with what is scored; dense: dense_token.
     """
 
     token: int
@@ -42,6 +46,8 @@ class Bytes:
     step: int
     dense_step: int
     is_bound: bool
+    chosen: int
+    held: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,8 @@ class Decoding:
     Attributes:
         backends: how many layers each backend takes.
         layout: "tiled"; "growing"; "model's own" where keys do not come straight from a cache.
-        layers: how many layers of the cache are of which kind, such as {"tiled": 3, "ring": 15}.
+        layers: how many layers of the cache are of which kind, such as {"tiled": 3, "ring": 15}; "scored" are those in
+            the tiled layout that choose tokens.
         sliding: how many layers see a window only, so that AQUA saves nothing there.
         untiled: why the cache is not tiled; None when it is.
         recorded: whether steps are recorded as a CUDA graph; unrecorded: why not.
@@ -59,6 +66,8 @@ class Decoding:
             they are.
         uncompiled: why nothing is compiled; None when something is, or steps are not recorded.
         unskipped: why every dimension is multiplied; None when some are left out.
+        choice: how many tokens are chosen, such as "select_p=0.95"; empty where all are read.
+        unchosen: why no kernel chooses them; None when one does, or all are read.
         bytes: what is read.
     """
 
@@ -73,6 +82,8 @@ class Decoding:
     left_out: dict[str, int]
     uncompiled: str | None
     unskipped: str | None
+    choice: str
+    unchosen: str | None
     bytes: Bytes
 
 
@@ -129,8 +140,8 @@ class Explanation:
         if now is not None:
             # What `min_length` is for is no obstacle.
             unskipped = now.unskipped if remedy_of(now.unskipped) else None
-            found += [now.untiled, now.unrecorded, now.uncompiled, unskipped]
-        return (each for each in found if each and each not in NATURAL)
+            found += [now.untiled, now.unchosen, now.unrecorded, now.uncompiled, unskipped]
+        return (each for each in found if each and each not in (*NATURAL, FROM_GROWING))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -162,6 +173,11 @@ def _decoding_lines(decoding: Decoding, length: int, batch: int) -> Iterator[str
     recorded = "recorded as a CUDA graph" if decoding.recorded else f"not recorded ({decoding.unrecorded})"
     yield f"decoding after {length} tokens: {_counted(decoding.backends)}, {decoding.layout} cache, steps {recorded}"
     yield f"  keys and values read: {_read(decoding, batch)}"
+    if decoding.choice:
+        by = f"plain torch, because {said(decoding.unchosen)}" if decoding.unchosen else "a kernel"
+        held, dense = _amount(decoding.bytes.held), _amount(decoding.bytes.dense_token)
+        yield f"  keys and values held: {held} for each token of context (dense: {dense})"
+        yield f"  {decoding.choice}: tokens are chosen by {by}"
     if decoding.sliding:
         total = sum(decoding.backends.values())
         yield f"  {decoding.sliding} of {_layers(total)} slide: they read their window only, AQUA saves nothing there"
@@ -177,7 +193,9 @@ def _read(decoding: Decoding, batch: int) -> str:
     read, most = decoding.bytes, "at most " if decoding.bytes.is_bound else ""
     tokens = "a new token" if batch == 1 else f"{batch} new tokens"
     step = f"{most}{_amount(read.step)} for {tokens} (dense: {_amount(read.dense_step)})"
-    token = f"{most}{_amount(read.token)} for each token of context (dense: {_amount(read.dense_token)}), "
+    chosen = f" and {_amount(read.chosen)} for each one chosen" if read.chosen else ""
+    each = f"{'' if chosen else most}{_amount(read.token)} for each token of context{chosen}"
+    token = f"{each} (dense: {_amount(read.dense_token)}), "
     why = f"; {decoding.unskipped}" if decoding.unskipped and not remedy_of(decoding.unskipped) else ""
     return f"{token if read.dense_token else ''}{step}{why}"
 

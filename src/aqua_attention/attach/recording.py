@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 from transformers import Cache, PreTrainedTokenizerBase
 
+from aqua_attention.attach.observers import noted, observers_of, tell
 from aqua_attention.attach.rehearsal import GeneratingThreads, Rehearsal, as_recorded
 from aqua_attention.errors import Reason
 
@@ -91,7 +92,7 @@ class RecordedSteps:
     Attributes:
         graph: the recorded step; None before it is recorded.
         inputs: where it reads its inputs; outputs: what it writes, but for the cache; kind: the type that holds them.
-        observed: what `on_selection` is told after each replay.
+        observed: what observers are told after each replay, with their names.
         key, state: the inputs, and the model and memory of the cache, that it was recorded for.
         call: the call of `generate` that the last step was part of.
         is_fresh: whether something else than a step came last, so that everything must be looked at again.
@@ -144,7 +145,7 @@ class Recorder:
             why_not: maps a cache and the attention mask to why its next step cannot be recorded; None when it can. The
                 cache has `max_length`, tokens it has room for.
             parts: a context in which the step runs that is recorded, and the one before: parts of the model compiled.
-            observing: has `on_selection`, see `Attachment`.
+            observing: has observers, see `Attachment`.
         """
         self.model, self._forward, self._why_not = model, forward, why_not
         self._parts, self._observing, self._graph = parts, observing, CudaGraph
@@ -236,7 +237,7 @@ class Recorder:
 
     def _key(self, inputs: dict[str, Any]) -> Key:
         """What must be the same for a recording to be the step that these inputs ask for."""
-        found: list[Any] = [torch.is_inference_mode_enabled(), getattr(self._observing, "on_selection", None) is None]
+        found: list[Any] = [torch.is_inference_mode_enabled(), *observers_of(self._observing)]
         found.append(_autocast(self._graph.device))
         for name in sorted(inputs.keys() - {CACHE, MASK}):
             value = inputs[name]
@@ -294,7 +295,12 @@ class Recorder:
                 self.reason = Reason("another thread generates, which a recording would disturb")
                 return False
             try:
-                with self._parts(), self._observed(steps.observed), as_recorded(), self._without_autocast_cache():
+                with (
+                    self._parts(),
+                    noted(self._observing, steps.observed),
+                    as_recorded(),
+                    self._without_autocast_cache(),
+                ):
                     outputs = graph.record(lambda: self._forward(**steps.inputs, **{CACHE: cache}))
             except Exception as error:  # without a recording it may be none, or say it better
                 steps.refused = self.reason = Reason(f"recording failed: {(str(error).splitlines() or [''])[0][:160]}")
@@ -320,23 +326,9 @@ class Recorder:
         self.reason, self.replays = "", self.replays + 1
         self.last.replays += 1
         # Clones, because the next replay writes over them.
-        for told in steps.observed:
-            self._observing.on_selection(*(each.clone() if isinstance(each, Tensor) else each for each in told))
+        tell(self._observing, steps.observed)
         outputs = tree_map_only(Tensor, torch.clone, steps.outputs)
         return steps.kind(**outputs, **{CACHE: cache})
-
-    @contextmanager
-    def _observed(self, told: list[Any]) -> Iterator[None]:
-        """Collect what `on_selection` would be told, which every replay writes anew."""
-        observer = getattr(self._observing, "on_selection", None)
-        if observer is None:
-            yield
-            return
-        self._observing.on_selection = lambda *seen: told.append(seen)
-        try:
-            yield
-        finally:
-            self._observing.on_selection = observer
 
 
 def _addresses(layer: Any) -> list[int]:

@@ -20,8 +20,10 @@ from aqua_attention.attach.compiled import CompiledParts
 from aqua_attention.attach.door import apply
 from aqua_attention.bench.clocked import (
     SETTLING,
+    SHORT_CALL,
     Options,
     Task,
+    clocked,
     default_options,
     figures,
     free,
@@ -31,7 +33,7 @@ from aqua_attention.bench.clocked import (
 from aqua_attention.bench.generate_dense import KERNELS, NAME, Parts, dense_row, static_options, why_failed
 from aqua_attention.bench.generate_gate import FORCED, SHORT, Gate, check_generate
 from aqua_attention.cache.cache import sliding_windows
-from aqua_attention.cache.stored import states_bytes
+from aqua_attention.cache.stored import choice_bytes, states_bytes
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
@@ -39,6 +41,7 @@ from aqua_attention.machine import device_name
 from aqua_attention.model.capture import AttentionLayer, attention_layers, input_device
 from aqua_attention.model.limits import check_tokens, has_learned_positions, position_limit
 from aqua_attention.ops.backend import tiled_backend
+from aqua_attention.ops.plan import Reading
 
 Settings = tuple[AquaConfig, ...]
 Progress = Callable[[int, int], None]
@@ -108,7 +111,8 @@ class GenerateBenchmark:
             each sequence), `tokens_per_second` (of all), `first_seconds` (from the call to the first token, median of
             3; None for a filled cache), `peak_bytes` (of the second call), `once_seconds` (what the first call took
             more: to compile, to record), `recorded` and `reason` (why not), `step_seconds` (the recorded step alone)
-            and `added_seconds` (what `generate` adds to it), `ratio` (to the baseline, above 1 is faster),
+            and `added_seconds` (what `generate` adds to it), `tokens_read` (the share of
+            the tokens that a step read, where it chooses them), `ratio` (to the baseline, above 1 is faster),
             `default_ratio` (to transformers' default), `first_ratio` (of the first token to the fastest dense one,
             above 1 is slower), `bytes` (weights, keys and values that a step needs), `roofline_seconds` (what reading
             them takes at the measured bandwidth) and `share` (these of `seconds`); or `absent` (why it did not run).
@@ -210,18 +214,24 @@ class GenerateBenchmark:
             torch.compiler.reset()
 
     def _ours(self, task: Task, config: AquaConfig) -> dict[str, Any]:
-        name = f"AQUA, int{config.bits}" if config.bits else "AQUA"
+        bits = f"int{config.bits}" if config.bits else ""
+        name = ", ".join(filter(None, ("AQUA", bits, config.choice)))
         row: dict[str, Any] = {"name": name, "k_ratio": config.k_ratio, "bits": config.bits}
         row["setting"] = config.to_dict()
         try:
             with apply(self.model, self.projections, config, compile=self.compile) as attachment:
-                row |= figures(task, own_options(task, attachment), attachment._recorder)
-                return self._counted(task, row | facts(attachment), config)
+                options = own_options(task, attachment)
+                row |= figures(task, options, attachment._recorder)
+                row |= facts(attachment)
+                if config.chooses_tokens:
+                    row["tokens_read"] = tokens_read(task, options, attachment)
+                return self._counted(task, row, config)
         except torch.OutOfMemoryError as error:
             return row | {"absent": why_failed(error)}
 
     def _counted(self, task: Task, row: dict[str, Any], config: AquaConfig | None) -> dict[str, Any]:
-        read = step_bytes(task.model, self._layers, batch=task.batch, length=task.length, config=config)
+        sizes = {"batch": task.batch, "length": task.length, "tokens_read": row.get("tokens_read", 1.0)}
+        read = step_bytes(task.model, self._layers, config=config, **sizes)
         return row if "absent" in row else row | {"bytes": read}
 
     def _facts(self, task: Task) -> dict[str, Any]:
@@ -241,6 +251,9 @@ def facts(attachment: Attachment) -> dict[str, Any]:
     """What the last `generate` of an attachment took: the layout of its cache, its backend, and why not another."""
     untiled = attachment._why_not_automatic()
     if untiled is not None:
+        decoding = attachment.explain().decoding if attachment.config.chooses_tokens else None
+        if decoding is not None and decoding.unchosen is None:
+            return {"layout": decoding.layout, "backend": next(iter(decoding.backends)), "reason": untiled}
         return {"layout": "plain", "backend": None, "reason": untiled}
     device = next(iter(attachment._cached().values())).rotation.device
     return {"layout": "tiled", "backend": tiled_backend(device).name, "reason": attachment._recorder.reason}
@@ -253,13 +266,36 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum(each.nbytes for each in model.parameters() if each is not unread)
 
 
+def tokens_read(task: Task, options: Options, attachment: Attachment) -> float:
+    """The share of the tokens seen that decoding steps read, in layers that choose; of a short call, not timed."""
+    counts = [0.0, 0.0]
+
+    def add(_: int, reading: Reading) -> None:
+        if reading.read.shape[2] == 1:
+            counts[0] += float(reading.read.sum())
+            counts[1] += float(reading.seen.sum())
+
+    attachment.on_reading = add
+    try:
+        clocked(task, options, SHORT_CALL)
+    finally:
+        attachment.on_reading = None
+    return counts[0] / counts[1]
+
+
 def step_bytes(
-    model: PreTrainedModel, layers: list[AttentionLayer], *, batch: int, length: int, config: AquaConfig | None
+    model: PreTrainedModel,
+    layers: list[AttentionLayer],
+    *,
+    batch: int,
+    length: int,
+    config: AquaConfig | None,
+    tokens_read: float = 1.0,
 ) -> int:
     """Bytes of weights, keys and values that a step reads; of keys the chosen dimensions; None: dense.
 
-    The few tokens of the exact window, read whole, are counted as the others. Of a sliding window all tokens in it are
-    read, in the model's dtype.
+    Where tokens are chosen all are scored, and the share `tokens_read` of them is read. The few tokens of the exact
+    window, read whole, are counted as the others. Of a sliding window all tokens in it are read, in the model's dtype.
     """
     read, windows = weight_bytes(model), sliding_windows(model.config)
     for layer in (layer for layer in layers if layer.causal):
@@ -268,6 +304,10 @@ def step_bytes(
         chosen = dims if is_whole or config is None else config.selected_dims(dims)
         bits = None if slides or config is None else config.bits
         tokens = batch * layer.num_key_value_heads * min(length, windows.get(layer.index, length))
+        if config is not None and config.chooses_tokens and not slides:
+            scored, whole = choice_bytes(config, dims, model.dtype.itemsize, bits)
+            read += round(tokens * (scored + tokens_read * whole))
+            continue
         read += tokens * states_bytes(chosen, dims, model.dtype.itemsize, bits)
     return read
 

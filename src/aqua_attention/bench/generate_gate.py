@@ -141,7 +141,8 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 def is_exact(config: AquaConfig) -> bool:
     """Whether it is dense attention up to rounding to the model's dtype."""
-    return config.k_ratio == 1 and config.s_ratio == 0 and config.logit_error is None and config.bits is None
+    leaves_nothing_out = config.k_ratio == 1 and config.s_ratio == 0 and config.logit_error is None
+    return leaves_nothing_out and config.bits is None and not config.chooses_tokens
 
 
 def _check_setting(
@@ -153,7 +154,8 @@ def _check_setting(
     limit: float,
     compile: bool,
 ) -> None:
-    name = f"AQUA, k_ratio {config.k_ratio:g}" + (f", int{config.bits}" if config.bits else "")
+    bits = f"int{config.bits}" if config.bits else ""
+    name = ", ".join(filter(None, ("AQUA", f"k_ratio {config.k_ratio:g}", bits, config.choice)))
     with apply(task.model, projections, config, record=False) as attachment:
         plain = forced_logits(task, forced, own_options(task, attachment)())
     check_near(plain, None, name, limit)

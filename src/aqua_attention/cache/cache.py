@@ -3,7 +3,8 @@
 
 Growing full-attention layers are in `growing.py`. Sliding-window layers are bounded, and stay as they are but for the
 rotation (`layer.py`); so do layers of a fixed size. In the tiled layout, whose decoding step can be recorded, full ones
-are in tiles for the decoding kernels (`tiled.py`), and sliding ones are rings (`ring.py`).
+are in tiles for the decoding kernels (`tiled.py`), or where tokens are chosen by token with a copy to score
+(`scored.py`), and sliding ones are rings (`ring.py`).
 """
 
 from collections.abc import Collection
@@ -15,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache, cac
 from aqua_attention.cache import layer as common
 from aqua_attention.cache.growing import RotatedLayer
 from aqua_attention.cache.ring import RingLayer
+from aqua_attention.cache.scored import ScoredLayer
 from aqua_attention.cache.stored import needs_own_cache, stores_the_same
 from aqua_attention.cache.tiled import TiledLayer
 from aqua_attention.errors import AquaError, said
@@ -29,9 +31,10 @@ class AquaCache(Cache):
     """A cache made for one attachment, by `Attachment.new_cache`: growing, or of a fixed size.
 
     Attributes:
-        max_length: tokens for which there is room. It grows when more come. None: a growing cache.
+            max_length: tokens for which there is room. It grows when more come. None: a growing cache.
         layout: "tiled" for the decoding kernels, whose steps can be recorded; or "plain".
         windows: sizes of the sliding windows in tokens, by layer index.
+        memory: what kernels that choose tokens work in, one layer after the other.
 
     An ordinary `DynamicCache`, which `generate` makes by itself, becomes the same as the growing one while it is empty.
     """
@@ -40,6 +43,7 @@ class AquaCache(Cache):
         self, config: PreTrainedConfig, plans: Plans, max_length: int | None, offloading: bool, layout: str
     ) -> None:
         self.max_length, self.layout, self._config = max_length, layout, config
+        self.memory: dict[Any, Any] = {}
         if max_length is None:
             layers = DynamicCache(config=config).layers
         else:
@@ -110,7 +114,7 @@ def rotate_on_write(cache: Cache, plans: Plans, config: PreTrainedConfig) -> Non
             continue
         if int(layer.get_seq_length()) == 0:
             cache.layers[index] = _empty(cache, index, plan) or layer
-        elif mine is not None and stores_the_same(plan, mine):
+        elif mine is not None and stores_the_same(plan, mine) and _has_room_for_choice(layer, plan):
             layer.plan = plan
 
 
@@ -136,7 +140,9 @@ def _empty(cache: Cache, index: int, plan: LayerPlan) -> cache_utils.CacheLayerM
     if not isinstance(cache, AquaCache):
         return None
     is_tiled, length = cache.layout == "tiled", getattr(layer, "max_cache_len", 0)
-    if type(layer) in (cache_utils.StaticLayer, common.RotatedStaticLayer, TiledLayer):
+    if type(layer) in (cache_utils.StaticLayer, common.RotatedStaticLayer, TiledLayer, ScoredLayer):
+        if is_tiled and plan.config.chooses_tokens:
+            return ScoredLayer(plan, max_cache_len=length, memory=cache.memory)
         return (TiledLayer if is_tiled else common.RotatedStaticLayer)(plan, max_cache_len=length)
     if type(layer) in (cache_utils.StaticSlidingWindowLayer, common.RotatedStaticSlidingLayer, RingLayer):
         if is_tiled and index in cache.windows:
@@ -144,6 +150,11 @@ def _empty(cache: Cache, index: int, plan: LayerPlan) -> cache_utils.CacheLayerM
         # Its length is its window, or the whole cache where that is shorter.
         return common.RotatedStaticSlidingLayer(plan, max_cache_len=length, sliding_window=length)
     return None
+
+
+def _has_room_for_choice(layer: Any, plan: LayerPlan) -> bool:
+    """Whether a filled layer can go on with this choice of tokens, or of none: in tiles they are held in other ways."""
+    return not isinstance(layer, TiledLayer) or isinstance(layer, ScoredLayer) == plan.config.chooses_tokens
 
 
 def foreign_layers(config: PreTrainedConfig, indices: Collection[int]) -> str:

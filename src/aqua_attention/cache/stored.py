@@ -11,6 +11,7 @@ from aqua_attention.cache.window import WindowStore
 from aqua_attention.config import AquaConfig
 from aqua_attention.model.fingerprint import other_weights, same_projected
 from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.tokens import SCALE_BYTES, scored_bytes
 
 
 def needs_own_cache(config: AquaConfig) -> str:
@@ -90,6 +91,34 @@ def token_bytes(plan: LayerPlan, itemsize: int, length: int, is_tiled: bool) -> 
     keys, values = _unwindowed_stores(plan)
     assert isinstance(keys, Quantized) and isinstance(values, Quantized)
     return plan.config.h2o_ratio * heads * (keys.token_bytes(plan.kept) + values.token_bytes(plan.head_dim))
+
+
+def choice_bytes(config: AquaConfig, head_dim: int, itemsize: int, bits: int | None) -> tuple[float, int]:
+    """Bytes that a kernel that chooses tokens reads in a head: of each token to score it, and of each one chosen.
+
+    Args:
+        itemsize: bytes of a number of the model's dtype; bits: of keys and values that are read.
+    """
+    kept, chosen = config.kept_dims(head_dim), states_bytes(config.kept_dims(head_dim), head_dim, itemsize, bits)
+    # In 16 bits the keys themselves are scored, which lie by token.
+    if config.score_bits == 16:
+        return kept * itemsize, chosen
+    return scored_bytes(config.selected_dims(head_dim), config.score_bits), chosen
+
+
+def held_bytes(plan: LayerPlan, itemsize: int, kind: str) -> float:
+    """Bytes that a cache holds for a token that is in no exact window, in a layer of this kind ("tiled", "scored",
+    "growing"), with what is scored; but for room that is not used yet, and what kernels work in.
+    """
+    heads, bits = plan.num_key_value_heads, plan.config.bits
+    if kind == "growing":
+        copied = plan.is_plain and plan.config.chooses_tokens and plan.config.score_bits == 8
+        return token_bytes(plan, itemsize, 0, False) + copied * heads * (plan.kept + SCALE_BYTES)
+    held = states_bytes(plan.kept, plan.head_dim, itemsize, bits)
+    if kind == "scored":
+        # In 8 bits keys and their copy have the same scales.
+        held += plan.kept + (SCALE_BYTES if bits is None else 0)
+    return heads * held
 
 
 def states_bytes(read: int, value_dim: int, itemsize: int, bits: int | None) -> int:

@@ -69,16 +69,13 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
         # Under autocast keys are wider than values; attention is in the values' dtype.
         self.dtype, self.device = value_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
-        shape = (self.batch_size, self.num_heads, self.plan.kept, value_states.shape[3], self.max_cache_len)
-        held: TiledCache | None = self.__dict__.get("cache")
-        if held is None or (held.shape, held.dtype, held.tail.device) != (shape, self.dtype, self.device):
+        shape = (self.batch_size, self.num_heads, self.plan.kept, value_states.shape[3])
+        sizes = shape, self.max_cache_len, self.dtype, self.device
+        held = self.__dict__.get("cache")
+        if held is None or (held.shape[:4], held.max_length, held.dtype, held.device) != sizes:
             held = None
             self.__dict__.pop("cache", None)  # the old one makes room first
-            quantization = None
-            if self.plan.config.bits == 8:
-                assert self.plan.key_scale is not None and self.plan.key_mean is not None
-                quantization = Quantization(self.plan.key_scale, self.plan.key_mean)
-            self.cache = TiledCache(*shape, self.dtype, self.device, quantization=quantization)
+            self.cache = self._new_cache(value_states.shape[3])
             self._padding = torch.zeros((), dtype=torch.long, device=self.device)
             """Padding tokens of the first sequence, which are given but not stored."""
         else:
@@ -87,11 +84,20 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
         self._nothing = key_states.new_full((1,), torch.nan)
         """What is handed out while decoding."""
         self._backend = tiled_backend(self.device)
-        whole = self.plan.kept == key_states.shape[3]
-        self.cache.rotated_from = self.plan.min_length if self._backend.keeps_short_unrotated and whole else 0
+        if self._backend.keeps_short_unrotated:
+            self.cache.rotated_from = self.plan.min_length if self.plan.kept == key_states.shape[3] else 0
         self._real = torch.ones(self.batch_size, 0, dtype=torch.bool, device=self.device)
         """Which of the tokens given at once were no padding, [batch, so many]; decoded ones all are."""
         self.is_initialized = True
+
+    def _new_cache(self, value_dim: int) -> TiledCache:
+        """An empty one for the states that come."""
+        quantization = None
+        if self.plan.config.bits == 8:
+            assert self.plan.key_scale is not None and self.plan.key_mean is not None
+            quantization = Quantization(self.plan.key_scale, self.plan.key_mean)
+        shape = (self.batch_size, self.num_heads, self.plan.kept, value_dim, self.max_cache_len)
+        return TiledCache(*shape, self.dtype, self.device, quantization=quantization)
 
     @never_compiled
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -144,10 +150,14 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
         query, key, value = call.query.squeeze(2), key.squeeze(2), value.squeeze(2)
         if not query.dtype == key.dtype == value.dtype == self.dtype:
             query, key, value = query.to(self.dtype), key.to(self.dtype), value.to(self.dtype)
+        attended = self._step(query, key, value, call)
+        return attended._replace(output=attended.output.unsqueeze(2).to(call.value.dtype))
+
+    def _step(self, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Attended:
+        """One token of each sequence by the kernels; `output` has no dimension of queries yet."""
         output, rotated, chosen = self._backend.decode(query, key, value, self.cache, self.plan, call.scaling)
         selected = chosen.selected(query.shape[1]) if call.is_observed and chosen is not None else None
-        shape = torch.Size((*rotated.shape[:2], 1, rotated.shape[2]))
-        return Attended(output.unsqueeze(2).to(call.value.dtype), selected, shape)
+        return Attended(output, selected, torch.Size((*rotated.shape[:2], 1, rotated.shape[2])))
 
     @never_compiled
     def store(self, mask: Tensor | None) -> None:
@@ -209,6 +219,10 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
             self._real = self._real.index_select(0, beam_idx)
             self._padding.copy_((~self._real[0]).sum())
 
+    def _by_token(self) -> tuple[Tensor, Tensor]:
+        """Keys and values that are held, [batch, num_key_value_heads, longest, width]."""
+        return self.cache.read()
+
     def _known(self, given: int) -> Tensor:
         """Which of the tokens so far were no padding, [batch, given]."""
         return torch.nn.functional.pad(self._real, (0, given - self._real.shape[1]), value=True)
@@ -217,7 +231,7 @@ class TiledLayer(Readable, Recordable, CacheLayerMixin):
         """Keys as held, keys rotated, and values of all tokens so far, at the places at which they were given."""
         given = int(self.get_seq_length())
         places = (self._known(given).cumsum(-1) - 1).clamp(min=0)
-        keys, values = (tokens_at(places, states) for states in self.cache.read())
+        keys, values = (tokens_at(places, states) for states in self._by_token())
         # A GPU is not asked: there all are rotated.
         if not self.cache.rotated_from or not bool((short := self.cache.lengths < self.cache.rotated_from).any()):
             return keys, keys, values

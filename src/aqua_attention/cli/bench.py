@@ -66,6 +66,25 @@ class ExactWindow:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio."""
+
+    select_p: Annotated[
+        list[float] | None, "Also time reading only the tokens with this share of the softmax; repeat."
+    ] = None
+    select_tokens: Annotated[
+        list[int] | None, "Also time reading only so many tokens, besides the exact window; repeat."
+    ] = None
+    score_bits: Annotated[int, "Bits of the keys that choose these tokens: 16, 8 or 4."] = 8
+
+    def of(self, config: AquaConfig) -> list[AquaConfig]:
+        """The settings of these rows."""
+        chosen = [{"select_p": share} for share in self.select_p or ()]
+        chosen += [{"select_tokens": count} for count in self.select_tokens or ()]
+        return [AquaConfig(**config.to_dict() | each | {"score_bits": self.score_bits}) for each in chosen]
+
+
+@dataclass(frozen=True)
 class GenerateSizes:
     """How many prompts, how long, and how much is generated after them."""
 
@@ -174,6 +193,7 @@ def generate(
     data: Annotated[
         str | None, "With MODEL: take prompts from this text, as in `aqua calibrate` (default: random tokens)."
     ] = None,
+    choices: Choices,
     exact: ExactWindow,
     model: MaybeModel,
     show: Show,
@@ -199,6 +219,7 @@ def generate(
     kinds += [(min(k_ratio), 8)] if (on_gpu if int8 is None else int8) else []
     ours = AquaConfig(**vars(exact))
     settings = tuple(replace(ours, k_ratio=ratio, bits=bits) for ratio, bits in kinds)
+    settings += tuple(choices.of(replace(ours, k_ratio=min(k_ratio))))
     given: dict[str, Any] = {
         "new_tokens": sizes.new_tokens,
         "fill": sizes.fill,

@@ -19,6 +19,7 @@ from aqua_attention.ops.plan import Attended, Call, LayerPlan
 if TYPE_CHECKING:
     from aqua_attention.ops.layout import Chosen, TiledCache
     from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
+    from aqua_attention.ops.scored import ScoredCache
 
 BACKENDS = {
     "triton": "aqua_attention.ops.backends.triton:Triton",
@@ -30,6 +31,8 @@ BACKENDS = {
 """In order of preference: "auto" is the first that gives no reason against a call."""
 READS_ALL = Reason("it reads every token", "leave select_p and select_tokens out")
 """Why a backend cannot choose tokens."""
+FROM_GROWING = Reason("on a CPU tokens are chosen from a growing cache")
+"""Why a layer that chooses tokens is not in tiles there, which is no obstacle."""
 Channels = tuple[Tensor, Tensor] | None
 """Scale and mean of the channels of rotated keys, float32 [heads, 1, width]; None: of values, which have none."""
 
@@ -40,7 +43,7 @@ class Backend:
     Attributes:
         name: as `impl` says it.
         for_prompts: whether it attends to keys by token (`attend`); for_rotated: also with a choice that is made
-            already (`attend_rotated`).
+            already (`attend_rotated`); for_choice: by a kernel that chooses tokens.
         keeps_short_unrotated: whether it decodes sequences shorter than `min_length` from keys as they came: where
             every dimension is multiplied, rotating cancels.
     """
@@ -48,6 +51,7 @@ class Backend:
     name = ""
     for_prompts = True
     for_rotated = False
+    for_choice = False
     keeps_short_unrotated = False
 
     def why_not(self, call: Call, plan: LayerPlan | None) -> str | None:
@@ -101,7 +105,7 @@ class Backend:
         raise NotImplementedError
 
     def serves_tiles(self, device: torch.device) -> bool:
-        """Whether it is the one that decodes from a `TiledCache` on such a device."""
+        """Whether it is the one that decodes from a `TiledCache`, or a `ScoredCache`, on such a device."""
         return False
 
     def decodes_automatically(self, device: torch.device) -> bool:
@@ -113,9 +117,14 @@ class Backend:
         return "it reads no tiles"
 
     def fill(
-        self, cache: TiledCache, keys: Tensor, values: Tensor, lengths: Tensor, order: Tensor | None = None
+        self,
+        cache: TiledCache | ScoredCache,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        order: Tensor | None = None,
     ) -> None:
-        """`TiledCache.fill`, with the token at place order[b, t] as token t of sequence b; None: as they are.
+        """`fill` of the cache, with the token at place order[b, t] as token t of sequence b; None: as they are.
 
         Args:
             order: int64 [batch, length].
@@ -128,6 +137,17 @@ class Backend:
         self, query: Tensor, key: Tensor, value: Tensor, cache: TiledCache, plan: LayerPlan, scaling: float
     ) -> tuple[Tensor, Tensor, Chosen | None]:
         """One decoding step, see `ops.api.decode`."""
+        raise NotImplementedError
+
+    def decode_scored(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: ScoredCache, plan: LayerPlan, scaling: float
+    ) -> tuple[Tensor, Chosen, Tensor]:
+        """One decoding step that chooses tokens, see `ops.scored_step.selected_step`.
+
+        Returns:
+            The output, the dimensions that scored, and how many tokens were read, int32 [batch, num_key_value_heads];
+            the last two are of the cache's memory, and hold until the next step.
+        """
         raise NotImplementedError
 
     def why_not_paged(self, query: Tensor, cache: PagedCache, layer: PagedLayer) -> str | None:
@@ -203,6 +223,11 @@ def why_not_preferred(call: Call, plan: LayerPlan | None) -> str | None:
     return next(backend for backend in known if backend.is_automatic(call)).why_not(call, plan)
 
 
+def why_not_chosen(call: Call, plan: LayerPlan) -> str | None:
+    """Why no kernel chooses the tokens of such a call, of keys by token; None when one does."""
+    return next(backend for backend in map(load, BACKENDS) if backend.for_choice).why_not(call, plan)
+
+
 def rotate(states: Tensor, rotation: Tensor) -> Tensor:
     """`ops.select.rotate`, by a kernel where there is one for these states."""
     for name in BACKENDS:
@@ -223,7 +248,8 @@ def tiled_backend(device: torch.device) -> Backend:
 
 
 def why_not_tiled(plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
-    """Why a layer cannot be decoded from a tiled cache; None when it can.
+    """Why a layer cannot be decoded from a tiled cache, of which a layer that chooses tokens has a `ScoredCache`; None
+    when it can.
 
     Args:
         dtype: of the model's queries, keys and values.
@@ -231,8 +257,6 @@ def why_not_tiled(plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype)
     from aqua_attention.ops.layout import TILE
 
     config = plan.config
-    if config.chooses_tokens:
-        return READS_ALL
     if reason := tiled_backend(plan.rotation.device).why_not_tiled(plan, num_attention_heads, dtype):
         return reason
     if config.share != "group" and num_attention_heads != plan.num_key_value_heads:

@@ -183,6 +183,11 @@ class TiledCache:
         self.arrived = torch.zeros(batch, num_key_value_heads + 1, dtype=torch.int32, device=device)
 
     @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.tail.device
+
+    @property
     def block_strides(self) -> tuple[int, int, int]:
         """Blocks from a sequence, a head and a tile (with pages: a page) to the next."""
         kv_heads = self.shape[1]

@@ -30,7 +30,7 @@ class Call(NamedTuple):
         scaling: factor of the scores.
         softcap: soft limit c of the scores, c * tanh(score / c), as in Gemma 2.
         s_aux: [num_attention_heads], one extra logit a head that takes part in the softmax and has no value (gpt-oss).
-        is_observed: somebody asks which dimensions were chosen; it changes no route, see `Attended`.
+        is_observed: somebody asks which dimensions were chosen, or what was read; it changes no route, see `Attended`.
         score_copy: of the keys, to score tokens by, where the cache has one; a backend may do without.
     """
 
@@ -176,7 +176,9 @@ class LayerPlan:
         if not self.selects:
             return Reason(f"k_ratio is {self.config.k_ratio:g}: every dimension is multiplied", "set k_ratio below 1")
         if length < self.min_length:
-            return Reason(f"sequences of fewer than {self.min_length} tokens multiply every dimension (min_length)")
+            and_tokens = " and read every token" if self.config.chooses_tokens else ""
+            text = f"sequences of fewer than {self.min_length} tokens multiply every dimension{and_tokens} (min_length)"
+            return Reason(text)
         return None
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Call:

@@ -9,9 +9,11 @@ the copy, in the other order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
@@ -20,6 +22,8 @@ from aqua_attention.ops.plan import LayerPlan
 
 LEAST_SCALE = 1e-12
 """Of a channel, because a key that never varies is divided by it, too."""
+MOST_AT_ONCE = 1 << 25
+"""Numbers of a prompt's keys that are rounded at once: they are in float32 meanwhile."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +42,9 @@ class ScoredCache:
         max_length: tokens of a sequence at most.
         dtype: of queries, and of keys and values that are not in 8 bits.
         value_scales: as `scales`, of values in 8 bits, `(code - 128) * scale`; None: keys and values are as they came.
+        rotated_from: as in `TiledCache`; all keys are rotated.
+        memory: what kernels work in between the start and the end of a step. Caches whose steps follow one another, as
+            those of a model's layers, may share it.
     """
 
     keys: Tensor
@@ -49,6 +56,8 @@ class ScoredCache:
     max_length: int
     dtype: torch.dtype
     value_scales: Tensor | None = None
+    memory: dict[Any, Any] = field(default_factory=dict)
+    rotated_from: ClassVar[int] = 0
 
     @staticmethod
     def empty(
@@ -60,8 +69,10 @@ class ScoredCache:
         dtype: torch.dtype,
         device: Device,
         bits: int | None = None,
+        memory: dict[Any, Any] | None = None,
     ) -> ScoredCache:
-        """Empty sequences; heads and the width of keys are those of the quantization. `bits`: 8 or None.
+        """Empty sequences; heads and the width of keys are those of the quantization. `bits`: 8 or None. `memory`:
+        None for its own.
 
         Raises:
             AquaError: sizes that do not fit each other.
@@ -83,6 +94,7 @@ class ScoredCache:
             max_length,
             dtype,
             None if bits is None else torch.zeros(tokens, dtype=torch.bfloat16, device=device),
+            {} if memory is None else memory,
         )
 
     @property
@@ -90,33 +102,90 @@ class ScoredCache:
         """Batch, num_key_value_heads, kept, value_dim, tiles of a sequence."""
         return (*self.keys.shape[:2], self.keys.shape[3], self.values.shape[3], self.codes.shape[2])
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.lengths.device
+
+    @property
+    def bits(self) -> int | None:
+        """Of keys and values that are read; None: as they came."""
+        return None if self.value_scales is None else 8
+
+    def clear(self) -> None:
+        """Forget all tokens; nothing is allocated anew."""
+        self.lengths.zero_()
+
+    def enlarged(self, max_length: int) -> ScoredCache:
+        """A cache with room for more tokens that holds the same ones, at other addresses."""
+        assert max_length >= self.max_length
+        given: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "bits": self.bits, "memory": self.memory}
+        larger = ScoredCache.empty(self.shape[0], self.shape[3], max_length, self.quantization, **given)
+        for new, old in zip(larger._by_token(), self._by_token(), strict=True):
+            new[:, :, : old.shape[2]] = old
+        larger.lengths.copy_(self.lengths)
+        return larger
+
+    def take(self, rows: Tensor) -> None:
+        """Hold the sequences of these indices, one for each there was; an AquaError for another number of them."""
+        if len(rows) != len(self.lengths):
+            raise AquaError(f"{len(rows)} sequences cannot take the places of {len(self.lengths)}")
+        for states in (*self._by_token(), self.lengths):
+            states.copy_(states.index_select(0, rows))
+
+    def _by_token(self) -> list[Tensor]:
+        """All that has tokens, or tiles of them, in dimension 2."""
+        states = (self.keys, self.values, self.codes, self.scales, self.value_scales)
+        return [each for each in states if each is not None]
+
     def fill(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
         """Hold a prompt: rotated keys [batch, num_key_value_heads, length, kept], values likewise, of which the first
-        lengths[b] of a sequence count.
+        lengths[b] of a sequence count. Nothing waits for a GPU.
+
+        Raises:
+            AquaError: keys and values that do not fit.
         """
+        batch, kv_heads, kept, value_dim, _ = self.shape
         count = keys.shape[2]
-        for row in range(keys.shape[0]):
-            self._write(row, slice(0, count), keys[row], values[row])
+        shapes = (batch, kv_heads, count, kept), (batch, kv_heads, count, value_dim)
+        if (keys.shape, values.shape) != shapes or count > self.max_length:
+            raise AquaError(
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} do not fit a cache of keys "
+                f"{(batch, kv_heads, self.max_length, kept)} and value_dim {value_dim}"
+            )
+        tiles = max(1, MOST_AT_ONCE // (batch * kv_heads * kept * TILE))
+        for start in range(0, count, tiles * TILE):
+            part = slice(start, min(count, start + tiles * TILE))
+            codes, self.scales[:, :, part] = self._coded(keys[:, :, part])
+            self._hold(slice(None), part, keys[:, :, part], values[:, :, part], codes)
+            whole = F.pad(codes, (0, 0, 0, -codes.shape[2] % TILE)).unflatten(2, (-1, TILE)).transpose(-1, -2)
+            self.codes[:, :, start // TILE : start // TILE + whole.shape[2]] = whole
         self.lengths.copy_(lengths)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """One more token of each sequence, [batch, num_key_value_heads, width]. Where there is no room it is lost."""
+        codes, scales = self._coded(key[:, :, None])
         for row, length in enumerate(self.lengths.tolist()):
             if 0 <= length < self.max_length:
-                self._write(row, slice(length, length + 1), key[row, :, None], value[row, :, None])
+                at, one = slice(length, length + 1), slice(row, row + 1)
+                self.scales[one, :, at] = scales[one]
+                self._hold(one, at, key[one, :, None], value[one, :, None], codes[one])
+                self.codes[row, :, length // TILE, :, length % TILE] = codes[row, :, 0]
         self.lengths.add_((self.lengths >= 0).int()).clamp_(max=self.max_length)
 
-    def _write(self, row: int, tokens: slice, keys: Tensor, values: Tensor) -> None:
+    def _coded(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of rotated keys, and their scales."""
         # Of keys in the dtype of the cache, so that what is scored follows from what is read.
         states = keys.to(self.dtype).float()
-        states = (states - self.quantization.channel_mean[:, None]) / self.quantization.channel_scale[:, None]
-        codes, self.scales[row, :, tokens] = quantized(states)
-        at = torch.arange(tokens.start, tokens.stop, device=codes.device)
-        self.codes[row][:, at // TILE, :, at % TILE] = codes.transpose(0, 1)
+        scale, mean = (each[:, None] for each in self.quantization)
+        return quantized((states - mean) / scale)
+
+    def _hold(self, rows: slice, tokens: slice, keys: Tensor, values: Tensor, codes: Tensor) -> None:
+        """Write what is read of some tokens of some sequences."""
         if self.value_scales is not None:
             keys = codes
-            values, self.value_scales[row, :, tokens] = quantized(values)
-        self.keys[row, :, tokens], self.values[row, :, tokens] = keys, values
+            values, self.value_scales[rows, :, tokens] = quantized(values)
+        self.keys[rows, :, tokens], self.values[rows, :, tokens] = keys, values
 
     def read(self, row: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values, and the keys as they are scored, of the first tokens of a sequence, float32
@@ -130,6 +199,20 @@ class ScoredCache:
             return keys, values, scored
         keys = (keys - 128) * self.scales[row, :, :length, None].float() * channel_scale + channel_mean
         return keys, (values - 128) * self.value_scales[row, :, :length, None].float(), scored
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all sequences in the dtype of the cache, [batch, num_key_value_heads, longest, width].
+
+        What is behind the end of a shorter one means nothing.
+        """
+        longest = max(0, int(self.lengths.max()))
+        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
+        if self.value_scales is None:
+            return keys, values
+        channel_scale, channel_mean = (each[:, None] for each in self.quantization)
+        scales, value_scales = (each[:, :, :longest, None].float() for each in (self.scales, self.value_scales))
+        keys = (keys.float() - 128) * scales * channel_scale + channel_mean
+        return keys.to(self.dtype), ((values.float() - 128) * value_scales).to(self.dtype)
 
     def check_step(self, query: Tensor, key: Tensor, value: Tensor, plan: LayerPlan) -> None:
         """Raise AquaError for a token of each sequence, or a plan, that no step over this cache takes."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -101,13 +101,16 @@ def scores_by_dimensions(query: Tensor, key: Tensor, selected: Tensor | None, pl
         query: rotated, [batch, num_attention_heads, queries, kept]; selected: boolean of that shape; None: all.
         key: as `scored_keys` gives them, [batch, num_key_value_heads, tokens, kept].
     """
-    bits = plan.config.score_bits
-    scale_bytes = 0 if bits == 16 else SCALE_BYTES
     if selected is None:
-        return Scored(products(query, key), plan.kept * bits / 8 + scale_bytes)
+        return Scored(products(query, key), scored_bytes(plan.kept, plan.config.score_bits))
     # A dimension is read once for all heads of a group.
     dims = selected.unflatten(1, (key.shape[1], -1)).any(2).sum(-1)
-    return Scored(products(torch.where(selected, query, 0), key), dims * (bits / 8) + scale_bytes)
+    return Scored(products(torch.where(selected, query, 0), key), scored_bytes(dims, plan.config.score_bits))
+
+
+def scored_bytes(dims: Any, bits: int) -> Any:
+    """Bytes of so many dimensions of a key that is scored in so many bits, with its scale."""
+    return dims * (bits / 8) + (0 if bits == 16 else SCALE_BYTES)
 
 
 class Choice(NamedTuple):
@@ -219,7 +222,7 @@ def _block(
     output = weighted_values(probabilities, lambda tall: tall @ call.value, groups)
     count, seen = read.sum(-1), visible.sum(-1)
     keys = count if WAY.exact_keys else exact.sum(-1)
-    return output, _reading(count, keys, seen, scored.read, plan, call.value.shape[-1])
+    return output, reading_of(count, keys, seen, scored.read, plan, call.value.shape[-1])
 
 
 def _of_groups(probabilities: Tensor, groups: int) -> Tensor:
@@ -227,7 +230,7 @@ def _of_groups(probabilities: Tensor, groups: int) -> Tensor:
     return probabilities.unflatten(1, (groups, -1)).sum(2)
 
 
-def _reading(
+def reading_of(
     read: Tensor, keys: Tensor, seen: Tensor, scored: Tensor | float, plan: LayerPlan, value_dim: int
 ) -> Reading:
     """`read` tokens, exact keys of `keys` of them, and `scored` bytes of each that is seen."""

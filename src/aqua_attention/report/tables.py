@@ -87,6 +87,7 @@ GENERATE = (
     Column("to default", "default_ratio", ".2f"),
     Column("peak GiB", "peak_bytes", ".1f", per=2**30),
     YesNo("recorded", "recorded", ""),
+    Column("tokens read", "tokens_read", ".1%"),
     Column("generate adds: ms", "added_seconds", ".2f", 1e3),
     Column("of the roofline", "share", ".1%"),
 )

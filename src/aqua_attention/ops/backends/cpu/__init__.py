@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aqua_attention.errors import Reason
 from aqua_attention.ops import tokens
-from aqua_attention.ops.backend import Backend
+from aqua_attention.ops.backend import FROM_GROWING, Backend
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 from aqua_attention.ops.backends.cpu.step import DTYPES
 from aqua_attention.ops.layout import WIDEST, Chosen, TiledCache
@@ -22,6 +22,7 @@ class Cpu(Backend):
     """A decoding step in one call; prompts go through torch."""
 
     name = "cpu"
+    for_choice = True
     keeps_short_unrotated = True
 
     def why_not(self, call: Call, plan: LayerPlan | None) -> str | None:
@@ -50,6 +51,8 @@ class Cpu(Backend):
 
     def why_not_tiled(self, plan: LayerPlan, num_attention_heads: int, dtype: torch.dtype) -> str | None:
         """See `Backend`."""
+        if plan.config.chooses_tokens:
+            return FROM_GROWING
         if reason := no_kernel_reason():
             return reason
         if dtype not in DTYPES:

@@ -12,12 +12,17 @@ from aqua_attention.ops.backend import READS_ALL, Backend, Channels
 from aqua_attention.ops.layout import BLOCKS, LARGEST_QUANTIZED, WIDEST, Chosen, TiledCache
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
+from aqua_attention.ops.scored import ScoredCache
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32: two tiles on their way need more shared memory than wider ones leave."""
 LEAST_QUERIES = 64
 """Of a part of a prompt: with few queries what comes before the attention takes longer than it."""
+SCORE_BITS = 8
+"""Of the keys that tokens are chosen by."""
+LARGEST_SCORED = 128
+"""Dimensions of a head where tokens are chosen: two blocks of wider ones on their way do not fit into common GPUs."""
 LEAST_ALIGNED = 16
 """Elements of pages that kernels read at once."""
 LOAD_BFLOAT16 = "load the model with dtype='bfloat16'"
@@ -106,6 +111,8 @@ class Triton(Backend):
         head_dim, bits = plan.head_dim, plan.config.bits
         if reason := no_kernels_reason(plan.rotation.device):
             return reason
+        if plan.config.chooses_tokens and (reason := _why_not_scored(plan)):
+            return reason
         if bits is not None and head_dim > LARGEST_QUANTIZED:
             text = f"heads have {head_dim} dimensions, and with bits=8 it takes {LARGEST_QUANTIZED} at most"
             return Reason(text, "leave bits out")
@@ -117,9 +124,17 @@ class Triton(Backend):
         return f"heads have {head_dim} dimensions, and it takes {WIDEST} at most" if head_dim > WIDEST else None
 
     def fill(
-        self, cache: TiledCache, keys: Tensor, values: Tensor, lengths: Tensor, order: Tensor | None = None
+        self,
+        cache: TiledCache | ScoredCache,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Tensor,
+        order: Tensor | None = None,
     ) -> None:
-        """See `Backend`. Unlike the plain path it does not wait for the GPU."""
+        """See `Backend`. It does not wait for the GPU."""
+        if isinstance(cache, ScoredCache):
+            super().fill(cache, keys, values, lengths, order)
+            return
         from aqua_attention.ops.backends.triton.fill import fill
 
         fill(cache, keys, values, lengths, order)
@@ -131,6 +146,14 @@ class Triton(Backend):
         from aqua_attention.ops.backends.triton.step import decode_step
 
         return decode_step(query, key, value, cache, plan, scaling)
+
+    def decode_scored(
+        self, query: Tensor, key: Tensor, value: Tensor, cache: ScoredCache, plan: LayerPlan, scaling: float
+    ) -> tuple[Tensor, Chosen, Tensor]:
+        """See `Backend`."""
+        from aqua_attention.ops.backends.triton.token_step import decode_scored
+
+        return decode_scored(query, key, value, cache, plan, scaling)
 
     def why_not_paged(self, query: Tensor, cache: PagedCache, layer: PagedLayer) -> str | None:
         """See `Backend`."""
@@ -198,6 +221,21 @@ def _why_not_states(states: Tensor) -> str | None:
         return "it takes 16 bits and float32, and no wider heads"
     if states.numel() == 0 or (torch.is_grad_enabled() and states.requires_grad):
         return "it has no gradient, and does nothing with nothing"
+    return None
+
+
+def _why_not_scored(plan: LayerPlan) -> str | None:
+    """What of the settings that choose tokens no kernel takes; None when one does."""
+    config = plan.config
+    if config.score_bits != SCORE_BITS:
+        return Reason(
+            f"score_bits is {config.score_bits}, and the kernels score keys in {SCORE_BITS}", "set score_bits=8"
+        )
+    if plan.head_dim > LARGEST_SCORED:
+        text = f"heads have {plan.head_dim} dimensions, and where tokens are chosen it takes {LARGEST_SCORED} at most"
+        return Reason(text, "leave select_p and select_tokens out")
+    if plan.is_adaptive:
+        return Reason("the kernels score tokens by a fixed number of dimensions", "set k_ratio in place of logit_error")
     return None
 
 

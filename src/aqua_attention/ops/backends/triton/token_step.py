@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A decoding step that chooses tokens (AQUA-Select) on a GPU: three launches, or more where that is asked for.
 
-Nothing is allocated and nothing waited for, so a step can be recorded; lengths are read on the GPU.
+Nothing is waited for, and nothing allocated but the output, so a step can be recorded; lengths are read on the GPU.
 """
 
 from torch import Tensor
@@ -14,9 +14,20 @@ from aqua_attention.ops.backends.triton.token_gather import attend_to_tokens
 from aqua_attention.ops.backends.triton.token_prepare import prepare_tokens
 from aqua_attention.ops.backends.triton.token_scores import score_tokens
 from aqua_attention.ops.backends.triton.token_work import TokenWork
-from aqua_attention.ops.layout import expect
+from aqua_attention.ops.layout import Chosen, expect
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache
+
+
+def decode_scored(
+    query: Tensor, key: Tensor, value: Tensor, cache: ScoredCache, plan: LayerPlan, scaling: float
+) -> tuple[Tensor, Chosen, Tensor]:
+    """`Backend.decode_scored`. What it works in is made for the first step of a cache, and shared by its layers."""
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    work = TokenWork.shared(cache, query.shape[1], plan.k)
+    output = query.new_empty((*query.shape[:2], value.shape[2]))
+    selected_step(query, key, value, cache, plan, work, output, scaling=scaling)
+    return output, Chosen(work.dims, work.mask), work.scratch.counts.view(key.shape[:2])
 
 
 def selected_step(

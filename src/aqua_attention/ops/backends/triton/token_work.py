@@ -200,6 +200,23 @@ class TokenWork:
         dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
         return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, way, group)
 
+    @staticmethod
+    def shared(cache: ScoredCache, num_attention_heads: int, k: int) -> TokenWork:
+        """That of the caches that share `cache.memory`; made where none of them has one of this size."""
+        *shape, tiles = cache.shape
+        key = (*shape, num_attention_heads, k, cache.dtype, cache.device)
+        # One for each shape: of layers that have grown all will.
+        work = cache.memory.get(key)
+        if work is None or work.scratch.weights.shape[1] != tiles:
+            cache.memory.pop(key, None)
+            work = cache.memory[key] = TokenWork.of(cache, num_attention_heads, k)
+        return work
+
+    @property
+    def addresses(self) -> list[int]:
+        """Where it lies, which a recorded step knows."""
+        return [each.data_ptr() for each in (self.rotated, self.dims, self.mask, *self.scratch)]
+
     def constants(self, cache: ScoredCache) -> dict[str, int]:
         """What the kernels know when they are compiled."""
         _, _, kept, value_dim, _ = cache.shape
