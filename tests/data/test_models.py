@@ -355,6 +355,19 @@ def test_default_model_speaks(capfd: pytest.CaptureFixture[str]) -> None:
     assert tokenizer.decode(best).strip() == "Paris"
 
 
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_default_model_can_be_saved_as_a_folder_and_is_the_same_there(tmp_path: Path) -> None:
+    model, tokenizer = load_model("smollm2", device="cpu")
+    for each in (model, tokenizer):
+        each.save_pretrained(tmp_path)
+    again, tokenizer_again = load_model(tmp_path, device="cpu")
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert torch.equal(tokenizer_again("The capital of France is", return_tensors="pt").input_ids, ids)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_a_model_that_reads_images_is_told_from_one_that_reads_text(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "architectures": ["ViTModel"]}))
     assert reads_images(str(tmp_path)) == (True, False)

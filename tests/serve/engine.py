@@ -28,9 +28,6 @@ ENVIRONMENT = {
 def export_smollm2(folder):
     """(folder of safetensors, model, tokenizer, projections file) of SmolLM2, written below `folder`."""
     model, tokenizer = aqua.load_model("smollm2", dtype="float32")
-    # It comes from a GGUF file, whose weights are ordinary numbers by now.
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.quantization_method, model.config.quantization_config
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     # Not beside the weights: vLLM loads all files of that kind in a model's folder.

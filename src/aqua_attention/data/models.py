@@ -237,6 +237,11 @@ def _loaded(name: str, loader: Any, source: str, dtype: str, options: dict[str, 
         kind = "a causal language model" if loader.__name__ == "AutoModelForCausalLM" else loader.__name__
         lacks = f"lacks {len(missing)} of its weights ({missing[0]}, ...)"
         raise AquaError(f"model {name!r} {lacks}: give a complete checkpoint of {kind}")
+    if "gguf_file" in options and all(each.is_floating_point() for each in model.parameters()):
+        # Ordinary numbers by now. With transformers' marks of quantized ones the model could not be saved.
+        for marks in (vars(model), vars(model.config)):
+            for mark in ("hf_quantizer", "is_quantized", "quantization_method", "quantization_config"):
+                marks.pop(mark, None)
     return model
 
 
