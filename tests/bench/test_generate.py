@@ -194,7 +194,8 @@ def test_a_small_model_is_measured_on_a_cpu_by_the_command(aqua, tmp_path, monke
         names = [(row["name"], row["k_ratio"], row["bits"]) for row in result["rows"]]
         assert names[0] == ("transformers, default", None, None)
         assert names[1:4] == [("AQUA", 0.9, None), ("AQUA", 0.5, None), ("AQUA, int8", 0.5, 8)]
-        assert names[4:] == [("AQUA, select_p=0.5", 0.5, None), ("AQUA, select_tokens=3", 0.5, None)]
+        assert names[4:6] == [("AQUA, select_p=0.5", 0.5, None), ("AQUA, select_tokens=3", 0.5, None)]
+        assert names[6:] == [("AQUA, int8, select_p=0.5", 0.5, 8), ("AQUA, int8, select_tokens=3", 0.5, 8)]
         assert result["baseline"] == "transformers, default"
         assert not result["compiled"]
         assert not result["is_filled"]
