@@ -117,6 +117,20 @@ def test_explain_says_who_chooses_on_a_cpu(llama, monkeypatch):
     assert "tokens are chosen by plain torch, because score_bits is 4" in str(others[0])
 
 
+def test_explain_counts_all_that_a_store_widens(llama, monkeypatch):
+    """Codes are read and widened as a whole before a kernel chooses among their tokens."""
+    if no_kernel_reason():
+        pytest.skip(no_kernel_reason())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with aqua.apply(*llama, SELECT | {"bits": 8, "score_bits": 16}) as attachment:
+        found = attachment.explain(100).decoding
+    assert (found.backends, found.unchosen) == ({"cpu": 3}, None)
+    # 3 layers of 2 heads: a byte a number, and a scale and a zero point of two bytes each for key and value.
+    every = 6 * (16 + 16 + 8)
+    assert (found.bytes.token, found.bytes.chosen, found.bytes.held) == (every, 0, every)
+    assert (found.bytes.step, found.bytes.is_bound) == (100 * every, False)
+
+
 def test_what_is_read_is_counted(llama):
     """And observers change nothing."""
     model, projections = llama

@@ -271,6 +271,22 @@ def test_observers_are_told_the_same_and_change_nothing(family):
         assert (selected is None and chosen is None) or torch.equal(selected, chosen)
 
 
+def test_an_observer_may_remove_itself(family):
+    """In the middle of a step, too, of which a replay tells the rest afterwards."""
+    model, projections = family
+    with recorded(model, projections) as attachment:
+        unseen, told = generated(model), []
+
+        def observer(index, *_):
+            told.append(index)
+            if len(told) == 3 * 6 + 1:
+                attachment.on_selection = None
+
+        attachment.on_selection = observer
+        assert torch.equal(generated(model), unseen)
+    assert told == [*range(3)] * 6 + [0]
+
+
 def test_compiled_parts_are_recorded_too(family):
     """On a CPU the parts are left as they are; on a GPU rounding differs, and tokens of these models do not."""
     model, projections = family

@@ -16,9 +16,10 @@ from aqua_attention.bench import generate as bench
 from aqua_attention.bench.generate_gate import is_exact
 from aqua_attention.evaluate.suites import SUITES
 from aqua_attention.model.capture import attention_layers
+from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 from aqua_attention.report.recognise import records_of
 from aqua_attention.report.tables import generate_table
-from conftest import VOCABULARY, calibrated, make_llama, make_mistral
+from conftest import VOCABULARY, calibrated, make_gemma3, make_llama, make_mistral
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = {
@@ -193,7 +194,8 @@ def test_a_small_model_is_measured_on_a_cpu_by_the_command(aqua, tmp_path, monke
         names = [(row["name"], row["k_ratio"], row["bits"]) for row in result["rows"]]
         assert names[0] == ("transformers, default", None, None)
         assert names[1:4] == [("AQUA", 0.9, None), ("AQUA", 0.5, None), ("AQUA, int8", 0.5, 8)]
-        assert names[4:] == [("AQUA, select_p=0.5", 0.5, None), ("AQUA, select_tokens=3", 0.5, None)]
+        assert names[4:6] == [("AQUA, select_p=0.5", 0.5, None), ("AQUA, select_tokens=3", 0.5, None)]
+        assert names[6:] == [("AQUA, int8, select_p=0.5", 0.5, 8), ("AQUA, int8, select_tokens=3", 0.5, 8)]
         assert result["baseline"] == "transformers, default"
         assert not result["compiled"]
         assert not result["is_filled"]
@@ -211,6 +213,20 @@ def test_a_small_model_is_measured_on_a_cpu_by_the_command(aqua, tmp_path, monke
     found = records_of(value, "generate.json")
     assert [record.suite for record in found] == ["generate", "generate"]
     assert SUITES["generate"].command == "aqua bench generate"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a growing cache on a CPU")
+@pytest.mark.parametrize(("make", "chooses"), [(make_gemma3, True), (make_mistral, False)])
+def test_rows_that_choose_tokens_are_of_the_layers_that_do(make, chooses):
+    """Layers with a sliding window read all of it, and stand first; in one model they are all."""
+    if reason := no_kernel_reason():
+        pytest.skip(reason)
+    model = make()
+    benchmark = bench.GenerateBenchmark(model, calibrated(model), (SELECT,), new_tokens=16, is_random=False)
+    _, row = benchmark.measure(1, 40)["rows"]
+    found = (row["backend"], row.get("tokens_read", 1) < 1)
+    assert found == ("cpu" if chooses else None, chooses)
+    assert ("tokens_read" in row) == chooses
 
 
 def test_a_model_of_the_user_is_measured_with_his_text(aqua, tmp_path, tiny_folder, projections_file, words):

@@ -338,6 +338,23 @@ def test_layers_share_what_kernels_work_in_and_copies_do_not(model):
         assert layer.addresses() != addresses and int(twin.get_seq_length()) == 11
 
 
+def test_a_recording_knows_the_size_and_all_addresses_of_its_cache(model):
+    """Kernels are given the room as a number, which may change in tensors of the same size; and units of codes."""
+    model, projections = model
+    with aqua.apply(model, projections, SELECT) as attachment, torch.no_grad():
+        cache = attachment.new_cache(max_length=150, layout="tiled")
+        model(tokens(1, 10), past_key_values=cache)
+        (layer,), recorder = cache.layers, attachment._recorder
+        known, state = layer.addresses(), recorder._state(cache)
+        assert recorder._state(cache) == state
+        assert {each.data_ptr() for each in layer.cache.quantization} <= set(known)
+        cache.reset()
+        cache.make_room(160)
+        # Memory that is freed and asked for again may be the same.
+        assert layer.addresses() == known
+        assert recorder._state(cache) != state
+
+
 def test_a_prompt_is_rounded_in_parts(monkeypatch, model):
     model, projections = model
     with aqua.apply(model, projections, SELECT) as attachment, torch.no_grad():

@@ -208,7 +208,8 @@ def _bytes(layers: list[_Layer], itemsize: int, length: int, batch: int, *, by_k
     token = chosen = step = 0.0
     for each in full:
         plan, is_tiled = each.plan, isinstance(each.cached, TiledLayer)
-        if not (by_kernel and plan.config.chooses_tokens):
+        # What a growing cache stores in few bits is read and widened as a whole, whoever chooses afterwards.
+        if not (by_kernel and plan.config.chooses_tokens and (is_tiled or plan.is_plain)):
             token += token_bytes(plan, itemsize, length, is_tiled)
             continue
         bits = plan.config.bits if is_tiled else None

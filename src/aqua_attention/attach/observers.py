@@ -33,8 +33,10 @@ def noted(observing: Any, told: list[tuple[str, Any]]) -> Iterator[None]:
 
 
 def tell(observing: Any, told: list[tuple[str, Any]]) -> None:
-    """Tell observers what was noted, in clones."""
+    """Tell observers what was noted, in clones. One may remove itself, or another, while it is told."""
     for name, seen in told:
+        if (observer := getattr(observing, name)) is None:
+            continue
         # A size is a tuple, but none to be looked into.
         cloned = tree_map_only(Tensor, torch.clone, seen, is_leaf=lambda each: isinstance(each, torch.Size))
-        getattr(observing, name)(*cloned)
+        observer(*cloned)

@@ -279,8 +279,9 @@ class Recorder:
         steps.key, steps.is_fresh, steps.left = key, False, cache.max_length - held
 
     def _state(self, cache: Any) -> list[Any]:
-        """What a recording takes for granted: of the model, and where the cache lies."""
-        return [*model_state(self.model), *(address for layer in cache.layers for address in _addresses(layer))]
+        """What a recording takes for granted: of the model, and where the cache lies and how large it is."""
+        addresses = (address for layer in cache.layers for address in _addresses(layer))
+        return [*model_state(self.model), cache.max_length, *addresses]
 
     def _record(self, steps: RecordedSteps, cache: Any, inputs: dict[str, Any]) -> bool:
         """Record a step; whether that was possible. Nothing is computed, and the cache does not change."""

@@ -40,7 +40,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.machine import device_name
 from aqua_attention.model.capture import AttentionLayer, attention_layers, input_device
 from aqua_attention.model.limits import check_tokens, has_learned_positions, position_limit
-from aqua_attention.ops.backend import tiled_backend
+from aqua_attention.ops.backend import chooser, tiled_backend
 from aqua_attention.ops.plan import Reading
 
 Settings = tuple[AquaConfig, ...]
@@ -111,8 +111,8 @@ class GenerateBenchmark:
             each sequence), `tokens_per_second` (of all), `first_seconds` (from the call to the first token, median of
             3; None for a filled cache), `peak_bytes` (of the second call), `once_seconds` (what the first call took
             more: to compile, to record), `recorded` and `reason` (why not), `step_seconds` (the recorded step alone)
-            and `added_seconds` (what `generate` adds to it), `tokens_read` (the share of
-            the tokens that a step read, where it chooses them), `ratio` (to the baseline, above 1 is faster),
+            and `added_seconds` (what `generate` adds to it), `tokens_read` (the share of the tokens that a
+            step read, in layers that choose them), `ratio` (to the baseline, above 1 is faster),
             `default_ratio` (to transformers' default), `first_ratio` (of the first token to the fastest dense one,
             above 1 is slower), `bytes` (weights, keys and values that a step needs), `roofline_seconds` (what reading
             them takes at the measured bandwidth) and `share` (these of `seconds`); or `absent` (why it did not run).
@@ -223,7 +223,7 @@ class GenerateBenchmark:
                 options = own_options(task, attachment)
                 row |= figures(task, options, attachment._recorder)
                 row |= facts(attachment)
-                if config.chooses_tokens:
+                if any(plan.config.chooses_tokens for plan in attachment._cached().values()):
                     row["tokens_read"] = tokens_read(task, options, attachment)
                 return self._counted(task, row, config)
         except torch.OutOfMemoryError as error:
@@ -252,8 +252,8 @@ def facts(attachment: Attachment) -> dict[str, Any]:
     untiled = attachment._why_not_automatic()
     if untiled is not None:
         decoding = attachment.explain().decoding if attachment.config.chooses_tokens else None
-        if decoding is not None and decoding.unchosen is None:
-            return {"layout": decoding.layout, "backend": next(iter(decoding.backends)), "reason": untiled}
+        if decoding is not None and decoding.choice and decoding.unchosen is None:
+            return {"layout": decoding.layout, "backend": chooser().name, "reason": untiled}
         return {"layout": "plain", "backend": None, "reason": untiled}
     device = next(iter(attachment._cached().values())).rotation.device
     return {"layout": "tiled", "backend": tiled_backend(device).name, "reason": attachment._recorder.reason}

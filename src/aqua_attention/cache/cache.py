@@ -31,7 +31,7 @@ class AquaCache(Cache):
     """A cache made for one attachment, by `Attachment.new_cache`: growing, or of a fixed size.
 
     Attributes:
-            max_length: tokens for which there is room. It grows when more come. None: a growing cache.
+        max_length: tokens for which there is room. It grows when more come. None: a growing cache.
         layout: "tiled" for the decoding kernels, whose steps can be recorded; or "plain".
         windows: sizes of the sliding windows in tokens, by layer index.
         memory: what kernels that choose tokens work in, one layer after the other.

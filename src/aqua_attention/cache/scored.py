@@ -28,7 +28,8 @@ class ScoredLayer(TiledLayer):
 
     def addresses(self) -> list[int]:
         """See `Recordable`."""
-        return [*super().addresses(), *(address for work in self._memory.values() for address in work.addresses)]
+        units = (each.data_ptr() for each in self.cache.quantization)
+        return [*super().addresses(), *units, *(each for work in self._memory.values() for each in work.addresses)]
 
     def _new_cache(self, value_dim: int) -> ScoredCache:  # type: ignore[override]
         self._memory.clear()  # of other sizes

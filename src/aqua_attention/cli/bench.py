@@ -67,7 +67,7 @@ class ExactWindow:
 
 @dataclass(frozen=True)
 class Choices:
-    """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio."""
+    """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio; in int8, too, if that is timed."""
 
     select_p: Annotated[
         list[float] | None, "Also time reading only the tokens with this share of the softmax; repeat."
@@ -219,7 +219,8 @@ def generate(
     kinds += [(min(k_ratio), 8)] if (on_gpu if int8 is None else int8) else []
     ours = AquaConfig(**vars(exact))
     settings = tuple(replace(ours, k_ratio=ratio, bits=bits) for ratio, bits in kinds)
-    settings += tuple(choices.of(replace(ours, k_ratio=min(k_ratio))))
+    for bits in dict.fromkeys(bits for _, bits in kinds):
+        settings += tuple(choices.of(replace(ours, k_ratio=min(k_ratio), bits=bits)))
     given: dict[str, Any] = {
         "new_tokens": sizes.new_tokens,
         "fill": sizes.fill,

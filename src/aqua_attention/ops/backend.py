@@ -225,7 +225,12 @@ def why_not_preferred(call: Call, plan: LayerPlan | None) -> str | None:
 
 def why_not_chosen(call: Call, plan: LayerPlan) -> str | None:
     """Why no kernel chooses the tokens of such a call, of keys by token; None when one does."""
-    return next(backend for backend in map(load, BACKENDS) if backend.for_choice).why_not(call, plan)
+    return chooser().why_not(call, plan)
+
+
+def chooser() -> Backend:
+    """The backend whose kernel chooses tokens of keys by token."""
+    return next(backend for backend in map(load, BACKENDS) if backend.for_choice)
 
 
 def rotate(states: Tensor, rotation: Tensor) -> Tensor:
