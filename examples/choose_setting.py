@@ -50,12 +50,13 @@ def projections_of(model: Any, tokenizer: Any, file: Path, tokens: int) -> aqua.
     return projections
 
 
-def bytes_read(model: Any, projections: aqua.Projections, config: aqua.AquaConfig, length: int) -> float:
-    """Bytes of keys and values that decoding a token reads here after so many, to those of dense attention."""
+def bytes_read(model: Any, projections: aqua.Projections, config: aqua.AquaConfig, length: int) -> tuple[float, str]:
+    """Bytes of keys and values that decoding a token reads here after so many, to dense; and why it is not faster."""
     with aqua.apply(model, projections, config) as attachment:
-        decoding = attachment.explain(length=length).decoding
-    assert decoding is not None  # an encoder, which decodes nothing, predicts no next token, and was refused
-    return decoding.bytes.step / decoding.bytes.dense_step
+        found = attachment.explain(length=length)
+    assert found.decoding is not None  # an encoder, which decodes nothing, predicts no next token, and was refused
+    why = ": ".join(filter(None, (found.reason, found.remedy)))
+    return found.decoding.bytes.step / found.decoding.bytes.dense_step, why
 
 
 def main() -> None:
@@ -87,10 +88,10 @@ def main() -> None:
     titles = ["setting", "perplexity", "change", "KL to dense", "bytes read", "products", ""]
     table, found = [["dense", f"{result['dense']['perplexity']:.3f}", "", "", "100%", "100%", ""]], []
     for setting, row in zip(settings, result["rows"], strict=True):
-        read = bytes_read(model, projections, setting.config, given.length)
+        read, why = bytes_read(model, projections, setting.config, given.length)
         words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in setting.config.changes.items())
         keeps = row["perplexity_change"] <= most
-        found += [(read, row["mean_k"], words or "the default")] * keeps
+        found += [(read, row["mean_k"], words or "the default", why)] * keeps
         figures = f"{row['perplexity']:.3f}", f"{row['perplexity_change']:+.2%}", f"{row['kl']:.4f}"
         shares = f"{read:.0%}", f"{row['mean_k']:.0%}"
         table.append([words or "the default", *figures, *shares, "" if keeps else "too much"])
@@ -100,7 +101,10 @@ def main() -> None:
         raise aqua.AquaError(
             f"no setting of the grid keeps to {most:.2%}: allow more, or calibrate with --basis learned"
         )
-    CONSOLE.print(f"[b]Cheapest within {most:.2%}: {min(found)[-1]}[/b]")
+    *_, words, why = min(found)
+    CONSOLE.print(f"[b]Cheapest within {most:.2%}: {words}[/b]")
+    if why:
+        CONSOLE.print(f"It could be faster here, but {why}.", markup=False)
 
 
 if __name__ == "__main__":

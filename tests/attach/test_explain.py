@@ -397,6 +397,17 @@ def test_bytes_are_those_computed_by_hand(models, settings, layout, token):
     assert has_threshold == (settings.get("min_length") == 101)
 
 
+def test_the_exact_window_is_read_whole_and_may_be_all_there_is(models):
+    with attached(*models("llama"), settings={"sink": 4, "recent": 8}) as attachment:
+        long, short = attachment.explain(100), attachment.explain(12)
+        assert attachment.explain(13).decoding.unskipped is None
+    dense = 3 * 2 * (16 + 16) * 4
+    assert (long.decoding.bytes.token, long.decoding.bytes.dense_token) == (3 * 2 * (8 + 16) * 4, dense)
+    assert long.decoding.bytes.step == 88 * long.decoding.bytes.token + 12 * dense
+    assert (short.decoding.bytes.token, short.decoding.bytes.step) == (dense, 12 * dense)
+    assert "; all of so few tokens are in the exact window (4 + 8)" in str(short)
+
+
 def test_eight_bits_in_all_sliding_layers_still_generate(models):
     model, projections = models("sliding")
     with attached(model, projections) as attachment:

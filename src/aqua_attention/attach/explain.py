@@ -210,7 +210,10 @@ def _bytes(layers: list[_Layer], itemsize: int, length: int, batch: int, *, by_k
         plan, is_tiled = each.plan, isinstance(each.cached, TiledLayer)
         # What a growing cache stores in few bits is read and widened as a whole, whoever chooses afterwards.
         if not (by_kernel and plan.config.chooses_tokens and (is_tiled or plan.is_plain)):
-            token += token_bytes(plan, itemsize, length, is_tiled)
+            read = token_bytes(plan, itemsize, length, is_tiled)
+            token += read
+            if is_tiled:  # of the exact window every stored dimension
+                step += (held_bytes(plan, itemsize, "tiled") - read) * min(length, plan.sink + plan.recent)
             continue
         bits = plan.config.bits if is_tiled else None
         sizes = choice_bytes(plan.config, plan.head_dim, itemsize, bits)

@@ -179,6 +179,8 @@ class LayerPlan:
             and_tokens = " and read every token" if self.config.chooses_tokens else ""
             text = f"sequences of fewer than {self.min_length} tokens multiply every dimension{and_tokens} (min_length)"
             return Reason(text)
+        if length <= self.sink + self.recent:
+            return Reason(f"all of so few tokens are in the exact window ({self.sink} + {self.recent})")
         return None
 
     def call(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any) -> Call:
