@@ -261,6 +261,11 @@ def test_damaged_files(saved: Path, tmp_path: Path) -> None:
         load_model(str(gguf), device="cpu")
 
 
+def test_a_folder_that_is_not_there_is_said_before_the_hub() -> None:
+    with pytest.raises(AquaError, match=r"'my-modle' cannot be loaded \(there is no such folder here, and as a name on"):
+        load_model("my-modle", device="cpu")
+
+
 def test_a_gguf_file_in_capitals_is_one(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers looks at the name, and would ask torch for the dtype of any other."""
     (tmp_path / "Q.GGUF").write_bytes(b"")

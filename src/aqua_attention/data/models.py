@@ -308,6 +308,8 @@ def loading(name: str, options: dict[str, Any]) -> Iterator[None]:
             remedy = "check that the file is there, complete, and of a model type transformers reads from GGUF"
         remedy = next((known for needle, known in _REMEDIES.items() if needle in str(error)), remedy)
         said = first_line(error).rstrip(".: ")
+        if not usable_path(name).exists():
+            said = f"there is no such folder here, and as a name on the hub: {said}"
         raise AquaError(f"model {name!r} cannot be loaded ({said}): {remedy}") from error
 
 
