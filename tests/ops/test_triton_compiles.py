@@ -43,7 +43,8 @@ class Launch:
             if isinstance(value, tuple):
                 kinds = [kind_of(each, (*place, i), False) for i, each in enumerate(value)]
                 return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
-            if is_constant or value is None:
+            # As triton has it: a number that is 1 is known when compiling.
+            if is_constant or value is None or (type(value) is int and value == 1):
                 values[place] = value
                 return "constexpr"
             if hasattr(value, "dtype"):

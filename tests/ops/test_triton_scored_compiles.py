@@ -31,15 +31,16 @@ for module in (token_choice, token_fused, token_gather, token_prepare, token_sco
             setattr(module, name, Launch(getattr(module, name)))
 
 
-def build(dtype, heads, groups, dim, value_dim, length=5000, bits=None, **choice):
+def build(dtype, heads, groups, dim, value_dim, length=5000, bits=None, batch=3, **choice):
     config = aqua.AquaConfig(share="group", score_bits=8, **choice)
     units = torch.ones(groups, dim), torch.zeros(groups, dim)
     plan = LayerPlan(torch.zeros(groups, dim, dim), units[0], config, 0.1, key_scale=units[0], key_mean=units[1])
-    cache = ScoredCache.empty(3, value_dim, length, score_quantization(plan), dtype=dtype, device="cpu", bits=bits)
-    states = (torch.zeros(3, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim)))
-    states, output = list(states), torch.zeros(3, heads, value_dim, dtype=dtype)
+    cache = ScoredCache.empty(batch, value_dim, length, score_quantization(plan), dtype=dtype, device="cpu", bits=bits)
+    states = (torch.zeros(batch, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim)))
+    states, output = list(states), torch.zeros(batch, heads, value_dim, dtype=dtype)
+    splits = 16 if length > 1 else 1
     for chunks, way in ((1, "fused"), (8, "fused"), (1, "resident"), (8, "resident"), (8, "phases")):
-        work = TokenWork.of(cache, heads, plan.k, splits=16, chunks=chunks, way=way)
+        work = TokenWork.of(cache, heads, plan.k, splits=splits, chunks=chunks, way=way)
         token_step.selected_step(*states, cache, plan, work, output, scaling=0.1)
 
 
@@ -58,6 +59,8 @@ CASES = {
     "select_tokens=9, bits=8)",
     "int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
     "select_p=0.9, bits=8)",
+    "ones": "dict(dtype=torch.bfloat16, heads=4, groups=1, dim=64, value_dim=64, k_ratio=0.5, select_tokens=1, "
+    "length=1, batch=1, sink=1, recent=1, min_length=1)",
     "float32": "dict(dtype=torch.float32, heads=2, groups=2, dim=64, value_dim=64, k_ratio=0.5, select_p=0.9)",
 }
 
