@@ -215,6 +215,11 @@ class AquaConfig:
             raise AquaError(
                 f"h2o_ratio is {self.h2o_ratio:g}: with select_p or select_tokens all tokens must stay, set it to 1"
             )
+        if self.chooses_tokens and self.min_length == AUTO:
+            raise AquaError(
+                "min_length is 'auto': what is measured for it is choosing dimensions; with select_p or select_tokens "
+                "give a number of tokens"
+            )
         if self.score_bits != 16 and not self.chooses_tokens:
             raise AquaError(
                 f"score_bits is {self.score_bits}, but no tokens are chosen: leave it out, or give select_p or "

@@ -10,7 +10,7 @@ from aqua_attention.evaluate.suites.perplexity import evaluate_perplexity
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 from conftest import VOCABULARY, calibrated, make_gemma3, subject_of
 
-OTHER_BITS = "leave bits out, or set score_bits=16"
+OTHER_BITS = "leave bits out"
 SELECT = {"k_ratio": 0.5, "select_p": 0.8, "sink": 2, "recent": 4, "score_bits": 8}
 
 

@@ -103,5 +103,5 @@ def _why_not_scored(call: Call, plan: LayerPlan) -> str | None:
         return Reason(f"score_bits is {config.score_bits}, and it scores keys in 8 and 16", "set score_bits=8")
     if config.score_bits == 8 and call.score_copy is None:
         text = "score_bits is 8, and there is no copy of the keys, which a growing cache without bits has"
-        return Reason(text, "leave bits out, or set score_bits=16")
+        return Reason(text, "leave bits out")
     return None
