@@ -28,7 +28,9 @@ def logits(model):
 
 
 @pytest.mark.parametrize("form", [str, Path, aqua.Projections.load])
-@pytest.mark.parametrize("config", [{"k_ratio": 0.5}, "fast", {"k_ratio": np.float32(0.5)}], ids=repr)
+@pytest.mark.parametrize(
+    "config", [{"k_ratio": 0.5}, "fast", {"k_ratio": np.float32(0.5)}, {"preset": "fast", "min_length": 0}], ids=repr
+)
 def test_apply_takes_paths_dicts_and_presets(llama, saved, form, config):
     model, projections = llama
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5)):
