@@ -248,7 +248,7 @@ class AquaConfig:
 
     @classmethod
     def of(cls, given: Any) -> Self:
-        """A setting as `apply` takes it: one, a dict for `from_dict`, the name of a preset, or None for the defaults."""
+        """A setting as `apply` takes it: one, a dict for `from_dict`, a preset's name, or None for the defaults."""
         if isinstance(given, cls):
             return given
         if given is None or isinstance(given, str):

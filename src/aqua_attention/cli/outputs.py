@@ -26,7 +26,10 @@ def check_writable(kind: str, *paths: Path | None) -> None:
     what, is_ours = KINDS[kind]
     for path in (path for path in paths if path is not None):
         folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        if path.is_dir():
+            example = f", such as {path / EXAMPLES[kind]}" if kind in EXAMPLES else ""
+            raise AquaError(f"cannot write {path}: it is a folder, give a file{example}")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
         check_room(path)
         try:
@@ -105,6 +108,8 @@ def _json(content: bytes) -> Any:
         return None
 
 
+EXAMPLES = {"projections": "projections.safetensors", "answers": "answers.json", "figures": "figures.json"}
+"""Names to propose to a user who gives a folder."""
 DEMO_TITLE = "AQUA attention on SmolLM2-135M-Instruct"
 KINDS: dict[str, tuple[str, Callable[[Path], bool]]] = {
     "projections": ("projections", _holds_tensors("aqua_attention")),
