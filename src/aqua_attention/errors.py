@@ -49,6 +49,11 @@ def did_you_mean(given: Any, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def install_extra(name: str) -> str:
+    """What to do where the packages of an extra are missing. This package is installed from a clone."""
+    return f"install it beside this package (pip install '.[{name}]' in the clone)"
+
+
 def remedy_of(reason: str | None) -> str:
     """The remedy of a reason; empty for any other text."""
     return reason.remedy if isinstance(reason, Reason) else ""

@@ -10,7 +10,7 @@ import typer
 from aqua_attention.cli.options import ModelOptions, ProjectionsFile, Rows, settings_of
 from aqua_attention.cli.outputs import check_apart, check_writable
 from aqua_attention.cli.terminal import Show, stoppable
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, install_extra
 from aqua_attention.io.progress import progress_bar
 
 NAMES = "hellaswag, winogrande, arc_easy, arc_challenge, truthfulqa, mmlu or gsm8k"
@@ -90,7 +90,7 @@ def lm_eval(context: typer.Context) -> None:
 
         import aqua_attention.evaluate.lm_eval  # noqa: F401 (makes the model type known)
     except ImportError as error:
-        remedy = "pip install 'aqua-attention[lm-eval]'"
+        remedy = install_extra("lm-eval")
         raise AquaError(f"lm-evaluation-harness cannot be loaded ({error}): {remedy}") from error
     sys.argv = ["lm-eval", *context.args]
     try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AQUA as a model type of lm-evaluation-harness: importing this module makes its `--model aqua` known.
 
-It needs the extra: `pip install 'aqua-attention[lm-eval]'`.
+It needs the extra: `pip install '.[lm-eval]'` in the clone.
 """
 
 import re
