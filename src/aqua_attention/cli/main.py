@@ -27,7 +27,7 @@ from aqua_attention.cli.options import (
     Serving,
     load_projections,
 )
-from aqua_attention.cli.outputs import check_apart, check_writable
+from aqua_attention.cli.outputs import check_apart, check_not_read, check_writable, warn_of_weights
 from aqua_attention.cli.serve import serve
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
@@ -125,6 +125,7 @@ def calibrate(
     partial = output.with_name(f"{output.name}.partial")
     check_writable("checkpoint", partial)
     check_apart(output, partial, show.json)
+    warn_of_weights(output, model.model)
     from aqua_attention.calibration.checkpoint import check_no_unfinished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers
@@ -186,6 +187,7 @@ def merge_files(
     """
     check_writable("projections", output)
     check_apart(output, show.json)
+    check_not_read(output, first, second)
     projections = load_projections(first).merged(load_projections(second))
     projections.save(output)
     show(*_described(output, projections), suite="spectrum")

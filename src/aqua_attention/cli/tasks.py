@@ -60,8 +60,14 @@ def tasks(
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
     subject = model.subject(projections, "", reads=False)
-    kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
-    with stoppable(lambda: kept), progress_bar("answers") as progress:
+
+    def kept() -> str:
+        if state is None:
+            return "nothing was kept (--state)"
+        goes_on = f"{state} keeps the answers so far, the same command goes on"
+        return goes_on if state.exists() else "nothing was kept yet"
+
+    with stoppable(kept), progress_bar("answers") as progress:
         result = evaluate_tasks(subject, settings, asked, batch=batch, state=state, progress=progress)
     result |= subject.source() | {"seed": seed, "limit": limit, "quick": quick}
     show(result, tasks_table(result), suite="tasks")
