@@ -255,8 +255,12 @@ def test_eval_needle_asks_in_a_grid(aqua, projections_file, tiny_folder, tmp_pat
 
 def test_generate_compares_dense_and_aqua(aqua, projections_file, tiny_folder, tmp_path):
     arguments = ("generate", tiny_folder, "-p", projections_file, "--prompt", "w1 w2 w3 w4", "--max-new-tokens", 8)
-    code, out, _ = aqua(*arguments, "--k-ratio", 1, "--compare", "--json", tmp_path / "out.json")
+    code, out, err = aqua(*arguments, "--k-ratio", 1, "--compare", "--json", tmp_path / "out.json")
     assert code == 0
+    steps = [line.split(":")[0] for line in err.splitlines() if ": 0 of 1" in line]
+    assert steps == ["load", "dense", "AQUA"], "it may take minutes, so that each is said when it begins"
+    assert [line.split(":")[0] for line in err.splitlines() if ": 1 of 1" in line] == steps
+    assert out.startswith("--- dense\n")
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["dense"] == result["aqua"]
     assert len(result["aqua"].split()) == 8

@@ -40,7 +40,7 @@ from aqua_attention.cli.terminal import (
 )
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.io.progress import progress_bar, progress_bars
+from aqua_attention.io.progress import progress_bar, progress_bars, progress_steps
 from aqua_attention.version import __version__
 
 if TYPE_CHECKING:
@@ -228,17 +228,22 @@ def generate(
     from aqua_attention.evaluate.generation import continue_tokens, encode_prompt
     from aqua_attention.evaluate.record import provenance
 
-    learned, (loaded, tokenizer) = load_projections(projections), model.load()
-    attachment = Attachment(loaded, learned, config, **vars(serving))
-    result: dict[str, Any] = {"model": model.name} | provenance(projections, learned)
-    result |= {"prompt": prompt, "setting": attachment.config.to_dict()}
-    tokens = encode_prompt(tokenizer, prompt, chat=chat)
-    written = partial(continue_tokens, loaded, tokenizer, tokens, max_new_tokens=max_new_tokens)
-    if compare:
-        result["dense"] = written().text
-    with attachment:
-        result["aqua"] = written().text
-        explanation = attachment.explain(tokens.shape[1]) if explain else None
+    learned = load_projections(projections)
+    with progress_steps() as step:
+        with step("load"):
+            loaded, tokenizer = model.load()
+        attachment = Attachment(loaded, learned, config, **vars(serving))
+        result: dict[str, Any] = {"model": model.name} | provenance(projections, learned)
+        result |= {"prompt": prompt, "setting": attachment.config.to_dict()}
+        tokens = encode_prompt(tokenizer, prompt, chat=chat)
+        written = partial(continue_tokens, loaded, tokenizer, tokens, max_new_tokens=max_new_tokens)
+        if compare:
+            with step("dense"):
+                result["dense"] = written().text
+        with attachment:
+            with step("AQUA"):
+                result["aqua"] = written().text
+            explanation = attachment.explain(tokens.shape[1]) if explain else None
     if explanation:
         result["explain"] = explanation.to_dict()
     show(result)
