@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import aqua_attention as aqua
+from aqua_attention.vllm.settings import Serving
 from conftest import VOCABULARY
 
 SIZES = {"tokens": 256, "context": 64}
@@ -37,6 +38,11 @@ def test_apply_takes_paths_dicts_and_presets(llama, saved, form, config):
         expected = logits(model)
     with aqua.apply(model, form(saved), config):
         assert torch.equal(logits(model), expected)
+
+
+def test_a_server_takes_a_preset_with_changes(saved):
+    served = Serving.of(str(saved), '{"preset": "fast", "bits": 8}').config
+    assert served == aqua.AquaConfig.preset("fast", bits=8)
 
 
 @pytest.mark.parametrize("given", [None, 3, {"layers": 1}, torch.ones(2)])

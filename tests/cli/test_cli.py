@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def test_bench_breakeven_measures_a_processor_and_min_length_auto_reads_it(
     if reason := no_kernel_reason():
         pytest.skip(reason)
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(decode_cpu, "MOST_SECONDS", 0.01)
     shape = ("--device", "cpu", "--heads", 4, "--groups", 2, "--head-dim", 16)
     evaluate = ("eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64)
