@@ -68,6 +68,27 @@ def test_what_a_dict_leaves_out_has_its_default():
     assert AquaConfig.from_dict({}) == AquaConfig()
 
 
+@pytest.mark.parametrize("make", [AquaConfig.from_dict, AquaConfig.of])
+def test_a_dict_may_name_a_preset_and_change_it(make):
+    assert make({"preset": "fast", "bits": 8}) == AquaConfig.preset("fast", bits=8)
+    assert make({"k_ratio": 0.25, "preset": "paper"}) == AquaConfig.paper(0.25)
+    assert make({"preset": "accurate"}) == AquaConfig()
+    for wrong in ("fats", None, ["fast"]):
+        with pytest.raises(AquaError, match=r"^preset is .*: it must be one of accurate, fast, small, paper$"):
+            make({"preset": wrong})
+    with pytest.raises(AquaError, match=r"^there is no setting 'prest': did you mean 'preset'\?$"):
+        make({"prest": "fast"})
+
+
+def test_a_name_is_proposed_only_where_it_is_near():
+    for name, meant in (("recnt", "recent"), ("bit", "bits"), ("shrae", "share"), ("select_k", "select_p")):
+        with pytest.raises(AquaError, match=f"did you mean '{meant}'"):
+            AquaConfig.from_dict({name: 1})
+    for name in ("present", "window", "ratio_of_keys", 7):
+        with pytest.raises(AquaError, match=f"there is no setting {name!r}: they are k_ratio, "):
+            AquaConfig.preset("fast", **{name: 1}) if isinstance(name, str) else AquaConfig.from_dict({name: 1})
+
+
 @pytest.mark.parametrize("make", [AquaConfig.from_dict, lambda values: AquaConfig.preset("fast", **values)])
 def test_a_name_that_is_no_knob_is_refused(make):
     with pytest.raises(AquaError, match=r"^there is no setting 'kratio': did you mean 'k_ratio'\?$"):

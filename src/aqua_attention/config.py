@@ -8,11 +8,10 @@ import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import cache
 from typing import Annotated, Any, Literal, Self, get_args, get_type_hints
 
-from aqua_attention.errors import AquaError, brief
+from aqua_attention.errors import AquaError, brief, did_you_mean
 
 SELECTIONS = ("magnitude", "weighted", "static")
 SHARES = ("head", "group")
@@ -24,7 +23,7 @@ AUTO = "auto"
 PAPER: dict[str, Any] = {"k_ratio": 0.75, "selection": "magnitude", "share": "head", "sink": 0, "recent": 0}
 PAPER["sliding"] = "approximate"
 """The paper's method, where the defaults are another. A file of an earlier version that lacks a knob means this."""
-DEFAULT_PRESET = "accurate"
+DEFAULT_PRESET, NAMED = "accurate", "preset"
 PRESETS: dict[str, dict[str, Any]] = {
     DEFAULT_PRESET: {},
     "fast": {"k_ratio": 0.5},
@@ -236,9 +235,7 @@ class AquaConfig:
 
         An AquaError for another name.
         """
-        if name not in PRESETS:
-            raise AquaError(f"preset is {name!r}: it must be one of {', '.join(PRESETS)}")
-        return cls.from_dict(PRESETS[name] | changes)
+        return cls._made(name, changes)
 
     @classmethod
     def paper(cls, k_ratio: float = PAPER["k_ratio"], **changes: Any) -> Self:
@@ -247,19 +244,16 @@ class AquaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The setting that `to_dict` wrote; what is left out has its default. An AquaError for an unknown name."""
-        config: Any = cls
-        known = list(knobs(config))
-        for name in values:
-            if name not in known:
-                near = get_close_matches(str(name), known, 1)
-                remedy = f"did you mean {near[0]!r}?" if near else f"they are {', '.join(known)}"
-                raise AquaError(f"there is no setting {name!r}: {remedy}")
-        return cls(**values)
+        """The setting that `to_dict` wrote; what is left out has its default. An AquaError for an unknown name.
+
+        `{"preset": NAME}` begins with that preset, see `preset`, and what else is given counts beside it.
+        """
+        changes = {name: value for name, value in values.items() if name != NAMED}
+        return cls._made(values.get(NAMED, DEFAULT_PRESET), changes, NAMED)
 
     @classmethod
     def of(cls, given: Any) -> Self:
-        """A setting as `apply` takes it: one, a dict of its fields, the name of a preset, or None for the defaults."""
+        """A setting as `apply` takes it: one, a dict for `from_dict`, a preset's name, or None for the defaults."""
         if isinstance(given, cls):
             return given
         if given is None or isinstance(given, str):
@@ -267,6 +261,19 @@ class AquaConfig:
         if isinstance(given, Mapping):
             return cls.from_dict(given)
         raise AquaError(f"config is {brief(given)}: give an AquaConfig, a dict of its fields, or a preset's name")
+
+    @classmethod
+    def _made(cls, preset: Any, changes: dict[str, Any], *others: str) -> Self:
+        """A preset with changes. `others` are names that are no knobs, and could have been meant."""
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise AquaError(f"preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
+        config: Any = cls
+        known = [*knobs(config), *others]
+        for name in changes:
+            if name not in known:
+                remedy = did_you_mean(name, known) or f"they are {', '.join(known)}"
+                raise AquaError(f"there is no setting {name!r}: {remedy}")
+        return cls(**PRESETS[preset] | changes)
 
     @property
     def chooses_tokens(self) -> bool:

@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
 
 REPORT = "this is a defect of AQUA, report it with what `aqua doctor` says"
 """The remedy where a check of ours fails, which no user can mend."""
+
+
+NEAR = 0.8
+"""How much alike two words are where one could be a slip for the other, in [0, 1], as difflib counts."""
 
 
 class AquaError(ValueError):
@@ -35,6 +41,17 @@ def brief(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float | str | PurePath):
         return repr(value)[:80]
     return f"of type {type(value).__name__}"
+
+
+def did_you_mean(given: Any, known: Iterable[str]) -> str:
+    """A question for the known name that is a slip away from the given one; empty where none is that near."""
+    near = get_close_matches(str(given), known, 1, cutoff=NEAR)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def install_extra(name: str) -> str:
+    """What to do where the packages of an extra are missing. This package is installed from a clone."""
+    return f"install it beside this package (pip install '.[{name}]' in the clone)"
 
 
 def remedy_of(reason: str | None) -> str:

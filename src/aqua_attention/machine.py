@@ -76,14 +76,20 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def warn_of_load(remedy: str) -> None:
-    """Warn where the processors are busy before anything is timed; `remedy` says what to do about it."""
+def warn_of_load(remedy: str) -> bool:
+    """Warn where the processors are busy before anything is timed, and say whether they are.
+
+    Args:
+        remedy: what to do about it.
+    """
     if not hasattr(os, "getloadavg"):
-        return
+        return False
     load, processors = os.getloadavg()[0], os.cpu_count() or 1
-    if load > max(0.5, BUSY * processors):
+    is_busy = load > max(0.5, BUSY * processors)
+    if is_busy:
         busy = f"this machine is busy (load {load:.1f} in the last minute, {processors} processors)"
         warnings.warn(f"{busy}, and times will be wrong; {remedy}", stacklevel=3)
+    return is_busy
 
 
 def profile_path(shape: Shape) -> Path:

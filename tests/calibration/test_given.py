@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import aqua_attention as aqua
+from aqua_attention.vllm.settings import Serving
 from conftest import VOCABULARY
 
 SIZES = {"tokens": 256, "context": 64}
@@ -28,13 +29,20 @@ def logits(model):
 
 
 @pytest.mark.parametrize("form", [str, Path, aqua.Projections.load])
-@pytest.mark.parametrize("config", [{"k_ratio": 0.5}, "fast", {"k_ratio": np.float32(0.5)}], ids=repr)
+@pytest.mark.parametrize(
+    "config", [{"k_ratio": 0.5}, "fast", {"k_ratio": np.float32(0.5)}, {"preset": "fast", "min_length": 0}], ids=repr
+)
 def test_apply_takes_paths_dicts_and_presets(llama, saved, form, config):
     model, projections = llama
     with aqua.apply(model, projections, aqua.AquaConfig(k_ratio=0.5)):
         expected = logits(model)
     with aqua.apply(model, form(saved), config):
         assert torch.equal(logits(model), expected)
+
+
+def test_a_server_takes_a_preset_with_changes(saved):
+    served = Serving.of(str(saved), '{"preset": "fast", "bits": 8}').config
+    assert served == aqua.AquaConfig.preset("fast", bits=8)
 
 
 @pytest.mark.parametrize("given", [None, 3, {"layers": 1}, torch.ones(2)])

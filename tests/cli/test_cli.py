@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -153,6 +154,7 @@ def test_bench_breakeven_measures_a_processor_and_min_length_auto_reads_it(
     if reason := no_kernel_reason():
         pytest.skip(reason)
     monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(decode_cpu, "MOST_SECONDS", 0.01)
     shape = ("--device", "cpu", "--heads", 4, "--groups", 2, "--head-dim", 16)
     evaluate = ("eval", "perplexity", tiny_folder, "-p", projections_file, "--data", text_file, "--context", 64)
@@ -255,8 +257,12 @@ def test_eval_needle_asks_in_a_grid(aqua, projections_file, tiny_folder, tmp_pat
 
 def test_generate_compares_dense_and_aqua(aqua, projections_file, tiny_folder, tmp_path):
     arguments = ("generate", tiny_folder, "-p", projections_file, "--prompt", "w1 w2 w3 w4", "--max-new-tokens", 8)
-    code, out, _ = aqua(*arguments, "--k-ratio", 1, "--compare", "--json", tmp_path / "out.json")
+    code, out, err = aqua(*arguments, "--k-ratio", 1, "--compare", "--json", tmp_path / "out.json")
     assert code == 0
+    steps = [line.split(":")[0] for line in err.splitlines() if ": 0 of 1" in line]
+    assert steps == ["load", "dense", "AQUA"], "it may take minutes, so that each is said when it begins"
+    assert [line.split(":")[0] for line in err.splitlines() if ": 1 of 1" in line] == steps
+    assert out.startswith("--- dense\n")
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["dense"] == result["aqua"]
     assert len(result["aqua"].split()) == 8
@@ -330,11 +336,14 @@ def test_wrong_files_and_models(aqua, tmp_path, projections_file, tiny_folder, t
     for arguments, message in [
         (["inspect", tmp_path / "none.safetensors"], "no such projections file"),
         (["inspect", truncated], "not a complete safetensors file"),
-        (["inspect", text_file], "not a complete safetensors file"),
+        (["inspect", text_file], f"{text_file} is no projections file: make one with `aqua calibrate MODEL -o "),
+        (["inspect", tiny_folder / "config.json"], "config.json is no projections file: make one with `aqua calibrate"),
+        (["inspect", tmp_path], f"{tmp_path} is a folder: give the file that `aqua calibrate` wrote"),
+        (["inspect", projections_file, "--json", tmp_path], f"{tmp_path}: it is a folder, give a file, such as "),
         (["calibrate", tiny_folder, "--data", empty, "-o", tmp_path / "p"], "is blank"),
         (["calibrate", tmp_path / "no-model", "--data", text_file, "-o", tmp_path / "p"], "no-model"),
         (["calibrate", tiny_folder, "--data", text_file, "-o", tmp_path / "no" / "p"], "cannot write"),
-        ([*calibrate, "."], "cannot write"),
+        ([*calibrate, "."], "cannot write .: it is a folder, give a file, such as projections.safetensors"),
         ([*calibrate, tmp_path / "p", "--json", tmp_path / "p"], "two results"),
         ([*calibrate, tmp_path / "p", "--checkpoint-seconds", "nan"], "checkpoint_seconds is nan"),
         (["merge", projections_file, projections_file, "-o", tmp_path / "p", "--json", tmp_path / "p"], "two results"),

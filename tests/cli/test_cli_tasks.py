@@ -125,4 +125,4 @@ def test_lm_eval_that_is_not_installed_names_its_extra(aqua, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     code, _, err = aqua("lm-eval", "run", "--model", "aqua", "--tasks", "arc_easy")
     assert code == 2
-    assert "pip install 'aqua-attention[lm-eval]'" in err
+    assert "pip install '.[lm-eval]' in the clone" in err

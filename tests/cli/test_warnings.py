@@ -128,8 +128,15 @@ def test_times_of_a_busy_machine(load, processors, is_busy, aqua, monkeypatch, t
     monkeypatch.setattr(os, "cpu_count", lambda: processors)
     row = {"dense": 1.0, "dense_name": "sdpa", "whole": 1.0}
     monkeypatch.setattr(breakeven, "_row", lambda shape, length, ratios, *rest: row | {"length": length, "aqua": [0.5]})
-    code, _, err = aqua("bench", "breakeven", "--device", "cpu", "--k-ratio", 0.5, "--lengths", "64..128")
+    given = ("--device", "cpu", "--k-ratio", 0.5, "--lengths", "64..128", "--json", tmp_path / "figures.json")
+    code, out, err = aqua("bench", "breakeven", *given)
     assert code == 0
     found = [line for line in err.splitlines() if line.startswith("warning: this machine is busy (load 2.0")]
     assert len(found) == is_busy
-    assert all("the profile is kept all the same: measure again" in line for line in found)
+    assert all("no profile will be kept: measure again when the machine" in line for line in found)
+    # Profiles of such times would be read by min_length="auto".
+    kept = list(tmp_path.glob("profiles/*"))
+    assert json.loads((tmp_path / "figures.json").read_text())["profile"] == (str(kept[0]) if kept else None)
+    assert (len(kept), "wrote " in out) == (not is_busy, not is_busy)
+    words = "the machine was busy, and no profile was kept: run this again on an idle machine\n"
+    assert err.endswith(words) == is_busy

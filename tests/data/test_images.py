@@ -125,7 +125,7 @@ def test_what_holds_no_image_is_an_error(spec, message, tmp_path):
 
 def test_reading_needs_pillow(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(AquaError, match=r"takes Pillow: pip install 'aqua-attention\[vision\]'"):
+    with pytest.raises(AquaError, match=r"takes Pillow: install it .*'\.\[vision\]'"):
         read_images(str(folder), corner, most=9)
 
 
@@ -236,7 +236,7 @@ def test_photographs_that_are_not_there(packages, monkeypatch):
     with pytest.raises(AquaError, match=r"three\.png is not in the installed scikit-image and scikit-learn"):
         list(pictures.photographs("three.png"))
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    with pytest.raises(AquaError, match=r"come with skimage: pip install 'aqua-attention\[pictures\]'"):
+    with pytest.raises(AquaError, match=r"come with skimage: install it .*'\.\[pictures\]'"):
         list(pictures.photographs("one.png"))
 
 

@@ -312,7 +312,7 @@ def test_both_helps_can_be_had(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"kratio": 0.5}, "model_args has kratio, which .* knows: did you mean k_ratio?"),
+        ({"kratio": 0.5}, "model_args has kratio, which .* knows: did you mean 'k_ratio'?"),
         ({"colour": "red"}, "model_args has colour, .*: AQUA's own are k_ratio, s_ratio, "),
         ({"pretrained": "nobody/nothing"}, "model 'nobody/nothing' cannot be loaded .*: the hub cannot be reached"),
         ({"pretrained": "/no/model"}, "model '/no/model' cannot be loaded .*: check the name"),

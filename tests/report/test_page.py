@@ -385,7 +385,9 @@ def test_mistakes_are_one_line_with_the_remedy(aqua, tmp_path, monkeypatch):
             blocked.setitem(sys.modules, module, None)
             code, _, err = aqua("report", tmp_path)
         assert code == 2
-        assert f"aqua report needs {module}: pip install 'aqua-attention[report]'" in err
+        assert (
+            f"aqua report needs {module}: install it beside this package (pip install '.[report]' in the clone)" in err
+        )
     assert not (tmp_path / "report.html").exists()
 
 

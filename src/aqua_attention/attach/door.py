@@ -40,7 +40,8 @@ def apply(
     Args:
         model: a transformers model in any floating dtype, on any device.
         projections: what `calibrate` returned, or the path of its file.
-        config: an AquaConfig, a dict of its fields, or the name of a preset; None is `AquaConfig()`.
+        config: an AquaConfig, a dict of its fields (and of a `preset` to begin with), or the name of a preset; None is
+            `AquaConfig()`.
         layers: a pattern of names, such as "vision_tower.*" in a vision-language model. Layers that do not match stay
             dense, as do those that the projections do not cover. `Attachment.dense` names them. None: all layers.
         layout: of the cache that `generate` gets. "auto": tiled where that is possible, for the decoding kernels;

@@ -63,8 +63,8 @@ def measure_breakeven(
     recent: int = OURS.recent,
 ) -> dict[str, Any]:
     """Check and time a step (rotate, choose, append, attend) of one sequence: at each k, at k = d as `min_length` does
-    it (on a CPU without rotation), and the fastest dense attention with its append; find where they cross, and write
-    this machine's profile.
+    it (on a CPU without rotation), and the fastest dense attention with its append; find where they cross.
+    Keep that as this machine's profile, unless it was busy when measuring began.
 
     Args:
         k_ratios: below 1.
@@ -75,7 +75,8 @@ def measure_breakeven(
         `{"device", ..., "rows", "breakeven", "profile"}`. A row a length: `length`, `dense` and `whole` (seconds; whole
         is k = d), `dense_name`, `aqua` (seconds, in the order of k_ratios). A break-even for each k_ratio: `k`, `whole`
         and `dense` (`crossing` with these, or None), `paper` and `theory` (lengths), `paper_experiment` (the range of
-        whole / aqua over the lengths of the paper's first experiment, at its k_ratio, else None).
+        whole / aqua over the lengths of the paper's first experiment, at its k_ratio, else None). The profile is its
+        path, or None where none is kept.
 
     Raises:
         AquaError: a device, shape, dtype or k_ratio that cannot be measured, a kernel that is wrong, or no place for
@@ -93,7 +94,7 @@ def measure_breakeven(
         raise AquaError(
             f"k_ratio is {', '.join(f'{r:g}' for r in k_ratios)}: each must leave out some dimensions, choose less"
         )
-    warn_of_load("the profile is kept all the same: measure again when the machine is idle")
+    is_busy = warn_of_load("no profile will be kept: measure again when the machine has been idle for a minute")
     rows = []
     for done, length in enumerate(lengths):
         progress(done, len(lengths))
@@ -104,8 +105,8 @@ def measure_breakeven(
     threads = torch.get_num_threads() if shape.device.type == "cpu" else None
     facts = shape.facts | {"sink": ours.sink, "recent": ours.recent, "threads": threads, "torch": torch.__version__}
     thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
-    path = write_profile(shape, thresholds, lengths, facts)
-    measured = {"rows": rows, "breakeven": found, "profile": str(path)}
+    profile = None if is_busy else str(write_profile(shape, thresholds, lengths, facts))
+    measured = {"rows": rows, "breakeven": found, "profile": profile}
     return {"device": device_name(shape.device), "lengths": list(lengths)} | facts | measured
 
 

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aqua_attention.errors import AquaError, Reason, remedy_of, said
+from aqua_attention.errors import AquaError, Reason, install_extra, remedy_of, said
 from aqua_attention.io.files import cache_folder
 from aqua_attention.version import TESTED, __version__
 
@@ -128,9 +128,12 @@ def _triton() -> Check:
     try:
         import torch
 
-        from aqua_attention.ops.backends.triton import no_kernels_reason
+        from aqua_attention.ops.backends.triton import HAS_TRITON, is_interpreted, no_kernels_reason
 
-        reason = no_kernels_reason(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        reason = no_kernels_reason(device)
+        if HAS_TRITON and device.type == "cpu" and not is_interpreted(device):
+            reason = "there is no CUDA GPU for its kernels"
     except (ImportError, OSError) as error:
         return Check("triton", found, _line(error))
     return Check("triton", found, said(reason) if reason else "its kernels serve prompts and decoding")
@@ -140,7 +143,7 @@ def _vllm() -> Check:
     """vLLM by its metadata: importing it takes long, and sets up devices."""
     found = next(filter(None, map(_version, VLLM)), None)
     if found is None:
-        return Check("vLLM", "none", "only for serving: pip install 'aqua-attention[vllm]'")
+        return Check("vLLM", "none", f"only for serving: {install_extra('vllm')}")
     from aqua_attention.vllm.checks import check_version
 
     try:

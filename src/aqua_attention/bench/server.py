@@ -20,7 +20,7 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, install_extra
 from aqua_attention.vllm.settings import CONFIG, PROJECTIONS
 
 HOST = "127.0.0.1"
@@ -40,9 +40,7 @@ OURS = "AQUA attention: "
 def check_vllm() -> None:
     """An AquaError where this Python has no vLLM."""
     if find_spec("vllm") is None:
-        raise AquaError(
-            f"{sys.executable} has no vLLM: install it (pip install 'aqua-attention[vllm]'), or use another Python"
-        )
+        raise AquaError(f"{sys.executable} has no vLLM: {install_extra('vllm')}, or use another Python")
 
 
 def environment_of(projections: Path | str | None, setting: Mapping[str, Any] | None = None) -> dict[str, str]:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from aqua_attention.calibration.statistics import LayerStatistics, Statistics, merge, named_tensors, take_layer
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError, brief
-from aqua_attention.io.tensors import Stored, write_tensors
+from aqua_attention.io.tensors import Stored, begins_as_safetensors, write_tensors
 from aqua_attention.model.capture import AttentionLayer
 from aqua_attention.model.fingerprint import describe_shape, key_weight_digest, layer_rows, other_weights, shape_of
 from aqua_attention.model.sides import TEXT
@@ -274,8 +274,12 @@ class Projections:
             AquaError: there is no such file, or a check fails; the message says which.
         """
         path = Path(path)
+        if path.is_dir():
+            raise AquaError(f"{path} is a folder: give the file that `aqua calibrate` wrote")
         if not path.is_file():
             raise AquaError(f"{path}: no such projections file: make one with `aqua calibrate MODEL -o {path}`")
+        if not begins_as_safetensors(path):
+            raise AquaError(f"{path} is no projections file: make one with `aqua calibrate MODEL -o NAME.safetensors`")
         stored = Stored(path, KIND, what="AQUA projections", remedy=RECALIBRATE)
         try:
             model, calibration, basis = (stored.header[key] for key in ("model", "calibration", "basis"))

@@ -295,7 +295,10 @@ def breakeven(
     with progress_bar("lengths") as progress:
         result = measure_breakeven(layer, k_ratios=ratios, lengths=read, **vars(exact), progress=progress)
     show(result, *breakeven_tables(result), suite="breakeven")
-    typer.echo(f"wrote {result['profile']}")
+    if result["profile"] is None:
+        typer.echo("the machine was busy, and no profile was kept: run this again on an idle machine", err=True)
+    else:
+        typer.echo(f"wrote {result['profile']}")
 
 
 def _half(name: str) -> str:

@@ -27,7 +27,7 @@ from aqua_attention.cli.options import (
     Serving,
     load_projections,
 )
-from aqua_attention.cli.outputs import check_apart, check_writable
+from aqua_attention.cli.outputs import check_apart, check_not_read, check_writable, warn_of_weights
 from aqua_attention.cli.serve import serve
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.tasks import lm_eval, tasks
@@ -40,7 +40,7 @@ from aqua_attention.cli.terminal import (
 )
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
-from aqua_attention.io.progress import progress_bar, progress_bars
+from aqua_attention.io.progress import progress_bar, progress_bars, progress_steps
 from aqua_attention.version import __version__
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ def calibrate(
     partial = output.with_name(f"{output.name}.partial")
     check_writable("checkpoint", partial)
     check_apart(output, partial, show.json)
+    warn_of_weights(output, model.model)
     from aqua_attention.calibration.checkpoint import check_no_unfinished, check_seconds, discard
     from aqua_attention.calibration.run import calibrate as run
     from aqua_attention.io.files import remove_leftovers
@@ -186,6 +187,7 @@ def merge_files(
     """
     check_writable("projections", output)
     check_apart(output, show.json)
+    check_not_read(output, first, second)
     projections = load_projections(first).merged(load_projections(second))
     projections.save(output)
     show(*_described(output, projections), suite="spectrum")
@@ -226,17 +228,22 @@ def generate(
     from aqua_attention.evaluate.generation import continue_tokens, encode_prompt
     from aqua_attention.evaluate.record import provenance
 
-    learned, (loaded, tokenizer) = load_projections(projections), model.load()
-    attachment = Attachment(loaded, learned, config, **vars(serving))
-    result: dict[str, Any] = {"model": model.name} | provenance(projections, learned)
-    result |= {"prompt": prompt, "setting": attachment.config.to_dict()}
-    tokens = encode_prompt(tokenizer, prompt, chat=chat)
-    written = partial(continue_tokens, loaded, tokenizer, tokens, max_new_tokens=max_new_tokens)
-    if compare:
-        result["dense"] = written().text
-    with attachment:
-        result["aqua"] = written().text
-        explanation = attachment.explain(tokens.shape[1]) if explain else None
+    learned = load_projections(projections)
+    with progress_steps() as step:
+        with step("load"):
+            loaded, tokenizer = model.load()
+        attachment = Attachment(loaded, learned, config, **vars(serving))
+        result: dict[str, Any] = {"model": model.name} | provenance(projections, learned)
+        result |= {"prompt": prompt, "setting": attachment.config.to_dict()}
+        tokens = encode_prompt(tokenizer, prompt, chat=chat)
+        written = partial(continue_tokens, loaded, tokenizer, tokens, max_new_tokens=max_new_tokens)
+        if compare:
+            with step("dense"):
+                result["dense"] = written().text
+        with attachment:
+            with step("AQUA"):
+                result["aqua"] = written().text
+            explanation = attachment.explain(tokens.shape[1]) if explain else None
     if explanation:
         result["explain"] = explanation.to_dict()
     show(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ def check_writable(kind: str, *paths: Path | None) -> None:
     what, is_ours = KINDS[kind]
     for path in (path for path in paths if path is not None):
         folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        if path.is_dir():
+            example = f", such as {path / EXAMPLES[kind]}" if kind in EXAMPLES else ""
+            raise AquaError(f"cannot write {path}: it is a folder, give a file{example}")
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise AquaError(f"cannot write {path}: give a file in a folder that exists and is writable")
         check_room(path)
         try:
@@ -46,6 +50,22 @@ def check_apart(*paths: Path | None) -> None:
     for path in given:
         if sum(path.resolve() == other.resolve() for other in given) > 1 and not path.is_char_device():
             raise AquaError(f"{path} is given for two results: give each a file of its own")
+
+
+def check_not_read(path: Path, *inputs: Path) -> None:
+    """Say now that a result would replace a file that it is made of."""
+    if path.exists() and any(each.exists() and path.samefile(each) for each in inputs):
+        raise AquaError(f"{path} is read here, and would be replaced: give -o another name")
+
+
+def warn_of_weights(path: Path, model: str) -> None:
+    """Warn of projections beside a model's weights, which vLLM would take for some of them."""
+    if path.suffix == ".safetensors" and Path(model).is_dir() and path.resolve().parent.samefile(model):
+        warnings.warn(
+            f"{path} lies in the model's folder, and vLLM loads every safetensors file there as weights: to serve the "
+            "model, write to another folder",
+            stacklevel=2,
+        )
 
 
 def _holds_tensors(kind: str) -> Callable[[Path], bool]:
@@ -105,6 +125,8 @@ def _json(content: bytes) -> Any:
         return None
 
 
+EXAMPLES = {"projections": "projections.safetensors", "answers": "answers.json", "figures": "figures.json"}
+"""Names to propose to a user who gives a folder."""
 DEMO_TITLE = "AQUA attention on SmolLM2-135M-Instruct"
 KINDS: dict[str, tuple[str, Callable[[Path], bool]]] = {
     "projections": ("projections", _holds_tensors("aqua_attention")),

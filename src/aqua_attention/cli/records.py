@@ -86,8 +86,7 @@ class ResultsFolder(Show):
         if self.json:
             make_folder(self.json.absolute().parent)
         facts = facts_of(loaded, command_line())
-        kept = f"{self.folder} keeps what is done, the same command goes on"
-        with stoppable(lambda: kept), progress_bar("settings") as progress:
+        with stoppable(self._kept), progress_bar("settings") as progress:
             records = run_jobs(self.folder, jobs, facts, progress=progress, notice=_notice)
         self({"records": [record.to_dict() for record in records]}, *tables(records))
         for line in [] if explained else reasons(records):
@@ -97,6 +96,12 @@ class ResultsFolder(Show):
         typer.echo(f"{len(records)} records{missing} in {self.folder / 'records'}")
         if failed == len(records):
             raise typer.Exit(1)
+
+    def _kept(self) -> str:
+        """What a stopped run leaves, in words."""
+        if any(self.folder.glob("records/*.json")) or any(self.folder.glob("projections/[!.]*")):
+            return f"{self.folder} keeps what is done, the same command goes on"
+        return "nothing was kept yet"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import typer
 from aqua_attention.cli.options import ModelOptions, ProjectionsFile, Rows, settings_of
 from aqua_attention.cli.outputs import check_apart, check_writable
 from aqua_attention.cli.terminal import Show, stoppable
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, install_extra
 from aqua_attention.io.progress import progress_bar
 
 NAMES = "hellaswag, winogrande, arc_easy, arc_challenge, truthfulqa, mmlu or gsm8k"
@@ -60,8 +60,14 @@ def tasks(
         most = (QUICK_WRITTEN if name == "gsm8k" else QUICK_CHOICES) if quick else limit
         asked.append(load_task(name, path, limit=most, few_shot=examples, seed=seed))
     subject = model.subject(projections, "", reads=False)
-    kept = f"{state} keeps the answers so far, the same command goes on" if state else "nothing was kept (--state)"
-    with stoppable(lambda: kept), progress_bar("answers") as progress:
+
+    def kept() -> str:
+        if state is None:
+            return "nothing was kept (--state)"
+        goes_on = f"{state} keeps the answers so far, the same command goes on"
+        return goes_on if state.exists() else "nothing was kept yet"
+
+    with stoppable(kept), progress_bar("answers") as progress:
         result = evaluate_tasks(subject, settings, asked, batch=batch, state=state, progress=progress)
     result |= subject.source() | {"seed": seed, "limit": limit, "quick": quick}
     show(result, tasks_table(result), suite="tasks")
@@ -90,7 +96,7 @@ def lm_eval(context: typer.Context) -> None:
 
         import aqua_attention.evaluate.lm_eval  # noqa: F401 (makes the model type known)
     except ImportError as error:
-        remedy = "pip install 'aqua-attention[lm-eval]'"
+        remedy = install_extra("lm-eval")
         raise AquaError(f"lm-evaluation-harness cannot be loaded ({error}): {remedy}") from error
     sys.argv = ["lm-eval", *context.args]
     try:

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aqua_attention.cli.outputs import check_writable
+from aqua_attention.errors import NEAR
 from aqua_attention.evaluate.record import now, write_result
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ def command_line() -> str:
 
 def usage_error(error: Any) -> str:
     """What typer says of a command line in a box, in one line, with the value that is wrong."""
+    if likely := getattr(error, "possibilities", None):
+        error.possibilities = get_close_matches(error.option_name, likely, cutoff=NEAR) or None
     reason, context = " ".join(error.format_message().split()).rstrip("."), getattr(error, "ctx", None)
     # Newer versions have pydantic read values, and do not say which.
     found: list[Any] = getattr(error.__cause__, "errors", list)()

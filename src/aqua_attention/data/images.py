@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from aqua_attention.data.pictures import SETS
 from aqua_attention.data.sources import files_below, first_line, hub_rows, local_files, usable_path
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, install_extra
 from aqua_attention.model.sides import IMAGES, padding, runner, sides
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def check_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as error:
-        raise AquaError("reading images takes Pillow: pip install 'aqua-attention[vision]'") from error
+        raise AquaError(f"reading images takes Pillow: {install_extra('vision')}") from error
 
 
 class _Unreadable(Exception):

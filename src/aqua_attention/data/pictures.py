@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aqua_attention.data.text import load_text
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, install_extra
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -92,7 +92,7 @@ def _packaged(name: str) -> Path:
     for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
         found = find_spec(package)  # importing it would take a second
         if found is None or not found.submodule_search_locations:
-            raise AquaError(f"the built-in photographs come with {package}: pip install 'aqua-attention[pictures]'")
+            raise AquaError(f"the built-in photographs come with {package}: {install_extra('pictures')}")
         root = found.submodule_search_locations[0]
         if (path := Path(root, folder, name)).is_file():
             return path

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, install_extra
 from aqua_attention.io.files import unpacked
 
 T = TypeVar("T")
@@ -92,8 +92,8 @@ def hub_rows(spec: str, read: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     try:
         import datasets
     except ImportError as error:
-        install = "pip install 'aqua-attention[data]'"
-        raise AquaError(f"reading 'hub:{spec}' takes the datasets package: {install}") from error
+        remedy = install_extra("data")
+        raise AquaError(f"reading 'hub:{spec}' takes the datasets package: {remedy}") from error
     try:
         with hub_at_hand(name):
             yield from map(read, datasets.load_dataset(name, config or None, split=split or "train", streaming=True))

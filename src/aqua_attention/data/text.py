@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aqua_attention.data.sources import PACKED, files_below, first_line, hub_rows, local_files, suffix_of
-from aqua_attention.errors import AquaError, brief
+from aqua_attention.errors import AquaError, brief, install_extra
 from aqua_attention.io.files import json_lines, open_text
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _parquet_rows(path: Path) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise AquaError(f"reading {path} takes pyarrow: pip install 'aqua-attention[data]'") from error
+        raise AquaError(f"reading {path} takes pyarrow: {install_extra('data')}") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names

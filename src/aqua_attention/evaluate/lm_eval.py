@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """AQUA as a model type of lm-evaluation-harness: importing this module makes its `--model aqua` known.
 
-It needs the extra: `pip install 'aqua-attention[lm-eval]'`.
+It needs the extra: `pip install '.[lm-eval]'` in the clone.
 """
 
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from aqua_attention.attach.door import apply
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import DEFAULT_PRESET, AquaConfig, knobs
 from aqua_attention.data.models import DEFAULT_MODEL, load_model, loading
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, did_you_mean
 
 
 @register_model("aqua")
@@ -85,8 +84,7 @@ def _named_arguments() -> Iterator[None]:
         if not (found := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
             raise
         names = [*knobs(), "projections", "basis", "preset", "pretrained", "dtype"]
-        near = get_close_matches(found[1], names, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"AQUA's own are {', '.join(names)}"
+        remedy = did_you_mean(found[1], names) or f"AQUA's own are {', '.join(names)}"
         raise AquaError(
             f"model_args has {found[1]}, which neither AQUA, lm-eval nor the model knows: {remedy}"
         ) from error

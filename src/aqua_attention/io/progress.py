@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,20 @@ def progress_bar(name: str) -> Iterator[Callable[[float, int], None]]:
     """One bar, moved by progress(done, total)."""
     with progress_bars() as report:
         yield partial(report, name)
+
+
+@contextmanager
+def progress_steps() -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+    """A bar for each `with step(name)`, of steps that cannot say how far they are: it moves at their end."""
+    with progress_bars() as report:
+
+        @contextmanager
+        def step(name: str) -> Iterator[None]:
+            report(name, 0, 1)
+            yield
+            report(name, 1, 1)
+
+        yield step
 
 
 def _progress_lines() -> Callable[[str, float, int], None]:

@@ -15,6 +15,8 @@ from aqua_attention.errors import AquaError
 from aqua_attention.io.files import write_atomically
 
 FORMAT_VERSION = 1
+LONGEST_HEADER = 100_000_000
+"""Bytes: safetensors takes no longer ones."""
 
 
 def write_tensors(path: Path | str, kind: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -78,6 +80,13 @@ class Stored:
             raise self.error(f"holds tensors that do not belong in it ({min(self._tensors)})")
         if self._found != self._claimed:
             raise self.error("its content was changed after it was written")
+
+
+def begins_as_safetensors(path: Path) -> bool:
+    """Whether a file begins with a header's length and brace, or is cut off before. No text and no JSON does."""
+    with path.open("rb") as file:
+        begin = file.read(9)
+    return len(begin) < 9 or (int.from_bytes(begin[:8], "little") <= LONGEST_HEADER and begin[8:] == b"{")
 
 
 def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:

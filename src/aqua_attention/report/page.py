@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, install_extra
 from aqua_attention.evaluate.record import Record, make_folder
 from aqua_attention.io.files import write_atomically
 from aqua_attention.report import svg
@@ -154,7 +154,7 @@ def _template() -> Any:
         from jinja2 import Environment
         from markupsafe import Markup
     except ModuleNotFoundError as error:
-        raise AquaError("aqua report needs jinja2: pip install 'aqua-attention[report]'") from error
+        raise AquaError(f"aqua report needs jinja2: {install_extra('report')}") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     words = Markup(" class=w")
     environment.filters["notes"] = block_notes

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from aqua_attention.errors import AquaError
+from aqua_attention.errors import AquaError, install_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +54,7 @@ def styled(height: float, width: int = WIDTH) -> Iterator[Figure]:
         import matplotlib
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise AquaError("aqua report needs matplotlib: pip install 'aqua-attention[report]'") from error
+        raise AquaError(f"aqua report needs matplotlib: {install_extra('report')}") from error
     with matplotlib.rc_context(), warnings.catch_warnings():
         # Whatever the user's matplotlibrc says.
         matplotlib.rcdefaults()

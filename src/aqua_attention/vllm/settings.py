@@ -16,7 +16,8 @@ from aqua_attention.errors import AquaError
 INT8 = "int8_per_token_head"
 """The `kv_cache_dtype` that goes with `bits` 8: a byte an element, and room for scales."""
 PROJECTIONS, CONFIG = "AQUA_PROJECTIONS", "AQUA_CONFIG"
-"""Environment variables: a projections file; and a preset's name or the fields of an `AquaConfig` as JSON.
+"""Environment variables: a projections file; and a preset's name or the fields of an `AquaConfig` as JSON,
+which may name a `preset`, too.
 
 Every process of a server inherits them, and vLLM's CPU platform takes a backend only from a plugin, which is given
 nothing else.
