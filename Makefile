@@ -32,10 +32,10 @@ test: .venv/.installed .venv/.lm-eval  ## run the tests; make test ARGS="-k text
 test-architectures: .venv/.installed  ## hold some 50 architectures to the table of docs/models.md; too long for every change
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m architectures $(ARGS)
 
-test-select: .venv/.installed  ## kernels that choose tokens, in triton's interpreter: 5 minutes
+test-select: .venv/.installed  ## kernels that choose tokens, in triton's interpreter: 4 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m select $(ARGS)
 
-test-long: .venv/.installed  ## more kinds of kernels, compiled and in triton's interpreter: 10 minutes
+test-long: .venv/.installed  ## more kinds of kernels, compiled and in triton's interpreter: 4 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m long $(ARGS)
 
 # vLLM pins other versions than ours, so it has an environment of its own. Its CPU build needs no GPU.

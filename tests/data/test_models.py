@@ -262,7 +262,7 @@ def test_damaged_files(saved: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_said_before_the_hub() -> None:
-    with pytest.raises(AquaError, match=r"'my-modle' cannot be loaded \(there is no such folder here, and as a name on"):
+    with pytest.raises(AquaError, match=r"'my-modle' cannot be loaded \(there is no such folder here, and as"):
         load_model("my-modle", device="cpu")
 
 
