@@ -81,7 +81,7 @@ def test_a_dict_may_name_a_preset_and_change_it(make):
 
 
 def test_a_name_is_proposed_only_where_it_is_near():
-    for name, meant in (("recnt", "recent"), ("bit", "bits"), ("shrae", "share"), ("select_k", "select_p")):
+    for name, meant in (("recents", "recent"), ("bit", "bits"), ("shrae", "share"), ("select_k", "select_p")):
         with pytest.raises(AquaError, match=f"did you mean '{meant}'"):
             AquaConfig.from_dict({name: 1})
     for name in ("present", "window", "ratio_of_keys", 7):
