@@ -376,7 +376,7 @@ def test_calls_that_change_scores_in_unknown_ways_are_refused(llama):
 def test_a_four_dimensional_mask_with_a_window_on_sliding_layers_is_refused():
     model = MAKERS["mistral"]()
     visible = torch.ones(40, 40).tril().triu(-11).bool()[None, None].expand(2, 1, 40, 40)
-    with aqua.apply(model, calibrated(model), WINDOW), pytest.raises(aqua.AquaError, match="need a 2-D attention mask"):
+    with aqua.apply(model, calibrated(model), WINDOW), pytest.raises(aqua.AquaError, match="need a 2-D mask"):
         logits(model, tokens(), attention_mask=visible)
 
 

@@ -221,7 +221,7 @@ def test_a_4_d_mask_in_a_layer_of_chunks_is_refused_as_in_a_sliding_one(window):
             assert torch.allclose(model(input_ids=ids, attention_mask=masks).logits, expected, rtol=0, atol=1e-4)
     with (
         aqua.apply(model, calibrated(model), aqua.AquaConfig.paper(k_ratio=0.5, **window)),
-        pytest.raises(aqua.AquaError, match="in a sliding-window layer need a 2-D attention mask"),
+        pytest.raises(aqua.AquaError, match="in a sliding-window layer need a 2-D mask"),
         torch.no_grad(),
     ):
         model(input_ids=ids, attention_mask=masks)

@@ -193,6 +193,6 @@ def test_a_4_d_mask_in_a_sliding_layer_is_refused():
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with (
         aqua.apply(model, calibrated(model), aqua.AquaConfig.paper(min_length=10)),
-        pytest.raises(aqua.AquaError, match="min_length in a sliding-window layer need a 2-D attention mask"),
+        pytest.raises(aqua.AquaError, match="min_length in a sliding-window layer need a 2-D mask"),
     ):
         logits(model, tokens(length=20), attention_mask={"full_attention": mask, "sliding_attention": mask})

@@ -17,7 +17,7 @@ DIGITS = 8
 class Panel(NamedTuple):
     """One drawing: an `<svg>` element, see `svg.drawing`, and the same in a few words for those who do not see it.
 
-    A drawing that stands alone has a `wide` one too, for the width of a desktop.
+    It may have a `wide` one too, for the width of a desktop, which is shown where the drawing stands alone.
     """
 
     svg: str
@@ -43,6 +43,11 @@ class Block:
     panels: Sequence[Panel] = ()
     note: str = ""
     words: bool = False
+
+    def __post_init__(self) -> None:
+        """Drawings side by side have no room for wide ones."""
+        if len(self.panels) > 1:
+            object.__setattr__(self, "panels", [panel._replace(wide="") for panel in self.panels])
 
     @property
     def commands(self) -> list[str]:

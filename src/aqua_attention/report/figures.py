@@ -50,21 +50,19 @@ def curves(
     ys: Sequence[Axis],
     points: Iterable[Point],
     joined: bool = True,
-    alone: bool = True,
     width: int = svg.WIDE,
 ) -> Panel:
     """Curves over a common x, their points joined by lines or not, an axis for each of `ys`.
 
-    The axes stand above each other, and beside each other in the wide drawing of a panel that is `alone`. Where there
-    are more curves than colours, the longest are coloured, and all others are one grey. Dense attention is a ring,
-    which shows around whatever has the same value. Curves over a single x stand beside each other. `width` is that of
-    the wide drawing.
+    The axes stand above each other, and beside each other in the wide drawing. Where there are more curves than
+    colours, the longest are coloured, and all others are one grey. Dense attention is a ring, which shows around
+    whatever has the same value. Curves over a single x stand beside each other. `width` is that of the wide drawing.
     """
     lines: dict[str, list[Point]] = {}
     for point in points:
         lines.setdefault(point[0], []).append(point)
     narrow = _curves(name, alt, x, ys, lines, joined)
-    return Panel(narrow, alt, _curves(f"{name}-wide", alt, x, ys, lines, joined, wide=width) if alone else "")
+    return Panel(narrow, alt, _curves(f"{name}-wide", alt, x, ys, lines, joined, wide=width))
 
 
 def _curves(
@@ -141,14 +139,12 @@ def _at_places(axis: Any, kind: Axis, places: Sequence[float]) -> None:
         axis.set_major_formatter(shown if kind.scale != "linear" else (lambda value, _: f"{value:g}"))
 
 
-def loss_curves(
-    name: str, alt: str, x: Axis, records: Iterable[tuple[str, float, Row]], joined: bool = True, alone: bool = True
-) -> Panel:
+def loss_curves(name: str, alt: str, x: Axis, records: Iterable[tuple[str, float, Row]], joined: bool = True) -> Panel:
     """Perplexity change and KL divergence over a common x, of records as (label of the curve, x, figures)."""
     axes = [Axis("perplexity change", "change"), Axis("KL to dense (nats)", "log")]
     alt = f"Perplexity change and KL divergence {alt}"
     points = [(label, at, [number(row.get(key)) for key in ("perplexity_change", "kl")]) for label, at, row in records]
-    return curves(name, alt, x, axes, points, joined, alone)
+    return curves(name, alt, x, axes, points, joined)
 
 
 def heat(

@@ -120,7 +120,7 @@ def _trade_off(place: int, title: str, group: Sequence[Record]) -> Block | None:
         points = [(label(record), share, record.figures) for record, share in zip(settings, by_axis[axis], strict=True)]
         identity, alt = f"loss{place}-{axis}", f"against the share of {name}, {len(settings)} settings"
         where = Axis(f"share of {name}", "percent")
-        panels.append(loss_curves(identity, alt, where, points, joined, alone=len(varied) == 1))
+        panels.append(loss_curves(identity, alt, where, points, joined))
     rows = [[name_of(r), *map(percent, shares_of(r)), *cells(r.figures, LOSSES)] for r in settings]
     titles = ["setting", *SHARES, *(column.title for column in LOSSES)]
     return Block(title, (titles, rows), settings, panels) if panels else None
