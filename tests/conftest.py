@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
 
@@ -18,6 +19,7 @@ if not torch.cuda.is_available():
     # Kernels are computed step by step in Python then.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 VOCABULARY = 97
 SHAPE = {
     "vocab_size": VOCABULARY,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton's interpreter without work that it does twice: more than half of the time of tests that run in it."""
+"""Triton's interpreter without work that it does twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FRAME = 70_000
 
 
 def make_faster() -> None:
-    """Change what takes most of the time; nothing where triton was not imported, or is another version than 3.9."""
+    """Change both things that follow; nothing where triton was not imported, or is another version than 3.9."""
     interpreter = sys.modules.get("triton.runtime.interpreter")
     if hasattr(interpreter, "_patch_lang") and not hasattr(interpreter._patch_lang, "is_once"):
         _prepare_once(interpreter)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 
+from conftest import BROWSER
 from pages import files
 
 pytest.importorskip("mkdocs", reason="the extra docs is not installed")
@@ -68,6 +70,40 @@ def test_pages_of_results_link_to_pages_beside_and_above_them(site):
     assert 'href="loss.html"' in page
     assert 'href="../SERVING.html"' in page
     assert "<summary>" in page
+
+
+# In frames as wide as the screen, because a window of a browser has a least width. What scrolls by itself may be wider.
+PROBE = """<pre id="found"></pre><script>
+(async () => {
+  const found = {};
+  for (const name of PAGES) {
+    const frame = document.createElement("iframe");
+    frame.style = "border:0;width:WIDTHpx;height:900px";
+    frame.src = name;
+    document.body.append(frame);
+    await new Promise(loaded => frame.onload = loaded);
+    const root = frame.contentDocument.documentElement;
+    found[name] = [root.scrollWidth, root.clientWidth];
+    frame.remove();
+  }
+  document.getElementById("found").textContent = JSON.stringify(found);
+})();
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_page_is_wider_than_the_screen(site, tmp_path, width):
+    names = sorted(str(path.relative_to(site)) for path in site.rglob("*.html") if path.name != "probe.html")
+    probe = site / "probe.html"
+    probe.write_text(PROBE.replace("PAGES", json.dumps(names)).replace("WIDTH", str(width)))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=120000", probe.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    found = json.loads(re.search(r'<pre id="found">(.+?)</pre>', done.stdout)[1])
+    assert len(found) > 25
+    assert {name for name, (wide, view) in found.items() if wide > view or view > width} == set()
 
 
 def test_links_of_a_page_one_folder_down_are_those_of_the_site():

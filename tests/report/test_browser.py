@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from html import escape
 
@@ -14,9 +13,9 @@ import samples
 
 from aqua_attention.report.collect import collect
 from aqua_attention.report.page import write_report
+from conftest import BROWSER
 
 pytest.importorskip("matplotlib")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="needs Chromium")]
 # The page is looked at from outside, in a frame as wide as the screen: a window of a browser has a least width.
 PROBE = """<body style="margin:0"><iframe id="page" src="report.html" style="border:0;width:WIDTHpx;height:3000px">

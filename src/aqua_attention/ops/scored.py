@@ -129,7 +129,7 @@ class ScoredCache:
     def take(self, rows: Tensor) -> None:
         """Hold the sequences of these indices, one for each there was; an AquaError for another number of them."""
         if len(rows) != len(self.lengths):
-            raise AquaError(f"{len(rows)} sequences cannot take the places of {len(self.lengths)}")
+            raise AquaError(f"{len(rows)} sequences cannot take the places of {len(self.lengths)}: give as many")
         for states in (*self._by_token(), self.lengths):
             states.copy_(states.index_select(0, rows))
 
@@ -191,14 +191,8 @@ class ScoredCache:
         """Keys, values, and the keys as they are scored, of the first tokens of a sequence, float32
         [num_key_value_heads, length, width].
         """
-        channel_scale, channel_mean = (each[:, None] for each in self.quantization)
         codes = self.codes[row].transpose(-1, -2).flatten(1, 2)[:, :length]
-        scored = (codes.float() - 128) * self.scales[row, :, :length, None].float() * channel_scale + channel_mean
-        keys, values = (each[row, :, :length].float() for each in (self.keys, self.values))
-        if self.value_scales is None:
-            return keys, values, scored
-        keys = (keys - 128) * self.scales[row, :, :length, None].float() * channel_scale + channel_mean
-        return keys, (values - 128) * self.value_scales[row, :, :length, None].float(), scored
+        return *self._widened(row, length), self._keys_of(codes, row, length)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all sequences in the dtype of the cache, [batch, num_key_value_heads, longest, width].
@@ -206,13 +200,24 @@ class ScoredCache:
         What is behind the end of a shorter one means nothing.
         """
         longest = max(0, int(self.lengths.max()))
-        keys, values = self.keys[:, :, :longest], self.values[:, :, :longest]
         if self.value_scales is None:
-            return keys, values
+            return self.keys[:, :, :longest], self.values[:, :, :longest]
+        keys, values = self._widened(slice(None), longest)
+        return keys.to(self.dtype), values.to(self.dtype)
+
+    def _widened(self, rows: int | slice, length: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first tokens of some sequences, float32."""
+        keys, values = (each[rows, ..., :length, :] for each in (self.keys, self.values))
+        if self.value_scales is None:
+            return keys.float(), values.float()
+        scales = self.value_scales[rows, ..., :length, None].float()
+        return self._keys_of(keys, rows, length), (values.float() - 128) * scales
+
+    def _keys_of(self, codes: Tensor, rows: int | slice, length: int) -> Tensor:
+        """Rotated keys of codes, float32."""
         channel_scale, channel_mean = (each[:, None] for each in self.quantization)
-        scales, value_scales = (each[:, :, :longest, None].float() for each in (self.scales, self.value_scales))
-        keys = (keys.float() - 128) * scales * channel_scale + channel_mean
-        return keys.to(self.dtype), ((values.float() - 128) * value_scales).to(self.dtype)
+        scales = self.scales[rows, ..., :length, None].float()
+        return (codes.float() - 128) * scales * channel_scale + channel_mean
 
     def check_step(self, query: Tensor, key: Tensor, value: Tensor, plan: LayerPlan) -> None:
         """Raise AquaError for a token of each sequence, or a plan, that no step over this cache takes."""
