@@ -23,9 +23,8 @@ from aqua_attention.bench.timing import read_bandwidth, seconds_of
 from aqua_attention.config import AquaConfig
 from aqua_attention.io.files import write_json
 from aqua_attention.ops import scored_step
-from aqua_attention.ops.backends.triton import token_choice, token_fused, token_gather, token_scores, token_work
+from aqua_attention.ops.backends.triton import token_choice, token_gather, token_scores, token_work
 from aqua_attention.ops.backends.triton.token_choice import choose_tokens
-from aqua_attention.ops.backends.triton.token_fused import score_and_choose
 from aqua_attention.ops.backends.triton.token_gather import attend_to_tokens
 from aqua_attention.ops.backends.triton.token_prepare import prepare_tokens
 from aqua_attention.ops.backends.triton.token_scores import score_tokens
@@ -44,7 +43,7 @@ MASS = 0.95
 HEAD_SHARES = [0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.6]
 TOLERANCE = 0.05
 """Of the difference, relative."""
-TUNED = (token_choice, token_fused, token_gather, token_scores, token_work)
+TUNED = (token_choice, token_gather, token_scores, token_work)
 
 
 def main():
@@ -56,7 +55,7 @@ def main():
     parser.add_argument("--mass", type=float, default=MASS, help="select_p")
     parser.add_argument("--set", action="append", default=[], help="a tuned constant, as token_gather.WARPS=8; repeat")
     parser.add_argument("--bits", type=int, choices=[8], help="of keys and values; default: 16")
-    parser.add_argument("--way", choices=token_work.WAYS, help="of choosing tokens; default: what is taken by itself")
+    parser.add_argument("--by-compiler", action="store_true", help="score without placing registers by hand")
     parser.add_argument("--no-dense", action="store_true", help="leave out what it is compared with")
     parser.add_argument("--json", help="write all figures here")
     given = parser.parse_args()
@@ -124,7 +123,7 @@ def measure(batch, length, knobs, head_shares, given):
         query, key = 0.05 * query, 0.05 * key
         query[..., 0] = DIM**0.5
     output = torch.empty(batch, HEADS, DIM, dtype=DTYPE, device="cuda")
-    work = TokenWork.of(caches[0], HEADS, plan.k, way=given.way)
+    work = TokenWork.of(caches[0], HEADS, plan.k, by_hand=False if given.by_compiler else None)
 
     def reset():
         for cache in caches:
@@ -152,16 +151,11 @@ def measure(batch, length, knobs, head_shares, given):
     held = 4 * DIM if given.bits is None else 2 * DIM + 4
     prepared = timed(prepare)
     pieces = {"prepare": (prepared, 4 * KV_HEADS * DIM * DIM)}
-    if work.way == "fused":
-        # It goes on from what `prepare` has made zero, and does not read from memory what it has just written.
-        fused = partial(score_and_choose, work=work, plan=plan, scaling=SCALING, appended=True)
-        seconds = timed(prepare, fused) - prepared
-        pieces["score and choose"] = (seconds, tokens * (SCORED + 2 + 2 * group) + 4 * taken)
-    else:
-        scored = timed(score)
-        pieces["score"] = (scored, tokens * (SCORED + 2 + 2 * group))
-        chosen = timed(prepare, score, choose) - prepared - scored
-        pieces["choose"] = (chosen, tokens * 2 * group + 4 * taken)
+    scored = timed(score)
+    pieces["score"] = (scored, tokens * (SCORED + 2 + 2 * group))
+    # It goes on from what `prepare` has made zero.
+    chosen = timed(prepare, score, choose) - prepared - scored
+    pieces["choose"] = (chosen, tokens * 2 * group + 4 * taken)
     pieces["attend"] = (timed(attend), taken * (4 + held))
     return {
         "seconds": timed(whole),
@@ -171,7 +165,7 @@ def measure(batch, length, knobs, head_shares, given):
         "bits": given.bits,
         "splits": work.splits,
         "chunks": work.chunks,
-        "way": work.way,
+        "by_hand": work.by_hand,
         "pieces": {name: dict(zip(("seconds", "bytes"), each, strict=True)) for name, each in pieces.items()},
     }
 

@@ -15,15 +15,11 @@ from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache, score_quantization
 
-WAYS = {
-    "fused": {"way": "fused", "chunks": 1},
-    "resident": {"way": "resident", "chunks": 1},
-    "phases": {"way": "phases", "chunks": 3},
-}
+WAYS = {"one program": {"chunks": 1}}
 if DEVICE == "cuda":
     # The interpreter runs one program after the other.
-    WAYS["fused programs that meet"] = {"way": "fused", "chunks": 8}
-    WAYS["programs that meet"] = {"way": "resident", "chunks": 4}
+    WAYS |= {"programs that meet": {"chunks": 4}, "many programs": {"chunks": 16}}
+    WAYS |= {"scored by the compiler": {"chunks": 1, "by_hand": False}}
 WEIGHT_EPS = 2.0**-9
 """Of a weight, relative: it is kept in 11 bits twice."""
 MASS_EPS = 1e-3

@@ -12,7 +12,7 @@ import triton.language as tl
 from decoding import DEVICE
 from selecting import WAYS, check_output, listed, problem, run, work_for
 
-from aqua_attention.ops.backends.triton import token_fused, token_resident
+from aqua_attention.ops.backends.triton import token_choice
 from aqua_attention.ops.backends.triton.token_step import attend_selected
 from aqua_attention.ops.backends.triton.token_work import MOST_TURNS
 
@@ -24,21 +24,18 @@ def _meet(met_ptr, count):
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there programs wait for each other")
-@pytest.mark.parametrize(
-    ("way", "choice"), [("fused", {"select_p": 0.7}), ("fused", {"select_tokens": 50}), ("resident", {"select_p": 0.4})]
-)
-def test_several_programs_find_what_one_does(way, choice, monkeypatch):
+@pytest.mark.parametrize("choice", [{"select_p": 0.7}, {"select_p": 0.4}, {"select_tokens": 50}])
+def test_several_programs_find_what_one_does(choice, monkeypatch):
     """The first ones do not find yet what later ones say. But what all say first is right at once, what they say next
     is right when all are run again, and so on.
     """
-    for module in (token_fused, token_resident):
-        monkeypatch.setattr(module, "meet", _meet)
+    monkeypatch.setattr(token_choice, "meet", _meet)
     given = problem((2, 1), [600], 16, 16, **choice)
-    work = work_for(given, way=way, chunks=4)
+    work = work_for(given, chunks=4)
     for tensor in (work.scratch.said, work.scratch.part_lse):
         tensor.zero_()
     output = torch.empty(1, 2, 16)
     for _ in range(MOST_TURNS):
         attend_selected(given.cache, given.plan, work, output, scaling=given.plan.scaling, appended=False)
-    assert torch.equal(listed(work, given.cache), run(given, **WAYS["phases"])[1])
+    assert torch.equal(listed(work, given.cache), run(given, **WAYS["one program"])[1])
     check_output(output, listed(work, given.cache), given)

@@ -155,7 +155,7 @@ def test_a_nan_leaves_other_rows_right(choice, where):
 def test_all_the_mass_is_dense_attention(k_ratio):
     given = problem((4, 2), [257, 64], 32, 32, select_p=1.0, k_ratio=k_ratio)
     check(given)
-    output, read = run(given, **WAYS["fused"])
+    output, read = run(given, **WAYS["one program"])
     for row, length in enumerate((257, 64)):
         assert read[row].sum(-1).tolist() == [length] * 2
         states = (given.cache.keys[row, None, :, :length], given.cache.values[row, None, :, :length])
@@ -240,10 +240,9 @@ def test_what_does_not_fit_is_refused():
 def test_programs_that_wait_must_run_at_once(monkeypatch):
     monkeypatch.setattr("aqua_attention.ops.backends.triton.token_work.sm_count", lambda _: 4)
     given = problem((2, 1), [3000], 16, 16, select_p=0.5)
-    for way in ("fused", "resident"):
-        with pytest.raises(AquaError, match="chunks is 4"):
-            TokenWork.of(given.cache, 2, given.plan.k, way=way, chunks=4)
-    assert TokenWork.of(given.cache, 2, given.plan.k, chunks=4, way="phases").chunks == 4
+    with pytest.raises(AquaError, match="chunks is 4"):
+        TokenWork.of(given.cache, 2, given.plan.k, chunks=4)
+    assert TokenWork.of(given.cache, 2, given.plan.k, chunks=2).chunks == 2
 
 
 @pytest.mark.gpu
@@ -284,7 +283,7 @@ def test_recorded_steps_of_several_layers_do_not_meet(way, choice):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["fused", "resident", "phases"])
+@pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.parametrize("held", [None, 8])
 @pytest.mark.parametrize(
     ("lengths", "choice"),
@@ -295,22 +294,22 @@ def test_recorded_steps_of_several_layers_do_not_meet(way, choice):
         ([70000, 131072], {"select_tokens": 13000}),
     ],
 )
-def test_large_sizes_in_bfloat16(lengths, choice, held, way):
+def test_large_sizes_in_bfloat16(lengths, choice, held, by_hand):
     """With as many programs as are taken by themselves, which meet."""
     torch.use_deterministic_algorithms(False)
     given = problem((32, 8), lengths, 128, 128, torch.bfloat16, k_ratio=0.25, sharp=3.0, held=held, **choice)
-    output, read = run(given, splits=None, programs=None, way=way)
+    output, read = run(given, splits=None, programs=None, by_hand=by_hand)
     check_choice(read, given, expected_of(given))
     check_output(output, read, given)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["fused", "resident", "phases"])
+@pytest.mark.parametrize("by_hand", [True, False])
 @pytest.mark.parametrize("choice", [{"select_p": 0.9}, {"select_tokens": 7}])
-def test_equal_scores_and_a_spike_of_a_long_row(choice, way):
+def test_equal_scores_and_a_spike_of_a_long_row(choice, by_hand):
     keys = torch.zeros(131072, device=DEVICE)
     keys[100000] = 3.0
     given = problem((4, 1), [131072], 128, 128, torch.bfloat16, keys=keys, **NOTHING, **choice)
-    output, read = run(given, splits=None, programs=None, way=way)
+    output, read = run(given, splits=None, programs=None, by_hand=by_hand)
     assert read[0, 0, 100000] and read.sum() >= 131072 - 127
     check_output(output, read, given)

@@ -15,16 +15,15 @@ CODE = (
     + """
 import torch
 import aqua_attention as aqua
-from aqua_attention.ops.backends.triton import token_choice, token_fused, token_gather, token_prepare, token_scores
-from aqua_attention.ops.backends.triton import token_step
+from aqua_attention.ops.backends.triton import token_choice, token_gather, token_prepare, token_scores
+from aqua_attention.ops.backends.triton import token_scores_by_hand, token_step
 from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache, score_quantization
 
-KERNELS = ("_prepare_tokens", "_score_tokens", "choose_phase", "choose_resident", "_score_and_choose")
-KERNELS += ("_attend_to_tokens",)
-for module in (token_choice, token_fused, token_gather, token_prepare, token_scores):
+KERNELS = ("_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens")
+for module in (token_choice, token_gather, token_prepare, token_scores, token_scores_by_hand):
     module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
     for name in KERNELS:
         if hasattr(module, name):
@@ -39,8 +38,9 @@ def build(dtype, heads, groups, dim, value_dim, length=5000, bits=None, batch=3,
     states = (torch.zeros(batch, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim)))
     states, output = list(states), torch.zeros(batch, heads, value_dim, dtype=dtype)
     splits = 16 if length > 1 else 1
-    for chunks, way in ((1, "fused"), (8, "fused"), (1, "resident"), (8, "resident"), (8, "phases")):
-        work = TokenWork.of(cache, heads, plan.k, splits=splits, chunks=chunks, way=way)
+    by_hand = dtype != torch.float32 and heads // groups <= 8
+    for chunks, placed in ((1, False), (8, by_hand)):
+        work = TokenWork.of(cache, heads, plan.k, splits=splits, chunks=chunks, by_hand=placed)
         token_step.selected_step(*states, cache, plan, work, output, scaling=0.1)
 
 
@@ -69,12 +69,5 @@ CASES = {
 def test_kernels_that_choose_tokens_compile_for_hopper(case, tmp_path):
     kernels = compiled(CODE, CASES[case], tmp_path)
     names = [line.split()[0] for line in kernels]
-    assert set(names) == {
-        "_prepare_tokens",
-        "_score_tokens",
-        "_score_and_choose",
-        "choose_resident",
-        "choose_phase",
-        "_attend_to_tokens",
-    }
-    assert names.count("choose_phase") == 3
+    expected = {"_prepare_tokens", "_score_tokens", "_choose_tokens", "_attend_to_tokens"}
+    assert set(names) == expected | (set() if case in ("wide group", "float32") else {"score_kernel"})

@@ -220,9 +220,11 @@ def is_by_hand(query: Tensor, cache: TiledCache) -> bool:
     return rows * tiles >= BY_HAND_TILES and rows * splits_by_hand(rows, tiles, query) >= BY_HAND_TILES // 4
 
 
-def splits_by_hand(rows: int, tiles: int, query: Tensor) -> int:
-    """Programs of one warp for the tiles of each of `rows` sequences and heads: rounds of as many as run at once."""
-    at_once = sm_count(query) * BY_HAND_AT_ONCE
+def splits_by_hand(rows: int, tiles: int, query: Tensor, programs: int = BY_HAND_AT_ONCE) -> int:
+    """Programs of one warp for the tiles of each of `rows` sequences and heads: rounds of as many as run at once,
+    `programs` on each multiprocessor.
+    """
+    at_once = sm_count(query) * programs
     most = min(-(-tiles // BY_HAND_EACH), MOST_BY_HAND)
     found, fullest = most, 0.0
     for rounds in (2, 3, 4) if rows * tiles >= at_once * 2 * BY_HAND_LONG else (1, 2, 3, 4):

@@ -124,6 +124,52 @@ def dims_of(dims_ptr, at, limit):
 
 
 @gluon.jit
+def query_operands(
+    query_ptr,
+    dims_ptr,
+    limit,
+    channel_scale_ptr,
+    channel_mean_ptr,
+    scaling,
+    GROUP: gl.constexpr,
+    KEPT: gl.constexpr,
+    CHOSEN: gl.constexpr,
+):
+    """The chosen dimensions of a group's queries as right operands, a tuple of [16, HEADS] in float16.
+
+    Scales and means of channels are in them, and they are made small enough for float16.
+
+    Args:
+        limit: of CHOSEN dimensions so many count.
+
+    Returns:
+        Operands, what their products are worth, and what is added to these, [HEADS].
+    """
+    at16 = gl.arange(0, 16, gl.SliceLayout(1, RIGHT))
+    head = gl.arange(0, HEADS, gl.SliceLayout(0, RIGHT))
+    peak = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
+    mean = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
+    wide = ()
+    for chunk in gl.static_range((CHOSEN + 15) // 16):
+        at = chunk * 16 + at16
+        dims = dims_of(dims_ptr, at, limit)
+        there = (head < GROUP)[None, :] & (at < limit)[:, None]
+        query = gl.load(query_ptr + head[None, :] * KEPT + dims[:, None], there, 0.0, cache_modifier=".cg").to(
+            gl.float32
+        )
+        mean += gl.sum(query * gl.load(channel_mean_ptr + dims)[:, None], 0)
+        query *= gl.load(channel_scale_ptr + dims)[:, None]
+        peak = gl.maximum(peak, gl.max(gl.abs(query), 0))
+        wide = wide + (query,)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
+    peak = gl.where(peak > 0, peak, 1.0)
+    queries = ()
+    for chunk in gl.static_range((CHOSEN + 15) // 16):
+        queries = queries + ((wide[chunk] / peak[None, :]).to(gl.float16),)  # noqa: RUF005
+    unit = gl.convert_layout(peak * scaling, gl.SliceLayout(0, MMA))
+    return queries, unit, gl.convert_layout(mean * scaling, gl.SliceLayout(0, MMA))
+
+
+@gluon.jit
 def decode_quantized_kernel(
     query_ptr,
     dims_ptr,
@@ -194,29 +240,9 @@ def decode_quantized_kernel(
     if counts_ptr is not None:
         limit = gl.load(counts_ptr + place, cache_modifier=".cg")
 
-    # Scales and means of channels go into the query, which is made small enough for float16.
-    at16 = gl.arange(0, 16, gl.SliceLayout(1, RIGHT))
-    head = gl.arange(0, HEADS, gl.SliceLayout(0, RIGHT))
-    peak = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
-    mean = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
-    wide = ()
-    for chunk in gl.static_range(CHUNKS):
-        at = chunk * 16 + at16
-        dims = dims_of(dims_ptr, at, limit)
-        there = (head < GROUP)[None, :] & (at < limit)[:, None]
-        query = gl.load(query_ptr + head[None, :] * KEPT + dims[:, None], there, 0.0, cache_modifier=".cg").to(
-            gl.float32
-        )
-        mean += gl.sum(query * gl.load(channel_mean_ptr + dims)[:, None], 0)
-        query *= gl.load(channel_scale_ptr + dims)[:, None]
-        peak = gl.maximum(peak, gl.max(gl.abs(query), 0))
-        wide = wide + (query,)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
-    peak = gl.where(peak > 0, peak, 1.0)
-    queries = ()
-    for chunk in gl.static_range(CHUNKS):
-        queries = queries + ((wide[chunk] / peak[None, :]).to(gl.float16),)  # noqa: RUF005
-    unit = gl.convert_layout(peak * scaling, gl.SliceLayout(0, MMA))
-    mean = gl.convert_layout(mean * scaling, gl.SliceLayout(0, MMA))
+    queries, unit, mean = query_operands(
+        query_ptr, dims_ptr, limit, channel_scale_ptr, channel_mean_ptr, scaling, GROUP, KEPT, CHOSEN
+    )
 
     key_row = gl.arange(0, 16, gl.SliceLayout(1, KEYS))
     key_word = gl.arange(0, KEY_WORDS, gl.SliceLayout(0, KEYS))

@@ -2,29 +2,25 @@
 # mypy: disable-error-code="no-untyped-def"
 """Choosing tokens from their weights without sorting them: `ops.tokens.choose_tokens` for one query a sequence.
 
-Three phases, of which each needs what all programs have found in the one before: the weights of a group's heads are
-added, and their upper halves counted; tokens at the threshold are counted by their lower halves; tokens that are read
-are listed, in order. Where the weights of a sequence fit into one program, `token_resident` does all in one launch.
+A program adds up the weights of a group's heads, and writes them as orders of 16 bits. It reads these again and again
+from the cache of its processor, each time to see what is above three thresholds, which quarter an interval. Then it
+lists the tokens that are read.
 
-A list has room for all tokens, and both histograms count all of them, so that no distribution of scores overflows.
+Several programs of a sequence and head, where there are too few of these for a GPU, wait for each other: each says what
+it has above the thresholds, and all add that up in the same order. This needs all of them on the GPU at once, which
+blocks that follow each other are. The interpreter runs one program after the other, and takes one only.
+
+A list has room for all tokens, and nothing else is kept of them, so that no distribution of scores overflows.
 """
 
 import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, starts_early
-from aqua_attention.ops.backends.triton.token_order import (
-    BINS,
-    add_coarse,
-    add_fine,
-    coarse_threshold,
-    fine_threshold,
-    flat,
-    order_of,
-)
-from aqua_attention.ops.backends.triton.token_resident import choose_resident
+from aqua_attention.ops.backends.triton.token_order import BEHIND_ALL, NOTHING, held_order, order_of, value_of
 from aqua_attention.ops.backends.triton.token_weights import group_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
+    MOST_TURNS,
     ScoredArguments,
     TokenWork,
     seen_length,
@@ -33,56 +29,42 @@ from aqua_attention.ops.backends.triton.token_work import (
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache
 
-WARPS = 4
-"""Of a program; each has a tile of its own at a time."""
-PHASES = 3
-RESIDENT_WARPS, LEAST_WARPS, TILES_OF_WARP = 16, 4, 16
-"""Of a program that keeps weights, at most and at least, and how many tiles a warp keeps, unless these are too many."""
+WARPS, TILES_AT_ONCE = 8, 32
+"""Of a program, and how many tiles it looks at together: of each a thread has 16 tokens."""
+TURNS = tl.constexpr(MOST_TURNS)
 
 
 def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
-    """Write the tokens that are read, and how many these are."""
+    """Write the tokens that are read, and how many these are.
+
+    `work.scratch.met` must be zero: `prepare_tokens` makes it so.
+    """
     batch, kv_heads, _, _, tiles = cache.shape
     config = plan.config
-    given = (
-        ScoredArguments.of(cache),
-        work.scratch,
-        0.0 if config.select_p is None else float(config.select_p),
-        config.select_tokens or 0,
-        plan.sink,
-        plan.recent,
-        plan.min_length,
-        work.splits,
-    )
-    constants = {
-        "APPENDED": appended,
-        "GROUP": work.group,
-        "SPLITS_PADDED": triton.next_power_of_2(work.splits + 1),
-        "BY_COUNT": config.select_p is None,
-        "UNIT": 1.0 / triton.next_power_of_2(work.group),
-        **starts_early(work.rotated),
-    }
     with on_device_of(work.rotated):
-        if work.way == "resident":
-            held = int(triton.next_power_of_2(-(-tiles // work.chunks)))
-            warps = max(LEAST_WARPS, min(RESIDENT_WARPS, held // TILES_OF_WARP))
-            choose_resident[(work.chunks, kv_heads, batch)](
-                *given, TILES_PADDED=held, CHUNKS=work.chunks, num_warps=warps, **constants
-            )
-            return
-        for phase in range(PHASES):
-            choose_phase[(work.chunks, kv_heads, batch)](
-                *given,
-                CHUNKS_PADDED=triton.next_power_of_2(work.chunks),
-                AT_ONCE=WARPS,
-                PHASE=phase,
-                num_warps=WARPS,
-                **constants,
-            )
+        _choose_tokens[(work.chunks, kv_heads, batch)](
+            ScoredArguments.of(cache),
+            work.scratch,
+            0.0 if config.select_p is None else float(config.select_p),
+            config.select_tokens or 0,
+            plan.sink,
+            plan.recent,
+            plan.min_length,
+            work.splits,
+            APPENDED=appended,
+            GROUP=work.group,
+            SPLITS_PADDED=triton.next_power_of_2(work.splits + 1),
+            TILES=min(TILES_AT_ONCE, triton.next_power_of_2(-(-tiles // work.chunks))),
+            CHUNKS=work.chunks,
+            BY_COUNT=config.select_p is None,
+            UNIT=1.0 / triton.next_power_of_2(work.group),
+            num_warps=WARPS,
+            **starts_early(work.rotated),
+        )
 
 
 @triton.jit
-def choose_phase(
+def _choose_tokens(
     cache,
     scratch,
     share,
@@ -94,139 +76,197 @@ def choose_phase(
     APPENDED: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    CHUNKS_PADDED: tl.constexpr,
-    AT_ONCE: tl.constexpr,
+    TILES: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BY_COUNT: tl.constexpr,
     UNIT: tl.constexpr,
-    PHASE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Args:
-    UNIT: weights of heads are shares of their softmax; times this all together are 1 at most.
-    PHASE: 0, 1 or 2.
+    """Part of a sequence and key-value head.
+
+    Args:
+        TILES: that are looked at together; CHUNKS: programs of a sequence and head.
+        UNIT: weights of heads are shares of their softmax; times this all together are 1 at most.
     """
     start_early(EARLY)
     chunk, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     place = (row * tl.num_programs(1) + group).to(tl.int64)
     length = seen_length(cache, row, APPENDED)
-    tiles = tl.cdiv(length, TILE)
-    each = tl.cdiv(tiles, tl.num_programs(0))
-    begin = chunk * each
-    end = tl.minimum(begin + each, tiles)
     lse, window = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
-    part = (place, length, begin, end, cache.tile_count)
-    limits = (window, share, wanted, sink, recent)
     every = (length < min_length) | (window != window)
-    if not BY_COUNT:
-        every = every | (share >= 1.0)
-    if PHASE == 0:
-        _weigh(scratch, lse, part, sink, recent, GROUP, AT_ONCE, UNIT)
-    elif PHASE == 1:
-        _count(scratch, part, limits, every, chunk, AT_ONCE, BY_COUNT)
+    if BY_COUNT:
+        window = 0.0
     else:
-        _list(scratch, part, limits, every, chunk, CHUNKS_PADDED, AT_ONCE, BY_COUNT)
-
-
-@triton.jit
-def _positions(tile, AT_ONCE: tl.constexpr):
-    """Tiles that are looked at together, and their tokens, [AT_ONCE, TILE]."""
-    together = tile + tl.arange(0, AT_ONCE)
-    return together, together[:, None] * TILE + tl.arange(0, TILE)[None, :]
-
-
-@triton.jit
-def _kinds(position, length, end, sink, recent):
-    """Which tokens are in the exact window, and which others there are, before the end of these tiles."""
-    seen = (position < length) & (position < end * TILE)
-    exact = (position < sink) | (position >= length - recent)
-    return seen & exact, seen & (exact == 0)
-
-
-@triton.jit
-def _weigh(scratch, lse, part, sink, recent, GROUP: tl.constexpr, AT_ONCE: tl.constexpr, UNIT: tl.constexpr):
-    """Phase 0: orders of the weights of a group's heads together, and their coarse histogram."""
-    place, length, begin, end, tile_count = part
-    counts = tl.zeros([AT_ONCE, 16, 16], tl.float32)
-    lower = tl.zeros([AT_ONCE, 16, 16], tl.float32)
-    for tile in range(begin, end, AT_ONCE):
-        together, position = _positions(tile, AT_ONCE)
-        others = _kinds(position, length, end, sink, recent)[1]
-        at = place * tile_count + together
-        weight = group_weights(scratch, at, together < end, others, lse, GROUP, AT_ONCE, UNIT)
-        orders = order_of(weight)
-        tl.store(scratch.orders + place * tile_count * TILE + position, orders.to(tl.int16), others)
-        counts, lower = add_coarse(orders, others, counts, lower)
-    bins = tl.arange(0, BINS)
-    counts, lower = flat(counts), flat(lower)
-    coarse_ptr = scratch.coarse + place * 2 * BINS + bins
-    tl.atomic_add(coarse_ptr, counts, counts > 0)
-    tl.atomic_add(coarse_ptr + BINS, lower, lower > 0)
-
-
-@triton.jit
-def _load_orders(scratch, place, tile_count, position, others):
-    orders = tl.load(scratch.orders + place * tile_count * TILE + position, others, 0, cache_modifier=".cg")
-    return orders.to(tl.int32) & 65535
-
-
-@triton.jit
-def _threshold(scratch, place, limits, every, BY_COUNT: tl.constexpr):
-    """`coarse_threshold`, or everything."""
-    window, share, wanted, _, _ = limits
-    upper, reached, target = coarse_threshold(scratch.coarse + place * 2 * BINS, window, share, wanted, BY_COUNT)
-    return tl.where(every, -1, upper), reached, target
-
-
-@triton.jit
-def _count(scratch, part, limits, every, chunk, AT_ONCE: tl.constexpr, BY_COUNT: tl.constexpr):
-    """Phase 1: how many tokens of this program are read anyway; the fine histogram of those at the threshold."""
-    place, length, begin, end, tile_count = part
-    upper = _threshold(scratch, place, limits, every, BY_COUNT)[0]
-    counts = tl.zeros([AT_ONCE, 16, 16], tl.float32)
-    above = tl.zeros([AT_ONCE, TILE], tl.int32)
-    for tile in range(begin, end, AT_ONCE):
-        position = _positions(tile, AT_ONCE)[1]
-        exact, others = _kinds(position, length, end, limits[3], limits[4])
-        orders = _load_orders(scratch, place, tile_count, position, others)
-        above += (exact | (others & ((orders >> 8) > upper))).to(tl.int32)
-        counts = add_fine(orders, others & ((orders >> 8) == upper), counts)
-    bins, counts = tl.arange(0, BINS), flat(counts)
-    place_of_part = place * tl.num_programs(0) + chunk
-    tl.atomic_add(scratch.fine + place * BINS + bins, counts, counts > 0)
-    tl.store(scratch.at_least + place_of_part * BINS + bins, tl.cumsum(counts, 0, reverse=True))
-    tl.store(scratch.above + place_of_part, tl.sum(tl.sum(above, 1), 0))
-
-
-@triton.jit
-def _list(
-    scratch,
-    part,
-    limits,
-    every,
-    chunk,
-    CHUNKS_PADDED: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    BY_COUNT: tl.constexpr,
-):
-    """Phase 2: list the tokens that are read, behind those of the programs before this one."""
-    place, length, begin, end, tile_count = part
-    upper, reached, target = _threshold(scratch, place, limits, every, BY_COUNT)
-    low = fine_threshold(scratch.fine + place * BINS, upper, reached, target, BY_COUNT)
-    least = upper * BINS + low
-    chunks = tl.arange(0, CHUNKS_PADDED)
-    is_chunk = chunks < tl.num_programs(0)
-    at = place * tl.num_programs(0) + chunks
-    held = tl.load(scratch.above + at, is_chunk, 0, cache_modifier=".cg")
-    held += tl.load(scratch.at_least + at * BINS + low, is_chunk, 0, cache_modifier=".cg")
+        every = every | (share >= 1.0)
+    tiles = tl.cdiv(length, TILE)
+    each = tl.cdiv(tiles, CHUNKS)
+    begin = chunk * each
+    part = (length, begin, tl.minimum(begin + each, tiles), sink, recent)
+    first = place * cache.tile_count
+    orders_ptr, tokens_ptr = scratch.orders + first * TILE, scratch.tokens + first * TILE
+    shared = (scratch.met + place, scratch.said + place * TURNS * 3 * CHUNKS, chunk)
+    _keep(scratch, orders_ptr, first, part, lse, GROUP, TILES, UNIT)
+    tl.debug_barrier()  # the whole program has written before any of it reads
+    least, turn = _threshold(orders_ptr, part, window, share, wanted, shared, TILES, CHUNKS, BY_COUNT)
+    least = tl.where(every, NOTHING, least)
+    if CHUNKS > 1:
+        total, before = _together(_count(orders_ptr, part, least, TILES), shared, turn, CHUNKS)
+        _list(orders_ptr, tokens_ptr, part, least, before.to(tl.int32), TILES)
+    else:
+        total = _list(orders_ptr, tokens_ptr, part, least, tl.full([], 0, tl.int32), TILES)
     if chunk == 0:
-        tl.store(scratch.counts + place, tl.sum(held, 0))
-    behind = tl.sum(tl.where(chunks < chunk, held, 0), 0)
-    tokens_ptr = scratch.tokens + place * tile_count * TILE
-    for tile in range(begin, end, AT_ONCE):
-        position = tile * TILE + tl.arange(0, AT_ONCE * TILE)
-        exact, others = _kinds(position, length, end, limits[3], limits[4])
-        orders = _load_orders(scratch, place, tile_count, position, others)
-        read = (exact | (others & (orders >= least))).to(tl.int32)
-        rank = tl.cumsum(read, 0)
-        tl.store(tokens_ptr + behind + rank - 1, position, read > 0)
-        behind += tl.sum(read, 0)
+        tl.store(scratch.counts + place, total.to(tl.int32))
+
+
+@triton.jit
+def _positions(tile, TILES: tl.constexpr):
+    """Tiles that are looked at together, and their tokens, [TILES, TILE]."""
+    tiles = tile + tl.arange(0, TILES)
+    return tiles, tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
+
+
+@triton.jit
+def _keep(scratch, orders_ptr, first, part, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
+    """Write the orders of the tokens of this program that can be chosen, NOTHING for others."""
+    length, begin, end, sink, recent = part
+    for tile in range(begin, end, TILES):
+        tiles, position = _positions(tile, TILES)
+        others = (position >= sink) & (position < length - recent) & (tiles < end)[:, None]
+        weight = group_weights(scratch, first + tiles, tiles < end, others, lse, GROUP, TILES, UNIT)
+        held = tl.where(others, held_order(order_of(weight)), NOTHING)
+        tl.store(orders_ptr + position, held.to(tl.int16), (tiles < end)[:, None])
+
+
+@triton.jit
+def _held(orders_ptr, tile, end, TILES: tl.constexpr):
+    """Orders of tiles that are looked at together."""
+    tiles, position = _positions(tile, TILES)
+    return tl.load(orders_ptr + position, (tiles < end)[:, None], 0).to(tl.int32) & 65535
+
+
+@triton.jit
+def _read(held, position, part, least):
+    """Which tokens are read: those of the exact window, and those from an order on."""
+    length, _begin, end, sink, recent = part
+    exact = (position < sink) | (position >= length - recent)
+    return ((position < length) & (position < end * TILE) & (exact | (held >= least))).to(tl.int32)
+
+
+@triton.jit
+def _count(orders_ptr, part, least, TILES: tl.constexpr):
+    """How many tokens of this program are read, as a number that is said."""
+    _length, begin, end, _sink, _recent = part
+    found = tl.zeros([TILES, TILE], tl.int32)
+    for tile in range(begin, end, TILES):
+        found += _read(_held(orders_ptr, tile, end, TILES), _positions(tile, TILES)[1], part, least)
+    return tl.sum(found).to(tl.float32)
+
+
+@triton.jit
+def _list(orders_ptr, tokens_ptr, part, least, place, TILES: tl.constexpr):
+    """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them."""
+    _length, begin, end, _sink, _recent = part
+    for tile in range(begin, end, TILES):
+        position = _positions(tile, TILES)[1]
+        read = _read(_held(orders_ptr, tile, end, TILES), position, part, least)
+        count = tl.sum(read, 1)
+        ends = place + tl.cumsum(count, 0)
+        tl.store(tokens_ptr + (ends - count)[:, None] + tl.cumsum(read, 1) - 1, position, read > 0)
+        place += tl.sum(count, 0)
+    return place
+
+
+@triton.jit
+def meet(met_ptr, count):
+    """Say that this program has written what others wait for, and wait until so many have."""
+    tl.debug_barrier()  # all of it is written before
+    met = tl.atomic_add(met_ptr, 1) + 1
+    while met < count:
+        met = tl.atomic_add(met_ptr, 0)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _together(number, shared, turn, CHUNKS: tl.constexpr):
+    """The sum of a number of each program of a sequence and head, and that of the programs before this one."""
+    before = number * 0
+    if CHUNKS > 1:
+        met_ptr, said_ptr, chunk = shared
+        said_ptr += turn * 3 * CHUNKS
+        tl.store(said_ptr + chunk, number)
+        meet(met_ptr, (turn + 1) * CHUNKS)
+        chunks = tl.arange(0, CHUNKS)
+        numbers = tl.load(said_ptr + chunks, cache_modifier=".cg")
+        number, before = tl.sum(numbers, 0), tl.sum(tl.where(chunks < chunk, numbers, 0.0), 0)
+    return number, before
+
+
+@triton.jit
+def _three_together(first, second, third, shared, turn, CHUNKS: tl.constexpr):
+    """The sums of three numbers of each program."""
+    if CHUNKS > 1:
+        met_ptr, said_ptr, chunk = shared
+        said_ptr += turn * 3 * CHUNKS
+        tl.store(said_ptr + chunk, first)
+        tl.store(said_ptr + CHUNKS + chunk, second)
+        tl.store(said_ptr + 2 * CHUNKS + chunk, third)
+        meet(met_ptr, (turn + 1) * CHUNKS)
+        said_ptr += tl.arange(0, CHUNKS)
+        first = tl.sum(tl.load(said_ptr, cache_modifier=".cg"), 0)
+        second = tl.sum(tl.load(said_ptr + CHUNKS, cache_modifier=".cg"), 0)
+        third = tl.sum(tl.load(said_ptr + 2 * CHUNKS, cache_modifier=".cg"), 0)
+    return first, second, third
+
+
+@triton.jit
+def _worth(held, BY_COUNT: tl.constexpr):
+    """What a token of this order counts for: one, or its weight."""
+    return tl.full(held.shape, 1.0, tl.float32) if BY_COUNT else value_of(held)
+
+
+@triton.jit
+def _have(orders_ptr, part, first, second, third, TILES: tl.constexpr, BY_COUNT: tl.constexpr):
+    """Mass, or number, of the tokens of this program from each of three orders on."""
+    _length, begin, end, _sink, _recent = part
+    one = tl.zeros([TILES, TILE], tl.float32)
+    two = tl.zeros([TILES, TILE], tl.float32)
+    three = tl.zeros([TILES, TILE], tl.float32)
+    for tile in range(begin, end, TILES):
+        held = _held(orders_ptr, tile, end, TILES)
+        worth = _worth(held, BY_COUNT)
+        one += tl.where(held >= first, worth, 0.0)
+        two += tl.where(held >= second, worth, 0.0)
+        three += tl.where(held >= third, worth, 0.0)
+    return tl.sum(one), tl.sum(two), tl.sum(three)
+
+
+@triton.jit
+def _narrowed(low, high, low_has, order, has, target):
+    """An interval of orders, and what is above its lower end, once it is known what is above one of them."""
+    enough = has >= target
+    return tl.where(enough, order, low), tl.where(enough, high, tl.minimum(high, order)), tl.where(enough, has, low_has)
+
+
+@triton.jit
+def _threshold(
+    orders_ptr, part, window, share, wanted, shared, TILES: tl.constexpr, CHUNKS: tl.constexpr, BY_COUNT: tl.constexpr
+):
+    """The order from which on tokens are read: a largest for which they have enough; behind all orders for none. And
+    how often programs have met.
+    """
+    lowest: tl.constexpr = NOTHING + 1
+    own, _none, _nor = _have(orders_ptr, part, lowest, BEHIND_ALL, BEHIND_ALL, TILES, BY_COUNT)
+    low_has = window + _together(own, shared, 0, CHUNKS)[0]
+    target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has
+    low = tl.where(window >= target, BEHIND_ALL, lowest)
+    high, turn = low * 0 + BEHIND_ALL, 1
+    while (high - low > 1) & (low_has - _worth(low, BY_COUNT) >= target):
+        width = high - low
+        first, second, third = low + tl.maximum(width >> 2, 1), low + (width >> 1), low + (3 * width >> 2)
+        first_has, second_has, third_has = _have(orders_ptr, part, first, second, third, TILES, BY_COUNT)
+        first_has, second_has, third_has = _three_together(first_has, second_has, third_has, shared, turn, CHUNKS)
+        low, high, low_has = _narrowed(low, high, low_has, first, window + first_has, target)
+        low, high, low_has = _narrowed(low, high, low_has, second, window + second_has, target)
+        low, high, low_has = _narrowed(low, high, low_has, third, window + third_has, target)
+        turn += 1
+    return low, turn

@@ -10,6 +10,7 @@ dimensions of all of them stand below each other, and rows of the query that bel
 No more is multiplied than with rows left empty, and everything that follows works on full rows.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -23,7 +24,6 @@ from aqua_attention.ops.backends.triton.blocks import (
 from aqua_attention.ops.backends.triton.decode_int8 import decoded
 from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, query_for_codes
 from aqua_attention.ops.backends.triton.token_work import (
-    BINS,
     ScoredArguments,
     TokenWork,
     code_pointers,
@@ -32,8 +32,11 @@ from aqua_attention.ops.backends.triton.token_work import (
     start_early,
     token_rows,
 )
+from aqua_attention.ops.layout import TILE as TILE_TOKENS
 from aqua_attention.ops.scored import ScoredCache
 
+REGISTERS = 168
+"""Of a lane of the kernel that is placed by hand: twelve of its programs share a multiprocessor."""
 WARPS, STAGES = 4, 3
 MOST_PRODUCTS = 128
 """Dimensions of all tiles that one product scores, at most."""
@@ -42,13 +45,37 @@ MOST_PRODUCTS = 128
 def score_tokens(
     cache: ScoredCache, work: TokenWork, *, scaling: float, window: tuple[int, int], appended: bool
 ) -> None:
-    """Write weights, their largest, log-sum-exps, and zeros where the next kernels add.
+    """Write weights, their largest, and log-sum-exps.
 
     Args:
         window: tokens of the exact window, the first and the last ones.
         appended: one token more is there than `cache.lengths` say.
     """
     batch, kv_heads, _, _, _ = cache.shape
+    if work.by_hand:
+        # Imported here: it needs triton's lower language, which the interpreter does not know.
+        from aqua_attention.ops.backends.triton import token_scores_by_hand
+
+        with on_device_of(work.rotated):
+            token_scores_by_hand.score_kernel[(work.splits + 1, kv_heads, batch)](
+                work.rotated,
+                work.dims,
+                ScoredArguments.of(cache)._replace(codes=cache.codes.view(torch.int32)),
+                work.scratch,
+                scaling * LOG2_E,
+                *window,
+                APPENDED=appended,
+                GROUP=work.group,
+                KEPT=cache.shape[2],
+                CHOSEN=work.dims.shape[2],
+                SINK=-(-window[0] // LEAST_SIZE) * LEAST_SIZE,
+                RECENT=-(-window[1] // LEAST_SIZE) * LEAST_SIZE,
+                BLOCK=TILE_TOKENS,
+                num_warps=1,
+                maxnreg=REGISTERS,
+                **starts_early(work.rotated),
+            )
+        return
     with on_device_of(work.rotated):
         _score_tokens[(work.splits + 1, kv_heads, batch)](
             work.rotated,
@@ -58,7 +85,6 @@ def score_tokens(
             scaling * LOG2_E,
             *window,
             APPENDED=appended,
-            BINS=BINS,
             num_warps=WARPS,
             num_stages=STAGES,
             **score_constants(cache, work),
@@ -101,7 +127,6 @@ def _score_tokens(
     HEADS: tl.constexpr,
     TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -113,10 +138,6 @@ def _score_tokens(
     query_ptr += place * GROUP * KEPT
     part = (row, group, place, length)
     if split == splits:
-        bins = tl.arange(0, BINS)
-        tl.store(scratch.coarse + place * 2 * BINS + bins, tl.zeros([BINS], tl.int32))
-        tl.store(scratch.coarse + (place * 2 + 1) * BINS + bins, tl.zeros([BINS], tl.int32))
-        tl.store(scratch.fine + place * BINS + bins, tl.zeros([BINS], tl.int32))
         score_window(
             query_ptr,
             cache,
@@ -180,7 +201,8 @@ def score_tiles(
     Args:
         share: which of how many programs it is.
     """
-    (row, group, place, length), (split, splits) = part, share
+    row, group, place, length = part
+    split, splits = share
     tiles = tl.cdiv(length, TILE)
     each = tl.cdiv(tiles, splits)
     begin = split * each

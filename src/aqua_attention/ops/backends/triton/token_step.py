@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoding step that chooses tokens (AQUA-Select) on a GPU: three launches, or more where that is asked for.
+"""A decoding step that chooses tokens (AQUA-Select) on a GPU: four launches.
 
 Nothing is waited for, and nothing allocated but the output, so a step can be recorded; lengths are read on the GPU.
 """
@@ -9,7 +9,6 @@ from torch import Tensor
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.decode import check_window
 from aqua_attention.ops.backends.triton.token_choice import choose_tokens
-from aqua_attention.ops.backends.triton.token_fused import score_and_choose
 from aqua_attention.ops.backends.triton.token_gather import attend_to_tokens
 from aqua_attention.ops.backends.triton.token_prepare import prepare_tokens
 from aqua_attention.ops.backends.triton.token_scores import score_tokens
@@ -59,11 +58,8 @@ def attend_selected(
     cache: ScoredCache, plan: LayerPlan, work: TokenWork, output: Tensor, *, scaling: float, appended: bool
 ) -> None:
     """What follows once `work` has rotated queries and dimensions, and zeros in `met`: score, choose, attend."""
-    if work.way == "fused":
-        score_and_choose(cache, work, plan, scaling=scaling, appended=appended)
-    else:
-        score_tokens(cache, work, scaling=scaling, window=(plan.sink, plan.recent), appended=appended)
-        choose_tokens(cache, work, plan, appended=appended)
+    score_tokens(cache, work, scaling=scaling, window=(plan.sink, plan.recent), appended=appended)
+    choose_tokens(cache, work, plan, appended=appended)
     attend_to_tokens(cache, work, output, scaling=scaling, appended=appended)
 
 

@@ -18,25 +18,18 @@ from torch import Tensor
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.blocks import TILE as TOKENS
-from aqua_attention.ops.backends.triton.blocks import padded, sm_count
+from aqua_attention.ops.backends.triton.blocks import VERSION, padded, sm_count
+from aqua_attention.ops.backends.triton.decode import BY_HAND_GROUP, splits_by_hand
 from aqua_attention.ops.layout import TILE
 from aqua_attention.ops.scored import ScoredCache
 
-BINS = 256
-"""Of each of two histograms: the upper and the lower half of a weight in 16 bits."""
 SCORE_PROGRAMS, LEAST_TILES = 6, 4
 """Programs that score, for each multiprocessor, two rounds of those that run at once; and tiles of one at least."""
-PHASE_PROGRAMS = 8
-"""Programs that choose in phases, for each multiprocessor."""
-RESIDENT_TILES, LEAST_RESIDENT = 256, 32
-"""Tiles whose weights a program keeps at most, and at least where there are several programs."""
-MOST_CHUNKS = 64
-"""Programs that choose for a sequence and head at most."""
-FUSED_TILES, LEAST_FUSED, FUSED_PROGRAMS = 64, 16, 2
-"""The same of a program that scores, too, and how many of them a multiprocessor holds."""
-WAYS = ("fused", "resident", "phases")
-"""Of choosing tokens: in the launch that scores (`token_fused`), in one (`token_resident`), or in three, whose programs
-do not wait for each other (`token_choice`)."""
+SCORE_BY_HAND = 12
+"""Of those placed by hand, for each multiprocessor, which run at once."""
+CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHUNKS = 2, 8, 64
+"""Programs that choose, for each multiprocessor, which then all run at once; tiles of one at least where a sequence and
+head has several, and how many it has at most."""
 MOST_TURNS = 16
 """Times that these meet at most: first and last, and each time between quarters what is left of 17 bits."""
 GATHER_PROGRAMS, GATHER_WAVES = 2, 4
@@ -83,11 +76,7 @@ class Scratch(NamedTuple):
         weights: float16 [places, tiles, G, TILE], 2**15 times the weight where the largest of the tile is 1.
         tops: float32 [places, tiles, G], the largest score of a tile.
         part_lse: float32 [places, G, splits + 1], log-sum-exp of the tokens of a program; the last: the exact window.
-        orders: int16 [places, tiles * TILE], weights of all heads together as numbers without a sign; for phases.
-        coarse: int32 [places, 2, BINS], how many tokens have each upper half of `orders`, and the sum of their lower.
-        fine: int32 [places, BINS], how many of those at the threshold have each lower half.
-        at_least: int32 [places, chunks, BINS], the same of a program's tokens, with all greater ones.
-        above: int32 [places, chunks], how many of a program's tokens are read whatever the lower half.
+        orders: int16 [places, tiles * TILE], weights of all heads together, see `token_order`.
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
         partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of work.
         arrived: int32 [places], zero: pieces that are done.
@@ -98,10 +87,6 @@ class Scratch(NamedTuple):
     tops: Tensor
     part_lse: Tensor
     orders: Tensor
-    coarse: Tensor
-    fine: Tensor
-    at_least: Tensor
-    above: Tensor
     tokens: Tensor
     counts: Tensor
     partial: Tensor
@@ -120,7 +105,7 @@ class TokenWork:
         dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
         scratch: what kernels hand on.
         splits, chunks, programs: of the kernels that score, choose and attend; waves: pieces of work of the last.
-        way: how tokens are chosen, one of WAYS.
+        by_hand: tokens are scored by `token_scores_by_hand`.
         group: query heads of a key-value head.
     """
 
@@ -132,8 +117,8 @@ class TokenWork:
     chunks: int
     programs: int
     waves: int
-    way: str
     group: int
+    by_hand: bool
 
     @staticmethod
     def of(
@@ -144,11 +129,11 @@ class TokenWork:
         splits: int | None = None,
         chunks: int | None = None,
         programs: int | None = None,
-        way: str | None = None,
+        by_hand: bool | None = None,
     ) -> TokenWork:
         """For steps with so many query heads and chosen dimensions; numbers of programs: None fills the GPU.
 
-        `way`: one of WAYS; None: the fastest that takes these sizes. But for "phases", `chunks` must be a power of 2.
+        `chunks`: a power of 2; `by_hand`: None where that kernel takes these sizes.
 
         Raises:
             AquaError: more `chunks` than there are multiprocessors, which could wait for each other for ever.
@@ -156,21 +141,17 @@ class TokenWork:
         batch, kv_heads, kept, value_dim, tiles = cache.shape
         places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.codes
         count = sm_count(states)
-        fused = _chunks(places, tiles, FUSED_TILES, LEAST_FUSED, count * FUSED_PROGRAMS)
-        if way is None:
-            # The interpreter runs one program after the other, and none can wait for a later one.
-            most = min(MOST_CHUNKS, count - 1) if states.is_cuda else 1
-            way = WAYS[0] if fused <= most else WAYS[2]
         if chunks is None:
-            chunks = fused
-            if way == WAYS[1]:
-                chunks = _chunks(places, tiles, RESIDENT_TILES, LEAST_RESIDENT, count)
-            elif way == WAYS[2]:
-                chunks = min(-(-count * PHASE_PROGRAMS // places), -(-tiles // LEAST_TILES), MOST_CHUNKS)
-        if way != WAYS[2] and chunks >= count:
+            # The interpreter runs one program after the other, and none can wait for a later one.
+            chunks = (
+                _chunks(places, tiles, count * CHOOSE_PROGRAMS, min(MOST_CHUNKS, count - 1)) if states.is_cuda else 1
+            )
+        if chunks >= count:
             raise AquaError(f"chunks is {chunks}: so many programs must run at once, give less than {count}")
-        if way == WAYS[0]:
-            splits = chunks
+        if by_hand is None:
+            by_hand = states.is_cuda and VERSION >= (3, 6) and cache.dtype.itemsize == 2 and group <= BY_HAND_GROUP
+        if splits is None and by_hand:
+            splits = splits_by_hand(places, tiles, states, SCORE_BY_HAND)
         elif splits is None:
             splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
         programs = count * GATHER_PROGRAMS if programs is None else programs
@@ -183,11 +164,7 @@ class TokenWork:
             weights=made(torch.float16, places, tiles, group, TILE),
             tops=made(torch.float32, places, tiles, group),
             part_lse=made(torch.float32, places, group, splits + 1),
-            orders=made(torch.int16, places, tiles * TILE if way == WAYS[2] else 1),
-            coarse=made(torch.int32, places, 2, BINS),
-            fine=made(torch.int32, places, BINS),
-            at_least=made(torch.int32, places, chunks, BINS),
-            above=made(torch.int32, places, chunks),
+            orders=made(torch.int16, places, tiles * TILE),
             tokens=made(torch.int32, places, tiles * TILE),
             counts=made(torch.int32, places),
             partial=made(torch.float32, units, group, value_dim),
@@ -198,7 +175,7 @@ class TokenWork:
         )
         rotated = made(cache.dtype, batch, num_attention_heads, kept)
         dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
-        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, way, group)
+        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, group, by_hand)
 
     @staticmethod
     def shared(cache: ScoredCache, num_attention_heads: int, k: int) -> TokenWork:
@@ -236,10 +213,10 @@ class TokenWork:
         return self.scratch.counts.shape[0]
 
 
-def _chunks(places: int, tiles: int, most: int, least: int, programs: int) -> int:
-    """Programs of a sequence and head that each keep so many tiles: enough, and as many as there is room for."""
-    chunks = int(triton.next_power_of_2(-(-tiles // most)))
-    while places * chunks * 2 <= programs and tiles >= chunks * 2 * least:
+def _chunks(places: int, tiles: int, programs: int, most: int) -> int:
+    """Programs of a sequence and head: as many as there is room for, a power of 2."""
+    chunks = 1
+    while places * chunks * 2 <= programs and tiles >= chunks * 2 * LEAST_CHOSEN and chunks * 2 <= most:
         chunks *= 2
     return chunks
 
