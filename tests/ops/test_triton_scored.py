@@ -276,7 +276,9 @@ def test_recorded_steps_of_several_layers_do_not_meet(way, choice):
         for plan, new, (cache, plain), output in layers:
             expected = scored_step.selected_step(*new, plain, plan, plan.scaling)
             assert torch.equal(cache.lengths, plain.lengths)
-            assert torch.allclose(output.float(), expected.output.float(), atol=0.05, rtol=0.05)
+            # In bfloat16 a token beside the last one may weigh as much. Answers of another layer would be all different.
+            apart = (output.float() - expected.output.float()).norm(dim=-1)
+            assert (apart <= 0.3 * expected.output.float().norm(dim=-1)).all()
             for states in new:
                 states.mul_(-1.01)
     assert not work.scratch.arrived.any()

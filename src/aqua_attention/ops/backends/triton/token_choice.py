@@ -3,7 +3,7 @@
 """Choosing tokens from their weights without sorting them: `ops.tokens.choose_tokens` for one query a sequence.
 
 A program adds up the weights of a group's heads, and writes them as orders of 16 bits. It reads these again and again
-from the cache of its processor, each time to see what is above three thresholds, which quarter an interval. Then it
+from the cache of its processor, each time to see what is above a few thresholds, which divide an interval. Then it
 lists the tokens that are read.
 
 Several programs of a sequence and head, where there are too few of these for a GPU, wait for each other: each says what
@@ -20,6 +20,7 @@ from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, starts
 from aqua_attention.ops.backends.triton.token_order import BEHIND_ALL, NOTHING, held_order, order_of, value_of
 from aqua_attention.ops.backends.triton.token_weights import group_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
+    MOST_NUMBERS,
     MOST_TURNS,
     ScoredArguments,
     TokenWork,
@@ -31,7 +32,11 @@ from aqua_attention.ops.scored import ScoredCache
 
 WARPS, TILES_AT_ONCE = 8, 32
 """Of a program, and how many tiles it looks at together: of each a thread has 16 tokens."""
+THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 3, 7, 16
+"""Of a turn. There are more where programs meet, so that they meet less often, and have so few tiles that all sums fit
+into registers."""
 TURNS = tl.constexpr(MOST_TURNS)
+MOST_SAID = tl.constexpr(MOST_NUMBERS)
 
 
 def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
@@ -41,6 +46,8 @@ def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appen
     """
     batch, kv_heads, _, _, tiles = cache.shape
     config = plan.config
+    at_once = min(TILES_AT_ONCE, int(triton.next_power_of_2(-(-tiles // work.chunks))))
+    is_wide = work.chunks > 1 and at_once <= FEW_TILES
     with on_device_of(work.rotated):
         _choose_tokens[(work.chunks, kv_heads, batch)](
             ScoredArguments.of(cache),
@@ -54,8 +61,9 @@ def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appen
             APPENDED=appended,
             GROUP=work.group,
             SPLITS_PADDED=triton.next_power_of_2(work.splits + 1),
-            TILES=min(TILES_AT_ONCE, triton.next_power_of_2(-(-tiles // work.chunks))),
+            TILES=at_once,
             CHUNKS=work.chunks,
+            COUNT=MANY_THRESHOLDS if is_wide else THRESHOLDS,
             BY_COUNT=config.select_p is None,
             UNIT=1.0 / triton.next_power_of_2(work.group),
             num_warps=WARPS,
@@ -78,6 +86,7 @@ def _choose_tokens(
     SPLITS_PADDED: tl.constexpr,
     TILES: tl.constexpr,
     CHUNKS: tl.constexpr,
+    COUNT: tl.constexpr,
     BY_COUNT: tl.constexpr,
     UNIT: tl.constexpr,
     EARLY: tl.constexpr,
@@ -85,11 +94,13 @@ def _choose_tokens(
     """Part of a sequence and key-value head.
 
     Args:
-        TILES: that are looked at together; CHUNKS: programs of a sequence and head.
+        TILES: that are looked at together; CHUNKS: programs of a sequence and head; COUNT: thresholds of a turn.
         UNIT: weights of heads are shares of their softmax; times this all together are 1 at most.
     """
     start_early(EARLY)
-    chunk, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # What was scored last comes first: it still lies in the GPU's cache.
+    chunk, group = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    row = tl.num_programs(2) - 1 - tl.program_id(2)
     place = (row * tl.num_programs(1) + group).to(tl.int64)
     length = seen_length(cache, row, APPENDED)
     lse, window = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
@@ -104,10 +115,10 @@ def _choose_tokens(
     part = (length, begin, tl.minimum(begin + each, tiles), sink, recent)
     first = place * cache.tile_count
     orders_ptr, tokens_ptr = scratch.orders + first * TILE, scratch.tokens + first * TILE
-    shared = (scratch.met + place, scratch.said + place * TURNS * 3 * CHUNKS, chunk)
+    shared = (scratch.met + place, scratch.said + place * TURNS * MOST_SAID * CHUNKS, chunk)
     _keep(scratch, orders_ptr, first, part, lse, GROUP, TILES, UNIT)
     tl.debug_barrier()  # the whole program has written before any of it reads
-    least, turn = _threshold(orders_ptr, part, window, share, wanted, shared, TILES, CHUNKS, BY_COUNT)
+    least, turn = _threshold(orders_ptr, part, window, share, wanted, shared, TILES, CHUNKS, COUNT, BY_COUNT)
     least = tl.where(every, NOTHING, least)
     if CHUNKS > 1:
         total, before = _together(_count(orders_ptr, part, least, TILES), shared, turn, CHUNKS)
@@ -132,7 +143,7 @@ def _keep(scratch, orders_ptr, first, part, lse, GROUP: tl.constexpr, TILES: tl.
     for tile in range(begin, end, TILES):
         tiles, position = _positions(tile, TILES)
         others = (position >= sink) & (position < length - recent) & (tiles < end)[:, None]
-        weight = group_weights(scratch, first + tiles, tiles < end, others, lse, GROUP, TILES, UNIT)
+        weight = group_weights(scratch, first + tiles, tiles < end, lse, GROUP, TILES, UNIT)
         held = tl.where(others, held_order(order_of(weight)), NOTHING)
         tl.store(orders_ptr + position, held.to(tl.int16), (tiles < end)[:, None])
 
@@ -192,7 +203,7 @@ def _together(number, shared, turn, CHUNKS: tl.constexpr):
     before = number * 0
     if CHUNKS > 1:
         met_ptr, said_ptr, chunk = shared
-        said_ptr += turn * 3 * CHUNKS
+        said_ptr += turn * MOST_SAID * CHUNKS
         tl.store(said_ptr + chunk, number)
         meet(met_ptr, (turn + 1) * CHUNKS)
         chunks = tl.arange(0, CHUNKS)
@@ -202,20 +213,21 @@ def _together(number, shared, turn, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _three_together(first, second, third, shared, turn, CHUNKS: tl.constexpr):
-    """The sums of three numbers of each program."""
+def _all_together(numbers, shared, turn, CHUNKS: tl.constexpr, COUNT: tl.constexpr):
+    """The sums of COUNT numbers of each program."""
+    found = ()
     if CHUNKS > 1:
         met_ptr, said_ptr, chunk = shared
-        said_ptr += turn * 3 * CHUNKS
-        tl.store(said_ptr + chunk, first)
-        tl.store(said_ptr + CHUNKS + chunk, second)
-        tl.store(said_ptr + 2 * CHUNKS + chunk, third)
+        said_ptr += turn * MOST_SAID * CHUNKS
+        for i in tl.static_range(COUNT):
+            tl.store(said_ptr + i * CHUNKS + chunk, numbers[i])
         meet(met_ptr, (turn + 1) * CHUNKS)
         said_ptr += tl.arange(0, CHUNKS)
-        first = tl.sum(tl.load(said_ptr, cache_modifier=".cg"), 0)
-        second = tl.sum(tl.load(said_ptr + CHUNKS, cache_modifier=".cg"), 0)
-        third = tl.sum(tl.load(said_ptr + 2 * CHUNKS, cache_modifier=".cg"), 0)
-    return first, second, third
+        for i in tl.static_range(COUNT):
+            found = found + (tl.sum(tl.load(said_ptr + i * CHUNKS, cache_modifier=".cg"), 0),)  # noqa: RUF005
+    else:
+        found = numbers
+    return found
 
 
 @triton.jit
@@ -225,19 +237,21 @@ def _worth(held, BY_COUNT: tl.constexpr):
 
 
 @triton.jit
-def _have(orders_ptr, part, first, second, third, TILES: tl.constexpr, BY_COUNT: tl.constexpr):
-    """Mass, or number, of the tokens of this program from each of three orders on."""
+def _have(orders_ptr, part, thresholds, TILES: tl.constexpr, COUNT: tl.constexpr, BY_COUNT: tl.constexpr):
+    """Mass, or number, of the tokens of this program from each of COUNT orders on."""
     _length, begin, end, _sink, _recent = part
-    one = tl.zeros([TILES, TILE], tl.float32)
-    two = tl.zeros([TILES, TILE], tl.float32)
-    three = tl.zeros([TILES, TILE], tl.float32)
+    sums, found = (), ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros([TILES, TILE], tl.float32),)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
     for tile in range(begin, end, TILES):
         held = _held(orders_ptr, tile, end, TILES)
-        worth = _worth(held, BY_COUNT)
-        one += tl.where(held >= first, worth, 0.0)
-        two += tl.where(held >= second, worth, 0.0)
-        three += tl.where(held >= third, worth, 0.0)
-    return tl.sum(one), tl.sum(two), tl.sum(three)
+        worth, added = _worth(held, BY_COUNT), ()
+        for i in tl.static_range(COUNT):
+            added = added + (sums[i] + tl.where(held >= thresholds[i], worth, 0.0),)  # noqa: RUF005
+        sums = added
+    for i in tl.static_range(COUNT):
+        found = found + (tl.sum(sums[i]),)  # noqa: RUF005
+    return found
 
 
 @triton.jit
@@ -249,24 +263,33 @@ def _narrowed(low, high, low_has, order, has, target):
 
 @triton.jit
 def _threshold(
-    orders_ptr, part, window, share, wanted, shared, TILES: tl.constexpr, CHUNKS: tl.constexpr, BY_COUNT: tl.constexpr
+    orders_ptr,
+    part,
+    window,
+    share,
+    wanted,
+    shared,
+    TILES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BY_COUNT: tl.constexpr,
 ):
     """The order from which on tokens are read: a largest for which they have enough; behind all orders for none. And
     how often programs have met.
     """
     lowest: tl.constexpr = NOTHING + 1
-    own, _none, _nor = _have(orders_ptr, part, lowest, BEHIND_ALL, BEHIND_ALL, TILES, BY_COUNT)
-    low_has = window + _together(own, shared, 0, CHUNKS)[0]
+    own = _have(orders_ptr, part, (lowest,), TILES, 1, BY_COUNT)
+    low_has = window + _together(own[0], shared, 0, CHUNKS)[0]
     target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has
     low = tl.where(window >= target, BEHIND_ALL, lowest)
     high, turn = low * 0 + BEHIND_ALL, 1
     while (high - low > 1) & (low_has - _worth(low, BY_COUNT) >= target):
-        width = high - low
-        first, second, third = low + tl.maximum(width >> 2, 1), low + (width >> 1), low + (3 * width >> 2)
-        first_has, second_has, third_has = _have(orders_ptr, part, first, second, third, TILES, BY_COUNT)
-        first_has, second_has, third_has = _three_together(first_has, second_has, third_has, shared, turn, CHUNKS)
-        low, high, low_has = _narrowed(low, high, low_has, first, window + first_has, target)
-        low, high, low_has = _narrowed(low, high, low_has, second, window + second_has, target)
-        low, high, low_has = _narrowed(low, high, low_has, third, window + third_has, target)
+        thresholds, width = (), high - low
+        for i in tl.static_range(COUNT):
+            thresholds = thresholds + (low + tl.maximum((i + 1) * width // (COUNT + 1), 1),)  # noqa: RUF005
+        has = _have(orders_ptr, part, thresholds, TILES, COUNT, BY_COUNT)
+        has = _all_together(has, shared, turn, CHUNKS, COUNT)
+        for i in tl.static_range(COUNT):
+            low, high, low_has = _narrowed(low, high, low_has, thresholds[i], window + has[i], target)
         turn += 1
     return low, turn

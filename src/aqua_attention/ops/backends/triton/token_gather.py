@@ -92,8 +92,10 @@ def _attend_to_tokens(
     every = tl.arange(0, PLACES_PADDED)
     is_place = every < places
     counts = tl.load(scratch.counts + every, is_place, 0, cache_modifier=".cg")
-    size = tl.cdiv(tl.cdiv(tl.sum(counts.to(tl.int64), 0), programs * WAVES), GATHERED) * GATHERED
-    size = tl.maximum(size, GATHERED).to(tl.int32)
+    each = tl.cdiv(tl.sum(counts.to(tl.int64), 0), programs)
+    # Where there is little to do, several pieces of a program would take longer than what they balance.
+    each = tl.where(each > WAVES * GATHERED, tl.cdiv(each, WAVES), each)
+    size = tl.maximum(tl.cdiv(each, GATHERED) * GATHERED, GATHERED).to(tl.int32)
     # A list of nothing has one piece, too, whose program writes zeros.
     pieces = tl.where(is_place, tl.maximum(tl.cdiv(counts, size), 1), 0)
     ends = tl.cumsum(pieces, 0)

@@ -50,12 +50,11 @@ def query_for_codes(query, cache, group, scaling, KEPT: tl.constexpr, KEPT_PADDE
 
 
 @triton.jit
-def group_weights(scratch, tiles, is_tile, others, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
-    """Weights of the heads of a group together, float32 [TILES, TILE].
+def group_weights(scratch, tiles, is_tile, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
+    """Weights of the heads of a group together, float32 [TILES, TILE]; those of the exact window are 0.
 
     Args:
         tiles: numbers of the tiles, counted from the first of all places; is_tile: which there are.
-        others: tokens outside the exact window, [TILES, TILE]; elsewhere weights are 0.
         lse: of `merged_lse`.
     """
     tokens = tl.arange(0, TILE)
@@ -63,6 +62,8 @@ def group_weights(scratch, tiles, is_tile, others, lse, GROUP: tl.constexpr, TIL
     for head in tl.static_range(GROUP):
         at = tiles * GROUP + head
         top = tl.load(scratch.tops + at, is_tile, 0.0, cache_modifier=".cg")
-        some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], others, 0.0, cache_modifier=".cg")
+        # Masks of whole tiles: tokens are loaded eight at a time.
+        there = is_tile[:, None] & (tokens >= 0)[None, :]
+        some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], there, 0.0, cache_modifier=".cg")
         weight += some.to(tl.float32) * (tl.exp2(top - lse[head]) * (UNIT / WEIGHT_UNIT))[:, None]
     return weight

@@ -30,8 +30,9 @@ SCORE_BY_HAND = 12
 CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHUNKS = 2, 8, 64
 """Programs that choose, for each multiprocessor, which then all run at once; tiles of one at least where a sequence and
 head has several, and how many it has at most."""
-MOST_TURNS = 16
-"""Times that these meet at most: first and last, and each time between quarters what is left of 17 bits."""
+MOST_TURNS, MOST_NUMBERS = 16, 7
+"""Times that these meet at most: first and last, and each time between quarters what is left of 17 bits; and numbers
+that one says each time."""
 GATHER_PROGRAMS, GATHER_WAVES = 2, 4
 """Programs that attend, for each multiprocessor, and pieces of work of each of them."""
 
@@ -80,7 +81,8 @@ class Scratch(NamedTuple):
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
         partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of work.
         arrived: int32 [places], zero: pieces that are done.
-        met: int32 [places], how often programs have met; said: float32 [places, MOST_TURNS, 3, chunks]: what.
+        met: int32 [places], how often programs have met; said: float32 [places, MOST_TURNS,
+            MOST_NUMBERS, chunks]: what.
     """
 
     weights: Tensor
@@ -171,7 +173,7 @@ class TokenWork:
             lse=made(torch.float32, units, group),
             arrived=made(torch.int32, places),
             met=made(torch.int32, places),
-            said=made(torch.float32, places, MOST_TURNS, 3, chunks),
+            said=made(torch.float32, places, MOST_TURNS, MOST_NUMBERS, chunks),
         )
         rotated = made(cache.dtype, batch, num_attention_heads, kept)
         dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
