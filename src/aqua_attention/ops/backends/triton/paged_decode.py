@@ -39,7 +39,7 @@ from aqua_attention.ops.layout import Chosen
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 
 DIMS_AT_ONCE = 32
-PROGRAMS, WARPS = 1, 8
+PROGRAMS, WARPS = 2, 4
 """Programs on each multiprocessor, and warps of one."""
 QUANTIZED_PROGRAMS, QUANTIZED_WARPS, QUANTIZED_STAGES = 2, 4, 3
 """The same over codes of 8 bits, and tiles on their way."""
