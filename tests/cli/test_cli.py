@@ -128,7 +128,17 @@ def test_bits_are_a_setting_and_memory_is_measured(aqua, projections_file, tiny_
     assert 0.75 <= ours[0]["ratio"] <= 0.78
     assert 0.37 <= ours[1]["ratio"] <= 0.46, "half of that, sixteen tokens until the next eviction, and the mass"
     assert "AQUA, k_ratio 0.9, s_ratio 0.5, int8" in out
-    assert "h2o_ratio 0.5" in out
+    assert "h2o_ratio 0.5" in out and "where tokens are chosen" not in out
+    one = ("--s-ratio", 0, "--h2o-ratio", 1, "--select-p", 0.9, "--select-tokens", 30)
+    code, out, err = aqua("bench", "memory", *given, "--length", 200, *one, "--dtype", "float32")
+    assert code == 0, err
+    rows = [row for row in json.loads((tmp_path / "out.json").read_text())["rows"] if "copy_bytes" in row]
+    settings = [row["setting"] for row in rows]
+    assert [(each["bits"], each["select_p"], each["select_tokens"]) for each in settings] == [
+        *((None, 0.9, None), (None, None, 30), (8, 0.9, None), (8, None, 30))
+    ]
+    assert all((each["k_ratio"], each["score_bits"]) == (0.25, 8) for each in settings)
+    assert "where tokens are chosen" in out and "by widths" in " ".join(out.split())
     code, _, err = aqua("eval", "perplexity", *given[:3], "--bits", 3)
     assert (code, "bits is 3: it must be one of None, 8, 4" in err) == (2, True)
 

@@ -356,7 +356,7 @@ def test_what_the_commands_write_is_understood(aqua, tmp_path, tiny_folder, llam
         "adaptive": ("eval", "perplexity", *given, *short, "--logit-error", 1),
         "retention": ("eval", "retention", *given, *short),
         "lines": ("eval", "lines", tiny_folder, "-p", projections, "--lines", 2, "--count", 2, *ratios, "--no-chat"),
-        "memory": ("bench", "memory", tiny_folder, "-p", projections, "--length", 64),
+        "memory": ("bench", "memory", tiny_folder, "-p", projections, "--length", 64, "--select-tokens", 9),
         "spectrum": ("inspect", projections),
     }
     for name, command in commands.items():
@@ -373,6 +373,8 @@ def test_what_the_commands_write_is_understood(aqua, tmp_path, tiny_folder, llam
     table = {row[0]: row for row in page.tables[0]}
     assert table["k_ratio 0.25"][5] == f"{rows[1]['perplexity_change']:+.2%}"
     assert {"Trade-offs", "Retrieval", "Layers and heads", "Time and memory"} <= set(page.headings)
+    (parts,) = [table for table in page.tables if table[0][0] == "where tokens are chosen"]
+    assert len(parts) == 3 and parts[0][-1] == "by widths"
 
 
 def test_mistakes_are_one_line_with_the_remedy(aqua, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import typer
 from aqua_attention.cli.options import Device, Dtype, MaybeModel, ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.terminal import Show
-from aqua_attention.config import AquaConfig
+from aqua_attention.config import PRESETS, AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.io.progress import progress_bar
 
@@ -67,13 +67,13 @@ class ExactWindow:
 
 @dataclass(frozen=True)
 class Choices:
-    """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio; in int8, too, if that is timed."""
+    """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio; in int8 too as others."""
 
     select_p: Annotated[
-        list[float] | None, "Also time reading only the tokens with this share of the softmax; repeat."
+        list[float] | None, "Also measure reading only the tokens with this share of the softmax; repeat."
     ] = None
     select_tokens: Annotated[
-        list[int] | None, "Also time reading only so many tokens, besides the exact window; repeat."
+        list[int] | None, "Also measure reading only so many tokens, besides the exact window; repeat."
     ] = None
     score_bits: Annotated[int, "Bits of the keys that choose these tokens: 16, 8 or 4."] = 8
 
@@ -123,6 +123,7 @@ def memory(
     batch: Annotated[int, "Sequences."] = 1,
     s_ratio: list[float] = S_RATIOS,
     h2o_ratio: list[float] = H2O_RATIOS,
+    choices: Choices,
     exact: ExactWindow,
     dtype: Dtype = "bfloat16",
     model: ModelOptions,
@@ -130,20 +131,25 @@ def memory(
 ) -> None:
     """Measure the bytes of the cache, and the peak of the whole generation: transformers' caches and AQUA's.
 
+    Rows that choose tokens say what their keys, values and the copy that is scored take. Each is measured twice, as the
+    model computes and in int8. Their prompts are plain torch, which takes minutes for long ones on a CPU.
+
     Example: `aqua bench memory smollm2 -p smollm2.safetensors --length 8192 --json memory.json`
     """
     from aqua_attention.bench.memory import measure_memory
     from aqua_attention.evaluate.record import provenance
     from aqua_attention.evaluate.run import facts_of_model
-    from aqua_attention.report.tables import memory_table
+    from aqua_attention.report.tables import memory_tables
 
     grid = product((None, 8, 4), dict.fromkeys(s_ratio), dict.fromkeys(h2o_ratio))
     configs = [AquaConfig(s_ratio=s, bits=b, h2o_ratio=h, **vars(exact)) for b, s, h in grid]
+    for bits in (None, 8):
+        configs += choices.of(AquaConfig(k_ratio=PRESETS["select"]["k_ratio"], bits=bits, **vars(exact)))
     learned, (loaded, _) = load_projections(projections), replace(model, dtype=dtype).load()
     with progress_bar("generate") as progress:
         result = measure_memory(loaded, learned, configs, length=length, batch=batch, progress=progress)
     result |= {"model": model.name} | provenance(projections, learned) | facts_of_model(loaded)
-    show(result, memory_table(result), suite="memory")
+    show(result, *memory_tables(result), suite="memory")
 
 
 @benchmarks.command()

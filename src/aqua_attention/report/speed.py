@@ -18,6 +18,7 @@ from aqua_attention.report.tables import (
     Column,
     benchmark_table,
     generate_columns,
+    held_table,
     row_name,
     size_of,
 )
@@ -71,6 +72,10 @@ STEPS_ALONE = _Benchmark(
     *("setting", STEPS, "tokens a second (higher is faster)", "tokens_per_second", "z.3g"),
 )
 """What `aqua bench generate` of earlier versions measured."""
+PARTS_NOTE = (
+    "As allocated, with room that is not used yet. The copy of the keys is scored; other: what kernels work in. By "
+    "widths: what keys, values and copy of so many tokens need."
+)
 LENGTHS_NOTE = "Rotate, choose, append and attend, of one sequence; lower is faster."
 BREAKEVEN_NOTE = (
     "From which length on choosing dimensions is faster, and stays so, among the lengths measured. Theory counts "
@@ -108,7 +113,10 @@ def _measured(identity: str, record: Record) -> list[Block]:
         )
     )
     title = f"{kind.title}{', compiled' if result.get('compiled') else ''}: {size}"
-    return [Block(title, benchmark_table(kind.first, result, columns), [record], panels, kind.note)]
+    blocks = [Block(title, benchmark_table(kind.first, result, columns), [record], panels, kind.note)]
+    if record.suite == "memory" and (parts := held_table(result))[1]:
+        blocks.append(Block(f"Parts of caches that choose tokens (MB): {size}", parts, [record], note=PARTS_NOTE))
+    return blocks
 
 
 def _breakeven(identity: str, record: Record) -> list[Block]:

@@ -71,6 +71,15 @@ MEMORY = (
     Column("peak MB", "peak_bytes", ".0f", per=1e6),
     Column("to its peak", "peak_ratio", ".2f"),
 )
+HELD = (
+    Column("MB", "bytes", ".1f", per=1e6),
+    Column("to DynamicCache", "ratio", ".3f"),
+    Column("keys", "keys_bytes", ".1f", per=1e6),
+    Column("values", "values_bytes", ".1f", per=1e6),
+    Column("copy", "copy_bytes", ".1f", per=1e6),
+    Column("other", "other_bytes", ".1f", per=1e6),
+    Column("by widths", "expected_bytes", ".1f", per=1e6),
+)
 DECODE = (
     Column("us", "seconds", ".1f", 1e6),
     Column("of the read bandwidth", "share", ".1%"),
@@ -187,9 +196,17 @@ def size_of(result: Row) -> str:
     return ", ".join([*words, str(result.get("dtype", ""))])
 
 
-def memory_table(result: dict[str, Any]) -> Table:
-    """What `measure_memory` returned: a row a cache."""
-    return benchmark_table(f"cache of {result['length']} tokens, {result['dtype']}", result, MEMORY)
+def memory_tables(result: dict[str, Any]) -> tuple[Table, ...]:
+    """What `measure_memory` returned: a row a cache, and where tokens are chosen the parts of these."""
+    table = benchmark_table(f"cache of {result['length']} tokens, {result['dtype']}", result, MEMORY)
+    parts = held_table(result)
+    return (table, parts) if parts[1] else (table,)
+
+
+def held_table(result: Row) -> Table:
+    """A row for each cache that says its parts. "by widths": what keys, values and copy of so many tokens need."""
+    rows = [row for row in result["rows"] if "copy_bytes" in row]
+    return benchmark_table("where tokens are chosen", {"rows": rows}, HELD)
 
 
 def decode_table(result: dict[str, Any]) -> Table:
