@@ -174,11 +174,14 @@ def test_bench_breakeven_measures_a_processor_and_min_length_auto_reads_it(
         2,
         True,
     )
-    code, out, err = aqua("bench", "breakeven", *shape, "--lengths", "64..256", "--json", tmp_path / "b.json")
+    choices = ("--select-p", 0.95, "--select-share", 0.25, "--read-share", 0.3)
+    code, out, err = aqua("bench", "breakeven", *shape, *choices, "--lengths", "64..256", "--json", tmp_path / "b.json")
     assert code == 0, err
     result = json.loads((tmp_path / "b.json").read_text())
     assert [row["length"] for row in result["rows"]] == [64, 128, 256]
     assert [row["k_ratio"] for row in result["breakeven"]] == [0.75, 0.5]
+    assert [(row["k_ratio"], row["select_p"]) for row in result["selects"]] == [(0.5, 0.95), (0.5, None)]
+    assert "tokens chosen by" in out and "select_share 0.25" in " ".join(out.split())
     assert "the paper's" in out and f"wrote {result['profile']}" in out.replace("\n", "")
     # What such short sequences take is chance: each way to read the profile is tried on what it might have said.
     profile = json.loads(Path(result["profile"]).read_text())
@@ -196,6 +199,8 @@ def test_bench_breakeven_measures_a_processor_and_min_length_auto_reads_it(
         (["--device", "cpu", "--dtype", "float16"], "dtype 'float16': it must be cpu with float32 or bfloat16"),
         (["--lengths", "64"], "it must be FIRST..LAST"),
         (["--k-ratio", "1"], "each must leave out some dimensions"),
+        (["--select-share", "2"], "select_share is 2: it must be a number with 0 < share <= 1"),
+        (["--select-p", "0.9", "--read-share", "1"], "--read-share 1: both must be above 0 and below 1"),
     ):
         code, _, err = aqua("bench", "breakeven", "--device", "cpu", *arguments)
         assert (code, words in err.replace("\n", " ")) == (2, True), err

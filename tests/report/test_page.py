@@ -152,6 +152,8 @@ def test_break_even_lengths_are_beside_the_theory(whole):
     (table,) = [table for table in Page(whole[0]).tables if table[0][1] == "against k = d"]
     assert table[1] == ["0.75", "5000", "none", "1024", "640"]
     assert table[2] == ["0.5", "2000", "6000", "512", "320"]
+    (choices,) = [table for table in Page(whole[0]).tables if table[0][0] == "tokens chosen by"]
+    assert choices[1:] == [["select_p 0.95", "4000", "none", "1000", "1.25"]]
 
 
 def test_scores_are_beside_the_dense_ones(whole):

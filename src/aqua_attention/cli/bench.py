@@ -20,6 +20,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.io.progress import progress_bar
 
 if TYPE_CHECKING:
+    from aqua_attention.bench.choosing import Choosing
     from aqua_attention.machine import Shape
 
 S_RATIOS = [0.0, 0.25]
@@ -82,6 +83,25 @@ class Choices:
         chosen = [{"select_p": share} for share in self.select_p or ()]
         chosen += [{"select_tokens": count} for count in self.select_tokens or ()]
         return [AquaConfig(**config.to_dict() | each | {"score_bits": self.score_bits}) for each in chosen]
+
+
+@dataclass(frozen=True)
+class ChoicesByLength(Choices):
+    """The same where lengths differ."""
+
+    select_share: Annotated[
+        list[float] | None, "Also measure reading this share of the tokens, whatever they hold; repeat."
+    ] = None
+    read_share: Annotated[
+        float, "Share of the tokens that holds the softmax of --select-p: the random keys are made so."
+    ] = 0.2
+
+    def at_any_length(self, k_ratio: float) -> list[Choosing]:
+        """What these rows choose by, scored by so many dimensions."""
+        from aqua_attention.bench.choosing import CHOICES, Choosing
+
+        given = [(name, value) for name in CHOICES for value in getattr(self, name) or ()]
+        return [Choosing(k_ratio, self.score_bits, **{name: value}) for name, value in dict.fromkeys(given)]
 
 
 @dataclass(frozen=True)
@@ -276,10 +296,14 @@ def breakeven(
     k_ratio: list[float] = BREAKEVEN_K_RATIOS,
     lengths: Annotated[str | None, "FIRST..LAST tokens, each length twice the one before (default: 64..65536)."] = None,
     quick: Annotated[bool, "--quick", "Lengths up to 4096 only."] = False,
+    choices: ChoicesByLength,
     exact: ExactWindow,
     show: Show,
 ) -> None:
     """Find the length from which choosing dimensions is faster than using all, and keep it for min_length="auto".
+
+    With --select-p, --select-tokens or --select-share also the length from which choosing tokens is faster. It is
+    compared with dense attention, with choosing dimensions alone, and with what min_length switches to.
 
     Example: `aqua bench breakeven --device cpu --heads 9 --groups 3 --head-dim 64 --k-ratio 0.75 --k-ratio 0.5 --quick`
     """
@@ -299,7 +323,15 @@ def breakeven(
     layer, ratios = shape.on(where, dtype or names[0]), tuple(dict.fromkeys(k_ratio))
     read = read_lengths(lengths or (QUICK_LENGTHS if quick else LENGTHS))
     with progress_bar("lengths") as progress:
-        result = measure_breakeven(layer, k_ratios=ratios, lengths=read, **vars(exact), progress=progress)
+        result = measure_breakeven(
+            layer,
+            k_ratios=ratios,
+            lengths=read,
+            **vars(exact),
+            choosing=choices.at_any_length(min(ratios)),
+            read_share=choices.read_share,
+            progress=progress,
+        )
     show(result, *breakeven_tables(result), suite="breakeven")
     if result["profile"] is None:
         typer.echo("the machine was busy, and no profile was kept: run this again on an idle machine", err=True)
