@@ -3,31 +3,41 @@
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/memcheck.py [OPTION] [PART/PARTS]
 
-With --int8 only decoding over rounded caches, with --short only steps in one launch; with 0/4, a quarter. Most of the
+With --int8 only decoding over rounded caches, with --short only steps in one launch, with --select only steps that
+choose tokens; without, all but these. With 0/4, a quarter. Most of the
 time is spent on compiling: several parts at once take less, and a run without the checker before leaves the kernels in
 Triton's cache.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
+from typing import Any
 
 import torch
 
 import aqua_attention as aqua
 from aqua_attention.ops.api import attend, rotate
+from aqua_attention.ops.backends.triton import LARGEST_SCORED
 from aqua_attention.ops.backends.triton import decode as decode_module
 from aqua_attention.ops.backends.triton.decode import decode
 from aqua_attention.ops.backends.triton.decode_short import LARGEST_SHORT, decode_short
 from aqua_attention.ops.backends.triton.prepare import prepare
+from aqua_attention.ops.backends.triton.token_step import selected_step
+from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.layout import TILE, Pages, Quantization, TiledCache
 from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.scored import ScoredCache, score_quantization
 
 SHAPES = [(8, 2, 128, 128, 128), (6, 2, 80, 64, 96), (3, 1, 64, 48, 64), (2, 2, 256, 256, 256)]
 """Query heads, key-value heads, head_dim, kept and value_dim."""
 LAYOUTS = [(False, None), (True, None), (False, 32), (True, 64)]
 """Of the cache: rounded, and tokens of a page."""
 STATIC = {"k_ratio": 0.25, "selection": "static"}
+SELECTIONS = [{"select_p": 0.9}, {"select_tokens": 40}, {"select_p": 0.5, "min_length": 400}]
+WAYS: list[dict[str, Any]] = [{}, {"chunks": 1, "splits": 3, "programs": 5}, {"chunks": 4, "by_hand": False}]
+"""Programs of the kernels that choose tokens: as many as fill the GPU, one that chooses, several that meet."""
 CHOICES = [{"k_ratio": 1.0}, {"k_ratio": 0.5, "selection": "weighted"}, {"logit_error": 0.1}, STATIC]
 
 
@@ -119,10 +129,58 @@ def main_short(part: int, parts: int) -> None:
     print(f"{runs} runs, all finite")
 
 
+def main_select(part: int, parts: int, device: str = "cuda", ways: list[dict[str, Any]] = WAYS) -> int:
+    """Steps that choose tokens over the ends of tiles and of the cache; what they give must be finite.
+
+    Returns:
+        How many steps ran.
+    """
+    torch.manual_seed(0)
+    runs = 0
+    shapes = [shape for shape in SHAPES if max(shape) <= LARGEST_SCORED]
+    places = itertools.product(shapes, SELECTIONS, (None, 8), (torch.bfloat16, torch.float32), ways)
+    for place, ((heads, groups, head_dim, kept, value_dim), choice, bits, kind, way) in enumerate(places):
+        if place % parts != part:
+            continue
+        # The interpreter computes bfloat16 wrongly.
+        dtype = kind if device == "cuda" or kind == torch.float32 else torch.float16
+        rotation = torch.linalg.qr(torch.randn(groups, head_dim, head_dim)).Q[..., :kept].contiguous().to(device)
+        rms = torch.rand(groups, kept, device=device) + 0.1
+        knobs: dict[str, Any] = {"k_ratio": 0.25, "s_ratio": 1 - kept / head_dim, "score_bits": 8, "bits": bits}
+        config = aqua.AquaConfig(**knobs | choice, sink=3, recent=20)
+        plan = LayerPlan(rotation, rms, config, head_dim**-0.5, key_scale=rms, key_mean=rms)
+
+        def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(*shape, device=device, dtype=dtype)
+
+        sizes: dict[str, Any] = {"dtype": dtype, "device": device, "bits": bits}
+        cache = ScoredCache.empty(4, value_dim, 512, score_quantization(plan), **sizes)
+        # The last is a row of padding.
+        lengths = torch.tensor([509, 380, 1, -1], dtype=torch.int32, device=device)
+        cache.fill(random(4, groups, 509, kept), random(4, groups, 509, value_dim), lengths)
+        work = TokenWork.of(cache, heads, plan.k, **way)
+        output = random(4, heads, value_dim)
+        for _ in range(8):
+            token = ((heads, head_dim), (groups, head_dim), (groups, value_dim))
+            states = [random(4, count, width) for count, width in token]
+            selected_step(*states, cache, plan, work, output, scaling=plan.scaling)
+            assert output.isfinite().all()
+            runs += 1
+        assert cache.lengths.tolist() == [512, 388, 9, -1]
+        counts = work.scratch.counts.view(4, groups)
+        assert (counts > 0).all(1).tolist() == [True, True, True, False]
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{runs} runs, all finite")
+    return runs
+
+
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if not word.startswith("--")]
     part, parts = (int(number) for number in (words[0] if words else "0/1").split("/"))
     if "--short" in sys.argv[1:]:
         main_short(part, parts)
+    elif "--select" in sys.argv[1:]:
+        main_select(part, parts)
     else:
         main("--int8" in sys.argv[1:], part, parts)

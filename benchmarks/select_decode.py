@@ -8,19 +8,26 @@ is timed its answers are compared with those of plain torch over the same cache.
 Tokens are chosen by a fixed count, of random keys, or by their mass: then keys are made so that the tokens that hold
 it are given shares of all, another one for each key-value head.
 
+With --shares, heads read what those of a real model did: a layer after the other, by mass and by a fixed count of the
+same mean. The file is made by `benchmarks/select_shares.py`, of which the nearest length counts.
+
 python benchmarks/select_decode.py --json select_decode.json
+python benchmarks/select_decode.py --shares shares.json --size 32x32768 --json select_replay.json
 """
 
 from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
+from select_replay import heavy_shares, recorded, said, same_count, summary
 
 from aqua_attention.bench.dense import BASELINES
 from aqua_attention.bench.timing import read_bandwidth, seconds_of
 from aqua_attention.config import AquaConfig
+from aqua_attention.errors import AquaError
 from aqua_attention.io.files import write_json
 from aqua_attention.ops import scored_step
 from aqua_attention.ops.backends.triton import token_choice, token_gather, token_scores, token_work
@@ -40,6 +47,7 @@ ROOM = 64
 """Tokens that the caches have room for: so many steps are timed before they begin anew."""
 LEAST_BYTES, MOST_LAYERS = 1 << 30, 16
 MASS = 0.95
+SINK, RECENT = 4, 64
 HEAD_SHARES = [0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.6]
 TOLERANCE = 0.05
 """Of the difference, relative."""
@@ -53,6 +61,8 @@ def main():
     parser.add_argument("--share", action="append", type=float, help="of tokens that are read; repeat for several")
     parser.add_argument("--head-shares", default=",".join(map(str, HEAD_SHARES)), help="by mass, of each head; or none")
     parser.add_argument("--mass", type=float, default=MASS, help="select_p")
+    parser.add_argument("--shares", type=Path, help="replay what layers of a model read; no other settings")
+    parser.add_argument("--layer", type=int, action="append", help="only this one of --shares; repeat")
     parser.add_argument("--set", action="append", default=[], help="a tuned constant, as token_gather.WARPS=8; repeat")
     parser.add_argument("--bits", type=int, choices=[8], help="of keys and values; default: 16")
     parser.add_argument("--by-compiler", action="store_true", help="score without placing registers by hand")
@@ -69,7 +79,7 @@ def main():
     sizes = given.size or ["32x32768", "8x131072", "1x32768", "1x131072"]
     shares = given.share or [0.06, 0.1, 0.12, 0.24]
     head_shares = [float(each) for each in given.head_shares.split(",")] if given.head_shares != "none" else None
-    peak, results = read_bandwidth(), []
+    peak, results, replays = read_bandwidth(), [], []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, reads {peak / 1e12:.2f} TB/s at most\n")
     for size in sizes:
         batch, length = map(int, size.split("x"))
@@ -80,16 +90,45 @@ def main():
             settings.append(("as many, all alike", {"select_tokens": same}, None))
         dense = {"name": "none", "seconds": None} if given.no_dense else fastest_dense(batch, length)
         print(f"{batch} x {length}: dense by {dense['name']}, {1e6 * (dense['seconds'] or 0):.1f} us\n")
-        found = []
-        for name, knobs, wanted in settings:
+        found, replay = [], None
+        if given.shares:
+            found, replay = replayed(batch, length, given)
+        for name, knobs, wanted in () if given.shares else settings:
             torch.cuda.empty_cache()
             found.append({"name": name, **measure(batch, length, knobs, wanted, given)})
         rows = [[*row(each, dense["seconds"], peak)] for each in found]
         columns = ["", "us", "to dense", "read", *found[0]["pieces"], "error"]
         print(markdown(columns, rows) + "\n", flush=True)
         results += [{"batch": batch, "length": length, "dense": dense, **each} for each in found]
+        if replay:
+            print(said(replay) + "\n", flush=True)
+            replays.append({"batch": batch, "length": length, **replay})
         if given.json:
-            write_json(given.json, {"peak": peak, "device": torch.cuda.get_device_name(), "results": results})
+            made = {"peak": peak, "device": torch.cuda.get_device_name(), "results": results}
+            write_json(given.json, made | ({"replays": replays} if replays else {}))
+
+
+def replayed(batch, length, given):
+    """Settings by mass and by count for each layer of --shares, and what `summary` says of their times."""
+    found, pairs = [], {}
+    at, mass, layers = recorded(given.shares, length)
+    print(f"shares of {given.shares}, recorded at {at} tokens\n")
+    for layer, shares in layers.items():
+        if given.layer and layer not in given.layer:
+            continue
+        torch.cuda.empty_cache()
+        heavy = heavy_shares(shares, length, SINK + RECENT, mass)
+        by_mass = measure(batch, length, {"select_p": mass}, heavy, given)
+        torch.cuda.empty_cache()
+        count = same_count(by_mass["read"], length, SINK + RECENT)
+        by_count = measure(batch, length, {"select_tokens": count}, None, given)
+        asked = sum(shares) / len(shares)
+        found.append({"name": f"layer {layer}, mass {mass:g}", "layer": layer, "recorded": asked, **by_mass})
+        found.append({"name": "as many, all alike", "layer": layer, **by_count})
+        pairs[layer] = by_mass["seconds"], by_count["seconds"]
+    if not pairs:
+        raise SystemExit(f"--layer is none of {', '.join(map(str, layers))}")
+    return found, summary(pairs)
 
 
 def row(found, dense, peak):
@@ -107,7 +146,7 @@ def measure(batch, length, knobs, head_shares, given):
     """Seconds of one layer, of its pieces, what these read and write, and how far answers are from plain torch's."""
     torch.manual_seed(0)
     config = AquaConfig(
-        **{"k_ratio": SCORED / DIM, "share": "group", "selection": "weighted", "sink": 4, "recent": 64}
+        **{"k_ratio": SCORED / DIM, "share": "group", "selection": "weighted", "sink": SINK, "recent": RECENT}
         | {"score_bits": 8, "min_length": 0}
         | knobs
     )
@@ -243,4 +282,7 @@ def all_of(runs):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except AquaError as error:
+        raise SystemExit(f"error: {error}") from error

@@ -74,7 +74,7 @@ def test_a_dict_may_name_a_preset_and_change_it(make):
     assert make({"k_ratio": 0.25, "preset": "paper"}) == AquaConfig.paper(0.25)
     assert make({"preset": "accurate"}) == AquaConfig()
     for wrong in ("fats", None, ["fast"]):
-        with pytest.raises(AquaError, match=r"^preset is .*: it must be one of accurate, fast, small, paper$"):
+        with pytest.raises(AquaError, match=r"^preset is .*: it must be one of accurate, fast, small, select, paper$"):
             make({"preset": wrong})
     with pytest.raises(AquaError, match=r"^there is no setting 'prest': did you mean 'preset'\?$"):
         make({"prest": "fast"})
@@ -148,12 +148,18 @@ def test_the_method_of_the_paper_has_a_name():
 
 
 def test_a_preset_is_a_setting_by_name_and_what_is_given_beside_it_counts():
-    assert list(PRESETS) == ["accurate", "fast", "small", "paper"]
+    assert list(PRESETS) == ["accurate", "fast", "small", "select", "paper"]
     assert AquaConfig.preset("fast") == AquaConfig(k_ratio=0.5)
     assert AquaConfig.preset("small") == AquaConfig(bits=8)
+    select = AquaConfig.preset("select")
+    assert select == AquaConfig(k_ratio=0.25, select_p=0.95, score_bits=8)
+    assert (select.selection, select.share, select.sink, select.recent) == ("weighted", "group", 4, 64)
+    assert AquaConfig.preset("select", bits=8, select_p=0.9) == AquaConfig(
+        k_ratio=0.25, select_p=0.9, score_bits=8, bits=8
+    )
     assert AquaConfig.preset("fast", k_ratio=0.25, share="head") == AquaConfig(k_ratio=0.25, share="head")
     assert AquaConfig.preset("paper", recent=64) == AquaConfig.paper(recent=64)
-    with pytest.raises(AquaError, match="preset is 'best': it must be one of accurate, fast, small, paper"):
+    with pytest.raises(AquaError, match="preset is 'best': it must be one of accurate, fast, small, select, paper"):
         AquaConfig.preset("best")
 
 

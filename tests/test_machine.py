@@ -83,12 +83,54 @@ DAMAGED += [
 ]
 
 
+@pytest.mark.parametrize("row", ["1", '{"k_ratio": 0.5}', '{"k_ratio": 0.5, "select_p": 0.9}'])
+def test_damaged_choices_are_refused(row):
+    write_profile(SHAPE, {0.5: 300}, [64, 4096], {})
+    profile = json.loads(profile_path(SHAPE).read_text()) | {"selects": [json.loads(row)]}
+    profile_path(SHAPE).write_text(json.dumps(profile))
+    with pytest.raises(aqua.AquaError, match="is damaged or of another version: run: aqua bench breakeven"):
+        min_length(share="group", k_ratio=0.5, select_p=0.9)
+
+
 @pytest.mark.parametrize("content", DAMAGED)
 def test_a_damaged_profile_is_refused(content):
     write_profile(SHAPE, {0.5: 300}, [64, 4096], {})
     profile_path(SHAPE).write_text(content)
     with pytest.raises(aqua.AquaError, match="is damaged or of another version: run: aqua bench breakeven"):
         min_length(k_ratio=0.5)
+
+
+def select(k_ratio, min_length, **choice):
+    """A choice of tokens as `measure_breakeven` hands it to the profile."""
+    given = {"k_ratio": k_ratio, "select_p": None, "select_tokens": None, "select_share": None, "score_bits": 8}
+    return given | choice | {"min_length": min_length}
+
+
+def test_a_choice_of_tokens_has_lengths_of_its_own():
+    selects = [select(0.5, 900, select_p=0.9), select(0.25, 700, select_p=0.9), select(0.25, 50, select_tokens=64)]
+    selects += [select(0.25, None, select_p=0.99), select(0.25, 1, select_share=0.1)]
+    write_profile(SHAPE, {0.5: 300}, [64, 4096], {}, selects)
+    assert len(json.loads(profile_path(SHAPE).read_text())["selects"]) == 4
+    chosen = {"share": "group", "score_bits": 8}
+    assert min_length(k_ratio=0.5) == 300
+    assert min_length(**chosen, k_ratio=0.25, select_p=0.9) == 700
+    assert min_length(**chosen, k_ratio=0.3, select_p=0.9) == 900
+    assert min_length(**chosen, logit_error=0.1, select_p=0.9) == 900
+    assert min_length(**chosen, k_ratio=0.25, select_tokens=64) == 50
+    with pytest.raises(aqua.AquaError, match=r"choosing tokens was not faster up to 4096 tokens"):
+        min_length(**chosen, k_ratio=0.25, select_p=0.99)
+    for changes, options in (
+        ({"select_p": 0.95}, "--k-ratio 0.25 --select-p 0.95 --score-bits 8"),
+        ({"select_tokens": 65}, "--k-ratio 0.25 --select-tokens 65 --score-bits 8"),
+        ({"select_p": 0.9, "score_bits": 16}, "--k-ratio 0.25 --select-p 0.9 --score-bits 16"),
+        ({"select_p": 0.9, "k_ratio": 1.0}, "--k-ratio 1.0 --select-p 0.9 --score-bits 8"),
+    ):
+        with pytest.raises(aqua.AquaError) as refusal:
+            min_length(**chosen | {"k_ratio": 0.25} | changes)
+        assert "with select_" in str(refusal.value) and str(refusal.value).endswith(f"{COMMAND} {options}")
+    write_profile(SHAPE, {0.5: 300}, [64, 4096], {})
+    with pytest.raises(aqua.AquaError, match=r"knows no k_ratio of 0\.25 or more with select_p=0\.9"):
+        min_length(**chosen, k_ratio=0.25, select_p=0.9)
 
 
 def test_apply_resolves_auto(llama):
@@ -104,6 +146,9 @@ def test_apply_resolves_auto(llama):
         found = model(ids).logits
     with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25, min_length=20)), torch.no_grad():
         assert torch.equal(model(ids).logits, found)
+    write_profile(SHAPE, {0.5: 20}, [64, 4096], {}, [select(0.25, 25, select_p=0.95)])
+    with aqua.apply(model, projections, aqua.AquaConfig.preset("select", min_length="auto")) as attachment:
+        assert attachment.config.min_length == 25
     with aqua.apply(model, projections, aqua.AquaConfig.paper(k_ratio=0.25)), torch.no_grad():
         assert (model(ids).logits - found).abs().max() > 0.1
 

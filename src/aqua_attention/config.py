@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     DEFAULT_PRESET: {},
     "fast": {"k_ratio": 0.5},
     "small": {"bits": 8},
+    "select": {"k_ratio": 0.25, "select_p": 0.95, "score_bits": 8},
     "paper": PAPER,
 }
 """Settings by name: what each changes of the defaults."""
@@ -110,7 +111,8 @@ class AquaConfig:
             h2o_queries = n, the attention of earlier queries fades by 1/n for each decoded token.
         min_length: a query that sees fewer tokens of its sequence multiplies every stored dimension: below it, choosing
             costs more than it saves. Its own token counts, padding does not. In a sliding-window layer all tokens so
-            far count. "auto": `apply` takes the number that `aqua bench breakeven` measured here, for decoding.
+            far count. "auto": `apply` takes the number that `aqua bench breakeven` measured here, for decoding; where
+            tokens are chosen, the one that it measured for this `select_p` or `select_tokens`. Such a query reads all.
         sliding: sliding-window layers of a decoder. "exact": they multiply and store every dimension (ours). They read
             their window only, so leaving dimensions out would save no time there, and cost most of the loss.
             "approximate": they are like the others (the paper).
@@ -214,11 +216,6 @@ class AquaConfig:
             raise AquaError(
                 f"h2o_ratio is {self.h2o_ratio:g}: with select_p or select_tokens all tokens must stay, set it to 1"
             )
-        if self.chooses_tokens and self.min_length == AUTO:
-            raise AquaError(
-                "min_length is 'auto': what is measured for it is choosing dimensions; with select_p or select_tokens "
-                "give a number of tokens"
-            )
         if self.score_bits != 16 and not self.chooses_tokens:
             raise AquaError(
                 f"score_bits is {self.score_bits}, but no tokens are chosen: leave it out, or give select_p or "
@@ -231,7 +228,7 @@ class AquaConfig:
 
         Args:
             name: "accurate": the defaults. "fast": half of the products, for speed. "small": keys and values in int8.
-                "paper": see `paper`.
+                "select": reads the tokens that hold most of the softmax, for long contexts. "paper": see `paper`.
 
         An AquaError for another name.
         """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured of a machine once: from which length on choosing dimensions pays.
+"""What was measured of a machine once: from which length on choosing dimensions, or tokens, pays.
 
 `aqua bench breakeven` writes a profile for one device, shape of attention and dtype; `AquaConfig(min_length="auto")` is
 turned into a number by it when AQUA is applied to a model.
@@ -27,6 +27,8 @@ FORMAT = 2
 MEASURED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float16)}
 """Dtypes that there are profiles for."""
 
+CHOICE = ("select_p", "select_tokens", "score_bits")
+"""Knobs that must be as they were measured, where tokens are chosen."""
 BUSY = 0.25
 """Share of the processors that, when busy already, makes times wrong."""
 
@@ -100,7 +102,11 @@ def profile_path(shape: Shape) -> Path:
 
 
 def write_profile(
-    shape: Shape, thresholds: dict[float, int | None], lengths: Sequence[int], facts: dict[str, Any]
+    shape: Shape,
+    thresholds: dict[float, int | None],
+    lengths: Sequence[int],
+    facts: dict[str, Any],
+    selects: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Keep what was measured, in place of an earlier profile of the same shape; an AquaError where it cannot be kept.
 
@@ -108,6 +114,8 @@ def write_profile(
         thresholds: for each k_ratio, the number of tokens from which on it is faster than all dimensions; None: not at
             the `lengths` that were measured.
         facts: how it was measured, kept for people who read the file.
+        selects: the same of settings that choose tokens, with `k_ratio`, `select_p`, `select_tokens`, `score_bits` and
+            `min_length`; what else they say is left out, and so are those that no `AquaConfig` can have.
     """
     path = profile_path(shape)
     try:
@@ -116,6 +124,9 @@ def write_profile(
         raise AquaError(f"cannot make {path.parent}: {error.strerror}; set AQUA_CACHE_DIR to another folder") from error
     rows = [{"k_ratio": ratio, "min_length": length} for ratio, length in sorted(thresholds.items())]
     profile = {"format": FORMAT, "device": device_name(shape.device), "thresholds": rows, "lengths": list(lengths)}
+    choices = [each for each in selects if each["select_p"] is not None or each["select_tokens"] is not None]
+    if choices:
+        profile["selects"] = [{name: each[name] for name in ("k_ratio", *CHOICE, "min_length")} for each in choices]
     write_json(path, profile | facts)
     return path
 
@@ -125,7 +136,8 @@ def resolved(config: AquaConfig, shapes: Iterable[Shape]) -> AquaConfig:
 
     A profile knows some k_ratios; the next larger one of these counts, and under `logit_error`, which may choose many
     dimensions, the largest: a query that could have chosen a little earlier loses less than one that does too early.
-    Without a profile that tells, an AquaError says what to do.
+    A choice of tokens must be as it was measured, and its k_ratio counts likewise. Without a profile that tells, an
+    AquaError says what to do.
     """
     if config.min_length != AUTO:
         return config
@@ -136,7 +148,8 @@ def resolved(config: AquaConfig, shapes: Iterable[Shape]) -> AquaConfig:
 
 def _look_up(config: AquaConfig, shape: Shape) -> int:
     """0 where every dimension is multiplied anyway."""
-    if config.logit_error is None and config.selected_dims(shape.head_dim) >= config.kept_dims(shape.head_dim):
+    is_whole = config.logit_error is None and config.selected_dims(shape.head_dim) >= config.kept_dims(shape.head_dim)
+    if is_whole and not config.chooses_tokens:
         return 0
     auto = 'min_length is "auto"'
     if shape.device.type not in ("cpu", "cuda"):
@@ -144,10 +157,14 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
     if shape.dtype not in MEASURED[shape.device.type]:
         raise AquaError(f"{auto}: there are no profiles for {shape.dtype} on {shape.device.type}, give a number")
     path, any_ratio = profile_path(shape), config.logit_error is not None
-    remedy = f"run: {shape.command}" + ("" if any_ratio else f" --k-ratio {config.k_ratio!r}")
+    remedy = f"run: {shape.command}" + ("" if any_ratio else f" --k-ratio {config.k_ratio!r}") + _choice(config)
+    what = "choosing tokens" if config.chooses_tokens else "choosing dimensions"
     try:
         profile = json.loads(path.read_text())
-        known = {float(row["k_ratio"]): row["min_length"] for row in profile["thresholds"]}
+        rows = profile.get("selects", []) if config.chooses_tokens else profile["thresholds"]
+        if config.chooses_tokens:
+            rows = [row for row in rows if all(row[name] == getattr(config, name) for name in CHOICE)]
+        known = {float(row["k_ratio"]): row["min_length"] for row in rows}
         numbers = [length for length in [*known.values(), *profile["lengths"]] if length is not None]
         if profile["format"] != FORMAT or not all(type(length) is int and length >= 0 for length in numbers):
             raise ValueError
@@ -157,11 +174,20 @@ def _look_up(config: AquaConfig, shape: Shape) -> int:
         raise AquaError(f"the machine profile {path} is damaged or of another version: {remedy}") from None
     measured = sorted(ratio for ratio in known if any_ratio or ratio >= config.k_ratio - 1e-9)
     if not measured:
-        raise AquaError(f"the machine profile {path} knows no k_ratio of {config.k_ratio:g} or more: {remedy}")
+        choice = f" with {config.choice} and score_bits={config.score_bits}" if config.chooses_tokens else ""
+        raise AquaError(f"the machine profile {path} knows no k_ratio of {config.k_ratio:g} or more{choice}: {remedy}")
     length = known[measured[-1 if any_ratio else 0]]
     if length is None:
         raise AquaError(
-            f"{auto}, but choosing dimensions was not faster up to {max(profile['lengths'])} tokens, the longest in "
+            f"{auto}, but {what} was not faster up to {max(profile['lengths'])} tokens, the longest in "
             f"{path}: give a number of tokens, or measure longer ones ({remedy} --lengths FIRST..LAST)"
         )
     return int(length)
+
+
+def _choice(config: AquaConfig) -> str:
+    """The options by which a choice of tokens is measured; empty: there is none."""
+    if not config.chooses_tokens:
+        return ""
+    name = "select_p" if config.select_p is not None else "select_tokens"
+    return f" --{name.replace('_', '-')} {getattr(config, name)!r} --score-bits {config.score_bits}"

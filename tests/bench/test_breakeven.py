@@ -16,7 +16,9 @@ from aqua_attention.bench.breakeven import (
     grouped_breakeven,
     measure_breakeven,
     read_lengths,
+    select_crossings,
 )
+from aqua_attention.bench.choosing import Choosing
 from aqua_attention.machine import Shape
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
 
@@ -112,6 +114,50 @@ def test_a_small_measurement_writes_what_auto_reads(small, tmp_path, monkeypatch
 
 
 @compiled
+def test_choices_of_tokens_are_timed_beside_and_kept_for_auto(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
+    choosing = [Choosing(0.25, select_p=0.9), Choosing(0.25, select_tokens=9), Choosing(0.25, select_share=0.25)]
+    result = measure_breakeven(
+        *(SMALL,), k_ratios=(0.25,), lengths=[400, 800], sink=2, recent=8, choosing=choosing, read_share=0.3
+    )
+    for row in result["rows"]:
+        assert all(0 < each < 1 for each in row["select"] + row["select_short"])
+        by_mass, by_count, by_share = row["read"]
+        assert 0.2 < by_mass < 0.4, "three tenths hold it"
+        assert by_count == (9 + 2 + 8) / row["length"]
+        assert by_share == 0.25 + (2 + 8) / row["length"]
+        assert len(row["aqua"]) == 1
+    assert [row["select_p"] for row in result["selects"]] == [0.9, None, None]
+    assert result["read_share"] == 0.3
+    profile = json.loads(next((tmp_path / "profiles").iterdir()).read_text())
+    kept = [(row["select_p"], row["select_tokens"], row["min_length"]) for row in profile["selects"]]
+    lengths = [row["min_length"] for row in result["selects"]]
+    assert kept == [(0.9, None, lengths[0]), (None, 9, lengths[1])], "no knob reads a share"
+
+
+def test_where_a_choice_of_tokens_crosses_others_by_hand():
+    lengths, times = [100, 200, 400], {"dense": [4, 8, 16], "whole": [3, 5, 9], "aqua": [4, 4, 7]}
+    rows = [{"length": length} | {name: each[at] for name, each in times.items()} for at, length in enumerate(lengths)]
+    rows = [row | {"aqua": [row["aqua"]]} for row in rows]
+    for row, mine, short in zip(rows, (6, 6, 6), (2, 6, 18), strict=True):
+        row |= {"select": [mine], "select_short": [short]}
+    # To dense 2 behind and 2 ahead, to dimensions 2 behind and 1 ahead, to itself below min_length equal at 200.
+    assert select_crossings(rows, 0) == {
+        "dense": 150.0,
+        "dimensions": pytest.approx(200 + 200 * 2 / 3),
+        "short": 200.0,
+        "min_length": 200,
+        "slowest": 1.5,  # 6 for 4 at 200
+    }
+    for row in rows:
+        row["select"] = [100]
+    assert select_crossings(rows, 0) == {
+        **dict.fromkeys(("dense", "dimensions", "short", "min_length")),
+        "slowest": 18 / 7,
+    }
+
+
+@compiled
 def test_every_way_is_timed_alone_and_with_its_step(small):
     given = {"length": 130, "k_ratios": (1.0, 0.5)}
     rows = decode_cpu.measure_decode_cpu(SMALL, **given, short=True)
@@ -182,5 +228,16 @@ def test_on_a_gpu_the_steps_of_bench_decode_are_compared(monkeypatch):
 
     monkeypatch.setattr(decode, "measure_decode", measured)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    row = breakeven._row(Shape(torch.device("cuda"), 8, 2, 64, torch.bfloat16), 128, (0.5,), sink=4, recent=64)
+    shape = Shape(torch.device("cuda"), 8, 2, 64, torch.bfloat16)
+    row = breakeven._row(shape, 128, (0.5,), sink=4, recent=64)
     assert row == {"length": 128, "dense": 3.0, "dense_name": "cuDNN", "whole": 4.0, "aqua": [2.0]}
+
+    def chosen(problem, configs, heavy):
+        assert ([each.min_length for each in configs], heavy) == ([0, 129], 0.2)
+        assert all((each.select_p, each.k_ratio, each.sink) == (0.95, 0.25, 4) for each in configs)
+        return [{"k_ratio": 0.25, "read": read, "step_seconds": seconds} for read, seconds in ((0.2, 1.0), (1.0, 1.5))]
+
+    monkeypatch.setattr("aqua_attention.bench.select_gpu.measure_select", chosen)
+    monkeypatch.setattr(breakeven.Problem, "random", lambda *given, **sizes: None)
+    of_tokens = breakeven._row(shape, 128, (0.5,), 4, 64, [Choosing(0.25, select_p=0.95)])
+    assert of_tokens == row | {"select": [1.0], "select_short": [1.5], "read": [0.2]}

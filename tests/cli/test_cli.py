@@ -128,7 +128,17 @@ def test_bits_are_a_setting_and_memory_is_measured(aqua, projections_file, tiny_
     assert 0.75 <= ours[0]["ratio"] <= 0.78
     assert 0.37 <= ours[1]["ratio"] <= 0.46, "half of that, sixteen tokens until the next eviction, and the mass"
     assert "AQUA, k_ratio 0.9, s_ratio 0.5, int8" in out
-    assert "h2o_ratio 0.5" in out
+    assert "h2o_ratio 0.5" in out and "where tokens are chosen" not in out
+    one = ("--s-ratio", 0, "--h2o-ratio", 1, "--select-p", 0.9, "--select-tokens", 30)
+    code, out, err = aqua("bench", "memory", *given, "--length", 200, *one, "--dtype", "float32")
+    assert code == 0, err
+    rows = [row for row in json.loads((tmp_path / "out.json").read_text())["rows"] if "copy_bytes" in row]
+    settings = [row["setting"] for row in rows]
+    assert [(each["bits"], each["select_p"], each["select_tokens"]) for each in settings] == [
+        *((None, 0.9, None), (None, None, 30), (8, 0.9, None), (8, None, 30))
+    ]
+    assert all((each["k_ratio"], each["score_bits"]) == (0.25, 8) for each in settings)
+    assert "where tokens are chosen" in out and "by widths" in " ".join(out.split())
     code, _, err = aqua("eval", "perplexity", *given[:3], "--bits", 3)
     assert (code, "bits is 3: it must be one of None, 8, 4" in err) == (2, True)
 
@@ -164,11 +174,14 @@ def test_bench_breakeven_measures_a_processor_and_min_length_auto_reads_it(
         2,
         True,
     )
-    code, out, err = aqua("bench", "breakeven", *shape, "--lengths", "64..256", "--json", tmp_path / "b.json")
+    choices = ("--select-p", 0.95, "--select-share", 0.25, "--read-share", 0.3)
+    code, out, err = aqua("bench", "breakeven", *shape, *choices, "--lengths", "64..256", "--json", tmp_path / "b.json")
     assert code == 0, err
     result = json.loads((tmp_path / "b.json").read_text())
     assert [row["length"] for row in result["rows"]] == [64, 128, 256]
     assert [row["k_ratio"] for row in result["breakeven"]] == [0.75, 0.5]
+    assert [(row["k_ratio"], row["select_p"]) for row in result["selects"]] == [(0.5, 0.95), (0.5, None)]
+    assert "tokens chosen by" in out and "select_share 0.25" in " ".join(out.split())
     assert "the paper's" in out and f"wrote {result['profile']}" in out.replace("\n", "")
     # What such short sequences take is chance: each way to read the profile is tried on what it might have said.
     profile = json.loads(Path(result["profile"]).read_text())
@@ -186,6 +199,8 @@ def test_bench_breakeven_measures_a_processor_and_min_length_auto_reads_it(
         (["--device", "cpu", "--dtype", "float16"], "dtype 'float16': it must be cpu with float32 or bfloat16"),
         (["--lengths", "64"], "it must be FIRST..LAST"),
         (["--k-ratio", "1"], "each must leave out some dimensions"),
+        (["--select-share", "2"], "select_share is 2: it must be a number with 0 < share <= 1"),
+        (["--select-p", "0.9", "--read-share", "1"], "--read-share 1: both must be above 0 and below 1"),
     ):
         code, _, err = aqua("bench", "breakeven", "--device", "cpu", *arguments)
         assert (code, words in err.replace("\n", " ")) == (2, True), err

@@ -163,6 +163,7 @@ def test_knobs_that_repeat_are_lists_and_an_option_of_the_command_stands_for_one
         (["--preset", "accurate"], Dummy()),
         (["--preset", "fast"], Dummy(k_ratio=0.5)),
         (["--preset", "small"], Dummy(bits=8)),
+        (["--preset", "select"], Dummy(k_ratio=0.25, select_p=0.95, score_bits=8)),
         (["--preset", "paper"], Dummy.paper()),
         (["--preset", "fast", "--k-ratio", 0.25], Dummy(k_ratio=0.25)),
         (["--k-ratio", 0.75, "--preset", "fast"], Dummy(k_ratio=0.75)),
@@ -176,7 +177,7 @@ def test_knobs_that_repeat_are_lists_and_an_option_of_the_command_stands_for_one
 def test_an_option_that_is_given_overrides_the_preset_even_with_its_default(arguments, expected):
     one, shown = given(single, "--name", "x", "--where", "y", *arguments)
     assert one == {"name": "x", "config": expected, "place": Place("y", "none")}
-    assert "accurate, fast, small, paper" in shown
+    assert "accurate, fast, small, select, paper" in shown
     assert "[default: weighted]" in shown
     many, _ = given(repeated, *arguments)
     values = {name: [value] for name, value in expected.to_dict().items()} | {"basis": ["aqua"], "own": 1.0}
@@ -190,4 +191,4 @@ def test_an_option_that_is_given_overrides_the_preset_even_with_its_default(argu
 def test_an_unknown_preset_is_refused_by_name(command):
     required = ["--name", "x", "--where", "y"] if command is single else []
     refusal, _ = given(command, *required, "--preset", "best")
-    assert str(refusal) == "preset is 'best': it must be one of accurate, fast, small, paper"
+    assert str(refusal) == "preset is 'best': it must be one of accurate, fast, small, select, paper"

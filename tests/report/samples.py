@@ -240,12 +240,15 @@ def benchmarks():
     times = [
         {"length": length, "dense": 2e-8 * length + 1e-5, "dense_name": "matmul", "whole": 2e-8 * length + 3e-5}
         | {"aqua": [1.8e-8 * length + 4e-5, 1.5e-8 * length + 4e-5]}
+        | {"select": [0.8e-8 * length + 6e-5], "select_short": [2e-8 * length + 5e-5], "read": [0.2]}
         for length in (64, 256, 1024, 4096, 16384)
     ]
     lengths = [
         {"k_ratio": 0.75, "k": 96, "whole": 5000.0, "dense": None, "paper": 1024.0, "theory": 640.0},
         {"k_ratio": 0.5, "k": 64, "whole": 2000.0, "dense": 6000.0, "paper": 512.0, "theory": 320.0},
     ]
+    of_choice = {"dense": 4000.0, "dimensions": None, "short": 1000.0, "min_length": 1000, "slowest": 1.25}
+    choices = [{"k_ratio": 0.5, "select_p": 0.95, "select_tokens": None, "select_share": None} | of_choice]
     items = {"task": "arc_easy", "metric": "acc", "value": 0.43, "stderr": 0.02, "count": 400}
     paired = {
         "setting": AquaConfig.paper().to_dict(),
@@ -256,7 +259,7 @@ def benchmarks():
         "p_value": 1.0,
     }
     return {
-        "breakeven.json": small | {"rows": times, "breakeven": lengths, "profile": "profile.json"},
+        "breakeven.json": small | {"rows": times, "breakeven": lengths, "selects": choices, "profile": "profile.json"},
         "tasks.json": {"model": "other", "dense": [items], "rows": [items | paired]},
         "decode.json": {"results": [shape | {"rows": dense + aqua}]},
         "generate.json": {"results": [shape | model | {"rows": tokens}]},

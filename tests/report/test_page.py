@@ -152,6 +152,7 @@ def test_break_even_lengths_are_beside_the_theory(whole):
     (table,) = [table for table in Page(whole[0]).tables if table[0][1] == "against k = d"]
     assert table[1] == ["0.75", "5000", "none", "1024", "640"]
     assert table[2] == ["0.5", "2000", "6000", "512", "320"]
+    assert any(["select_p 0.95", "4000", "none", "1000", "1.25"] in table for table in Page(whole[0]).tables)
 
 
 def test_scores_are_beside_the_dense_ones(whole):
@@ -356,7 +357,7 @@ def test_what_the_commands_write_is_understood(aqua, tmp_path, tiny_folder, llam
         "adaptive": ("eval", "perplexity", *given, *short, "--logit-error", 1),
         "retention": ("eval", "retention", *given, *short),
         "lines": ("eval", "lines", tiny_folder, "-p", projections, "--lines", 2, "--count", 2, *ratios, "--no-chat"),
-        "memory": ("bench", "memory", tiny_folder, "-p", projections, "--length", 64),
+        "memory": ("bench", "memory", tiny_folder, "-p", projections, "--length", 64, "--select-tokens", 9),
         "spectrum": ("inspect", projections),
     }
     for name, command in commands.items():
@@ -373,6 +374,7 @@ def test_what_the_commands_write_is_understood(aqua, tmp_path, tiny_folder, llam
     table = {row[0]: row for row in page.tables[0]}
     assert table["k_ratio 0.25"][5] == f"{rows[1]['perplexity_change']:+.2%}"
     assert {"Trade-offs", "Retrieval", "Layers and heads", "Time and memory"} <= set(page.headings)
+    assert ("where tokens are chosen", "by widths") in [(table[0][0], table[0][-1]) for table in page.tables]
 
 
 def test_mistakes_are_one_line_with_the_remedy(aqua, tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From which length on choosing dimensions pays: a decoding step of one layer, measured over lengths, beside theory."""
+"""From which length on choosing dimensions, or tokens, pays: a decoding step of one layer over lengths, and theory."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from aqua_attention.bench.problem import OURS
+from aqua_attention.bench.choosing import Choosing
+from aqua_attention.bench.problem import OURS, Problem
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.machine import MEASURED, Shape, device_name, warn_of_load, write_profile
@@ -16,6 +17,8 @@ from aqua_attention.machine import MEASURED, Shape, device_name, warn_of_load, w
 DTYPES = {device: tuple(str(kind).removeprefix("torch.") for kind in kinds) for device, kinds in MEASURED.items()}
 """What the kernels of a device are measured in, the default first."""
 LENGTHS, QUICK_LENGTHS = "64..65536", "64..4096"
+READ_SHARE = 0.2
+"""What approximate scores of 32 dimensions would read of a text of 8192 tokens at p 0.95, see docs/results/basis.md."""
 PAPER_RATIO, PAPER_LENGTHS = 0.75, (64, 1024)
 
 
@@ -61,22 +64,30 @@ def measure_breakeven(
     progress: Callable[[int, int], None] = lambda done, total: None,
     sink: int = OURS.sink,
     recent: int = OURS.recent,
+    choosing: Sequence[Choosing] = (),
+    read_share: float = READ_SHARE,
 ) -> dict[str, Any]:
     """Check and time a step (rotate, choose, append, attend) of one sequence: at each k, at k = d as `min_length` does
     it (on a CPU without rotation), and the fastest dense attention with its append; find where they cross.
-    Keep that as this machine's profile, unless it was busy when measuring began.
+
+    So are steps that choose tokens (AQUA-Select), each also as `min_length` switches from it. All is kept as this
+    machine's profile, unless it was busy when measuring began.
 
     Args:
         k_ratios: below 1.
         lengths: rising, in tokens, the new one included.
         sink, recent: the exact window.
+        choosing: settings that choose tokens.
+        read_share: share of the tokens that holds the softmax of `select_p`: keys are made so.
 
     Returns:
-        `{"device", ..., "rows", "breakeven", "profile"}`. A row a length: `length`, `dense` and `whole` (seconds; whole
-        is k = d), `dense_name`, `aqua` (seconds, in the order of k_ratios). A break-even for each k_ratio: `k`, `whole`
-        and `dense` (`crossing` with these, or None), `paper` and `theory` (lengths), `paper_experiment` (the range of
-        whole / aqua over the lengths of the paper's first experiment, at its k_ratio, else None). The profile is its
-        path, or None where none is kept.
+        `{"device", ..., "rows", "breakeven", "selects", "profile"}`. A row a length: `length`, `dense` and `whole`
+        (seconds; whole is k = d), `dense_name`, `aqua` (seconds, in the order of k_ratios). A break-even for each
+        k_ratio: `k`, `whole` and `dense` (`crossing` with these, or None), `paper` and `theory` (lengths),
+        `paper_experiment` (the range of whole / aqua over the lengths of the paper's first experiment, at its k_ratio,
+        else None). The profile is its path, or None where none is kept. Of `choosing`, a row has `select` and
+        `select_short` (seconds, the latter below `min_length`) and `read` (shares of the tokens), and "selects" is what
+        `select_crossings` says of each.
 
     Raises:
         AquaError: a device, shape, dtype or k_ratio that cannot be measured, a kernel that is wrong, or no place for
@@ -98,15 +109,17 @@ def measure_breakeven(
     rows = []
     for done, length in enumerate(lengths):
         progress(done, len(lengths))
-        rows.append(_row(shape, length, k_ratios, sink, recent))
+        rows.append(_row(shape, length, k_ratios, sink, recent, choosing, read_share))
     progress(len(lengths), len(lengths))
     found = [_breakeven(shape, rows, index, ratio) for index, ratio in enumerate(k_ratios)]
     ours = replace(OURS, sink=sink, recent=recent)
     threads = torch.get_num_threads() if shape.device.type == "cpu" else None
     facts = shape.facts | {"sink": ours.sink, "recent": ours.recent, "threads": threads, "torch": torch.__version__}
     thresholds = {row["k_ratio"]: None if row["whole"] is None else math.ceil(row["whole"]) for row in found}
-    profile = None if is_busy else str(write_profile(shape, thresholds, lengths, facts))
-    measured = {"rows": rows, "breakeven": found, "profile": profile}
+    selects = [each._asdict() | select_crossings(rows, index) for index, each in enumerate(choosing)]
+    facts |= {"read_share": read_share} if choosing else {}
+    profile = None if is_busy else str(write_profile(shape, thresholds, lengths, facts, selects))
+    measured = {"rows": rows, "breakeven": found, "selects": selects, "profile": profile}
     return {"device": device_name(shape.device), "lengths": list(lengths)} | facts | measured
 
 
@@ -123,14 +136,52 @@ def _breakeven(shape: Shape, rows: list[dict[str, Any]], index: int, ratio: floa
     return {"k_ratio": ratio, "k": k} | crossings | told
 
 
-def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, recent: int) -> dict[str, Any]:
+def select_crossings(rows: Sequence[dict[str, Any]], index: int) -> dict[str, Any]:
+    """From which length on the setting of this index that chooses tokens is faster than others, and stays so.
+
+    Returns:
+        `dense`, `dimensions` and `short` (lengths, or None: not at those measured): than dense attention, than the
+        fastest way without a choice of tokens (k = d, or one of the k_ratios), than itself below `min_length`.
+        `min_length`: the last one as a whole number. `slowest`: with that, the most that a step takes of the fastest
+        way without; 1 or less: it is never slower.
+    """
+    lengths, ours = [row["length"] for row in rows], [row["select"][index] for row in rows]
+    short = [row["select_short"][index] for row in rows]
+    without = [min(row["whole"], *row["aqua"]) for row in rows]
+    others = {"dense": [row["dense"] for row in rows], "dimensions": without, "short": short}
+    found: dict[str, Any] = {name: crossing(lengths, ours, other) for name, other in others.items()}
+    switch = None if found["short"] is None else math.ceil(found["short"])
+    is_short = [switch is None or length < switch for length in lengths]
+    taken = [below if is_below else above for is_below, below, above in zip(is_short, short, ours, strict=True)]
+    slowest = max(mine / other for mine, other in zip(taken, without, strict=True))
+    return found | {"min_length": switch, "slowest": slowest}
+
+
+def _row(
+    shape: Shape,
+    length: int,
+    k_ratios: tuple[float, ...],
+    sink: int,
+    recent: int,
+    choosing: Sequence[Choosing] = (),
+    read_share: float = READ_SHARE,
+) -> dict[str, Any]:
     """One length, by the benchmark of the device."""
+    window: dict[str, Any] = {"sink": sink, "recent": recent}
+    selects = tuple(each.at(length, **window, min_length=least) for each in choosing for least in (0, length + 1))
     if shape.device.type == "cpu":
         from aqua_attention.bench.decode_cpu import measure_decode_cpu
 
         # Below `min_length` nothing is rotated: that is k = d on a CPU.
         measured = measure_decode_cpu(
-            shape, k_ratios=k_ratios, length=length, parts=("step",), short=True, sink=sink, recent=recent
+            shape,
+            k_ratios=k_ratios,
+            length=length,
+            parts=("step",),
+            short=True,
+            **window,
+            selects=selects,
+            heavy=read_share,
         )
     else:
         try:
@@ -140,15 +191,26 @@ def _row(shape: Shape, length: int, k_ratios: tuple[float, ...], sink: int, rece
                 "aqua bench breakeven needs triton on a GPU, which CUDA builds of torch bring along: pip install triton"
             ) from error
         with torch.cuda.device(shape.device):
-            measured = measure_decode(
-                shape, batch=1, length=length, k_ratios=(1.0, *k_ratios), sink=sink, recent=recent
-            )["rows"]
+            measured = measure_decode(shape, batch=1, length=length, k_ratios=(1.0, *k_ratios), **window)["rows"]
+            if selects:
+                from aqua_attention.bench.select_gpu import measure_select
+
+                problem = Problem.random(shape, batch=1, length=length)
+                measured += measure_select(problem, list(selects), heavy=read_share)
         measured = [row for row in measured if "absent" not in row]
     dense = {row["name"]: row["step_seconds"] for row in measured if row["k_ratio"] is None}
     if not dense:
         raise AquaError(
             f"no dense attention ran at {length} tokens, so there is nothing to compare with: choose other --lengths"
         )
-    whole, *aqua = (row["step_seconds"] for row in measured if row["k_ratio"] is not None)
+    ours, chosen = ([row for row in measured if ("read" in row) is reads] for reads in (False, True))
+    whole, *aqua = (row["step_seconds"] for row in ours if row["k_ratio"] is not None)
     fastest = min(dense, key=dense.__getitem__)
-    return {"length": length, "dense": dense[fastest], "dense_name": fastest, "whole": whole, "aqua": aqua}
+    row = {"length": length, "dense": dense[fastest], "dense_name": fastest, "whole": whole, "aqua": aqua}
+    if chosen:
+        row |= {
+            "select": [each["step_seconds"] for each in chosen[::2]],
+            "read": [each["read"] for each in chosen[::2]],
+        }
+        row["select_short"] = [each["step_seconds"] for each in chosen[1::2]]
+    return row

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from aqua_attention.bench.choosing import problem_for
 from aqua_attention.bench.dense import Attend, matmul, sdpa, sdpa_packed
 from aqua_attention.bench.problem import K_RATIOS, OURS, Attended, Problem
 from aqua_attention.bench.select_cpu import SelectWay, select_way
@@ -75,6 +76,7 @@ def measure_decode_cpu(
     sink: int = OURS.sink,
     recent: int = OURS.recent,
     selects: tuple[AquaConfig, ...] = (),
+    heavy: float | None = None,
 ) -> list[dict[str, Any]]:
     """Check and time one step over random keys and values of one sequence, `length` tokens with the new one.
 
@@ -83,6 +85,7 @@ def measure_decode_cpu(
         short: also with `min_length` above `length`.
         sink, recent: the exact window.
         selects: also settings that choose tokens (AQUA-Select), from a growing cache, as `generate` has it.
+        heavy: of `select_p`, the share of the tokens that holds it; None: random keys.
 
     Returns:
         A row a way: `name`, `k_ratio` (None: dense; 1 and "aqua, short": with `min_length`), `seconds` (of the fastest
@@ -98,7 +101,7 @@ def measure_decode_cpu(
         ours = replace(OURS, sink=sink, recent=recent)
         settings = [replace(ours, k_ratio=min(k_ratios), min_length=length + 1)] if short else []
         settings += [replace(ours, k_ratio=ratio) for ratio in k_ratios]
-        choosing = (select_way(problem, config) for config in selects)
+        choosing = (select_way(problem_for(problem, config, heavy), config) for config in selects)
         return [*(_dense_way(problem, *way) for way in DENSE.items()), *_our_ways(problem, settings), *choosing]
 
     ways = every_way(length)

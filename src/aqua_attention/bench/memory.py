@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache
 
 from aqua_attention.attach.apply import Attachment
+from aqua_attention.bench.held import held_by_part, storage_bytes
+from aqua_attention.cache.cache import AquaCache
 from aqua_attention.calibration.projections import Projections
 from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import GREEDY
 from aqua_attention.model.capture import input_device
 from aqua_attention.model.limits import check_tokens
-from aqua_attention.ops.plan import LayerPlan
 
 NEW_TOKENS = 8
 PREFILL_CHUNK = 512
@@ -43,7 +44,8 @@ def measure_memory(
         int8 and int4 (or `absent`: why it does not run here) and for each configuration: `setting` (a name, or the
         AquaConfig's fields, with `effective_ratio`), `bytes` (storages that the cache holds at the end, each once),
         `ratio` (to DynamicCache), `peak_bytes` (the most that the run added to this process, or on a GPU to what was
-        allocated; None where the system does not tell), `peak_ratio`.
+        allocated; None where the system does not tell), `peak_ratio`. Where tokens are chosen (AQUA-Select) also the
+        bytes of its parts, see `held_by_part`.
 
     Raises:
         AquaError: too short, longer than the model's positions, projections of another model.
@@ -64,15 +66,16 @@ def measure_memory(
         runs.append((f"QuantizedCache int{bits}", quantized, None))
     for config in configs:
         setting = config.to_dict() | {"effective_ratio": config.effective_ratio}
-        runs.append((setting, dynamic, Attachment(model, projections, config)))
+        ours = Attachment(model, projections, config)
+        runs.append((setting, partial(_own, ours, length) if config.chooses_tokens else dynamic, ours))
     rows: list[dict[str, Any]] = []
     _generate(model, tokens[:, :64], dynamic())  # allocators and threads are there afterwards
     for done, (setting, make, attachment) in enumerate(runs):
         progress(done, len(runs))
         try:
-            cache = make()
             before = memory_in_use(model.device, reset=True)
             with attachment or nullcontext():
+                cache = make()
                 _generate(model, tokens, cache)
         except (ImportError, ValueError, RuntimeError, AssertionError, TypeError) as error:
             if make is dynamic:
@@ -81,7 +84,9 @@ def measure_memory(
             continue
         peak = memory_in_use(model.device)
         added = None if peak is None or before is None else peak - before
-        rows.append({"setting": setting, "bytes": storage_bytes(cache), "peak_bytes": added})
+        row = {"setting": setting, "bytes": storage_bytes(cache), "peak_bytes": added}
+        chooses = attachment is not None and attachment.config.chooses_tokens
+        rows.append(row | (held_by_part(cache, length) if chooses else {}))
         del cache
     progress(len(runs), len(runs))
     for row in (row for row in rows if "absent" not in row):
@@ -91,30 +96,12 @@ def measure_memory(
     return {"length": length, "batch": batch, "dtype": str(model.dtype), "rows": rows}
 
 
-def storage_bytes(cache: Any) -> int:
-    """Bytes of all tensor storages that a cache holds, each storage once.
-
-    Rotations are left out: they belong to the attached model, and every cache shares them.
+def _own(attachment: Attachment, length: int) -> AquaCache:
+    """The cache that `generate` would take for so many tokens and the one that is not kept: only it has the copy that
+    is scored.
     """
-    storages: dict[int, int] = {}
-    seen: dict[int, Any] = {}  # the values too, so that no other gets the id of one of them
-    pending: list[Any] = [cache]
-    while pending:
-        value = pending.pop()
-        if id(value) in seen or isinstance(value, LayerPlan):
-            continue
-        seen[id(value)] = value
-        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
-            # A quantised tensor of another library: a name for several others.
-            pending += [getattr(value, name) for name in value.__tensor_flatten__()[0]]
-            continue
-        if isinstance(value, Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        elif isinstance(value, (dict, list, tuple)):
-            pending += value.values() if isinstance(value, dict) else value
-        if hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
-            pending.append(vars(value))
-    return sum(storages.values())
+    is_tiled = attachment._why_not_automatic() is None
+    return attachment.new_cache(length + 1, layout="tiled") if is_tiled else attachment.new_cache()
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ import typer
 from aqua_attention.cli.options import Device, Dtype, MaybeModel, ModelOptions, ProjectionsFile, load_projections
 from aqua_attention.cli.spread import Commands
 from aqua_attention.cli.terminal import Show
-from aqua_attention.config import AquaConfig
+from aqua_attention.config import PRESETS, AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.io.progress import progress_bar
 
 if TYPE_CHECKING:
+    from aqua_attention.bench.choosing import Choosing
     from aqua_attention.machine import Shape
 
 S_RATIOS = [0.0, 0.25]
@@ -67,13 +68,13 @@ class ExactWindow:
 
 @dataclass(frozen=True)
 class Choices:
-    """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio; in int8, too, if that is timed."""
+    """Rows that read some tokens only (AQUA-Select), scored by the smallest k_ratio; in int8 too as others."""
 
     select_p: Annotated[
-        list[float] | None, "Also time reading only the tokens with this share of the softmax; repeat."
+        list[float] | None, "Also measure reading only the tokens with this share of the softmax; repeat."
     ] = None
     select_tokens: Annotated[
-        list[int] | None, "Also time reading only so many tokens, besides the exact window; repeat."
+        list[int] | None, "Also measure reading only so many tokens, besides the exact window; repeat."
     ] = None
     score_bits: Annotated[int, "Bits of the keys that choose these tokens: 16, 8 or 4."] = 8
 
@@ -82,6 +83,25 @@ class Choices:
         chosen = [{"select_p": share} for share in self.select_p or ()]
         chosen += [{"select_tokens": count} for count in self.select_tokens or ()]
         return [AquaConfig(**config.to_dict() | each | {"score_bits": self.score_bits}) for each in chosen]
+
+
+@dataclass(frozen=True)
+class ChoicesByLength(Choices):
+    """The same where lengths differ."""
+
+    select_share: Annotated[
+        list[float] | None, "Also measure reading this share of the tokens, whatever they hold; repeat."
+    ] = None
+    read_share: Annotated[
+        float, "Share of the tokens that holds the softmax of --select-p: the random keys are made so."
+    ] = 0.2
+
+    def at_any_length(self, k_ratio: float) -> list[Choosing]:
+        """What these rows choose by, scored by so many dimensions."""
+        from aqua_attention.bench.choosing import CHOICES, Choosing
+
+        given = [(name, value) for name in CHOICES for value in getattr(self, name) or ()]
+        return [Choosing(k_ratio, self.score_bits, **{name: value}) for name, value in dict.fromkeys(given)]
 
 
 @dataclass(frozen=True)
@@ -123,6 +143,7 @@ def memory(
     batch: Annotated[int, "Sequences."] = 1,
     s_ratio: list[float] = S_RATIOS,
     h2o_ratio: list[float] = H2O_RATIOS,
+    choices: Choices,
     exact: ExactWindow,
     dtype: Dtype = "bfloat16",
     model: ModelOptions,
@@ -130,20 +151,25 @@ def memory(
 ) -> None:
     """Measure the bytes of the cache, and the peak of the whole generation: transformers' caches and AQUA's.
 
+    Rows that choose tokens say what their keys, values and the copy that is scored take. Each is measured twice, as the
+    model computes and in int8. Their prompts are plain torch, which takes minutes for long ones on a CPU.
+
     Example: `aqua bench memory smollm2 -p smollm2.safetensors --length 8192 --json memory.json`
     """
     from aqua_attention.bench.memory import measure_memory
     from aqua_attention.evaluate.record import provenance
     from aqua_attention.evaluate.run import facts_of_model
-    from aqua_attention.report.tables import memory_table
+    from aqua_attention.report.tables import memory_tables
 
     grid = product((None, 8, 4), dict.fromkeys(s_ratio), dict.fromkeys(h2o_ratio))
     configs = [AquaConfig(s_ratio=s, bits=b, h2o_ratio=h, **vars(exact)) for b, s, h in grid]
+    for bits in (None, 8):
+        configs += choices.of(AquaConfig(k_ratio=PRESETS["select"]["k_ratio"], bits=bits, **vars(exact)))
     learned, (loaded, _) = load_projections(projections), replace(model, dtype=dtype).load()
     with progress_bar("generate") as progress:
         result = measure_memory(loaded, learned, configs, length=length, batch=batch, progress=progress)
     result |= {"model": model.name} | provenance(projections, learned) | facts_of_model(loaded)
-    show(result, memory_table(result), suite="memory")
+    show(result, *memory_tables(result), suite="memory")
 
 
 @benchmarks.command()
@@ -270,10 +296,14 @@ def breakeven(
     k_ratio: list[float] = BREAKEVEN_K_RATIOS,
     lengths: Annotated[str | None, "FIRST..LAST tokens, each length twice the one before (default: 64..65536)."] = None,
     quick: Annotated[bool, "--quick", "Lengths up to 4096 only."] = False,
+    choices: ChoicesByLength,
     exact: ExactWindow,
     show: Show,
 ) -> None:
     """Find the length from which choosing dimensions is faster than using all, and keep it for min_length="auto".
+
+    With --select-p, --select-tokens or --select-share also the length from which choosing tokens is faster. It is
+    compared with dense attention, with choosing dimensions alone, and with what min_length switches to.
 
     Example: `aqua bench breakeven --device cpu --heads 9 --groups 3 --head-dim 64 --k-ratio 0.75 --k-ratio 0.5 --quick`
     """
@@ -293,7 +323,15 @@ def breakeven(
     layer, ratios = shape.on(where, dtype or names[0]), tuple(dict.fromkeys(k_ratio))
     read = read_lengths(lengths or (QUICK_LENGTHS if quick else LENGTHS))
     with progress_bar("lengths") as progress:
-        result = measure_breakeven(layer, k_ratios=ratios, lengths=read, **vars(exact), progress=progress)
+        result = measure_breakeven(
+            layer,
+            k_ratios=ratios,
+            lengths=read,
+            **vars(exact),
+            choosing=choices.at_any_length(min(ratios)),
+            read_share=choices.read_share,
+            progress=progress,
+        )
     show(result, *breakeven_tables(result), suite="breakeven")
     if result["profile"] is None:
         typer.echo("the machine was busy, and no profile was kept: run this again on an idle machine", err=True)

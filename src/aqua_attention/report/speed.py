@@ -16,9 +16,13 @@ from aqua_attention.report.tables import (
     SERVE,
     STEPS,
     Column,
+    Row,
+    Table,
     benchmark_table,
     generate_columns,
+    held_table,
     row_name,
+    select_name,
     size_of,
 )
 
@@ -71,7 +75,16 @@ STEPS_ALONE = _Benchmark(
     *("setting", STEPS, "tokens a second (higher is faster)", "tokens_per_second", "z.3g"),
 )
 """What `aqua bench generate` of earlier versions measured."""
+PARTS_NOTE = (
+    "As allocated, with room that is not used yet. The copy of the keys is scored; other: what kernels work in. By "
+    "widths: what keys, values and copy of so many tokens need."
+)
 LENGTHS_NOTE = "Rotate, choose, append and attend, of one sequence; lower is faster."
+SELECTS_NOTE = (
+    "Of a step that reads chosen tokens only. Dimensions alone: the fastest of k = d and the k_ratios. min_length "
+    "switches to reading all tokens in the same cache; with it, a step takes at most so many times as long as without "
+    "a choice of tokens."
+)
 BREAKEVEN_NOTE = (
     "From which length on choosing dimensions is faster, and stays so, among the lengths measured. Theory counts "
     "multiplications against dense attention: 2 d² / (d - k), and d² (1 + 1/G) / (d - k) where G query heads share "
@@ -108,15 +121,33 @@ def _measured(identity: str, record: Record) -> list[Block]:
         )
     )
     title = f"{kind.title}{', compiled' if result.get('compiled') else ''}: {size}"
-    return [Block(title, benchmark_table(kind.first, result, columns), [record], panels, kind.note)]
+    blocks = [Block(title, benchmark_table(kind.first, result, columns), [record], panels, kind.note)]
+    if record.suite == "memory" and (parts := held_table(result))[1]:
+        blocks.append(Block(f"Parts of caches that choose tokens (MB): {size}", parts, [record], note=PARTS_NOTE))
+    return blocks
+
+
+def _of_choices(selects: Sequence[Row]) -> Table:
+    """From which length on each choice of tokens pays."""
+    titles = ["tokens chosen by", "against the fastest dense", "against dimensions alone", "min_length"]
+    rows = []
+    for row in selects:
+        cells = ["none" if row.get(key) is None else count(row[key]) for key in ("dense", "dimensions", "min_length")]
+        rows.append([select_name(row), *cells, plain(row.get("slowest"), "z.2f")])
+    return [*titles, "time with it to dimensions alone, at most"], rows
 
 
 def _breakeven(identity: str, record: Record) -> list[Block]:
     result, size = record.figures, size_of(record.figures).replace("torch.", "")
     names = ["fastest dense", "k = d", *(f"k_ratio {plain(e.get('k_ratio'))}" for e in result["breakeven"])]
+    given = result.get("selects")
+    selects = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+    names += [select_name(each) for each in selects]
     points, rows = [], []
     for row in result["rows"]:
-        times = [number(row.get("dense")), number(row.get("whole")), *numbers(row["aqua"])][: len(names)]
+        times = [number(row.get("dense")), number(row.get("whole")), *numbers(row["aqua"])]
+        chosen = row.get("select")
+        times = [*times, *numbers(chosen if isinstance(chosen, list) else [])][: len(names)]
         points += [(name, number(row.get("length")), [1e6 * time]) for name, time in zip(names, times, strict=False)]
         written = [plain(1e6 * time, "z.1f") for time in times] + [""] * (len(names) - len(times))
         rows.append([count(row.get("length")), *written, str(row.get("dense_name", ""))])
@@ -128,7 +159,11 @@ def _breakeven(identity: str, record: Record) -> list[Block]:
     for row in result["breakeven"]:
         crossings = ["none" if row.get(key) is None else count(row[key]) for key in ("whole", "dense")]
         lengths.append([plain(row.get("k_ratio")), *crossings, count(row.get("paper")), count(row.get("theory"))])
-    return [
+    blocks = [
         Block(f"Time by length: {size}", times_table, [record], [panel], LENGTHS_NOTE),
         Block(f"Break-even (tokens): {size}", (titles, lengths), [record], note=BREAKEVEN_NOTE),
     ]
+    if selects:
+        table = _of_choices(selects)
+        blocks.append(Block(f"Break-even of choosing tokens: {size}", table, [record], note=SELECTS_NOTE))
+    return blocks

@@ -71,6 +71,15 @@ MEMORY = (
     Column("peak MB", "peak_bytes", ".0f", per=1e6),
     Column("to its peak", "peak_ratio", ".2f"),
 )
+HELD = (
+    Column("MB", "bytes", ".1f", per=1e6),
+    Column("to DynamicCache", "ratio", ".3f"),
+    Column("keys", "keys_bytes", ".1f", per=1e6),
+    Column("values", "values_bytes", ".1f", per=1e6),
+    Column("copy", "copy_bytes", ".1f", per=1e6),
+    Column("other", "other_bytes", ".1f", per=1e6),
+    Column("by widths", "expected_bytes", ".1f", per=1e6),
+)
 DECODE = (
     Column("us", "seconds", ".1f", 1e6),
     Column("of the read bandwidth", "share", ".1%"),
@@ -187,9 +196,17 @@ def size_of(result: Row) -> str:
     return ", ".join([*words, str(result.get("dtype", ""))])
 
 
-def memory_table(result: dict[str, Any]) -> Table:
-    """What `measure_memory` returned: a row a cache."""
-    return benchmark_table(f"cache of {result['length']} tokens, {result['dtype']}", result, MEMORY)
+def memory_tables(result: dict[str, Any]) -> tuple[Table, ...]:
+    """What `measure_memory` returned: a row a cache, and where tokens are chosen the parts of these."""
+    table = benchmark_table(f"cache of {result['length']} tokens, {result['dtype']}", result, MEMORY)
+    parts = held_table(result)
+    return (table, parts) if parts[1] else (table,)
+
+
+def held_table(result: Row) -> Table:
+    """A row for each cache that says its parts. "by widths": what keys, values and copy of so many tokens need."""
+    rows = [row for row in result["rows"] if "copy_bytes" in row]
+    return benchmark_table("where tokens are chosen", {"rows": rows}, HELD)
 
 
 def decode_table(result: dict[str, Any]) -> Table:
@@ -219,29 +236,52 @@ def serve_table(results: Sequence[dict[str, Any]]) -> Table:
     return table_of("requests at once", rows, SERVE)
 
 
-def breakeven_tables(result: dict[str, Any]) -> tuple[Table, Table]:
-    """What `measure_breakeven` returned: a row a length, and a row a k_ratio."""
+def breakeven_tables(result: dict[str, Any]) -> tuple[Table, ...]:
+    """What `measure_breakeven` returned: a row a length, a row a k_ratio, and a row a choice of tokens, if any."""
+    selects = result.get("selects") or []
     titles = [f"{size_of(result)}: tokens", "best dense: us", "k = d: us"]
     titles += [f"k_ratio {row['k_ratio']:g}: us (to k = d, to dense)" for row in result["breakeven"]]
+    titles += [f"{select_name(row)}: us (to k = d, to dense), read" for row in selects]
     rows = []
     for row in result["rows"]:
         dense, whole = row["dense"], row["whole"]
         cells = [str(row["length"]), f"{1e6 * dense:.1f} ({row['dense_name']})", f"{1e6 * whole:.1f}"]
-        rows.append(cells + [f"{1e6 * ours:.1f} ({whole / ours:.2f}, {dense / ours:.2f})" for ours in row["aqua"]])
-
-    def crossing(length: float | None) -> str:
-        if length is None:
-            return f"not up to {result['rows'][-1]['length']}"
-        return f"{'up to ' if length <= result['lengths'][0] else ''}{length:.0f}"
+        cells += [f"{1e6 * ours:.1f} ({whole / ours:.2f}, {dense / ours:.2f})" for ours in row["aqua"]]
+        chosen = zip(row["select"], row["read"], strict=True) if selects else ()
+        cells += [f"{1e6 * ours:.1f} ({whole / ours:.2f}, {dense / ours:.2f}), {read:.0%}" for ours, read in chosen]
+        rows.append(cells)
 
     crossings = []
     for row in result["breakeven"]:
-        cells = [f"{row['k_ratio']:g}", crossing(row["whole"]), crossing(row["dense"])]
+        cells = [f"{row['k_ratio']:g}", *(_crossing(row[key], result) for key in ("whole", "dense"))]
         experiment = row["paper_experiment"]
         speed = "" if experiment is None else f"{experiment[0]:.2f} to {experiment[1]:.2f}"
         crossings.append([*cells, f"{row['theory']:.0f}", f"{row['paper']:.0f}", speed])
     columns = ["k_ratio", "faster than k = d from", "than dense from", "theory", "the paper's"]
-    return (titles, rows), ([*columns, "speed, 64 to 1024 tokens"], crossings)
+    tables = (titles, rows), ([*columns, "speed, 64 to 1024 tokens"], crossings)
+    return (*tables, _choices_table(result)) if selects else tables
+
+
+def _choices_table(result: Row) -> Table:
+    """From which length on each choice of tokens pays, as `select_crossings` found it."""
+    titles = ["tokens chosen by", "faster than dense from", "than dimensions alone from", "min_length"]
+    rows = []
+    for row in result["selects"]:
+        cells = [select_name(row), *(_crossing(row[key], result) for key in ("dense", "dimensions", "min_length"))]
+        rows.append([*cells, f"{row['slowest']:.2f}"])
+    return [*titles, "time with it to dimensions alone, at most"], rows
+
+
+def select_name(row: Row) -> str:
+    """Such as "select_p 0.95"."""
+    names = ("select_p", "select_tokens", "select_share")
+    return next((f"{name} {row[name]}" for name in names if row.get(name) is not None), "")
+
+
+def _crossing(length: float | None, result: Row) -> str:
+    if length is None:
+        return f"not up to {result['rows'][-1]['length']}"
+    return f"{'up to ' if length <= result['lengths'][0] else ''}{length:.0f}"
 
 
 def retention_table(result: dict[str, Any]) -> Table:
