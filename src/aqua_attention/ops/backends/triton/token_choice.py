@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment"
 """Choosing tokens from their weights without sorting them: `ops.tokens.choose_tokens` for one query a sequence.
 
-A program adds up the weights of a group's heads, and writes them as orders of 16 bits. It reads these again and again
-from the cache of its processor, each time to see what is above a few thresholds, which divide an interval. Then it
-lists the tokens that are read.
+A program adds up the weights of a group's heads, and writes them in float16. It reads these again and again from the
+cache of its processor, each time to see what is above a few thresholds, which divide an interval. Numbers of 0 or more
+are in the order of their bits, so 15 bits are halved until one is left. Then it lists the tokens that are read.
 
 Several programs of a sequence and head, where there are too few of these for a GPU, wait for each other: each says what
 it has above the thresholds, and all add that up in the same order. This needs all of them on the GPU at once, which
@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, starts_early
-from aqua_attention.ops.backends.triton.token_order import BEHIND_ALL, NOTHING, held_order, order_of, value_of
-from aqua_attention.ops.backends.triton.token_weights import group_weights, merged_lse
+from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, group_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
     MOST_NUMBERS,
     MOST_TURNS,
@@ -35,6 +34,8 @@ WARPS, TILES_AT_ONCE = 8, 32
 THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 3, 7, 16
 """Of a turn. There are more where programs meet, so that they meet less often, and have so few tiles that all sums fit
 into registers."""
+INFINITY = tl.constexpr(0x7C00)
+"""Its bits in float16: the threshold that no token reaches."""
 TURNS = tl.constexpr(MOST_TURNS)
 MOST_SAID = tl.constexpr(MOST_NUMBERS)
 
@@ -66,6 +67,7 @@ def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appen
             COUNT=MANY_THRESHOLDS if is_wide else THRESHOLDS,
             BY_COUNT=config.select_p is None,
             UNIT=1.0 / triton.next_power_of_2(work.group),
+            ASSEMBLY=work.rotated.is_cuda,
             num_warps=WARPS,
             **starts_early(work.rotated),
         )
@@ -89,6 +91,7 @@ def _choose_tokens(
     COUNT: tl.constexpr,
     BY_COUNT: tl.constexpr,
     UNIT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Part of a sequence and key-value head.
@@ -112,19 +115,18 @@ def _choose_tokens(
     tiles = tl.cdiv(length, TILE)
     each = tl.cdiv(tiles, CHUNKS)
     begin = chunk * each
-    part = (length, begin, tl.minimum(begin + each, tiles), sink, recent)
+    part = (length, begin, tl.minimum(begin + each, tiles), sink, recent, every)
     first = place * cache.tile_count
-    orders_ptr, tokens_ptr = scratch.orders + first * TILE, scratch.tokens + first * TILE
+    held_ptr, tokens_ptr = scratch.together + first * TILE, scratch.tokens + first * TILE
     shared = (scratch.met + place, scratch.said + place * TURNS * MOST_SAID * CHUNKS, chunk)
-    _keep(scratch, orders_ptr, first, part, lse, GROUP, TILES, UNIT)
+    _keep(scratch, held_ptr, first, part, lse, GROUP, TILES, UNIT)
     tl.debug_barrier()  # the whole program has written before any of it reads
-    least, turn = _threshold(orders_ptr, part, window, share, wanted, shared, TILES, CHUNKS, COUNT, BY_COUNT)
-    least = tl.where(every, NOTHING, least)
+    least, turn = _threshold(held_ptr, part, window, share, wanted, shared, TILES, CHUNKS, COUNT, BY_COUNT, ASSEMBLY)
     if CHUNKS > 1:
-        total, before = _together(_count(orders_ptr, part, least, TILES), shared, turn, CHUNKS)
-        _list(orders_ptr, tokens_ptr, part, least, before.to(tl.int32), TILES)
+        total, before = _together(_count(held_ptr, part, least, TILES), shared, turn, CHUNKS)
+        _list(held_ptr, tokens_ptr, part, least, before.to(tl.int32), TILES)
     else:
-        total = _list(orders_ptr, tokens_ptr, part, least, tl.full([], 0, tl.int32), TILES)
+        total = _list(held_ptr, tokens_ptr, part, least, tl.full([], 0, tl.int32), TILES)
     if chunk == 0:
         tl.store(scratch.counts + place, total.to(tl.int32))
 
@@ -137,49 +139,48 @@ def _positions(tile, TILES: tl.constexpr):
 
 
 @triton.jit
-def _keep(scratch, orders_ptr, first, part, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
-    """Write the orders of the tokens of this program that can be chosen, NOTHING for others."""
-    length, begin, end, sink, recent = part
+def _keep(scratch, held_ptr, first, part, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
+    """Write the weights of the tokens of this program that can be chosen; a negative one for others."""
+    length, begin, end, sink, recent, _every = part
     for tile in range(begin, end, TILES):
         tiles, position = _positions(tile, TILES)
         others = (position >= sink) & (position < length - recent) & (tiles < end)[:, None]
         weight = group_weights(scratch, first + tiles, tiles < end, lse, GROUP, TILES, UNIT)
-        held = tl.where(others, held_order(order_of(weight)), NOTHING)
-        tl.store(orders_ptr + position, held.to(tl.int16), (tiles < end)[:, None])
+        tl.store(held_ptr + position, tl.where(others, weight, -1.0).to(tl.float16), (tiles < end)[:, None])
 
 
 @triton.jit
-def _held(orders_ptr, tile, end, TILES: tl.constexpr):
-    """Orders of tiles that are looked at together."""
+def _held(held_ptr, tile, end, TILES: tl.constexpr):
+    """Weights of tiles that are looked at together."""
     tiles, position = _positions(tile, TILES)
-    return tl.load(orders_ptr + position, (tiles < end)[:, None], 0).to(tl.int32) & 65535
+    return tl.load(held_ptr + position, (tiles < end)[:, None], -1.0)
 
 
 @triton.jit
 def _read(held, position, part, least):
-    """Which tokens are read: those of the exact window, and those from an order on."""
-    length, _begin, end, sink, recent = part
+    """Which tokens are read: those of the exact window, and those that weigh so much at least."""
+    length, _begin, end, sink, recent, every = part
     exact = (position < sink) | (position >= length - recent)
-    return ((position < length) & (position < end * TILE) & (exact | (held >= least))).to(tl.int32)
+    return ((position < length) & (position < end * TILE) & (exact | (held >= least) | every)).to(tl.int32)
 
 
 @triton.jit
-def _count(orders_ptr, part, least, TILES: tl.constexpr):
+def _count(held_ptr, part, least, TILES: tl.constexpr):
     """How many tokens of this program are read, as a number that is said."""
-    _length, begin, end, _sink, _recent = part
+    _length, begin, end, _sink, _recent, _every = part
     found = tl.zeros([TILES, TILE], tl.int32)
     for tile in range(begin, end, TILES):
-        found += _read(_held(orders_ptr, tile, end, TILES), _positions(tile, TILES)[1], part, least)
+        found += _read(_held(held_ptr, tile, end, TILES), _positions(tile, TILES)[1], part, least)
     return tl.sum(found).to(tl.float32)
 
 
 @triton.jit
-def _list(orders_ptr, tokens_ptr, part, least, place, TILES: tl.constexpr):
+def _list(held_ptr, tokens_ptr, part, least, place, TILES: tl.constexpr):
     """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them."""
-    _length, begin, end, _sink, _recent = part
+    _length, begin, end, _sink, _recent, _every = part
     for tile in range(begin, end, TILES):
         position = _positions(tile, TILES)[1]
-        read = _read(_held(orders_ptr, tile, end, TILES), position, part, least)
+        read = _read(_held(held_ptr, tile, end, TILES), position, part, least)
         count = tl.sum(read, 1)
         ends = place + tl.cumsum(count, 0)
         tl.store(tokens_ptr + (ends - count)[:, None] + tl.cumsum(read, 1) - 1, position, read > 0)
@@ -231,39 +232,69 @@ def _all_together(numbers, shared, turn, CHUNKS: tl.constexpr, COUNT: tl.constex
 
 
 @triton.jit
-def _worth(held, BY_COUNT: tl.constexpr):
-    """What a token of this order counts for: one, or its weight."""
-    return tl.full(held.shape, 1.0, tl.float32) if BY_COUNT else value_of(held)
+def _weight_of(bits):
+    """The number in float16 that has these bits."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _have(orders_ptr, part, thresholds, TILES: tl.constexpr, COUNT: tl.constexpr, BY_COUNT: tl.constexpr):
-    """Mass, or number, of the tokens of this program from each of COUNT orders on."""
-    _length, begin, end, _sink, _recent = part
+def _counted(sums, held, threshold, ASSEMBLY: tl.constexpr):
+    """The sums, in float16, with one more where a token weighs so much."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 one; set.ge.f16x2.f16x2 one, $2, $3; add.f16x2 $0, $1, one; }",
+            "=r,r,r,r",
+            [sums, held, tl.zeros_like(held) + threshold],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return sums + (held >= threshold).to(tl.float16)
+
+
+@triton.jit
+def _have(
+    held_ptr,
+    part,
+    thresholds,
+    TILES: tl.constexpr,
+    COUNT: tl.constexpr,
+    BY_COUNT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):
+    """Mass, or number, of the tokens of this program that weigh as much as each of COUNT thresholds. A number in
+    float16 is exact: a thread adds up less than a thousand tokens in one.
+    """
+    _length, begin, end, _sink, _recent, _every = part
+    kind: tl.constexpr = tl.float16 if BY_COUNT else tl.float32
     sums, found = (), ()
     for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros([TILES, TILE], tl.float32),)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
+        sums = sums + (tl.zeros([TILES, TILE], kind),)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
     for tile in range(begin, end, TILES):
-        held = _held(orders_ptr, tile, end, TILES)
-        worth, added = _worth(held, BY_COUNT), ()
+        held, added = _held(held_ptr, tile, end, TILES), ()
         for i in tl.static_range(COUNT):
-            added = added + (sums[i] + tl.where(held >= thresholds[i], worth, 0.0),)  # noqa: RUF005
+            if BY_COUNT:
+                more = _counted(sums[i], held, thresholds[i], ASSEMBLY)
+            else:
+                more = sums[i] + tl.where(held >= thresholds[i], held.to(tl.float32), 0.0)
+            added = added + (more,)  # noqa: RUF005
         sums = added
     for i in tl.static_range(COUNT):
-        found = found + (tl.sum(sums[i]),)  # noqa: RUF005
+        total = tl.sum(sums[i].to(tl.float32))
+        found = found + (total if BY_COUNT else total / WEIGHT_UNIT,)  # noqa: RUF005
     return found
 
 
 @triton.jit
-def _narrowed(low, high, low_has, order, has, target):
-    """An interval of orders, and what is above its lower end, once it is known what is above one of them."""
+def _narrowed(low, high, low_has, bits, has, target):
+    """An interval of bits, and what is above its lower end, once it is known what is above one number in it."""
     enough = has >= target
-    return tl.where(enough, order, low), tl.where(enough, high, tl.minimum(high, order)), tl.where(enough, has, low_has)
+    return tl.where(enough, bits, low), tl.where(enough, high, tl.minimum(high, bits)), tl.where(enough, has, low_has)
 
 
 @triton.jit
 def _threshold(
-    orders_ptr,
+    held_ptr,
     part,
     window,
     share,
@@ -273,23 +304,27 @@ def _threshold(
     CHUNKS: tl.constexpr,
     COUNT: tl.constexpr,
     BY_COUNT: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
 ):
-    """The order from which on tokens are read: a largest for which they have enough; behind all orders for none. And
-    how often programs have met.
+    """The weight from which on tokens are read: a largest for which they have enough; infinity for none. And how often
+    programs have met.
     """
-    lowest: tl.constexpr = NOTHING + 1
-    own = _have(orders_ptr, part, (lowest,), TILES, 1, BY_COUNT)
+    nothing = tl.full([], 0, tl.int32)
+    own = _have(held_ptr, part, (_weight_of(nothing),), TILES, 1, BY_COUNT, ASSEMBLY)
     low_has = window + _together(own[0], shared, 0, CHUNKS)[0]
     target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has
-    low = tl.where(window >= target, BEHIND_ALL, lowest)
-    high, turn = low * 0 + BEHIND_ALL, 1
-    while (high - low > 1) & (low_has - _worth(low, BY_COUNT) >= target):
-        thresholds, width = (), high - low
+    low = tl.where(window >= target, INFINITY, nothing)
+    high, turn, lightest = nothing + INFINITY, 1, nothing.to(tl.float32)
+    # It ends early where without one token from the lower end on there would not be enough.
+    while (high - low > 1) & (low_has - lightest >= target):
+        thresholds, weights, width = (), (), high - low
         for i in tl.static_range(COUNT):
-            thresholds = thresholds + (low + tl.maximum((i + 1) * width // (COUNT + 1), 1),)  # noqa: RUF005
-        has = _have(orders_ptr, part, thresholds, TILES, COUNT, BY_COUNT)
+            bits = low + tl.maximum((i + 1) * width // (COUNT + 1), 1)
+            thresholds, weights = thresholds + (bits,), weights + (_weight_of(bits),)  # noqa: RUF005
+        has = _have(held_ptr, part, weights, TILES, COUNT, BY_COUNT, ASSEMBLY)
         has = _all_together(has, shared, turn, CHUNKS, COUNT)
         for i in tl.static_range(COUNT):
             low, high, low_has = _narrowed(low, high, low_has, thresholds[i], window + has[i], target)
+        lightest = tl.full([], 1.0, tl.float32) if BY_COUNT else _weight_of(low).to(tl.float32) / WEIGHT_UNIT
         turn += 1
-    return low, turn
+    return _weight_of(low), turn

@@ -51,7 +51,8 @@ def query_for_codes(query, cache, group, scaling, KEPT: tl.constexpr, KEPT_PADDE
 
 @triton.jit
 def group_weights(scratch, tiles, is_tile, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
-    """Weights of the heads of a group together, float32 [TILES, TILE]; those of the exact window are 0.
+    """Weights of the heads of a group together, float32 [TILES, TILE], of which WEIGHT_UNIT are 1; those of the exact
+    window are 0.
 
     Args:
         tiles: numbers of the tiles, counted from the first of all places; is_tile: which there are.
@@ -65,5 +66,5 @@ def group_weights(scratch, tiles, is_tile, lse, GROUP: tl.constexpr, TILES: tl.c
         # Masks of whole tiles: tokens are loaded eight at a time.
         there = is_tile[:, None] & (tokens >= 0)[None, :]
         some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], there, 0.0, cache_modifier=".cg")
-        weight += some.to(tl.float32) * (tl.exp2(top - lse[head]) * (UNIT / WEIGHT_UNIT))[:, None]
+        weight += some.to(tl.float32) * (tl.exp2(top - lse[head]) * UNIT)[:, None]
     return weight

@@ -31,7 +31,7 @@ CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHUNKS = 2, 8, 64
 """Programs that choose, for each multiprocessor, which then all run at once; tiles of one at least where a sequence and
 head has several, and how many it has at most."""
 MOST_TURNS, MOST_NUMBERS = 16, 7
-"""Times that these meet at most: first and last, and each time between quarters what is left of 17 bits; and numbers
+"""Times that these meet at most: first and last, and each time between quarters what is left of 15 bits; and numbers
 that one says each time."""
 GATHER_PROGRAMS, GATHER_WAVES = 2, 4
 """Programs that attend, for each multiprocessor, and pieces of work of each of them."""
@@ -77,7 +77,7 @@ class Scratch(NamedTuple):
         weights: float16 [places, tiles, G, TILE], 2**15 times the weight where the largest of the tile is 1.
         tops: float32 [places, tiles, G], the largest score of a tile.
         part_lse: float32 [places, G, splits + 1], log-sum-exp of the tokens of a program; the last: the exact window.
-        orders: int16 [places, tiles * TILE], weights of all heads together, see `token_order`.
+        together: float16 [places, tiles * TILE], weights of all heads together, see `token_choice`.
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
         partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of work.
         arrived: int32 [places], zero: pieces that are done.
@@ -88,7 +88,7 @@ class Scratch(NamedTuple):
     weights: Tensor
     tops: Tensor
     part_lse: Tensor
-    orders: Tensor
+    together: Tensor
     tokens: Tensor
     counts: Tensor
     partial: Tensor
@@ -166,7 +166,7 @@ class TokenWork:
             weights=made(torch.float16, places, tiles, group, TILE),
             tops=made(torch.float32, places, tiles, group),
             part_lse=made(torch.float32, places, group, splits + 1),
-            orders=made(torch.int16, places, tiles * TILE),
+            together=made(torch.float16, places, tiles * TILE),
             tokens=made(torch.int32, places, tiles * TILE),
             counts=made(torch.int32, places),
             partial=made(torch.float32, units, group, value_dim),
