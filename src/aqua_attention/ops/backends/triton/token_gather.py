@@ -30,8 +30,8 @@ from aqua_attention.ops.scored import ScoredCache
 
 WARPS, STAGES, WIDE_STAGES = 4, 5, 3
 """Two stages are one block on its way: the list is read a stage before what it says."""
-GATHERED = 64
-"""Tokens that are gathered at once."""
+GATHERED, GATHERED_CODES = 64, 128
+"""Tokens that are gathered at once, and those of 8 bits."""
 MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
 
@@ -52,7 +52,7 @@ def attend_to_tokens(cache: ScoredCache, work: TokenWork, output: Tensor, *, sca
             PLACES_PADDED=triton.next_power_of_2(work.places),
             GROUP_PADDED=heads,
             MERGED=max(1, MERGED_ROWS // heads),
-            GATHERED=GATHERED,
+            GATHERED=GATHERED if cache.value_scales is None else GATHERED_CODES,
             WAVES=work.waves,
             ASSEMBLY=work.rotated.is_cuda,
             num_warps=WARPS,
