@@ -222,13 +222,13 @@ def test_the_grid_takes_tasks_and_questions(aqua, projections_file, tiny_folder,
     code, _, err = aqua(
         *("eval", "grid", tmp_path / "results", tiny_folder, "-p", projections_file, "--data", text, "--quick"),
         *("--suite", "ruler", "--task", "qa", "--questions", asked, "--length", 200, "--count", 1, "--k-ratio", 1),
-        *("--json", tmp_path / "all.json"),
+        *("--select-tokens", 1000, "--json", tmp_path / "all.json"),
     )
     assert code == 0, err
     dense, full = json.loads((tmp_path / "all.json").read_text())["records"]
     assert full["options"]["tasks"] == ["qa"] and full["options"]["questions_file"] == str(asked)
-    assert full["result"]["same_answer"] == 1
-    assert dense["projections_sha256"] is None
+    assert full["result"]["same_answer"] == full["result"]["tokens_read"] == 1 < full["result"]["bytes_read"]
+    assert dense["projections_sha256"] is None and "tokens_read" not in dense["result"]
     assert set(QUICK.tasks) < set(TASKS)
 
 

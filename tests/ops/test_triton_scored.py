@@ -276,7 +276,7 @@ def test_recorded_steps_of_several_layers_do_not_meet(way, choice):
         for plan, new, (cache, plain), output in layers:
             expected = scored_step.selected_step(*new, plain, plan, plan.scaling)
             assert torch.equal(cache.lengths, plain.lengths)
-            # In bfloat16 a token beside the last one may weigh as much. Answers of another layer would be all different.
+            # In bfloat16 a token beside the last one may weigh as much. Another layer would answer otherwise.
             apart = (output.float() - expected.output.float()).norm(dim=-1)
             assert (apart <= 0.3 * expected.output.float().norm(dim=-1)).all()
             for states in new:

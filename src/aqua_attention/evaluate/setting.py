@@ -25,6 +25,9 @@ from aqua_attention.model.limits import check_tokens
 from aqua_attention.model.sides import TEXT
 from aqua_attention.ops.plan import Reading
 
+READ = ("tokens_read", "bytes_read")
+"""Figures of a run that chooses tokens: shares of what is seen, and of what dense attention reads."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -153,7 +156,7 @@ class Run:
         if not self._read:
             return []
         read, seen, shares = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
-        return [("tokens_read", read, seen), ("bytes_read", shares, seen)]
+        return list(zip(READ, (read, shares), (seen, seen), strict=True))
 
 
 def runs_of(subject: Subject, settings: Sequence[Setting], side: str = TEXT) -> list[Run]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import Continuation, check_fits, continue_tokens, encode_prompt
 from aqua_attention.evaluate.run import Job, Progress, counting
-from aqua_attention.evaluate.setting import Setting, Subject, runs_of
+from aqua_attention.evaluate.setting import READ, Setting, Subject, runs_of
 
 SPARE_TOKENS = 4
 """Tokens that an answer may have beyond those of the expected numbers, such as a space and a full stop."""
@@ -139,7 +139,7 @@ def retrieval_jobs(
         row = found["rows"][0] if setting else itself
         # The dense model's answer comes first, and is the only one when there is no setting.
         right = [question["correct"][-1] for question in found["questions"]]
-        return counted(questions, right) | {name: row[name] for name in itself}
+        return counted(questions, right) | {name: row[name] for name in (*itself, *READ) if name in row}
 
     options = options | {"chat": subject.chat}
     return subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
