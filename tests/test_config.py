@@ -247,6 +247,7 @@ def test_to_dict_holds_every_field_and_survives_json():
         "select_p": None,
         "select_tokens": None,
         "score_bits": 16,
+        "select_in": "all",
         "sliding": "exact",
     }
     assert AquaConfig(**json.loads(json.dumps(config.to_dict()))) == config

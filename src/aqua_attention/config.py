@@ -18,6 +18,8 @@ SHARES = ("head", "group")
 BITS = (None, 8, 4)
 SCORE_BITS = (16, 8, 4)
 SLIDING = ("exact", "approximate")
+DECODING = "decoding"
+SELECT_IN = ("all", DECODING)
 AUTO = "auto"
 """A `min_length` that `apply` reads from the machine's profile."""
 PAPER: dict[str, Any] = {"k_ratio": 0.75, "selection": "magnitude", "share": "head", "sink": 0, "recent": 0}
@@ -121,6 +123,9 @@ class AquaConfig:
             to what is read multiplies every stored dimension. Tokens of the exact window are always read. None: all.
         select_tokens: the same with a fixed number of tokens, besides those of the exact window.
         score_bits: 16, 8 or 4, of the copy of the keys that `select_p` and `select_tokens` score.
+        select_in: which queries choose tokens. "all". "decoding": calls of one query alone; others, as those of a
+            prompt, attend densely, which is much faster there. So figures of whole texts, as perplexity, do not see
+            the choice then.
 
     Sliding-window layers are never rounded, lose no tokens and read all, whatever `bits`, `h2o_ratio` and others say.
     Numbers of numpy become Python's own.
@@ -200,6 +205,14 @@ class AquaConfig:
             causal=_ALL_READ,
         ),
     ] = 16
+    select_in: Annotated[
+        str,
+        Knob(
+            "Which queries choose tokens: all, or those of decoding alone, so that prompts are dense",
+            choices=SELECT_IN,
+            causal=_ALL_READ,
+        ),
+    ] = "all"
 
     def __post_init__(self) -> None:
         config: Any = type(self)
@@ -216,11 +229,12 @@ class AquaConfig:
             raise AquaError(
                 f"h2o_ratio is {self.h2o_ratio:g}: with select_p or select_tokens all tokens must stay, set it to 1"
             )
-        if self.score_bits != 16 and not self.chooses_tokens:
-            raise AquaError(
-                f"score_bits is {self.score_bits}, but no tokens are chosen: leave it out, or give select_p or "
-                "select_tokens"
-            )
+        for name in ("score_bits", "select_in"):
+            value = getattr(self, name)
+            if value != knobs(config)[name].default and not self.chooses_tokens:
+                raise AquaError(
+                    f"{name} is {value}, but no tokens are chosen: leave it out, or give select_p or select_tokens"
+                )
 
     @classmethod
     def preset(cls, name: str = DEFAULT_PRESET, **changes: Any) -> Self:
@@ -329,7 +343,7 @@ class AquaConfig:
 
     def reading_all(self) -> Self:
         """The same without a choice of tokens."""
-        return dataclasses.replace(self, select_p=None, select_tokens=None, score_bits=16)
+        return dataclasses.replace(self, select_p=None, select_tokens=None, score_bits=16, select_in="all")
 
 
 def as_python(value: Any) -> Any:

@@ -49,6 +49,45 @@ def test_steps_are_the_prompt(llama, more):
         torch.testing.assert_close(found, whole, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("more", [{}, {"min_length": 40}, {"share": "head"}, {"sink": 0, "recent": 0}])
+def test_prompts_are_dense_where_only_decoding_chooses(llama, more):
+    """A step chooses as it does after a prompt that chose, from the keys that the dense prompt left."""
+    model, projections = llama
+    tokens = tokens_of()
+    dense, last = logits_of(model, tokens), tokens[:, -1:]
+    with aqua.apply(model, projections, SELECT | {"select_in": "decoding"} | more) as attachment:
+        assert attachment.explain(60).prompt.backends == {"fused": 3}
+        cache = attachment.new_cache()
+        prompt = logits_of(model, tokens[:, :-1], past_key_values=cache)
+        step = logits_of(model, last, past_key_values=cache)
+    torch.testing.assert_close(prompt, dense[:, :-1], atol=2e-4, rtol=1e-4)
+    assert (step - dense[:, -1:]).norm() > 1e-3 * dense[:, -1:].norm()
+    with aqua.apply(model, projections, SELECT | more) as attachment:
+        whole = logits_of(model, tokens)
+    assert (whole[:, :-1] - dense[:, :-1]).norm() > 1e-3 * dense[:, :-1].norm()
+
+
+@pytest.mark.parametrize("more", [{}, {"s_ratio": 0.25}])
+def test_dense_prompts_know_padding(llama, more):
+    model, projections = llama
+    tokens = tokens_of(40)
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(49) >= 9).long()[None]
+    with aqua.apply(model, projections, SELECT | {"select_in": "decoding"} | more):
+        alone = logits_of(model, tokens)
+        found = logits_of(model, padded, attention_mask=mask)
+    torch.testing.assert_close(found[:, 9:], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_dense_prompts_are_said_to_read_all(llama):
+    model, projections = llama
+    subject = subject_of(model, projections)
+    setting = Setting(aqua.AquaConfig(**SELECT | {"select_in": "decoding"}))
+    row = evaluate_perplexity(subject, [setting], tokens_of(40))["rows"][0]
+    assert (row["tokens_read"], row["bytes_read"], row["mean_k"]) == (1, 1, 1)
+    assert row["kl"] < 1e-6
+
+
 def test_padding_on_the_left_changes_nothing(llama):
     model, projections = llama
     tokens = tokens_of(40)

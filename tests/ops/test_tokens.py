@@ -262,10 +262,11 @@ def test_few_bits_are_near():
         ({"select_p": math.nan}, "select_p is nan"),
         ({"select_tokens": 0}, "select_tokens is 0"),
         ({"select_p": 0.5, "select_tokens": 3}, "give one of them"),
-        ({"select_p": 0.5, "min_length": "auto"}, "with select_p or select_tokens give a number of tokens"),
         ({"select_p": 0.5, "h2o_ratio": 0.5}, "all tokens must stay"),
         ({"select_tokens": 5, "h2o_ratio": 0.5}, "all tokens must stay"),
-        ({"score_bits": 8}, "no tokens are chosen"),
+        ({"score_bits": 8}, "score_bits is 8, but no tokens are chosen"),
+        ({"select_in": "decoding"}, "select_in is decoding, but no tokens are chosen"),
+        ({"select_p": 0.5, "select_in": "prompts"}, "select_in is 'prompts'.*all, decoding"),
         ({"select_p": 0.5, "score_bits": 5}, "score_bits is 5"),
     ],
 )

@@ -15,8 +15,10 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.backend import choose, paged_backend, tiled_backend
 from aqua_attention.ops.backend import rotate as rotate
 from aqua_attention.ops.layout import Chosen, TiledCache
+from aqua_attention.ops.mask import HIDDEN
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
+from aqua_attention.ops.tokens import everything_read
 
 WINDOW_QUERIES = 1024
 """Queries of a layer with a sliding window that one mask is made for."""
@@ -36,7 +38,15 @@ def attend(call: Call, plan: LayerPlan, impl: str = "auto") -> Attended:
         AquaError: shapes that do not fit, an unknown `impl`, or one that cannot take this call.
     """
     _check(call, None, plan.rotation.shape[2], plan.head_dim)
-    return choose(call, plan, impl).attend(call, plan)
+    own = plan.for_queries(call.query.shape[2])
+    if own is plan:
+        return choose(call, plan, impl).attend(call, plan)
+    if not own.has_window_store:
+        # Nothing is approximate, so a mask only says what is visible.
+        is_code = call.mask is not None and call.mask.dtype == torch.uint8
+        call = call._replace(sink=0, recent=0, mask=call.mask != HIDDEN if is_code else call.mask)
+    attended = choose(call, own, impl).attend(call, own)
+    return attended._replace(reading=everything_read(call, own)) if call.is_observed else attended
 
 
 def attention(

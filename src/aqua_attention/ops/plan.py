@@ -6,13 +6,14 @@ A `LayerPlan` is made when AQUA is attached, a `Call` for each attention call. B
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aqua_attention.config import AquaConfig
+from aqua_attention.config import DECODING, AquaConfig
 from aqua_attention.errors import AquaError, Reason
 
 if TYPE_CHECKING:
@@ -160,6 +161,17 @@ class LayerPlan:
     def num_key_value_heads(self) -> int:
         """Heads of keys and values."""
         return self.rotation.shape[0]
+
+    @cached_property
+    def dense(self) -> LayerPlan:
+        """The same where every query multiplies every stored dimension and reads every token."""
+        config = replace(self.config.reading_all(), k_ratio=1.0, logit_error=None, min_length=0)
+        return replace(self, config=config)
+
+    def for_queries(self, count: int) -> LayerPlan:
+        """The plan of a call of so many queries: with `select_in` "decoding" those of a prompt choose nothing."""
+        is_dense = count > 1 and self.config.chooses_tokens and self.config.select_in == DECODING
+        return self.dense if is_dense else self
 
     @property
     def is_plain(self) -> bool:

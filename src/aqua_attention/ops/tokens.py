@@ -241,6 +241,15 @@ def reading_of(
     return Reading(read, seen, share.float())
 
 
+def everything_read(call: Call, plan: LayerPlan) -> Reading:
+    """What queries read that choose no tokens."""
+    (batch, _, queries, _), (groups, keys) = call.query.shape, call.key.shape[1:3]
+    window = {"queries": queries, "keys": keys, "start": keys - queries, "sink": 0, "recent": 0}
+    visible, _ = visible_and_exact(call.mask, **window, device=call.query.device)
+    seen = visible[:, :1].sum(-1).expand(batch, groups, queries)
+    return reading_of(seen, seen, seen, 0.0, plan, call.value.shape[-1])
+
+
 def _with_others(probabilities: Tensor, approximate: Tensor, read: Tensor, visible: Tensor) -> Tensor:
     """Probabilities in which tokens that are not read have equal parts of what the approximate softmax gives them."""
     missing = (approximate * (visible & ~read)).sum(-1, keepdim=True)
