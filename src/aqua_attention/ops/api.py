@@ -43,8 +43,9 @@ def attend(call: Call, plan: LayerPlan, impl: str = "auto") -> Attended:
         return choose(call, plan, impl).attend(call, plan)
     if not own.has_window_store:
         # Nothing is approximate, so a mask only says what is visible.
-        is_code = call.mask is not None and call.mask.dtype == torch.uint8
-        call = call._replace(sink=0, recent=0, mask=call.mask != HIDDEN if is_code else call.mask)
+        mask = call.mask
+        visible = mask.ne(HIDDEN) if mask is not None and mask.dtype == torch.uint8 else mask
+        call = call._replace(sink=0, recent=0, mask=visible)
     attended = choose(call, own, impl).attend(call, own)
     return attended._replace(reading=everything_read(call, own)) if call.is_observed else attended
 
