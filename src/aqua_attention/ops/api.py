@@ -17,6 +17,8 @@ from aqua_attention.ops.backend import rotate as rotate
 from aqua_attention.ops.layout import Chosen, TiledCache
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
+from aqua_attention.ops.scored_pages import PagedSequences, ScoredPages
+from aqua_attention.ops.scored_step import attend_selected
 
 WINDOW_QUERIES = 1024
 """Queries of a layer with a sliding window that one mask is made for."""
@@ -163,6 +165,11 @@ def decode_pages(
         backend.decode_paged(query, key, value, cache, layer, step, output)
         return
     write_pages(key, value, cache, layer, step.slots, impl="torch")
+    if isinstance(cache, ScoredPages) and layer.plan is not None:
+        rotated = rotate(query[:, :, None], layer.plan.rotation)[:, :, 0]
+        sequences = PagedSequences.of(cache, step.block_table, step.lengths)
+        output.copy_(attend_selected(rotated, sequences, layer.plan, layer.scaling, layer.softcap).output)
+        return
     for row, length in enumerate(step.lengths.tolist()):
         if length == 0:
             output[row] = 0

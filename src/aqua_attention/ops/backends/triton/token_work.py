@@ -22,7 +22,9 @@ from aqua_attention.ops.backends.triton.blocks import VERSION, padded, sm_count
 from aqua_attention.ops.backends.triton.decode import BY_HAND_GROUP, splits_by_hand
 from aqua_attention.ops.layout import TILE
 from aqua_attention.ops.scored import ScoredCache
+from aqua_attention.ops.scored_pages import COPY_BYTES, PagedSequences
 
+Sequences = ScoredCache | PagedSequences
 SCORE_PROGRAMS, LEAST_TILES = 6, 4
 """Programs that score, for each multiprocessor, two rounds of those that run at once; and tiles of one at least."""
 SCORE_BY_HAND = 24
@@ -38,9 +40,11 @@ GATHER_PROGRAMS, GATHER_WAVES = 2, 4
 
 
 class ScoredArguments(NamedTuple):
-    """What kernels are given of a `ScoredCache`, as one argument. A place is a sequence and head, a block a tile.
+    """What kernels are given of a `ScoredCache`, or of pages, as one argument. A place is a sequence and head.
 
-    The block table and its width are for pages, in which nothing lies yet.
+    A block is a tile, or the page of one head. Strides count blocks; `key_block` and others are elements from the keys,
+    values, codes and scales of a block to those of the next. The block table is of pages, `table_width` from a row of
+    it to the next.
     """
 
     keys: Tensor
@@ -58,16 +62,34 @@ class ScoredArguments(NamedTuple):
     row_stride: int
     head_stride: int
     block_stride: int
+    key_block: int
+    value_block: int
+    code_block: int
+    scale_block: int
 
     @staticmethod
-    def of(cache: ScoredCache) -> ScoredArguments:
-        """Those of a cache, whose tensors are never replaced."""
-        (_, kv_heads, _, _, tiles), states = (
+    def of(cache: Sequences) -> ScoredArguments:
+        """Those of a cache, whose tensors are never replaced, or of pages."""
+        if isinstance(cache, PagedSequences):
+            return ScoredArguments._of_pages(cache)
+        (_, kv_heads, kept, value_dim, tiles), states = (
             cache.shape,
             (cache.keys, cache.values, cache.codes, cache.scales, cache.value_scales),
         )
         numbers = tiles, cache.max_length, 0, kv_heads * tiles, tiles, 1
-        return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers)
+        sizes = kept * TILE, value_dim * TILE, kept * TILE, TILE
+        return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers, *sizes)
+
+    @staticmethod
+    def _of_pages(cache: PagedSequences) -> ScoredArguments:
+        pages, table = cache.pages, cache.block_table
+        block, head = pages.storage.stride()[:2]
+        states = pages.keys, pages.values, pages.codes, pages.scales, None
+        numbers = cache.tiles, cache.tiles * TILE, table.stride(0), 0, 1, block // head
+        size = head * pages.storage.element_size()
+        return ScoredArguments(
+            *states, *pages.scoring, cache.lengths, table, *numbers, head, head, size, size // COPY_BYTES
+        )
 
 
 class Scratch(NamedTuple):
@@ -206,7 +228,7 @@ class TokenWork:
             "KEPT_PADDED": padded(kept),
             "VALUE_DIM": value_dim,
             "VALUE_PADDED": padded(value_dim),
-            "BLOCK": TILE,
+            "BLOCK": cache.block_size,
         }
 
     @property
@@ -239,27 +261,29 @@ def seen_length(cache, row, APPENDED: tl.constexpr):
 
 
 @triton.jit
-def token_rows(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
-    """Where tokens of a sequence and head lie, in tokens from the first of all."""
+def token_places(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
+    """The blocks of tokens of a sequence and head, and their places in these; without pages all count from the first.
+
+    Where there is no token it is a page of somebody's, which there is.
+    """
     if cache.block_table is None:
-        rows = first * BLOCK + tokens
+        blocks, places = first, tokens
     else:
-        at = row * cache.table_width + tokens // BLOCK
-        block = tl.load(cache.block_table + at, is_token, 0, cache_modifier=".cg").to(tl.int64)
-        rows = (first + block * cache.block_stride) * BLOCK + tokens % BLOCK
-    return rows
+        at = row.to(tl.int64) * cache.table_width + tokens // BLOCK
+        blocks = tl.load(cache.block_table + at, is_token, 0, cache_modifier=".cg").to(tl.int64)
+        blocks, places = first + blocks * cache.block_stride, tokens % BLOCK
+    return blocks, places
 
 
 @triton.jit
-def code_pointers(cache, row, first, tiles, dims, tokens, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def code_pointers(cache, row, first, tiles, dims, tokens, length, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Where the codes of dimensions of tiles lie; arguments broadcast to one shape."""
     if cache.block_table is None:
         pointers = cache.codes + (first + tiles * cache.block_stride) * (DIM * BLOCK) + dims * BLOCK + tokens
     else:
-        at = row * cache.table_width + (tiles * TOKENS + tokens) // BLOCK
-        blocks = tl.load(cache.block_table + at, at < (row + 1) * cache.table_width, 0, cache_modifier=".cg")
-        blocks = first + blocks.to(tl.int64) * cache.block_stride
-        pointers = cache.codes + blocks * (DIM * BLOCK) + dims * BLOCK + tokens % BLOCK
+        position = tiles * TOKENS + tokens
+        blocks, places = token_places(cache, row, first, position, position < length, BLOCK)
+        pointers = cache.codes + blocks * cache.code_block + dims * BLOCK + places
     return pointers
 
 
