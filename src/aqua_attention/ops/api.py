@@ -177,6 +177,23 @@ def decode_pages(
             output[row] = attend_pages(query[row, None], cache, layer, step.block_table[row], length)[0]
 
 
+def reserve_pages(
+    layer: PagedLayer, num_attention_heads: int, value_dim: int, dtype: torch.dtype, *, sequences: int, length: int
+) -> None:
+    """Allocate what steps over pages work in, in `layer.memory`, before any is recorded; else the first step does.
+
+    Args:
+        dtype: of queries.
+        sequences: of a step at most; length: tokens of one, `Step.longest`.
+
+    Raises:
+        AquaError: there is no room for it.
+    """
+    if layer.plan is not None:
+        backend = tiled_backend(layer.plan.rotation.device)
+        backend.reserve_paged(layer, num_attention_heads, value_dim, dtype, sequences=sequences, length=length)
+
+
 def _check(call: Call, selected: Tensor | None, width: int, head_dim: int) -> None:
     """Raise AquaError for tensors that do not fit each other.
 

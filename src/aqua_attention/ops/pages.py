@@ -177,9 +177,11 @@ class Step(NamedTuple):
         lengths: int32 [batch], tokens of each sequence, the new one included; 0: there is none, and its output is zero.
         slots: int64 [batch], where the new tokens go, see `PagedCache.write`.
         arrived: int32, zero, at least batch * num_key_value_heads of them: kernels count their programs there.
+        longest: tokens of a sequence at most; None: as many as the table has room for.
     """
 
     block_table: Tensor
     lengths: Tensor
     slots: Tensor
     arrived: Tensor
+    longest: int | None = None

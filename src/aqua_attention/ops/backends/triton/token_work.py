@@ -120,6 +120,76 @@ class Scratch(NamedTuple):
     said: Tensor
 
 
+class Sizes(NamedTuple):
+    """Of a step: batch, num_key_value_heads, kept, value_dim and tiles of what it reads, its query heads, the dimensions
+    that they score; how many programs score, choose and attend; whether tokens are scored by `token_scores_by_hand`.
+    """
+
+    batch: int
+    kv_heads: int
+    kept: int
+    value_dim: int
+    tiles: int
+    heads: int
+    k: int
+    splits: int
+    chunks: int
+    programs: int
+    by_hand: bool
+
+    @staticmethod
+    def of(
+        shape: tuple[int, int, int, int, int],
+        heads: int,
+        k: int,
+        like: Tensor,
+        *,
+        splits: int | None = None,
+        chunks: int | None = None,
+        programs: int | None = None,
+        by_hand: bool | None = None,
+    ) -> Sizes:
+        """See `TokenWork.of`; `like`: a tensor on its device, in the dtype of queries."""
+        batch, kv_heads, _, _, tiles = shape
+        places, group, count = batch * kv_heads, heads // kv_heads, sm_count(like)
+        if chunks is None:
+            # The interpreter runs one program after the other, and none can wait for a later one.
+            most = min(MOST_CHUNKS, count - 1)
+            chunks = _chunks(places, tiles, count * CHOOSE_PROGRAMS, most) if like.is_cuda else 1
+        if chunks >= count:
+            raise AquaError(f"chunks is {chunks}: so many programs must run at once, give less than {count}")
+        if by_hand is None:
+            by_hand = like.is_cuda and VERSION >= (3, 6) and like.element_size() == 2 and group <= BY_HAND_GROUP
+        if splits is None and by_hand:
+            splits = splits_by_hand(places, tiles, like, SCORE_BY_HAND)
+        elif splits is None:
+            splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
+        programs = count * GATHER_PROGRAMS if programs is None else programs
+        return Sizes(*shape, heads, k, splits, chunks, programs, by_hand)
+
+    def parts(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the tensors of a `TokenWork`, and of those of its `Scratch`."""
+        batch, kv_heads, kept, value_dim, tiles, heads, k, splits, chunks, programs, _ = self
+        places, group = batch * kv_heads, heads // kv_heads
+        units = programs * GATHER_WAVES + places
+        return {
+            "rotated": (dtype, (batch, heads, kept)),
+            "dims": (torch.int32, (batch, kv_heads, k)),
+            "mask": (torch.int8, (batch, kv_heads, kept)),
+            "weights": (torch.float16, (places, tiles, group, TILE)),
+            "tops": (torch.float32, (places, tiles, group)),
+            "part_lse": (torch.float32, (places, group, splits + 1)),
+            "together": (torch.float16, (places, tiles * TILE)),
+            "tokens": (torch.int32, (places, tiles * TILE)),
+            "counts": (torch.int32, (places,)),
+            "partial": (torch.float32, (units, group, value_dim)),
+            "lse": (torch.float32, (units, group)),
+            "arrived": (torch.int32, (places,)),
+            "met": (torch.int32, (places,)),
+            "said": (torch.float32, (places, MOST_TURNS, MOST_NUMBERS, chunks)),
+        }
+
+
 @dataclass(frozen=True, eq=False)
 class TokenWork:
     """Memory and sizes of grids for steps over one cache; layers of the same shape may share it.
@@ -162,44 +232,21 @@ class TokenWork:
         Raises:
             AquaError: more `chunks` than there are multiprocessors, which could wait for each other for ever.
         """
-        batch, kv_heads, kept, value_dim, tiles = cache.shape
-        places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.codes
-        count = sm_count(states)
-        if chunks is None:
-            # The interpreter runs one program after the other, and none can wait for a later one.
-            chunks = (
-                _chunks(places, tiles, count * CHOOSE_PROGRAMS, min(MOST_CHUNKS, count - 1)) if states.is_cuda else 1
-            )
-        if chunks >= count:
-            raise AquaError(f"chunks is {chunks}: so many programs must run at once, give less than {count}")
-        if by_hand is None:
-            by_hand = states.is_cuda and VERSION >= (3, 6) and cache.dtype.itemsize == 2 and group <= BY_HAND_GROUP
-        if splits is None and by_hand:
-            splits = splits_by_hand(places, tiles, states, SCORE_BY_HAND)
-        elif splits is None:
-            splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
-        programs = count * GATHER_PROGRAMS if programs is None else programs
-        units = programs * GATHER_WAVES + places
+        like = torch.empty(0, dtype=cache.dtype, device=cache.device)
+        given = {"splits": splits, "chunks": chunks, "programs": programs}
+        sizes = Sizes.of(cache.shape, num_attention_heads, k, like, by_hand=by_hand, **given)
+        parts = sizes.parts(cache.dtype).items()
+        made = {name: torch.zeros(shape, dtype=kind, device=cache.device) for name, (kind, shape) in parts}
+        return TokenWork.within(sizes, made)
 
-        def made(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=states.device)
-
-        scratch = Scratch(
-            weights=made(torch.float16, places, tiles, group, TILE),
-            tops=made(torch.float32, places, tiles, group),
-            part_lse=made(torch.float32, places, group, splits + 1),
-            together=made(torch.float16, places, tiles * TILE),
-            tokens=made(torch.int32, places, tiles * TILE),
-            counts=made(torch.int32, places),
-            partial=made(torch.float32, units, group, value_dim),
-            lse=made(torch.float32, units, group),
-            arrived=made(torch.int32, places),
-            met=made(torch.int32, places),
-            said=made(torch.float32, places, MOST_TURNS, MOST_NUMBERS, chunks),
+    @staticmethod
+    def within(sizes: Sizes, made: dict[str, Tensor]) -> TokenWork:
+        """In memory that is there, see `Sizes.parts`."""
+        rotated, dims, mask = made.pop("rotated"), made.pop("dims"), made.pop("mask")
+        programs = sizes.splits, sizes.chunks, sizes.programs, GATHER_WAVES
+        return TokenWork(
+            rotated, dims, mask, Scratch(**made), *programs, sizes.heads // sizes.kv_heads, sizes.by_hand
         )
-        rotated = made(cache.dtype, batch, num_attention_heads, kept)
-        dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
-        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, group, by_hand)
 
     @staticmethod
     def shared(cache: ScoredCache, num_attention_heads: int, k: int) -> TokenWork:
@@ -218,7 +265,7 @@ class TokenWork:
         """Where it lies, which a recorded step knows."""
         return [each.data_ptr() for each in (self.rotated, self.dims, self.mask, *self.scratch)]
 
-    def constants(self, cache: ScoredCache) -> dict[str, int]:
+    def constants(self, cache: Sequences) -> dict[str, int]:
         """What the kernels know when they are compiled."""
         _, _, kept, value_dim, _ = cache.shape
         return {
