@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages whose tokens are chosen, in plain torch: what is where in them, and steps and prompts against contiguous ones."""
+"""Pages whose tokens are chosen, in plain torch: what is where in them, and steps against contiguous sequences."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def test_a_page_has_keys_and_values_by_token_then_codes_by_dimension_and_their_s
     assert torch.allclose(cache.read_copy(torch.tensor([1]), 3)[0, 1:], key[:, 0], atol=0.05)
 
 
-@pytest.mark.parametrize(("dtype", "kept", "content"), [("float32", 16, 180), ("bfloat16", 16, 98), ("float16", 15, 96)])
+@pytest.mark.parametrize(
+    ("dtype", "kept", "content"), [("float32", 16, 180), ("bfloat16", 16, 98), ("float16", 15, 96)]
+)
 def test_a_token_takes_a_byte_a_dimension_and_a_scale_more(dtype, kept, content):
     dtype = getattr(torch, dtype)
     assert scored_content(kept, 24, dtype.itemsize) == content

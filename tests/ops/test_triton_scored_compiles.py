@@ -27,7 +27,8 @@ from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache, score_quantization
 from aqua_attention.ops.scored_pages import PagedSequences, ScoredPages, scored_content
 
-KERNELS = ("_prepare_paged", "_write_paged", "_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens")
+KERNELS = "_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens"
+KERNELS += "_prepare_paged", "_write_paged"
 MODULES = token_choice, token_gather, token_prepare, token_scores, token_scores_by_hand, paged_prepare, paged_write
 for module in MODULES:
     module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}

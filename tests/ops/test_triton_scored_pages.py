@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that choose tokens in pages against plain torch: in triton's interpreter here, compiled where there is a GPU."""
+"""Kernels that choose tokens in pages against plain torch: in triton's interpreter, compiled where there is a GPU."""
 
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ def test_a_nan_leaves_other_rows_right(choice, where):
         heads = slice(0, 2)
     found = given.decode("triton")
     assert found[1, heads].isnan().all()
-    assert torch.equal(found[[0, 2]], expected[[0, 2]]) and torch.equal(found[1, heads.stop :], expected[1, heads.stop :])
+    assert torch.equal(found[[0, 2]], expected[[0, 2]])
+    assert torch.equal(found[1, heads.stop :], expected[1, heads.stop :])
     assert not memory_of(given).work(3).scratch.arrived.any()
 
 
@@ -154,7 +155,8 @@ def test_batches_of_any_size_share_memory_made_before(monkeypatch):
     config = config_of({"select_p": 0.7}, sink=2, recent=9)
     given = problem((4, 2), [300, 129, 64, 5], (32, 32, 32), **config)
     layer, step = given.layer, given.step._replace(longest=300)
-    api.decode_pages(given.query, given.key, given.value, given.cache, layer, step, expected := given.output, impl="triton")
+    states = given.query, given.key, given.value
+    api.decode_pages(*states, given.cache, layer, step, expected := given.output, impl="triton")
     layer.memory.clear()
     shape = shape_of(4, 32, layer.plan)
     TokenMemory.shared(layer.memory, 6, 300, shape, torch.float32, given.query.device)
@@ -170,9 +172,8 @@ def test_batches_of_any_size_share_memory_made_before(monkeypatch):
         table = step.block_table[rows]
         table[-2:] = 0
         part = step._replace(block_table=table, lengths=lengths, slots=slots)
-        states = [each[rows].contiguous() for each in (given.query, given.key, given.value)]
         output = torch.full((len(rows), 4, 32), torch.nan, device=DEVICE)
-        api.decode_pages(*states, given.cache, layer, part, output, impl="triton")
+        api.decode_pages(*(each[rows].contiguous() for each in states), given.cache, layer, part, output, impl="triton")
         assert torch.allclose(output[:-2], expected[order], atol=1e-5) and not output[-2:].any()
     assert memory_of(given) is memory
 

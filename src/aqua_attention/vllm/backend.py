@@ -55,8 +55,9 @@ class AquaBackend(Pages, AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
-        """Pages without the dimensions that `s_ratio` leaves out, which is room for more tokens; with a copy of the keys
-        where tokens are chosen, which is room for fewer.
+        """Pages without the dimensions that `s_ratio` leaves out: vLLM has room for more tokens.
+
+        Where tokens are chosen, pages hold a copy of the keys, too: there is room for fewer.
         """
         is_usual = serving().config.kept_dims(spec.head_size) == spec.head_size
         is_usual = is_usual and not spec.kv_quant_mode.is_per_token_head and not serving().config.chooses_tokens

@@ -36,8 +36,9 @@ class PageArguments(NamedTuple):
     def of(cache: PagedCache) -> PageArguments:
         """Those of a cache."""
         if isinstance(cache, ScoredPages):
-            states = cache.keys, cache.values, None, None, *cache.scoring
-            return PageArguments(*states, *cache.storage.stride()[:2], cache.codes, cache.scales)
+            (unit, mean), (block, head) = cache.scoring, cache.storage.stride()[:2]
+            states = cache.keys, cache.values, None, None, unit, mean
+            return PageArguments(*states, block, head, cache.codes, cache.scales)
         channels = cache.quantization or (None, None)
         scales = cache.key_scales, cache.value_scales
         return PageArguments(cache.keys, cache.values, *scales, *channels, *cache.storage.stride()[:2])

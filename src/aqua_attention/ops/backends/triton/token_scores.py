@@ -41,9 +41,7 @@ MOST_PRODUCTS = 128
 """Dimensions of all tiles that one product scores, at most."""
 
 
-def score_tokens(
-    cache: Sequences, work: TokenWork, *, scaling: float, window: tuple[int, int], appended: bool
-) -> None:
+def score_tokens(cache: Sequences, work: TokenWork, *, scaling: float, window: tuple[int, int], appended: bool) -> None:
     """Write weights, their largest, and log-sum-exps.
 
     Args:
@@ -328,9 +326,9 @@ def score_window(
             cache_modifier=".cg",
         )
         if cache.value_scales is not None:
-            scales = tl.load(
-                cache.scales + blocks * cache.scale_block + places, seen, 0.0, cache_modifier=".cg"
-            ).to(tl.float32)
+            scales = tl.load(cache.scales + blocks * cache.scale_block + places, seen, 0.0, cache_modifier=".cg").to(
+                tl.float32
+            )
             scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * scales[None, :]) + mean[:, None]
         else:
             scores = tl.dot(query, keys, input_precision="ieee") * scaling

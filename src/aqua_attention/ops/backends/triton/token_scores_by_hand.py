@@ -183,9 +183,7 @@ def score_tiles(
             for chunk in gl.static_range(CHUNKS):
                 waiting = waiting + (load_codes(keys_ptr + key_at[chunk]),)  # noqa: RUF005
         blocks = blocks_of(lookup, begin, sixteen, BLOCK)
-        scales = gl.load(
-            of_tokens(cache.scales, blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg"
-        )
+        scales = gl.load(of_tokens(cache.scales, blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg")
         for tile in range(begin, end):
             # The last tile again instead of nothing: it is in the cache.
             blocks = blocks_of(lookup, gl.minimum(tile + TILES_AHEAD, end - 1), key_word * 4, BLOCK)
@@ -261,9 +259,7 @@ def score_window(
         largest, total = added(scores, largest, total)
     if RECENT > 0:
         start = gl.maximum(length - recent, sink)
-        scores = scores_of_tokens(
-            operands, cache, lookup, start, length, KEPT, RECENT, BLOCK, KEY_SIZE, SCALE_SIZE
-        )
+        scores = scores_of_tokens(operands, cache, lookup, start, length, KEPT, RECENT, BLOCK, KEY_SIZE, SCALE_SIZE)
         largest, total = added(scores, largest, total)
     lse_ptr = scratch.part_lse + (place * GROUP + heads) * (splits + 1) + splits
     gl.store(lse_ptr, largest + gl.log2(total), heads < GROUP)

@@ -121,8 +121,8 @@ class Scratch(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Of a step: batch, num_key_value_heads, kept, value_dim and tiles of what it reads, its query heads, the dimensions
-    that they score; how many programs score, choose and attend; whether tokens are scored by `token_scores_by_hand`.
+    """Of a step: batch, num_key_value_heads, kept, value_dim and tiles of what it reads, its query heads, and how many
+    dimensions score; programs that score, choose and attend; whether tokens are scored by `token_scores_by_hand`.
     """
 
     batch: int
@@ -244,9 +244,7 @@ class TokenWork:
         """In memory that is there, see `Sizes.parts`."""
         rotated, dims, mask = made.pop("rotated"), made.pop("dims"), made.pop("mask")
         programs = sizes.splits, sizes.chunks, sizes.programs, GATHER_WAVES
-        return TokenWork(
-            rotated, dims, mask, Scratch(**made), *programs, sizes.heads // sizes.kv_heads, sizes.by_hand
-        )
+        return TokenWork(rotated, dims, mask, Scratch(**made), *programs, sizes.heads // sizes.kv_heads, sizes.by_hand)
 
     @staticmethod
     def shared(cache: ScoredCache, num_attention_heads: int, k: int) -> TokenWork:
