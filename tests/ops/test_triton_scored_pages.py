@@ -24,7 +24,7 @@ from selecting import Problem, check_choice, check_output, listed
 from aqua_attention.errors import AquaError
 from aqua_attention.ops import api, scored_step
 from aqua_attention.ops.backend import why_not_paged
-from aqua_attention.ops.backends.triton.token_pages import TokenMemory, shape_of
+from aqua_attention.ops.backends.triton.token_pages import TokenMemory
 from aqua_attention.ops.scored_pages import PagedSequences
 from aqua_attention.ops.select import rotate, select_dimensions
 
@@ -158,8 +158,7 @@ def test_batches_of_any_size_share_memory_made_before(monkeypatch):
     states = given.query, given.key, given.value
     api.decode_pages(*states, given.cache, layer, step, expected := given.output, impl="triton")
     layer.memory.clear()
-    shape = shape_of(4, 32, layer.plan)
-    TokenMemory.shared(layer.memory, 6, 300, shape, torch.float32, given.query.device)
+    api.reserve_pages(layer, 4, 32, torch.float32, sequences=6, length=300)
     memory = memory_of(given)
     monkeypatch.setattr(TokenMemory, "__init__", None)
     for tensor in (memory.work(6).scratch.weights, memory.work(6).scratch.tops):

@@ -104,6 +104,9 @@ def test_tokens_are_chosen_where_pages_have_room_for_what_they_are_chosen_by(con
     chosen = dataclasses.replace(serving(), config=AquaConfig(select_p=0.9, score_bits=8))
     environment.setattr("aqua_attention.vllm.checks.serving", lambda: chosen)
     assert (why_not(configured()) is None) == (LAYOUTS is not None)
+    config = configured()
+    config.parallel_config.enable_dbo = True
+    assert why_not(config).startswith("halves of a batch run at once (enable_dbo or ubatch_size)")
     environment.setattr("aqua_attention.vllm.versions.LAYOUTS", None)
     environment.setattr(vllm, "__version__", "0.26.0")
     assert why_not(configured()) == (

@@ -43,6 +43,11 @@ def why_not(config: Any) -> str | None:
             f"vLLM is {_version()}, whose pages have no room for what tokens are chosen by: install 0.30 or newer, or "
             f"leave select_p and select_tokens out of {CONFIG}"
         )
+    if serving().config.chooses_tokens and parallel.use_ubatching:
+        return (
+            "halves of a batch run at once (enable_dbo or ubatch_size), and what tokens are chosen in is for one step: "
+            "leave both out"
+        )
     if serving().config.bits == 8:
         if dtype != INT8:
             return f"kv_cache_dtype is {dtype}, and {CONFIG} asks for bits 8: set it to {INT8}"

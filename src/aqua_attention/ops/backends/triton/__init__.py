@@ -227,11 +227,12 @@ class Triton(Backend):
         length: int,
     ) -> None:
         """See `Backend`."""
-        if layer.plan is None or not layer.plan.config.chooses_tokens:
+        plan = layer.plan
+        if plan is None or not plan.config.chooses_tokens or _why_not_scored_layer(layer, plan):
             return
         from aqua_attention.ops.backends.triton.token_pages import TokenMemory, shape_of
 
-        shape, device = shape_of(num_attention_heads, value_dim, layer.plan), layer.plan.rotation.device
+        shape, device = shape_of(num_attention_heads, value_dim, plan), plan.rotation.device
         TokenMemory.shared(layer.memory, sequences, length, shape, dtype, device)
 
 
@@ -265,6 +266,16 @@ def _why_not_scored(plan: LayerPlan) -> str | None:
 
 def _why_not_scored_pages(cache: PagedCache, layer: PagedLayer, plan: LayerPlan) -> str | None:
     """Why no kernel chooses tokens in these pages; None when one does."""
+    if reason := _why_not_scored_layer(layer, plan):
+        return reason
+    block, head = cache.storage.stride()[:2]
+    if not isinstance(cache, ScoredPages) or block % head:
+        return "pages have no copy that tokens are chosen by, or those of a block do not follow each other"
+    return None
+
+
+def _why_not_scored_layer(layer: PagedLayer, plan: LayerPlan) -> str | None:
+    """Why no kernel chooses the tokens of this layer, whatever its pages; None when one does."""
     if reason := _why_not_scored(plan):
         return reason
     if max(plan.sink, plan.recent) > TILE:
@@ -272,9 +283,6 @@ def _why_not_scored_pages(cache: PagedCache, layer: PagedLayer, plan: LayerPlan)
         return Reason(text, f"set sink and recent to {TILE} or less")
     if layer.softcap is not None:
         return "where tokens are chosen it knows no softcap"
-    block, head = cache.storage.stride()[:2]
-    if not isinstance(cache, ScoredPages) or block % head:
-        return "pages have no copy that tokens are chosen by, or those of a block do not follow each other"
     return None
 
 
