@@ -207,3 +207,52 @@ def test_memory_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr("aqua_attention.ops.backends.triton.token_pages.torch.zeros", none)
     with pytest.raises(AquaError, match=r"choosing tokens works in 0\.2 GiB for 64 sequences of 131072 tokens"):
         api.reserve_pages(given.layer, 4, 16, torch.float32, sequences=64, length=131072)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_hand", [True, False])
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("lengths", "choice"),
+    [([20000, 5, 9000, 0], {"select_p": 0.95}), ([300, 129], {"select_tokens": 60}), ([30000], {"select_p": 0.9})],
+)
+def test_large_sizes_in_bfloat16(lengths, choice, block_size, by_hand, monkeypatch):
+    """With as many programs as are taken by themselves, which meet."""
+    torch.use_deterministic_algorithms(False)
+    if not by_hand:
+        monkeypatch.setattr("aqua_attention.ops.backends.triton.token_work.BY_HAND_GROUP", 0)
+    config = config_of(choice, sink=4, recent=64)
+    given = problem((32, 8), lengths, (128, 128, 128), torch.bfloat16, block_size=block_size, **config)
+    check(given, given.decode("triton"))
+    assert memory_of(given).work(len(lengths)).by_hand == by_hand
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", [{"select_p": 0.9}, {"select_tokens": 100}])
+def test_recorded_steps_of_several_sizes_share_memory(choice):
+    torch.use_deterministic_algorithms(False)
+    config = config_of(choice, sink=4, recent=64)
+    given = problem((8, 2), [3000, 0, 700, 129], (128, 128, 128), torch.bfloat16, **config)
+    expected = given.decode("torch").float()
+    api.reserve_pages(given.layer, 8, 128, torch.bfloat16, sequences=4, length=4096)
+    recorded, step = {}, given.step._replace(longest=4096)
+    for batch in (4, 2):
+        part = step._replace(**{name: getattr(step, name)[:batch] for name in ("block_table", "lengths", "slots")})
+        states, output = [each[:batch] for each in (given.query, given.key, given.value)], given.output[:batch]
+
+        def run(states=states, part=part, output=output):
+            api.decode_pages(*states, given.cache, given.layer, part, output, impl="triton")
+
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        recorded[batch] = graph, output
+    for batch in (4, 2, 2, 4):
+        graph, output = recorded[batch]
+        output.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.allclose(output.float(), expected[:batch], atol=0.05, rtol=0.05) and not output[1].any()
+    assert not memory_of(given).work(4).scratch.arrived.any()

@@ -52,11 +52,14 @@ def test_tokens_are_chosen_as_by_our_own_path(smollm2, prompts, config):
                 expected = model(ids).logits[0].log_softmax(-1)
         of_prompt = [each[str(token)] for token, each in list(zip(prompt, answer["logprobs"], strict=True))[1:]]
         wanted = expected[:-1].gather(-1, ids[0, 1:, None])[:, 0]
-        own = torch.tensor([*of_prompt, *answer["generated"]])
-        # Where two tokens weigh nearly the same, rounding decides which one is read.
-        assert (own - wanted).abs().max() < 0.05 and (own - wanted).abs().mean() < 1e-3
+        error = (torch.tensor([*of_prompt, *answer["generated"]]) - wanted).abs()
+        # Where tokens weigh nearly the same, rounding decides which is read, and later layers differ. Our own path
+        # differs from itself as much where a prompt comes in two parts.
+        assert error.median() < 2e-4
+        left_out = (dense[:-1].gather(-1, ids[0, 1:, None])[:, 0] - wanted).abs()
+        assert error.mean() < max(1e-3, 0.1 * left_out.mean())
         if len(prompt) > 200:
-            assert float((expected - dense).abs().max()) > 0.05
+            assert left_out.max() > 0.05
 
 
 @pytest.mark.parametrize("config", [SHARE, COUNT], ids=["share", "count"])
