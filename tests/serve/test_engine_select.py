@@ -53,9 +53,9 @@ def test_tokens_are_chosen_as_by_our_own_path(smollm2, prompts, config):
         of_prompt = [each[str(token)] for token, each in list(zip(prompt, answer["logprobs"], strict=True))[1:]]
         wanted = expected[:-1].gather(-1, ids[0, 1:, None])[:, 0]
         error = (torch.tensor([*of_prompt, *answer["generated"]]) - wanted).abs()
-        # Where tokens weigh nearly the same, rounding decides which is read, and later layers differ. Our own path
-        # differs from itself as much where a prompt comes in two parts.
-        assert error.median() < 2e-4
+        # Where tokens weigh nearly the same, rounding decides which is read, and what comes later differs. Our own path
+        # does as much where weights are changed by some last bits.
+        assert error[:150].median() < 1e-4
         left_out = (dense[:-1].gather(-1, ids[0, 1:, None])[:, 0] - wanted).abs()
         assert error.mean() < max(1e-3, 0.1 * left_out.mean())
         if len(prompt) > 200:
