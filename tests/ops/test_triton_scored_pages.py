@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from hypothesis import assume, settings
@@ -34,13 +32,6 @@ CHOICES = [{"select_p": p} for p in (0.01, 0.5, 0.9, 0.99, 1.0)] + [{"select_tok
 HEADS = [(4, 2), (3, 1), (8, 1), (2, 2)]
 
 
-@dataclass(frozen=True, eq=False)
-class Held(PagedSequences):
-    """What the checks read, from pages."""
-
-    value_scales = None
-
-
 def config_of(choice, **others):
     return {"k_ratio": 0.25, "score_bits": 8, "selection": "weighted"} | choice | others
 
@@ -58,7 +49,7 @@ def check(given, output):
     expected = rotate(given.query[:, :, None], plan.rotation)[:, :, 0]
     eps = torch.finfo(given.query.dtype).eps
     assert torch.allclose(work.rotated.float(), expected.float(), rtol=0, atol=32 * eps)
-    held = Held(given.cache, step.block_table, step.lengths, memory.tiles)
+    held = PagedSequences(given.cache, step.block_table, step.lengths, memory.tiles)
     for row, length in enumerate(given.lengths):
         if length:
             keys, values, copy = held.read(row, length)

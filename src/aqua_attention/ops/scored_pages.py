@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -99,12 +100,14 @@ class PagedSequences:
     Attributes:
         pages: of the layer; block_table, lengths: see `Step`.
         tiles: of a sequence at most; behind the columns of the table is nothing.
+        value_scales: see `ScoredCache`; keys and values are as they came.
     """
 
     pages: ScoredPages
     block_table: Tensor
     lengths: Tensor
     tiles: int
+    value_scales: ClassVar[None] = None
 
     @staticmethod
     def of(pages: ScoredPages, block_table: Tensor, lengths: Tensor) -> PagedSequences:
