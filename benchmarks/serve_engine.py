@@ -31,6 +31,7 @@ SETTINGS = {
     "stock, fp8": (None, {"kv_cache_dtype": "fp8"}),
     "k_ratio 0.5": ({"k_ratio": 0.5}, {}),
     "k_ratio 0.5, int8": ({"k_ratio": 0.5, "bits": 8}, {"kv_cache_dtype": INT8}),
+    "select_p 0.95": ({"k_ratio": 0.25, "select_p": 0.95, "score_bits": 8}, {}),
     "s_ratio 0.25": ({"k_ratio": 1.0, "s_ratio": 0.25, "sink": 0, "recent": 0}, {}),
 }
 SIZES = ["1x8192", "8x8192", "32x8192", "1x32768", "8x32768", "32x32768"]

@@ -14,6 +14,8 @@ from aqua_attention.ops import api
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.pages import SCALE_BYTES, PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.scored import score_quantization
+from aqua_attention.ops.scored_pages import ScoredPages, scored_content
 
 
 @dataclass
@@ -67,6 +69,13 @@ def pages(blocks, groups, block_size, kept, value_dim, dtype, *, bits=None, spar
     return PagedCache(storage, kept, value_dim, Quantization(scale, mean))
 
 
+def scored_pages(blocks, groups, block_size, kept, value_dim, dtype, scoring, *, spare=0):
+    """Pages full of NaN that have what tokens are chosen by."""
+    width = scored_content(kept, value_dim, dtype.itemsize) // dtype.itemsize + spare
+    storage = torch.full((blocks, groups, block_size, width), torch.nan, dtype=dtype, device=DEVICE)
+    return ScoredPages(storage, kept, value_dim, scoring=scoring)
+
+
 def problem(
     heads,
     lengths,
@@ -95,11 +104,17 @@ def problem(
             rotation = torch.linalg.qr(random(groups, head_dim, head_dim, seed=seed))[0][..., :kept]
         rms = random(groups, kept, seed=seed + 1).abs() + 0.1
         plan = LayerPlan.of(rotation.contiguous(), rms, config)
+        plan.key_scale = random(groups, kept, seed=seed + 6).abs() + 0.5
+        plan.key_mean = random(groups, kept, seed=seed + 7)
     layer = PagedLayer(plan, head_dim**-0.5, softcap, window)
     blocks = -(-max(lengths) // block_size) + 1
     order = torch.randperm(batch * blocks + 3, generator=torch.Generator().manual_seed(seed))
     table = order[: batch * blocks].view(batch, blocks).to(DEVICE, torch.int32)
-    cache = pages(batch * blocks + 3, groups, block_size, kept, value_dim, dtype, bits=bits, spare=4, seed=seed + 5)
+    sizes = batch * blocks + 3, groups, block_size, kept, value_dim, dtype
+    if plan is not None and plan.config.chooses_tokens:
+        cache = scored_pages(*sizes, score_quantization(plan), spare=4)
+    else:
+        cache = pages(*sizes, bits=bits, spare=4, seed=seed + 5)
     total = max(lengths)
     key = random(batch, groups, total, head_dim, seed=seed + 2, dtype=dtype)
     values = random(batch, groups, total, value_dim, seed=seed + 3, dtype=dtype)

@@ -12,6 +12,7 @@ import aqua_attention as aqua
 from aqua_attention.ops import scored_step
 from aqua_attention.ops.backends.triton.token_step import attend_selected
 from aqua_attention.ops.backends.triton.token_work import TokenWork
+from aqua_attention.ops.layout import TILE
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache, score_quantization
 
@@ -100,13 +101,13 @@ def run(given, **options):
 
 def listed(work, cache):
     """The lists of tokens as a mask; they are in order, and name each token once."""
-    batch, kv_heads, room = cache.scales.shape
-    read = torch.zeros(batch * kv_heads, room, dtype=torch.bool, device=cache.scales.device)
+    batch, kv_heads, _, _, tiles = cache.shape
+    read = torch.zeros(batch * kv_heads, tiles * TILE, dtype=torch.bool, device=work.rotated.device)
     for place, count in enumerate(work.scratch.counts.tolist()):
         tokens = work.scratch.tokens[place, :count].long()
         assert (tokens.diff() > 0).all()
         read[place, tokens] = True
-    return read.view(batch, kv_heads, room)
+    return read.view(batch, kv_heads, -1)
 
 
 def check_choice(read, given, expected):

@@ -13,17 +13,24 @@ pytestmark = pytest.mark.select
 CODE = (
     LAUNCH
     + """
+from dataclasses import replace
 import torch
 import aqua_attention as aqua
 from aqua_attention.ops.backends.triton import token_choice, token_gather, token_prepare, token_scores
+from aqua_attention.ops.backends.triton import paged_prepare, paged_write, token_pages
 from aqua_attention.ops.backends.triton import token_scores_by_hand, token_step
+from aqua_attention.ops.backends.triton.token_pages import TokenMemory
 from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.layout import Quantization
+from aqua_attention.ops.pages import Step
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache, score_quantization
+from aqua_attention.ops.scored_pages import PagedSequences, ScoredPages, scored_content
 
-KERNELS = ("_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens")
-for module in (token_choice, token_gather, token_prepare, token_scores, token_scores_by_hand):
+KERNELS = "_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens"
+KERNELS += "_prepare_paged", "_write_paged"
+MODULES = token_choice, token_gather, token_prepare, token_scores, token_scores_by_hand, paged_prepare, paged_write
+for module in MODULES:
     module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
     for name in KERNELS:
         if hasattr(module, name):
@@ -44,8 +51,27 @@ def build(dtype, heads, groups, dim, value_dim, length=5000, bits=None, batch=3,
         token_step.selected_step(*states, cache, plan, work, output, scaling=0.1)
 
 
+def build_pages(dtype, heads, groups, dim, value_dim, block_size=64, batch=3, **choice):
+    config = aqua.AquaConfig(share="group", score_bits=8, **choice)
+    units = torch.ones(groups, dim), torch.zeros(groups, dim)
+    plan = LayerPlan(torch.zeros(groups, dim, dim), units[0], config, 0.1, key_scale=units[0], key_mean=units[1])
+    width = scored_content(dim, value_dim, dtype.itemsize) // dtype.itemsize
+    pages = ScoredPages(torch.zeros(9, groups, block_size, width, dtype=dtype), dim, value_dim, scoring=units)
+    states = [torch.zeros(batch, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim))]
+    counts = torch.zeros(batch, dtype=torch.int32)
+    step = Step(torch.zeros(batch, 500, dtype=torch.int32), counts, counts.long(), counts)
+    memory = TokenMemory(batch, 250, token_pages.shape_of(heads, value_dim, plan), dtype, torch.device("cpu"))
+    by_hand = dtype != torch.float32 and heads // groups <= 8
+    sequences, output = PagedSequences(pages, step.block_table, counts, memory.tiles), torch.zeros_like(states[0])
+    for placed in {False, by_hand}:
+        work = replace(memory.work(batch), by_hand=placed)
+        paged_prepare.prepare_paged(*states, pages, plan, step, work)
+        token_step.attend_selected(sequences, plan, work, output, scaling=0.1, appended=False)
+    paged_write.write_paged(*states[1:], pages, plan.rotation, step.slots)
+
+
 for given in CASES:
-    build(**given)
+    (build_pages if given.pop("pages", False) else build)(**given)
 print("done")
 """
 )
@@ -62,6 +88,12 @@ CASES = {
     "ones": "dict(dtype=torch.bfloat16, heads=4, groups=1, dim=64, value_dim=64, k_ratio=0.5, select_tokens=1, "
     "length=1, batch=1, sink=1, recent=1, min_length=1)",
     "float32": "dict(dtype=torch.float32, heads=2, groups=2, dim=64, value_dim=64, k_ratio=0.5, select_p=0.9)",
+    "pages": "dict(pages=True, dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, "
+    "select_p=0.95)",
+    "pages, odd": "dict(pages=True, dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
+    "select_tokens=500, block_size=32, batch=1)",
+    "pages, float32": "dict(pages=True, dtype=torch.float32, heads=4, groups=2, dim=64, value_dim=64, k_ratio=1.0, "
+    "select_p=0.9)",
 }
 
 
@@ -69,5 +101,6 @@ CASES = {
 def test_kernels_that_choose_tokens_compile_for_hopper(case, tmp_path):
     kernels = compiled(CODE, CASES[case], tmp_path)
     names = [line.split()[0] for line in kernels]
-    expected = {"_prepare_tokens", "_score_tokens", "_choose_tokens", "_attend_to_tokens"}
-    assert set(names) == expected | (set() if case in ("wide group", "float32") else {"score_kernel"})
+    expected = {"_score_tokens", "_choose_tokens", "_attend_to_tokens"}
+    expected |= {"_prepare_paged", "_write_paged"} if case.startswith("pages") else {"_prepare_tokens"}
+    assert set(names) == expected | (set() if case == "wide group" or "float32" in case else {"score_kernel"})

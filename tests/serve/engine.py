@@ -47,7 +47,9 @@ def served(model, *, projections, config):
 
 
 def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprobs=None, **engine):
-    """(answers, log) of an engine on token ids; an answer has `tokens` and, if asked for, `logprobs` of the prompt."""
+    """(answers, log) of an engine on token ids; an answer has `tokens` and, if asked for, `logprobs` of the prompt, and
+    `generated`, those of the tokens.
+    """
     request = {
         "model": str(model),
         "prompts": prompts,
@@ -80,14 +82,20 @@ def main():
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0} | request["engine"]
     llm = LLM(request["model"], **engine)
     sampling = SamplingParams(
-        temperature=0.0, max_tokens=request["max_tokens"], prompt_logprobs=request["logprobs"], ignore_eos=True
+        temperature=0.0,
+        max_tokens=request["max_tokens"],
+        prompt_logprobs=request["logprobs"],
+        logprobs=request["logprobs"],
+        ignore_eos=True,
     )
     found = llm.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], sampling)
     answers = []
     for one in found:
         given = one.prompt_logprobs or []
         likely = [None if each is None else {str(key): value.logprob for key, value in each.items()} for each in given]
-        answers.append({"tokens": list(one.outputs[0].token_ids), "logprobs": likely, "cached": one.num_cached_tokens})
+        tokens, own = list(one.outputs[0].token_ids), one.outputs[0].logprobs or []
+        generated = [each[token].logprob for token, each in zip(tokens, own, strict=False)]
+        answers.append({"tokens": tokens, "logprobs": likely, "generated": generated, "cached": one.num_cached_tokens})
     print("\n" + MARK + json.dumps(answers), flush=True)
 
 

@@ -18,6 +18,7 @@ from aqua_attention.ops.reference import attention_reference
 from aqua_attention.vllm import attention as module
 from aqua_attention.vllm.attention import AquaAttention, own_heads
 from aqua_attention.vllm.backend import AquaBackend, AquaMetadataBuilder
+from aqua_attention.vllm.page import bytes_of
 from aqua_attention.vllm.settings import Serving
 from aqua_attention.vllm.versions import INT8, LAYOUTS
 from conftest import calibrated, make_llama
@@ -41,11 +42,11 @@ def served(projections, monkeypatch):
         setting = Serving.__new__(Serving)
         for name, value in {"projections": projections, "config": aqua.AquaConfig(**config)}.items():
             object.__setattr__(setting, name, value)
-        for place in ("aqua_attention.vllm.attention", "aqua_attention.vllm.backend"):
+        for place in ("aqua_attention.vllm.attention", "aqua_attention.vllm.backend", "aqua_attention.vllm.page"):
             monkeypatch.setattr(f"{place}.serving", lambda: setting)
         monkeypatch.setattr(module, "own_heads", lambda count, here: slice(0, here))
         # What vLLM is configured to do is asked in test_checks.
-        monkeypatch.setattr(module, "get_current_vllm_config", lambda: None)
+        monkeypatch.setattr(module, "get_current_vllm_config", engine_config)
         monkeypatch.setattr(module, "check_engine", lambda config: None)
         return AquaAttention(HEADS, DIM, DIM**-0.5, KV_HEADS, None, window, kv_cache_dtype)
 
@@ -74,17 +75,28 @@ def metadata(queries, lengths, table, slots, padded=0):
     )
 
 
-def builder():
-    config = SimpleNamespace(
+def engine_config():
+    return SimpleNamespace(
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=8),
         scheduler_config=SimpleNamespace(max_num_seqs=4),
+        model_config=SimpleNamespace(max_model_len=128),
     )
-    return AquaMetadataBuilder(spec_of(), ["model.layers.1.self_attn.attn"], config, torch.device("cpu"))
+
+
+def builder():
+    return AquaMetadataBuilder(spec_of(), ["model.layers.1.self_attn.attn"], engine_config(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize(
-    "config", [{"k_ratio": 0.5, "sink": 2, "recent": 6, "min_length": 30}, {"k_ratio": 1.0}], ids=str
+    "config",
+    [
+        {"k_ratio": 0.5, "sink": 2, "recent": 6, "min_length": 30},
+        {"k_ratio": 1.0},
+        {"k_ratio": 0.5, "select_p": 0.7, "sink": 2, "recent": 6, "score_bits": 8},
+        {"k_ratio": 1.0, "select_tokens": 4, "sink": 0, "recent": 3, "min_length": 30, "score_bits": 8},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("padded", [0, 3])
 def test_a_mixed_batch_gives_everybody_his_own_answer(served, window, config, padded):
@@ -92,7 +104,7 @@ def test_a_mixed_batch_gives_everybody_his_own_answer(served, window, config, pa
     layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
     order = torch.randperm(BLOCKS, generator=torch.Generator().manual_seed(0)).int()
     table = order[: len(LENGTHS) * 5].view(len(LENGTHS), 5)
-    pages = torch.full((BLOCKS, KV_HEADS, BLOCK, 2 * DIM), torch.nan)
+    pages = torch.full((BLOCKS, KV_HEADS, BLOCK, bytes_of(spec_of()) // 4), torch.nan)
     generator = torch.Generator().manual_seed(1)
     states = [torch.randn(length, HEADS + 2 * KV_HEADS, DIM, generator=generator) for length in LENGTHS]
 
@@ -121,7 +133,7 @@ def test_a_mixed_batch_gives_everybody_his_own_answer(served, window, config, pa
         built, found = step(rows, QUERIES[:3], LENGTHS[:3], padded)
         assert (built.decodes, built.lengths) == (3 + padded, [])
     plan = impl._layers[layer.layer_name][0].plan
-    assert (plan is None) == (window is not None or config["k_ratio"] == 1)
+    assert (plan is None) == (window is not None or (config["k_ratio"] == 1 and len(config) == 1))
     for row in rows:
         query, key, value = states[row].transpose(0, 1)[None].split([HEADS, KV_HEADS, KV_HEADS], 1)
         own = query[:, :, -QUERIES[row] :]
@@ -135,11 +147,12 @@ def test_a_mixed_batch_gives_everybody_his_own_answer(served, window, config, pa
         assert torch.allclose(found[row], expected[0].transpose(0, 1), atol=1e-5)
 
 
-def test_a_token_sees_pages_that_a_prompt_of_the_same_batch_fills(served):
+@pytest.mark.parametrize("choice", [{}, {"select_p": 0.7, "score_bits": 8}], ids=str)
+def test_a_token_sees_pages_that_a_prompt_of_the_same_batch_fills(served, choice):
     """vLLM finds a prefix that is still to be computed: both are then in one batch."""
-    impl = served(k_ratio=0.5, sink=2, recent=6)
+    impl = served(k_ratio=0.5, sink=2, recent=6, **choice)
     layer = SimpleNamespace(layer_name="model.layers.1.self_attn.attn")
-    pages = torch.full((BLOCKS, KV_HEADS, BLOCK, 2 * DIM), torch.nan)
+    pages = torch.full((BLOCKS, KV_HEADS, BLOCK, bytes_of(spec_of()) // 4), torch.nan)
     states = torch.randn(33, HEADS + 2 * KV_HEADS, DIM, generator=torch.Generator().manual_seed(1))
     # The last token of one sequence, then the prompt of another, which begins alike.
     table = torch.tensor([[4, 7, 1], [4, 7, 2]], dtype=torch.int32)
@@ -165,6 +178,10 @@ def test_pages_hold_what_is_kept_and_in_8_bits_its_scales(served):
     assert AquaBackend.customize_spec(spec_of(torch.int8, kv_quant_mode=INT8_MODE)).state_content_bytes == 16 + 16 + 4
     served(k_ratio=0.5)
     assert AquaBackend.customize_spec(spec_of()) == spec_of()
+    # A byte a dimension more, and a scale, in whole elements.
+    served(k_ratio=0.5, select_p=0.9, score_bits=8)
+    assert AquaBackend.customize_spec(spec_of(torch.bfloat16)).state_content_bytes == (16 + 16) * 2 + 16 + 2
+    assert AquaBackend.customize_spec(spec_of()).state_content_bytes == (16 + 16) * 4 + 16 + 4
 
 
 @pytest.mark.skipif(LAYOUTS is not None, reason="this vLLM does not ask for shapes")

@@ -25,6 +25,7 @@ from aqua_attention.vllm.attention import AquaAttention
 from aqua_attention.vllm.backend import AquaBackend
 from aqua_attention.vllm.checks import ALLOW, TESTED, check_version, why_not
 from aqua_attention.vllm.settings import CONFIG, INT8, PROJECTIONS, serving
+from aqua_attention.vllm.versions import LAYOUTS
 from conftest import calibrated, make_llama
 
 named = pytest.mark.skipif(not hasattr(AttentionBackendEnum, "register"), reason="this vLLM has no other names")
@@ -99,6 +100,21 @@ def test_eight_bits_go_with_their_cache(configured, environment):
     assert why_not(configured(kv_cache_dtype=INT8)) is None
 
 
+def test_tokens_are_chosen_where_pages_have_room_for_what_they_are_chosen_by(configured, environment):
+    chosen = dataclasses.replace(serving(), config=AquaConfig(select_p=0.9, score_bits=8))
+    environment.setattr("aqua_attention.vllm.checks.serving", lambda: chosen)
+    assert (why_not(configured()) is None) == (LAYOUTS is not None)
+    config = configured()
+    config.parallel_config.enable_dbo = True
+    assert why_not(config).startswith("halves of a batch run at once (enable_dbo or ubatch_size)")
+    environment.setattr("aqua_attention.vllm.versions.LAYOUTS", None)
+    environment.setattr(vllm, "__version__", "0.26.0")
+    assert why_not(configured()) == (
+        "vLLM is 0.26.0, whose pages have no room for what tokens are chosen by: install 0.30 or newer, or leave "
+        f"select_p and select_tokens out of {CONFIG}"
+    )
+
+
 def test_what_vllm_does_on_a_gpu_only_is_refused(configured):
     config = configured()
     config.parallel_config.prefill_context_parallel_size = 2
@@ -149,6 +165,12 @@ def test_a_wrong_file_is_said_when_the_plugin_loads(environment, tmp_path):
     [
         ("quick", f"{CONFIG}: preset is 'quick'"),
         ("{", f"{CONFIG} is '{{': it is no JSON"),
+        ('{"select_p": 0.9}', f"{CONFIG}: score_bits is 16, and vLLM's pages hold .* in 8 bits: set it to 8"),
+        (
+            '{"select_tokens": 9, "score_bits": 8, "bits": 8}',
+            f"{CONFIG}: bits is 8 with select_tokens=9, which is not served in vLLM yet: leave one of them out",
+        ),
+        ('{"logit_error": 0.1}', f"{CONFIG}: logit_error is 0.1, which is not served in vLLM yet: leave it out"),
         ('{"min_length": "auto"}', f"{CONFIG}: min_length is 'auto', .*: give a number"),
     ],
 )

@@ -13,6 +13,7 @@ from engine import run
 
 import aqua_attention as aqua
 from aqua_attention.vllm.plugin import backend_name
+from aqua_attention.vllm.versions import LAYOUTS
 from conftest import VOCABULARY, calibrated, make_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -29,6 +30,15 @@ ENGINE = {"skip_tokenizer_init": True, "max_model_len": 4096, "max_num_batched_t
 ROTATED = {"k_ratio": 0.5, "min_length": 10_000}
 """Every dimension, of keys that are rotated."""
 HALF = {"k_ratio": 0.5}
+CHOOSING = {"k_ratio": 0.25, "score_bits": 8}
+ALL = CHOOSING | {"select_p": 1.0}
+SHARE, COUNT = CHOOSING | {"select_p": 0.9}, CHOOSING | {"select_tokens": 200}
+chooses = pytest.mark.skipif(LAYOUTS is None, reason="pages of this vLLM have no room for what tokens are chosen by")
+SETTINGS = [
+    pytest.param(HALF, id="half"),
+    pytest.param(SHARE, id="share", marks=chooses),
+    pytest.param(COUNT, id="count", marks=chooses),
+]
 LENGTHS = (5, 64, 65, 300, 1000, 2500)
 EAGER, GRAPHS = {"enforce_eager": True}, {"enforce_eager": False}
 
@@ -68,19 +78,22 @@ def answered(tiny, prompts, config, **engine):
     return [each["tokens"] for each in found]
 
 
+@pytest.mark.parametrize("config", [ROTATED, pytest.param(ALL, marks=chooses)], ids=["rotated", "all"])
 @pytest.mark.parametrize("engine", [EAGER, GRAPHS], ids=["eager", "graphs"])
-def test_with_every_dimension_it_is_stock(tiny, prompts, stock, engine):
-    assert answered(tiny, prompts, ROTATED, **engine) == stock
+def test_with_every_dimension_it_is_stock(tiny, prompts, stock, engine, config):
+    assert answered(tiny, prompts, config, **engine) == stock
 
 
-def test_recorded_steps_answer_as_others_do(tiny, prompts, stock):
-    found = answered(tiny, prompts, HALF, **GRAPHS)
-    assert found == answered(tiny, prompts, HALF, **EAGER)
+@pytest.mark.parametrize("config", SETTINGS)
+def test_recorded_steps_answer_as_others_do(tiny, prompts, stock, config):
+    found = answered(tiny, prompts, config, **GRAPHS)
+    assert found == answered(tiny, prompts, config, **EAGER)
     assert found != stock
 
 
-def test_what_is_in_the_prefix_cache_is_answered_alike(tiny, prompts):
-    twice = answered(tiny, prompts * 2, HALF, max_num_seqs=len(prompts), **EAGER)
+@pytest.mark.parametrize("config", SETTINGS)
+def test_what_is_in_the_prefix_cache_is_answered_alike(tiny, prompts, config):
+    twice = answered(tiny, prompts * 2, config, max_num_seqs=len(prompts), **EAGER)
     assert twice[: len(prompts)] == twice[len(prompts) :]
 
 

@@ -18,6 +18,8 @@ from aqua_attention.ops.layout import Chosen, TiledCache
 from aqua_attention.ops.mask import HIDDEN
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
+from aqua_attention.ops.scored_pages import PagedSequences, ScoredPages
+from aqua_attention.ops.scored_step import attend_selected
 from aqua_attention.ops.tokens import everything_read
 
 WINDOW_QUERIES = 1024
@@ -174,11 +176,33 @@ def decode_pages(
         backend.decode_paged(query, key, value, cache, layer, step, output)
         return
     write_pages(key, value, cache, layer, step.slots, impl="torch")
+    if isinstance(cache, ScoredPages) and layer.plan is not None:
+        rotated = rotate(query[:, :, None], layer.plan.rotation)[:, :, 0]
+        sequences = PagedSequences.of(cache, step.block_table, step.lengths)
+        output.copy_(attend_selected(rotated, sequences, layer.plan, layer.scaling, layer.softcap).output)
+        return
     for row, length in enumerate(step.lengths.tolist()):
         if length == 0:
             output[row] = 0
         else:
             output[row] = attend_pages(query[row, None], cache, layer, step.block_table[row], length)[0]
+
+
+def reserve_pages(
+    layer: PagedLayer, num_attention_heads: int, value_dim: int, dtype: torch.dtype, *, sequences: int, length: int
+) -> None:
+    """Allocate what steps over pages work in, in `layer.memory`, before any is recorded; else the first step does.
+
+    Args:
+        dtype: of queries.
+        sequences: of a step at most; length: tokens of one, `Step.longest`.
+
+    Raises:
+        AquaError: there is no room for it.
+    """
+    if layer.plan is not None:
+        backend = tiled_backend(layer.plan.rotation.device)
+        backend.reserve_paged(layer, num_attention_heads, value_dim, dtype, sequences=sequences, length=length)
 
 
 def _check(call: Call, selected: Tensor | None, width: int, head_dim: int) -> None:

@@ -173,6 +173,18 @@ class Backend:
         """See `ops.api.decode_pages`."""
         raise NotImplementedError
 
+    def reserve_paged(
+        self,
+        layer: PagedLayer,
+        num_attention_heads: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        *,
+        sequences: int,
+        length: int,
+    ) -> None:
+        """See `ops.api.reserve_pages`."""
+
 
 _loaded: dict[str, Backend] = {}
 """A dictionary, and no cached function, because `torch.compile` looks into it without a break."""
@@ -299,8 +311,6 @@ def paged_backend(query: Tensor, cache: PagedCache, layer: PagedLayer, impl: str
 
 def why_not_paged(query: Tensor, cache: PagedCache, layer: PagedLayer) -> str | None:
     """Why kernels do not take pages, so that plain torch does; None when they do."""
-    if layer.plan is not None and layer.plan.config.chooses_tokens:
-        return READS_ALL
     return tiled_backend(query.device).why_not_paged(query, cache, layer)
 
 

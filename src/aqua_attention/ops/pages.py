@@ -12,9 +12,9 @@ Keys are rotated where the layer has a plan. A page may be longer than that: wha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,7 @@ class PagedCache:
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        storage, needed = self.storage, self.kept + self.value_dim
-        needed += SCALE_BYTES if self.quantization is not None else 0
+        storage, needed = self.storage, self._needed
         if storage.ndim != 4 or storage.stride()[2:] != (storage.shape[3], 1) or storage.shape[3] < needed:
             raise AquaError(
                 f"pages are {tuple(storage.shape)} with strides {storage.stride()}: they must be [num_blocks, "
@@ -61,6 +60,11 @@ class PagedCache:
             )
         if self.quantization is not None and storage.element_size() != 1:
             raise AquaError(f"pages are {storage.dtype}: in 8 bits they must be of one byte an element")
+
+    @property
+    def _needed(self) -> int:
+        """Elements of a token and head at least."""
+        return self.kept + self.value_dim + (SCALE_BYTES if self.quantization is not None else 0)
 
     @property
     def block_size(self) -> int:
@@ -76,6 +80,11 @@ class PagedCache:
     def keys(self) -> Tensor:
         """[num_blocks, num_key_value_heads, kept, block_size]."""
         return self._part(0, self.kept).unflatten(-1, (self.kept, self.block_size))
+
+    @property
+    def keys_by_token(self) -> Tensor:
+        """[num_blocks, num_key_value_heads, block_size, kept]."""
+        return self.keys.transpose(-1, -2)
 
     @cached_property
     def values(self) -> Tensor:
@@ -115,7 +124,7 @@ class PagedCache:
             key, key_scales = quantized(key)
             value, value_scales = quantized(value)
             self.key_scales[block, :, place], self.value_scales[block, :, place] = key_scales, value_scales
-        self.keys[block, :, :, place] = key.to(self.keys.dtype)
+        self.keys_by_token[block, :, place] = key.to(self.keys.dtype)
         self.values[block, :, place] = value.to(self.values.dtype)
 
     def read(self, blocks: Tensor, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -126,7 +135,7 @@ class PagedCache:
             # Of a single page a view would do, and fused kernels take the numbers of a token to lie together.
             return found.transpose(0, 1).flatten(1, 2).contiguous()[None, :, :length]
 
-        key, value = by_token(self.keys[blocks].transpose(-1, -2)), by_token(self.values[blocks])
+        key, value = by_token(self.keys_by_token[blocks]), by_token(self.values[blocks])
         if self.quantization is None:
             return key, value
         assert self.key_scales is not None and self.value_scales is not None
@@ -146,12 +155,14 @@ class PagedLayer:
         plan: what AQUA does; None: keys are stored as they come, and every dimension is multiplied.
         scaling: factor of the scores; softcap: their soft limit, see `Call`.
         window: tokens that a query sees, its own included; None: all. Only without a plan.
+        memory: what kernels that choose tokens work in; layers whose steps follow one another may share it.
     """
 
     plan: LayerPlan | None
     scaling: float
     softcap: float | None = None
     window: int | None = None
+    memory: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.plan is not None and self.window is not None:
@@ -166,9 +177,11 @@ class Step(NamedTuple):
         lengths: int32 [batch], tokens of each sequence, the new one included; 0: there is none, and its output is zero.
         slots: int64 [batch], where the new tokens go, see `PagedCache.write`.
         arrived: int32, zero, at least batch * num_key_value_heads of them: kernels count their programs there.
+        longest: tokens of a sequence at most; None: as many as the table has room for.
     """
 
     block_table: Tensor
     lengths: Tensor
     slots: Tensor
     arrived: Tensor
+    longest: int | None = None

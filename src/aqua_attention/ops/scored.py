@@ -103,6 +103,11 @@ class ScoredCache:
         return (*self.keys.shape[:2], self.keys.shape[3], self.values.shape[3], self.codes.shape[2])
 
     @property
+    def block_size(self) -> int:
+        """Tokens that lie together."""
+        return TILE
+
+    @property
     def device(self) -> torch.device:
         """Where it lies."""
         return self.lengths.device

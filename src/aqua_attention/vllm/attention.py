@@ -12,16 +12,17 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.api import attend_pages, decode_pages, write_pages
+from aqua_attention.ops.api import attend_pages, decode_pages, reserve_pages, write_pages
 from aqua_attention.ops.backend import why_not_paged
 from aqua_attention.ops.layout import Quantization
-from aqua_attention.ops.pages import PagedCache, PagedLayer, Step, content
+from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.scored import score_quantization
 from aqua_attention.vllm.checks import check_engine
+from aqua_attention.vllm.page import most_sequences, pages_of
 from aqua_attention.vllm.prefill import use_flash_attention
 from aqua_attention.vllm.settings import INT8, serving
 
@@ -48,8 +49,8 @@ class AquaMetadata:
     block_table: Tensor
 
 
-BLOCK_SIZE = 64
-"""Tokens of a page on a GPU: a row of a dimension is 128 bytes, or 64 in 8 bits."""
+MEMORY: dict[Any, Any] = {}
+"""What kernels that choose tokens work in: of all layers of this process, whose steps follow one another."""
 
 
 class AquaAttention(AttentionImpl[AquaMetadata]):
@@ -85,6 +86,8 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kept = serving().config.kept_dims(head_size)
         use_flash_attention()
+        config = get_current_vllm_config()
+        self._most = {"sequences": most_sequences(config), "length": config.model_config.max_model_len}
         self._layers: dict[str, tuple[PagedLayer, Quantization | None]] = {}
 
     def forward(
@@ -103,8 +106,10 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("AQUA's output is not quantised")
         if attn_metadata is None:
-            # vLLM measures memory, before it records anything: what is copied to the GPU is copied now.
-            self._how_of(layer, query.device)
+            # vLLM measures memory, before it records anything: what is on the GPU is brought or made there now.
+            how, _ = self._how_of(layer, query.device)
+            if query.is_cuda:
+                reserve_pages(how, self.num_heads, self.head_size, query.dtype, **self._most)
             return output.zero_()
         given, (pages, how) = attn_metadata, self._of(layer, kv_cache, query)
         # All is written before anybody attends: pages may be shared with a prompt that is computed in the same batch.
@@ -125,7 +130,7 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
         Pages are not kept: vLLM makes some for a trial first, whose memory it wants back.
         """
         how, quantization = self._how_of(layer, query.device)
-        pages = PagedCache(kv_cache, self.kept, self.head_size, quantization)
+        pages = pages_of(kv_cache, self.kept, self.head_size, quantization)
         if query.is_cuda and (reason := why_not_paged(query, pages, how)):
             logger.warning_once("AQUA decodes slowly, in plain torch: %s", reason)
         return pages, how
@@ -139,12 +144,14 @@ class AquaAttention(AttentionImpl[AquaMetadata]):
 
     def _how(self, index: int, device: torch.device) -> tuple[PagedLayer, Quantization | None]:
         plan, quantization = self._made(index, device), None
-        if plan is not None and self.kv_cache_dtype == INT8:
+        if plan is not None and plan.config.chooses_tokens:
+            quantization = score_quantization(plan)
+        elif plan is not None and self.kv_cache_dtype == INT8:
             assert plan.key_scale is not None and plan.key_mean is not None
             quantization = Quantization(plan.key_scale, plan.key_mean)
         elif plan is not None and not plan.selects and self.kept == self.head_size:
             plan = None  # every dimension of whole keys: a rotation would change nothing
-        return PagedLayer(plan, self.scale, self.logits_soft_cap, self.sliding_window), quantization
+        return PagedLayer(plan, self.scale, self.logits_soft_cap, self.sliding_window, MEMORY), quantization
 
     def _made(self, index: int, device: torch.device) -> LayerPlan | None:
         config, known = serving().config, serving().projections.layers.get(index)
@@ -181,19 +188,3 @@ def own_heads(count: int, here: int) -> slice | None:
         # With more processes than heads, several have the same one.
         return slice(rank * count // size, rank * count // size + 1)
     return None
-
-
-def why_no_kernels(spec: Any, group: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why kernels do not decode layers with so many query heads for each key-value head; None when they do."""
-    config, head_size, value_dim = serving().config, spec.head_size, spec.head_size_v
-    kept = config.kept_dims(head_size)
-    of_head = torch.ones(1, kept, device=device)
-    plan = LayerPlan.of(torch.empty(1, head_size, kept, device=device), of_head, config)
-    is_quantized = spec.kv_quant_mode.is_per_token_head
-    width = content(kept, value_dim, get_dtype_size(spec.dtype), is_quantized=is_quantized) // get_dtype_size(
-        spec.dtype
-    )
-    pages = torch.empty(1, 1, BLOCK_SIZE, width, dtype=spec.dtype, device=device)
-    cache = PagedCache(pages, kept, value_dim, Quantization(of_head, of_head) if is_quantized else None)
-    query = torch.empty(1, group, head_size, dtype=dtype, device=device)
-    return why_not_paged(query, cache, PagedLayer(plan, 1.0))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.platforms import current_platform
-from vllm.utils.torch_utils import get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -19,9 +18,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from aqua_attention.ops.pages import Step, content
-from aqua_attention.vllm.attention import BLOCK_SIZE, AquaAttention, AquaMetadata, why_no_kernels
+from aqua_attention.ops.pages import Step
+from aqua_attention.vllm.attention import AquaAttention, AquaMetadata
 from aqua_attention.vllm.checks import why_not
+from aqua_attention.vllm.page import BLOCK_SIZE, bytes_of, most_sequences, why_no_kernels
 from aqua_attention.vllm.plugin import backend_name
 from aqua_attention.vllm.settings import INT8, serving
 from aqua_attention.vllm.versions import Pages
@@ -57,14 +57,13 @@ class AquaBackend(Pages, AttentionBackend):
     def customize_spec(cls, spec: Any) -> Any:
         """Pages without the dimensions that `s_ratio` leaves out: vLLM has room for more tokens.
 
-        What else a page is to hold, a copy of the keys to choose tokens by, is asked for here.
+        Where tokens are chosen, pages hold a copy of the keys, too: there is room for fewer.
         """
-        kept = serving().config.kept_dims(spec.head_size)
-        is_quantized = spec.kv_quant_mode.is_per_token_head
-        if spec.state_content_bytes is not None or (kept == spec.head_size and not is_quantized):
+        is_usual = serving().config.kept_dims(spec.head_size) == spec.head_size
+        is_usual = is_usual and not spec.kv_quant_mode.is_per_token_head and not serving().config.chooses_tokens
+        if spec.state_content_bytes is not None or is_usual:
             return spec
-        size = content(kept, spec.head_size_v, get_dtype_size(spec.dtype), is_quantized=is_quantized)
-        return replace(spec, state_content_bytes=size)
+        return replace(spec, state_content_bytes=bytes_of(spec))
 
     @classmethod
     def validate_configuration(cls, *args: Any, **given: Any) -> list[str]:
@@ -86,9 +85,9 @@ class AquaMetadataBuilder(AttentionMetadataBuilder[AquaMetadata]):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        recorded = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        most = max(vllm_config.scheduler_config.max_num_seqs, recorded)
+        most = most_sequences(vllm_config)
         self.arrived = torch.zeros(most * kv_cache_spec.num_kv_heads, dtype=torch.int32, device=device)
+        self.longest: int = vllm_config.model_config.max_model_len
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -114,5 +113,5 @@ class AquaMetadataBuilder(AttentionMetadataBuilder[AquaMetadata]):
             known = given.seq_lens if known is None else known
             lengths = known[decodes : given.num_reqs].tolist()
         slots, table = given.slot_mapping, given.block_table_tensor
-        step = Step(table[:decodes], given.seq_lens[:decodes], slots[:decodes], self.arrived)
+        step = Step(table[:decodes], given.seq_lens[:decodes], slots[:decodes], self.arrived, self.longest)
         return AquaMetadata(decodes, step, starts, lengths, slots, table)

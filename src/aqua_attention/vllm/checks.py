@@ -38,6 +38,16 @@ def why_not(config: Any) -> str | None:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
             return f"{name} is {size}, and AQUA does not split a sequence over GPUs: set it to 1"
+    if serving().config.chooses_tokens and not _pages_have_room():
+        return (
+            f"vLLM is {_version()}, whose pages have no room for what tokens are chosen by: install 0.30 or newer, or "
+            f"leave select_p and select_tokens out of {CONFIG}"
+        )
+    if serving().config.chooses_tokens and parallel.use_ubatching:
+        return (
+            "halves of a batch run at once (enable_dbo or ubatch_size), and what tokens are chosen in is for one step: "
+            "leave both out"
+        )
     if serving().config.bits == 8:
         if dtype != INT8:
             return f"kv_cache_dtype is {dtype}, and {CONFIG} asks for bits 8: set it to {INT8}"
@@ -63,6 +73,19 @@ def check_engine(config: Any) -> None:
         raise AquaError(reason)
     # Only loggers below vLLM's own are shown.
     init_logger("vllm.aqua").info_once("AQUA attention: %s", str(serving()))
+
+
+def _version() -> str:
+    from vllm import __version__
+
+    return __version__
+
+
+def _pages_have_room() -> bool:
+    """Whether a backend may say how many bytes a page has, and vLLM makes them of any content."""
+    from aqua_attention.vllm.versions import LAYOUTS
+
+    return LAYOUTS is not None
 
 
 class NoLatentAttention:

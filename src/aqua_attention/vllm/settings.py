@@ -22,8 +22,10 @@ which may name a `preset`, too.
 Every process of a server inherits them, and vLLM's CPU platform takes a backend only from a plugin, which is given
 nothing else.
 """
-UNSERVED = {"h2o_ratio": 1.0, "logit_error": None, "select_p": None, "select_tokens": None}
+UNSERVED = {"h2o_ratio": 1.0, "logit_error": None}
 """Knobs that a server cannot follow yet, and the values that do nothing."""
+SCORE_BITS = 8
+"""Of the copy of the keys that tokens are chosen by, which lies in vLLM's pages."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class Serving:
                 raise AquaError(f"{CONFIG}: {name} is {value!r}, which is not served in vLLM yet: leave it out")
         if config.bits == 4:
             raise AquaError(f"{CONFIG}: bits is 4, which is not served in vLLM: set it to 8, or leave it out")
+        if config.chooses_tokens and config.score_bits != SCORE_BITS:
+            raise AquaError(
+                f"{CONFIG}: score_bits is {config.score_bits}, and vLLM's pages hold what tokens are chosen by in "
+                f"{SCORE_BITS} bits: set it to {SCORE_BITS}"
+            )
+        if config.chooses_tokens and config.bits is not None:
+            raise AquaError(
+                f"{CONFIG}: bits is {config.bits} with {config.choice}, which is not served in vLLM yet: "
+                "leave one of them out"
+            )
         if config.s_ratio > 0 and config.sink + config.recent > 0:
             raise AquaError(
                 f"{CONFIG}: s_ratio is {config.s_ratio:g} with an exact window of {config.sink} + {config.recent} "

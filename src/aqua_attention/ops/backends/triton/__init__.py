@@ -9,10 +9,11 @@ from torch import Tensor
 
 from aqua_attention.errors import Reason
 from aqua_attention.ops.backend import READS_ALL, Backend, Channels
-from aqua_attention.ops.layout import BLOCKS, LARGEST_QUANTIZED, WIDEST, Chosen, TiledCache
+from aqua_attention.ops.layout import BLOCKS, LARGEST_QUANTIZED, TILE, WIDEST, Chosen, TiledCache
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
 from aqua_attention.ops.scored import ScoredCache
+from aqua_attention.ops.scored_pages import ScoredPages
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_FLOAT32 = 128
@@ -175,6 +176,8 @@ class Triton(Backend):
             return f"pages are {cache.storage.stride()[:2]} elements apart, and it takes multiples of {LEAST_ALIGNED}"
         if plan is None:
             return None
+        if plan.config.chooses_tokens and (reason := _why_not_scored_pages(cache, layer, plan)):
+            return reason
         if plan.config.share != "group" and query.shape[1] != cache.num_key_value_heads:
             text = f"share is {plan.config.share!r}, and the kernel reads the same dimensions for a group"
             return Reason(text, "set share='group'")
@@ -201,14 +204,36 @@ class Triton(Backend):
         """See `Backend`."""
         from aqua_attention.ops.backends.triton.paged_decode import decode_paged
         from aqua_attention.ops.backends.triton.paged_prepare import prepare_paged
+        from aqua_attention.ops.backends.triton.token_pages import decode_scored_pages
 
         chosen = None
+        if isinstance(cache, ScoredPages) and layer.plan is not None:
+            decode_scored_pages(query, key, value, cache, layer, layer.plan, step, output)
+            return
         if layer.plan is None:
             self.write_paged(key, value, cache, layer, step.slots)
         else:
             query, chosen = prepare_paged(query, key, value, cache, layer.plan, step)
-        # Which tokens are attended to would be chosen here, from the same queries and dimensions.
         decode_paged(query, chosen, cache, layer, step, output)
+
+    def reserve_paged(
+        self,
+        layer: PagedLayer,
+        num_attention_heads: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        *,
+        sequences: int,
+        length: int,
+    ) -> None:
+        """See `Backend`."""
+        plan = layer.plan
+        if plan is None or not plan.config.chooses_tokens or _why_not_scored_layer(layer, plan):
+            return
+        from aqua_attention.ops.backends.triton.token_pages import TokenMemory, shape_of
+
+        shape, device = shape_of(num_attention_heads, value_dim, plan), plan.rotation.device
+        TokenMemory.shared(layer.memory, sequences, length, shape, dtype, device)
 
 
 def _why_not_states(states: Tensor) -> str | None:
@@ -236,6 +261,28 @@ def _why_not_scored(plan: LayerPlan) -> str | None:
         return Reason(text, "leave select_p and select_tokens out")
     if plan.is_adaptive:
         return Reason("the kernels score tokens by a fixed number of dimensions", "set k_ratio in place of logit_error")
+    return None
+
+
+def _why_not_scored_pages(cache: PagedCache, layer: PagedLayer, plan: LayerPlan) -> str | None:
+    """Why no kernel chooses tokens in these pages; None when one does."""
+    if reason := _why_not_scored_layer(layer, plan):
+        return reason
+    block, head = cache.storage.stride()[:2]
+    if not isinstance(cache, ScoredPages) or block % head:
+        return "pages have no copy that tokens are chosen by, or those of a block do not follow each other"
+    return None
+
+
+def _why_not_scored_layer(layer: PagedLayer, plan: LayerPlan) -> str | None:
+    """Why no kernel chooses the tokens of this layer, whatever its pages; None when one does."""
+    if reason := _why_not_scored(plan):
+        return reason
+    if max(plan.sink, plan.recent) > TILE:
+        text = f"sink is {plan.sink} and recent {plan.recent}, and where tokens are chosen it takes {TILE} at most"
+        return Reason(text, f"set sink and recent to {TILE} or less")
+    if layer.softcap is not None:
+        return "where tokens are chosen it knows no softcap"
     return None
 
 

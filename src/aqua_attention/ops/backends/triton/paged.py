@@ -13,11 +13,12 @@ from torch import Tensor
 from aqua_attention.ops.backends.triton.blocks import padded
 from aqua_attention.ops.backends.triton.prepare import quantized
 from aqua_attention.ops.pages import PagedCache
+from aqua_attention.ops.scored_pages import ScoredPages
 
 
 class PageArguments(NamedTuple):
     """Pointers to the parts of the first page of the first head, and numbers of elements from a page, and a head, to
-    the next; scales are half as far apart.
+    the next; scales of 8-bit pages are half as far apart. Codes and scores are of `ScoredPages`.
     """
 
     key_pages: Tensor
@@ -28,10 +29,16 @@ class PageArguments(NamedTuple):
     channel_mean: Tensor | None
     block_stride: int
     head_stride: int
+    codes: Tensor | None = None
+    code_scales: Tensor | None = None
 
     @staticmethod
     def of(cache: PagedCache) -> PageArguments:
         """Those of a cache."""
+        if isinstance(cache, ScoredPages):
+            (unit, mean), (block, head) = cache.scoring, cache.storage.stride()[:2]
+            states = cache.keys, cache.values, None, None, unit, mean
+            return PageArguments(*states, block, head, cache.codes, cache.scales)
         channels = cache.quantization or (None, None)
         scales = cache.key_scales, cache.value_scales
         return PageArguments(cache.keys, cache.values, *scales, *channels, *cache.storage.stride()[:2])
@@ -76,11 +83,33 @@ def store_tokens(
         values, value_scales = quantized(values.to(tl.float32), 1)
         tl.store(pages.key_scales + page // 2 + place, key_scales, there)
         tl.store(pages.value_scales + page // 2 + place, value_scales, there)
-    tl.store(
-        pages.key_pages + (page + place)[:, None] + dims[None, :] * BLOCK, keys, there[:, None] & key_column[None, :]
-    )
+    stored = there[:, None] & key_column[None, :]
+    if pages.codes is not None:
+        store_copy(pages, group, page, place, keys, there, KEPT, KEPT_PADDED, BLOCK)
+        tl.store(pages.key_pages + (page + place * KEPT)[:, None] + dims[None, :], keys, stored)
+    else:
+        tl.store(pages.key_pages + (page + place)[:, None] + dims[None, :] * BLOCK, keys, stored)
     tl.store(
         pages.value_pages + (page + place * VALUE_DIM)[:, None] + columns[None, :],
         values,
         there[:, None] & value_column[None, :],
     )
+
+
+@triton.jit
+def store_copy(
+    pages, group, page, place, keys, there, KEPT: tl.constexpr, KEPT_PADDED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the codes of rotated keys [tokens, KEPT_PADDED] to their pages, by dimension, and their scales."""
+    dims = tl.arange(0, KEPT_PADDED)
+    column = dims < KEPT
+    mean = tl.load(pages.channel_mean + group * KEPT + dims, column, 0.0)
+    unit = tl.load(pages.channel_scale + group * KEPT + dims, column, 1.0)
+    # Of keys as they are stored, so that what is scored follows from what is read.
+    keys = tl.where(column[None, :], keys.to(pages.key_pages.dtype.element_ty).to(tl.float32), 0.0)
+    codes, scales = quantized((keys - mean[None, :]) / unit[None, :], 1)
+    size: tl.constexpr = pages.key_pages.dtype.element_ty.primitive_bitwidth // 8
+    tl.store(
+        pages.codes + (page * size + place)[:, None] + dims[None, :] * BLOCK, codes, there[:, None] & column[None, :]
+    )
+    tl.store(pages.code_scales + page * (size // 2) + place, scales, there)

@@ -11,6 +11,7 @@ from aqua_attention.ops.backends.triton.blocks import LEAST_SIZE, on_device_of, 
 from aqua_attention.ops.backends.triton.choose import choose_dims
 from aqua_attention.ops.backends.triton.paged import PageArguments, page_constants, store_tokens
 from aqua_attention.ops.backends.triton.prepare import FEW_PROGRAMS, WARPS
+from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.backends.triton.turn import load_rotation, turning
 from aqua_attention.ops.layout import Chosen
 from aqua_attention.ops.pages import PagedCache, Step
@@ -21,7 +22,13 @@ MOST_TOGETHER = 4
 
 
 def prepare_paged(
-    query: Tensor, key: Tensor, value: Tensor, cache: PagedCache, plan: LayerPlan, step: Step
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: PagedCache,
+    plan: LayerPlan,
+    step: Step,
+    work: TokenWork | None = None,
 ) -> tuple[Tensor, Chosen | None]:
     """Rotate one query and key token a sequence, write key and value to their slots, choose dimensions.
 
@@ -30,14 +37,17 @@ def prepare_paged(
             heads of a token lie together. On a GPU rotation and key_rms are read before the kernel ahead of this one
             has ended: that one must not be what writes them.
         plan: its dimensions are shared by a group, unless each key-value head has one query head.
+        work: of a step that chooses tokens: what is returned lies there, and `met` is zero then.
 
     Returns:
         Rotated queries [batch, num_attention_heads, kept], and what `decode_paged` multiplies outside the exact window,
         whatever the length; None: every dimension.
     """
     (batch, heads, head_dim), kv_heads, kept = query.shape, cache.num_key_value_heads, cache.kept
-    rotated, chosen = query.new_empty((batch, heads, kept)), None
-    if plan.selects:
+    rotated, chosen = query.new_empty((batch, heads, kept)) if work is None else work.rotated, None
+    if work is not None:
+        chosen = Chosen(work.dims, work.mask)
+    elif plan.selects:
         chosen = Chosen(
             step.lengths.new_empty((batch, kv_heads, plan.k)),
             step.lengths.new_empty((batch, kv_heads, kept), dtype=torch.int8),
@@ -58,6 +68,7 @@ def prepare_paged(
             PageArguments.of(cache),
             rotated,
             *((None, None) if chosen is None else chosen[:2]),
+            None if work is None else work.scratch.met,
             query.stride(0),
             key.stride(0),
             value.stride(0),
@@ -86,6 +97,7 @@ def _prepare_paged(
     rotated_ptr,
     dims_ptr,
     mask_ptr,
+    met_ptr,
     query_stride,
     key_stride,
     value_stride,
@@ -165,6 +177,9 @@ def _prepare_paged(
                     SELECTION,
                     SQUARED,
                 )
+        if met_ptr is not None:  # noqa: SIM102 (as above)
+            if does_query & is_row:
+                tl.store(met_ptr + row * groups + group, 0)
         if does_key & is_row:
             new = tl.sum(tl.where(((number == one) & (member == GROUP))[:, None], turned, 0.0), 0)
             value = tl.load(value_ptr + row * value_stride + group * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)

@@ -22,12 +22,12 @@ from aqua_attention.ops.backends.triton.token_work import (
     MOST_NUMBERS,
     MOST_TURNS,
     ScoredArguments,
+    Sequences,
     TokenWork,
     seen_length,
     start_early,
 )
 from aqua_attention.ops.plan import LayerPlan
-from aqua_attention.ops.scored import ScoredCache
 
 WARPS, TILES_AT_ONCE = 8, 32
 """Of a program, and how many tiles it looks at together: of each a thread has 16 tokens."""
@@ -40,10 +40,10 @@ TURNS = tl.constexpr(MOST_TURNS)
 MOST_SAID = tl.constexpr(MOST_NUMBERS)
 
 
-def choose_tokens(cache: ScoredCache, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
+def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
     """Write the tokens that are read, and how many these are.
 
-    `work.scratch.met` must be zero: `prepare_tokens` makes it so.
+    `work.scratch.met` must be zero: what rotates the queries makes it so.
     """
     batch, kv_heads, _, _, tiles = cache.shape
     config = plan.config

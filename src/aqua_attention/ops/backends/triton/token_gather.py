@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aqua_attention.ops.backends.triton.blocks import (
     LOG2_E,
+    TILE,
     on_device_of,
     online_softmax,
     starts_early,
@@ -21,12 +22,12 @@ from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT, decoded
 from aqua_attention.ops.backends.triton.token_weights import query_for_codes
 from aqua_attention.ops.backends.triton.token_work import (
     ScoredArguments,
+    Sequences,
     TokenWork,
     first_block,
     start_early,
-    token_rows,
+    token_places,
 )
-from aqua_attention.ops.scored import ScoredCache
 
 WARPS, STAGES, WIDE_STAGES = 4, 5, 3
 """Two stages are one block on its way: the list is read a stage before what it says."""
@@ -36,7 +37,7 @@ MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
 
 
-def attend_to_tokens(cache: ScoredCache, work: TokenWork, output: Tensor, *, scaling: float, appended: bool) -> None:
+def attend_to_tokens(cache: Sequences, work: TokenWork, output: Tensor, *, scaling: float, appended: bool) -> None:
     """Write the attention to the listed tokens, [batch, num_attention_heads, value_dim]; sequences are longer then."""
     heads = triton.next_power_of_2(work.group)
     with on_device_of(work.rotated):
@@ -165,7 +166,7 @@ def _piece(
     if cache.value_scales is not None:
         query, unit, _mean = query_for_codes(query, cache, group, scaling, KEPT, KEPT_PADDED)
     first_of_place = first_block(cache, row, group)
-    tokens_ptr = scratch.tokens + place * cache.tile_count * BLOCK
+    tokens_ptr = scratch.tokens + place * cache.tile_count * TILE
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
@@ -173,19 +174,22 @@ def _piece(
         at = start + tl.arange(0, GATHERED)
         listed = at < end
         tokens = tl.load(tokens_ptr + at, listed, 0, cache_modifier=".cg")
-        rows = token_rows(cache, row, first_of_place, tokens, listed, BLOCK)
+        blocks, places = token_places(cache, row, first_of_place, tokens, listed, BLOCK)
         keys = tl.load(
-            cache.keys + rows[None, :] * KEPT + narrow[:, None], listed[None, :] & (narrow < KEPT)[:, None], 0
+            cache.keys + (blocks * cache.key_block + places * KEPT)[None, :] + narrow[:, None],
+            listed[None, :] & (narrow < KEPT)[:, None],
+            0,
         )
         values = tl.load(
-            cache.value_tokens + rows[:, None] * VALUE_DIM + columns[None, :],
+            cache.value_tokens + (blocks * cache.value_block + places * VALUE_DIM)[:, None] + columns[None, :],
             listed[:, None] & column[None, :],
             0,
         )
         if cache.value_scales is not None:
             # What the means of channels add is the same for all tokens.
-            scales = tl.load(cache.scales + rows, listed, 0.0).to(tl.float32)
-            value_scales = tl.load(cache.value_scales + rows, listed, 0.0).to(tl.float32) * VALUE_UNIT
+            scales_at = blocks * cache.scale_block + places
+            scales = tl.load(cache.scales + scales_at, listed, 0.0).to(tl.float32)
+            value_scales = tl.load(cache.value_scales + scales_at, listed, 0.0).to(tl.float32) * VALUE_UNIT
             scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * scales[None, :])
             scores = tl.where(listed[None, :], scores, float("-inf"))
             largest, total, output = online_softmax(

@@ -105,11 +105,7 @@ def _prepare_tokens(
     turned = turned.to(tl.float32)
     if does_key & (position >= 0) & (position < cache.max_length):
         new = tl.sum(tl.where((heads == GROUP)[:, None], turned, 0.0), 0)
-        first = first_block(cache, row, group)
-        block = (position // BLOCK).to(tl.int64)
-        if cache.block_table is not None:
-            block = tl.load(cache.block_table + row * cache.table_width + block).to(tl.int64)
-        block = first + block * cache.block_stride
+        block = first_block(cache, row, group) + position // BLOCK * cache.block_stride
         at = block * BLOCK + position % BLOCK
         value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
         mean = tl.load(cache.channel_mean + group * KEPT + narrow, column, 0.0)

@@ -25,15 +25,14 @@ from aqua_attention.ops.backends.triton.decode_int8 import decoded
 from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, query_for_codes
 from aqua_attention.ops.backends.triton.token_work import (
     ScoredArguments,
+    Sequences,
     TokenWork,
     code_pointers,
     first_block,
     seen_length,
     start_early,
-    token_rows,
+    token_places,
 )
-from aqua_attention.ops.layout import TILE as TILE_TOKENS
-from aqua_attention.ops.scored import ScoredCache
 
 REGISTERS = 168
 """Of a lane of the kernel that is placed by hand: twelve of its programs share a multiprocessor."""
@@ -42,16 +41,14 @@ MOST_PRODUCTS = 128
 """Dimensions of all tiles that one product scores, at most."""
 
 
-def score_tokens(
-    cache: ScoredCache, work: TokenWork, *, scaling: float, window: tuple[int, int], appended: bool
-) -> None:
+def score_tokens(cache: Sequences, work: TokenWork, *, scaling: float, window: tuple[int, int], appended: bool) -> None:
     """Write weights, their largest, and log-sum-exps.
 
     Args:
         window: tokens of the exact window, the first and the last ones.
         appended: one token more is there than `cache.lengths` say.
     """
-    batch, kv_heads, _, _, _ = cache.shape
+    (batch, kv_heads, _, _, _), given = cache.shape, ScoredArguments.of(cache)
     if work.by_hand:
         # Imported here: it needs triton's lower language, which the interpreter does not know.
         from aqua_attention.ops.backends.triton import token_scores_by_hand
@@ -60,7 +57,7 @@ def score_tokens(
             token_scores_by_hand.score_kernel[(work.splits + 1, kv_heads, batch)](
                 work.rotated,
                 work.dims,
-                ScoredArguments.of(cache)._replace(codes=cache.codes.view(torch.int32)),
+                given._replace(codes=cache.codes.view(torch.int32)),
                 work.scratch,
                 scaling * LOG2_E,
                 *window,
@@ -70,7 +67,10 @@ def score_tokens(
                 CHOSEN=work.dims.shape[2],
                 SINK=-(-window[0] // LEAST_SIZE) * LEAST_SIZE,
                 RECENT=-(-window[1] // LEAST_SIZE) * LEAST_SIZE,
-                BLOCK=TILE_TOKENS,
+                BLOCK=cache.block_size,
+                KEY_SIZE=given.key_block,
+                CODE_SIZE=given.code_block // 4,
+                SCALE_SIZE=given.scale_block,
                 num_warps=1,
                 maxnreg=REGISTERS,
                 **starts_early(work.rotated),
@@ -80,7 +80,7 @@ def score_tokens(
         _score_tokens[(work.splits + 1, kv_heads, batch)](
             work.rotated,
             work.dims,
-            ScoredArguments.of(cache),
+            given,
             work.scratch,
             scaling * LOG2_E,
             *window,
@@ -92,7 +92,7 @@ def score_tokens(
         )
 
 
-def score_constants(cache: ScoredCache, work: TokenWork) -> dict[str, int]:
+def score_constants(cache: Sequences, work: TokenWork) -> dict[str, int]:
     """What kernels that score know when they are compiled."""
     most, heads = work.dims.shape[2], int(triton.next_power_of_2(work.group))
     dims = max(LEAST_SIZE, int(triton.next_power_of_2(most)))
@@ -241,12 +241,14 @@ def score_tiles(
             tl.minimum(tile + tile_of_dim, end - 1)[:, None],
             dims[:, None],
             tokens[None, :],
+            length,
             KEPT,
             BLOCK,
         )
         codes = tl.load(codes_at)
         held = tl.minimum(tile + tile_of_row, end - 1)[:, None] * TILE + tokens[None, :]
-        scales = tl.load(cache.scales + token_rows(cache, row, first, held, held >= 0, BLOCK))
+        blocks, places = token_places(cache, row, first, held, held < length, BLOCK)
+        scales = tl.load(cache.scales + blocks * cache.scale_block + places)
         if is_wide:
             scores = tl.dot(query, codes.to(tl.float32) - 128, input_precision="ieee")
         else:
@@ -316,15 +318,17 @@ def score_window(
         start = 0 if end == 0 else tl.maximum(length - recent, sink)
         position = start + tokens
         seen = position < (tl.minimum(sink, length) if end == 0 else length)
-        rows = token_rows(cache, row, first, position, seen, BLOCK)
+        blocks, places = token_places(cache, row, first, position, seen, BLOCK)
         keys = tl.load(
-            cache.keys + rows[None, :] * KEPT + narrow[:, None],
+            cache.keys + (blocks * cache.key_block + places * KEPT)[None, :] + narrow[:, None],
             seen[None, :] & (narrow < KEPT)[:, None],
             0,
             cache_modifier=".cg",
         )
         if cache.value_scales is not None:
-            scales = tl.load(cache.scales + rows, seen, 0.0, cache_modifier=".cg").to(tl.float32)
+            scales = tl.load(cache.scales + blocks * cache.scale_block + places, seen, 0.0, cache_modifier=".cg").to(
+                tl.float32
+            )
             scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * scales[None, :]) + mean[:, None]
         else:
             scores = tl.dot(query, keys, input_precision="ieee") * scaling

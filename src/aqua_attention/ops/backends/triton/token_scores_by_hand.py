@@ -55,6 +55,9 @@ def score_kernel(
     SINK: gl.constexpr,
     RECENT: gl.constexpr,
     BLOCK: gl.constexpr,
+    KEY_SIZE: gl.constexpr,
+    CODE_SIZE: gl.constexpr,
+    SCALE_SIZE: gl.constexpr,
     EARLY: gl.constexpr,
 ):
     """Part of the tiles of a sequence and key-value head, or its exact window.
@@ -62,6 +65,7 @@ def score_kernel(
     Args:
         cache: its codes are words of four.
         sink, recent: tokens of the exact window; SINK, RECENT: rounded up to rows of a product, or 0.
+        KEY_SIZE, CODE_SIZE, SCALE_SIZE: numbers, words and scales from a block to the next.
     """
     if EARLY:
         gl.inline_asm_elementwise(
@@ -81,7 +85,8 @@ def score_kernel(
     first_block = row.to(gl.int64) * cache.row_stride + group.to(gl.int64) * cache.head_stride
     if block_table_ptr is not None:
         block_table_ptr += row * cache.table_width
-    lookup = (block_table_ptr, cache.table_width, first_block, cache.block_stride)
+    # Behind the last token of a sequence its row of the table says nothing.
+    lookup = (block_table_ptr, gl.cdiv(length, BLOCK), first_block, cache.block_stride)
     channels = (cache.channel_scale + group * KEPT, cache.channel_mean + group * KEPT)
     part = (place, length, sink, recent, scaling)
     if split < 0:
@@ -98,6 +103,8 @@ def score_kernel(
             SINK,
             RECENT,
             BLOCK,
+            KEY_SIZE,
+            SCALE_SIZE,
         )
     else:
         queries, unit, mean = query_operands(
@@ -114,9 +121,10 @@ def score_kernel(
             part,
             (split, splits),
             GROUP,
-            KEPT,
             CHOSEN,
             BLOCK,
+            CODE_SIZE,
+            SCALE_SIZE,
         )
 
 
@@ -132,9 +140,10 @@ def score_tiles(
     part,
     share,
     GROUP: gl.constexpr,
-    KEPT: gl.constexpr,
     CHOSEN: gl.constexpr,
     BLOCK: gl.constexpr,
+    CODE_SIZE: gl.constexpr,
+    SCALE_SIZE: gl.constexpr,
 ):
     """Weights of the tokens of some tiles, and their log-sum-exp."""
     KEY_WORDS: gl.constexpr = TILE // 4
@@ -170,18 +179,18 @@ def score_tiles(
         waiting = ()
         for ahead in gl.static_range(TILES_AHEAD):
             blocks = blocks_of(lookup, gl.minimum(begin + ahead, end - 1), key_word * 4, BLOCK)
-            keys_ptr = of_words(cache.codes, blocks, block_table_ptr, KEPT * BLOCK // 4)
+            keys_ptr = of_words(cache.codes, blocks, block_table_ptr, CODE_SIZE)
             for chunk in gl.static_range(CHUNKS):
                 waiting = waiting + (load_codes(keys_ptr + key_at[chunk]),)  # noqa: RUF005
         blocks = blocks_of(lookup, begin, sixteen, BLOCK)
-        scales = gl.load(of_tokens(cache.scales, blocks, block_table_ptr, BLOCK) + scales_at, cache_modifier=".cg")
+        scales = gl.load(of_tokens(cache.scales, blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg")
         for tile in range(begin, end):
             # The last tile again instead of nothing: it is in the cache.
             blocks = blocks_of(lookup, gl.minimum(tile + TILES_AHEAD, end - 1), key_word * 4, BLOCK)
-            keys_ptr = of_words(cache.codes, blocks, block_table_ptr, KEPT * BLOCK // 4)
+            keys_ptr = of_words(cache.codes, blocks, block_table_ptr, CODE_SIZE)
             blocks = blocks_of(lookup, gl.minimum(tile + 1, end - 1), sixteen, BLOCK)
             next_scales = gl.load(
-                of_tokens(cache.scales, blocks, block_table_ptr, BLOCK) + scales_at, cache_modifier=".cg"
+                of_tokens(cache.scales, blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg"
             )
             scores = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
             for chunk in gl.static_range(CHUNKS):
@@ -231,6 +240,8 @@ def score_window(
     SINK: gl.constexpr,
     RECENT: gl.constexpr,
     BLOCK: gl.constexpr,
+    KEY_SIZE: gl.constexpr,
+    SCALE_SIZE: gl.constexpr,
 ):
     """Log-sum-exp of the exact window, with every dimension."""
     place, length, sink, recent, scaling = part
@@ -242,11 +253,13 @@ def score_window(
     largest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
     total = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, MMA))
     if SINK > 0:
-        scores = scores_of_tokens(operands, cache, lookup, 0, gl.minimum(sink, length), KEPT, SINK, BLOCK)
+        scores = scores_of_tokens(
+            operands, cache, lookup, 0, gl.minimum(sink, length), KEPT, SINK, BLOCK, KEY_SIZE, SCALE_SIZE
+        )
         largest, total = added(scores, largest, total)
     if RECENT > 0:
         start = gl.maximum(length - recent, sink)
-        scores = scores_of_tokens(operands, cache, lookup, start, length, KEPT, RECENT, BLOCK)
+        scores = scores_of_tokens(operands, cache, lookup, start, length, KEPT, RECENT, BLOCK, KEY_SIZE, SCALE_SIZE)
         largest, total = added(scores, largest, total)
     lse_ptr = scratch.part_lse + (place * GROUP + heads) * (splits + 1) + splits
     gl.store(lse_ptr, largest + gl.log2(total), heads < GROUP)
@@ -262,38 +275,48 @@ def added(scores, largest, total):
 
 @gluon.jit
 def scores_of_tokens(
-    operands, cache, lookup, start, limit, KEPT: gl.constexpr, COUNT: gl.constexpr, BLOCK: gl.constexpr
+    operands,
+    cache,
+    lookup,
+    start,
+    limit,
+    KEPT: gl.constexpr,
+    COUNT: gl.constexpr,
+    BLOCK: gl.constexpr,
+    KEY_SIZE: gl.constexpr,
+    SCALE_SIZE: gl.constexpr,
 ):
     """Scores of COUNT tokens from `start` on by every dimension, [COUNT, HEADS]; behind `limit` minus infinity."""
     queries, unit, mean = operands
     position = start + gl.arange(0, COUNT, gl.SliceLayout(1, LEFT))
-    rows = rows_of(lookup, position, position < limit, BLOCK)
+    blocks, places = places_of(lookup, position, position < limit, BLOCK)
+    keys_at = blocks * KEY_SIZE + places * KEPT
     scores = gl.full([COUNT, HEADS], 0.0, gl.float32, MMA)
     for chunk in gl.static_range((KEPT + 15) // 16):
         dims = chunk * 16 + gl.arange(0, 16, gl.SliceLayout(0, LEFT))
         there = (position < limit)[:, None] & (dims < KEPT)[None, :]
-        keys = gl.load(cache.keys + rows[:, None] * KEPT + dims[None, :], there, 0, cache_modifier=".cg")
+        keys = gl.load(cache.keys + keys_at[:, None] + dims[None, :], there, 0, cache_modifier=".cg")
         if cache.value_scales is not None:
             keys = (keys.to(gl.float32) - 128).to(gl.float16)
         scores = mma_v2(keys, queries[chunk], scores)
     position = start + gl.arange(0, COUNT, gl.SliceLayout(1, MMA))
     if cache.value_scales is not None:
-        rows = rows_of(lookup, position, position < limit, BLOCK)
-        scores = (
-            scores * gl.load(cache.scales + rows, position < limit, 0.0, cache_modifier=".cg").to(gl.float32)[:, None]
-        )
+        blocks, places = places_of(lookup, position, position < limit, BLOCK)
+        scales_at = blocks * SCALE_SIZE + places
+        scales = gl.load(cache.scales + scales_at, position < limit, 0.0, cache_modifier=".cg").to(gl.float32)
+        scores = scores * scales[:, None]
     scores = scores * unit[None, :] + mean[None, :]
     return gl.where((position < limit)[:, None], scores, float("-inf"))
 
 
 @gluon.jit
-def rows_of(lookup, position, is_token, BLOCK: gl.constexpr):
-    """Where tokens of a sequence and head lie, in tokens from the first of all."""
+def places_of(lookup, position, is_token, BLOCK: gl.constexpr):
+    """The blocks of tokens of a sequence and head, and their places in these."""
     block_table_ptr, _width, first_block, block_stride = lookup
     blocks = position // BLOCK
     if block_table_ptr is not None:
         blocks = gl.load(block_table_ptr + blocks, is_token, 0, cache_modifier=".cg")
-    return (first_block + blocks.to(gl.int64) * block_stride) * BLOCK + position % BLOCK
+    return first_block + blocks.to(gl.int64) * block_stride, position % BLOCK
 
 
 @gluon.jit

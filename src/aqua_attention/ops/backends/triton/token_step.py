@@ -12,7 +12,7 @@ from aqua_attention.ops.backends.triton.token_choice import choose_tokens
 from aqua_attention.ops.backends.triton.token_gather import attend_to_tokens
 from aqua_attention.ops.backends.triton.token_prepare import prepare_tokens
 from aqua_attention.ops.backends.triton.token_scores import score_tokens
-from aqua_attention.ops.backends.triton.token_work import TokenWork
+from aqua_attention.ops.backends.triton.token_work import Sequences, TokenWork
 from aqua_attention.ops.layout import Chosen, expect
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache
@@ -55,7 +55,7 @@ def selected_step(
 
 
 def attend_selected(
-    cache: ScoredCache, plan: LayerPlan, work: TokenWork, output: Tensor, *, scaling: float, appended: bool
+    cache: Sequences, plan: LayerPlan, work: TokenWork, output: Tensor, *, scaling: float, appended: bool
 ) -> None:
     """What follows once `work` has rotated queries and dimensions, and zeros in `met`: score, choose, attend."""
     score_tokens(cache, work, scaling=scaling, window=(plan.sink, plan.recent), appended=appended)

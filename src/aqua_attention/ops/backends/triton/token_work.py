@@ -22,7 +22,9 @@ from aqua_attention.ops.backends.triton.blocks import VERSION, padded, sm_count
 from aqua_attention.ops.backends.triton.decode import BY_HAND_GROUP, splits_by_hand
 from aqua_attention.ops.layout import TILE
 from aqua_attention.ops.scored import ScoredCache
+from aqua_attention.ops.scored_pages import COPY_BYTES, PagedSequences
 
+Sequences = ScoredCache | PagedSequences
 SCORE_PROGRAMS, LEAST_TILES = 6, 4
 """Programs that score, for each multiprocessor, two rounds of those that run at once; and tiles of one at least."""
 SCORE_BY_HAND = 24
@@ -38,9 +40,11 @@ GATHER_PROGRAMS, GATHER_WAVES = 2, 4
 
 
 class ScoredArguments(NamedTuple):
-    """What kernels are given of a `ScoredCache`, as one argument. A place is a sequence and head, a block a tile.
+    """What kernels are given of a `ScoredCache`, or of pages, as one argument. A place is a sequence and head.
 
-    The block table and its width are for pages, in which nothing lies yet.
+    A block is a tile, or the page of one head. Strides count blocks; `key_block` and others are elements from the keys,
+    values, codes and scales of a block to those of the next. The block table is of pages, `table_width` from a row of
+    it to the next.
     """
 
     keys: Tensor
@@ -58,16 +62,34 @@ class ScoredArguments(NamedTuple):
     row_stride: int
     head_stride: int
     block_stride: int
+    key_block: int
+    value_block: int
+    code_block: int
+    scale_block: int
 
     @staticmethod
-    def of(cache: ScoredCache) -> ScoredArguments:
-        """Those of a cache, whose tensors are never replaced."""
-        (_, kv_heads, _, _, tiles), states = (
+    def of(cache: Sequences) -> ScoredArguments:
+        """Those of a cache, whose tensors are never replaced, or of pages."""
+        if isinstance(cache, PagedSequences):
+            return ScoredArguments._of_pages(cache)
+        (_, kv_heads, kept, value_dim, tiles), states = (
             cache.shape,
             (cache.keys, cache.values, cache.codes, cache.scales, cache.value_scales),
         )
         numbers = tiles, cache.max_length, 0, kv_heads * tiles, tiles, 1
-        return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers)
+        sizes = kept * TILE, value_dim * TILE, kept * TILE, TILE
+        return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers, *sizes)
+
+    @staticmethod
+    def _of_pages(cache: PagedSequences) -> ScoredArguments:
+        pages, table = cache.pages, cache.block_table
+        block, head = pages.storage.stride()[:2]
+        states = pages.keys, pages.values, pages.codes, pages.scales, None
+        numbers = cache.tiles, cache.tiles * TILE, table.stride(0), 0, 1, block // head
+        size = head * pages.storage.element_size()
+        return ScoredArguments(
+            *states, *pages.scoring, cache.lengths, table, *numbers, head, head, size, size // COPY_BYTES
+        )
 
 
 class Scratch(NamedTuple):
@@ -96,6 +118,76 @@ class Scratch(NamedTuple):
     arrived: Tensor
     met: Tensor
     said: Tensor
+
+
+class Sizes(NamedTuple):
+    """Of a step: batch, num_key_value_heads, kept, value_dim and tiles of what it reads, its query heads, and how many
+    dimensions score; programs that score, choose and attend; whether tokens are scored by `token_scores_by_hand`.
+    """
+
+    batch: int
+    kv_heads: int
+    kept: int
+    value_dim: int
+    tiles: int
+    heads: int
+    k: int
+    splits: int
+    chunks: int
+    programs: int
+    by_hand: bool
+
+    @staticmethod
+    def of(
+        shape: tuple[int, int, int, int, int],
+        heads: int,
+        k: int,
+        like: Tensor,
+        *,
+        splits: int | None = None,
+        chunks: int | None = None,
+        programs: int | None = None,
+        by_hand: bool | None = None,
+    ) -> Sizes:
+        """See `TokenWork.of`; `like`: a tensor on its device, in the dtype of queries."""
+        batch, kv_heads, _, _, tiles = shape
+        places, group, count = batch * kv_heads, heads // kv_heads, sm_count(like)
+        if chunks is None:
+            # The interpreter runs one program after the other, and none can wait for a later one.
+            most = min(MOST_CHUNKS, count - 1)
+            chunks = _chunks(places, tiles, count * CHOOSE_PROGRAMS, most) if like.is_cuda else 1
+        if chunks >= count:
+            raise AquaError(f"chunks is {chunks}: so many programs must run at once, give less than {count}")
+        if by_hand is None:
+            by_hand = like.is_cuda and VERSION >= (3, 6) and like.element_size() == 2 and group <= BY_HAND_GROUP
+        if splits is None and by_hand:
+            splits = splits_by_hand(places, tiles, like, SCORE_BY_HAND)
+        elif splits is None:
+            splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
+        programs = count * GATHER_PROGRAMS if programs is None else programs
+        return Sizes(*shape, heads, k, splits, chunks, programs, by_hand)
+
+    def parts(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of the tensors of a `TokenWork`, and of those of its `Scratch`."""
+        batch, kv_heads, kept, value_dim, tiles, heads, k, splits, chunks, programs, _ = self
+        places, group = batch * kv_heads, heads // kv_heads
+        units = programs * GATHER_WAVES + places
+        return {
+            "rotated": (dtype, (batch, heads, kept)),
+            "dims": (torch.int32, (batch, kv_heads, k)),
+            "mask": (torch.int8, (batch, kv_heads, kept)),
+            "weights": (torch.float16, (places, tiles, group, TILE)),
+            "tops": (torch.float32, (places, tiles, group)),
+            "part_lse": (torch.float32, (places, group, splits + 1)),
+            "together": (torch.float16, (places, tiles * TILE)),
+            "tokens": (torch.int32, (places, tiles * TILE)),
+            "counts": (torch.int32, (places,)),
+            "partial": (torch.float32, (units, group, value_dim)),
+            "lse": (torch.float32, (units, group)),
+            "arrived": (torch.int32, (places,)),
+            "met": (torch.int32, (places,)),
+            "said": (torch.float32, (places, MOST_TURNS, MOST_NUMBERS, chunks)),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,44 +232,19 @@ class TokenWork:
         Raises:
             AquaError: more `chunks` than there are multiprocessors, which could wait for each other for ever.
         """
-        batch, kv_heads, kept, value_dim, tiles = cache.shape
-        places, group, states = batch * kv_heads, num_attention_heads // kv_heads, cache.codes
-        count = sm_count(states)
-        if chunks is None:
-            # The interpreter runs one program after the other, and none can wait for a later one.
-            chunks = (
-                _chunks(places, tiles, count * CHOOSE_PROGRAMS, min(MOST_CHUNKS, count - 1)) if states.is_cuda else 1
-            )
-        if chunks >= count:
-            raise AquaError(f"chunks is {chunks}: so many programs must run at once, give less than {count}")
-        if by_hand is None:
-            by_hand = states.is_cuda and VERSION >= (3, 6) and cache.dtype.itemsize == 2 and group <= BY_HAND_GROUP
-        if splits is None and by_hand:
-            splits = splits_by_hand(places, tiles, states, SCORE_BY_HAND)
-        elif splits is None:
-            splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
-        programs = count * GATHER_PROGRAMS if programs is None else programs
-        units = programs * GATHER_WAVES + places
+        like = torch.empty(0, dtype=cache.dtype, device=cache.device)
+        given = {"splits": splits, "chunks": chunks, "programs": programs}
+        sizes = Sizes.of(cache.shape, num_attention_heads, k, like, by_hand=by_hand, **given)
+        parts = sizes.parts(cache.dtype).items()
+        made = {name: torch.zeros(shape, dtype=kind, device=cache.device) for name, (kind, shape) in parts}
+        return TokenWork.within(sizes, made)
 
-        def made(dtype: torch.dtype, *shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=states.device)
-
-        scratch = Scratch(
-            weights=made(torch.float16, places, tiles, group, TILE),
-            tops=made(torch.float32, places, tiles, group),
-            part_lse=made(torch.float32, places, group, splits + 1),
-            together=made(torch.float16, places, tiles * TILE),
-            tokens=made(torch.int32, places, tiles * TILE),
-            counts=made(torch.int32, places),
-            partial=made(torch.float32, units, group, value_dim),
-            lse=made(torch.float32, units, group),
-            arrived=made(torch.int32, places),
-            met=made(torch.int32, places),
-            said=made(torch.float32, places, MOST_TURNS, MOST_NUMBERS, chunks),
-        )
-        rotated = made(cache.dtype, batch, num_attention_heads, kept)
-        dims, mask = made(torch.int32, batch, kv_heads, k), made(torch.int8, batch, kv_heads, kept)
-        return TokenWork(rotated, dims, mask, scratch, splits, chunks, programs, GATHER_WAVES, group, by_hand)
+    @staticmethod
+    def within(sizes: Sizes, made: dict[str, Tensor]) -> TokenWork:
+        """In memory that is there, see `Sizes.parts`."""
+        rotated, dims, mask = made.pop("rotated"), made.pop("dims"), made.pop("mask")
+        programs = sizes.splits, sizes.chunks, sizes.programs, GATHER_WAVES
+        return TokenWork(rotated, dims, mask, Scratch(**made), *programs, sizes.heads // sizes.kv_heads, sizes.by_hand)
 
     @staticmethod
     def shared(cache: ScoredCache, num_attention_heads: int, k: int) -> TokenWork:
@@ -196,7 +263,7 @@ class TokenWork:
         """Where it lies, which a recorded step knows."""
         return [each.data_ptr() for each in (self.rotated, self.dims, self.mask, *self.scratch)]
 
-    def constants(self, cache: ScoredCache) -> dict[str, int]:
+    def constants(self, cache: Sequences) -> dict[str, int]:
         """What the kernels know when they are compiled."""
         _, _, kept, value_dim, _ = cache.shape
         return {
@@ -206,7 +273,7 @@ class TokenWork:
             "KEPT_PADDED": padded(kept),
             "VALUE_DIM": value_dim,
             "VALUE_PADDED": padded(value_dim),
-            "BLOCK": TILE,
+            "BLOCK": cache.block_size,
         }
 
     @property
@@ -239,27 +306,29 @@ def seen_length(cache, row, APPENDED: tl.constexpr):
 
 
 @triton.jit
-def token_rows(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
-    """Where tokens of a sequence and head lie, in tokens from the first of all."""
+def token_places(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
+    """The blocks of tokens of a sequence and head, and their places in these; without pages all count from the first.
+
+    Where there is no token it is a page of somebody's, which there is.
+    """
     if cache.block_table is None:
-        rows = first * BLOCK + tokens
+        blocks, places = first, tokens
     else:
-        at = row * cache.table_width + tokens // BLOCK
-        block = tl.load(cache.block_table + at, is_token, 0, cache_modifier=".cg").to(tl.int64)
-        rows = (first + block * cache.block_stride) * BLOCK + tokens % BLOCK
-    return rows
+        at = row.to(tl.int64) * cache.table_width + tokens // BLOCK
+        blocks = tl.load(cache.block_table + at, is_token, 0, cache_modifier=".cg").to(tl.int64)
+        blocks, places = first + blocks * cache.block_stride, tokens % BLOCK
+    return blocks, places
 
 
 @triton.jit
-def code_pointers(cache, row, first, tiles, dims, tokens, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def code_pointers(cache, row, first, tiles, dims, tokens, length, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Where the codes of dimensions of tiles lie; arguments broadcast to one shape."""
     if cache.block_table is None:
         pointers = cache.codes + (first + tiles * cache.block_stride) * (DIM * BLOCK) + dims * BLOCK + tokens
     else:
-        at = row * cache.table_width + (tiles * TOKENS + tokens) // BLOCK
-        blocks = tl.load(cache.block_table + at, at < (row + 1) * cache.table_width, 0, cache_modifier=".cg")
-        blocks = first + blocks.to(tl.int64) * cache.block_stride
-        pointers = cache.codes + blocks * (DIM * BLOCK) + dims * BLOCK + tokens % BLOCK
+        position = tiles * TOKENS + tokens
+        blocks, places = token_places(cache, row, first, position, position < length, BLOCK)
+        pointers = cache.codes + blocks * cache.code_block + dims * BLOCK + places
     return pointers
 
 
