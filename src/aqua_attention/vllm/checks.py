@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from aqua_attention.errors import AquaError
 from aqua_attention.vllm.settings import CONFIG, INT8, PROJECTIONS, serving
 
-TESTED = ("0.32",)
+TESTED = ("0.26", "0.32")
 """Versions of vLLM whose engine AQUA was run in."""
 ALLOW = "AQUA_ALLOW_UNTESTED_VLLM"
 """Environment variable: 1 lets other versions pass."""
