@@ -2,8 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Attention to listed tokens, whose keys and values lie here and there.
 
-Lists differ in length by a factor of thirty, so all are cut into pieces of one size, a few for each program that runs
-at a time; which piece is whose is found from the counts alone. The last program to end a piece of a list merges them.
+Lists differ in length by a factor of thirty, so all stand in one row, of which every program has an equal part; which
+is found from the counts alone. The last program to end a piece of a list merges them.
 """
 
 import triton
@@ -54,7 +54,6 @@ def attend_to_tokens(cache: Sequences, work: TokenWork, output: Tensor, *, scali
             GROUP_PADDED=heads,
             MERGED=max(1, MERGED_ROWS // heads),
             GATHERED=GATHERED if cache.value_scales is None else GATHERED_CODES,
-            WAVES=work.waves,
             ASSEMBLY=work.rotated.is_cuda,
             num_warps=WARPS,
             num_stages=STAGES if work.rotated.element_size() == 2 else WIDE_STAGES,
@@ -84,7 +83,6 @@ def _attend_to_tokens(
     PLACES_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
     GATHERED: tl.constexpr,
-    WAVES: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -93,20 +91,24 @@ def _attend_to_tokens(
     every = tl.arange(0, PLACES_PADDED)
     is_place = every < places
     counts = tl.load(scratch.counts + every, is_place, 0, cache_modifier=".cg")
-    each = tl.cdiv(tl.sum(counts.to(tl.int64), 0), programs)
-    # Where there is little to do, several pieces of a program would take longer than what they balance.
-    each = tl.where(each > WAVES * GATHERED, tl.cdiv(each, WAVES), each)
-    size = tl.maximum(tl.cdiv(each, GATHERED) * GATHERED, GATHERED).to(tl.int32)
-    # A list of nothing has one piece, too, whose program writes zeros.
-    pieces = tl.where(is_place, tl.maximum(tl.cdiv(counts, size), 1), 0)
-    ends = tl.cumsum(pieces, 0)
-    for piece in range(program, tl.sum(pieces, 0), programs):
-        place = tl.sum((ends <= piece).to(tl.int32), 0)
+    # All lists stand in one row, of which each program has an equal part. Of a list it has one piece.
+    ends = tl.cumsum(counts, 0)
+    starts = ends - counts
+    size = tl.maximum(tl.cdiv(tl.sum(counts, 0), programs), GATHERED)
+    # A list of nothing has a piece, too, whose program writes zeros.
+    firsts = tl.minimum(starts // size, programs - 1)
+    lasts = tl.minimum(tl.maximum(ends - 1, starts) // size, programs - 1)
+    ended = tl.sum((is_place & (lasts < program)).to(tl.int32), 0)
+    begun = tl.sum((is_place & (firsts <= program)).to(tl.int32), 0)
+    for number in range(0, begun - ended):
+        place = ended + number
         own = every == place
-        last = tl.sum(tl.where(own, ends, 0), 0)
-        first = last - tl.sum(tl.where(own, pieces, 0), 0)
-        begin = (piece - first) * size
-        end = tl.minimum(begin + size, tl.sum(tl.where(own, counts, 0), 0))
+        first, last = tl.sum(tl.where(own, firsts, 0), 0), tl.sum(tl.where(own, lasts, 0), 0)
+        before = program * size - tl.sum(tl.where(own, starts, 0), 0)
+        begin = tl.maximum(before, 0)
+        end = tl.minimum(before + size, tl.sum(tl.where(own, counts, 0), 0))
+        # From a piece to the next, either the list or the program is another.
+        piece, first_piece, last_piece = place + program, place + first, place + last
         _piece(
             query_ptr + place.to(tl.int64) * GROUP * KEPT,
             cache,
@@ -124,10 +126,12 @@ def _attend_to_tokens(
             ASSEMBLY,
         )
         tl.debug_barrier()  # the whole program has written before it says so
-        if tl.atomic_add(scratch.arrived + place, 1) == last - first - 1:
+        if tl.atomic_add(scratch.arrived + place, 1) == last - first:
             tl.store(scratch.arrived + place, 0)
             output_at = output_ptr + place.to(tl.int64) * GROUP * VALUE_DIM
-            _merge(scratch, output_at, first, last, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED)
+            _merge(
+                scratch, output_at, first_piece, last_piece + 1, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED
+            )
             if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
                 if place % groups == 0:
                     # Nothing in this launch reads the length.

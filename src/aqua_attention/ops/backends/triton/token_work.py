@@ -35,8 +35,8 @@ head has several, and how many it has at most."""
 MOST_TURNS, MOST_NUMBERS = 16, 7
 """Times that these meet at most: first and last, and each time between quarters what is left of 15 bits; and numbers
 that one says each time."""
-GATHER_PROGRAMS, GATHER_WAVES = 2, 4
-"""Programs that attend, for each multiprocessor, and pieces of work of each of them."""
+GATHER_PROGRAMS = 2
+"""Programs that attend, for each multiprocessor."""
 
 
 class ScoredArguments(NamedTuple):
@@ -101,7 +101,7 @@ class Scratch(NamedTuple):
         part_lse: float32 [places, G, splits + 1], log-sum-exp of the tokens of a program; the last: the exact window.
         together: float16 [places, tiles * TILE], weights of all heads together, see `token_choice`.
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
-        partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of work.
+        partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of a list.
         arrived: int32 [places], zero: pieces that are done.
         met: int32 [places], how often programs have met; said: float32 [places, MOST_TURNS,
             MOST_NUMBERS, chunks]: what.
@@ -171,7 +171,7 @@ class Sizes(NamedTuple):
         """Dtype and shape of the tensors of a `TokenWork`, and of those of its `Scratch`."""
         batch, kv_heads, kept, value_dim, tiles, heads, k, splits, chunks, programs, _ = self
         places, group = batch * kv_heads, heads // kv_heads
-        units = programs * GATHER_WAVES + places
+        units = programs + places
         return {
             "rotated": (dtype, (batch, heads, kept)),
             "dims": (torch.int32, (batch, kv_heads, k)),
@@ -198,7 +198,7 @@ class TokenWork:
         rotated: queries, [batch, num_attention_heads, kept].
         dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
         scratch: what kernels hand on.
-        splits, chunks, programs: of the kernels that score, choose and attend; waves: pieces of work of the last.
+        splits, chunks, programs: of the kernels that score, choose and attend.
         by_hand: tokens are scored by `token_scores_by_hand`.
         group: query heads of a key-value head.
     """
@@ -210,7 +210,6 @@ class TokenWork:
     splits: int
     chunks: int
     programs: int
-    waves: int
     group: int
     by_hand: bool
 
@@ -243,7 +242,7 @@ class TokenWork:
     def within(sizes: Sizes, made: dict[str, Tensor]) -> TokenWork:
         """In memory that is there, see `Sizes.parts`."""
         rotated, dims, mask = made.pop("rotated"), made.pop("dims"), made.pop("mask")
-        programs = sizes.splits, sizes.chunks, sizes.programs, GATHER_WAVES
+        programs = sizes.splits, sizes.chunks, sizes.programs
         return TokenWork(rotated, dims, mask, Scratch(**made), *programs, sizes.heads // sizes.kv_heads, sizes.by_hand)
 
     @staticmethod
