@@ -126,6 +126,20 @@ def test_each_query_of_a_prompt_or_a_part_chooses(choice, queries):
     assert torch.allclose(found, expected[0].transpose(0, 1), atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [60, 13, 1])
+def test_only_decoding_chooses_where_that_is_asked(queries):
+    query, choice = random(queries, 4, 16, seed=9), {"select_tokens": 7, "sink": 2, "recent": 5}
+
+    def attended(**knobs):
+        given = problem((4, 2), [60], (16, 16, 16), block_size=16, impl="torch", **config_of(choice | knobs))
+        given.decode("torch")
+        return attend_pages(query, given.cache, given.layer, given.step.block_table[0], 60)
+
+    decoding, chosen, dense = attended(select_in="decoding"), attended(), attended(select_p=1.0, select_tokens=None)
+    assert not torch.allclose(dense, chosen, atol=1e-3)
+    torch.testing.assert_close(decoding, chosen if queries == 1 else dense, atol=1e-5, rtol=1e-5)
+
+
 def test_pages_without_a_copy_are_not_these():
     assert not isinstance(problem(*SHAPE, block_size=16, impl="torch", k_ratio=0.5).cache, ScoredPages)
     given = problem(*SHAPE, block_size=16, impl="torch", **config_of({"select_p": 0.5}))
