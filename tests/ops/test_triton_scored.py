@@ -130,6 +130,16 @@ def test_many_equal_scores_and_one_spike(spike, choice, count):
     assert read[0, 0, 20000] and (read.sum() == count if count == 1 else 32768 - 127 <= read.sum() <= count)
 
 
+@pytest.mark.parametrize(("place", "spike"), [(0, 10.0), (0, 20.0), (0, 40.0), (300, 10.0), (300, 20.0), (300, 40.0)])
+def test_a_spike_does_not_make_ties_of_all_others(place, spike):
+    """In the exact window, or outside of it: in nats, of which 27 are the range of a weight."""
+    keys = random(600, seed=3)
+    keys[place] = spike
+    given = problem((2, 1), [600], 16, 16, keys=keys, sink=4, recent=8, select_tokens=20)
+    count = int(check(given).sum())
+    assert count == 13 if (place, spike) == (300, 40.0) else 32 <= count <= 34
+
+
 @pytest.mark.parametrize("choice", [{"select_p": 0.5}, {"select_tokens": 5}])
 @pytest.mark.parametrize("where", ["key", "query", "window"])
 def test_a_nan_leaves_other_rows_right(choice, where):

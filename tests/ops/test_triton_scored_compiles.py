@@ -87,6 +87,8 @@ CASES = {
     "select_p=0.9, bits=8)",
     "ones": "dict(dtype=torch.bfloat16, heads=4, groups=1, dim=64, value_dim=64, k_ratio=0.5, select_tokens=1, "
     "length=1, batch=1, sink=1, recent=1, min_length=1)",
+    "window": "dict(dtype=torch.bfloat16, heads=8, groups=2, dim=128, value_dim=128, k_ratio=0.25, select_p=0.9, "
+    "sink=40, recent=96)",
     "float32": "dict(dtype=torch.float32, heads=2, groups=2, dim=64, value_dim=64, k_ratio=0.5, select_p=0.9)",
     "pages": "dict(pages=True, dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, "
     "select_p=0.95)",

@@ -106,12 +106,13 @@ def _choose_tokens(
     row = tl.num_programs(2) - 1 - tl.program_id(2)
     place = (row * tl.num_programs(1) + group).to(tl.int64)
     length = seen_length(cache, row, APPENDED)
-    lse, window = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
+    lse, window, outside = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
     every = (length < min_length) | (window != window)
     if BY_COUNT:
-        window = 0.0
+        # Only the order counts, which shall not be lost where the exact window has nearly all.
+        window, outside = 0.0, tl.where(outside > float("-inf"), outside, 0.0)
     else:
-        every = every | (share >= 1.0)
+        every, outside = every | (share >= 1.0), 0.0
     tiles = tl.cdiv(length, TILE)
     each = tl.cdiv(tiles, CHUNKS)
     begin = chunk * each
@@ -119,7 +120,7 @@ def _choose_tokens(
     first = place * cache.tile_count
     held_ptr, tokens_ptr = scratch.together + first * TILE, scratch.tokens + first * TILE
     shared = (scratch.met + place, scratch.said + place * TURNS * MOST_SAID * CHUNKS, chunk)
-    _keep(scratch, held_ptr, first, part, lse, GROUP, TILES, UNIT)
+    _keep(scratch, held_ptr, first, part, lse, outside, GROUP, TILES, UNIT)
     tl.debug_barrier()  # the whole program has written before any of it reads
     least, turn = _threshold(held_ptr, part, window, share, wanted, shared, TILES, CHUNKS, COUNT, BY_COUNT, ASSEMBLY)
     if CHUNKS > 1:
@@ -139,13 +140,13 @@ def _positions(tile, TILES: tl.constexpr):
 
 
 @triton.jit
-def _keep(scratch, held_ptr, first, part, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
+def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
     """Write the weights of the tokens of this program that can be chosen; a negative one for others."""
     length, begin, end, sink, recent, _every = part
     for tile in range(begin, end, TILES):
         tiles, position = _positions(tile, TILES)
         others = (position >= sink) & (position < length - recent) & (tiles < end)[:, None]
-        weight = group_weights(scratch, first + tiles, tiles < end, lse, GROUP, TILES, UNIT)
+        weight = group_weights(scratch, first + tiles, tiles < end, lse, outside, GROUP, TILES, UNIT)
         tl.store(held_ptr + position, tl.where(others, weight, -1.0).to(tl.float16), (tiles < end)[:, None])
 
 
@@ -309,7 +310,8 @@ def _threshold(
     """The weight from which on tokens are read: a largest for which they have enough; infinity for none. And how often
     programs have met.
     """
-    nothing = tl.full([], 0, tl.int32)
+    # A fixed number of tokens has none that weighs nothing beside the others: they would be ties, and all be read.
+    nothing = tl.full([], 1 if BY_COUNT else 0, tl.int32)
     own = _have(held_ptr, part, (_weight_of(nothing),), TILES, 1, BY_COUNT, ASSEMBLY)
     low_has = window + _together(own[0], shared, 0, CHUNKS)[0]
     target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has

@@ -88,25 +88,23 @@ def _attend_to_tokens(
 ):
     start_early(EARLY)
     program, programs = tl.program_id(0), tl.num_programs(0)
-    every = tl.arange(0, PLACES_PADDED)
-    is_place = every < places
-    counts = tl.load(scratch.counts + every, is_place, 0, cache_modifier=".cg")
     # All lists stand in one row, of which each program has an equal part. Of a list it has one piece.
-    ends = tl.cumsum(counts, 0)
-    starts = ends - counts
-    size = tl.maximum(tl.cdiv(tl.sum(counts, 0), programs), GATHERED)
-    # A list of nothing has a piece, too, whose program writes zeros.
-    firsts = tl.minimum(starts // size, programs - 1)
-    lasts = tl.minimum(tl.maximum(ends - 1, starts) // size, programs - 1)
-    ended = tl.sum((is_place & (lasts < program)).to(tl.int32), 0)
-    begun = tl.sum((is_place & (firsts <= program)).to(tl.int32), 0)
+    taken = _taken(scratch, places, PLACES_PADDED, GATHERED)
+    ends = tl.cumsum(taken, 0)
+    size = tl.maximum(tl.cdiv(tl.sum(taken, 0), programs), GATHERED)
+    is_place = tl.arange(0, PLACES_PADDED) < places
+    ended = tl.sum((is_place & (_program_of(ends - 1, size, programs) < program)).to(tl.int32), 0)
+    begun = tl.sum((is_place & (_program_of(ends - taken, size, programs) <= program)).to(tl.int32), 0)
     for number in range(0, begun - ended):
         place = ended + number
-        own = every == place
-        first, last = tl.sum(tl.where(own, firsts, 0), 0), tl.sum(tl.where(own, lasts, 0), 0)
-        before = program * size - tl.sum(tl.where(own, starts, 0), 0)
-        begin = tl.maximum(before, 0)
-        end = tl.minimum(before + size, tl.sum(tl.where(own, counts, 0), 0))
+        # Looked up anew: kept, the rooms of all lists would take registers that attending needs.
+        rooms = _taken(scratch, places, PLACES_PADDED, GATHERED)
+        start = tl.sum(tl.where(tl.arange(0, PLACES_PADDED) < place, rooms, 0), 0)
+        count = tl.load(scratch.counts + place, cache_modifier=".cg")
+        first = _program_of(start, size, programs)
+        last = _program_of(start + tl.maximum(count, GATHERED) - 1, size, programs)
+        begin = tl.maximum(program * size - start, 0)
+        end = tl.minimum((program + 1) * size - start, count)
         # From a piece to the next, either the list or the program is another.
         piece, first_piece, last_piece = place + program, place + first, place + last
         _piece(
@@ -138,6 +136,20 @@ def _attend_to_tokens(
                     row = place // groups
                     held = tl.load(cache.lengths + row, cache_modifier=".cg")
                     tl.store(cache.lengths + row, tl.minimum(held + 1, cache.max_length), held >= 0)
+
+
+@triton.jit
+def _taken(scratch, places, PLACES_PADDED: tl.constexpr, GATHERED: tl.constexpr):
+    """The room of every list in the row of all: a short one takes a program as long as so many tokens."""
+    every = tl.arange(0, PLACES_PADDED)
+    counts = tl.load(scratch.counts + every, every < places, 0, cache_modifier=".cg")
+    return tl.where(every < places, tl.maximum(counts, GATHERED), 0)
+
+
+@triton.jit
+def _program_of(place, size, programs):
+    """Whose part of the row a place in it is."""
+    return tl.minimum(place // size, programs - 1)
 
 
 @triton.jit

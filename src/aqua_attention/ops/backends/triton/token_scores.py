@@ -19,6 +19,7 @@ from aqua_attention.ops.backends.triton.blocks import (
     LOG2_E,
     TILE,
     on_device_of,
+    padded,
     starts_early,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import decoded
@@ -65,8 +66,8 @@ def score_tokens(cache: Sequences, work: TokenWork, *, scaling: float, window: t
                 GROUP=work.group,
                 KEPT=cache.shape[2],
                 CHOSEN=work.dims.shape[2],
-                SINK=-(-window[0] // LEAST_SIZE) * LEAST_SIZE,
-                RECENT=-(-window[1] // LEAST_SIZE) * LEAST_SIZE,
+                SINK=padded(window[0]) if window[0] else 0,
+                RECENT=padded(window[1]) if window[1] else 0,
                 BLOCK=cache.block_size,
                 KEY_SIZE=given.key_block,
                 CODE_SIZE=given.code_block // 4,

@@ -64,7 +64,7 @@ def score_kernel(
 
     Args:
         cache: its codes are words of four.
-        sink, recent: tokens of the exact window; SINK, RECENT: rounded up to rows of a product, or 0.
+        sink, recent: tokens of the exact window; SINK, RECENT: rounded up to a power of 2 of at least 16, or 0.
         KEY_SIZE, CODE_SIZE, SCALE_SIZE: numbers, words and scales from a block to the next.
     """
     if EARLY:

@@ -13,9 +13,11 @@ WEIGHT_UNIT = tl.constexpr(32768.0)
 
 @triton.jit
 def merged_lse(part_lse_ptr, place, splits, GROUP: tl.constexpr, SPLITS_PADDED: tl.constexpr, UNIT: tl.constexpr):
-    """Log-sum-exp of each head, as a tuple of numbers, and the mass of the exact window."""
+    """Log-sum-exp of each head, as a tuple of numbers; the mass of the exact window; and the logarithm of the largest
+    share that a head has outside of it.
+    """
     parts = tl.arange(0, SPLITS_PADDED)
-    found, window = (), 0.0
+    found, window, outside = (), 0.0, float("-inf")
     for head in tl.static_range(GROUP):
         lse = tl.load(
             part_lse_ptr + (place * GROUP + head) * (splits + 1) + parts,
@@ -28,8 +30,10 @@ def merged_lse(part_lse_ptr, place, splits, GROUP: tl.constexpr, SPLITS_PADDED: 
         whole = top + tl.log2(tl.sum(tl.exp2(lse - top), 0))
         # NaN in any part is in the sum.
         window += tl.sum(tl.where(parts == splits, tl.exp2(lse - whole), 0.0), 0) * UNIT
+        others = tl.sum(tl.where(parts < splits, tl.exp2(lse - top), 0.0), 0)
+        outside = tl.maximum(outside, top + tl.log2(others) - whole)
         found = found + (whole,)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
-    return found, window
+    return found, window, outside
 
 
 @triton.jit
@@ -50,13 +54,13 @@ def query_for_codes(query, cache, group, scaling, KEPT: tl.constexpr, KEPT_PADDE
 
 
 @triton.jit
-def group_weights(scratch, tiles, is_tile, lse, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
+def group_weights(scratch, tiles, is_tile, lse, outside, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
     """Weights of the heads of a group together, float32 [TILES, TILE], of which WEIGHT_UNIT are 1; those of the exact
     window are 0.
 
     Args:
         tiles: numbers of the tiles, counted from the first of all places; is_tile: which there are.
-        lse: of `merged_lse`.
+        lse: of `merged_lse`; outside: so much, as a logarithm, counts as 1.
     """
     tokens = tl.arange(0, TILE)
     weight = tl.zeros([TILES, TILE], tl.float32)
@@ -66,5 +70,5 @@ def group_weights(scratch, tiles, is_tile, lse, GROUP: tl.constexpr, TILES: tl.c
         # Masks of whole tiles: tokens are loaded eight at a time.
         there = is_tile[:, None] & (tokens >= 0)[None, :]
         some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], there, 0.0, cache_modifier=".cg")
-        weight += some.to(tl.float32) * (tl.exp2(top - lse[head]) * UNIT)[:, None]
+        weight += some.to(tl.float32) * (tl.exp2(top - lse[head] - outside) * UNIT)[:, None]
     return weight
