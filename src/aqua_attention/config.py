@@ -35,6 +35,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings by name: what each changes of the defaults."""
 QUERIES_WITHOUT_EVICTION = "h2o_queries says which tokens stay, but with h2o_ratio 1 all do: give a smaller h2o_ratio"
+DENSE_PROMPTS = (
+    f"select_in is {DECODING!r}, so prompts are dense: figures of them alone, as perplexity and log-likelihoods, show "
+    "no choice of tokens"
+)
 _TOKENS, _NO_CACHE = "of tokens, 0 or more", "it has no cache"
 _ALL_READ = "tokens are chosen in decoders only"
 _LESS = {"<": operator.lt, "<=": operator.le}

@@ -57,6 +57,7 @@ def test_prompts_are_dense_where_only_decoding_chooses(llama, more):
     dense, last = logits_of(model, tokens), tokens[:, -1:]
     with aqua.apply(model, projections, SELECT | {"select_in": "decoding"} | more) as attachment:
         assert attachment.explain(60).prompt.backends == {"fused": 3}
+        assert "prompt of 60 tokens: fused, dense (select_in)\n" in str(attachment.explain(60))
         cache = attachment.new_cache()
         prompt = logits_of(model, tokens[:, :-1], past_key_values=cache)
         step = logits_of(model, last, past_key_values=cache)
@@ -83,7 +84,8 @@ def test_dense_prompts_are_said_to_read_all(llama):
     model, projections = llama
     subject = subject_of(model, projections)
     setting = Setting(aqua.AquaConfig(**SELECT | {"select_in": "decoding"}))
-    row = evaluate_perplexity(subject, [setting], tokens_of(40))["rows"][0]
+    with pytest.warns(UserWarning, match="select_in is 'decoding', so prompts are dense"):
+        row = evaluate_perplexity(subject, [setting], tokens_of(40))["rows"][0]
     assert (row["tokens_read"], row["bytes_read"], row["mean_k"]) == (1, 1, 1)
     assert row["kl"] < 1e-6
 

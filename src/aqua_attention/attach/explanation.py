@@ -22,10 +22,12 @@ class Prompt:
     Attributes:
         backends: how many attention layers each backend takes.
         reason: why the backend that is preferred on this device does not take all full layers; None when it does.
+        is_dense: whether nothing is left out, because `select_in` leaves all choice to decoding.
     """
 
     backends: dict[str, int]
     reason: str | None
+    is_dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ class Explanation:
 def _lines(found: Explanation) -> Iterator[str]:
     prompt, last = found.prompt, found.last
     why = f", because {said(prompt.reason)}" if prompt.reason else ""
-    yield f"prompt of {found.length} tokens: {_counted(prompt.backends)}{why}"
+    how = ", dense (select_in)" if prompt.is_dense else ""
+    yield f"prompt of {found.length} tokens: {_counted(prompt.backends)}{how}{why}"
     if found.decoding is not None:
         yield from _decoding_lines(found.decoding, found.length, found.batch)
     if found.dense:

@@ -5,6 +5,7 @@ It needs the extra: `pip install '.[lm-eval]'` in the clone.
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from aqua_attention.attach.door import apply
 from aqua_attention.calibration.projections import Projections
-from aqua_attention.config import DEFAULT_PRESET, AquaConfig, knobs
+from aqua_attention.config import DECODING, DEFAULT_PRESET, DENSE_PROMPTS, AquaConfig, knobs
 from aqua_attention.data.models import DEFAULT_MODEL, load_model, loading
 from aqua_attention.errors import AquaError, did_you_mean
 
@@ -47,6 +48,8 @@ class AquaLM(HFLM):
         """
         given = {name: kwargs.pop(name) for name in knobs() if name in kwargs}
         config = AquaConfig.preset(preset, **given)
+        if config.select_in == DECODING:
+            warnings.warn(DENSE_PROMPTS, stacklevel=2)
         if projections is None:
             raise AquaError(
                 "model_args has no projections: make them with `aqua calibrate`, and add projections=FILE to model_args"

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from aqua_attention.attach.apply import Attachment, layer_shape
 from aqua_attention.calibration.projections import Projections, check_basis
-from aqua_attention.config import AUTO, QUERIES_WITHOUT_EVICTION, AquaConfig, knobs
+from aqua_attention.config import AUTO, DECODING, DENSE_PROMPTS, QUERIES_WITHOUT_EVICTION, AquaConfig, knobs
 from aqua_attention.data.text import text_digest, token_windows, tokenize, warn_of_windows
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.record import record_key
@@ -157,6 +157,12 @@ class Run:
             return []
         read, seen, shares = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
         return list(zip(READ, (read, shares), (seen, seen), strict=True))
+
+
+def warn_of_dense_prompts(settings: Sequence[Setting]) -> None:
+    """Of settings that leave prompts dense, where only prompts are looked at."""
+    if any(setting.config.select_in == DECODING for setting in settings):
+        warnings.warn(DENSE_PROMPTS, stacklevel=3)
 
 
 def runs_of(subject: Subject, settings: Sequence[Setting], side: str = TEXT) -> list[Run]:

@@ -15,7 +15,7 @@ from aqua_attention.attach.apply import Attachment
 from aqua_attention.data.text import text_digest
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Job, Progress, counting, damaged
-from aqua_attention.evaluate.setting import Run, Setting, Subject, runs_of
+from aqua_attention.evaluate.setting import Run, Setting, Subject, runs_of, warn_of_dense_prompts
 from aqua_attention.evaluate.suites.grid import Sizes
 from aqua_attention.model.capture import input_device
 from aqua_attention.model.limits import check_predicts, check_tokens
@@ -116,6 +116,7 @@ def evaluate_perplexity(
     model = subject.model
     check_predicts(model)
     check_tokens(model, windows, context=windows.shape[1])
+    warn_of_dense_prompts(settings)
     runs = runs_of(subject, settings)
     continued = continued or any(setting.config.h2o_ratio < 1 for setting in settings)
     half = windows.shape[1] // 2 if continued else 0

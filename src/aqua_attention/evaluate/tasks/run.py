@@ -10,7 +10,7 @@ from typing import Any
 
 from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.run import Progress, counting
-from aqua_attention.evaluate.setting import Run, Setting, Subject, runs_of
+from aqua_attention.evaluate.setting import Run, Setting, Subject, runs_of, warn_of_dense_prompts
 from aqua_attention.evaluate.suites.retrieval import paired
 from aqua_attention.evaluate.tasks.answers import Answers, answer_items, check_items
 from aqua_attention.evaluate.tasks.formats import ChoiceItem, Task, WrittenItem, final_number
@@ -54,6 +54,7 @@ def evaluate_tasks(
         KeyboardInterrupt: after `state` was written.
     """
     check_request([task.name for task in tasks], batch)
+    warn_of_dense_prompts(settings)
     model, tokenizer, runs = subject.model, subject.tokenizer, runs_of(subject, settings)
     for run in runs:
         run.attachment.on_selection = None  # what is multiplied is not asked here, and counting costs

@@ -28,7 +28,8 @@ Sequences = ScoredCache | PagedSequences
 SCORE_PROGRAMS, LEAST_TILES = 6, 4
 """Programs that score, for each multiprocessor, two rounds of those that run at once; and tiles of one at least."""
 SCORE_BY_HAND = 24
-"""Of those placed by hand, for each multiprocessor: two rounds of those that run at once."""
+"""Of those placed by hand, for each multiprocessor, that a round is made of. Half of them run at once, and share out
+better so."""
 CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHUNKS = 2, 8, 64
 """Programs that choose, for each multiprocessor, which then all run at once; tiles of one at least where a sequence and
 head has several, and how many it has at most."""
