@@ -63,10 +63,15 @@ class TokenMemory:
     def shared(
         memory: dict[Any, Any], rows: int, length: int, shape: Shape, dtype: torch.dtype, device: torch.device
     ) -> TokenMemory:
-        """That of the layers which share `memory`; made where it has no room for so many sequences and tokens."""
+        """That of the layers which share `memory`; made where it has no room for so many sequences and tokens.
+
+        An AquaError while a step is recorded: those that were recorded before know where the former memory lies.
+        """
         key, tiles = (shape, dtype, device), -(-length // TILE)
         found = memory.get(key)
         if found is None or found.rows < rows or found.tiles < tiles:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise AquaError(f"no memory for {rows} sequences of {length} tokens: reserve_pages before recording")
             memory.pop(key, None)
             found = memory[key] = TokenMemory(rows, tiles, shape, dtype, device)
         return found
