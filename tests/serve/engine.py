@@ -46,7 +46,7 @@ def served(model, *, projections, config):
             yield found.complete
 
 
-def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprobs=None, **engine):
+def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprobs=None, generated=None, **engine):
     """(answers, log) of an engine on token ids; an answer has `tokens` and, if asked for, `logprobs` of the prompt, and
     `generated`, those of the tokens.
     """
@@ -55,6 +55,7 @@ def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprob
         "prompts": prompts,
         "max_tokens": max_tokens,
         "logprobs": logprobs,
+        "generated": generated,
         "engine": engine,
     }
     done = subprocess.run(
@@ -85,7 +86,7 @@ def main():
         temperature=0.0,
         max_tokens=request["max_tokens"],
         prompt_logprobs=request["logprobs"],
-        logprobs=request["logprobs"],
+        logprobs=request["generated"],
         ignore_eos=True,
     )
     found = llm.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], sampling)

@@ -38,7 +38,7 @@ def test_all_of_the_softmax_is_stock_in_pages_with_a_copy(smollm2, prompts, stoc
 def test_tokens_are_chosen_as_by_our_own_path(smollm2, prompts, config):
     """All prompts at once, in chunks; then decoding."""
     folder, model, _, file = smollm2
-    options = {"logprobs": 0, "max_num_batched_tokens": 256, "max_tokens": 24}
+    options = {"logprobs": 0, "generated": 0, "max_num_batched_tokens": 256, "max_tokens": 24}
     found, log = run(folder, prompts, projections=file, config=config, **options)
     assert "AQUA attention: k_ratio 0.25" in log
     assert f"select_p {config['select_p']}" in log if "select_p" in config else "select_tokens 60" in log
