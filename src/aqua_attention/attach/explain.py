@@ -91,9 +91,9 @@ def _layer(known: Known, found: AttentionLayer, windows: dict[int, int]) -> _Lay
 
 
 def _prompt(decoder: PreTrainedModel, layers: list[_Layer], length: int, batch: int) -> Prompt:
-    is_dense = any(each.plan.for_queries(length) is not each.plan for each in layers)
-    layers = [each._replace(plan=each.plan.for_queries(length)) for each in layers]
-    calls = [(each, _call(decoder, each, batch, length, length)) for each in layers]
+    own = [each._replace(plan=each.plan.for_queries(length)) for each in layers]
+    is_dense = any(prompt.plan is not each.plan for prompt, each in zip(own, layers, strict=True))
+    calls = [(each, _call(decoder, each, batch, length, length)) for each in own]
     backends = Counter(_backend(each, call) for each, call in calls)
     reasons = (why_not_preferred(call, each.plan) for each, call in calls if each.window is None)
     return Prompt(dict(backends), next(filter(None, reasons), None), is_dense)
