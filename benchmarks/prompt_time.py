@@ -60,6 +60,10 @@ def cases(model: Any) -> list[Case]:
         found.append(Case(f"tiled, {setting}", attachment, tiled))
         if ratio != 0.75:
             found.append(Case(f"growing, {setting}", attachment, found[0].new_cache))
+    for name, changes in (("", {}), (", decoding", {"select_in": "decoding"})):
+        config = aqua.AquaConfig(k_ratio=0.25, select_p=0.95, score_bits=8, **changes)
+        attachment = aqua.apply(model, projections, config)
+        found.append(Case(f"growing, select_p 0.95{name}", attachment, found[0].new_cache))
     return found
 
 

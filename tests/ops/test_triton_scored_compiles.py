@@ -18,7 +18,7 @@ import torch
 import aqua_attention as aqua
 from aqua_attention.ops.backends.triton import token_choice, token_gather, token_prepare, token_scores
 from aqua_attention.ops.backends.triton import paged_prepare, paged_write, token_pages
-from aqua_attention.ops.backends.triton import token_scores_by_hand, token_step
+from aqua_attention.ops.backends.triton import token_prompt, token_scores_by_hand, token_step
 from aqua_attention.ops.backends.triton.token_pages import TokenMemory
 from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.layout import Quantization
@@ -28,8 +28,9 @@ from aqua_attention.ops.scored import ScoredCache, score_quantization
 from aqua_attention.ops.scored_pages import PagedSequences, ScoredPages, scored_content
 
 KERNELS = "_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens"
-KERNELS += "_prepare_paged", "_write_paged"
+KERNELS += "_prepare_paged", "_write_paged", "_sum_scores", "_weigh", "_find_least", "_attend_rows"
 MODULES = token_choice, token_gather, token_prepare, token_scores, token_scores_by_hand, paged_prepare, paged_write
+MODULES += (token_prompt,)
 for module in MODULES:
     module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
     for name in KERNELS:
@@ -70,8 +71,15 @@ def build_pages(dtype, heads, groups, dim, value_dim, block_size=64, batch=3, **
     paged_write.write_paged(*states[1:], pages, plan.rotation, step.slots)
 
 
+def build_prompt(dtype, heads, groups, dim, value_dim, queries=200, tokens=300, **choice):
+    plan = LayerPlan.of(torch.zeros(groups, dim, dim), torch.ones(groups, dim), aqua.AquaConfig(**choice), 0.1)
+    query, key = torch.zeros(1, heads, queries, dim, dtype=dtype), torch.zeros(1, groups, tokens, dim, dtype=dtype)
+    token_prompt.rotate_and_narrow = lambda *_, **options: (query, query, None)
+    token_prompt.attend_prompt(plan.call(query, key, key[..., :value_dim]), plan)
+
+
 for given in CASES:
-    (build_pages if given.pop("pages", False) else build)(**given)
+    {None: build, "pages": build_pages, "prompt": build_prompt}[given.pop("of", None)](**given)
 print("done")
 """
 )
@@ -90,12 +98,16 @@ CASES = {
     "window": "dict(dtype=torch.bfloat16, heads=8, groups=2, dim=128, value_dim=128, k_ratio=0.25, select_p=0.9, "
     "sink=40, recent=96)",
     "float32": "dict(dtype=torch.float32, heads=2, groups=2, dim=64, value_dim=64, k_ratio=0.5, select_p=0.9)",
-    "pages": "dict(pages=True, dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, "
+    "pages": "dict(of='pages', dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, "
     "select_p=0.95)",
-    "pages, odd": "dict(pages=True, dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
+    "pages, odd": "dict(of='pages', dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
     "select_tokens=500, block_size=32, batch=1)",
-    "pages, float32": "dict(pages=True, dtype=torch.float32, heads=4, groups=2, dim=64, value_dim=64, k_ratio=1.0, "
+    "pages, float32": "dict(of='pages', dtype=torch.float32, heads=4, groups=2, dim=64, value_dim=64, k_ratio=1.0, "
     "select_p=0.9)",
+    "prompt": "dict(of='prompt', dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, select_p=0.9)",
+    "prompt, odd": "dict(of='prompt', dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=64, select_tokens=9)",
+    "prompt, float32": "dict(of='prompt', dtype=torch.float32, heads=12, groups=2, dim=128, value_dim=128, "
+    "select_p=0.9, sink=0, recent=0)",
 }
 
 
@@ -103,6 +115,9 @@ CASES = {
 def test_kernels_that_choose_tokens_compile_for_hopper(case, tmp_path):
     kernels = compiled(CODE, CASES[case], tmp_path)
     names = [line.split()[0] for line in kernels]
+    if case.startswith("prompt"):
+        assert set(names) == {"_sum_scores", "_weigh", "_find_least", "_attend_rows"}
+        return
     expected = {"_score_tokens", "_choose_tokens", "_attend_to_tokens"}
     expected |= {"_prepare_paged", "_write_paged"} if case.startswith("pages") else {"_prepare_tokens"}
     assert set(names) == expected | (set() if case == "wide group" or "float32" in case else {"score_kernel"})

@@ -150,7 +150,8 @@ class Way:
     watch: Callable[[Choice], None] | None = None
 
 
-WAY = Way()
+OURS = Way()
+WAY = OURS
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from aqua_attention.errors import Reason
-from aqua_attention.ops.backend import READS_ALL, Backend, Channels
+from aqua_attention.ops import tokens
+from aqua_attention.ops.backend import Backend, Channels
 from aqua_attention.ops.layout import BLOCKS, LARGEST_QUANTIZED, TILE, WIDEST, Chosen, TiledCache
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
@@ -41,8 +42,8 @@ class Triton(Backend):
             return "its kernels rotate and choose by themselves"
         if reason := no_kernels_reason(call.query.device):
             return reason
-        if plan.config.chooses_tokens:
-            return READS_ALL
+        if plan.config.chooses_tokens and (reason := _why_not_scored_prompt(plan, call.value.shape[3])):
+            return reason
         if call.mask is not None:
             return "it knows no mask"
         if plan.rotation.shape[2] != plan.kept:
@@ -67,6 +68,10 @@ class Triton(Backend):
 
     def attend(self, call: Call, plan: LayerPlan) -> Attended:
         """See `Backend`."""
+        if plan.config.chooses_tokens:
+            from aqua_attention.ops.backends.triton.token_prompt import attend_prompt
+
+            return attend_prompt(call, plan)
         from aqua_attention.ops.backends.triton.prefill import attention_prefill
 
         return attention_prefill(call, plan)
@@ -249,6 +254,21 @@ def _why_not_states(states: Tensor) -> str | None:
     return None
 
 
+def _why_not_scored_prompt(plan: LayerPlan, value_dim: int) -> str | None:
+    """Why no kernel takes a prompt whose queries choose tokens; None when one does."""
+    if tokens.WAY != tokens.OURS:
+        return "another way of choosing tokens is measured"
+    if max(plan.head_dim, value_dim) > LARGEST_SCORED:
+        return _too_wide(max(plan.head_dim, value_dim))
+    return None
+
+
+def _too_wide(dims: int) -> Reason:
+    """Why no kernel chooses tokens of such heads."""
+    text = f"heads have {dims} dimensions, and where tokens are chosen it takes {LARGEST_SCORED} at most"
+    return Reason(text, "leave select_p and select_tokens out")
+
+
 def _why_not_scored(plan: LayerPlan) -> str | None:
     """What of the settings that choose tokens no kernel takes; None when one does."""
     config = plan.config
@@ -257,8 +277,7 @@ def _why_not_scored(plan: LayerPlan) -> str | None:
             f"score_bits is {config.score_bits}, and the kernels score keys in {SCORE_BITS}", "set score_bits=8"
         )
     if plan.head_dim > LARGEST_SCORED:
-        text = f"heads have {plan.head_dim} dimensions, and where tokens are chosen it takes {LARGEST_SCORED} at most"
-        return Reason(text, "leave select_p and select_tokens out")
+        return _too_wide(plan.head_dim)
     if plan.is_adaptive:
         return Reason("the kernels score tokens by a fixed number of dimensions", "set k_ratio in place of logit_error")
     return None
