@@ -53,7 +53,6 @@ def decode_kernel(
     CHOSEN: tl.constexpr,
     DIMS_AT_ONCE: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
     BLOCK: tl.constexpr,
     SPECIAL: tl.constexpr,
@@ -171,7 +170,7 @@ def decode_kernel(
         if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == splits - 1:
             tl.store(arrived_ptr + row * (groups + 1) + group, 0)
             results = (partial_ptr, lse_ptr, output_ptr, whole_lse_ptr)
-            merge(results, splits, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
+            merge(results, splits, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED)
             if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
                 if tl.atomic_add(arrived_ptr + row * (groups + 1) + groups, 1) == groups - 1:
                     # All programs of this sequence have read its length.

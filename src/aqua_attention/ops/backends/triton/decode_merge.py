@@ -15,7 +15,7 @@ MERGED_ROWS = 64
 def merging(group: int, splits: int) -> dict[str, int]:
     """Constants of kernels that merge so many parts."""
     heads, parts = triton.next_power_of_2(group), triton.next_power_of_2(splits)
-    return {"GROUP_PADDED": heads, "SPLITS_PADDED": parts, "MERGED": min(parts, max(1, MERGED_ROWS // heads))}
+    return {"GROUP_PADDED": heads, "MERGED": min(parts, max(1, MERGED_ROWS // heads))}
 
 
 @triton.jit
@@ -27,7 +27,6 @@ def merge(
     GROUP_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
 ):
     """The attention over all splits of the sequence, from that over each and its log-sum-exp.
@@ -38,25 +37,15 @@ def merge(
     partial_ptr, lse_ptr, output_ptr, whole_lse_ptr = results
     columns = tl.arange(0, VALUE_PADDED)
     column = columns < VALUE_DIM
-    every, member = tl.arange(0, SPLITS_PADDED), tl.arange(0, GROUP_PADDED)
+    member = tl.arange(0, GROUP_PADDED)
     first = (first_head + member) * splits
-    # Past the cache of this processor, which may hold what was there before.
-    lse = tl.load(
-        lse_ptr + first[:, None] + every[None, :],
-        (member[:, None] < GROUP) & (every[None, :] < splits),
-        float("-inf"),
-        cache_modifier=".cg",
-    )
-    top = tl.max(lse, 1)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    whole_lse = top + tl.log2(tl.sum(tl.exp2(lse - top[:, None]), 1))
-    # Heads that are not there, and sequences without a token: zeros, and no minus infinity less itself.
-    whole_lse = tl.where(whole_lse == float("-inf"), 0.0, whole_lse)
+    top, total = tl.full([GROUP_PADDED], float("-inf"), tl.float32), tl.zeros([GROUP_PADDED], tl.float32)
     result = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)
     for start in range(0, splits, MERGED):
         part = start + tl.arange(0, MERGED)
         is_part = (member[:, None] < GROUP) & (part[None, :] < splits)
         at = first[:, None] + part[None, :]
+        # Past the cache of this processor, which may hold what was there before.
         part_lse = tl.load(lse_ptr + at, is_part, float("-inf"), cache_modifier=".cg")
         some = tl.load(
             partial_ptr + at[:, :, None] * VALUE_DIM + columns[None, None, :],
@@ -64,13 +53,22 @@ def merge(
             0.0,
             cache_modifier=".cg",
         )
-        result += tl.sum(some * tl.exp2(part_lse - whole_lse[:, None])[:, :, None], 1)
+        now = tl.maximum(top, tl.max(part_lse, 1))
+        # Heads that are not there, and sequences without a token: no minus infinity less itself.
+        safe = tl.where(now == float("-inf"), 0.0, now)
+        weight, shrink = tl.exp2(part_lse - safe[:, None]), tl.exp2(top - safe)
+        total = total * shrink + tl.sum(weight, 1)
+        result = result * shrink[:, None] + tl.sum(some * weight[:, :, None], 1)
+        top = now
+    is_empty = total == 0
+    result /= tl.where(is_empty, 1.0, total)[:, None]
     tl.store(
         output_ptr + (first_head + member)[:, None] * VALUE_DIM + columns[None, :],
         result.to(output_ptr.dtype.element_ty),
         (member[:, None] < GROUP) & column[None, :],
     )
     if whole_lse_ptr is not None:
+        whole_lse = tl.where(is_empty, 0.0, top + tl.log2(tl.where(is_empty, 1.0, total)))
         tl.store(whole_lse_ptr + first_head + member, whole_lse, member < GROUP)
 
 
@@ -88,7 +86,6 @@ def merge_kernel(
     GROUP_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -98,7 +95,7 @@ def merge_kernel(
         tl.extra.cuda.gdc_wait()
     results = (partial_ptr, lse_ptr, output_ptr, whole_lse_ptr)
     first_head = (row * tl.num_programs(0) + group).to(tl.int64) * GROUP
-    merge(results, splits, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
+    merge(results, splits, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED)
     if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
         if group == 0:
             tl.store(lengths_ptr + row, tl.minimum(tl.load(lengths_ptr + row, cache_modifier=".cg") + 1, longest))

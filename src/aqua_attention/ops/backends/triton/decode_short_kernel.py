@@ -45,7 +45,6 @@ def decode_short_kernel(
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -173,7 +172,7 @@ def decode_short_kernel(
             if tl.atomic_add(arrived_ptr + row * (groups + 1) + group, 1) == used - 1:
                 tl.store(arrived_ptr + row * (groups + 1) + group, 0)
                 results = (partial_ptr, lse_ptr, output_ptr, None)
-                merge(results, used, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
+                merge(results, used, first_head, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED)
 
 
 @triton.jit

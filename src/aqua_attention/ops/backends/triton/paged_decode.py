@@ -175,7 +175,6 @@ def _decode_paged(
     VALUE_PADDED: tl.constexpr,
     CHOSEN: tl.constexpr,
     DIMS_AT_ONCE: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
     BLOCK: tl.constexpr,
     LEAST: tl.constexpr,
@@ -247,7 +246,7 @@ def _decode_paged(
                 tl.store(arrived_ptr + place, 0)
                 output_at = output_ptr + place.to(tl.int64) * GROUP * VALUE_DIM
                 results = (partial_ptr + at * VALUE_DIM, lse_ptr + at, output_at, None)
-                merge(results, splits, 0, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, SPLITS_PADDED, MERGED)
+                merge(results, splits, 0, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED)
 
 
 @triton.jit
