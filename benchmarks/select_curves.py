@@ -10,7 +10,7 @@ they read. They differ in what scores the tokens. A row a method and budget: the
 that is read, scores included, KL to dense attention, and the change of perplexity. "oracle" scores exactly, for free.
 
 Each row also says which share of the exact softmax the chosen tokens hold, in all and by layer, and what the scores
-make of it. With --json every row is kept as soon as it is measured, and a second run goes on behind the last one.
+make of it. Nobody but plain torch knows that. With --no-mass AQUA and Loki run by kernels on a GPU. With --json every row is kept as soon as it is measured, and a second run goes on behind the last one.
 Windows of 32k tokens of a model of 152k words take about 60 GB of a GPU in float32. There, set
 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: blocks of queries see more and more keys.
 """
@@ -86,11 +86,13 @@ class Curves:
             write_result(self.path, "select", self.head | {"results": self.results}, shlex.join(sys.argv), self.started)
 
 
-def measured(subject: Subject, method: Method, budget: dict[str, Any], windows: Tensor, dense: DenseLogits) -> Any:
+def measured(
+    subject: Subject, method: Method, budget: dict[str, Any], windows: Tensor, dense: DenseLogits, watched: bool = True
+) -> Any:
     """One row."""
     started = time.perf_counter()
     setting = Setting(aqua.AquaConfig(**method.knobs | budget))
-    with measuring(method.way) as masses:
+    with measuring(method.way, watched) as masses:
         row = evaluate_perplexity(subject, [setting], windows, dense_logits=dense)["rows"][0]
     figures = {name: row[name] for name in (*FIGURES, *LAYERS)} | masses.figures()
     return budget | figures | {"setting": row["setting"], "seconds": round(time.perf_counter() - started, 2)}
@@ -99,12 +101,14 @@ def measured(subject: Subject, method: Method, budget: dict[str, Any], windows: 
 def said(row: dict[str, Any], budget: dict[str, Any]) -> str:
     """A row in words."""
     asked = ", ".join(f"{each} {value:g}" for each, value in budget.items())
-    decided = "" if row["mass_decided"] is None else f", {row['mass_decided']:.4f} where p decides"
-    return (
+    found = (
         f"{row['method']}, {asked}: {row['tokens_read']:.1%} of the tokens, {row['bytes_read']:.1%} of the bytes, "
-        f"KL {row['kl']:.4f}, perplexity {row['perplexity_change']:+.2%}; they hold {row['mass']:.4f} of the softmax "
-        f"(by the scores {row['mass_expected']:.4f}{decided}); {row['seconds']:.0f} s"
+        f"KL {row['kl']:.4f}, perplexity {row['perplexity_change']:+.2%}; "
     )
+    if "mass" in row:
+        decided = "" if row["mass_decided"] is None else f", {row['mass_decided']:.4f} where p decides"
+        found += f"they hold {row['mass']:.4f} of the softmax (by the scores {row['mass_expected']:.4f}{decided}); "
+    return found + f"{row['seconds']:.0f} s"
 
 
 def dense_logits(windows: Tensor, model: Any) -> DenseLogits:
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8, help="their bits, of AQUA")
     parser.add_argument("--ablate", action="store_true", help="AQUA with one choice changed at a time, not the peers")
     parser.add_argument("--correct", help="a text, no tested one: with --ablate, also p by layer, found on its start")
+    parser.add_argument("--no-mass", action="store_true", help="do not ask which share of the softmax tokens hold")
     parser.add_argument("--method", action="append", help="only this one; may be repeated")
     parser.add_argument("--p", type=float, action="append", help="only this select_p; may be repeated")
     parser.add_argument("--dtype", default="float32")
@@ -189,7 +194,7 @@ def main() -> None:
                             calibration = windows_of(load_text(given.correct), length, length)
                             corrected[title] = found_p(of, method, calibration)
                         method = replace(method, way=corrected[title])
-                    rows.append(wanted | measured(of, method, budget, windows, dense))
+                    rows.append(wanted | measured(of, method, budget, windows, dense, not given.no_mass))
                     print(f"{name} {length} {said(rows[-1], budget)}", flush=True)
                     curves.write()
 

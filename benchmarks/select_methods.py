@@ -212,7 +212,11 @@ class Masses:
         return part / whole
 
     def figures(self) -> dict[str, Any]:
-        """`mass`, `mass_expected` and `mass_decided`, and each by layer; None where there was no such query."""
+        """`mass`, `mass_expected` and `mass_decided`, and each by layer; None where there was no such query. Nothing at
+        all where nobody watched.
+        """
+        if not self._sums:
+            return {}
         rows = torch.stack([self._sums[layer] for layer in sorted(self._sums)]).cpu()
         found: dict[str, Any] = {}
         for place, (name, counted) in enumerate((("mass", 3), ("mass_expected", 3), ("mass_decided", 4))):
@@ -224,10 +228,10 @@ class Masses:
 
 
 @contextmanager
-def measuring(way: Way) -> Iterator[Masses]:
-    """While open, tokens are chosen so; gives what they hold."""
+def measuring(way: Way, watched: bool = True) -> Iterator[Masses]:
+    """While open, tokens are chosen so; gives what they hold, where that is watched."""
     before, masses = tokens.WAY, Masses()
-    tokens.WAY = replace(way, watch=masses.watch)
+    tokens.WAY = replace(way, watch=masses.watch) if watched else way
     try:
         yield masses
     finally:
