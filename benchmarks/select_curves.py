@@ -10,9 +10,12 @@ they read. They differ in what scores the tokens. A row a method and budget: the
 that is read, scores included, KL to dense attention, and the change of perplexity. "oracle" scores exactly, for free.
 
 Each row also says which share of the exact softmax the chosen tokens hold, in all and by layer, and what the scores
-make of it. Nobody but plain torch knows that. With --no-mass AQUA and Loki run by kernels on a GPU. With --json every row is kept as soon as it is measured, and a second run goes on behind the last one.
-Windows of 32k tokens of a model of 152k words take about 60 GB of a GPU in float32. There, set
-PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: blocks of queries see more and more keys.
+make of it. Only plain torch knows that; with --no-mass AQUA and Loki run by kernels on a GPU. With --json every row is
+kept as soon as it is measured, and a second run goes on behind the last one.
+
+Logits of 32k tokens of a model of 152k words take 20 GB in float32, and torch's dense attention in float32 forms all
+scores: use bfloat16 there. Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: blocks of queries see more and more
+keys.
 """
 
 import argparse

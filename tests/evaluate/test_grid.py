@@ -12,6 +12,7 @@ import aqua_attention as aqua
 from aqua_attention.attach.apply import layer_shape
 from aqua_attention.config import PAPER
 from aqua_attention.evaluate import record as records
+from aqua_attention.evaluate.generation import Continuation
 from aqua_attention.evaluate.record import Record, find_record, read_record, record_key, record_path, write_record
 from aqua_attention.evaluate.run import Job, facts_of, failure_kind, run_jobs
 from aqua_attention.evaluate.setting import Subject, grid_settings
@@ -137,7 +138,7 @@ def test_only_what_is_missing_failed_or_damaged_is_measured(tmp_path):
     calls, notices, ticks = [], [], []
 
     def job(number, failure=None):
-        def measure(progress):
+        def measure(progress, state):
             calls.append(number)
             progress(1, 2)
             if failure:
@@ -175,7 +176,7 @@ def test_a_record_without_its_figures_or_of_other_weights_is_measured_again(tmp_
     notices, weights = [], [[0.25, -0.5], [0.125, 1.0]]
 
     def run(number, key_weights):
-        jobs = [Job(key_of(place), lambda progress: figures(number)) for place in (1, 2)]
+        jobs = [Job(key_of(place), lambda *_: figures(number)) for place in (1, 2)]
         notices.clear()
         return run_jobs(tmp_path, jobs, FACTS | {"key_weights": key_weights}, notice=notices.append)
 
@@ -196,13 +197,13 @@ def test_a_record_without_its_figures_or_of_other_weights_is_measured_again(tmp_
 
 
 def test_what_is_done_stays_when_a_run_ends_and_a_defect_is_not_recorded(tmp_path):
-    def stop(progress):
+    def stop(*_):
         raise KeyboardInterrupt
 
-    def defect(progress):
+    def defect(*_):
         raise RuntimeError("a defect")
 
-    good = Job(key_of(1), lambda progress: figures(1))
+    good = Job(key_of(1), lambda *_: figures(1))
     for end, error in ((stop, KeyboardInterrupt), (defect, RuntimeError)):
         with pytest.raises(error):
             run_jobs(tmp_path, [good, Job(key_of(2), end)], FACTS)
@@ -213,7 +214,7 @@ def test_a_folder_that_cannot_be_is_an_error_before_anything_is_measured(tmp_pat
     (tmp_path / "file").write_text("")
     calls = []
     with pytest.raises(aqua.AquaError, match="cannot make the folder"):
-        run_jobs(tmp_path / "file", [Job(key_of(1), lambda progress: calls.append(1) or {})], FACTS)
+        run_jobs(tmp_path / "file", [Job(key_of(1), lambda *_: calls.append(1) or {})], FACTS)
     assert calls == []
 
 
@@ -339,7 +340,7 @@ def test_retrieval_records_count_cells_and_dense_answers_once(suite, tmp_path, s
         if attachment is not None:
             attachment.on_selection(0, None, torch.Size((1, 4, 1, 8)), 16)
         right = attachment is None or place == 0
-        return retrieval.Continuation(questions[place].expected[0] if right else "none", [place])
+        return Continuation(questions[place].expected[0] if right else "none", [place])
 
     monkeypatch.setattr(retrieval, "continue_tokens", answer)
     dense, half, evicting = run_suite(tmp_path, subject, suite, settings_of(h2o_ratio=[1, 0.5]))

@@ -28,7 +28,7 @@ from aqua_attention.ops.scored import ScoredCache, score_quantization
 from aqua_attention.ops.scored_pages import PagedSequences, ScoredPages, scored_content
 
 KERNELS = "_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens"
-KERNELS += "_prepare_paged", "_write_paged", "_sum_scores", "_weigh", "_find_least", "_attend_rows"
+KERNELS += "_prepare_paged", "_write_paged", "sum_scores", "weigh", "find_least", "attend_rows"
 MODULES = token_choice, token_gather, token_prepare, token_scores, token_scores_by_hand, paged_prepare, paged_write
 MODULES += (token_prompt,)
 for module in MODULES:
@@ -116,7 +116,7 @@ def test_kernels_that_choose_tokens_compile_for_hopper(case, tmp_path):
     kernels = compiled(CODE, CASES[case], tmp_path)
     names = [line.split()[0] for line in kernels]
     if case.startswith("prompt"):
-        assert set(names) == {"_sum_scores", "_weigh", "_find_least", "_attend_rows"}
+        assert set(names) == {"sum_scores", "weigh", "find_least", "attend_rows"}
         return
     expected = {"_score_tokens", "_choose_tokens", "_attend_to_tokens"}
     expected |= {"_prepare_paged", "_write_paged"} if case.startswith("pages") else {"_prepare_tokens"}

@@ -34,11 +34,12 @@ Progress = Callable[[int, int], None]
 class Job:
     """A measurement to make: its record's key, what gives the `result`, and the `provenance` of its projections.
 
+    It is called with what it tells its progress, and with a file beside the record, in which it may keep its state.
     A measurement that makes its projections names them, and their digest, in the result, which go to their own places.
     """
 
     key: Key
-    measure: Callable[[Progress], dict[str, Any]]
+    measure: Callable[[Progress, Path], dict[str, Any]]
     rests_on: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,17 +92,22 @@ def run_jobs(
                 progress(done + step / max(1, steps), len(pending))
 
         tell(0, 1)
-        records[place] = _measured(jobs[place], facts, tell)
+        records[place] = _measured(jobs[place], facts, tell, state_path(folder, jobs[place].key))
         write_record(folder, records[place])
         tell(1, 1)
     return [records[place] for place in range(len(jobs))]
 
 
-def _measured(job: Job, facts: dict[str, Any], progress: Progress) -> Record:
+def state_path(folder: Path, key: Key) -> Path:
+    """Where the measurement of `key` may keep its state."""
+    return record_path(folder, key).with_suffix(".state")
+
+
+def _measured(job: Job, facts: dict[str, Any], progress: Progress, state: Path) -> Record:
     started, clock = now(), time.perf_counter()
     outcome, named = {}, {}
     try:
-        result = job.measure(progress)
+        result = job.measure(progress, state)
         named = {name: result.pop(name) for name in ("projections", "projections_sha256") if name in result}
         outcome = {"result": result}
     except Exception as error:

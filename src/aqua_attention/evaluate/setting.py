@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,10 +82,11 @@ class Subject:
         suite: str,
         settings: Sequence[Setting | None],
         options: dict[str, Any],
-        measure: Callable[[Any, Progress], dict[str, Any]],
+        measure: Callable[[Any, Progress, Path], dict[str, Any]],
         **other: Any,
     ) -> list[Job]:
-        """A job a setting, which calls measure(setting, progress); `options` and `other` are of the record's key.
+        """A job a setting, which calls measure(setting, progress, state), see `Job`; `options` and `other` are of the
+        record's key.
 
         A setting of None is the dense model, whose figures are the same whatever the projections.
         """
@@ -130,7 +132,7 @@ class Run:
     def _count_read(self, layer: int, reading: Reading) -> None:
         read, seen, share = reading
         found = torch.stack([read.sum(), seen.sum(), (share * seen).sum()]).double()
-        self._read[layer] = self._read[layer] + found if layer in self._read else found
+        self._read[layer] = self._read[layer].to(found.device) + found if layer in self._read else found
 
     def head(self) -> dict[str, Any]:
         """How the row of every evaluation begins: `setting` (the AquaConfig's fields) and `basis`."""
@@ -151,6 +153,21 @@ class Run:
         layers = [int(self._selected[layer]) / self._selectable[layer] for layer in sorted(self._selected)]
         found = self.shares() | {"mean_k_per_layer": layers}
         return found | {f"{name}_per_layer": (part / whole).tolist() for name, part, whole in self._reads()}
+
+    def counts(self) -> dict[str, Any]:
+        """What was counted so far, as JSON values."""
+        selected = {str(layer): int(count) for layer, count in self._selected.items()}
+        read = {str(layer): sums.tolist() for layer, sums in self._read.items()}
+        selectable = {str(layer): count for layer, count in self._selectable.items()}
+        return {"selected": selected, "selectable": selectable, "read": read}
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        """Go on from what `counts` gave; nothing where it is empty."""
+        for layer, count in counts.get("selected", {}).items():
+            self._selected[int(layer)] = int(count)
+            self._selectable[int(layer)] = int(counts["selectable"][layer])
+        for layer, sums in counts.get("read", {}).items():
+            self._read[int(layer)] = torch.tensor(sums, dtype=torch.float64)
 
     def _reads(self) -> list[tuple[str, Tensor, Tensor]]:
         if not self._read:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ def perplexity_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes)
     continued = any(setting.config.h2o_ratio < 1 for setting in settings)
     shared: dict[str, Any] = {"continued": continued, "dense_logits": DenseLogits()}
 
-    def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
+    def measure(setting: Setting | None, progress: Progress, _: Path) -> dict[str, Any]:
         return perplexity_figures(subject, setting, windows, progress=progress, **shared)
 
     options = subject.read(windows) | {"scored": SCORED[continued]}

@@ -8,6 +8,7 @@ for every query (magnitude, weighted).
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def retention_jobs(subject: Subject, settings: Sequence[Setting], sizes: Sizes) 
     )
     known: dict[tuple[str, str, float], dict[str, Any]] = {}
 
-    def measure(setting: Setting, progress: Progress) -> dict[str, Any]:
+    def measure(setting: Setting, progress: Progress, _: Path) -> dict[str, Any]:
         place = setting.basis, setting.config.selection, setting.config.k_ratio
         if place not in known:
             same = [other for other in distinct if other.basis == setting.basis]

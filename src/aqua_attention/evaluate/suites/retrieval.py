@@ -5,13 +5,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.generation import Continuation, check_fits, continue_tokens, encode_prompt
-from aqua_attention.evaluate.run import Job, Progress, counting
+from aqua_attention.evaluate.answers import Answers, asked
+from aqua_attention.evaluate.generation import check_fits, continue_tokens, encode_prompt
+from aqua_attention.evaluate.run import Job, Progress, counting, state_path
 from aqua_attention.evaluate.setting import READ, Setting, Subject, runs_of
 
 SPARE_TOKENS = 4
@@ -64,13 +66,13 @@ def evaluate_retrieval(
     settings: Sequence[Setting],
     questions: Sequence[Question],
     *,
-    dense_answers: dict[int, Continuation] | None = None,
+    answers: Sequence[Answers] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Answer every question dense and under every setting (greedy), and test the pairs.
 
     Args:
-        dense_answers: filled with the dense answers by place in `questions`, for further calls with the same questions.
+        answers: those there are, and that are added to: of the dense model, then of each setting. None: none yet.
 
     Returns:
         `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: `Run.head`,
@@ -84,19 +86,21 @@ def evaluate_retrieval(
     """
     model, tokenizer = subject.model, subject.tokenizer
     encoded, runs = _encoded(subject, questions), runs_of(subject, settings)
-    known = {} if dense_answers is None else dense_answers
-    written: list[list[Continuation]] = []
-    step = counting(progress, len(questions) * (1 + len(runs)))
+    answers = answers or [Answers() for _ in range(1 + len(runs))]
+    for run, kept in zip(runs, answers[1:], strict=True):
+        run.restore(kept.counts)
+    step = counting(progress, len(questions) * len(answers), sum(len(kept.given) for kept in answers))
+    under = [(None, dict), *((run.attachment, run.counts) for run in runs)]
     for index, (prompt, budget) in enumerate(encoded):
-        written.append([])
-        for attachment in (None, *(run.attachment for run in runs)):
-            step(1)
-            answer = known.get(index) if attachment is None else None
-            written[-1].append(
-                answer or continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment)
-            )
-        known[index] = written[-1][0]
+        for (attachment, counts), kept in zip(under, answers, strict=True):
+            if index >= len(kept.given):
+                step(1)
+                answer = continue_tokens(model, tokenizer, prompt, max_new_tokens=budget, attachment=attachment)
+                kept.add(answer, counts)
     step(0)
+    for (_, counts), kept in zip(under, answers, strict=True):
+        kept.save(counts)
+    written = list(zip(*(kept.given for kept in answers), strict=True))
     correct = [
         [question.score(answer.text, question.expected) for answer in answers]
         for question, answers in zip(questions, written, strict=True)
@@ -129,20 +133,23 @@ def retrieval_jobs(
     digest: str | None,
 ) -> list[Job]:
     """A job a setting, whose figures are counted by cell; `options` and `digest` say what is asked about."""
-    _encoded(subject, questions)  # what cannot be asked is known now
-    answers: dict[int, Continuation] = {}
+    run = asked(subject, _encoded(subject, questions))  # what cannot be asked is known now
+    dense: list[Answers] = []
     itself = {"lost": 0, "gained": 0, "p_value": 1.0, "same_answer": 1.0, "mean_k": None}
 
-    def measure(setting: Setting | None, progress: Progress) -> dict[str, Any]:
-        settings = [] if setting is None else [setting]
-        found = evaluate_retrieval(subject, settings, questions, dense_answers=answers, progress=progress)
+    def measure(setting: Setting | None, progress: Progress, state: Path) -> dict[str, Any]:
+        if not dense:
+            dense.append(Answers(state.with_name(state_path(Path(), jobs[0].key).name), run))
+        settings, own = ([], []) if setting is None else ([setting], [Answers(state, run)])
+        found = evaluate_retrieval(subject, settings, questions, answers=[*dense, *own], progress=progress)
         row = found["rows"][0] if setting else itself
         # The dense model's answer comes first, and is the only one when there is no setting.
         right = [question["correct"][-1] for question in found["questions"]]
         return counted(questions, right) | {name: row[name] for name in (*itself, *READ) if name in row}
 
     options = options | {"chat": subject.chat}
-    return subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
+    jobs = subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
+    return jobs
 
 
 def counted(questions: Sequence[Question], marks: Sequence[float]) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def _jobs(
     """A job for each of `crosses` and setting; its result is what `perplexity_figures` gives, and more."""
     dense_logits, settings = DenseLogits(), resolved_settings(calibrator.model, settings)
 
-    def measure(cross: _Cross, setting: Setting, progress: Progress) -> dict[str, Any]:
+    def measure(cross: _Cross, setting: Setting, progress: Progress, _: Path) -> dict[str, Any]:
         def half(place: int) -> Progress:
             return lambda done, total: progress(place * total + done, 2 * total)
 
