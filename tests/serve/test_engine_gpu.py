@@ -109,10 +109,3 @@ def test_half_of_the_dimensions_are_our_own_path(tiny, prompts):
         own = [each[str(token)] for token, each in list(zip(prompt, answer["logprobs"], strict=True))[1:]]
         wanted = expected[:-1].gather(-1, ids[0, 1:, None])[:, 0].tolist()
         assert own == pytest.approx(wanted, abs=0.02)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("config", [ROTATED, HALF], ids=["rotated", "half"])
-def test_two_gpus_answer_as_one(tiny, prompts, config):
-    one = answered(tiny, prompts, config, **EAGER)
-    assert answered(tiny, prompts, config, tensor_parallel_size=2, disable_custom_all_reduce=True, **EAGER) == one

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor parallelism in the real vLLM engine: two processes, each with its heads' projections, answer as one does.
+
+On a CPU each has a core; on a GPU machine each has a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("vllm.entrypoints")
+
+import engine
+from engine import run
+
+from aqua_attention.vllm.plugin import backend_name
+from aqua_attention.vllm.versions import LAYOUTS
+from conftest import VOCABULARY, calibrated, make_llama
+
+GPUS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(GPUS == 1 or (os.cpu_count() or 1) < 2, reason="needs two GPUs, or two cores without any"),
+]
+if GPUS:
+    pytestmark.append(pytest.mark.gpu)
+SHAPE = {
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "head_dim": 64,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "max_position_embeddings": 2048,
+}
+ENGINE = {"skip_tokenizer_init": True, "attention_backend": backend_name()}
+if GPUS:
+    ENGINE |= {"gpu_memory_utilization": 0.3, "disable_custom_all_reduce": True}
+HALF, SMALL = {"k_ratio": 0.5}, {"k_ratio": 1.0, "s_ratio": 0.25, "sink": 0, "recent": 0}
+SHARE = {"k_ratio": 0.25, "score_bits": 8, "select_p": 0.9}
+chooses = pytest.mark.skipif(LAYOUTS is None, reason="pages of this vLLM have no room for what tokens are chosen by")
+
+
+@pytest.fixture(params=[2, 1], ids=["a head each", "one head for both"])
+def served(request, tmp_path):
+    """(folder of a random Llama with so many key-value heads, projections file)."""
+    model = make_llama(**SHAPE, num_key_value_heads=request.param)
+    model.save_pretrained(tmp_path / "model")
+    calibrated(model, context=512).save(tmp_path / "tiny.safetensors")
+    return tmp_path / "model", tmp_path / "tiny.safetensors"
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(HALF, id="half"), pytest.param(SMALL, id="small"), pytest.param(SHARE, marks=chooses)]
+)
+def test_two_processes_answer_as_one(served, config, monkeypatch):
+    if not GPUS:
+        monkeypatch.setitem(engine.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (5, 64, 65, 300, 700)]
+    folder, file = served
+    answers = []
+    for count in (1, 2):
+        found, log = run(
+            folder, prompts, projections=file, config=config, max_tokens=24, tensor_parallel_size=count, **ENGINE
+        )
+        assert "AQUA attention: " in log
+        assert ("Worker_TP1" in log) == (count == 2)
+        answers.append([each["tokens"] for each in found])
+    stock, _ = run(folder, prompts, max_tokens=24, skip_tokenizer_init=True)
+    assert answers[1] == answers[0]
+    assert answers[0] != [each["tokens"] for each in stock]
