@@ -43,32 +43,31 @@ SHARE = {"k_ratio": 0.25, "score_bits": 8, "select_p": 0.9}
 chooses = pytest.mark.skipif(LAYOUTS is None, reason="pages of this vLLM have no room for what tokens are chosen by")
 
 
-@pytest.fixture(params=[2, 1], ids=["a head each", "one head for both"])
-def served(request, tmp_path):
-    """(folder of a random Llama with so many key-value heads, projections file)."""
-    model = make_llama(**SHAPE, num_key_value_heads=request.param)
-    model.save_pretrained(tmp_path / "model")
-    calibrated(model, context=512).save(tmp_path / "tiny.safetensors")
-    return tmp_path / "model", tmp_path / "tiny.safetensors"
+CASES = [
+    pytest.param(2, HALF, id="half"),
+    pytest.param(2, SMALL, id="small"),
+    pytest.param(2, SHARE, id="share", marks=chooses),
+    # Both processes have the one head, and half of its query heads, which would choose dimensions without the others.
+    pytest.param(1, SMALL, id="one head for both"),
+]
 
 
-@pytest.mark.parametrize(
-    "config", [pytest.param(HALF, id="half"), pytest.param(SMALL, id="small"), pytest.param(SHARE, marks=chooses)]
-)
-def test_two_processes_answer_as_one(served, config, monkeypatch):
+@pytest.mark.parametrize(("kv_heads", "config"), CASES)
+def test_two_processes_answer_as_one(kv_heads, config, tmp_path, monkeypatch):
     if not GPUS:
         monkeypatch.setitem(engine.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model, file = make_llama(**SHAPE, num_key_value_heads=kv_heads), tmp_path / "tiny.safetensors"
+    model.save_pretrained(tmp_path / "model")
+    calibrated(model, context=512).save(file)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (5, 64, 65, 300, 700)]
-    folder, file = served
     answers = []
     for count in (1, 2):
-        found, log = run(
-            folder, prompts, projections=file, config=config, max_tokens=24, tensor_parallel_size=count, **ENGINE
-        )
+        options = {"config": config, "max_tokens": 24, "tensor_parallel_size": count}
+        found, log = run(tmp_path / "model", prompts, projections=file, **options, **ENGINE)
         assert "AQUA attention: " in log
         assert ("Worker_TP1" in log) == (count == 2)
         answers.append([each["tokens"] for each in found])
-    stock, _ = run(folder, prompts, max_tokens=24, skip_tokenizer_init=True)
+    stock, _ = run(tmp_path / "model", prompts, max_tokens=24, skip_tokenizer_init=True)
     assert answers[1] == answers[0]
     assert answers[0] != [each["tokens"] for each in stock]
