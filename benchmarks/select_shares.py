@@ -6,7 +6,7 @@
 
 Windows of each length are read with the setting of the preset "select"; the last 128 queries of each are counted, which
 see nearly the whole window, as decoding steps do. `benchmarks/select_decode.py --shares shares.json` times steps whose
-heads read such shares. Prompts that choose tokens are plain torch: long windows need a GPU, or patience.
+heads read such shares. Long windows need a GPU, or patience.
 """
 
 import argparse

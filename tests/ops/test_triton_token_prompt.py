@@ -88,13 +88,16 @@ def test_queries_in_16_bits(dtype, choice):
     assert (dense - expected.output.float()).norm() > 3 * error * dense.norm()
 
 
-def test_blocks_of_queries_are_as_all(monkeypatch):
-    plan, call = problem(**SIZES["grouped"], select_p=0.9)
+def test_blocks_of_queries_and_of_sequences_are_as_all(monkeypatch):
+    plan, call = problem(**SIZES["one head each"] | {"batch": 2}, select_p=0.9)
     whole = attend(call, plan, "triton")
     monkeypatch.setattr(token_prompt, "MOST_WEIGHTS", 1)
     parts = attend(call, plan, "triton")
     torch.testing.assert_close(parts.output, whole.output, rtol=0, atol=0)
-    assert torch.equal(parts.reading.read, whole.reading.read)
+    assert torch.equal(parts.selected, whole.selected)
+    assert parts.rotated == whole.rotated
+    for part, expected in zip(parts.reading, whole.reading, strict=True):
+        assert torch.equal(part, expected)
 
 
 @pytest.mark.parametrize("choice", [{"select_p": 1.0}, {"select_tokens": 500}])

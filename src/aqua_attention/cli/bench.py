@@ -152,7 +152,7 @@ def memory(
     """Measure the bytes of the cache, and the peak of the whole generation: transformers' caches and AQUA's.
 
     Rows that choose tokens say what their keys, values and the copy that is scored take. Each is measured twice, as the
-    model computes and in int8. Their prompts are plain torch, which takes minutes for long ones on a CPU.
+    model computes and in int8. Their prompts are plain torch on a CPU, which takes minutes for long ones.
 
     Example: `aqua bench memory smollm2 -p smollm2.safetensors --length 8192 --json memory.json`
     """

@@ -163,7 +163,7 @@ def ruler(
     Tasks: niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery (needles), vt (variable
     tracking), cwe and fwe (common and frequent words), qa (question answering among documents cut from the text).
     cwe takes words between spaces, so the text cannot be Chinese, Japanese or Thai. All tasks at 50 questions take
-    hours on a CPU: give --count and --task. `aqua eval grid --suite ruler` keeps each answer.
+    hours on a CPU: give --count and --task. `aqua eval grid --suite ruler` keeps answers every ten seconds.
 
     Example: `aqua eval ruler smollm2 -p smollm2.safetensors --data essays/ --length 4096 --length 8192
     --questions dev-v1.1.json --k-ratio 0.5 --json ruler.json`

@@ -92,8 +92,12 @@ def run_jobs(
                 progress(done + step / max(1, steps), len(pending))
 
         tell(0, 1)
-        records[place] = _measured(jobs[place], facts, tell, state_path(folder, jobs[place].key))
+        state = state_path(folder, jobs[place].key)
+        records[place] = _measured(jobs[place], facts, tell, state)
         write_record(folder, records[place])
+        if jobs[place].key.get("config") is not None and records[place].error is None:
+            # The dense model's is read by settings that come later.
+            state.unlink(missing_ok=True)
         tell(1, 1)
     return [records[place] for place in range(len(jobs))]
 

@@ -172,7 +172,7 @@ class Run:
     def _reads(self) -> list[tuple[str, Tensor, Tensor]]:
         if not self._read:
             return []
-        read, seen, shares = torch.stack([self._read[layer] for layer in sorted(self._read)]).cpu().unbind(1)
+        read, seen, shares = torch.stack([self._read[layer].cpu() for layer in sorted(self._read)]).unbind(1)
         return list(zip(READ, (read, shares), (seen, seen), strict=True))
 
 

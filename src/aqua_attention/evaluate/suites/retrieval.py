@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.evaluate.answers import Answers, asked
+from aqua_attention.evaluate.answer_state import AnswerState, asked
 from aqua_attention.evaluate.generation import check_fits, continue_tokens, encode_prompt
 from aqua_attention.evaluate.run import Job, Progress, counting, state_path
 from aqua_attention.evaluate.setting import READ, Setting, Subject, runs_of
@@ -66,13 +66,13 @@ def evaluate_retrieval(
     settings: Sequence[Setting],
     questions: Sequence[Question],
     *,
-    answers: Sequence[Answers] = (),
+    answers: Sequence[AnswerState] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Answer every question dense and under every setting (greedy), and test the pairs.
 
     Args:
-        answers: those there are, and that are added to: of the dense model, then of each setting. None: none yet.
+        answers: of the dense model, then of each setting: those there are, which are added to. Empty: none, nowhere.
 
     Returns:
         `{"dense": {"accuracy", "questions"}, "rows": [...], "questions": [...]}`. A row a setting: `Run.head`,
@@ -86,7 +86,7 @@ def evaluate_retrieval(
     """
     model, tokenizer = subject.model, subject.tokenizer
     encoded, runs = _encoded(subject, questions), runs_of(subject, settings)
-    answers = answers or [Answers() for _ in range(1 + len(runs))]
+    answers = answers or [AnswerState() for _ in range(1 + len(runs))]
     for run, kept in zip(runs, answers[1:], strict=True):
         run.restore(kept.counts)
     step = counting(progress, len(questions) * len(answers), sum(len(kept.given) for kept in answers))
@@ -132,20 +132,25 @@ def retrieval_jobs(
     options: dict[str, Any],
     digest: str | None,
 ) -> list[Job]:
-    """A job a setting, whose figures are counted by cell; `options` and `digest` say what is asked about."""
+    """A job a setting, whose figures are counted by cell; `options` and `digest` say what is asked about.
+
+    `resumed` in a result: how many answers an earlier run had kept.
+    """
     run = asked(subject, _encoded(subject, questions))  # what cannot be asked is known now
-    dense: list[Answers] = []
+    dense: list[AnswerState] = []
     itself = {"lost": 0, "gained": 0, "p_value": 1.0, "same_answer": 1.0, "mean_k": None}
 
     def measure(setting: Setting | None, progress: Progress, state: Path) -> dict[str, Any]:
         if not dense:
-            dense.append(Answers(state.with_name(state_path(Path(), jobs[0].key).name), run))
-        settings, own = ([], []) if setting is None else ([setting], [Answers(state, run)])
+            dense.append(AnswerState(state.with_name(state_path(Path(), jobs[0].key).name), run))
+        settings, own = ([], []) if setting is None else ([setting], [AnswerState(state, run)])
         found = evaluate_retrieval(subject, settings, questions, answers=[*dense, *own], progress=progress)
         row = found["rows"][0] if setting else itself
         # The dense model's answer comes first, and is the only one when there is no setting.
         right = [question["correct"][-1] for question in found["questions"]]
-        return counted(questions, right) | {name: row[name] for name in (*itself, *READ) if name in row}
+        earlier = (own or dense)[0].resumed
+        figures = {name: row[name] for name in (*itself, *READ) if name in row}
+        return counted(questions, right) | figures | ({"resumed": earlier} if earlier else {})
 
     options = options | {"chat": subject.chat}
     jobs = subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)

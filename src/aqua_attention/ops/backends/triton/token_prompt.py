@@ -5,8 +5,10 @@ Four kernels a block of queries: the softmax of the scores of each head; weights
 group; from these the least weight that is read, by halving bits; and attention to what is read. Weights of some queries
 lie in memory, in float32, and no other matrix of queries and tokens does.
 
-Every token is scored and multiplied, so this saves no time beside dense attention. It is as decoding is: the same
-tokens are read, and figures of whole texts see what is lost.
+Every token is scored and multiplied, so this saves no time beside dense attention. It chooses as decoding does. So
+figures of whole texts show what the choice loses.
+
+Weights below 2^-126 may be zero here and not in the reference: where a fixed number reaches so far, more ties are read.
 """
 
 import torch
@@ -27,14 +29,14 @@ from aqua_attention.ops.plan import Attended, Call, LayerPlan, Reading
 from aqua_attention.ops.tokens import reading_of, scored_bytes, scored_keys
 
 MOST_WEIGHTS = 1 << 26
-"""Held at once, in float32: a quarter of a gigabyte."""
+"""Held at once, in float32: a quarter of a gigabyte, unless 64 queries of one sequence have more."""
 ROWS, KEYS, FLOAT32_KEYS = 64, 64, 32
 """Queries and tokens of a matrix product; fewer tokens of float32, for which registers do not last otherwise."""
 WARPS, STAGES = 8, 2
 AT_ONCE, THRESHOLD_WARPS = 4096, 8
 """Weights of a query that are looked at together."""
 SCORE_PRECISION = "tf32"
-"""Of scores where queries have 16 bits: it keeps all of theirs, and more of the keys' than 8 bits hold."""
+"""Of scores of queries in 16 bits. These are exact in it, and keys are rounded less than by their 8 bits."""
 
 
 def attend_prompt(call: Call, plan: LayerPlan) -> Attended:
@@ -43,6 +45,22 @@ def attend_prompt(call: Call, plan: LayerPlan) -> Attended:
     Tokens are chosen as the reference does, up to rounding of their scores. Of queries in 16 bits these are products in
     TF32.
     """
+    at_once = max(1, MOST_WEIGHTS // (call.key.shape[1] * call.key.shape[2] * ROWS))
+    if call.query.shape[0] <= at_once:
+        return _attend(call, plan)
+    states = zip(*(each.split(at_once) for each in call[:3]), strict=True)
+    parts = [_attend(call._replace(query=query, key=key, value=value), plan) for query, key, value in states]
+    outputs, selected, _, readings = zip(*parts, strict=True)
+    return Attended(
+        torch.cat(outputs),
+        None if selected[0] is None else torch.cat(selected),
+        torch.Size((len(call.query), *parts[0].rotated[1:])),
+        None if readings[0] is None else Reading(*(torch.cat(each) for each in zip(*readings, strict=True))),
+    )
+
+
+def _attend(call: Call, plan: LayerPlan) -> Attended:
+    """`attend_prompt` of few sequences."""
     (batch, heads, queries, _), (kv_heads, tokens) = call.query.shape, call.key.shape[1:3]
     before, value_dim, config = tokens - queries, call.value.shape[3], plan.config
     rotated, narrow, selected = rotate_and_narrow(
