@@ -7,6 +7,7 @@ does, and settings with more room get the stock engine's batch as well as their 
 answers mean nothing here: `tests/serve` compares those.
 
 python benchmarks/serve_engine.py --json serve_engine.json
+python benchmarks/serve_engine.py --size 1x8192 --layers 8 --only stock --only 'k_ratio 0.5' --profile
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 from aqua_attention.bench.server import check_vllm, environment_of, reason_in
@@ -37,6 +39,8 @@ SETTINGS = {
 SIZES = ["1x8192", "8x8192", "32x8192", "1x32768", "8x32768", "32x32768"]
 QUICK = ["1x8192", "32x8192", "8x32768"]
 MARK = "MEASURED "
+PROFILED, KERNELS = 32, 12
+"""Tokens of the answers that are profiled, whose prompts are in the cache; kernels that are named."""
 
 
 def main():
@@ -49,6 +53,10 @@ def main():
     parser.add_argument("--layers", type=int, default=32, help="fewer leave more room for tokens")
     parser.add_argument("--memory", type=float, default=0.92, help="gpu_memory_utilization")
     parser.add_argument("--only", action="append", help="a setting by its name; repeat for several")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a constant of our kernels, as paged_decode.WARPS=8; repeat"
+    )
+    parser.add_argument("--profile", action="store_true", help="also say which kernels take the time of a step")
     parser.add_argument("--engine", default="{}", help="options of the engine as JSON")
     parser.add_argument("--logs", type=Path, help="a folder for the engines' logs")
     parser.add_argument("--json", help="write all figures here")
@@ -67,7 +75,13 @@ def main():
         engine = {"gpu_memory_utilization": given.memory, "max_num_seqs": max(batch for batch, _ in sizes)}
         engine |= {"max_model_len": max(length for _, length in sizes) + given.new, "max_num_batched_tokens": 8192}
         engine |= json.loads(given.engine)
-        asked = {"new": given.new, "rounds": 1 if given.quick else given.rounds, "model": str(folder / "model")}
+        asked = {
+            "set": given.set,
+            "profile": given.profile,
+            "new": given.new,
+            "rounds": 1 if given.quick else given.rounds,
+            "model": str(folder / "model"),
+        }
         results, wanted = [], sizes
         for name in given.only or SETTINGS:
             config, options = SETTINGS[name]
@@ -131,6 +145,11 @@ def measure(request):
     """One engine: each size, a line of JSON for each."""
     from vllm import LLM, SamplingParams
 
+    for name, value in (each.split("=") for each in request["set"]):
+        module, constant = name.split(".")
+        module = import_module(f"aqua_attention.ops.backends.triton.{module}")
+        assert hasattr(module, constant), name
+        setattr(module, constant, int(value))
     if request["ours"]:
         from aqua_attention.vllm.plugin import backend_name
 
@@ -164,7 +183,21 @@ def measure(request):
         row = {"batch": batch, "length": length, "new": new, "capacity": capacity, "step_seconds": min(steps)}
         row |= {"steps": steps, "tokens_per_second": batch / min(steps), "filled": filled, "fill_seconds": seconds}
         row["cached"] = sum(answer.num_cached_tokens for answer in answers) / (batch * length)
+        if request["profile"]:
+            row["kernels"] = kernels_of(lambda prompts=prompts: ask(prompts, PROFILED), PROFILED - 1)
         print("\n" + MARK + json.dumps(row), flush=True)
+
+
+def kernels_of(run, steps):
+    """Microseconds and launches of the kernels of a step that take longest, over all layers."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+    found = [each for each in profiled.key_averages() if each.device_type == DeviceType.CUDA]
+    found.sort(key=lambda each: each.self_device_time_total, reverse=True)
+    return [[each.key[:70], each.self_device_time_total / steps, each.count / steps] for each in found[:KERNELS]]
 
 
 def show(results):
@@ -181,6 +214,12 @@ def show(results):
     rows.sort(key=lambda row: [int(part) for part in row[0].split(" x ")])
     titles = ["batch x tokens", "engine", "tokens a second", "to the first", "ms a step", "room for tokens"]
     print(markdown([*titles, "to the first"], rows))
+    for each in results:
+        if each.get("kernels"):
+            print(f"\n{each['name']}, {each['batch']} x {each['length']}: kernels of a step\n")
+            print(
+                markdown(["kernel", "us", "launches"], [[k, f"{us:.1f}", f"{n:.1f}"] for k, us, n in each["kernels"]])
+            )
 
 
 if __name__ == "__main__":

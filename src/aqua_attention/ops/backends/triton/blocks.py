@@ -27,6 +27,8 @@ LOG2_E = 1.4426950408889634
 TILE = tl.constexpr(layout.TILE)
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 """Of triton. 3.4 cannot start kernels early, and below 3.6 there is no way to place registers by hand."""
+EARLY_STARTS = True
+"""Whether kernels are put on the GPU before the one ahead of them has ended, where GPUs can do that."""
 LEAST_SIZE = 16
 """Rows and columns of a matrix product on tensor cores are padded to so many at least."""
 
@@ -60,8 +62,8 @@ def shared_memory(tensor: Tensor) -> int:
 
 
 def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
-    """Options of a kernel that may be put on the GPU before the one ahead of it has ended, where GPUs can do that."""
-    early = wanted and VERSION >= (3, 5) and tensor.device.type == "cuda"
+    """Options of a kernel that may start early, see `EARLY_STARTS`."""
+    early = wanted and bool(EARLY_STARTS) and VERSION >= (3, 5) and tensor.device.type == "cuda"
     early = early and _gpu(tensor.device).major >= 9
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
 
