@@ -75,13 +75,8 @@ def main():
         engine = {"gpu_memory_utilization": given.memory, "max_num_seqs": max(batch for batch, _ in sizes)}
         engine |= {"max_model_len": max(length for _, length in sizes) + given.new, "max_num_batched_tokens": 8192}
         engine |= json.loads(given.engine)
-        asked = {
-            "set": given.set,
-            "profile": given.profile,
-            "new": given.new,
-            "rounds": 1 if given.quick else given.rounds,
-            "model": str(folder / "model"),
-        }
+        asked = {"new": given.new, "rounds": 1 if given.quick else given.rounds, "model": str(folder / "model")}
+        asked |= {"set": given.set, "profile": given.profile}
         results, wanted = [], sizes
         for name in given.only or SETTINGS:
             config, options = SETTINGS[name]
