@@ -105,6 +105,8 @@ CASES = {
     "pages, float32": "dict(of='pages', dtype=torch.float32, heads=4, groups=2, dim=64, value_dim=64, k_ratio=1.0, "
     "select_p=0.9)",
     "prompt": "dict(of='prompt', dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, select_p=0.9)",
+    "prompt, long": "dict(of='prompt', dtype=torch.bfloat16, heads=2, groups=1, dim=128, value_dim=128, "
+    "select_p=0.9, tokens=20000)",
     "prompt, odd": "dict(of='prompt', dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=64, select_tokens=9)",
     "prompt, float32": "dict(of='prompt', dtype=torch.float32, heads=12, groups=2, dim=128, value_dim=128, "
     "select_p=0.9, sink=0, recent=0)",

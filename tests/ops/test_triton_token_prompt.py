@@ -100,6 +100,13 @@ def test_blocks_of_queries_and_of_sequences_are_as_all(monkeypatch):
         assert torch.equal(part, expected)
 
 
+@pytest.mark.parametrize("choice", [{"select_p": 0.9}, {"select_tokens": 7}])
+def test_tokens_that_do_not_fit_into_registers_are_read_again(choice, monkeypatch):
+    for name, value in (("MOST_AT_ONCE", 64), ("LEAST_AT_ONCE", 64), ("A_THREAD", 2)):
+        monkeypatch.setattr(token_prompt, name, value)
+    compared(*problem(**SIZES["continued, odd"], **choice))
+
+
 @pytest.mark.parametrize("choice", [{"select_p": 1.0}, {"select_tokens": 500}])
 def test_all_tokens_are_dense_attention(choice):
     plan, call = problem(**SIZES["grouped"], **choice)

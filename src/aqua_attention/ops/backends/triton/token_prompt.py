@@ -2,8 +2,8 @@
 """A prompt, or its last part, whose queries choose tokens: `ops.tokens.attend_to_chosen` on a GPU.
 
 Four kernels a block of queries: the softmax of the scores of each head; weights of tokens, summed over the heads of a
-group; from these the least weight that is read, by halving bits; and attention to what is read. Weights of some queries
-lie in memory, in float32, and no other matrix of queries and tokens does.
+group; from these the least weight that is read, by halving bits; and attention to what is read. Of some queries weights
+lie in memory, in float32, and a bit for each token. No other matrix of queries and tokens does.
 
 Every token is scored and multiplied, so this saves no time beside dense attention. It chooses as decoding does. So
 figures of whole texts show what the choice loses.
@@ -18,6 +18,7 @@ from torch import Tensor
 from aqua_attention.ops.backends.triton.blocks import LOG2_E, on_device_of, padded
 from aqua_attention.ops.backends.triton.rotate import PRECISION, by_token, empty_by_token, rotate_and_narrow
 from aqua_attention.ops.backends.triton.token_prompt_kernels import (
+    WORD,
     Block,
     Prompt,
     attend_rows,
@@ -33,8 +34,8 @@ MOST_WEIGHTS = 1 << 26
 ROWS, KEYS, FLOAT32_KEYS = 64, 64, 32
 """Queries and tokens of a matrix product; fewer tokens of float32, for which registers do not last otherwise."""
 WARPS, STAGES = 8, 2
-AT_ONCE, THRESHOLD_WARPS = 4096, 8
-"""Weights of a query that are looked at together."""
+MOST_AT_ONCE, LEAST_AT_ONCE, A_THREAD = 16384, 1024, 32
+"""Weights of a query that are looked at together, at most and at least, and those of a thread."""
 SCORE_PRECISION = "tf32"
 """Of scores of queries in 16 bits. These are exact in it, and keys are rounded less than by their 8 bits."""
 
@@ -73,9 +74,10 @@ def _attend(call: Call, plan: LayerPlan) -> Attended:
     rows = min(queries, max(ROWS, MOST_WEIGHTS // (batch * kv_heads * tokens) // ROWS * ROWS))
     at_once = FLOAT32_KEYS if key.dtype == torch.float32 else KEYS
     weights = torch.empty(batch, kv_heads, rows, tokens, dtype=torch.float32, device=key.device)
-    lse, least = (weights.new_empty(batch, number, rows) for number in (heads, kv_heads))
+    lse, words = weights.new_empty(batch, heads, rows), triton.cdiv(tokens, WORD)
+    chosen = torch.empty(batch, kv_heads, rows, words, dtype=torch.int32, device=key.device)
     prompt = Prompt(
-        rotated, narrow, key, value, copy, output, weights, lse, least, count, *key.stride()[:3], *value.stride()[:3]
+        rotated, narrow, key, value, copy, output, weights, lse, chosen, count, *key.stride()[:3], *value.stride()[:3]
     )
     window = call.sink, call.recent, plan.min_length, call.scaling * LOG2_E
     constants = {
@@ -91,11 +93,11 @@ def _attend(call: Call, plan: LayerPlan) -> Attended:
     with on_device_of(key):
         for first in range(0, queries, rows):
             here = min(rows, queries - first)
-            block = Block(first, here, queries, before, rows, kv_heads, *window)
-            blocks = triton.cdiv(here, ROWS)
+            block = Block(first, here, queries, before, rows, words, kv_heads, *window)
+            blocks, seen = triton.cdiv(here, ROWS), before + first + here
             sum_scores[(blocks, heads, batch)](prompt, block, **likely, **launch)
-            tiles = triton.cdiv(before + first + here, at_once)
-            weigh[(tiles, blocks, batch * kv_heads)](prompt, block, **likely, **launch)
+            weigh[(triton.cdiv(seen, at_once), blocks, batch * kv_heads)](prompt, block, **likely, **launch)
+            together = min(MOST_AT_ONCE, max(LEAST_AT_ONCE, triton.next_power_of_2(seen)))
             find_least[(here, kv_heads, batch)](
                 prompt,
                 block,
@@ -103,8 +105,9 @@ def _attend(call: Call, plan: LayerPlan) -> Attended:
                 config.select_tokens or 0,
                 BY_COUNT=config.select_p is None,
                 ALL=config.select_p == 1,
-                AT_ONCE=AT_ONCE,
-                num_warps=THRESHOLD_WARPS,
+                AT_ONCE=together,
+                ONE=seen <= together,
+                num_warps=together // (32 * A_THREAD),
             )
             attend_rows[(blocks, heads, batch)](
                 prompt, block, **constants, VALUE_DIM=value_dim, VALUE_PADDED=padded(value_dim), **launch

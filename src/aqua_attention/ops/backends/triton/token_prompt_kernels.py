@@ -12,6 +12,8 @@ from aqua_attention.ops.backends.triton.blocks import online_softmax
 
 INFINITY = tl.constexpr(0x7F800000)
 """Its bits in float32."""
+WORD = tl.constexpr(32)
+"""Tokens of a word of bits."""
 
 
 class Prompt(NamedTuple):
@@ -23,8 +25,9 @@ class Prompt(NamedTuple):
         output: as the queries.
         weights: float32 [batch, num_key_value_heads, queries, tokens] of a block of queries; negative in the exact
             window.
-        lse: log-sum-exp of scores, to the base 2, [batch, num_attention_heads, queries] of a block. least: the least
-            weight that is read, [batch, num_key_value_heads, queries]. counts: tokens read, int32, of all queries.
+        lse: log-sum-exp of scores, to the base 2, [batch, num_attention_heads, queries] of a block.
+        chosen: int32 [batch, num_key_value_heads, queries, words] of a block: a bit for each token that is read.
+        counts: tokens read, int32, of all queries.
     """
 
     rotated: Tensor
@@ -35,7 +38,7 @@ class Prompt(NamedTuple):
     output: Tensor
     weights: Tensor
     lse: Tensor
-    least: Tensor
+    chosen: Tensor
     counts: Tensor
     key_row: int
     key_head: int
@@ -50,7 +53,7 @@ class Block(NamedTuple):
 
     Attributes:
         first: the first of them; rows: how many there are, of all `queries`; before: tokens before the first of all.
-        most: queries of a block at most; kv_heads: key-value heads.
+        most: queries of a block at most; words: of a query's bits; kv_heads: key-value heads.
         sink, recent: the exact window; min_length: queries that see fewer tokens read all of them.
         scaling: factor of the scores, to the base 2.
     """
@@ -60,6 +63,7 @@ class Block(NamedTuple):
     queries: int
     before: int
     most: int
+    words: int
     kv_heads: int
     sink: int
     recent: int
@@ -225,6 +229,22 @@ def _others(weights_ptr, start, length, block, AT_ONCE: tl.constexpr):
 
 
 @triton.jit
+def _above(
+    weights_ptr, first, threshold, length, block, BY_COUNT: tl.constexpr, AT_ONCE: tl.constexpr, ONE: tl.constexpr
+):
+    """Mass, or number, of the tokens that weigh so much; `first`: the weights, which are all of them with ONE."""
+    found = tl.full([], 0.0, tl.float32)
+    # Those of the exact window are negative.
+    if ONE:
+        found = tl.sum(tl.where(first >= threshold, 1.0 if BY_COUNT else first, 0.0))
+    else:
+        for start in range(0, length, AT_ONCE):
+            weight, _ = _others(weights_ptr, start, length, block, AT_ONCE)
+            found += tl.sum(tl.where(weight >= threshold, 1.0 if BY_COUNT else weight, 0.0))
+    return found
+
+
+@triton.jit
 def find_least(
     prompt,
     block,
@@ -233,13 +253,19 @@ def find_least(
     BY_COUNT: tl.constexpr,
     ALL: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    ONE: tl.constexpr,
 ):
-    """The least weight that a query reads, and how many tokens it reads."""
+    """Which tokens a query reads, a bit each, and how many these are.
+
+    Args:
+        AT_ONCE: tokens that are looked at together; ONE: these are all that a query sees, and stay in registers.
+    """
     offset, group, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = block.before + block.first + offset + 1
     place = (row * block.kv_heads + group).to(tl.int64)
     line = place * block.most + offset
     weights_ptr = prompt.weights + line * (block.before + block.queries)
+    first, _ = _others(weights_ptr, 0, length, block, AT_ONCE)
     mass, held = tl.full([], 0.0, tl.float32), tl.full([], 0.0, tl.float32)
     number = tl.full([], 0, tl.int32)
     for start in range(0, length, AT_ONCE):
@@ -252,24 +278,26 @@ def find_least(
     has = number * 1.0 if BY_COUNT else mass - held
     # NaN in a weight makes all of the query's NaN.
     every = ALL | (length < block.min_length) | (mass != mass) | (has < target)
-    least, count = tl.full([], -1.0, tl.float32), tl.full([], 0, tl.int32) + length
-    if every == 0:
-        low, high = tl.full([], 0, tl.int32), tl.full([], INFINITY, tl.int32)
-        low = tl.where(target > 0, low, high)
-        while high - low > 1:
-            middle, found = low + (high - low) // 2, tl.full([], 0.0, tl.float32)
-            threshold = middle.to(tl.float32, bitcast=True)
-            for start in range(0, length, AT_ONCE):
-                weight, others = _others(weights_ptr, start, length, block, AT_ONCE)
-                # Those of the exact window are negative.
-                found += tl.sum(tl.where(weight >= threshold, 1.0 if BY_COUNT else weight, 0.0))
-            low, high = tl.where(found >= target, middle, low), tl.where(found >= target, high, middle)
-        least = low.to(tl.float32, bitcast=True)
-        count = length - number
-        for start in range(0, length, AT_ONCE):
-            weight, others = _others(weights_ptr, start, length, block, AT_ONCE)
-            count += tl.sum((others & (weight >= least)).to(tl.int32))
-    tl.store(prompt.least + line, least)
+    low, high = tl.full([], 0, tl.int32), tl.full([], INFINITY, tl.int32)
+    low = tl.where((target > 0) & (every == 0), low, high)
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        threshold = middle.to(tl.float32, bitcast=True)
+        found = _above(weights_ptr, first, threshold, length, block, BY_COUNT, AT_ONCE, ONE)
+        low, high = tl.where(found >= target, middle, low), tl.where(found >= target, high, middle)
+        if BY_COUNT:
+            # As many as are wanted: nothing between the two numbers changes them.
+            high = tl.where(found == target, middle + 1, high)
+    least, count = low.to(tl.float32, bitcast=True), tl.full([], 0, tl.int32)
+    chosen_ptr = prompt.chosen + line * block.words
+    for start in range(0, length, AT_ONCE):
+        weight, others = _others(weights_ptr, start, length, block, AT_ONCE)
+        inside = start + tl.arange(0, AT_ONCE) < length
+        read = (inside & (every | ~others | (weight >= least))).to(tl.int32)
+        count += tl.sum(read)
+        words = start // WORD + tl.arange(0, AT_ONCE // WORD)
+        bits = tl.reshape(read, [AT_ONCE // WORD, WORD]) << tl.arange(0, WORD)[None, :]
+        tl.store(chosen_ptr + words, tl.sum(bits, 1), words < block.words)
     tl.store(prompt.counts + place * block.queries + block.first + offset, count)
 
 
@@ -292,7 +320,6 @@ def attend_rows(
     offsets, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, VALUE_PADDED)
     query = _queries(prompt.rotated, block, row, head, heads, offsets, KEPT, KEPT_PADDED)
     line = (row * block.kv_heads + group).to(tl.int64) * block.most + offsets
-    least = tl.load(prompt.least + line, offsets < block.rows, 0.0)
     key_ptr = prompt.key + row.to(tl.int64) * prompt.key_row + group.to(tl.int64) * prompt.key_head
     value_ptr = prompt.value_states + row.to(tl.int64) * prompt.value_row + group.to(tl.int64) * prompt.value_head
     largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
@@ -300,10 +327,9 @@ def attend_rows(
     length = block.before + block.queries
     end = block.before + block.first + tl.minimum(tl.max(offsets, 0) + 1, block.rows)
     for start in range(0, end, KEYS):
-        positions, visible, exact = _tile(block, start, offsets, KEYS)
-        weight = tl.load(prompt.weights + line[:, None] * length + positions[None, :], visible, 0.0)
-        # Not `weight >= least`, which NaN would not be.
-        read = visible & (exact | ~(weight < least[:, None]))
+        positions, visible, _ = _tile(block, start, offsets, KEYS)
+        words = tl.load(prompt.chosen + line[:, None] * block.words + positions[None, :] // WORD, visible, 0)
+        read = visible & (((words >> (positions % WORD)[None, :]) & 1) > 0)
         inside = positions < length
         keys = _columns(key_ptr, positions, inside, prompt.key_token, KEPT, KEPT_PADDED)
         at = positions.to(tl.int64)[:, None] * prompt.value_token + columns[None, :]
