@@ -222,17 +222,16 @@ def filled(batch, length, plan, head_shares, bits):
             heavy = torch.rand(KV_HEADS, length, device="cuda") < share
             keys *= 0.05
             keys[0, :, :, 0] = 0.3 * torch.randn(KV_HEADS, length, device="cuda") + above * heavy
-        part(cache, index).fill(keys, values, lengths)
+        part(cache, slice(index, index + 1)).fill(keys, values, lengths)
     return cache
 
 
-def part(cache, index):
-    """One sequence of a cache, as a cache."""
-    one = slice(index, index + 1)
-    scales = None if cache.value_scales is None else cache.value_scales[one]
-    states = (each[one] for each in (cache.keys, cache.values, cache.codes, cache.scales))
+def part(cache, rows):
+    """Some sequences of a cache, as a cache."""
+    scales = None if cache.value_scales is None else cache.value_scales[rows]
+    states = (each[rows] for each in (cache.keys, cache.values, cache.codes, cache.scales))
     return ScoredCache(
-        *states, cache.quantization, cache.lengths[one], cache.max_length, cache.dtype, value_scales=scales
+        *states, cache.quantization, cache.lengths[rows], cache.max_length, cache.dtype, value_scales=scales
     )
 
 
@@ -243,7 +242,7 @@ def compared(cache, plan, work, output):
     differences, sizes, counts = 0.0, 0.0, work.scratch.counts.view(len(output), -1)
     for index in sorted({0, len(output) - 1}):
         one = slice(index, index + 1)
-        expected = scored_step.attend_selected(work.rotated[one], part(cache, index), plan, SCALING)
+        expected = scored_step.attend_selected(work.rotated[one], part(cache, one), plan, SCALING)
         differences += float((output[one].float() - expected.output.float()).square().sum())
         sizes += float(expected.output.float().square().sum())
         apart = (counts[index] - expected.read[0].sum(-1)).abs() / counts[index]
