@@ -21,7 +21,7 @@ def dummy_jobs(subject, settings, sizes):
     """How many tokens are read at each k_ratio."""
     windows = subject.windows(sizes.tokens, sizes.context)
 
-    def measure(setting, progress):
+    def measure(setting, progress, _):
         progress(1, 1)
         return {"products": setting.config.k_ratio * windows.numel(), "tokens_read": windows.numel()}
 
