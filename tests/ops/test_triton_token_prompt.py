@@ -92,6 +92,7 @@ def test_blocks_of_queries_and_of_sequences_are_as_all(monkeypatch):
     plan, call = problem(**SIZES["one head each"] | {"batch": 2}, select_p=0.9)
     whole = attend(call, plan, "triton")
     monkeypatch.setattr(token_prompt, "MOST_WEIGHTS", 1)
+    monkeypatch.setattr(token_prompt, "MOST_COPIED", 1)
     parts = attend(call, plan, "triton")
     torch.testing.assert_close(parts.output, whole.output, rtol=0, atol=0)
     assert torch.equal(parts.selected, whole.selected)

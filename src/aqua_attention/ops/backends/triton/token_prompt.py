@@ -31,6 +31,8 @@ from aqua_attention.ops.tokens import reading_of, scored_bytes, scored_keys
 
 MOST_WEIGHTS = 1 << 26
 """Held at once, in float32: a quarter of a gigabyte, unless 64 queries of one sequence have more."""
+MOST_COPIED = 1 << 25
+"""Numbers of keys that are rounded to what scores at once: some copies are made of them meanwhile."""
 ROWS, KEYS, FLOAT32_KEYS = 64, 64, 32
 """Queries and tokens of a matrix product; fewer tokens of float32, for which registers do not last otherwise."""
 WARPS, STAGES = 8, 2
@@ -68,7 +70,11 @@ def _attend(call: Call, plan: LayerPlan) -> Attended:
         call.query, plan, call.scaling, is_observed=call.is_observed, before=before
     )
     key, value = by_token(call.key), by_token(call.value)
-    copy = scored_keys(key, plan).contiguous()
+    copy = torch.empty(key.shape, dtype=torch.float32, device=key.device)
+    step = max(1, MOST_COPIED // (batch * kv_heads * key.shape[3]))
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        copy[:, :, part] = scored_keys(key[:, :, part], plan)
     output = empty_by_token(rotated, value_dim)
     count = torch.empty(batch, kv_heads, queries, dtype=torch.int32, device=key.device)
     rows = min(queries, max(ROWS, MOST_WEIGHTS // (batch * kv_heads * tokens) // ROWS * ROWS))
