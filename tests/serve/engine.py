@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process with a vLLM engine: reads a request as JSON, prints what it generated as JSON.
 
-An engine keeps its memory and its plugins until its process ends, so each test that needs another one starts this.
+With `together`, torchrun starts so many of them, and each has a part of the model. An engine keeps its memory and its
+plugins until its process ends, so each test that needs another one starts this.
 """
 
 import json
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from unittest.mock import patch
 
 import aqua_attention as aqua
@@ -46,7 +47,9 @@ def served(model, *, projections, config):
             yield found.complete
 
 
-def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprobs=None, generated=None, **engine):
+def run(
+    model, prompts, *, projections=None, config=None, max_tokens=16, logprobs=None, generated=None, together=1, **engine
+):
     """(answers, log) of an engine on token ids; an answer has `tokens` and, if asked for, `logprobs` of the prompt, and
     `generated`, those of the tokens.
     """
@@ -58,15 +61,14 @@ def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprob
         "generated": generated,
         "engine": engine,
     }
-    done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps(request),
-        env=server.environment_of(projections, config) | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        cwd=Path(__file__).parent,
-    )
+    command = [sys.executable]
+    if together > 1:
+        request["engine"] |= {"tensor_parallel_size": together, "distributed_executor_backend": "external_launcher"}
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={together}"]
+    with NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(request, file)
+        file.flush()
+        done = _started([*command, __file__, file.name], projections, config)
     log = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError("\n".join(line for line in log.splitlines() if "Error" in line))
@@ -75,9 +77,20 @@ def run(model, prompts, *, projections=None, config=None, max_tokens=16, logprob
     return json.loads(answers.removeprefix(MARK)), log
 
 
+def _started(command, projections, config):
+    return subprocess.run(
+        command,
+        env=server.environment_of(projections, config) | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=Path(__file__).parent,
+    )
+
+
 def main():
     """Generate."""
-    request = json.load(sys.stdin)
+    request = json.loads(Path(sys.argv[1]).read_text())
     from vllm import LLM, SamplingParams
 
     engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "seed": 0} | request["engine"]

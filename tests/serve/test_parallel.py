@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor parallelism in the real vLLM engine: two processes, each with its heads' projections, answer as one does.
 
-On a CPU each has a core; on a GPU machine each has a GPU.
+On a CPU each has a core; on a GPU machine each has a GPU. vLLM starts the processes, or torchrun does, which needs no
+process for the engine.
 """
 
 from __future__ import annotations
@@ -43,17 +44,20 @@ SHARE = {"k_ratio": 0.25, "score_bits": 8, "select_p": 0.9}
 chooses = pytest.mark.skipif(LAYOUTS is None, reason="pages of this vLLM have no room for what tokens are chosen by")
 
 
+VLLM, TORCHRUN = "tensor_parallel_size", "together"
+"""What says how many processes there are, and so who starts them."""
 CASES = [
-    pytest.param(2, HALF, id="half"),
-    pytest.param(2, SMALL, id="small"),
-    pytest.param(2, SHARE, id="share", marks=chooses),
+    pytest.param(2, HALF, VLLM, id="half"),
+    pytest.param(2, HALF, TORCHRUN, id="half, torchrun"),
+    pytest.param(2, SMALL, TORCHRUN, id="small, torchrun"),
+    pytest.param(2, SHARE, TORCHRUN, id="share, torchrun", marks=chooses),
     # Both processes have the one head, and half of its query heads, which would choose dimensions without the others.
-    pytest.param(1, SMALL, id="one head for both"),
+    pytest.param(1, SMALL, TORCHRUN, id="one head for both, torchrun"),
 ]
 
 
-@pytest.mark.parametrize(("kv_heads", "config"), CASES)
-def test_two_processes_answer_as_one(kv_heads, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kv_heads", "config", "starter"), CASES)
+def test_two_processes_answer_as_one(kv_heads, config, starter, tmp_path, monkeypatch):
     if not GPUS:
         monkeypatch.setitem(engine.ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND", "0|1")
     model, file = make_llama(**SHAPE, num_key_value_heads=kv_heads), tmp_path / "tiny.safetensors"
@@ -63,10 +67,11 @@ def test_two_processes_answer_as_one(kv_heads, config, tmp_path, monkeypatch):
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (5, 64, 65, 300, 700)]
     answers = []
     for count in (1, 2):
-        options = {"config": config, "max_tokens": 24, "tensor_parallel_size": count}
+        options = {"config": config, "max_tokens": 24, starter: count}
         found, log = run(tmp_path / "model", prompts, projections=file, **options, **ENGINE)
         assert "AQUA attention: " in log
-        assert ("Worker_TP1" in log) == (count == 2)
+        of_two = "Worker_TP1" in log if starter == VLLM else log.count(engine.MARK) == 2
+        assert of_two == (count == 2)
         answers.append([each["tokens"] for each in found])
     stock, _ = run(tmp_path / "model", prompts, max_tokens=24, skip_tokenizer_init=True)
     assert answers[1] == answers[0]
