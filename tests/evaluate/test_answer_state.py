@@ -93,7 +93,7 @@ def test_what_is_damaged_or_of_something_else_is_asked_again(tmp_path, subject, 
     for record in (tmp_path / "records").glob("*.json"):
         record.unlink()
     counted.clear()
-    with pytest.warns(UserWarning, match="It is replaced now"):
+    with pytest.warns(UserWarning, match="it is replaced now, and its questions are asked again"):
         assert grid(tmp_path, subject) == first
     assert len(counted) == 12
 

@@ -34,13 +34,15 @@ Progress = Callable[[int, int], None]
 class Job:
     """A measurement to make: its record's key, what gives the `result`, and the `provenance` of its projections.
 
-    It is called with what it tells its progress, and with a file beside the record, in which it may keep its state.
+    It is called with what it tells its progress, and with a file beside the record, in which it may keep its state. The
+    file goes once there is a record, unless `keeps_state`: then other jobs read it.
     A measurement that makes its projections names them, and their digest, in the result, which go to their own places.
     """
 
     key: Key
     measure: Callable[[Progress, Path], dict[str, Any]]
     rests_on: dict[str, Any] = field(default_factory=dict)
+    keeps_state: bool = False
 
 
 def run_jobs(
@@ -95,8 +97,7 @@ def run_jobs(
         state = state_path(folder, jobs[place].key)
         records[place] = _measured(jobs[place], facts, tell, state)
         write_record(folder, records[place])
-        if jobs[place].key.get("config") is not None and records[place].error is None:
-            # The dense model's is read by settings that come later.
+        if records[place].error is None and not jobs[place].keeps_state:
             state.unlink(missing_ok=True)
         tell(1, 1)
     return [records[place] for place in range(len(jobs))]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aqua_attention.errors import AquaError
-from aqua_attention.io.files import remove_leftovers
+from aqua_attention.io.files import json_digest, remove_leftovers, write_atomically
 
 Run = dict[str, Any]
 Digest = list[list[float]]
@@ -70,6 +70,31 @@ class RunState:
         if "key_weights" in names and ours and theirs and same_digest(ours, theirs):
             names.remove("key_weights")
         return names
+
+
+def write_sealed(path: Path, kind: str, version: int, content: dict[str, Any]) -> None:
+    """Write JSON with its kind, its format version and a digest of all, whole or not at all."""
+    whole = {kind: version} | content
+    whole["sha256"] = json_digest(whole)
+    write_atomically(path, (json.dumps(whole, allow_nan=False) + "\n").encode())
+
+
+def read_sealed(path: Path, kind: str, version: int, *, what: str, remedy: str) -> dict[str, Any]:
+    """What `write_sealed` wrote; AquaError where the file is none of that kind or version, or was changed.
+
+    Args:
+        what: in words, such as "answers"; remedy: what to do about another file.
+    """
+    try:
+        whole = json.loads(path.read_bytes())
+        found, claimed = whole[kind], whole.pop("sha256")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise AquaError(f"{path} holds no {what} ({error!r}): {remedy}") from error
+    if found != version:
+        raise AquaError(f"{path} has format version {found!r}, this library reads {version}: {remedy}")
+    if claimed != json_digest(whole):
+        raise AquaError(f"{path} was changed after it was written: {remedy}")
+    return dict(whole)
 
 
 def weight_difference(first: Digest, second: Digest) -> float:

@@ -150,8 +150,7 @@ class Way:
     watch: Callable[[Choice], None] | None = None
 
 
-OURS = Way()
-WAY = OURS
+WAY = Way()
 
 
 def products(query: Tensor, key: Tensor) -> Tensor:

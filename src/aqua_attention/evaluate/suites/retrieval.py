@@ -4,7 +4,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ def retrieval_jobs(
 
     def measure(setting: Setting | None, progress: Progress, state: Path) -> dict[str, Any]:
         if not dense:
-            dense.append(AnswerState(state.with_name(state_path(Path(), jobs[0].key).name), run))
+            dense.append(AnswerState(state_path(state.parents[1], first.key), run))
         settings, own = ([], []) if setting is None else ([setting], [AnswerState(state, run)])
         found = evaluate_retrieval(subject, settings, questions, answers=[*dense, *own], progress=progress)
         row = found["rows"][0] if setting else itself
@@ -153,8 +153,8 @@ def retrieval_jobs(
         return counted(questions, right) | figures | ({"resumed": earlier} if earlier else {})
 
     options = options | {"chat": subject.chat}
-    jobs = subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
-    return jobs
+    first, *others = subject.jobs(suite, (None, *settings), options, measure, text_sha256=digest, seed=subject.seed)
+    return [replace(first, keeps_state=True), *others]
 
 
 def counted(questions: Sequence[Question], marks: Sequence[float]) -> dict[str, Any]:

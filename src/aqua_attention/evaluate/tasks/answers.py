@@ -2,7 +2,6 @@
 """What a model answers: how likely it finds given answers, what it writes, and a file that keeps both."""
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -19,8 +18,7 @@ from aqua_attention.errors import AquaError
 from aqua_attention.evaluate.generation import check_fits, generate
 from aqua_attention.evaluate.run import damaged
 from aqua_attention.evaluate.tasks.formats import ChoiceItem, Item, Task, WrittenItem
-from aqua_attention.io.files import json_digest, write_atomically
-from aqua_attention.io.state import RunState
+from aqua_attention.io.state import RunState, read_sealed, write_sealed
 from aqua_attention.model.capture import input_device
 
 NEW_TOKENS = 256
@@ -225,22 +223,12 @@ class Answers(RunState):
         self.keep()
 
     def _write(self, path: Path, content: tuple[()]) -> None:
-        whole = {KIND: FORMAT_VERSION, "run": self.run, "answers": self.of_task}
-        whole["sha256"] = json_digest(whole)
-        write_atomically(path, (json.dumps(whole, allow_nan=False) + "\n").encode())
+        write_sealed(path, KIND, FORMAT_VERSION, {"run": self.run, "answers": self.of_task})
 
     def _read(self, path: Path) -> tuple[dict[str, Any], tuple[dict[str, list[list[Answer]]], dict[str, Any]]]:
-        try:
-            content = json.loads(path.read_bytes())
-            version, run, answers, claimed = content[KIND], content["run"], content["answers"], content.pop("sha256")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise AquaError(
-                f"{path} holds no answers of `aqua eval tasks` ({error!r}): give another --state, or delete it"
-            ) from error
-        if version != FORMAT_VERSION:
-            raise AquaError(f"{path} has format version {version!r}, this library reads {FORMAT_VERSION}: delete it")
-        if claimed != json_digest(content):
-            raise AquaError(f"{path} was changed after it was written: delete it, or give another --state")
+        words = {"what": "answers of `aqua eval tasks`", "remedy": "give another --state, or delete it"}
+        content = read_sealed(path, KIND, FORMAT_VERSION, **words)
+        run, answers = content["run"], content["answers"]
         return run, (answers, run["tasks"])
 
     def _differences(self, run: dict[str, Any]) -> list[str]:

@@ -256,7 +256,7 @@ def _why_not_states(states: Tensor) -> str | None:
 
 def _why_not_scored_prompt(plan: LayerPlan, value_dim: int) -> str | None:
     """Why no kernel takes a prompt whose queries choose tokens; None when one does."""
-    if tokens.WAY != tokens.OURS:
+    if tokens.Way() != tokens.WAY:
         return "another way of choosing tokens is measured"
     if max(plan.head_dim, value_dim) > LARGEST_SCORED:
         return _too_wide(max(plan.head_dim, value_dim))

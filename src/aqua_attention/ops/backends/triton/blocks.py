@@ -167,13 +167,22 @@ def token_pointers(pointer, block_table_ptr, block_ids, WIDTH: tl.constexpr, BLO
 
 
 @triton.jit
-def online_softmax(scores, values, scales, largest, total, output, PRECISION: tl.constexpr):
-    """One more block of an online softmax; scores are to the base 2. `scales`, if any, multiply a token's values."""
+def softmax_block(scores, largest):
+    """One more block of an online softmax, of scores to the base 2.
+
+    Returns:
+        The largest score now, the weights of the block, and what earlier sums are multiplied by.
+    """
     now = tl.maximum(largest, tl.max(scores, 1))
     # A block in which nothing is visible must not make NaN of minus infinity less itself.
     safe = tl.where(now == float("-inf"), 0.0, now)
-    weights = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(largest - safe)
+    return now, tl.exp2(scores - safe[:, None]), tl.exp2(largest - safe)
+
+
+@triton.jit
+def online_softmax(scores, values, scales, largest, total, output, PRECISION: tl.constexpr):
+    """`softmax_block`, with the sum of weights and of the values. `scales`, if any, multiply a token's values."""
+    now, weights, shrink = softmax_block(scores, largest)
     total = total * shrink + tl.sum(weights, 1)
     if scales is not None:
         weights = weights * scales[None, :]

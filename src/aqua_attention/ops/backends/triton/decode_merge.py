@@ -7,6 +7,8 @@ import functools
 import triton
 import triton.language as tl
 
+from aqua_attention.ops.backends.triton.blocks import softmax_block
+
 MERGED_ROWS = 64
 """Partial results of so many splits and heads are merged at once."""
 
@@ -53,13 +55,9 @@ def merge(
             0.0,
             cache_modifier=".cg",
         )
-        now = tl.maximum(top, tl.max(part_lse, 1))
-        # Heads that are not there, and sequences without a token: no minus infinity less itself.
-        safe = tl.where(now == float("-inf"), 0.0, now)
-        weight, shrink = tl.exp2(part_lse - safe[:, None]), tl.exp2(top - safe)
+        top, weight, shrink = softmax_block(part_lse, top)
         total = total * shrink + tl.sum(weight, 1)
         result = result * shrink[:, None] + tl.sum(some * weight[:, :, None], 1)
-        top = now
     is_empty = total == 0
     result /= tl.where(is_empty, 1.0, total)[:, None]
     tl.store(

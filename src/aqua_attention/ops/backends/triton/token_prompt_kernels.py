@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqua_attention.ops.backends.triton.blocks import online_softmax
+from aqua_attention.ops.backends.triton.blocks import online_softmax, softmax_block
 
 INFINITY = tl.constexpr(0x7F800000)
 """Its bits in float32."""
@@ -98,6 +98,12 @@ def _tile(block, start, offsets, KEYS: tl.constexpr):
 
 
 @triton.jit
+def _end(block, offsets):
+    """The tokens that the last of some queries sees."""
+    return block.before + block.first + tl.minimum(tl.max(offsets, 0) + 1, block.rows)
+
+
+@triton.jit
 def _likely(
     prompt,
     block,
@@ -149,8 +155,7 @@ def sum_scores(
     offsets = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     narrow = _queries(prompt.narrow, block, row, head, block.kv_heads * GROUP, offsets, KEPT, KEPT_PADDED)
     largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
-    end = block.before + block.first + tl.minimum(tl.max(offsets, 0) + 1, block.rows)
-    for start in range(0, end, KEYS):
+    for start in range(0, _end(block, offsets), KEYS):
         scores = _likely(
             prompt,
             block,
@@ -166,11 +171,8 @@ def sum_scores(
             ROWS,
             KEYS,
         )
-        now = tl.maximum(largest, tl.max(scores, 1))
-        # A block in which nothing is visible must not make NaN of minus infinity less itself.
-        safe = tl.where(now == float("-inf"), 0.0, now)
-        total = total * tl.exp2(largest - safe) + tl.sum(tl.exp2(scores - safe[:, None]), 1)
-        largest = now
+        largest, weights, shrink = softmax_block(scores, largest)
+        total = total * shrink + tl.sum(weights, 1)
     at = (row * block.kv_heads * GROUP + head).to(tl.int64) * block.most + offsets
     tl.store(prompt.lse + at, largest + tl.log2(tl.where(total > 0, total, 1.0)), offsets < block.rows)
 
@@ -191,7 +193,7 @@ def weigh(
     row, group = tl.program_id(2) // block.kv_heads, tl.program_id(2) % block.kv_heads
     start, offsets = tl.program_id(0) * KEYS, tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     heads = block.kv_heads * GROUP
-    if start < block.before + block.first + tl.minimum(tl.max(offsets, 0) + 1, block.rows):
+    if start < _end(block, offsets):
         weight = tl.zeros([ROWS, KEYS], tl.float32)
         for member in range(GROUP):
             head = group * GROUP + member
@@ -325,8 +327,7 @@ def attend_rows(
     largest, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     length = block.before + block.queries
-    end = block.before + block.first + tl.minimum(tl.max(offsets, 0) + 1, block.rows)
-    for start in range(0, end, KEYS):
+    for start in range(0, _end(block, offsets), KEYS):
         positions, visible, _ = _tile(block, start, offsets, KEYS)
         words = tl.load(prompt.chosen + line[:, None] * block.words + positions[None, :] // WORD, visible, 0)
         read = visible & (((words >> (positions % WORD)[None, :]) & 1) > 0)
