@@ -138,22 +138,22 @@ def main_select(part: int, parts: int, device: str = "cuda", ways: list[dict[str
     torch.manual_seed(0)
     runs = 0
     shapes = [shape for shape in SHAPES if max(shape) <= LARGEST_SCORED]
-    places = itertools.product(shapes, SELECTIONS, (None, 8), (torch.bfloat16, torch.float32), ways)
-    for place, ((heads, groups, head_dim, kept, value_dim), choice, bits, kind, way) in enumerate(places):
+    places = itertools.product(shapes, SELECTIONS, (None, 8), (8, 4), (torch.bfloat16, torch.float32), ways)
+    for place, ((heads, groups, head_dim, kept, value_dim), choice, bits, few, kind, way) in enumerate(places):
         if place % parts != part:
             continue
         # The interpreter computes bfloat16 wrongly.
         dtype = kind if device == "cuda" or kind == torch.float32 else torch.float16
         rotation = torch.linalg.qr(torch.randn(groups, head_dim, head_dim)).Q[..., :kept].contiguous().to(device)
         rms = torch.rand(groups, kept, device=device) + 0.1
-        knobs: dict[str, Any] = {"k_ratio": 0.25, "s_ratio": 1 - kept / head_dim, "score_bits": 8, "bits": bits}
+        knobs: dict[str, Any] = {"k_ratio": 0.25, "s_ratio": 1 - kept / head_dim, "score_bits": few, "bits": bits}
         config = aqua.AquaConfig(**knobs | choice, sink=3, recent=20)
         plan = LayerPlan(rotation, rms, config, head_dim**-0.5, key_scale=rms, key_mean=rms)
 
         def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
             return torch.randn(*shape, device=device, dtype=dtype)
 
-        sizes: dict[str, Any] = {"dtype": dtype, "device": device, "bits": bits}
+        sizes: dict[str, Any] = {"dtype": dtype, "device": device, "bits": bits, "score_bits": few}
         cache = ScoredCache.empty(4, value_dim, 512, score_quantization(plan), **sizes)
         # The last is a row of padding.
         lengths = torch.tensor([509, 380, 1, -1], dtype=torch.int32, device=device)

@@ -18,6 +18,7 @@ python benchmarks/select_decode.py --shares shares.json --size 32x32768 --json s
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from aqua_attention.ops.backends.triton.token_step import selected_step
 from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache, score_quantization
+from aqua_attention.ops.tokens import scored_bytes
 from aqua_attention.report.tables import markdown
 
 HEADS, KV_HEADS, DIM, SCORED = 32, 8, 128, 32
@@ -65,6 +67,7 @@ def main():
     parser.add_argument("--layer", type=int, action="append", help="only this one of --shares; repeat")
     parser.add_argument("--set", action="append", default=[], help="a tuned constant, as token_gather.WARPS=8; repeat")
     parser.add_argument("--bits", type=int, choices=[8], help="of keys and values; default: 16")
+    parser.add_argument("--score-bits", type=int, choices=[8, 4], default=8, help="of the copy that is scored")
     parser.add_argument("--by-compiler", action="store_true", help="score without placing registers by hand")
     parser.add_argument("--no-dense", action="store_true", help="leave out what it is compared with")
     parser.add_argument("--json", help="write all figures here")
@@ -147,7 +150,7 @@ def measure(batch, length, knobs, head_shares, given):
     torch.manual_seed(0)
     config = AquaConfig(
         **{"k_ratio": SCORED / DIM, "share": "group", "selection": "weighted", "sink": SINK, "recent": RECENT}
-        | {"score_bits": 8, "min_length": 0}
+        | {"score_bits": given.score_bits, "min_length": 0}
         | knobs
     )
     rotation = torch.eye(DIM, device="cuda").expand(KV_HEADS, DIM, DIM).contiguous()
@@ -188,10 +191,11 @@ def measure(batch, length, knobs, head_shares, given):
     places, group = batch * KV_HEADS, HEADS // KV_HEADS
     tokens, taken = places * length, places * length * read
     held = 4 * DIM if given.bits is None else 2 * DIM + 4
+    of_copy = scored_bytes(SCORED, given.score_bits)
     prepared = timed(prepare)
     pieces = {"prepare": (prepared, 4 * KV_HEADS * DIM * DIM)}
     scored = timed(score)
-    pieces["score"] = (scored, tokens * (SCORED + 2 + 2 * group))
+    pieces["score"] = (scored, tokens * (of_copy + 2 * group))
     # It goes on from what `prepare` has made zero.
     chosen = timed(prepare, score, choose) - prepared - scored
     pieces["choose"] = (chosen, tokens * 2 * group + 4 * taken)
@@ -202,6 +206,7 @@ def measure(batch, length, knobs, head_shares, given):
         "error": error,
         "layers": layers,
         "bits": given.bits,
+        "score_bits": given.score_bits,
         "splits": work.splits,
         "chunks": work.chunks,
         "by_hand": work.by_hand,
@@ -211,7 +216,8 @@ def measure(batch, length, knobs, head_shares, given):
 
 def filled(batch, length, plan, head_shares, bits):
     """Random keys and values; or keys of which given shares, anywhere, hold the mass that is asked for."""
-    cache = ScoredCache.empty(batch, DIM, length, score_quantization(plan), dtype=DTYPE, device="cuda", bits=bits)
+    options = {"dtype": DTYPE, "device": "cuda", "bits": bits, "score_bits": plan.config.score_bits}
+    cache = ScoredCache.empty(batch, DIM, length, score_quantization(plan), **options)
     lengths = torch.full((1,), length - ROOM, dtype=torch.int32, device="cuda")
     for index in range(batch):
         keys, values = (torch.randn(1, KV_HEADS, length, DIM, dtype=DTYPE, device="cuda") for _ in range(2))
@@ -228,11 +234,9 @@ def filled(batch, length, plan, head_shares, bits):
 
 def part(cache, rows):
     """Some sequences of a cache, as a cache."""
-    scales = None if cache.value_scales is None else cache.value_scales[rows]
-    states = (each[rows] for each in (cache.keys, cache.values, cache.codes, cache.scales))
-    return ScoredCache(
-        *states, cache.quantization, cache.lengths[rows], cache.max_length, cache.dtype, value_scales=scales
-    )
+    names = ("keys", "values", "codes", "scales", "lengths", "value_scales", "own_scales")
+    states = {name: getattr(cache, name) for name in names}
+    return replace(cache, **{name: None if each is None else each[rows] for name, each in states.items()})
 
 
 def compared(cache, plan, work, output):

@@ -54,6 +54,7 @@ def main():
     parser.add_argument("--share", action="append", type=float, help="of tokens that are read; repeat for several")
     parser.add_argument("--parts", action="append", type=int, help="of the sequences; repeat for several")
     parser.add_argument("--bits", type=int, choices=[8], help="of keys and values; default: 16")
+    parser.add_argument("--score-bits", type=int, choices=[8, 4], default=8, help="of the copy that is scored")
     parser.add_argument("--json", help="write all figures here")
     given = parser.parse_args()
     if not torch.cuda.is_available():
@@ -62,17 +63,17 @@ def main():
     rows = []
     for share in given.share or [0.06, 0.1, 0.24]:
         torch.cuda.empty_cache()
-        rows += measure(batch, length, share, given.parts or [2, 4], given.bits)
+        rows += measure(batch, length, share, given.parts or [2, 4], given.bits, given.score_bits)
     cells = [[f"{each['share']:.0%}", str(each["parts"]), f"{1e6 * each['seconds']:.1f}"] for each in rows]
     print(f"{torch.cuda.get_device_name()}, {given.size}\n\n" + markdown(["read", "parts", "us"], cells))
     if given.json:
         write_json(given.json, {"device": torch.cuda.get_device_name(), "size": given.size, "results": rows})
 
 
-def measure(batch, length, share, numbers, bits):
+def measure(batch, length, share, numbers, bits, score_bits):
     """Seconds of a layer in one part, in one without early starts, and in several."""
     torch.manual_seed(0)
-    window = {"sink": SINK, "recent": RECENT, "score_bits": 8, "select_tokens": round(share * length)}
+    window = {"sink": SINK, "recent": RECENT, "score_bits": score_bits, "select_tokens": round(share * length)}
     config = AquaConfig(k_ratio=SCORED / DIM, **window)
     rotation = torch.linalg.qr(torch.randn(KV_HEADS, DIM, DIM, device="cuda")).Q.contiguous()
     ones = torch.ones(KV_HEADS, DIM, device="cuda")

@@ -72,10 +72,13 @@ def test_a_choice_of_tokens_says_what_its_copy_takes(llama):
     assert int8["bytes"] < row["bytes"]
 
 
-@pytest.mark.parametrize(("bits", "least", "most"), [(None, 1.25, 1.26), (8, 0.75, 0.76)])
-def test_what_the_cache_of_a_gpu_holds_is_what_its_widths_say(bits, least, most):
-    """At heads of 128 in 16 bits: a quarter more than dense, and in int8 a quarter less."""
-    config, ones = aqua.AquaConfig.preset("select", bits=bits), torch.ones(2, 128)
+@pytest.mark.parametrize(
+    ("bits", "score_bits", "least", "most"),
+    [(None, 8, 1.25, 1.26), (8, 8, 0.75, 0.76), (None, 4, 1.125, 1.13), (8, 4, 0.625, 0.64)],
+)
+def test_what_the_cache_of_a_gpu_holds_is_what_its_widths_say(bits, score_bits, least, most):
+    """At heads of 128 in 16 bits: a quarter more than dense, and in int8 a quarter less; an eighth more by 4 bits."""
+    config, ones = aqua.AquaConfig.preset("select", bits=bits, score_bits=score_bits), torch.ones(2, 128)
     rotation = torch.eye(128).repeat(2, 1, 1)
     plan = LayerPlan(rotation, ones, config, 128**-0.5, key_scale=ones, key_mean=0 * ones)
     layer = ScoredLayer(plan, max_cache_len=1024, memory={})
@@ -86,6 +89,7 @@ def test_what_the_cache_of_a_gpu_holds_is_what_its_widths_say(bits, least, most)
     held = sum(row[f"{part}_bytes"] for part in PARTS)
     assert held == row["expected_bytes"]
     assert least <= held / dense <= most
-    assert row["copy_bytes"] == 3 * 2 * 1024 * 130
-    assert row["keys_bytes"] == 3 * 2 * 1024 * 128 * (2 if bits is None else 1)
+    assert row["copy_bytes"] == 3 * 2 * 1024 * (16 * score_bits + 2)
+    scale = 2 if (bits, score_bits) == (8, 4) else 0
+    assert row["keys_bytes"] == 3 * 2 * 1024 * (128 * (2 if bits is None else 1) + scale)
     assert row["other_bytes"] == storage_bytes(cache) - held

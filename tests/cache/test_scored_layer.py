@@ -124,6 +124,9 @@ def test_a_step_is_that_of_the_growing_cache(model):
         ("apart", 129, {"select_p": None, "select_tokens": 40}),
         ("by threes", 1, {"select_p": None, "select_tokens": 3}),
         ("three layers", 256, {"select_p": None, "select_tokens": 30}),
+        ("three layers", 128, {"score_bits": 4}),
+        ("by threes", 129, {"score_bits": 4}),
+        ("apart", 1, {"score_bits": 4, "select_p": None, "select_tokens": 3}),
         # Rounding decides between tokens elsewhere.
         ("16 bits", 129, {"select_p": 1.0}),
     ],
@@ -191,11 +194,12 @@ def test_generate_gets_such_a_cache_and_writes_the_same(model):
 
 
 @slow
-def test_a_prompt_in_pieces_and_a_cache_that_grows(model):
+@pytest.mark.parametrize("score_bits", [8, 4])
+def test_a_prompt_in_pieces_and_a_cache_that_grows(model, score_bits):
     """Over the end of its room, with padding, and again after a reset."""
     model, projections = model
     ids, mask, sizes = tokens(2, 150, seed=2), padded(2, 150, 4), (60, 1, 66, 1, 1, 21)
-    with aqua.apply(model, projections, SELECT) as attachment, torch.no_grad():
+    with aqua.apply(model, projections, SELECT | {"score_bits": score_bits}) as attachment, torch.no_grad():
         plain, cache = both(attachment, 128)
         expected, _ = stepped(model, attachment, plain, ids, sizes, mask)
         for _ in range(2):
@@ -206,11 +210,12 @@ def test_a_prompt_in_pieces_and_a_cache_that_grows(model):
 
 
 @slow
-def test_eight_bits_lose_about_as_much_as_without_a_choice(model):
+@pytest.mark.parametrize("score_bits", [8, 4])
+def test_eight_bits_lose_about_as_much_as_without_a_choice(model, score_bits):
     model, projections = model
     ids, logits = tokens(2, 134, seed=3), {}
     for name, settings in (("exact", {}), ("chosen", {"bits": 8}), ("all", {"bits": 8, "select_p": None})):
-        settings = SELECT | {"select_p": 0.99} | settings
+        settings = SELECT | {"select_p": 0.99, "score_bits": score_bits} | settings
         settings |= {"score_bits": 16, "k_ratio": 1.0} if settings["select_p"] is None else {}
         with aqua.apply(model, projections, settings) as attachment, torch.no_grad():
             cache = attachment.new_cache(max_length=140, layout="tiled")
@@ -222,8 +227,14 @@ def test_eight_bits_lose_about_as_much_as_without_a_choice(model):
 def test_a_cache_holds_what_explain_says(model):
     """Keys, values, and what is scored; with the share of each token in what rounds up a tile and the padding."""
     model, projections = model
-    for bits, each in ((None, 2 * (32 * 4 + 16 + 2)), (8, 2 * (3 * 16 + 4))):
-        with aqua.apply(model, projections, SELECT | {"bits": bits}, layout="tiled") as attachment, torch.no_grad():
+    for bits, score_bits, each in (
+        (None, 8, 2 * (32 * 4 + 16 + 2)),
+        (8, 8, 2 * (3 * 16 + 4)),
+        (None, 4, 2 * (32 * 4 + 8 + 2)),
+        (8, 4, 2 * (2 * 16 + 8 + 6)),
+    ):
+        settings = SELECT | {"bits": bits, "score_bits": score_bits}
+        with aqua.apply(model, projections, settings, layout="tiled") as attachment, torch.no_grad():
             cache = attachment.new_cache(max_length=1280, layout="tiled")
             model(tokens(1, 10), past_key_values=cache)
             found = attachment.explain(1280).decoding
@@ -242,6 +253,9 @@ def test_explain_says_what_is_read_and_who_chooses(model):
         assert (found.decoding.bytes.step, found.decoding.bytes.is_bound) == (1000 * (scored + whole), True)
         assert "select_p=0.8: tokens are chosen by a kernel" in str(found)
         assert f"{scored} bytes for each token of context and {whole} bytes for each one chosen" in str(found)
+    with aqua.apply(model, projections, SELECT | {"score_bits": 4}, layout="tiled") as attachment:
+        found = attachment.explain(1000).decoding
+        assert (found.backends, found.bytes.token, found.bytes.chosen) == ({"triton": 1}, 2 * (4 + 2), whole)
     with aqua.apply(model, projections, SELECT | COUNT | {"min_length": 900}, layout="tiled") as attachment:
         for length, read in ((1000, 11 + 2 + 5), (899, 899)):
             found = attachment.explain(length).decoding.bytes
@@ -250,8 +264,7 @@ def test_explain_says_what_is_read_and_who_chooses(model):
 
 
 REFUSED = {
-    "16 bits": ({"score_bits": 16}, "score_bits is 16, and the kernels score keys in 8: set score_bits=8"),
-    "4 bits": ({"score_bits": 4}, "set score_bits=8"),
+    "16 bits": ({"score_bits": 16}, "score_bits is 16, and the kernels score keys in 8 and 4: set score_bits=8"),
     "heads": ({"share": "head"}, "share is 'head'.*: set share='group'"),
     "adaptive": ({"logit_error": 0.1}, "set k_ratio in place of logit_error"),
     "two widths": ({"s_ratio": 0.25}, "leave s_ratio out, or sink and recent"),
@@ -289,10 +302,10 @@ def test_what_a_cache_of_fixed_size_cannot_do_is_said(model, tmp_path):
 
 
 def test_a_cache_does_not_go_on_with_another_way_of_choosing(model):
-    """Filled without a choice it has nothing to score; with one, no tiles."""
+    """Filled without a choice it has nothing to score; with one, no tiles, and what is scored has so many bits."""
     model, projections = model
-    settings = [SELECT, SELECT | {"select_p": None, "score_bits": 16}]
-    for first, second in (settings, settings[::-1]):
+    settings, few = [SELECT, SELECT | {"select_p": None, "score_bits": 16}], [SELECT, SELECT | {"score_bits": 4}]
+    for first, second in (settings, settings[::-1], few, few[::-1]):
         with aqua.apply(model, projections, first) as attachment, torch.no_grad():
             cache = attachment.new_cache(max_length=64, layout="tiled")
             model(tokens(1, 10), past_key_values=cache)
@@ -355,9 +368,10 @@ def test_a_recording_knows_the_size_and_all_addresses_of_its_cache(model):
         assert recorder._state(cache) != state
 
 
-def test_a_prompt_is_rounded_in_parts(monkeypatch, model):
+@pytest.mark.parametrize("score_bits", [8, 4])
+def test_a_prompt_is_rounded_in_parts(monkeypatch, model, score_bits):
     model, projections = model
-    with aqua.apply(model, projections, SELECT) as attachment, torch.no_grad():
+    with aqua.apply(model, projections, SELECT | {"score_bits": score_bits}) as attachment, torch.no_grad():
         caches = [attachment.new_cache(max_length=300, layout="tiled") for _ in range(2)]
         for most, cache in zip((1 << 25, 1), caches, strict=True):
             monkeypatch.setattr(scored, "MOST_AT_ONCE", most)

@@ -61,9 +61,8 @@ def problem(heads, lengths, dim, value_dim, dtype=torch.float32, *, seed=0, keys
         rotated[..., 0] = dim**0.5
         states = torch.zeros_like(states)
         states[..., 0] = keys.to(states)
-    cache = ScoredCache.empty(
-        batch, value_dim, longest + 5, score_quantization(plan), dtype=dtype, device=rotated.device, bits=held
-    )
+    given = {"dtype": dtype, "device": rotated.device, "bits": held, "score_bits": plan.config.score_bits}
+    cache = ScoredCache.empty(batch, value_dim, longest + 5, score_quantization(plan), **given)
     values = random(batch, kv_heads, longest, value_dim, seed=seed + 6, dtype=dtype)
     hidden = torch.arange(longest, device=DEVICE) >= torch.tensor(lengths, device=DEVICE)[:, None]
     hidden = hidden[:, None, :, None]

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from decoding import DEVICE
-from selecting import WAYS, check_output, listed, problem, run, work_for
+from selecting import WAYS, check_choice, check_output, expected_of, listed, problem, run, work_for
 
 from aqua_attention.ops.backends.triton import token_choice
 from aqua_attention.ops.backends.triton.token_step import attend_selected
@@ -39,3 +39,13 @@ def test_several_programs_find_what_one_does(choice, monkeypatch):
         attend_selected(given.cache, given.plan, work, output, scaling=given.plan.scaling, appended=False)
     assert torch.equal(listed(work, given.cache), run(given, **WAYS["one program"])[1])
     check_output(output, listed(work, given.cache), given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", [{"select_p": 0.9}, {"select_tokens": 500}])
+def test_many_sequences_with_room_for_more_take_as_many_programs_as_they_are_long(choice):
+    lengths = [40000, 0, 100, 3072, 3073, 9000, 20001, 1] + [700] * 40
+    given = problem((8, 8), lengths, 64, 64, torch.bfloat16, k_ratio=0.25, **choice)
+    output, read = run(given, splits=None, programs=None)
+    check_choice(read, given, expected_of(given))
+    check_output(output, read, given)

@@ -39,10 +39,11 @@ for module in MODULES:
 
 
 def build(dtype, heads, groups, dim, value_dim, length=5000, bits=None, batch=3, **choice):
-    config = aqua.AquaConfig(share="group", score_bits=8, **choice)
+    config = aqua.AquaConfig(**{"share": "group", "score_bits": 8} | choice)
     units = torch.ones(groups, dim), torch.zeros(groups, dim)
     plan = LayerPlan(torch.zeros(groups, dim, dim), units[0], config, 0.1, key_scale=units[0], key_mean=units[1])
-    cache = ScoredCache.empty(batch, value_dim, length, score_quantization(plan), dtype=dtype, device="cpu", bits=bits)
+    given = dict(dtype=dtype, device="cpu", bits=bits, score_bits=config.score_bits)
+    cache = ScoredCache.empty(batch, value_dim, length, score_quantization(plan), **given)
     states = (torch.zeros(batch, n, w, dtype=dtype) for n, w in ((heads, dim), (groups, dim), (groups, value_dim)))
     states, output = list(states), torch.zeros(batch, heads, value_dim, dtype=dtype)
     splits = 16 if length > 1 else 1
@@ -93,6 +94,12 @@ CASES = {
     "select_tokens=9, bits=8)",
     "int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
     "select_p=0.9, bits=8)",
+    "4 bits": "dict(dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, select_p=0.95, "
+    "length=32768, score_bits=4)",
+    "4 bits, int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
+    "select_p=0.9, bits=8, score_bits=4)",
+    "4 bits, all, float32": "dict(dtype=torch.float32, heads=2, groups=2, dim=64, value_dim=64, k_ratio=1.0, "
+    "select_p=0.9, score_bits=4)",
     "ones": "dict(dtype=torch.bfloat16, heads=4, groups=1, dim=64, value_dim=64, k_ratio=0.5, select_tokens=1, "
     "length=1, batch=1, sink=1, recent=1, min_length=1)",
     "window": "dict(dtype=torch.bfloat16, heads=8, groups=2, dim=128, value_dim=128, k_ratio=0.25, select_p=0.9, "

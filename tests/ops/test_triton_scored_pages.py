@@ -181,6 +181,7 @@ def test_a_longer_table_of_wider_rows_is_read_by_its_stride():
 def test_what_kernels_do_not_take_is_said():
     for options, message in (
         ({"score_bits": 16}, "score_bits is 16"),
+        ({"score_bits": 4}, "score_bits is 4, and pages hold what tokens are chosen by in 8"),
         ({"recent": 200}, "sink is 0 and recent 200, and where tokens are chosen it takes 128 at most"),
         ({"softcap": 2.0}, "it knows no softcap"),
         ({"share": "head"}, "share is 'head'"),

@@ -72,8 +72,8 @@ def storage_bytes(cache: Any) -> int:
 
 def _of_scored(layer: ScoredLayer) -> tuple[list[Any], list[Any], list[Tensor]]:
     cache = layer.cache
-    # In 8 bits the scales of the copy are those of the keys, too.
-    return [cache.keys], [cache.values, cache.value_scales], [cache.codes, cache.scales]
+    # Where both have 8 bits the scales of the copy are those of the keys, too.
+    return [cache.keys, cache.own_scales], [cache.values, cache.value_scales], [cache.codes, cache.scales]
 
 
 def _of_growing(layer: RotatedLayer) -> tuple[Any, Any, list[Any]]:

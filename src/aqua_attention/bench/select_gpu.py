@@ -45,7 +45,7 @@ def _row(problem: Problem, config: AquaConfig) -> dict[str, Any]:
     rotated = rotate(keys, rotation)
     scale, mean = rotated.float().std((0, 2)), rotated.float().mean((0, 2))
     plan = LayerPlan(rotation, key_rms, config, head_dim**-0.5, key_scale=scale, key_mean=mean)
-    given: dict[str, Any] = {"dtype": keys.dtype, "device": keys.device}
+    given: dict[str, Any] = {"dtype": keys.dtype, "device": keys.device, "score_bits": config.score_bits}
     cache = ScoredCache.empty(batch, values.shape[3], length, score_quantization(plan), **given)
     held = torch.full((batch,), length - 1, dtype=torch.int32, device=keys.device)
     cache.fill(rotated[:, :, :-1], values[:, :, :-1], held)

@@ -154,7 +154,9 @@ def _empty(cache: Cache, index: int, plan: LayerPlan) -> cache_utils.CacheLayerM
 
 def _has_room_for_choice(layer: Any, plan: LayerPlan) -> bool:
     """Whether a filled layer can go on with this choice of tokens, or of none: in tiles they are held in other ways."""
-    return not isinstance(layer, TiledLayer) or isinstance(layer, ScoredLayer) == plan.config.chooses_tokens
+    if isinstance(layer, ScoredLayer):
+        return plan.config.chooses_tokens and plan.config.score_bits == layer.plan.config.score_bits
+    return not isinstance(layer, TiledLayer) or not plan.config.chooses_tokens
 
 
 def foreign_layers(config: PreTrainedConfig, indices: Collection[int]) -> str:

@@ -2,7 +2,7 @@
 """A cache layer of fixed size whose decoding steps choose tokens (AQUA-Select), for the kernels of a GPU.
 
 Keys and values lie by token, because chosen ones are read whole. Beside them is a copy of the keys by dimension in 8
-bits, which is scored: see `ops.scored`. All else is as in `TiledLayer`: prompts, padding, room, what is refused.
+or 4 bits, which is scored: see `ops.scored`. All else is as in `TiledLayer`: prompts, padding, room, what is refused.
 """
 
 from typing import Any
@@ -34,10 +34,8 @@ class ScoredLayer(TiledLayer):
     def _new_cache(self, value_dim: int) -> ScoredCache:  # type: ignore[override]
         self._memory.clear()  # of other sizes
         given: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "memory": self._memory}
-        quantization = score_quantization(self.plan)
-        return ScoredCache.empty(
-            self.batch_size, value_dim, self.max_cache_len, quantization, bits=self.plan.config.bits, **given
-        )
+        given |= {"bits": self.plan.config.bits, "score_bits": self.plan.config.score_bits}
+        return ScoredCache.empty(self.batch_size, value_dim, self.max_cache_len, score_quantization(self.plan), **given)
 
     def _by_token(self) -> tuple[Tensor, Tensor]:
         return self.cache.held()

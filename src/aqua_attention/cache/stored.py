@@ -114,10 +114,11 @@ def held_bytes(plan: LayerPlan, itemsize: int, kind: str) -> float:
     if kind == "growing":
         copied = plan.is_plain and plan.config.chooses_tokens and plan.config.score_bits == 8
         return token_bytes(plan, itemsize, 0, False) + copied * heads * (plan.kept + SCALE_BYTES)
-    held = states_bytes(plan.kept, plan.head_dim, itemsize, bits)
+    held: float = states_bytes(plan.kept, plan.head_dim, itemsize, bits)
     if kind == "scored":
-        # In 8 bits keys and their copy have the same scales.
-        held += plan.kept + (SCALE_BYTES if bits is None else 0)
+        held += scored_bytes(plan.kept, plan.config.score_bits)
+        # Keys and their copy have the same scales where both are in 8 bits.
+        held -= SCALE_BYTES if bits == plan.config.score_bits else 0
     return heads * held
 
 

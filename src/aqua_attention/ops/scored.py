@@ -2,9 +2,9 @@
 """Keys and values by token, and a copy of the keys by dimension that a decoding step scores (AQUA-Select).
 
 A query scores all tokens and reads few. Scoring multiplies few dimensions of many keys, so the copy lies in tiles in
-which each dimension is one run, in 8 bits: `codes[batch, head, tile, dimension, token]`. Reading takes whole keys and
-values here and there, so these lie by token: a chosen token is one run of each. In 8 bits keys have the same codes as
-the copy, in the other order.
+which each dimension is one run, in 8 or 4 bits: `codes[batch, head, tile, dimension, token]`. Reading takes whole keys
+and values here and there, so these lie by token: a chosen token is one run of each. In 8 bits keys have the same codes
+as a copy in 8 bits, in the other order.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from aqua_attention.errors import AquaError
 from aqua_attention.ops.layout import TILE, Device, Quantization, expect, quantized
 from aqua_attention.ops.plan import LayerPlan
 
+SCORED_BITS = (8, 4)
+"""That the copy of such a cache can have."""
+FEW_BITS_LARGEST = 7
+"""Codes of 4 bits go from minus this to this."""
 LEAST_SCALE = 1e-12
 """Of a channel, because a key that never varies is divided by it, too."""
 MOST_AT_ONCE = 1 << 25
@@ -35,9 +39,10 @@ class ScoredCache:
 
     Attributes:
         keys: [batch, num_key_value_heads, tiles * TILE, kept], rotated; values: likewise of value_dim. In 8 bits uint8.
-        codes: uint8 [batch, num_key_value_heads, tiles, kept, TILE], in which 128 is zero.
+        codes: uint8 [batch, num_key_value_heads, tiles, kept, TILE], in which 128 is zero. In 4 bits 8 is, and the last
+            dimension is half as long: byte j has token 2j in its low bits and token 2j + 1 in its high ones.
         scales: bfloat16 [batch, num_key_value_heads, tiles * TILE], of the codes of a token.
-        quantization: how codes are made of keys, `(code - 128) * scale * channel_scale + channel_mean`.
+        quantization: how codes are made of keys, `(code - zero) * scale * channel_scale + channel_mean`.
         lengths: int32 [batch], tokens of each sequence; negative: a row of padding, which takes none and gives zeros.
         max_length: tokens of a sequence at most.
         dtype: of queries, and of keys and values that are not in 8 bits.
@@ -45,6 +50,8 @@ class ScoredCache:
         rotated_from: as in `TiledCache`; all keys are rotated.
         memory: what kernels work in between the start and the end of a step. Caches whose steps follow one another, as
             those of a model's layers, may share it.
+        score_bits: of `codes`, 8 or 4.
+        own_scales: as `scales`, of keys in 8 bits beside a copy in 4; None: `scales` are theirs, or they have none.
     """
 
     keys: Tensor
@@ -57,6 +64,8 @@ class ScoredCache:
     dtype: torch.dtype
     value_scales: Tensor | None = None
     memory: dict[Any, Any] = field(default_factory=dict)
+    score_bits: int = 8
+    own_scales: Tensor | None = None
     rotated_from: ClassVar[int] = 0
 
     @staticmethod
@@ -69,6 +78,7 @@ class ScoredCache:
         dtype: torch.dtype,
         device: Device,
         bits: int | None = None,
+        score_bits: int = 8,
         memory: dict[Any, Any] | None = None,
     ) -> ScoredCache:
         """Empty sequences; heads and the width of keys are those of the quantization. `bits`: 8 or None. `memory`:
@@ -79,22 +89,30 @@ class ScoredCache:
         """
         if min(batch, max_length) < 1:
             raise AquaError(f"batch is {batch} and max_length {max_length}: they must be 1 or more")
+        if score_bits not in SCORED_BITS:
+            raise AquaError(f"score_bits is {score_bits}: a copy that kernels score has 8 or 4")
         kv_heads, kept = quantization.channel_scale.shape
         for name, tensor in zip(quantization._fields, quantization, strict=True):
             expect(f"quantization.{name}", tensor, torch.float32, (kv_heads, kept))
         tiles = -(-max_length // TILE)
         tokens, kind = (batch, kv_heads, tiles * TILE), dtype if bits is None else torch.uint8
+
+        def scales() -> Tensor:
+            return torch.zeros(tokens, dtype=torch.bfloat16, device=device)
+
         return ScoredCache(
             torch.zeros(*tokens, kept, dtype=kind, device=device),
             torch.zeros(*tokens, value_dim, dtype=kind, device=device),
-            torch.zeros(batch, kv_heads, tiles, kept, TILE, dtype=torch.uint8, device=device),
-            torch.zeros(tokens, dtype=torch.bfloat16, device=device),
+            torch.zeros(batch, kv_heads, tiles, kept, TILE * score_bits // 8, dtype=torch.uint8, device=device),
+            scales(),
             quantization,
             torch.zeros(batch, dtype=torch.int32, device=device),
             max_length,
             dtype,
-            None if bits is None else torch.zeros(tokens, dtype=torch.bfloat16, device=device),
+            None if bits is None else scales(),
             {} if memory is None else memory,
+            score_bits,
+            scales() if bits is not None and score_bits < bits else None,
         )
 
     @property
@@ -117,6 +135,13 @@ class ScoredCache:
         """Of keys and values that are read; None: as they came."""
         return None if self.value_scales is None else 8
 
+    @property
+    def key_scales(self) -> Tensor | None:
+        """Of keys in 8 bits; None where they are as they came."""
+        if self.value_scales is None:
+            return None
+        return self.scales if self.own_scales is None else self.own_scales
+
     def clear(self) -> None:
         """Forget all tokens; nothing is allocated anew."""
         self.lengths.zero_()
@@ -125,6 +150,7 @@ class ScoredCache:
         """A cache with room for more tokens that holds the same ones, at other addresses."""
         assert max_length >= self.max_length
         given: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "bits": self.bits, "memory": self.memory}
+        given["score_bits"] = self.score_bits
         larger = ScoredCache.empty(self.shape[0], self.shape[3], max_length, self.quantization, **given)
         for new, old in zip(larger._by_token(), self._by_token(), strict=True):
             new[:, :, : old.shape[2]] = old
@@ -140,7 +166,7 @@ class ScoredCache:
 
     def _by_token(self) -> list[Tensor]:
         """All that has tokens, or tiles of them, in dimension 2."""
-        states = (self.keys, self.values, self.codes, self.scales, self.value_scales)
+        states = (self.keys, self.values, self.codes, self.scales, self.value_scales, self.own_scales)
         return [each for each in states if each is not None]
 
     def fill(self, keys: Tensor, values: Tensor, lengths: Tensor) -> None:
@@ -161,43 +187,48 @@ class ScoredCache:
         tiles = max(1, MOST_AT_ONCE // (batch * kv_heads * kept * TILE))
         for start in range(0, count, tiles * TILE):
             part = slice(start, min(count, start + tiles * TILE))
-            codes, self.scales[:, :, part] = self._coded(keys[:, :, part])
-            self._hold(slice(None), part, keys[:, :, part], values[:, :, part], codes)
+            codes = self._hold(slice(None), part, keys[:, :, part], values[:, :, part])
             whole = F.pad(codes, (0, 0, 0, -codes.shape[2] % TILE)).unflatten(2, (-1, TILE)).transpose(-1, -2)
+            whole = whole if self.score_bits == 8 else packed(whole)
             self.codes[:, :, start // TILE : start // TILE + whole.shape[2]] = whole
         self.lengths.copy_(lengths)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         """One more token of each sequence, [batch, num_key_value_heads, width]. Where there is no room it is lost."""
-        codes, scales = self._coded(key[:, :, None])
         for row, length in enumerate(self.lengths.tolist()):
             if 0 <= length < self.max_length:
                 at, one = slice(length, length + 1), slice(row, row + 1)
-                self.scales[one, :, at] = scales[one]
-                self._hold(one, at, key[one, :, None], value[one, :, None], codes[one])
-                self.codes[row, :, length // TILE, :, length % TILE] = codes[row, :, 0]
+                codes = self._hold(one, at, key[one, :, None], value[one, :, None])[0, :, 0]
+                tile, place = self.codes[row, :, length // TILE], length % TILE
+                if self.score_bits == 4:
+                    # The other half of the byte is a neighbour's.
+                    held, place, is_odd = tile[..., place // 2], place // 2, place % 2
+                    codes = held & 15 | codes << 4 if is_odd else held & 240 | codes
+                tile[..., place] = codes
         self.lengths.add_((self.lengths >= 0).int()).clamp_(max=self.max_length)
 
-    def _coded(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of rotated keys, and their scales."""
+    def _hold(self, rows: slice, tokens: slice, keys: Tensor, values: Tensor) -> Tensor:
+        """Write what lies by token of some tokens of some sequences, and return the codes of their copy, by token."""
         # Of keys in the dtype of the cache, so that what is scored follows from what is read.
-        states = keys.to(self.dtype).float()
         scale, mean = (each[:, None] for each in self.quantization)
-        return quantized((states - mean) / scale)
-
-    def _hold(self, rows: slice, tokens: slice, keys: Tensor, values: Tensor, codes: Tensor) -> None:
-        """Write what is read of some tokens of some sequences."""
+        states = (keys.to(self.dtype).float() - mean) / scale
+        codes, self.scales[rows, :, tokens] = coded(states, self.score_bits)
         if self.value_scales is not None:
             keys = codes
             values, self.value_scales[rows, :, tokens] = quantized(values)
+        if self.own_scales is not None:
+            keys, self.own_scales[rows, :, tokens] = quantized(states)
         self.keys[rows, :, tokens], self.values[rows, :, tokens] = keys, values
+        return codes
 
     def read(self, row: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, values, and the keys as they are scored, of the first tokens of a sequence, float32
         [num_key_value_heads, length, width].
         """
-        codes = self.codes[row].transpose(-1, -2).flatten(1, 2)[:, :length]
-        return *self._widened(row, length), self._keys_of(codes, row, length)
+        codes = self.codes[row] if self.score_bits == 8 else unpacked(self.codes[row])
+        codes = codes.transpose(-1, -2).flatten(1, 2)[:, :length]
+        scales = self.scales[row, :, :length]
+        return *self._widened(row, length), self._keys_of(codes, scales, zero_of(self.score_bits))
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all sequences in the dtype of the cache, [batch, num_key_value_heads, longest, width].
@@ -213,16 +244,15 @@ class ScoredCache:
     def _widened(self, rows: int | slice, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens of some sequences, float32."""
         keys, values = (each[rows, ..., :length, :] for each in (self.keys, self.values))
-        if self.value_scales is None:
+        if self.value_scales is None or self.key_scales is None:
             return keys.float(), values.float()
         scales = self.value_scales[rows, ..., :length, None].float()
-        return self._keys_of(keys, rows, length), (values.float() - 128) * scales
+        return self._keys_of(keys, self.key_scales[rows, ..., :length]), (values.float() - 128) * scales
 
-    def _keys_of(self, codes: Tensor, rows: int | slice, length: int) -> Tensor:
+    def _keys_of(self, codes: Tensor, scales: Tensor, zero: int = 128) -> Tensor:
         """Rotated keys of codes, float32."""
         channel_scale, channel_mean = (each[:, None] for each in self.quantization)
-        scales = self.scales[rows, ..., :length, None].float()
-        return (codes.float() - 128) * scales * channel_scale + channel_mean
+        return (codes.float() - zero) * scales[..., None].float() * channel_scale + channel_mean
 
     def check_step(self, query: Tensor, key: Tensor, value: Tensor, plan: LayerPlan) -> None:
         """Raise AquaError for a token of each sequence, or a plan, that no step over this cache takes."""
@@ -237,8 +267,11 @@ class ScoredCache:
             if states.shape != shape or states.dtype != kind:
                 raise AquaError(f"{name} is {states.dtype} {tuple(states.shape)}: it must be {kind} {shape}")
         config = plan.config
-        if not config.chooses_tokens or config.score_bits != 8 or plan.is_adaptive:
-            raise AquaError("a step that chooses tokens needs select_p or select_tokens, score_bits=8 and k_ratio")
+        if not config.chooses_tokens or config.score_bits != self.score_bits or plan.is_adaptive:
+            raise AquaError(
+                "a step that chooses tokens needs select_p or select_tokens, k_ratio and, over this cache, "
+                f"score_bits={self.score_bits}"
+            )
         if config.share != "group" and heads != kv_heads:
             raise AquaError(f"share is {config.share!r}: dimensions are read for a group, set share='group'")
 
@@ -249,3 +282,31 @@ def score_quantization(plan: LayerPlan) -> Quantization:
     kept = plan.kept
     scale = plan.key_scale[:, :kept].float().clamp_min(LEAST_SCALE)
     return Quantization(scale.contiguous(), plan.key_mean[:, :kept].float().contiguous())
+
+
+def zero_of(bits: int) -> int:
+    """The code that stands for zero."""
+    return 1 << (bits - 1)
+
+
+def coded(states: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of 8 or 4 bits of [..., tokens, width], each in a byte, and a bfloat16 scale for each token."""
+    if bits == 8:
+        return quantized(states)
+    states = states.float()
+    scale = states.abs().amax(-1) / FEW_BITS_LARGEST
+    # Of NaN and infinity NaN, so that everything read back is. What is all zero has a scale of zero.
+    scale = (scale + 0 * scale).to(torch.bfloat16)
+    codes = (states / torch.where(scale > 0, scale, 1).float()[..., None]).round()
+    codes = codes.clamp(-FEW_BITS_LARGEST, FEW_BITS_LARGEST).nan_to_num()
+    return (codes + zero_of(bits)).to(torch.uint8), scale
+
+
+def packed(codes: Tensor) -> Tensor:
+    """Codes of 4 bits in half as many bytes: of two neighbours in the last dimension the first has the low bits."""
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def unpacked(codes: Tensor) -> Tensor:
+    """What was packed."""
+    return torch.stack((codes & 15, codes >> 4), -1).flatten(-2)

@@ -100,13 +100,14 @@ class PagedSequences:
     Attributes:
         pages: of the layer; block_table, lengths: see `Step`.
         tiles: of a sequence at most; behind the columns of the table is nothing.
-        value_scales: see `ScoredCache`; keys and values are as they came.
+        score_bits, value_scales: see `ScoredCache`; keys and values are as they came.
     """
 
     pages: ScoredPages
     block_table: Tensor
     lengths: Tensor
     tiles: int
+    score_bits: ClassVar[int] = 8
     value_scales: ClassVar[None] = None
 
     @staticmethod

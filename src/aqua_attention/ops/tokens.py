@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from aqua_attention.ops.heaviest import least_of
-from aqua_attention.ops.layout import quantized
 from aqua_attention.ops.mask import visible_and_exact
 from aqua_attention.ops.plan import Call, LayerPlan, Reading
 from aqua_attention.ops.reference import query_blocks, softmax_seen, weighted_values
-from aqua_attention.ops.scored import score_quantization
+from aqua_attention.ops.scored import coded, score_quantization, zero_of
 
 SCALE_BYTES = 2
 """Of the scale of a token and head, where keys or values are in few bits."""
-FEW_BITS_LARGEST = 7
-"""Codes of 4 bits go from minus this to this."""
 
 
 class Scored(NamedTuple):
@@ -84,14 +81,8 @@ def scored_keys(key: Tensor, plan: LayerPlan) -> Tensor:
         return states
     scale, mean = (each[:, None] for each in score_quantization(plan))
     states = (states - mean) / scale
-    if bits == 8:
-        codes, scales = quantized(states)
-        states = (codes.float() - 128) * scales.float()[..., None]
-    else:
-        scales = (states.abs().amax(-1, keepdim=True) / FEW_BITS_LARGEST).to(torch.bfloat16).float()
-        codes = (states / scales.clamp_min(1e-30)).round().clamp(-FEW_BITS_LARGEST, FEW_BITS_LARGEST)
-        states = codes * scales
-    return states * scale + mean
+    codes, scales = coded(states, bits)
+    return (codes.to(states.dtype) - zero_of(bits)) * scales.to(states.dtype)[..., None] * scale + mean
 
 
 def scores_by_dimensions(query: Tensor, key: Tensor, selected: Tensor | None, plan: LayerPlan) -> Scored:

@@ -13,7 +13,7 @@ from aqua_attention.ops.backend import Backend, Channels
 from aqua_attention.ops.layout import BLOCKS, LARGEST_QUANTIZED, TILE, WIDEST, Chosen, TiledCache
 from aqua_attention.ops.pages import PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
-from aqua_attention.ops.scored import ScoredCache
+from aqua_attention.ops.scored import SCORED_BITS, ScoredCache
 from aqua_attention.ops.scored_pages import ScoredPages
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -21,8 +21,8 @@ LARGEST_FLOAT32 = 128
 """Dimensions of a head in float32: two tiles on their way need more shared memory than wider ones leave."""
 LEAST_QUERIES = 64
 """Of a part of a prompt: with few queries what comes before the attention takes longer than it."""
-SCORE_BITS = 8
-"""Of the keys that tokens are chosen by."""
+PAGED_SCORE_BITS = 8
+"""Of the keys that tokens are chosen by, in pages."""
 LARGEST_SCORED = 128
 """Dimensions of a head where tokens are chosen: two blocks of wider ones on their way do not fit into common GPUs."""
 LEAST_ALIGNED = 16
@@ -272,10 +272,9 @@ def _too_wide(dims: int) -> Reason:
 def _why_not_scored(plan: LayerPlan) -> str | None:
     """What of the settings that choose tokens no kernel takes; None when one does."""
     config = plan.config
-    if config.score_bits != SCORE_BITS:
-        return Reason(
-            f"score_bits is {config.score_bits}, and the kernels score keys in {SCORE_BITS}", "set score_bits=8"
-        )
+    if config.score_bits not in SCORED_BITS:
+        text = f"score_bits is {config.score_bits}, and the kernels score keys in {' and '.join(map(str, SCORED_BITS))}"
+        return Reason(text, "set score_bits=8")
     if plan.head_dim > LARGEST_SCORED:
         return _too_wide(plan.head_dim)
     if plan.is_adaptive:
@@ -297,6 +296,9 @@ def _why_not_scored_layer(layer: PagedLayer, plan: LayerPlan) -> str | None:
     """Why no kernel chooses the tokens of this layer, whatever its pages; None when one does."""
     if reason := _why_not_scored(plan):
         return reason
+    if plan.config.score_bits != PAGED_SCORE_BITS:
+        text = f"score_bits is {plan.config.score_bits}, and pages hold what tokens are chosen by in {PAGED_SCORE_BITS}"
+        return Reason(text, "set score_bits=8")
     if max(plan.sink, plan.recent) > TILE:
         text = f"sink is {plan.sink} and recent {plan.recent}, and where tokens are chosen it takes {TILE} at most"
         return Reason(text, f"set sink and recent to {TILE} or less")

@@ -2,13 +2,14 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
 """Choosing tokens from their weights without sorting them: `ops.tokens.choose_tokens` for one query a sequence.
 
-A program adds up the weights of a group's heads, and writes them in float16. It reads these again and again from the
-cache of its processor, each time to see what is above a few thresholds, which divide an interval. Numbers of 0 or more
-are in the order of their bits, so 15 bits are halved until one is left. Then it lists the tokens that are read.
+A program adds up the weights of a group's heads, and writes them in float16. Then it has all of them in registers, and
+looks again and again what is above a few thresholds, which divide an interval. Numbers of 0 or more are in the order of
+their bits, so 15 bits are halved until one is left. Then it lists the tokens that are read.
 
-Several programs of a sequence and head, where there are too few of these for a GPU, wait for each other: each says what
-it has above the thresholds, and all add that up in the same order. This needs all of them on the GPU at once, which
-blocks that follow each other are. The interpreter runs one program after the other, and takes one only.
+Several programs of a sequence and head wait for each other: each says what it has above the thresholds, and all add
+that up in the same order. There are several where a sequence is longer than registers take, or where there are too few
+sequences for a GPU. This needs all of them on the GPU at once, which blocks that follow each other are. The interpreter
+runs one program after the other, and takes one only.
 
 A list has room for all tokens, and nothing else is kept of them, so that no distribution of scores overflows.
 """
@@ -16,9 +17,11 @@ A list has room for all tokens, and nothing else is kept of them, so that no dis
 import triton
 import triton.language as tl
 
-from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, starts_early
+from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, sm_count, starts_early
 from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, group_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
+    CHOOSE_PROGRAMS,
+    LEAST_CHOSEN,
     MOST_NUMBERS,
     MOST_TURNS,
     ScoredArguments,
@@ -31,11 +34,15 @@ from aqua_attention.ops.plan import LayerPlan
 
 WARPS, TILES_AT_ONCE = 8, 32
 """Of a program, and how many tiles it looks at together: of each a thread has 16 tokens."""
-THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 3, 7, 16
-"""Of a turn. There are more where programs meet, so that they meet less often, and have so few tiles that all sums fit
-into registers."""
+MOST_REGISTERS = 128
+"""Of a thread, so that two programs run at once on a multiprocessor."""
+THRESHOLDS, MET_THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 1, 3, 7, 16
+"""Of a turn: of programs that are alone, of those that meet, which shall not often, and of these where they have so few
+tiles that all sums fit into registers."""
 INFINITY = tl.constexpr(0x7C00)
 """Its bits in float16: the threshold that no token reaches."""
+NEGATIVE = tl.constexpr(0xBC00BC00 - 2**32)
+"""Twice -1 in float16, which no token weighs."""
 TURNS = tl.constexpr(MOST_TURNS)
 MOST_SAID = tl.constexpr(MOST_NUMBERS)
 
@@ -47,8 +54,14 @@ def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appende
     """
     batch, kv_heads, _, _, tiles = cache.shape
     config = plan.config
-    at_once = min(TILES_AT_ONCE, int(triton.next_power_of_2(-(-tiles // work.chunks))))
-    is_wide = work.chunks > 1 and at_once <= FEW_TILES
+    each = -(-tiles // work.chunks)
+    at_once = min(TILES_AT_ONCE, int(triton.next_power_of_2(each)))
+    slices = -(-each // at_once)
+    # The more sequences there are, the fewer programs does each need that is short.
+    least = LEAST_CHOSEN * -(-work.places * work.chunks // (CHOOSE_PROGRAMS * sm_count(work.rotated)))
+    thresholds = THRESHOLDS
+    if work.chunks > 1:
+        thresholds = MANY_THRESHOLDS if each <= FEW_TILES else MET_THRESHOLDS
     with on_device_of(work.rotated):
         _choose_tokens[(work.chunks, kv_heads, batch)](
             ScoredArguments.of(cache),
@@ -59,16 +72,19 @@ def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appende
             plan.recent,
             plan.min_length,
             work.splits,
+            min(least, slices * at_once),
             APPENDED=appended,
             GROUP=work.group,
             SPLITS_PADDED=triton.next_power_of_2(work.splits + 1),
             TILES=at_once,
+            SLICES=slices,
             CHUNKS=work.chunks,
-            COUNT=MANY_THRESHOLDS if is_wide else THRESHOLDS,
+            COUNT=thresholds,
             BY_COUNT=config.select_p is None,
             UNIT=1.0 / triton.next_power_of_2(work.group),
             ASSEMBLY=work.rotated.is_cuda,
             num_warps=WARPS,
+            maxnreg=MOST_REGISTERS,
             **starts_early(work.rotated),
         )
 
@@ -83,10 +99,12 @@ def _choose_tokens(
     recent,
     min_length,
     splits,
+    least_tiles,
     APPENDED: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     TILES: tl.constexpr,
+    SLICES: tl.constexpr,
     CHUNKS: tl.constexpr,
     COUNT: tl.constexpr,
     BY_COUNT: tl.constexpr,
@@ -94,10 +112,12 @@ def _choose_tokens(
     ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Part of a sequence and key-value head.
+    """Part of a sequence and key-value head, if it is that long.
 
     Args:
-        TILES: that are looked at together; CHUNKS: programs of a sequence and head; COUNT: thresholds of a turn.
+        least_tiles: of a program.
+        TILES: that are looked at together; SLICES: how often. CHUNKS: programs of a sequence and head; COUNT:
+            thresholds of a turn.
         UNIT: weights of heads are shares of their softmax; times this all together are 1 at most.
     """
     start_early(EARLY)
@@ -106,30 +126,33 @@ def _choose_tokens(
     row = tl.num_programs(2) - 1 - tl.program_id(2)
     place = (row * tl.num_programs(1) + group).to(tl.int64)
     length = seen_length(cache, row, APPENDED)
-    lse, window, outside = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
-    every = (length < min_length) | (window != window)
-    if BY_COUNT:
-        # Only the order counts, which shall not be lost where the exact window has nearly all.
-        window, outside = 0.0, tl.where(outside > float("-inf"), outside, 0.0)
-    else:
-        every, outside = every | (share >= 1.0), 0.0
     tiles = tl.cdiv(length, TILE)
-    each = tl.cdiv(tiles, CHUNKS)
-    begin = chunk * each
-    part = (length, begin, tl.minimum(begin + each, tiles), sink, recent, every)
-    first = place * cache.tile_count
-    held_ptr, tokens_ptr = scratch.together + first * TILE, scratch.tokens + first * TILE
-    shared = (scratch.met + place, scratch.said + place * TURNS * MOST_SAID * CHUNKS, chunk)
-    _keep(scratch, held_ptr, first, part, lse, outside, GROUP, TILES, UNIT)
-    tl.debug_barrier()  # the whole program has written before any of it reads
-    least, turn = _threshold(held_ptr, part, window, share, wanted, shared, TILES, CHUNKS, COUNT, BY_COUNT, ASSEMBLY)
-    if CHUNKS > 1:
-        total, before = _together(_count(held_ptr, part, least, TILES), shared, turn, CHUNKS)
-        _list(held_ptr, tokens_ptr, part, least, before.to(tl.int32), TILES)
-    else:
-        total = _list(held_ptr, tokens_ptr, part, least, tl.full([], 0, tl.int32), TILES)
-    if chunk == 0:
-        tl.store(scratch.counts + place, total.to(tl.int32))
+    each = tl.maximum(tl.cdiv(tiles, CHUNKS), least_tiles)
+    chunks = tl.maximum(tl.cdiv(tiles, each), 1)
+    if chunk < chunks:
+        begin = chunk * each
+        part = (length, begin, tl.minimum(begin + each, tiles), sink, recent)
+        shared = (scratch.met + place, scratch.said + place * TURNS * MOST_SAID * CHUNKS, chunk, chunks)
+        lse, window, outside = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
+        every = (length < min_length) | (window != window)
+        if BY_COUNT:
+            # Only the order counts, which shall not be lost where the exact window has nearly all.
+            window, outside = 0.0, tl.where(outside > float("-inf"), outside, 0.0)
+        else:
+            every, outside = every | (share >= 1.0), 0.0
+        first = place * cache.tile_count
+        held_ptr, tokens_ptr = scratch.together + first * TILE, scratch.tokens + first * TILE
+        _keep(scratch, held_ptr, first, part, lse, outside, GROUP, TILES, UNIT)
+        tl.debug_barrier()  # the whole program has written before any of it reads
+        held = _pairs(held_ptr, part, TILES, SLICES)
+        least, turn = _threshold(held, window, share, wanted, shared, CHUNKS, COUNT, BY_COUNT, ASSEMBLY)
+        if CHUNKS > 1:
+            total, before = _together(_number(held_ptr, part, least, every, TILES), shared, turn, CHUNKS)
+            _list(held_ptr, tokens_ptr, part, least, every, before.to(tl.int32), TILES)
+        else:
+            total = _list(held_ptr, tokens_ptr, part, least, every, tl.full([], 0, tl.int32), TILES)
+        if chunk == 0:
+            tl.store(scratch.counts + place, total.to(tl.int32))
 
 
 @triton.jit
@@ -142,7 +165,7 @@ def _positions(tile, TILES: tl.constexpr):
 @triton.jit
 def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
     """Write the weights of the tokens of this program that can be chosen; a negative one for others."""
-    length, begin, end, sink, recent, _every = part
+    length, begin, end, sink, recent = part
     for tile in range(begin, end, TILES):
         tiles, position = _positions(tile, TILES)
         others = (position >= sink) & (position < length - recent) & (tiles < end)[:, None]
@@ -151,37 +174,53 @@ def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TIL
 
 
 @triton.jit
-def _held(held_ptr, tile, end, TILES: tl.constexpr):
-    """Weights of tiles that are looked at together."""
+def _pairs(held_ptr, part, TILES: tl.constexpr, SLICES: tl.constexpr):
+    """Weights of this program, a tuple of int32 [TILES, TILE // 2], each of which holds two: the compiler would give
+    each a register.
+    """
+    _length, begin, end, _sink, _recent = part
+    held_ptr, held = held_ptr.to(tl.pointer_type(tl.int32)), ()
+    for i in tl.static_range(SLICES):
+        tiles = begin + i * TILES + tl.arange(0, TILES)
+        at = tiles[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
+        held = held + (tl.load(held_ptr + at, (tiles < end)[:, None], NEGATIVE),)  # noqa: RUF005 (no unpacking there)
+    return held
+
+
+@triton.jit
+def _two(pairs):
+    """Even and odd numbers in float16 of pairs."""
+    return pairs.to(tl.int16).to(tl.float16, bitcast=True), (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _read(held_ptr, tile, part, least, every, TILES: tl.constexpr):
+    """Positions of tiles that are looked at together, and which are read: those of the exact window, and those that
+    weigh so much at least.
+    """
+    length, _begin, end, sink, recent = part
     tiles, position = _positions(tile, TILES)
-    return tl.load(held_ptr + position, (tiles < end)[:, None], -1.0)
-
-
-@triton.jit
-def _read(held, position, part, least):
-    """Which tokens are read: those of the exact window, and those that weigh so much at least."""
-    length, _begin, end, sink, recent, every = part
+    held = tl.load(held_ptr + position, (tiles < end)[:, None], -1.0)
     exact = (position < sink) | (position >= length - recent)
-    return ((position < length) & (position < end * TILE) & (exact | (held >= least) | every)).to(tl.int32)
+    return position, ((position < length) & (tiles < end)[:, None] & (exact | (held >= least) | every)).to(tl.int32)
 
 
 @triton.jit
-def _count(held_ptr, part, least, TILES: tl.constexpr):
+def _number(held_ptr, part, least, every, TILES: tl.constexpr):
     """How many tokens of this program are read, as a number that is said."""
-    _length, begin, end, _sink, _recent, _every = part
+    _length, begin, end, _sink, _recent = part
     found = tl.zeros([TILES, TILE], tl.int32)
     for tile in range(begin, end, TILES):
-        found += _read(_held(held_ptr, tile, end, TILES), _positions(tile, TILES)[1], part, least)
+        found += _read(held_ptr, tile, part, least, every, TILES)[1]
     return tl.sum(found).to(tl.float32)
 
 
 @triton.jit
-def _list(held_ptr, tokens_ptr, part, least, place, TILES: tl.constexpr):
+def _list(held_ptr, tokens_ptr, part, least, every, place, TILES: tl.constexpr):
     """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them."""
-    _length, begin, end, _sink, _recent, _every = part
+    _length, begin, end, _sink, _recent = part
     for tile in range(begin, end, TILES):
-        position = _positions(tile, TILES)[1]
-        read = _read(_held(held_ptr, tile, end, TILES), position, part, least)
+        position, read = _read(held_ptr, tile, part, least, every, TILES)
         count = tl.sum(read, 1)
         ends = place + tl.cumsum(count, 0)
         tl.store(tokens_ptr + (ends - count)[:, None] + tl.cumsum(read, 1) - 1, position, read > 0)
@@ -204,13 +243,13 @@ def _together(number, shared, turn, CHUNKS: tl.constexpr):
     """The sum of a number of each program of a sequence and head, and that of the programs before this one."""
     before = number * 0
     if CHUNKS > 1:
-        met_ptr, said_ptr, chunk = shared
+        met_ptr, said_ptr, chunk, chunks = shared
         said_ptr += turn * MOST_SAID * CHUNKS
         tl.store(said_ptr + chunk, number)
-        meet(met_ptr, (turn + 1) * CHUNKS)
-        chunks = tl.arange(0, CHUNKS)
-        numbers = tl.load(said_ptr + chunks, cache_modifier=".cg")
-        number, before = tl.sum(numbers, 0), tl.sum(tl.where(chunks < chunk, numbers, 0.0), 0)
+        meet(met_ptr, (turn + 1) * chunks)
+        others = tl.arange(0, CHUNKS)
+        numbers = tl.load(said_ptr + others, others < chunks, 0.0, cache_modifier=".cg")
+        number, before = tl.sum(numbers, 0), tl.sum(tl.where(others < chunk, numbers, 0.0), 0)
     return number, before
 
 
@@ -219,14 +258,15 @@ def _all_together(numbers, shared, turn, CHUNKS: tl.constexpr, COUNT: tl.constex
     """The sums of COUNT numbers of each program."""
     found = ()
     if CHUNKS > 1:
-        met_ptr, said_ptr, chunk = shared
+        met_ptr, said_ptr, chunk, chunks = shared
         said_ptr += turn * MOST_SAID * CHUNKS
         for i in tl.static_range(COUNT):
             tl.store(said_ptr + i * CHUNKS + chunk, numbers[i])
-        meet(met_ptr, (turn + 1) * CHUNKS)
-        said_ptr += tl.arange(0, CHUNKS)
+        meet(met_ptr, (turn + 1) * chunks)
+        others = tl.arange(0, CHUNKS)
         for i in tl.static_range(COUNT):
-            found = found + (tl.sum(tl.load(said_ptr + i * CHUNKS, cache_modifier=".cg"), 0),)  # noqa: RUF005
+            said = tl.load(said_ptr + i * CHUNKS + others, others < chunks, 0.0, cache_modifier=".cg")
+            found = found + (tl.sum(said, 0),)  # noqa: RUF005
     else:
         found = numbers
     return found
@@ -239,50 +279,88 @@ def _weight_of(bits):
 
 
 @triton.jit
-def _counted(sums, held, threshold, ASSEMBLY: tl.constexpr):
-    """The sums, in float16, with one more where a token weighs so much."""
+def _counted(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
+    """The sums, pairs of numbers in float16, with one more where a token weighs so much."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 one; set.ge.f16x2.f16x2 one, $2, $3; add.f16x2 $0, $1, one; }",
+            """
+            {
+            .reg .b16 one;
+            .reg .b32 both;
+            cvt.u16.u32 one, $3;
+            mov.b32 both, {one, one};
+            set.ge.f16x2.f16x2 both, $2, both;
+            add.f16x2 $0, $1, both;
+            }
+            """,
             "=r,r,r,r",
-            [sums, held, tl.zeros_like(held) + threshold],
-            dtype=tl.float16,
+            [sums, pairs, tl.zeros_like(pairs) + threshold],
+            dtype=tl.int32,
             is_pure=True,
-            pack=2,
+            pack=1,
         )
-    return sums + (held >= threshold).to(tl.float16)
+    even, odd = _two(pairs)
+    least = _weight_of(threshold)
+    # Numbers that are added up here are whole, and have no sign.
+    even_sum, odd_sum = _two(sums)
+    even_sum += (even >= least).to(tl.float16)
+    odd_sum += (odd >= least).to(tl.float16)
+    return even_sum.to(tl.int16, bitcast=True).to(tl.int32) | (odd_sum.to(tl.int16, bitcast=True).to(tl.int32) << 16)
 
 
 @triton.jit
-def _have(
-    held_ptr,
-    part,
-    thresholds,
-    TILES: tl.constexpr,
-    COUNT: tl.constexpr,
-    BY_COUNT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
+def _weighed(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
+    """The sums, in float32, with the weights of two tokens each, if they weigh so much."""
+    if ASSEMBLY:
+        # The compiler would keep all weights in float32.
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b16 low, high;
+            .reg .b32 both;
+            .reg .f32 first, second;
+            cvt.u16.u32 low, $3;
+            mov.b32 both, {low, low};
+            set.ge.f16x2.f16x2 both, $2, both;
+            mul.f16x2 both, both, $2;
+            mov.b32 {low, high}, both;
+            cvt.f32.f16 first, low;
+            cvt.f32.f16 second, high;
+            add.f32 first, first, second;
+            add.f32 $0, $1, first;
+            }
+            """,
+            "=f,f,r,r",
+            [sums, pairs, tl.zeros_like(pairs) + threshold],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    even, odd = _two(pairs)
+    least = _weight_of(threshold)
+    even = tl.where(even >= least, even.to(tl.float32), 0.0)
+    return sums + (even + tl.where(odd >= least, odd.to(tl.float32), 0.0))
+
+
+@triton.jit
+def _have(held, thresholds, COUNT: tl.constexpr, BY_COUNT: tl.constexpr, ASSEMBLY: tl.constexpr):
     """Mass, or number, of the tokens of this program that weigh as much as each of COUNT thresholds. A number in
     float16 is exact: a thread adds up less than a thousand tokens in one.
     """
-    _length, begin, end, _sink, _recent, _every = part
-    kind: tl.constexpr = tl.float16 if BY_COUNT else tl.float32
-    sums, found = (), ()
-    for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros([TILES, TILE], kind),)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
-    for tile in range(begin, end, TILES):
-        held, added = _held(held_ptr, tile, end, TILES), ()
-        for i in tl.static_range(COUNT):
-            if BY_COUNT:
-                more = _counted(sums[i], held, thresholds[i], ASSEMBLY)
-            else:
-                more = sums[i] + tl.where(held >= thresholds[i], held.to(tl.float32), 0.0)
-            added = added + (more,)  # noqa: RUF005
-        sums = added
+    found = ()
     for i in tl.static_range(COUNT):
-        total = tl.sum(sums[i].to(tl.float32))
-        found = found + (total if BY_COUNT else total / WEIGHT_UNIT,)  # noqa: RUF005
+        if BY_COUNT:
+            sums = tl.zeros_like(held[0])
+            for j in tl.static_range(len(held)):
+                sums = _counted(sums, held[j], thresholds[i], ASSEMBLY)
+            even, odd = _two(sums)
+            total = tl.sum(even.to(tl.float32) + odd.to(tl.float32))
+        else:
+            sums = tl.zeros(held[0].shape, tl.float32)
+            for j in tl.static_range(len(held)):
+                sums = _weighed(sums, held[j], thresholds[i], ASSEMBLY)
+            total = tl.sum(sums) / WEIGHT_UNIT
+        found = found + (total,)  # noqa: RUF005
     return found
 
 
@@ -295,13 +373,11 @@ def _narrowed(low, high, low_has, bits, has, target):
 
 @triton.jit
 def _threshold(
-    held_ptr,
-    part,
+    held,
     window,
     share,
     wanted,
     shared,
-    TILES: tl.constexpr,
     CHUNKS: tl.constexpr,
     COUNT: tl.constexpr,
     BY_COUNT: tl.constexpr,
@@ -312,18 +388,17 @@ def _threshold(
     """
     # A fixed number of tokens has none that weighs nothing beside the others: they would be ties, and all be read.
     nothing = tl.full([], 1 if BY_COUNT else 0, tl.int32)
-    own = _have(held_ptr, part, (_weight_of(nothing),), TILES, 1, BY_COUNT, ASSEMBLY)
+    own = _have(held, (nothing,), 1, BY_COUNT, ASSEMBLY)
     low_has = window + _together(own[0], shared, 0, CHUNKS)[0]
     target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has
     low = tl.where(window >= target, INFINITY, nothing)
     high, turn, lightest = nothing + INFINITY, 1, nothing.to(tl.float32)
     # It ends early where without one token from the lower end on there would not be enough.
     while (high - low > 1) & (low_has - lightest >= target):
-        thresholds, weights, width = (), (), high - low
+        thresholds, width = (), high - low
         for i in tl.static_range(COUNT):
-            bits = low + tl.maximum((i + 1) * width // (COUNT + 1), 1)
-            thresholds, weights = thresholds + (bits,), weights + (_weight_of(bits),)  # noqa: RUF005
-        has = _have(held_ptr, part, weights, TILES, COUNT, BY_COUNT, ASSEMBLY)
+            thresholds = thresholds + (low + tl.maximum((i + 1) * width // (COUNT + 1), 1),)  # noqa: RUF005
+        has = _have(held, thresholds, COUNT, BY_COUNT, ASSEMBLY)
         has = _all_together(has, shared, turn, CHUNKS, COUNT)
         for i in tl.static_range(COUNT):
             low, high, low_has = _narrowed(low, high, low_has, thresholds[i], window + has[i], target)

@@ -204,7 +204,7 @@ def _piece(
         if cache.value_scales is not None:
             # What the means of channels add is the same for all tokens.
             scales_at = blocks * cache.scale_block + places
-            scales = tl.load(cache.scales + scales_at, listed, 0.0).to(tl.float32)
+            scales = tl.load(cache.key_scales + scales_at, listed, 0.0).to(tl.float32)
             value_scales = tl.load(cache.value_scales + scales_at, listed, 0.0).to(tl.float32) * VALUE_UNIT
             scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * scales[None, :])
             scores = tl.where(listed[None, :], scores, float("-inf"))

@@ -12,8 +12,9 @@ from aqua_attention.ops.backends.triton.prepare import quantized
 from aqua_attention.ops.backends.triton.token_work import ScoredArguments, TokenWork, first_block, start_early
 from aqua_attention.ops.backends.triton.turn import load_rotation, load_states, turn, turning
 from aqua_attention.ops.plan import LayerPlan
-from aqua_attention.ops.scored import ScoredCache
+from aqua_attention.ops.scored import FEW_BITS_LARGEST, ScoredCache
 
+LARGEST = tl.constexpr(float(FEW_BITS_LARGEST))
 WARPS = 8
 FEW_PROGRAMS = 64
 
@@ -45,6 +46,7 @@ def prepare_tokens(
             work.mask,
             work.scratch.met,
             COUNT=work.dims.shape[2],
+            BITS=cache.score_bits,
             SELECTION=plan.config.selection,
             SQUARED=plan.config.share == "group",
             num_warps=WARPS,
@@ -76,6 +78,7 @@ def _prepare_tokens(
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     COUNT: tl.constexpr,
+    BITS: tl.constexpr,
     SELECTION: tl.constexpr,
     SQUARED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -110,12 +113,22 @@ def _prepare_tokens(
         value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
         mean = tl.load(cache.channel_mean + group * KEPT + narrow, column, 0.0)
         unit = tl.load(cache.channel_scale + group * KEPT + narrow, column, 1.0)
-        codes, scale = quantized((new - mean) / unit, 0)
-        # One byte in each run of a dimension: few, and the rest of the tile is not touched.
-        tl.store(cache.codes + (block * KEPT + narrow) * BLOCK + position % BLOCK, codes, column)
-        tl.store(cache.scales + at, scale)
+        states = (new - mean) / unit
+        codes, scale = quantized(states, 0)
         if cache.value_scales is not None:
             tl.store(cache.keys + at * KEPT + narrow, codes, column)
+            if BITS == 4:
+                tl.store(cache.key_scales + at, scale)
+        # One byte in each run of a dimension: few, and the rest of the tile is not touched.
+        codes_at = cache.codes + (block * KEPT + narrow) * (BLOCK * BITS // 8) + position % BLOCK * BITS // 8
+        if BITS == 4:
+            codes, scale = quantized_in_few(states)
+            # The other half is a neighbour's. This program alone writes to it.
+            held = tl.load(codes_at, column, 0, cache_modifier=".cg")
+            codes = tl.where(position % 2 == 0, (held & 240) | codes, (held & 15) | (codes << 4))
+        tl.store(codes_at, codes, column)
+        tl.store(cache.scales + at, scale)
+        if cache.value_scales is not None:
             value_codes, value_scale = quantized(value.to(tl.float32), 0)
             tl.store(cache.value_tokens + at * VALUE_DIM + columns, value_codes, columns < VALUE_DIM)
             tl.store(cache.value_scales + at, value_scale)
@@ -139,3 +152,15 @@ def _prepare_tokens(
             SELECTION,
             SQUARED,
         )
+
+
+@triton.jit
+def quantized_in_few(states):
+    """`ops.scored.coded` of one token in 4 bits: a code in each byte."""
+    scale = tl.max(tl.abs(states), 0) / LARGEST
+    # The largest of numbers leaves NaN out.
+    scale = tl.where(tl.sum(states * 0, 0) == 0, scale, float("nan")).to(tl.bfloat16)
+    divisor = tl.where(scale.to(tl.float32) > 0, scale.to(tl.float32), 1.0)
+    # To the nearest, of two equally near ones the even, as in `prepare.quantized`.
+    codes = tl.minimum(tl.maximum((states / divisor + 12582912.0) - 12582912.0, -LARGEST), LARGEST)
+    return (codes + 8).to(tl.uint8), scale

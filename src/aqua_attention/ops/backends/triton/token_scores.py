@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Scoring all tokens of a sequence by a few dimensions of their keys in 8 bits.
+"""Scoring all tokens of a sequence by a few dimensions of their keys in 8 or 4 bits.
 
 Scores become weights in 16 bits: a weight is relative to the largest of its tile, so that it keeps 11 bits over 29
 octaves, and what reads it takes no more powers. The exact window is scored with whole keys by a program of its own.
@@ -72,6 +72,7 @@ def score_tokens(cache: Sequences, work: TokenWork, *, scaling: float, window: t
                 KEY_SIZE=given.key_block,
                 CODE_SIZE=given.code_block // 4,
                 SCALE_SIZE=given.scale_block,
+                BITS=cache.score_bits,
                 num_warps=1,
                 maxnreg=REGISTERS,
                 **starts_early(work.rotated),
@@ -105,6 +106,7 @@ def score_constants(cache: Sequences, work: TokenWork) -> dict[str, int]:
         "DIMS": dims,
         "HEADS": max(LEAST_SIZE // together, heads),
         "TOGETHER": together,
+        "BITS": cache.score_bits,
         "ASSEMBLY": work.rotated.is_cuda,
     }
 
@@ -128,6 +130,7 @@ def _score_tokens(
     HEADS: tl.constexpr,
     TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -173,6 +176,7 @@ def _score_tokens(
             HEADS,
             TOGETHER,
             BLOCK,
+            BITS,
             ASSEMBLY,
         )
 
@@ -195,6 +199,7 @@ def score_tiles(
     HEADS: tl.constexpr,
     TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
     """Score the tiles of one program. Scales and means of channels go into the query, made small enough for float16.
@@ -241,12 +246,16 @@ def score_tiles(
             first,
             tl.minimum(tile + tile_of_dim, end - 1)[:, None],
             dims[:, None],
-            tokens[None, :],
+            tl.arange(0, TILE * BITS // 8)[None, :],
             length,
             KEPT,
             BLOCK,
+            BITS,
         )
         codes = tl.load(codes_at)
+        if BITS == 4:
+            # As codes of 8 bits, of which 128 is zero.
+            codes = (tl.interleave(codes & 15, codes >> 4) + 120).to(tl.uint8)
         held = tl.minimum(tile + tile_of_row, end - 1)[:, None] * TILE + tokens[None, :]
         blocks, places = token_places(cache, row, first, held, held < length, BLOCK)
         scales = tl.load(cache.scales + blocks * cache.scale_block + places)
@@ -327,9 +336,8 @@ def score_window(
             cache_modifier=".cg",
         )
         if cache.value_scales is not None:
-            scales = tl.load(cache.scales + blocks * cache.scale_block + places, seen, 0.0, cache_modifier=".cg").to(
-                tl.float32
-            )
+            scales_at = cache.key_scales + blocks * cache.scale_block + places
+            scales = tl.load(scales_at, seen, 0.0, cache_modifier=".cg").to(tl.float32)
             scores = tl.dot(query, decoded(keys, ASSEMBLY)) * (unit[:, None] * scales[None, :]) + mean[:, None]
         else:
             scores = tl.dot(query, keys, input_precision="ieee") * scaling

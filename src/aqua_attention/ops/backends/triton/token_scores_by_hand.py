@@ -4,6 +4,8 @@
 
 As in `decode_int8_mma`, codes are read from memory as one warp's operands want them, and a program is one warp that
 reads tiles ahead. It scores, and adds up nothing else: weights of a lane lie side by side, and are written at once.
+
+A lane reads 16 tokens in a row of two pairs of dimensions: in 8 bits four words of each dimension, in 4 bits two.
 """
 
 from triton.experimental import gluon
@@ -26,9 +28,12 @@ from aqua_attention.ops.backends.triton.decode_int8_mma import (
     query_operands,
     words_layout,
 )
+from aqua_attention.ops.backends.triton.token_few_bits import few_bits_operand, of_few_bits
 
 AHEAD = gl.constexpr(4)
 """Blocks of 16 dimensions on their way, of whole tiles."""
+FEW_AHEAD = gl.constexpr(8)
+"""Those of 4 bits, as many bytes, where a tile has two at most: with more of them registers do not last."""
 WEIGHT_BITS = gl.constexpr(15.0)
 """The weight 1 is two to this in float16, see `token_weights`."""
 STORED = gl.constexpr(
@@ -58,12 +63,13 @@ def score_kernel(
     KEY_SIZE: gl.constexpr,
     CODE_SIZE: gl.constexpr,
     SCALE_SIZE: gl.constexpr,
+    BITS: gl.constexpr,
     EARLY: gl.constexpr,
 ):
     """Part of the tiles of a sequence and key-value head, or its exact window.
 
     Args:
-        cache: its codes are words of four.
+        cache: its codes, of BITS bits, are words.
         sink, recent: tokens of the exact window; SINK, RECENT: rounded up to a power of 2 of at least 16, or 0.
         KEY_SIZE, CODE_SIZE, SCALE_SIZE: numbers, words and scales from a block to the next.
     """
@@ -125,6 +131,7 @@ def score_kernel(
             BLOCK,
             CODE_SIZE,
             SCALE_SIZE,
+            BITS,
         )
 
 
@@ -144,12 +151,14 @@ def score_tiles(
     BLOCK: gl.constexpr,
     CODE_SIZE: gl.constexpr,
     SCALE_SIZE: gl.constexpr,
+    BITS: gl.constexpr,
 ):
     """Weights of the tokens of some tiles, and their log-sum-exp."""
-    KEY_WORDS: gl.constexpr = TILE // 4
+    CODES: gl.constexpr = 32 // BITS
+    KEY_WORDS: gl.constexpr = TILE // CODES
     KEYS: gl.constexpr = words_layout(KEY_WORDS)
     CHUNKS: gl.constexpr = (CHOSEN + 15) // 16
-    TILES_AHEAD: gl.constexpr = (AHEAD + CHUNKS - 1) // CHUNKS
+    TILES_AHEAD: gl.constexpr = ((FEW_AHEAD if BITS == 4 and CHUNKS <= 2 else AHEAD) + CHUNKS - 1) // CHUNKS
     place, length, sink, recent, _scaling = part
     split, splits = share
     block_table_ptr, _width, _first, _stride = lookup
@@ -174,11 +183,15 @@ def score_tiles(
     key_at = ()
     for chunk in gl.static_range(CHUNKS):
         dims = dims_of(dims_ptr, chunk * 16 + key_row, CHOSEN)
-        key_at = key_at + (dims[:, None] * (BLOCK // 4) + (key_word % (BLOCK // 4))[None, :],)  # noqa: RUF005
+        key_at = key_at + (dims[:, None] * (BLOCK // CODES) + (key_word % (BLOCK // CODES))[None, :],)  # noqa: RUF005
+    beginning = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
+    worth = beginning + unit[None, :]
+    if BITS == 4:
+        beginning, worth = of_few_bits(queries, unit, rows, CHUNKS)
     if begin < end:
         waiting = ()
         for ahead in gl.static_range(TILES_AHEAD):
-            blocks = blocks_of(lookup, gl.minimum(begin + ahead, end - 1), key_word * 4, BLOCK)
+            blocks = blocks_of(lookup, gl.minimum(begin + ahead, end - 1), key_word * CODES, BLOCK)
             keys_ptr = of_words(cache.codes, blocks, block_table_ptr, CODE_SIZE)
             for chunk in gl.static_range(CHUNKS):
                 waiting = waiting + (load_codes(keys_ptr + key_at[chunk]),)  # noqa: RUF005
@@ -186,18 +199,22 @@ def score_tiles(
         scales = gl.load(of_tokens(cache.scales, blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg")
         for tile in range(begin, end):
             # The last tile again instead of nothing: it is in the cache.
-            blocks = blocks_of(lookup, gl.minimum(tile + TILES_AHEAD, end - 1), key_word * 4, BLOCK)
+            blocks = blocks_of(lookup, gl.minimum(tile + TILES_AHEAD, end - 1), key_word * CODES, BLOCK)
             keys_ptr = of_words(cache.codes, blocks, block_table_ptr, CODE_SIZE)
             blocks = blocks_of(lookup, gl.minimum(tile + 1, end - 1), sixteen, BLOCK)
             next_scales = gl.load(
                 of_tokens(cache.scales, blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg"
             )
-            scores = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
+            scores = beginning
             for chunk in gl.static_range(CHUNKS):
                 words = waiting[0]
                 waiting = waiting[1:] + (load_codes(keys_ptr + key_at[chunk]),)  # noqa: RUF005
-                scores = mma_v2(left_operand(words, KEY_WORDS), queries[chunk], scores)
-            scores = scores * (of_rows(scales)[:, None] * unit[None, :]) + mean[None, :]
+                if BITS == 8:  # noqa: SIM108 (known when compiling)
+                    keys = left_operand(words, KEY_WORDS)
+                else:
+                    keys = few_bits_operand(words)
+                scores = mma_v2(keys, queries[chunk], scores)
+            scores = scores * (of_rows(scales)[:, None] * worth) + mean[None, :]
             scales = next_scales
             position = tile * TILE + token_of_row
             scores = gl.where(((position >= sink) & (position < behind))[:, None], scores, float("-inf"))
@@ -303,7 +320,7 @@ def scores_of_tokens(
     if cache.value_scales is not None:
         blocks, places = places_of(lookup, position, position < limit, BLOCK)
         scales_at = blocks * SCALE_SIZE + places
-        scales = gl.load(cache.scales + scales_at, position < limit, 0.0, cache_modifier=".cg").to(gl.float32)
+        scales = gl.load(cache.key_scales + scales_at, position < limit, 0.0, cache_modifier=".cg").to(gl.float32)
         scores = scores * scales[:, None]
     scores = scores * unit[None, :] + mean[None, :]
     return gl.where((position < limit)[:, None], scores, float("-inf"))

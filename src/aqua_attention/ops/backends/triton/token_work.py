@@ -30,9 +30,9 @@ SCORE_PROGRAMS, LEAST_TILES = 6, 4
 SCORE_BY_HAND = 24
 """Of those placed by hand, for each multiprocessor, that a round is made of. Half of them run at once, and share out
 better so."""
-CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHUNKS = 2, 8, 64
+CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHOSEN, MOST_CHUNKS = 2, 8, 256, 64
 """Programs that choose, for each multiprocessor, which then all run at once; tiles of one at least where a sequence and
-head has several, and how many it has at most."""
+head has several, and at most, for its registers; and how many of these programs it has at most, if it needs no more."""
 MOST_TURNS, MOST_NUMBERS = 16, 7
 """Times that these meet at most: first and last, and each time between quarters what is left of 15 bits; and numbers
 that one says each time."""
@@ -43,8 +43,9 @@ GATHER_PROGRAMS = 2
 class ScoredArguments(NamedTuple):
     """What kernels are given of a `ScoredCache`, or of pages, as one argument. A place is a sequence and head.
 
-    A block is a tile, or the page of one head. Strides count blocks; `key_block` and others are elements from the keys,
-    values, codes and scales of a block to those of the next. The block table is of pages, `table_width` from a row of
+    A block is a tile, or the page of one head. Scales of keys are those of the codes where both have 8 bits. Strides
+    count blocks; `key_block` and others are elements from the keys, values, codes and scales of a block to those of the
+    next. The block table is of pages, `table_width` from a row of
     it to the next.
     """
 
@@ -52,6 +53,7 @@ class ScoredArguments(NamedTuple):
     value_tokens: Tensor  # a tuple of triton's has `values` of its own
     codes: Tensor
     scales: Tensor
+    key_scales: Tensor | None
     value_scales: Tensor | None
     channel_scale: Tensor
     channel_mean: Tensor
@@ -75,17 +77,17 @@ class ScoredArguments(NamedTuple):
             return ScoredArguments._of_pages(cache)
         (_, kv_heads, kept, value_dim, tiles), states = (
             cache.shape,
-            (cache.keys, cache.values, cache.codes, cache.scales, cache.value_scales),
+            (cache.keys, cache.values, cache.codes, cache.scales, cache.key_scales, cache.value_scales),
         )
         numbers = tiles, cache.max_length, 0, kv_heads * tiles, tiles, 1
-        sizes = kept * TILE, value_dim * TILE, kept * TILE, TILE
+        sizes = kept * TILE, value_dim * TILE, kept * TILE * cache.score_bits // 8, TILE
         return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers, *sizes)
 
     @staticmethod
     def _of_pages(cache: PagedSequences) -> ScoredArguments:
         pages, table = cache.pages, cache.block_table
         block, head = pages.storage.stride()[:2]
-        states = pages.keys, pages.values, pages.codes, pages.scales, None
+        states = pages.keys, pages.values, pages.codes, pages.scales, None, None
         numbers = cache.tiles, cache.tiles * TILE, table.stride(0), 0, 1, block // head
         size = head * pages.storage.element_size()
         return ScoredArguments(
@@ -283,8 +285,8 @@ class TokenWork:
 
 
 def _chunks(places: int, tiles: int, programs: int, most: int) -> int:
-    """Programs of a sequence and head: as many as there is room for, a power of 2."""
-    chunks = 1
+    """Programs of a sequence and head: as many as registers need, and as there is room for, a power of 2."""
+    chunks = int(triton.next_power_of_2(-(-tiles // MOST_CHOSEN)))
     while places * chunks * 2 <= programs and tiles >= chunks * 2 * LEAST_CHOSEN and chunks * 2 <= most:
         chunks *= 2
     return chunks
@@ -321,10 +323,15 @@ def token_places(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def code_pointers(cache, row, first, tiles, dims, tokens, length, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Where the codes of dimensions of tiles lie; arguments broadcast to one shape."""
+def code_pointers(
+    cache, row, first, tiles, dims, tokens, length, DIM: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr
+):
+    """Where the codes of dimensions of tiles lie; arguments broadcast to one shape. In 4 bits two tokens are one, and
+    there are no pages.
+    """
     if cache.block_table is None:
-        pointers = cache.codes + (first + tiles * cache.block_stride) * (DIM * BLOCK) + dims * BLOCK + tokens
+        RUN: tl.constexpr = BLOCK * BITS // 8
+        pointers = cache.codes + (first + tiles * cache.block_stride) * (DIM * RUN) + dims * RUN + tokens
     else:
         position = tiles * TOKENS + tokens
         blocks, places = token_places(cache, row, first, position, position < length, BLOCK)
