@@ -31,7 +31,7 @@ from aqua_attention.config import AquaConfig
 from aqua_attention.errors import AquaError
 from aqua_attention.io.files import write_json
 from aqua_attention.ops import scored_step
-from aqua_attention.ops.backends.triton import token_choice, token_gather, token_scores, token_work
+from aqua_attention.ops.backends.triton import blocks, token_choice, token_gather, token_scores, token_work
 from aqua_attention.ops.backends.triton.token_choice import choose_tokens
 from aqua_attention.ops.backends.triton.token_gather import attend_to_tokens
 from aqua_attention.ops.backends.triton.token_prepare import prepare_tokens
@@ -53,7 +53,7 @@ SINK, RECENT = 4, 64
 HEAD_SHARES = [0.02, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.6]
 TOLERANCE = 0.05
 """Of the difference, relative."""
-TUNED = (token_choice, token_gather, token_scores, token_work)
+TUNED = (blocks, token_choice, token_gather, token_scores, token_work)
 
 
 def main():
@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--set", action="append", default=[], help="a tuned constant, as token_gather.WARPS=8; repeat")
     parser.add_argument("--bits", type=int, choices=[8], help="of keys and values; default: 16")
     parser.add_argument("--score-bits", type=int, choices=[8, 4], default=8, help="of the copy that is scored")
-    parser.add_argument("--by-compiler", action="store_true", help="score without placing registers by hand")
+    parser.add_argument("--by-compiler", action="store_true", help="score and attend without placing registers by hand")
     parser.add_argument("--no-dense", action="store_true", help="leave out what it is compared with")
     parser.add_argument("--json", help="write all figures here")
     given = parser.parse_args()
@@ -210,6 +210,7 @@ def measure(batch, length, knobs, head_shares, given):
         "splits": work.splits,
         "chunks": work.chunks,
         "by_hand": work.by_hand,
+        "gather_by_hand": work.gather_by_hand,
         "pieces": {name: dict(zip(("seconds", "bytes"), each, strict=True)) for name, each in pieces.items()},
     }
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from decoding import DEVICE
 from selecting import WAYS, check_choice, check_output, expected_of, listed, problem, run, work_for
 
-from aqua_attention.ops.backends.triton import token_choice
+from aqua_attention.ops.backends.triton import token_meeting
 from aqua_attention.ops.backends.triton.token_step import attend_selected
 from aqua_attention.ops.backends.triton.token_work import MOST_TURNS
 
@@ -29,7 +29,7 @@ def test_several_programs_find_what_one_does(choice, monkeypatch):
     """The first ones do not find yet what later ones say. But what all say first is right at once, what they say next
     is right when all are run again, and so on.
     """
-    monkeypatch.setattr(token_choice, "meet", _meet)
+    monkeypatch.setattr(token_meeting, "meet", _meet)
     given = problem((2, 1), [600], 16, 16, **choice)
     work = work_for(given, chunks=4)
     for tensor in (work.scratch.said, work.scratch.part_lse):

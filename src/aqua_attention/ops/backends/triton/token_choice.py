@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, sm_count, starts_early
-from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, group_weights, merged_lse
+from aqua_attention.ops.backends.triton.token_meeting import MOST_SAID, TURNS, together
+from aqua_attention.ops.backends.triton.token_threshold import bits_of, least_weight, two
+from aqua_attention.ops.backends.triton.token_weights import head_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
     CHOOSE_PROGRAMS,
     LEAST_CHOSEN,
-    MOST_NUMBERS,
-    MOST_TURNS,
     ScoredArguments,
     Sequences,
     TokenWork,
@@ -39,12 +39,8 @@ MOST_REGISTERS = 128
 THRESHOLDS, MET_THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 1, 3, 7, 16
 """Of a turn: of programs that are alone, of those that meet, which shall not often, and of these where they have so few
 tiles that all sums fit into registers."""
-INFINITY = tl.constexpr(0x7C00)
-"""Its bits in float16: the threshold that no token reaches."""
 NEGATIVE = tl.constexpr(0xBC00BC00 - 2**32)
 """Twice -1 in float16, which no token weighs."""
-TURNS = tl.constexpr(MOST_TURNS)
-MOST_SAID = tl.constexpr(MOST_NUMBERS)
 
 
 def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
@@ -145,12 +141,12 @@ def _choose_tokens(
         _keep(scratch, held_ptr, first, part, lse, outside, GROUP, TILES, UNIT)
         tl.debug_barrier()  # the whole program has written before any of it reads
         held = _pairs(held_ptr, part, TILES, SLICES)
-        least, turn = _threshold(held, window, share, wanted, shared, CHUNKS, COUNT, BY_COUNT, ASSEMBLY)
+        least, turn = least_weight(held, window, share, wanted, shared, CHUNKS, COUNT, BY_COUNT, ASSEMBLY)
         if CHUNKS > 1:
-            total, before = _together(_number(held_ptr, part, least, every, TILES), shared, turn, CHUNKS)
-            _list(held_ptr, tokens_ptr, part, least, every, before.to(tl.int32), TILES)
+            total, before = together(_number(held_ptr, part, least, every, TILES), shared, turn, CHUNKS)
+            _list(held_ptr, tokens_ptr, part, least, every, before.to(tl.int32), TILES, ASSEMBLY)
         else:
-            total = _list(held_ptr, tokens_ptr, part, least, every, tl.full([], 0, tl.int32), TILES)
+            total = _list(held_ptr, tokens_ptr, part, least, every, tl.full([], 0, tl.int32), TILES, ASSEMBLY)
         if chunk == 0:
             tl.store(scratch.counts + place, total.to(tl.int32))
 
@@ -164,13 +160,29 @@ def _positions(tile, TILES: tl.constexpr):
 
 @triton.jit
 def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
-    """Write the weights of the tokens of this program that can be chosen; a negative one for others."""
+    """Write the weights of the tokens of this program that can be chosen; a negative one for others.
+
+    The weights of the next tiles are asked for before those of the present ones are added up.
+    """
     length, begin, end, sink, recent = part
+    held_ptr = held_ptr.to(tl.pointer_type(tl.int32))
+    pairs = tl.arange(0, TILE // 2)[None, :]
+    heads, tops = head_weights(scratch, first, begin, end, GROUP, TILES)
     for tile in range(begin, end, TILES):
-        tiles, position = _positions(tile, TILES)
-        others = (position >= sink) & (position < length - recent) & (tiles < end)[:, None]
-        weight = group_weights(scratch, first + tiles, tiles < end, lse, outside, GROUP, TILES, UNIT)
-        tl.store(held_ptr + position, tl.where(others, weight, -1.0).to(tl.float16), (tiles < end)[:, None])
+        tiles = tile + tl.arange(0, TILES)
+        next_heads, next_tops = head_weights(scratch, first, tile + TILES, end, GROUP, TILES)
+        even, odd = tl.zeros([TILES, TILE // 2], tl.float32), tl.zeros([TILES, TILE // 2], tl.float32)
+        for head in tl.static_range(GROUP):
+            unit = (tl.exp2(tops[head] - lse[head] - outside) * UNIT)[:, None]
+            some_even, some_odd = two(heads[head])
+            even += some_even.to(tl.float32) * unit
+            odd += some_odd.to(tl.float32) * unit
+        heads, tops = next_heads, next_tops
+        position = tiles[:, None] * TILE + 2 * pairs
+        low, high = sink, length - recent
+        bits = bits_of(tl.where((position >= low) & (position < high), even, -1.0))
+        bits |= bits_of(tl.where((position + 1 >= low) & (position + 1 < high), odd, -1.0)) << 16
+        tl.store(held_ptr + tiles[:, None] * (TILE // 2) + pairs, bits, (tiles < end)[:, None])
 
 
 @triton.jit
@@ -185,12 +197,6 @@ def _pairs(held_ptr, part, TILES: tl.constexpr, SLICES: tl.constexpr):
         at = tiles[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
         held = held + (tl.load(held_ptr + at, (tiles < end)[:, None], NEGATIVE),)  # noqa: RUF005 (no unpacking there)
     return held
-
-
-@triton.jit
-def _two(pairs):
-    """Even and odd numbers in float16 of pairs."""
-    return pairs.to(tl.int16).to(tl.float16, bitcast=True), (pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -216,192 +222,39 @@ def _number(held_ptr, part, least, every, TILES: tl.constexpr):
 
 
 @triton.jit
-def _list(held_ptr, tokens_ptr, part, least, every, place, TILES: tl.constexpr):
+def _list(held_ptr, tokens_ptr, part, least, every, place, TILES: tl.constexpr, ASSEMBLY: tl.constexpr):
     """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them."""
     _length, begin, end, _sink, _recent = part
     for tile in range(begin, end, TILES):
         position, read = _read(held_ptr, tile, part, least, every, TILES)
         count = tl.sum(read, 1)
         ends = place + tl.cumsum(count, 0)
-        tl.store(tokens_ptr + (ends - count)[:, None] + tl.cumsum(read, 1) - 1, position, read > 0)
+        _put(tokens_ptr, (ends - count)[:, None] + tl.cumsum(read, 1) - 1, position, read, ASSEMBLY)
         place += tl.sum(count, 0)
     return place
 
 
 @triton.jit
-def meet(met_ptr, count):
-    """Say that this program has written what others wait for, and wait until so many have."""
-    tl.debug_barrier()  # all of it is written before
-    met = tl.atomic_add(met_ptr, 1) + 1
-    while met < count:
-        met = tl.atomic_add(met_ptr, 0)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _together(number, shared, turn, CHUNKS: tl.constexpr):
-    """The sum of a number of each program of a sequence and head, and that of the programs before this one."""
-    before = number * 0
-    if CHUNKS > 1:
-        met_ptr, said_ptr, chunk, chunks = shared
-        said_ptr += turn * MOST_SAID * CHUNKS
-        tl.store(said_ptr + chunk, number)
-        meet(met_ptr, (turn + 1) * chunks)
-        others = tl.arange(0, CHUNKS)
-        numbers = tl.load(said_ptr + others, others < chunks, 0.0, cache_modifier=".cg")
-        number, before = tl.sum(numbers, 0), tl.sum(tl.where(others < chunk, numbers, 0.0), 0)
-    return number, before
-
-
-@triton.jit
-def _all_together(numbers, shared, turn, CHUNKS: tl.constexpr, COUNT: tl.constexpr):
-    """The sums of COUNT numbers of each program."""
-    found = ()
-    if CHUNKS > 1:
-        met_ptr, said_ptr, chunk, chunks = shared
-        said_ptr += turn * MOST_SAID * CHUNKS
-        for i in tl.static_range(COUNT):
-            tl.store(said_ptr + i * CHUNKS + chunk, numbers[i])
-        meet(met_ptr, (turn + 1) * chunks)
-        others = tl.arange(0, CHUNKS)
-        for i in tl.static_range(COUNT):
-            said = tl.load(said_ptr + i * CHUNKS + others, others < chunks, 0.0, cache_modifier=".cg")
-            found = found + (tl.sum(said, 0),)  # noqa: RUF005
-    else:
-        found = numbers
-    return found
-
-
-@triton.jit
-def _weight_of(bits):
-    """The number in float16 that has these bits."""
-    return bits.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def _counted(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
-    """The sums, pairs of numbers in float16, with one more where a token weighs so much."""
+def _put(pointer, at, numbers, wanted, ASSEMBLY: tl.constexpr):
+    """Store the numbers that are wanted, here and there."""
     if ASSEMBLY:
-        return tl.inline_asm_elementwise(
+        # The compiler would hand all of them to other threads first, through shared memory.
+        tl.inline_asm_elementwise(
             """
             {
-            .reg .b16 one;
-            .reg .b32 both;
-            cvt.u16.u32 one, $3;
-            mov.b32 both, {one, one};
-            set.ge.f16x2.f16x2 both, $2, both;
-            add.f16x2 $0, $1, both;
+            .reg .pred is_wanted;
+            .reg .b64 address;
+            setp.ne.s32 is_wanted, $4, 0;
+            mad.wide.s32 address, $2, 4, $1;
+            @is_wanted st.global.b32 [address], $3;
+            mov.b32 $0, 0;
             }
             """,
-            "=r,r,r,r",
-            [sums, pairs, tl.zeros_like(pairs) + threshold],
+            "=r,l,r,r,r",
+            [pointer.to(tl.int64), at, numbers, wanted],
             dtype=tl.int32,
-            is_pure=True,
+            is_pure=False,
             pack=1,
         )
-    even, odd = _two(pairs)
-    least = _weight_of(threshold)
-    # Numbers that are added up here are whole, and have no sign.
-    even_sum, odd_sum = _two(sums)
-    even_sum += (even >= least).to(tl.float16)
-    odd_sum += (odd >= least).to(tl.float16)
-    return even_sum.to(tl.int16, bitcast=True).to(tl.int32) | (odd_sum.to(tl.int16, bitcast=True).to(tl.int32) << 16)
-
-
-@triton.jit
-def _weighed(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
-    """The sums, in float32, with the weights of two tokens each, if they weigh so much."""
-    if ASSEMBLY:
-        # The compiler would keep all weights in float32.
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 low, high;
-            .reg .b32 both;
-            .reg .f32 first, second;
-            cvt.u16.u32 low, $3;
-            mov.b32 both, {low, low};
-            set.ge.f16x2.f16x2 both, $2, both;
-            mul.f16x2 both, both, $2;
-            mov.b32 {low, high}, both;
-            cvt.f32.f16 first, low;
-            cvt.f32.f16 second, high;
-            add.f32 first, first, second;
-            add.f32 $0, $1, first;
-            }
-            """,
-            "=f,f,r,r",
-            [sums, pairs, tl.zeros_like(pairs) + threshold],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-    even, odd = _two(pairs)
-    least = _weight_of(threshold)
-    even = tl.where(even >= least, even.to(tl.float32), 0.0)
-    return sums + (even + tl.where(odd >= least, odd.to(tl.float32), 0.0))
-
-
-@triton.jit
-def _have(held, thresholds, COUNT: tl.constexpr, BY_COUNT: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Mass, or number, of the tokens of this program that weigh as much as each of COUNT thresholds. A number in
-    float16 is exact: a thread adds up less than a thousand tokens in one.
-    """
-    found = ()
-    for i in tl.static_range(COUNT):
-        if BY_COUNT:
-            sums = tl.zeros_like(held[0])
-            for j in tl.static_range(len(held)):
-                sums = _counted(sums, held[j], thresholds[i], ASSEMBLY)
-            even, odd = _two(sums)
-            total = tl.sum(even.to(tl.float32) + odd.to(tl.float32))
-        else:
-            sums = tl.zeros(held[0].shape, tl.float32)
-            for j in tl.static_range(len(held)):
-                sums = _weighed(sums, held[j], thresholds[i], ASSEMBLY)
-            total = tl.sum(sums) / WEIGHT_UNIT
-        found = found + (total,)  # noqa: RUF005
-    return found
-
-
-@triton.jit
-def _narrowed(low, high, low_has, bits, has, target):
-    """An interval of bits, and what is above its lower end, once it is known what is above one number in it."""
-    enough = has >= target
-    return tl.where(enough, bits, low), tl.where(enough, high, tl.minimum(high, bits)), tl.where(enough, has, low_has)
-
-
-@triton.jit
-def _threshold(
-    held,
-    window,
-    share,
-    wanted,
-    shared,
-    CHUNKS: tl.constexpr,
-    COUNT: tl.constexpr,
-    BY_COUNT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """The weight from which on tokens are read: a largest for which they have enough; infinity for none. And how often
-    programs have met.
-    """
-    # A fixed number of tokens has none that weighs nothing beside the others: they would be ties, and all be read.
-    nothing = tl.full([], 1 if BY_COUNT else 0, tl.int32)
-    own = _have(held, (nothing,), 1, BY_COUNT, ASSEMBLY)
-    low_has = window + _together(own[0], shared, 0, CHUNKS)[0]
-    target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has
-    low = tl.where(window >= target, INFINITY, nothing)
-    high, turn, lightest = nothing + INFINITY, 1, nothing.to(tl.float32)
-    # It ends early where without one token from the lower end on there would not be enough.
-    while (high - low > 1) & (low_has - lightest >= target):
-        thresholds, width = (), high - low
-        for i in tl.static_range(COUNT):
-            thresholds = thresholds + (low + tl.maximum((i + 1) * width // (COUNT + 1), 1),)  # noqa: RUF005
-        has = _have(held, thresholds, COUNT, BY_COUNT, ASSEMBLY)
-        has = _all_together(has, shared, turn, CHUNKS, COUNT)
-        for i in tl.static_range(COUNT):
-            low, high, low_has = _narrowed(low, high, low_has, thresholds[i], window + has[i], target)
-        lightest = tl.full([], 1.0, tl.float32) if BY_COUNT else _weight_of(low).to(tl.float32) / WEIGHT_UNIT
-        turn += 1
-    return _weight_of(low), turn
+    else:
+        tl.store(pointer + at, numbers, wanted > 0)

@@ -54,21 +54,20 @@ def query_for_codes(query, cache, group, scaling, KEPT: tl.constexpr, KEPT_PADDE
 
 
 @triton.jit
-def group_weights(scratch, tiles, is_tile, lse, outside, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
-    """Weights of the heads of a group together, float32 [TILES, TILE], of which WEIGHT_UNIT are 1; those of the exact
-    window are 0.
+def head_weights(scratch, first, tile, end, GROUP: tl.constexpr, TILES: tl.constexpr):
+    """Weights of each head of a group, tuples of int32 [TILES, TILE // 2], of two tokens each, and the largest scores
+    they are relative to, [TILES].
 
     Args:
-        tiles: numbers of the tiles, counted from the first of all places; is_tile: which there are.
-        lse: of `merged_lse`; outside: so much, as a logarithm, counts as 1.
+        first: number of the first tile of a place, counted from that of all places; tile, end: of this place.
     """
-    tokens = tl.arange(0, TILE)
-    weight = tl.zeros([TILES, TILE], tl.float32)
+    tiles, pairs = tile + tl.arange(0, TILES), tl.arange(0, TILE // 2)
+    weights, tops = (), ()
     for head in tl.static_range(GROUP):
-        at = tiles * GROUP + head
-        top = tl.load(scratch.tops + at, is_tile, 0.0, cache_modifier=".cg")
+        at = (first + tiles) * GROUP + head
         # Masks of whole tiles: tokens are loaded eight at a time.
-        there = is_tile[:, None] & (tokens >= 0)[None, :]
-        some = tl.load(scratch.weights + at[:, None] * TILE + tokens[None, :], there, 0.0, cache_modifier=".cg")
-        weight += some.to(tl.float32) * (tl.exp2(top - lse[head] - outside) * UNIT)[:, None]
-    return weight
+        there = (tiles < end)[:, None] & (pairs >= 0)[None, :]
+        weights_ptr = scratch.weights.to(tl.pointer_type(tl.int32)) + at[:, None] * (TILE // 2) + pairs[None, :]
+        weights = weights + (tl.load(weights_ptr, there, 0, cache_modifier=".cg"),)  # noqa: RUF005 (no unpacking)
+        tops = tops + (tl.load(scratch.tops + at, tiles < end, 0.0, cache_modifier=".cg"),)  # noqa: RUF005
+    return weights, tops
