@@ -47,6 +47,10 @@ def store(pointers, found, mask=None):
 
 def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     """Runs the few instructions that kernels have on words of 32 bits."""
+    if asm.startswith("movmatrix"):
+        # Squares of 8 x 8, each lane with two numbers of a row of each.
+        assert pack == 2 and args[0].dtype == dtype == torch.float16 and args[0].shape[1] == 8
+        return args[0].unflatten(0, (-1, 8)).transpose(1, 2).flatten(0, 1)
     assert pack == 1 and constraints.count("=") == len(dtype)
     known = {f"${len(dtype) + i}": each.numpy().view(np.uint32) for i, each in enumerate(args)}
 
@@ -99,6 +103,7 @@ def language(program, programs):
         static_range=range,
         SliceLayout=lambda *_: None,
         DistributedLinearLayout=lambda *_: None,
+        BlockedLayout=lambda *_: None,
         arange=lambda start, end, layout: torch.arange(start, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         load=load,
@@ -108,6 +113,7 @@ def language(program, programs):
         maximum=_maximum,
         max=lambda states, axis: states.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(axis),
         sum=lambda states, axis: states.sum(axis),
+        associative_scan=lambda states, axis, _: states.cumsum(axis),
         abs=torch.abs,
         exp2=torch.exp2,
         log2=torch.log2,
@@ -116,6 +122,8 @@ def language(program, programs):
         permute=lambda states, dims: states.permute(dims),
         split=lambda states: states.contiguous().unbind(-1),
         join=lambda *each: torch.stack(each, -1),
+        expand_dims=lambda states, axis: states.unsqueeze(axis),
+        broadcast=torch.broadcast_tensors,
         convert_layout=lambda states, layout: states,
         max_constancy=lambda states, count: states,
         inline_asm_elementwise=inline_asm_elementwise,

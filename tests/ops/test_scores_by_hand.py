@@ -12,12 +12,12 @@ pytest.importorskip("triton.experimental.gluon")
 from gluon_in_torch import InTorch
 from selecting import DEVICE, check_choice, check_output, expected_of, problem, run
 
-from aqua_attention.ops.backends.triton import decode_int8_mma, token_few_bits
+from aqua_attention.ops.backends.triton import decode_int8_mma, token_few_bits, token_window_by_hand
 from aqua_attention.ops.backends.triton import token_scores_by_hand as by_hand
 from aqua_attention.ops.layout import TILE
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the kernel itself runs there")
-MODULES = by_hand, decode_int8_mma, token_few_bits
+MODULES = by_hand, decode_int8_mma, token_few_bits, token_window_by_hand
 
 
 @pytest.fixture
@@ -28,6 +28,11 @@ def in_torch(monkeypatch):
 CASES = {
     "one block of dimensions": ((4, 2), [300, 1, 0, 129], (32, 16), {"select_p": 0.6, "k_ratio": 0.4}),
     "two blocks": ((4, 1), [260, 128], (64, 32), {"select_p": 0.9}),
+    "odd numbers of tiles": ((4, 1), [640, 128, 127, 0, 1, 129], (32, 16), {"select_p": 0.8}),
+    "a window in the middle": ((2, 1), [520], (32, 16), {"select_p": 0.8, "sink": 16, "recent": 128}),
+    "a group of 1": ((2, 2), [900], (64, 16), {"select_tokens": 60, "recent": 0}),
+    "a group of 3": ((6, 2), [391, 5], (64, 16), {"select_tokens": 60, "sink": 0}),
+    "more than a query of each tile": ((2, 1), [530], (160, 16), {"select_p": 0.9, "k_ratio": 0.9}),
     "13 dimensions": ((3, 1), [255], (128, 32), {"select_tokens": 30, "k_ratio": 0.1}),
     "more than are read ahead": ((8, 1), [700], (160, 16), {"select_p": 0.5, "k_ratio": 0.9, "sink": 0, "recent": 0}),
 }

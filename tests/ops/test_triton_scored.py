@@ -304,13 +304,14 @@ def test_programs_that_wait_must_run_at_once(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("choice", [{"select_p": 0.9}, {"select_tokens": 100}, {"select_p": 0.9, "score_bits": 4}])
-def test_recorded_steps_of_several_layers_do_not_meet(way, choice):
+def test_recorded_steps_of_several_layers_do_not_meet(way, choice, bits):
     """One recorded step after the other over caches of their own, with one memory: what one finds is no other's."""
     torch.use_deterministic_algorithms(False)
     layers = []
     for seed in range(3):
-        plan, states, caches = step_problem(3, (8, 2), 128, 128, 4096, torch.bfloat16, seed=seed, **choice)
+        plan, states, caches = step_problem(3, (8, 2), 128, 128, 4096, torch.bfloat16, bits, seed=seed, **choice)
         for cache in caches:
             cache.fill(states[1][:, :, :2000], states[2][:, :, :2000], torch.tensor([2000 - seed, 0, 300]).cuda())
         new = [each[:, :, 2000].contiguous() for each in states]

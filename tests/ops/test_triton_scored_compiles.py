@@ -18,7 +18,7 @@ import torch
 import aqua_attention as aqua
 from aqua_attention.ops.backends.triton import token_choice, token_gather, token_prepare, token_scores
 from aqua_attention.ops.backends.triton import paged_prepare, paged_write, token_pages
-from aqua_attention.ops.backends.triton import token_prompt, token_scores_by_hand, token_step
+from aqua_attention.ops.backends.triton import token_gather_by_hand, token_prompt, token_scores_by_hand, token_step
 from aqua_attention.ops.backends.triton.token_pages import TokenMemory
 from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.layout import Quantization
@@ -30,7 +30,8 @@ from aqua_attention.ops.scored_pages import PagedSequences, ScoredPages, scored_
 KERNELS = "_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens"
 KERNELS += "_prepare_paged", "_write_paged", "sum_scores", "weigh", "find_least", "attend_rows"
 MODULES = token_choice, token_gather, token_prepare, token_scores, token_scores_by_hand, paged_prepare, paged_write
-MODULES += (token_prompt,)
+MODULES += token_gather_by_hand, token_prompt
+KERNELS += "gather_kernel", "_merge_lists"
 for module in MODULES:
     module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
     for name in KERNELS:
@@ -94,6 +95,8 @@ CASES = {
     "select_tokens=9, bits=8)",
     "int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
     "select_p=0.9, bits=8)",
+    "int8, pieces of keys": "dict(dtype=torch.float16, heads=6, groups=2, dim=112, value_dim=64, k_ratio=0.3, "
+    "select_p=0.9, bits=8, score_bits=4, batch=2000)",
     "4 bits": "dict(dtype=torch.bfloat16, heads=32, groups=8, dim=128, value_dim=128, k_ratio=0.25, select_p=0.95, "
     "length=32768, score_bits=4)",
     "4 bits, int8, odd": "dict(dtype=torch.float16, heads=6, groups=2, dim=80, value_dim=96, k_ratio=0.3, "
@@ -129,4 +132,5 @@ def test_kernels_that_choose_tokens_compile_for_hopper(case, tmp_path):
         return
     expected = {"_score_tokens", "_choose_tokens", "_attend_to_tokens"}
     expected |= {"_prepare_paged", "_write_paged"} if case.startswith("pages") else {"_prepare_tokens"}
+    expected |= {"gather_kernel", "_merge_lists"} if case in ("int8", "int8, pieces of keys") else set()
     assert set(names) == expected | (set() if case == "wide group" or "float32" in case else {"score_kernel"})

@@ -134,6 +134,7 @@ def query_operands(
     GROUP: gl.constexpr,
     KEPT: gl.constexpr,
     CHOSEN: gl.constexpr,
+    WIDTH: gl.constexpr = 8,
 ):
     """The chosen dimensions of a group's queries as right operands, a tuple of [16, HEADS] in float16.
 
@@ -141,12 +142,13 @@ def query_operands(
 
     Args:
         limit: of CHOSEN dimensions so many count.
+        WIDTH: columns from a head to where it is there again.
 
     Returns:
         Operands, what their products are worth, and what is added to these, [HEADS].
     """
     at16 = gl.arange(0, 16, gl.SliceLayout(1, RIGHT))
-    head = gl.arange(0, HEADS, gl.SliceLayout(0, RIGHT))
+    head = gl.arange(0, HEADS, gl.SliceLayout(0, RIGHT)) % WIDTH
     peak = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
     mean = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
     wide = ()

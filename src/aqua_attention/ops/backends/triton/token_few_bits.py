@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def,assignment,misc"
-"""Codes of 4 bits as operands of tensor cores, in Gluon, for `token_scores_by_hand`.
+"""Codes of 4 and 8 bits as operands of tensor cores, in Gluon, for `token_scores_by_hand`.
 
-Four low bits, and nothing above them, are a number of float16: as many times its smallest. Tensor cores multiply such
-numbers exactly. So a code is masked, and no more; sums begin at what makes 8 zero. Of the two codes in a byte the
-second counts 16 times as much where it lies, in the sum and in its beginning.
+The low bits of a code, and nothing above them, are a number of float16: as many times its smallest. Tensor cores
+multiply such numbers exactly. So a code is masked, and no more; sums begin at what makes 8, or 128, zero. Of two codes
+of 4 bits in a byte the second counts 16 times as much where it lies, in the sum and in its beginning.
 """
 
 from triton.experimental import gluon
@@ -14,6 +14,7 @@ from aqua_attention.ops.backends.triton.decode_int8_mma import HEADS, LEFT, MMA,
 
 SMALLEST = gl.constexpr(2.0**-24)
 """The least number of float16 above zero."""
+EIGHT_NUMBERS = gl.constexpr((gl.float16,) * 8)
 SIXTEEN_NUMBERS = gl.constexpr((gl.float16,) * 16)
 
 
@@ -66,13 +67,52 @@ def few_bits_operand(words):
 
 
 @gluon.jit
-def of_few_bits(queries, unit, rows, CHUNKS: gl.constexpr):
-    """Where sums of products with such codes begin, so that 8 is zero, and what they are worth, [TILE, HEADS]."""
+def bytes_operand(words):
+    """Words [16, 32] of four codes of 8 bits as numbers in float16, [128, 16]; rows as `left_operand` has them.
+
+    A code is worth SMALLEST times itself.
+    """
+    even, odd = gl.split(gl.permute(gl.reshape(words, [8, 2, 32]), (0, 2, 1)))
+    # Halves of two rows beside each other, then the codes of each token.
+    a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 low, high, token;
+        prmt.b32 low, $8, $9, 0x5410;
+        prmt.b32 high, $8, $9, 0x7632;
+        and.b32 token, low, 0x00ff00ff;
+        mov.b32 {$0, $1}, token;
+        prmt.b32 token, low, 0, 0x4341;
+        mov.b32 {$2, $3}, token;
+        and.b32 token, high, 0x00ff00ff;
+        mov.b32 {$4, $5}, token;
+        prmt.b32 token, high, 0, 0x4341;
+        mov.b32 {$6, $7}, token;
+        }
+        """,
+        "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+        [even, odd],
+        dtype=EIGHT_NUMBERS,
+        is_pure=True,
+        pack=1,
+    )
+    codes = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    # [pair of rows, eighth, word of it, row of the pair, bit 0 of the code's place in its word, bit 1]
+    codes = gl.permute(gl.reshape(codes, [8, 8, 4, 2, 2, 2]), (2, 5, 4, 1, 0, 3))
+    return gl.convert_layout(gl.reshape(codes, [TILE, 16]), LEFT)
+
+
+@gluon.jit
+def is_sixteenfold(rows, BITS: gl.constexpr):
+    """Whether the code of a row counts 16 times as much: in 4 bits, each second one of a lane's tokens in a row."""
+    return (rows // 8 % 2 == 1) & (BITS == 4)
+
+
+@gluon.jit
+def beginning_of(queries, rows, CHUNKS: gl.constexpr, BITS: gl.constexpr):
+    """Where sums of products with such codes begin, so that 8, or 128, is zero: [TILE, HEADS]."""
     whole = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, RIGHT))
     for chunk in gl.static_range(CHUNKS):
         whole += gl.sum(queries[chunk].to(gl.float32), 0)
-    whole = gl.convert_layout(whole, gl.SliceLayout(0, MMA)) * (-8 * SMALLEST)
-    # Of a lane's tokens in a row each second one.
-    is_second = rows // 8 % 2 == 1
-    beginning = whole[None, :] * gl.where(is_second, 16.0, 1.0)[:, None]
-    return beginning, (unit / SMALLEST)[None, :] * gl.where(is_second, 0.0625, 1.0)[:, None]
+    whole = gl.convert_layout(whole, gl.SliceLayout(0, MMA)) * (-(2 ** (BITS - 1)) * SMALLEST)
+    return whole[None, :] * gl.where(is_sixteenfold(rows, BITS), 16.0, 1.0)[:, None]

@@ -4,8 +4,12 @@
 
 Lists differ in length by a factor of thirty, so all stand in one row, of which every program has an equal part; which
 is found from the counts alone. The last program to end a piece of a list merges them.
+
+Keys and values of 8 bits are attended to by `token_gather_by_hand` where that takes their sizes, and merged by a kernel
+of its own.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,10 +39,18 @@ GATHERED, GATHERED_CODES = 64, 128
 """Tokens that are gathered at once, and those of 8 bits."""
 MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
+REGISTERS = 168
+"""Of a lane of the kernel that is placed by hand: twelve of its programs share a multiprocessor."""
+STEP, LEAST_STEPS, MOST_LISTS = 32, 4, 1024
+"""Of that kernel: tokens at a time, how often a program does that at least, and lists whose lengths it looks at
+together."""
 
 
 def attend_to_tokens(cache: Sequences, work: TokenWork, output: Tensor, *, scaling: float, appended: bool) -> None:
     """Write the attention to the listed tokens, [batch, num_attention_heads, value_dim]; sequences are longer then."""
+    if work.gather_by_hand:
+        _attend_by_hand(cache, work, output, scaling=scaling, appended=appended)
+        return
     heads = triton.next_power_of_2(work.group)
     with on_device_of(work.rotated):
         _attend_to_tokens[(work.programs,)](
@@ -58,6 +70,52 @@ def attend_to_tokens(cache: Sequences, work: TokenWork, output: Tensor, *, scali
             num_warps=WARPS,
             num_stages=STAGES if work.rotated.element_size() == 2 else WIDE_STAGES,
             **work.constants(cache),
+            **starts_early(work.rotated),
+        )
+
+
+def _attend_by_hand(cache: Sequences, work: TokenWork, output: Tensor, *, scaling: float, appended: bool) -> None:
+    """In two launches: a long list has more pieces than one program of one warp could merge."""
+    # Imported here: it needs triton's lower language, which the interpreter does not know.
+    from aqua_attention.ops.backends.triton import token_gather_by_hand
+
+    (_, kv_heads, kept, value_dim, _), given = cache.shape, ScoredArguments.of(cache)
+    words = given._replace(keys=given.keys.view(torch.int32), value_tokens=given.value_tokens.view(torch.int32))
+    lists = triton.next_power_of_2(work.places)
+    with on_device_of(work.rotated):
+        token_gather_by_hand.gather_kernel[(work.programs,)](
+            work.rotated,
+            words,
+            work.scratch,
+            scaling * LOG2_E,
+            work.places,
+            kv_heads,
+            GROUP=work.group,
+            KEPT=kept,
+            VALUE_DIM=value_dim,
+            KEY_SIZE=given.key_block // 4,
+            VALUE_SIZE=given.value_block // 4,
+            SCALE_SIZE=given.scale_block,
+            LISTS=min(MOST_LISTS, max(32, lists)),
+            LEAST=LEAST_STEPS,
+            num_warps=1,
+            maxnreg=REGISTERS,
+            **starts_early(work.rotated),
+        )
+        _merge_lists[(work.places, work.group)](
+            given,
+            work.scratch,
+            output,
+            work.programs,
+            kv_heads,
+            APPENDED=appended,
+            GROUP=work.group,
+            VALUE_DIM=value_dim,
+            PLACES_PADDED=lists,
+            STEP=STEP,
+            LEAST=LEAST_STEPS,
+            MERGED=MERGED_ROWS,
+            num_warps=WARPS,
             **starts_early(work.rotated),
         )
 
@@ -127,15 +185,10 @@ def _attend_to_tokens(
         if tl.atomic_add(scratch.arrived + place, 1) == last - first:
             tl.store(scratch.arrived + place, 0)
             output_at = output_ptr + place.to(tl.int64) * GROUP * VALUE_DIM
-            _merge(
-                scratch, output_at, first_piece, last_piece + 1, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED
-            )
-            if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
-                if place % groups == 0:
-                    # Nothing in this launch reads the length.
-                    row = place // groups
-                    held = tl.load(cache.lengths + row, cache_modifier=".cg")
-                    tl.store(cache.lengths + row, tl.minimum(held + 1, cache.max_length), held >= 0)
+            pieces = (first_piece, last_piece + 1, 0)
+            _merge(scratch, output_at, pieces, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED)
+            if APPENDED:
+                _lengthen(cache, place, groups)
 
 
 @triton.jit
@@ -221,19 +274,63 @@ def _piece(
 
 
 @triton.jit
+def _lengthen(cache, place, groups):
+    """With the first list of a sequence: nothing in its launch reads the length."""
+    if place % groups == 0:
+        row = place // groups
+        held = tl.load(cache.lengths + row, cache_modifier=".cg")
+        tl.store(cache.lengths + row, tl.minimum(held + 1, cache.max_length), held >= 0)
+
+
+@triton.jit
+def _merge_lists(
+    cache,
+    scratch,
+    output_ptr,
+    programs,
+    groups,
+    APPENDED: tl.constexpr,
+    GROUP: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PLACES_PADDED: tl.constexpr,
+    STEP: tl.constexpr,
+    LEAST: tl.constexpr,
+    MERGED: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """`_merge` of a list and head, where `gather_kernel` has attended to its pieces."""
+    start_early(EARLY)
+    place, head = tl.program_id(0), tl.program_id(1)
+    rooms = tl.cdiv(_taken(scratch, tl.num_programs(0), PLACES_PADDED, LEAST * STEP), STEP)
+    size = tl.maximum(tl.cdiv(tl.sum(rooms, 0), programs), LEAST)
+    start = tl.sum(tl.where(tl.arange(0, PLACES_PADDED) < place, rooms, 0), 0)
+    room = tl.sum(tl.where(tl.arange(0, PLACES_PADDED) == place, rooms, 0), 0)
+    pieces = (place + start // size, place + (start + room - 1) // size + 1, head)
+    output_at = output_ptr + place.to(tl.int64) * GROUP * VALUE_DIM
+    _merge(scratch, output_at, pieces, GROUP, 1, VALUE_DIM, VALUE_DIM, MERGED)
+    if APPENDED:  # noqa: SIM102 (this is known when compiling, the other is not)
+        if head == 0:
+            _lengthen(cache, place, groups)
+
+
+@triton.jit
 def _merge(
     scratch,
     output_ptr,
-    first,
-    last,
+    share,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     MERGED: tl.constexpr,
 ):
-    """The attention to a whole list from that to its pieces, in their order."""
-    members, columns = tl.arange(0, GROUP_PADDED), tl.arange(0, VALUE_PADDED)
+    """The attention to a whole list from that to its pieces, in their order.
+
+    Args:
+        share: the first piece, that behind the last, and the head from which on there are GROUP_PADDED.
+    """
+    first, last, head = share
+    members, columns = head + tl.arange(0, GROUP_PADDED), tl.arange(0, VALUE_PADDED)
     largest = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PADDED], tl.float32)
     output = tl.zeros([GROUP_PADDED, VALUE_PADDED], tl.float32)

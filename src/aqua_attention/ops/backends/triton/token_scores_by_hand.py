@@ -5,6 +5,9 @@
 As in `decode_int8_mma`, codes are read from memory as one warp's operands want them, and a program is one warp that
 reads tiles ahead. It scores, and adds up nothing else: weights of a lane lie side by side, and are written at once.
 
+A product has 8 columns. Where a group has 4 heads at most, they are those of two tiles: either tile is multiplied by
+queries that are zero in the columns of the other one. So all that follows the products is done once for two tiles.
+
 A lane reads 16 tokens in a row of two pairs of dimensions: in 8 bits four words of each dimension, in 4 bits two.
 """
 
@@ -14,34 +17,61 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from aqua_attention.ops.backends.triton.decode_int8_mma import (
     HEADS,
-    LEFT,
     MMA,
     RIGHT,
-    SCALES,
     TILE,
     blocks_of,
     dims_of,
-    left_operand,
-    of_rows,
-    of_tokens,
     of_words,
     query_operands,
     words_layout,
 )
-from aqua_attention.ops.backends.triton.token_few_bits import few_bits_operand, of_few_bits
+from aqua_attention.ops.backends.triton.token_few_bits import (
+    SMALLEST,
+    beginning_of,
+    bytes_operand,
+    few_bits_operand,
+    is_sixteenfold,
+)
+from aqua_attention.ops.backends.triton.token_window_by_hand import score_window
 
 AHEAD = gl.constexpr(4)
-"""Blocks of 16 dimensions on their way, of whole tiles."""
-FEW_AHEAD = gl.constexpr(8)
-"""Those of 4 bits, as many bytes, where a tile has two at most: with more of them registers do not last."""
+"""Blocks of 16 dimensions on their way."""
+FEW_AHEAD = gl.constexpr(4)
+"""Those of 4 bits: with eight registers do not last."""
+MOST_TOGETHER = gl.constexpr(2)
+"""Blocks of 16 dimensions up to which a product has two tiles: each of them has a query of its own."""
 WEIGHT_BITS = gl.constexpr(15.0)
 """The weight 1 is two to this in float16, see `token_weights`."""
+LEAST_UNIT = gl.constexpr(2.0**-100)
+"""Of what products are worth, so that minus infinity stays what it is."""
 STORED = gl.constexpr(
     gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [0, 8], [1, 0]], [[2, 0], [4, 0], [0, 16], [0, 32], [0, 64]], [], [], [8, 128]
     )
 )
-"""Of a tile's weights by head, [8, 128]: the 16 tokens in a row that a lane's scores are of."""
+"""Of weights by column, [8, 128]: the 16 tokens in a row that a lane's scores are of."""
+SUMS = gl.constexpr(gl.DistributedLinearLayout([[0, 1]], [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], [], [], [8, 8]))
+"""Of sums by eighth of a tile and column: those of a lane."""
+
+
+@gluon.constexpr_function
+def scales_layout(tiles):
+    """Of scales of one or two tiles for all columns of a product, [tiles, columns of each, 8, 16]: of a lane's columns
+    the 16 in a row that its scores are of.
+    """
+    columns = [[0, 2, 0, 0], [1, 0, 0, 0] if tiles == 2 else [0, 4, 0, 0]]
+    in_row = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 0, 0, 4], [0, 0, 0, 8], [0, 1, 0, 0]]
+    lanes = [*columns, [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
+    return gl.DistributedLinearLayout(in_row, lanes, [], [], [tiles, 8 // tiles, 8, 16])
+
+
+@gluon.constexpr_function
+def blocks_ahead(wanted, step):
+    """About so many blocks of 16 dimensions on their way, a part or a multiple of those of a step if there is one."""
+    if wanted >= step:
+        return wanted // step * step
+    return next((count for count in (wanted, wanted + 1, wanted - 1) if step % count == 0), wanted)
 
 
 @gluon.jit
@@ -113,13 +143,20 @@ def score_kernel(
             SCALE_SIZE,
         )
     else:
-        queries, unit, mean = query_operands(
-            query_ptr + place * GROUP * KEPT, dims_ptr + place * CHOSEN, CHOSEN, *channels, scaling, GROUP, KEPT, CHOSEN
+        TILES: gl.constexpr = 2 if GROUP <= 4 and CHOSEN <= 16 * MOST_TOGETHER else 1
+        operands = query_operands(
+            query_ptr + place * GROUP * KEPT,
+            dims_ptr + place * CHOSEN,
+            CHOSEN,
+            *channels,
+            scaling,
+            GROUP,
+            KEPT,
+            CHOSEN,
+            8 // TILES,
         )
         score_tiles(
-            queries,
-            unit,
-            mean,
+            operands,
             dims_ptr + place * CHOSEN,
             cache,
             scratch,
@@ -132,14 +169,13 @@ def score_kernel(
             CODE_SIZE,
             SCALE_SIZE,
             BITS,
+            TILES,
         )
 
 
 @gluon.jit
 def score_tiles(
-    queries,
-    unit,
-    mean,
+    operands,
     dims_ptr,
     cache,
     scratch,
@@ -152,89 +188,182 @@ def score_tiles(
     CODE_SIZE: gl.constexpr,
     SCALE_SIZE: gl.constexpr,
     BITS: gl.constexpr,
+    TILES: gl.constexpr,
 ):
-    """Weights of the tokens of some tiles, and their log-sum-exp."""
+    """Weights of the tokens of some tiles, and their log-sum-exp.
+
+    Args:
+        TILES: 1, or 2 that share the columns of a product.
+    """
     CODES: gl.constexpr = 32 // BITS
-    KEY_WORDS: gl.constexpr = TILE // CODES
-    KEYS: gl.constexpr = words_layout(KEY_WORDS)
+    KEYS: gl.constexpr = words_layout(TILE // CODES)
     CHUNKS: gl.constexpr = (CHOSEN + 15) // 16
-    TILES_AHEAD: gl.constexpr = ((FEW_AHEAD if BITS == 4 and CHUNKS <= 2 else AHEAD) + CHUNKS - 1) // CHUNKS
+    ON_THEIR_WAY: gl.constexpr = blocks_ahead(FEW_AHEAD if BITS == 4 else AHEAD, TILES * CHUNKS)
+    # So many steps a turn that what is on its way need not move.
+    STEPS: gl.constexpr = (ON_THEIR_WAY + TILES * CHUNKS - 1) // (TILES * CHUNKS)
     place, length, sink, recent, _scaling = part
     split, splits = share
-    block_table_ptr, _width, _first, _stride = lookup
     tiles = gl.cdiv(length, TILE)
     each = gl.cdiv(tiles, splits)
     begin = split * each
     end = gl.minimum(begin + each, tiles)
     behind = gl.minimum(length - recent, end * TILE)
-    key_row = gl.arange(0, 16, gl.SliceLayout(1, KEYS))
-    key_word = gl.arange(0, KEY_WORDS, gl.SliceLayout(0, KEYS))
-    sixteen = gl.arange(0, 8, gl.SliceLayout(1, SCALES)) * 16
-    scales_at = (sixteen % BLOCK)[:, None] + gl.arange(0, 16, gl.SliceLayout(0, SCALES))[None, :]
+    shared, unit, mean = operands
     rows = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
-    token_of_row = TILE // 8 * (rows % 8) + rows // 8
-    heads = gl.arange(0, HEADS, gl.SliceLayout(0, MMA))
-    stored_heads = gl.arange(0, HEADS, gl.SliceLayout(1, STORED))
-    stored_tokens = gl.arange(0, TILE, gl.SliceLayout(0, STORED))
-    weights_at = stored_heads[:, None] * TILE + stored_tokens[None, :]
-    is_stored = (stored_heads < GROUP)[:, None] & (stored_tokens >= 0)[None, :]
-    largest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
-    total = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, MMA))
+    # What is no number is in the sums alone: tokens of the exact window weigh nothing.
+    nothing = mean * 0.0
+    beginning = beginning_of(shared, rows, CHUNKS, BITS) + nothing[None, :]
+    mean = gl.where(nothing == 0.0, mean, 0.0)
+    tile_of_query = gl.arange(0, HEADS, gl.SliceLayout(0, RIGHT)) // (HEADS // TILES)
+    queries = ()
+    for which in gl.static_range(TILES):
+        for chunk in gl.static_range(CHUNKS):
+            query = shared[chunk]
+            if TILES > 1:
+                query = gl.where((tile_of_query == which)[None, :], query, 0.0).to(gl.float16)
+            queries = queries + (query,)  # noqa: RUF005
+    unit = gl.maximum(unit, LEAST_UNIT) * (1 / SMALLEST)
+    key_row = gl.arange(0, 16, gl.SliceLayout(1, KEYS))
+    key_word = gl.arange(0, TILE // CODES, gl.SliceLayout(0, KEYS))
     key_at = ()
     for chunk in gl.static_range(CHUNKS):
         dims = dims_of(dims_ptr, chunk * 16 + key_row, CHOSEN)
         key_at = key_at + (dims[:, None] * (BLOCK // CODES) + (key_word % (BLOCK // CODES))[None, :],)  # noqa: RUF005
-    beginning = gl.full([TILE, HEADS], 0.0, gl.float32, MMA)
-    worth = beginning + unit[None, :]
-    if BITS == 4:
-        beginning, worth = of_few_bits(queries, unit, rows, CHUNKS)
+    largest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
+    total = gl.full([8, HEADS], 0.0, gl.float32, SUMS)
     if begin < end:
         waiting = ()
-        for ahead in gl.static_range(TILES_AHEAD):
-            blocks = blocks_of(lookup, gl.minimum(begin + ahead, end - 1), key_word * CODES, BLOCK)
-            keys_ptr = of_words(cache.codes, blocks, block_table_ptr, CODE_SIZE)
-            for chunk in gl.static_range(CHUNKS):
-                waiting = waiting + (load_codes(keys_ptr + key_at[chunk]),)  # noqa: RUF005
-        blocks = blocks_of(lookup, begin, sixteen, BLOCK)
-        scales = gl.load(of_tokens(cache.scales, blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg")
-        for tile in range(begin, end):
-            # The last tile again instead of nothing: it is in the cache.
-            blocks = blocks_of(lookup, gl.minimum(tile + TILES_AHEAD, end - 1), key_word * CODES, BLOCK)
-            keys_ptr = of_words(cache.codes, blocks, block_table_ptr, CODE_SIZE)
-            blocks = blocks_of(lookup, gl.minimum(tile + 1, end - 1), sixteen, BLOCK)
-            next_scales = gl.load(
-                of_tokens(cache.scales, blocks, block_table_ptr, SCALE_SIZE) + scales_at, cache_modifier=".cg"
-            )
-            scores = beginning
-            for chunk in gl.static_range(CHUNKS):
-                words = waiting[0]
-                waiting = waiting[1:] + (load_codes(keys_ptr + key_at[chunk]),)  # noqa: RUF005
-                if BITS == 8:  # noqa: SIM108 (known when compiling)
-                    keys = left_operand(words, KEY_WORDS)
-                else:
-                    keys = few_bits_operand(words)
-                scores = mma_v2(keys, queries[chunk], scores)
-            scores = scores * (of_rows(scales)[:, None] * worth) + mean[None, :]
-            scales = next_scales
-            position = tile * TILE + token_of_row
-            scores = gl.where(((position >= sink) & (position < behind))[:, None], scores, float("-inf"))
-            # The largest of numbers leaves NaN out; the sum does not.
-            top = gl.max(scores, 0)
-            level = gl.where(top > float("-inf"), top, 0.0)
-            weights = gl.exp2(scores - (level - WEIGHT_BITS)[None, :])
-            at = (place * cache.tile_count + tile) * GROUP
-            gl.store(scratch.tops + at + heads, level, heads < GROUP)
-            by_head = gl.reshape(
-                gl.permute(gl.reshape(weights.to(gl.float16), [16, 8, HEADS]), (2, 1, 0)), [HEADS, TILE]
-            )
-            gl.store(scratch.weights + at * TILE + weights_at, gl.convert_layout(by_head, STORED), is_stored)
-            now = gl.maximum(largest, top)
-            base = gl.where(now > float("-inf"), now, 0.0)
-            total = total * gl.exp2(largest - base) + gl.sum(weights, 0) * gl.exp2(top - base)
-            largest = now
-    base = gl.where(largest > float("-inf"), largest, 0.0)
-    lse = base + gl.log2(total) - WEIGHT_BITS
+        for ahead in gl.static_range(ON_THEIR_WAY):
+            if ahead % CHUNKS == 0:
+                keys_ptr = codes_of(cache, lookup, begin + ahead // CHUNKS, end, key_word * CODES, BLOCK, CODE_SIZE)
+            waiting = waiting + (load_codes(keys_ptr + key_at[ahead % CHUNKS]),)  # noqa: RUF005
+        scales = load_scales(cache, lookup, begin, end, BLOCK, SCALE_SIZE, TILES)
+        for first in range(begin, end, TILES * STEPS):
+            for step in gl.static_range(STEPS):
+                tile = first + step * TILES
+                if step == 0 or tile < end:
+                    waiting, scales, largest, total = score_step(
+                        tile,
+                        end,
+                        sink,
+                        behind,
+                        waiting,
+                        scales,
+                        largest,
+                        total,
+                        queries,
+                        beginning,
+                        unit,
+                        mean,
+                        key_at,
+                        key_word * CODES,
+                        cache,
+                        scratch,
+                        lookup,
+                        place,
+                        GROUP,
+                        CHUNKS,
+                        BLOCK,
+                        CODE_SIZE,
+                        SCALE_SIZE,
+                        BITS,
+                        TILES,
+                        ON_THEIR_WAY,
+                    )
+    # Columns of the same head.
+    largest = gl.reshape(largest, [TILES, HEADS // TILES])
+    total = gl.reshape(gl.convert_layout(gl.sum(total, 0), gl.SliceLayout(0, MMA)), [TILES, HEADS // TILES])
+    base = gl.max(largest, 0)
+    base = gl.where(base > float("-inf"), base, 0.0)
+    total = gl.sum(total * gl.exp2(largest - base[None, :]), 0)
+    lse = gl.convert_layout(base + gl.log2(total) - WEIGHT_BITS, gl.SliceLayout(0, MMA))
+    heads = gl.arange(0, HEADS // TILES, gl.SliceLayout(0, MMA))
     gl.store(scratch.part_lse + (place * GROUP + heads) * (splits + 1) + split, lse, heads < GROUP)
+
+
+@gluon.jit
+def score_step(
+    tile,
+    end,
+    sink,
+    behind,
+    waiting,
+    scales,
+    largest,
+    total,
+    queries,
+    beginning,
+    unit,
+    mean,
+    key_at,
+    key_token,
+    cache,
+    scratch,
+    lookup,
+    place,
+    GROUP: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    BLOCK: gl.constexpr,
+    CODE_SIZE: gl.constexpr,
+    SCALE_SIZE: gl.constexpr,
+    BITS: gl.constexpr,
+    TILES: gl.constexpr,
+    ON_THEIR_WAY: gl.constexpr,
+):
+    """Weights of the tokens of TILES tiles, one product."""
+    WIDTH: gl.constexpr = HEADS // TILES
+    rows = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
+    columns = gl.arange(0, HEADS, gl.SliceLayout(0, MMA))
+    next_scales = load_scales(cache, lookup, tile + TILES, end, BLOCK, SCALE_SIZE, TILES)
+    scores = beginning
+    for ahead in gl.static_range(ON_THEIR_WAY, ON_THEIR_WAY + TILES * CHUNKS):
+        if ahead == ON_THEIR_WAY or ahead % CHUNKS == 0:
+            keys_ptr = codes_of(cache, lookup, tile + ahead // CHUNKS, end, key_token, BLOCK, CODE_SIZE)
+        words = waiting[0]
+        if BITS == 8:  # noqa: SIM108 (known when compiling)
+            keys = bytes_operand(words)
+        else:
+            keys = few_bits_operand(words)
+        waiting = waiting[1:] + (load_codes(keys_ptr + key_at[ahead % CHUNKS]),)  # noqa: RUF005
+        scores = mma_v2(keys, queries[ahead - ON_THEIR_WAY], scores)
+    factor = gl.where(is_sixteenfold(rows, BITS), 0.0625, 1.0)
+    scores = scores * (by_column(scales, TILES) * factor[:, None])
+    if (tile * TILE < sink) | ((tile + TILES) * TILE > behind):
+        position = (tile + columns // WIDTH)[None, :] * TILE + (TILE // 8 * (rows % 8) + rows // 8)[:, None]
+        scores = gl.where((position >= sink) & (position < behind), scores, float("-inf"))
+    # The largest of numbers leaves NaN out; the sum does not.
+    top = gl.max(scores, 0) * unit + mean
+    level = gl.where(top > float("-inf"), top, 0.0)
+    weights = gl.exp2(scores * unit[None, :] + (mean - level + WEIGHT_BITS)[None, :])
+    at = (place * cache.tile_count + tile) * GROUP
+    there = (columns % WIDTH < GROUP) & (tile + columns // WIDTH < end)
+    gl.store(scratch.tops + at + columns // WIDTH * GROUP + columns % WIDTH, level, there)
+    stored = gl.arange(0, HEADS, gl.SliceLayout(1, STORED))
+    tokens = gl.arange(0, TILE, gl.SliceLayout(0, STORED))
+    weights_at = (stored // WIDTH * GROUP + stored % WIDTH)[:, None] * TILE + tokens[None, :]
+    there = (stored % WIDTH < GROUP) & (tile + stored // WIDTH < end)
+    eighths = gl.reshape(weights, [16, 8, HEADS])
+    by_head = gl.reshape(gl.permute(eighths.to(gl.float16), (2, 1, 0)), [HEADS, TILE])
+    gl.store(
+        scratch.weights + at * TILE + weights_at,
+        gl.convert_layout(by_head, STORED),
+        there[:, None] & (tokens >= 0)[None, :],
+    )
+    now = gl.maximum(largest, top)
+    base = gl.where(now > float("-inf"), now, 0.0)
+    shrink = gl.convert_layout(gl.exp2(largest - base), gl.SliceLayout(0, SUMS))
+    worth = gl.convert_layout(gl.exp2(top - base), gl.SliceLayout(0, SUMS))
+    sums = gl.convert_layout(gl.sum(eighths, 0), SUMS)
+    total = total * shrink[None, :] + sums * worth[None, :]
+    return waiting, next_scales, now, total
+
+
+@gluon.jit
+def codes_of(cache, lookup, tile, end, key_token, BLOCK: gl.constexpr, CODE_SIZE: gl.constexpr):
+    """Where codes of a tile are; of the last tile instead of none: it is in the cache."""
+    block_table_ptr, _width, _first, _stride = lookup
+    blocks = blocks_of(lookup, gl.minimum(tile, end - 1), key_token, BLOCK)
+    return of_words(cache.codes, blocks, block_table_ptr, CODE_SIZE)
 
 
 @gluon.jit
@@ -244,108 +373,20 @@ def load_codes(pointers):
 
 
 @gluon.jit
-def score_window(
-    query_ptr,
-    channels,
-    cache,
-    scratch,
-    lookup,
-    part,
-    splits,
-    GROUP: gl.constexpr,
-    KEPT: gl.constexpr,
-    SINK: gl.constexpr,
-    RECENT: gl.constexpr,
-    BLOCK: gl.constexpr,
-    KEY_SIZE: gl.constexpr,
-    SCALE_SIZE: gl.constexpr,
-):
-    """Log-sum-exp of the exact window, with every dimension."""
-    place, length, sink, recent, scaling = part
-    heads = gl.arange(0, HEADS, gl.SliceLayout(0, MMA))
-    if cache.value_scales is not None:
-        operands = query_operands(query_ptr, None, KEPT, *channels, scaling, GROUP, KEPT, KEPT)
-    else:
-        operands = plain_operands(query_ptr, scaling, GROUP, KEPT)
-    largest = gl.full([HEADS], float("-inf"), gl.float32, gl.SliceLayout(0, MMA))
-    total = gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, MMA))
-    if SINK > 0:
-        scores = scores_of_tokens(
-            operands, cache, lookup, 0, gl.minimum(sink, length), KEPT, SINK, BLOCK, KEY_SIZE, SCALE_SIZE
-        )
-        largest, total = added(scores, largest, total)
-    if RECENT > 0:
-        start = gl.maximum(length - recent, sink)
-        scores = scores_of_tokens(operands, cache, lookup, start, length, KEPT, RECENT, BLOCK, KEY_SIZE, SCALE_SIZE)
-        largest, total = added(scores, largest, total)
-    lse_ptr = scratch.part_lse + (place * GROUP + heads) * (splits + 1) + splits
-    gl.store(lse_ptr, largest + gl.log2(total), heads < GROUP)
+def load_scales(cache, lookup, tile, end, BLOCK: gl.constexpr, SCALE_SIZE: gl.constexpr, TILES: gl.constexpr):
+    """Scales of the tokens of TILES tiles, [TILES, 8, 16]."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, scales_layout(TILES))
+    which = gl.arange(0, TILES, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    sixteen = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT))) * 16
+    token = gl.arange(0, 16, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    blocks = blocks_of(lookup, gl.minimum(tile + which, end - 1)[:, None], sixteen[None, :], BLOCK)
+    at = (blocks * SCALE_SIZE)[:, :, None] + (sixteen % BLOCK)[None, :, None] + token[None, None, :]
+    return gl.load(cache.scales + at, cache_modifier=".cg")
 
 
 @gluon.jit
-def added(scores, largest, total):
-    """The largest, and the sum of powers relative to it, with those of more tokens."""
-    now = gl.maximum(largest, gl.max(scores, 0))
-    base = gl.where(now > float("-inf"), now, 0.0)
-    return now, total * gl.exp2(largest - base) + gl.sum(gl.exp2(scores - base[None, :]), 0)
-
-
-@gluon.jit
-def scores_of_tokens(
-    operands,
-    cache,
-    lookup,
-    start,
-    limit,
-    KEPT: gl.constexpr,
-    COUNT: gl.constexpr,
-    BLOCK: gl.constexpr,
-    KEY_SIZE: gl.constexpr,
-    SCALE_SIZE: gl.constexpr,
-):
-    """Scores of COUNT tokens from `start` on by every dimension, [COUNT, HEADS]; behind `limit` minus infinity."""
-    queries, unit, mean = operands
-    position = start + gl.arange(0, COUNT, gl.SliceLayout(1, LEFT))
-    blocks, places = places_of(lookup, position, position < limit, BLOCK)
-    keys_at = blocks * KEY_SIZE + places * KEPT
-    scores = gl.full([COUNT, HEADS], 0.0, gl.float32, MMA)
-    for chunk in gl.static_range((KEPT + 15) // 16):
-        dims = chunk * 16 + gl.arange(0, 16, gl.SliceLayout(0, LEFT))
-        there = (position < limit)[:, None] & (dims < KEPT)[None, :]
-        keys = gl.load(cache.keys + keys_at[:, None] + dims[None, :], there, 0, cache_modifier=".cg")
-        if cache.value_scales is not None:
-            keys = (keys.to(gl.float32) - 128).to(gl.float16)
-        scores = mma_v2(keys, queries[chunk], scores)
-    position = start + gl.arange(0, COUNT, gl.SliceLayout(1, MMA))
-    if cache.value_scales is not None:
-        blocks, places = places_of(lookup, position, position < limit, BLOCK)
-        scales_at = blocks * SCALE_SIZE + places
-        scales = gl.load(cache.key_scales + scales_at, position < limit, 0.0, cache_modifier=".cg").to(gl.float32)
-        scores = scores * scales[:, None]
-    scores = scores * unit[None, :] + mean[None, :]
-    return gl.where((position < limit)[:, None], scores, float("-inf"))
-
-
-@gluon.jit
-def places_of(lookup, position, is_token, BLOCK: gl.constexpr):
-    """The blocks of tokens of a sequence and head, and their places in these."""
-    block_table_ptr, _width, first_block, block_stride = lookup
-    blocks = position // BLOCK
-    if block_table_ptr is not None:
-        blocks = gl.load(block_table_ptr + blocks, is_token, 0, cache_modifier=".cg")
-    return first_block + blocks.to(gl.int64) * block_stride, position % BLOCK
-
-
-@gluon.jit
-def plain_operands(query_ptr, scaling, GROUP: gl.constexpr, KEPT: gl.constexpr):
-    """All dimensions of the queries of a group as right operands; what products are worth, and what is added: none."""
-    at16 = gl.arange(0, 16, gl.SliceLayout(1, RIGHT))
-    head = gl.arange(0, HEADS, gl.SliceLayout(0, RIGHT))
-    queries = ()
-    for chunk in gl.static_range((KEPT + 15) // 16):
-        dims = chunk * 16 + at16
-        there = (head < GROUP)[None, :] & (dims < KEPT)[:, None]
-        query = gl.load(query_ptr + head[None, :] * KEPT + dims[:, None], there, 0.0, cache_modifier=".cg")
-        queries = queries + (query,)  # noqa: RUF005
-    unit = gl.full([HEADS], 1.0, gl.float32, gl.SliceLayout(0, MMA)) * scaling
-    return queries, unit, gl.full([HEADS], 0.0, gl.float32, gl.SliceLayout(0, MMA))
+def by_column(scales, TILES: gl.constexpr):
+    """Scales of the tokens of tiles, [TILES, 8, 16], for rows and columns of their product, [TILE, HEADS]."""
+    wide = gl.expand_dims(scales.to(gl.float32), 1)
+    wide, _ = gl.broadcast(wide, gl.full([TILES, HEADS // TILES, 8, 16], 0.0, gl.float32, scales_layout(TILES)))
+    return gl.convert_layout(gl.reshape(gl.permute(wide, (3, 2, 0, 1)), [TILE, HEADS]), MMA)

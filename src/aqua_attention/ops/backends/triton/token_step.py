@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A decoding step that chooses tokens (AQUA-Select) on a GPU: four launches.
+"""A decoding step that chooses tokens (AQUA-Select) on a GPU: four launches, or five (see `token_gather`).
 
 Nothing is waited for, and nothing allocated but the output, so a step can be recorded; lengths are read on the GPU.
 """

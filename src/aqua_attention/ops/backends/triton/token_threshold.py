@@ -10,7 +10,7 @@ says what is above a few thresholds in it.
 import triton
 import triton.language as tl
 
-from aqua_attention.ops.backends.triton.token_meeting import all_together, together
+from aqua_attention.ops.backends.triton.token_meeting import all_together
 from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT
 
 INFINITY = tl.constexpr(0x7C00)

@@ -19,7 +19,7 @@ from torch import Tensor
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.blocks import TILE as TOKENS
 from aqua_attention.ops.backends.triton.blocks import VERSION, padded, sm_count
-from aqua_attention.ops.backends.triton.decode import BY_HAND_GROUP, splits_by_hand
+from aqua_attention.ops.backends.triton.decode import BY_HAND_GROUP, BY_HAND_VALUES, splits_by_hand
 from aqua_attention.ops.layout import TILE
 from aqua_attention.ops.scored import ScoredCache
 from aqua_attention.ops.scored_pages import COPY_BYTES, PagedSequences
@@ -33,11 +33,13 @@ better so."""
 CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHOSEN, MOST_CHUNKS = 2, 8, 256, 64
 """Programs that choose, for each multiprocessor, which then all run at once; tiles of one at least where a sequence and
 head has several, and at most, for its registers; and how many of these programs it has at most, if it needs no more."""
-MOST_TURNS, MOST_NUMBERS = 16, 7
+MOST_TURNS, MOST_NUMBERS = 16, 8
 """Times that these meet at most: first and last, and each time between quarters what is left of 15 bits; and numbers
 that one says each time."""
 GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
+GATHER_BY_HAND, MOST_KEPT = 12, 128
+"""Of those placed by hand, which then all run at once; 0 takes none. Dimensions of keys that their registers hold."""
 
 
 class ScoredArguments(NamedTuple):
@@ -125,7 +127,8 @@ class Scratch(NamedTuple):
 
 class Sizes(NamedTuple):
     """Of a step: batch, num_key_value_heads, kept, value_dim and tiles of what it reads, its query heads, and how many
-    dimensions score; programs that score, choose and attend; whether tokens are scored by `token_scores_by_hand`.
+    dimensions score; programs that score, choose and attend; whether tokens are scored by `token_scores_by_hand`, and
+    attended to by `token_gather_by_hand`.
     """
 
     batch: int
@@ -139,6 +142,7 @@ class Sizes(NamedTuple):
     chunks: int
     programs: int
     by_hand: bool
+    gather_by_hand: bool
 
     @staticmethod
     def of(
@@ -147,13 +151,14 @@ class Sizes(NamedTuple):
         k: int,
         like: Tensor,
         *,
+        bits: int | None = None,
         splits: int | None = None,
         chunks: int | None = None,
         programs: int | None = None,
         by_hand: bool | None = None,
     ) -> Sizes:
-        """See `TokenWork.of`; `like`: a tensor on its device, in the dtype of queries."""
-        batch, kv_heads, _, _, tiles = shape
+        """See `TokenWork.of`; `like`: a tensor on its device, in the dtype of queries; `bits`: of keys and values."""
+        batch, kv_heads, kept, value_dim, tiles = shape
         places, group, count = batch * kv_heads, heads // kv_heads, sm_count(like)
         if chunks is None:
             # The interpreter runs one program after the other, and none can wait for a later one.
@@ -167,12 +172,15 @@ class Sizes(NamedTuple):
             splits = splits_by_hand(places, tiles, like, SCORE_BY_HAND)
         elif splits is None:
             splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
-        programs = count * GATHER_PROGRAMS if programs is None else programs
-        return Sizes(*shape, heads, k, splits, chunks, programs, by_hand)
+        gather_by_hand = by_hand and bits == 8 and value_dim in BY_HAND_VALUES and GATHER_BY_HAND > 0
+        gather_by_hand = gather_by_hand and kept % 16 == 0 and kept <= MOST_KEPT
+        if programs is None:
+            programs = count * (GATHER_BY_HAND if gather_by_hand else GATHER_PROGRAMS)
+        return Sizes(*shape, heads, k, splits, chunks, programs, by_hand, gather_by_hand)
 
     def parts(self, dtype: torch.dtype) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Dtype and shape of the tensors of a `TokenWork`, and of those of its `Scratch`."""
-        batch, kv_heads, kept, value_dim, tiles, heads, k, splits, chunks, programs, _ = self
+        batch, kv_heads, kept, value_dim, tiles, heads, k, splits, chunks, programs, *_ = self
         places, group = batch * kv_heads, heads // kv_heads
         units = programs + places
         return {
@@ -202,7 +210,7 @@ class TokenWork:
         dims: int32 [batch, num_key_value_heads, k]; mask: int8 [batch, num_key_value_heads, kept].
         scratch: what kernels hand on.
         splits, chunks, programs: of the kernels that score, choose and attend.
-        by_hand: tokens are scored by `token_scores_by_hand`.
+        by_hand: tokens are scored by `token_scores_by_hand`; gather_by_hand: and attended to by `token_gather_by_hand`.
         group: query heads of a key-value head.
     """
 
@@ -215,6 +223,7 @@ class TokenWork:
     programs: int
     group: int
     by_hand: bool
+    gather_by_hand: bool
 
     @staticmethod
     def of(
@@ -229,14 +238,14 @@ class TokenWork:
     ) -> TokenWork:
         """For steps with so many query heads and chosen dimensions; numbers of programs: None fills the GPU.
 
-        `chunks`: a power of 2; `by_hand`: None where that kernel takes these sizes.
+        `chunks`: a power of 2; `by_hand`: None where kernels of that kind take these sizes.
 
         Raises:
             AquaError: more `chunks` than there are multiprocessors, which could wait for each other for ever.
         """
         like = torch.empty(0, dtype=cache.dtype, device=cache.device)
         given = {"splits": splits, "chunks": chunks, "programs": programs}
-        sizes = Sizes.of(cache.shape, num_attention_heads, k, like, by_hand=by_hand, **given)
+        sizes = Sizes.of(cache.shape, num_attention_heads, k, like, bits=cache.bits, by_hand=by_hand, **given)
         parts = sizes.parts(cache.dtype).items()
         made = {name: torch.zeros(shape, dtype=kind, device=cache.device) for name, (kind, shape) in parts}
         return TokenWork.within(sizes, made)
@@ -245,14 +254,14 @@ class TokenWork:
     def within(sizes: Sizes, made: dict[str, Tensor]) -> TokenWork:
         """In memory that is there, see `Sizes.parts`."""
         rotated, dims, mask = made.pop("rotated"), made.pop("dims"), made.pop("mask")
-        programs = sizes.splits, sizes.chunks, sizes.programs
-        return TokenWork(rotated, dims, mask, Scratch(**made), *programs, sizes.heads // sizes.kv_heads, sizes.by_hand)
+        programs, placed = (sizes.splits, sizes.chunks, sizes.programs), (sizes.by_hand, sizes.gather_by_hand)
+        return TokenWork(rotated, dims, mask, Scratch(**made), *programs, sizes.heads // sizes.kv_heads, *placed)
 
     @staticmethod
     def shared(cache: ScoredCache, num_attention_heads: int, k: int) -> TokenWork:
         """That of the caches that share `cache.memory`; made where none of them has one of this size."""
         *shape, tiles = cache.shape
-        key = (*shape, num_attention_heads, k, cache.dtype, cache.device)
+        key = (*shape, num_attention_heads, k, cache.dtype, cache.bits, cache.device)
         # One for each shape: of layers that have grown all will.
         work = cache.memory.get(key)
         if work is None or work.scratch.weights.shape[1] != tiles:

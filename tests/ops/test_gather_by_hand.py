@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel that attends to listed tokens, whose registers are placed by hand, run by torch where there is no GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+from gluon_in_torch import InTorch
+from selecting import DEVICE, check_choice, check_output, expected_of, listed, problem, work_for
+
+from aqua_attention.ops.backends.triton import decode_int8_mma, token_gather
+from aqua_attention.ops.backends.triton import token_gather_by_hand as by_hand
+from aqua_attention.ops.backends.triton.token_gather import attend_to_tokens
+from aqua_attention.ops.backends.triton.token_step import attend_selected
+from aqua_attention.ops.layout import TILE
+
+MODULES = by_hand, decode_int8_mma
+CASES = {
+    "whole": ((8, 2), [300, 1, 0, 129], (128, 128), [[300, 1], [1, 1], [0, 0], [40, 64]]),
+    "some": ((3, 1), [700, 257], (64, 64), [[33], [257]]),
+    "three pieces of a key": ((4, 2), [260], (112, 64), [[31, 97]]),
+    "one piece, of two words": ((8, 1), [500], (32, 128), [[470]]),
+    "one piece, of a word": ((1, 1), [129], (16, 64), [[128]]),
+    "two of them": ((5, 1), [200, 0, 200], (80, 128), [[100], [0], [199]]),
+}
+
+
+@pytest.fixture
+def in_torch(monkeypatch):
+    if DEVICE == "cpu":
+        monkeypatch.setattr(by_hand, "gather_kernel", InTorch(by_hand.gather_kernel, MODULES, monkeypatch))
+
+
+def attended(given, counts, *, programs=3, first=0):
+    """Output, and which tokens were listed, [batch, num_key_value_heads, room]: so many of each list, at random, from
+    the `first` of a sequence on.
+    """
+    batch, kv_heads, _, value_dim, tiles = given.cache.shape
+    work = work_for(given, programs=programs, chunks=1, by_hand=True)
+    assert work.gather_by_hand
+    read = torch.zeros(batch, kv_heads, tiles * TILE, dtype=torch.bool, device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    for place, (row, head) in enumerate(product(range(batch), range(kv_heads))):
+        count = work.scratch.counts[place] = counts[row][head]
+        tokens = torch.randperm(int(given.cache.lengths[row]) - first, generator=generator)[:count]
+        tokens = (first + tokens.sort().values).to(DEVICE)
+        work.scratch.tokens[place, :count] = tokens.int()
+        read[row, head, tokens] = True
+    output = torch.full((*given.rotated.shape[:2], value_dim), torch.nan, dtype=given.rotated.dtype, device=DEVICE)
+    attend_to_tokens(given.cache, work, output, scaling=given.plan.scaling, appended=False)
+    assert not work.scratch.arrived.any()
+    return output, read
+
+
+@pytest.mark.parametrize("programs", [1, 3, 20])
+@pytest.mark.parametrize("case", CASES)
+def test_attention_is_that_of_plain_torch(in_torch, case, programs):
+    heads, lengths, widths, counts = CASES[case]
+    given = problem(heads, lengths, *widths, torch.float16, held=8, select_tokens=1)
+    output, read = attended(given, counts, programs=programs)
+    check_output(output, read, given)
+
+
+def test_keys_have_scales_of_their_own_beside_a_copy_of_4_bits(in_torch):
+    given = problem((4, 2), [300, 140], 128, 64, torch.float16, held=8, score_bits=4, select_tokens=1)
+    check_output(*attended(given, [[200, 30], [140, 1]]), given)
+
+
+@pytest.mark.parametrize("score_bits", [8, 4])
+def test_what_is_chosen_is_attended_to(in_torch, score_bits):
+    knobs = {"held": 8, "score_bits": score_bits, "select_p": 0.6, "k_ratio": 0.4}
+    given = problem((4, 2), [300, 1, 0, 129], 32, 64, torch.float16, **knobs)
+    work = replace(work_for(given, chunks=1, by_hand=True), by_hand=False)
+    output = torch.full((4, 4, 64), torch.nan, dtype=torch.float16, device=DEVICE)
+    attend_selected(given.cache, given.plan, work, output, scaling=given.plan.scaling, appended=False)
+    read = listed(work, given.cache)
+    check_choice(read, given, expected_of(given))
+    check_output(output, read, given)
+
+
+def test_more_lists_than_are_looked_at_together(in_torch, monkeypatch):
+    monkeypatch.setattr(token_gather, "MOST_LISTS", 32)
+    given = problem((2, 2), [140] * 40, 16, 64, torch.float16, held=8, select_tokens=1)
+    counts = torch.randint(1, 141, (40, 2), generator=torch.Generator().manual_seed(2)).tolist()
+    check_output(*attended(given, counts, programs=13), given)
+
+
+def test_sequences_are_longer_then_but_for_full_ones_and_rows_of_padding(in_torch):
+    given = problem((4, 2), [40, 45, 1], 16, 64, torch.float16, held=8, select_tokens=1)
+    given.cache.lengths.copy_(torch.tensor([40, 50, -1]))
+    counts = [[40, 7], [45, 1], [0, 0]]
+    work = work_for(given, programs=2, chunks=1, by_hand=True)
+    work.scratch.counts.copy_(torch.tensor(counts).flatten())
+    work.scratch.tokens.zero_()
+    output = torch.empty(3, 4, 64, dtype=torch.float16, device=DEVICE)
+    attend_to_tokens(given.cache, work, output, scaling=1.0, appended=True)
+    assert given.cache.lengths.tolist() == [41, 50, -1] and not output[2].any()
+
+
+@pytest.mark.parametrize("where", ["key", "value", "query"])
+def test_a_nan_leaves_other_lists_right(in_torch, where):
+    """That of a token that is not listed, too, though it is read where a list has ended."""
+    given = problem((4, 2), [200, 150], 64, 64, torch.float16, held=8, select_tokens=1)
+    if where == "query":
+        given.rotated[1, 0] = torch.nan
+    else:
+        scales = given.cache.scales if where == "key" else given.cache.value_scales
+        scales[0, 0, 0] = scales[1, 0, :10] = torch.nan
+    output, read = attended(given, [[170, 33], [149, 65]], first=1)
+    wrong = output.isnan().all(-1)
+    assert wrong.tolist() == [[False] * 4, [True, where != "query", False, False]]
+    if where != "query":
+        scales[0, 0, 0] = 0.0
+    check_output(output, read, given)
+
+
+@pytest.mark.parametrize("kept", range(16, 129, 16))
+def test_each_word_of_a_key_is_read_once(kept):
+    """And the pieces lie one behind the other."""
+    count = by_hand.piece_count.fn(kept)
+    pieces = [(by_hand.piece_begin.fn(kept, each), by_hand.piece_words.fn(kept, each)) for each in range(count)]
+    assert [word for begin, words in pieces for word in range(begin, begin + words)] == list(range(kept // 4))
+
+
+def test_steps_are_as_long_in_both_launches():
+    assert by_hand.STEP.value == token_gather.STEP
+
+
+@pytest.mark.parametrize("words", [16, 8, 4])
+def test_a_lane_reads_what_its_operands_are_made_of(words):
+    """Of row m of a product's left operand, lane `4 * (m % 8)` and the next three have a quarter each."""
+    read = spread(by_hand.key_layout.fn(words))
+    assert len(read) == 32 * words
+    for lane, (row, word) in read:
+        assert lane == 4 * (row % 8) + word // (words // 4)
+
+
+def test_a_lane_knows_the_tokens_of_its_rows():
+    number = {row: 4 * (row % 8) + row // 8 for row in range(32)}
+    for row in range(32):
+        keys = {lane for lane, (at,) in spread(by_hand.OF_KEYS.value) if at == number[row]}
+        assert keys == {4 * (row % 8) + each for each in range(4)}
+        # Rows of the left operand of values are columns of a product: those of a lane are 2t, 2t + 1, 2t + 8, 2t + 9.
+        values = {lane for lane, (at,) in spread(by_hand.OF_VALUES.value) if at == number[row]}
+        assert values == {row % 8 // 2 + 4 * each for each in range(8)}
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_a_lane_writes_what_its_sums_are_of(width):
+    """Row m of a result is column `width / 8 * (m % 8) + m // 8`, and lane 4g + t has rows g + 8i, heads 2t, 2t + 1."""
+    read = spread(by_hand.output_layout.fn(width))
+    assert len(read) == 8 * width
+    for lane, (head, column) in read:
+        row = 8 * (column % (width // 8)) + column // (width // 8)
+        assert lane == 4 * (row % 8) + head // 2
+
+
+def spread(layout):
+    """Which lane has what, of all its registers."""
+    found = set()
+    for lane, register in product(range(32), range(2 ** len(layout.reg_bases))):
+        at = (0,) * len(layout.shape)
+        for number, bases in ((lane, layout.lane_bases), (register, layout.reg_bases)):
+            for bit, base in enumerate(bases):
+                if number >> bit & 1:
+                    at = tuple(a ^ b for a, b in zip(at, base, strict=True))
+        found.add((lane, at))
+    return found
