@@ -17,7 +17,7 @@ A list has room for all tokens, and nothing else is kept of them, so that no dis
 import triton
 import triton.language as tl
 
-from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, sm_count, starts_early
+from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, sm_count
 from aqua_attention.ops.backends.triton.token_meeting import MOST_SAID, TURNS, together
 from aqua_attention.ops.backends.triton.token_threshold import bits_of, least_weight, two
 from aqua_attention.ops.backends.triton.token_weights import head_weights, merged_lse
@@ -81,7 +81,7 @@ def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appende
             ASSEMBLY=work.rotated.is_cuda,
             num_warps=WARPS,
             maxnreg=MOST_REGISTERS,
-            **starts_early(work.rotated),
+            **work.starts_early(),
         )
 
 

@@ -19,7 +19,6 @@ from aqua_attention.ops.backends.triton.blocks import (
     TILE,
     on_device_of,
     online_softmax,
-    starts_early,
     store_part,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT, decoded
@@ -39,7 +38,7 @@ GATHERED, GATHERED_CODES = 64, 128
 """Tokens that are gathered at once, and those of 8 bits."""
 MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
-REGISTERS = 168
+REGISTERS = 240
 """Of a lane of the kernel that is placed by hand: twelve of its programs share a multiprocessor."""
 STEP, LEAST_STEPS, MOST_LISTS = 32, 4, 1024
 """Of that kernel: tokens at a time, how often a program does that at least, and lists whose lengths it looks at
@@ -70,7 +69,7 @@ def attend_to_tokens(cache: Sequences, work: TokenWork, output: Tensor, *, scali
             num_warps=WARPS,
             num_stages=STAGES if work.rotated.element_size() == 2 else WIDE_STAGES,
             **work.constants(cache),
-            **starts_early(work.rotated),
+            **work.starts_early(),
         )
 
 
@@ -100,7 +99,7 @@ def _attend_by_hand(cache: Sequences, work: TokenWork, output: Tensor, *, scalin
             LEAST=LEAST_STEPS,
             num_warps=1,
             maxnreg=REGISTERS,
-            **starts_early(work.rotated),
+            **work.starts_early(),
         )
         _merge_lists[(work.places, work.group)](
             given,
@@ -116,7 +115,7 @@ def _attend_by_hand(cache: Sequences, work: TokenWork, output: Tensor, *, scalin
             LEAST=LEAST_STEPS,
             MERGED=MERGED_ROWS,
             num_warps=WARPS,
-            **starts_early(work.rotated),
+            **work.starts_early(),
         )
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqua_attention.ops.backends.triton.blocks import on_device_of, starts_early
+from aqua_attention.ops.backends.triton.blocks import on_device_of
 from aqua_attention.ops.backends.triton.choose import choose_dims
 from aqua_attention.ops.backends.triton.prepare import quantized
 from aqua_attention.ops.backends.triton.token_work import ScoredArguments, TokenWork, first_block, start_early
@@ -52,7 +52,7 @@ def prepare_tokens(
             num_warps=WARPS,
             **constants,
             **turning(work.group, query.shape[2], kept),
-            **starts_early(query),
+            **work.starts_early(),
         )
 
 

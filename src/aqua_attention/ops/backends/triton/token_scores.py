@@ -20,7 +20,6 @@ from aqua_attention.ops.backends.triton.blocks import (
     TILE,
     on_device_of,
     padded,
-    starts_early,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import decoded
 from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, query_for_codes
@@ -75,7 +74,7 @@ def score_tokens(cache: Sequences, work: TokenWork, *, scaling: float, window: t
                 BITS=cache.score_bits,
                 num_warps=1,
                 maxnreg=REGISTERS,
-                **starts_early(work.rotated),
+                **work.starts_early(),
             )
         return
     with on_device_of(work.rotated):
@@ -90,7 +89,7 @@ def score_tokens(cache: Sequences, work: TokenWork, *, scaling: float, window: t
             num_warps=WARPS,
             num_stages=STAGES,
             **score_constants(cache, work),
-            **starts_early(work.rotated),
+            **work.starts_early(),
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.blocks import TILE as TOKENS
-from aqua_attention.ops.backends.triton.blocks import VERSION, padded, sm_count
+from aqua_attention.ops.backends.triton.blocks import VERSION, padded, sm_count, starts_early
 from aqua_attention.ops.backends.triton.decode import BY_HAND_GROUP, BY_HAND_VALUES, splits_by_hand
 from aqua_attention.ops.layout import TILE
 from aqua_attention.ops.scored import ScoredCache
@@ -38,6 +38,8 @@ MOST_TURNS, MOST_NUMBERS = 16, 8
 that one says each time."""
 GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
+EARLY_TILES = 16384
+"""Of all sequences and heads: with more of them a kernel that starts before another one ends makes that one longer."""
 GATHER_BY_HAND, MOST_KEPT = 12, 128
 """Of those placed by hand, which then all run at once; 0 takes none. Dimensions of keys that their registers hold."""
 
@@ -287,6 +289,10 @@ class TokenWork:
             "BLOCK": cache.block_size,
         }
 
+    def starts_early(self) -> dict[str, bool]:
+        """Options of its kernels, see `EARLY_TILES`."""
+        return starts_early(self.rotated, self.scratch.tops[..., 0].numel() <= EARLY_TILES)
+
     @property
     def places(self) -> int:
         """Sequences times key-value heads."""
@@ -294,8 +300,12 @@ class TokenWork:
 
 
 def _chunks(places: int, tiles: int, programs: int, most: int) -> int:
-    """Programs of a sequence and head: as many as registers need, and as there is room for, a power of 2."""
+    """Programs of a sequence and head, a power of 2: one where its registers suffice, because programs that meet wait
+    for each other. Else as many as there is room for.
+    """
     chunks = int(triton.next_power_of_2(-(-tiles // MOST_CHOSEN)))
+    if chunks == 1:
+        return 1
     while places * chunks * 2 <= programs and tiles >= chunks * 2 * LEAST_CHOSEN and chunks * 2 <= most:
         chunks *= 2
     return chunks
