@@ -10,6 +10,7 @@ python benchmarks/serve_decode.py --json serve_decode.json
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -23,6 +24,8 @@ from aqua_attention.ops.backends.triton import paged_decode
 from aqua_attention.ops.layout import Quantization
 from aqua_attention.ops.pages import SCALE_BYTES, PagedCache, PagedLayer, Step
 from aqua_attention.ops.plan import LayerPlan
+from aqua_attention.ops.scored_pages import ScoredPages, scored_content
+from aqua_attention.ops.tokens import scored_bytes
 from aqua_attention.report.tables import markdown
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 8, 128, 64
@@ -36,7 +39,12 @@ SETTINGS = {
     "k_ratio 0.25": {"k_ratio": 0.25},
     "s_ratio 0.25": {"k_ratio": 1.0, "s_ratio": 0.25, "sink": 0, "recent": 0},
     "k_ratio 0.5, s_ratio 0.25": {"k_ratio": 0.5, "s_ratio": 0.25, "sink": 0, "recent": 0},
+    "10% of the tokens": {"k_ratio": 0.25, "score_bits": 8, "select_tokens": 0.1},
+    "24% of the tokens": {"k_ratio": 0.25, "score_bits": 8, "select_tokens": 0.24},
 }
+"""Of `select_tokens` a share of the sequence."""
+AT_ONCE = 1 << 16
+"""Tokens that are written at once into pages that hold a copy of the keys."""
 TOLERANCE = 0.05
 """Of the difference, relative: where two dimensions are nearly as large, bfloat16 decides which is chosen."""
 
@@ -91,22 +99,27 @@ def measure(batch, length, capacity, peak, only):
 def ours(config, batch, length, capacity):
     """Seconds of one layer, the bytes it must read, and how far its answers are from those of plain torch."""
     torch.manual_seed(0)
-    plan, bits = None, config.get("bits")
+    plan, bits, share = None, config.get("bits"), config.get("select_tokens")
+    if share is not None:
+        config = config | {"select_tokens": round(share * length)}
     if config:
         setting = AquaConfig.paper(**{"share": "group", "selection": "weighted", "sink": 4, "recent": 64} | config)
         kept = setting.kept_dims(DIM)
         rotation = torch.linalg.qr(torch.randn(KV_HEADS, DIM, DIM))[0][..., :kept].contiguous().cuda()
         plan = LayerPlan.of(rotation, torch.rand(KV_HEADS, kept).cuda() + 0.1, setting)
     kept = DIM if plan is None else plan.kept
+    units = Quantization(torch.ones(KV_HEADS, kept).cuda(), torch.zeros(KV_HEADS, kept).cuda())
+    if share is not None:
+        plan = replace(plan, key_scale=units.channel_scale, key_mean=units.channel_mean)
     layer = PagedLayer(plan, DIM**-0.5)
-    quantization = None
-    if bits is not None:
-        quantization = Quantization(torch.ones(KV_HEADS, kept).cuda(), torch.zeros(KV_HEADS, kept).cuda())
     width = kept + DIM + (SCALE_BYTES if bits else 0)
+    if share is not None:
+        width = scored_content(kept, DIM, DTYPE.itemsize) // DTYPE.itemsize
     blocks = -(-length // BLOCK)
     of_layer = batch * blocks * KV_HEADS * BLOCK * width * (1 if bits else 2)
     layers = max(1, min(MOST_LAYERS, LEAST_BYTES // of_layer + 1))
-    caches = [filled(batch * blocks, kept, width, quantization) for _ in range(layers)]
+    make = filled if share is None else filled_with_copy
+    caches = [make(batch * blocks, kept, width, units if bits or share else None) for _ in range(layers)]
     table = torch.zeros(batch, -(-capacity // BLOCK), dtype=torch.int32, device="cuda")
     table[:, :blocks] = torch.randperm(batch * blocks).view(batch, blocks)
     lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
@@ -123,7 +136,10 @@ def ours(config, batch, length, capacity):
             decode_pages(*given, cache, layer, step, output, impl="triton")
 
     k = kept if plan is None else plan.k
-    read = batch * length * KV_HEADS * ((k + DIM) * (1 if bits else 2) + (SCALE_BYTES if bits else 0))
+    read = (k + DIM) * (1 if bits else 2) + (SCALE_BYTES if bits else 0)
+    if share is not None:
+        read = scored_bytes(k, plan.config.score_bits) + share * (kept + DIM) * DTYPE.itemsize
+    read *= batch * length * KV_HEADS
     return {"seconds": seconds_of(run) / layers, "bytes": read, "error": error, "layers": layers}
 
 
@@ -136,6 +152,17 @@ def filled(blocks, kept, width, quantization):
     cache = PagedCache(storage, kept, DIM, quantization)
     for scales in (cache.key_scales, cache.value_scales):
         scales.fill_(1 / 64)
+    return cache
+
+
+def filled_with_copy(blocks, kept, width, scoring):
+    """Such pages with a copy of the keys, by which tokens are chosen."""
+    storage = torch.zeros(blocks, KV_HEADS, BLOCK, width, dtype=DTYPE, device="cuda")
+    cache = ScoredPages(storage, kept, DIM, scoring=scoring)
+    for start in range(0, blocks * BLOCK, AT_ONCE):
+        slots = torch.arange(start, min(start + AT_ONCE, blocks * BLOCK), device="cuda")
+        states = [torch.randn(len(slots), KV_HEADS, width, dtype=DTYPE, device="cuda") for width in (kept, DIM)]
+        cache.write(*states, slots)
     return cache
 
 
