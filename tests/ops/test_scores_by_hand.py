@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -82,3 +83,29 @@ def test_a_lane_reads_what_its_operands_are_made_of(score_bits):
         row = token // 16 + 8 * (token % 16)
         assert token == TILE // 8 * (row % 8) + row // 8
         assert lane == 4 * (row % 8) + dim % 8 // 2
+
+
+@pytest.mark.parametrize("score_bits", [8, 4])
+@pytest.mark.parametrize("where", ["key", "query", "window"])
+def test_a_nan_leaves_other_rows_right(in_torch, where, score_bits):
+    given = problem((4, 2), [300, 200, 150], 16, 16, torch.float16, score_bits=score_bits, select_p=0.5)
+    if where == "query":
+        given.rotated[1, 0] = torch.nan
+    else:
+        given.cache.keys[1, 0, 100 if where == "key" else 0] = torch.nan
+        given.cache.fill(given.cache.keys[:, :, :300], given.cache.values[:, :, :300], given.cache.lengths)
+    output, read = run(given, chunks=1, by_hand=True)
+    assert read[1, 0, :200].all() and output[1, 0].isnan().all()
+    expected = expected_of(given)
+    for row, head in ((0, 0), (0, 1), (1, 1), (2, 0), (2, 1)):
+        assert torch.equal(read[row, head], expected.read[row, head])
+        assert not output[row, 2 * head : 2 * head + 2].isnan().any()
+
+
+def test_a_negative_scaling_is_left_to_the_compiler(in_torch):
+    given = problem((4, 2), [700], 32, 16, torch.float16, select_p=0.6)
+    given = given._replace(plan=replace(given.plan, scaling=-0.2))
+    (output, read), (expected, least) = (run(given, chunks=1, by_hand=by_hand) for by_hand in (True, False))
+    assert torch.equal(read, least)
+    assert torch.equal(output, expected)
+    assert not read[:, :, :700].all()

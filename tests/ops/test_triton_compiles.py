@@ -60,6 +60,8 @@ class Launch:
         source = kind(fn=self.kernel, signature=signature, constexprs=values, attrs=aligned)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         self.shared = built.metadata.shared
+        early = "griddepcontrol" in built.asm["ptx"]
+        assert early == bool(given.get("EARLY")), f"{self.kernel.__name__} starts early: {early}"
         print(self.kernel.__name__, self.shared)
 
 

@@ -19,6 +19,7 @@ import aqua_attention as aqua
 from aqua_attention.ops.backends.triton import token_choice, token_gather, token_prepare, token_scores
 from aqua_attention.ops.backends.triton import paged_prepare, paged_write, token_pages
 from aqua_attention.ops.backends.triton import token_gather_by_hand, token_prompt, token_scores_by_hand, token_step
+from aqua_attention.ops.backends.triton import token_work
 from aqua_attention.ops.backends.triton.token_pages import TokenMemory
 from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.layout import Quantization
@@ -30,7 +31,7 @@ from aqua_attention.ops.scored_pages import PagedSequences, ScoredPages, scored_
 KERNELS = "_prepare_tokens", "_score_tokens", "score_kernel", "_choose_tokens", "_attend_to_tokens"
 KERNELS += "_prepare_paged", "_write_paged", "sum_scores", "weigh", "find_least", "attend_rows"
 MODULES = token_choice, token_gather, token_prepare, token_scores, token_scores_by_hand, paged_prepare, paged_write
-MODULES += token_gather_by_hand, token_prompt
+MODULES += token_gather_by_hand, token_prompt, token_work
 KERNELS += "gather_kernel", "_merge_lists"
 for module in MODULES:
     module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}

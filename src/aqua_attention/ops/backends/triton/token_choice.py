@@ -7,9 +7,8 @@ looks again and again what is above a few thresholds, which divide an interval. 
 their bits, so 15 bits are halved until one is left. Then it lists the tokens that are read.
 
 Several programs of a sequence and head wait for each other: each says what it has above the thresholds, and all add
-that up in the same order. There are several where a sequence is longer than registers take, or where there are too few
-sequences for a GPU. This needs all of them on the GPU at once, which blocks that follow each other are. The interpreter
-runs one program after the other, and takes one only.
+that up in the same order. There are several where a sequence is longer than registers take, and then as many as the GPU
+has room for. The interpreter runs one program after the other, and takes one only.
 
 A list has room for all tokens, and nothing else is kept of them, so that no distribution of scores overflows.
 """
@@ -32,8 +31,8 @@ from aqua_attention.ops.backends.triton.token_work import (
 )
 from aqua_attention.ops.plan import LayerPlan
 
-WARPS, TILES_AT_ONCE = 8, 32
-"""Of a program, and how many tiles it looks at together: of each a thread has 16 tokens."""
+WARPS, TILES_AT_ONCE, MOST_HEADS = 8, 32, 8
+"""Of a program, and how many tiles it looks at together: of each a thread has 16 tokens, of groups of more heads 8."""
 MOST_REGISTERS = 128
 """Of a thread, so that two programs run at once on a multiprocessor."""
 THRESHOLDS, MET_THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 1, 3, 7, 16
@@ -51,7 +50,9 @@ def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appende
     batch, kv_heads, _, _, tiles = cache.shape
     config = plan.config
     each = -(-tiles // work.chunks)
-    at_once = min(TILES_AT_ONCE, int(triton.next_power_of_2(each)))
+    # The weights of all heads are on their way together.
+    most = TILES_AT_ONCE if work.group <= MOST_HEADS else TILES_AT_ONCE // 2
+    at_once = min(most, int(triton.next_power_of_2(each)))
     slices = -(-each // at_once)
     # The more sequences there are, the fewer programs does each need that is short.
     least = LEAST_CHOSEN * -(-work.places * work.chunks // (CHOOSE_PROGRAMS * sm_count(work.rotated)))
@@ -124,11 +125,11 @@ def _choose_tokens(
     length = seen_length(cache, row, APPENDED)
     tiles = tl.cdiv(length, TILE)
     each = tl.maximum(tl.cdiv(tiles, CHUNKS), least_tiles)
-    chunks = tl.maximum(tl.cdiv(tiles, each), 1)
-    if chunk < chunks:
+    taking_part = tl.maximum(tl.cdiv(tiles, each), 1)
+    if chunk < taking_part:
         begin = chunk * each
         part = (length, begin, tl.minimum(begin + each, tiles), sink, recent)
-        shared = (scratch.met + place, scratch.said + place * TURNS * MOST_SAID * CHUNKS, chunk, chunks)
+        shared = (scratch.met + place, scratch.said + place * TURNS * MOST_SAID * CHUNKS, chunk, taking_part)
         lse, window, outside = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
         every = (length < min_length) | (window != window)
         if BY_COUNT:

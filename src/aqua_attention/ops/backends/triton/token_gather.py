@@ -39,7 +39,7 @@ GATHERED, GATHERED_CODES = 64, 128
 MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
 REGISTERS = 240
-"""Of a lane of the kernel that is placed by hand: twelve of its programs share a multiprocessor."""
+"""Of a lane of the kernel that is placed by hand: eight of its programs share a multiprocessor."""
 STEP, LEAST_STEPS, MOST_LISTS = 32, 4, 1024
 """Of that kernel: tokens at a time, how often a program does that at least, and lists whose lengths it looks at
 together."""

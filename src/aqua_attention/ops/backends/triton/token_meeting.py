@@ -2,8 +2,8 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
 """Programs of one sequence and head that add up what each of them has.
 
-They wait for each other, so all of them must be on the GPU at once, which blocks that follow each other are. All add up
-in the same order.
+They wait for each other, so all of them must be on the GPU at once. GPUs take blocks in their order, so those that
+follow each other are. All add up in the same order.
 """
 
 import triton
@@ -30,12 +30,12 @@ def together(number, shared, turn, CHUNKS: tl.constexpr):
     """The sum of a number of each program of a sequence and head, and that of the programs before this one."""
     before = number * 0
     if CHUNKS > 1:
-        met_ptr, said_ptr, chunk, chunks = shared
+        met_ptr, said_ptr, chunk, taking_part = shared
         said_ptr += turn * MOST_SAID * CHUNKS
         tl.store(said_ptr + chunk, number)
-        meet(met_ptr, (turn + 1) * chunks)
+        meet(met_ptr, (turn + 1) * taking_part)
         others = tl.arange(0, CHUNKS)
-        numbers = tl.load(said_ptr + others, others < chunks, 0.0, cache_modifier=".cg")
+        numbers = tl.load(said_ptr + others, others < taking_part, 0.0, cache_modifier=".cg")
         number, before = tl.sum(numbers, 0), tl.sum(tl.where(others < chunk, numbers, 0.0), 0)
     return number, before
 
@@ -45,14 +45,14 @@ def all_together(numbers, shared, turn, CHUNKS: tl.constexpr, COUNT: tl.constexp
     """The sums of COUNT numbers of each program."""
     found = ()
     if CHUNKS > 1:
-        met_ptr, said_ptr, chunk, chunks = shared
+        met_ptr, said_ptr, chunk, taking_part = shared
         said_ptr += turn * MOST_SAID * CHUNKS
         for i in tl.static_range(COUNT):
             tl.store(said_ptr + i * CHUNKS + chunk, numbers[i])
-        meet(met_ptr, (turn + 1) * chunks)
+        meet(met_ptr, (turn + 1) * taking_part)
         others = tl.arange(0, CHUNKS)
         for i in tl.static_range(COUNT):
-            said = tl.load(said_ptr + i * CHUNKS + others, others < chunks, 0.0, cache_modifier=".cg")
+            said = tl.load(said_ptr + i * CHUNKS + others, others < taking_part, 0.0, cache_modifier=".cg")
             found = found + (tl.sum(said, 0),)  # noqa: RUF005
     else:
         found = numbers

@@ -92,7 +92,8 @@ def decode_scored_pages(
     step: Step,
     output: Tensor,
 ) -> None:
-    """`ops.api.decode_pages` over pages that have what tokens are chosen by: four launches, and nothing is allocated
+    """`ops.api.decode_pages` over pages that have what tokens are chosen by: four launches, because
+    keys and values have no 8 bits here, and nothing is allocated
     once `TokenMemory` is there.
     """
     batch, heads, _ = query.shape

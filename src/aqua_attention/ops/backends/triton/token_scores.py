@@ -49,7 +49,8 @@ def score_tokens(cache: Sequences, work: TokenWork, *, scaling: float, window: t
         appended: one token more is there than `cache.lengths` say.
     """
     (batch, kv_heads, _, _, _), given = cache.shape, ScoredArguments.of(cache)
-    if work.by_hand:
+    # The kernel that is placed by hand looks for the largest before it multiplies.
+    if work.by_hand and scaling >= 0:
         # Imported here: it needs triton's lower language, which the interpreter does not know.
         from aqua_attention.ops.backends.triton import token_scores_by_hand
 

@@ -36,9 +36,7 @@ from aqua_attention.ops.backends.triton.token_few_bits import (
 from aqua_attention.ops.backends.triton.token_window_by_hand import score_window
 
 AHEAD = gl.constexpr(4)
-"""Blocks of 16 dimensions on their way."""
-FEW_AHEAD = gl.constexpr(4)
-"""Those of 4 bits: with eight registers do not last."""
+"""Blocks of 16 dimensions on their way. For eight of 4 bits there are not enough registers."""
 MOST_TOGETHER = gl.constexpr(2)
 """Blocks of 16 dimensions up to which a product has two tiles: each of them has a query of its own."""
 WEIGHT_BITS = gl.constexpr(15.0)
@@ -198,7 +196,7 @@ def score_tiles(
     CODES: gl.constexpr = 32 // BITS
     KEYS: gl.constexpr = words_layout(TILE // CODES)
     CHUNKS: gl.constexpr = (CHOSEN + 15) // 16
-    ON_THEIR_WAY: gl.constexpr = blocks_ahead(FEW_AHEAD if BITS == 4 else AHEAD, TILES * CHUNKS)
+    ON_THEIR_WAY: gl.constexpr = blocks_ahead(AHEAD, TILES * CHUNKS)
     # So many steps a turn that what is on its way need not move.
     STEPS: gl.constexpr = (ON_THEIR_WAY + TILES * CHUNKS - 1) // (TILES * CHUNKS)
     place, length, sink, recent, _scaling = part

@@ -39,8 +39,9 @@ that one says each time."""
 GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
 EARLY_TILES = 16384
-"""Of all sequences and heads: with more of them a kernel that starts before another one ends makes that one longer."""
-GATHER_BY_HAND, MOST_KEPT = 12, 128
+"""That all sequences and heads have room for. With more of them kernels wait for each other: early starts took 383 us
+where none took 373 (`benchmarks/select_decode.py --size 32x32768 --share 0.1 --set blocks.EARLY_STARTS=0`)."""
+GATHER_BY_HAND, MOST_KEPT = 8, 128
 """Of those placed by hand, which then all run at once; 0 takes none. Dimensions of keys that their registers hold."""
 
 
@@ -49,8 +50,7 @@ class ScoredArguments(NamedTuple):
 
     A block is a tile, or the page of one head. Scales of keys are those of the codes where both have 8 bits. Strides
     count blocks; `key_block` and others are elements from the keys, values, codes and scales of a block to those of the
-    next. The block table is of pages, `table_width` from a row of
-    it to the next.
+    next. The block table is of pages, `table_width` from a row of it to the next.
     """
 
     keys: Tensor
@@ -291,7 +291,7 @@ class TokenWork:
 
     def starts_early(self) -> dict[str, bool]:
         """Options of its kernels, see `EARLY_TILES`."""
-        return starts_early(self.rotated, self.scratch.tops[..., 0].numel() <= EARLY_TILES)
+        return starts_early(self.rotated, self.scratch.tops.shape[0] * self.scratch.tops.shape[1] <= EARLY_TILES)
 
     @property
     def places(self) -> int:
@@ -306,6 +306,8 @@ def _chunks(places: int, tiles: int, programs: int, most: int) -> int:
     chunks = int(triton.next_power_of_2(-(-tiles // MOST_CHOSEN)))
     if chunks == 1:
         return 1
+    # On a GPU of few multiprocessors registers may not suffice.
+    chunks = min(chunks, 1 << (most.bit_length() - 1))
     while places * chunks * 2 <= programs and tiles >= chunks * 2 * LEAST_CHOSEN and chunks * 2 <= most:
         chunks *= 2
     return chunks
@@ -360,8 +362,8 @@ def code_pointers(
 
 @triton.jit
 def start_early(EARLY: tl.constexpr):
-    """Wait for the kernel before this one, and let the next be put on the GPU. All kernels of a step do it, so that
-    each finds what any before it has written.
+    """Wait for the kernel before this one, and let the next be put on the GPU. A kernel that starts early waits first,
+    so that it finds what any before it has written.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()

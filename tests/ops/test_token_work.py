@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many programs choose tokens, who shares their memory, and which of them start early."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from selecting import plan_of
+
+from aqua_attention.ops.backends.triton import token_work
+from aqua_attention.ops.backends.triton.token_work import TokenWork
+from aqua_attention.ops.scored import ScoredCache, score_quantization
+
+
+def cache_of(length, memory=None, **options):
+    """An empty cache of 2 sequences."""
+    quantization, given = score_quantization(plan_of(2, 16, select_p=0.5)), {"dtype": torch.float32, "device": "cpu"} | options
+    return ScoredCache.empty(2, 16, length, quantization, memory=memory, **given)
+
+
+@pytest.mark.parametrize(
+    ("places", "tiles", "programs"),
+    [
+        (8, 1, 1),
+        (8, 256, 1),  # registers suffice
+        (256, 256, 1),
+        (8, 257, 32),  # as many as 264 programs have room for
+        (64, 1024, 4),
+        (512, 512, 2),  # more than there is room for at once
+        (1, 100_000, 64),
+    ],
+)
+def test_a_sequence_has_one_program_or_all_that_there_is_room_for(places, tiles, programs):
+    assert token_work._chunks(places, tiles, 264, 64) == programs
+
+
+@pytest.mark.parametrize(("most", "programs"), [(64, 16), (15, 8), (7, 4), (1, 1)])
+def test_a_small_gpu_has_fewer(most, programs):
+    assert token_work._chunks(8, 2049, 2 * most + 2, most) == programs
+
+
+def test_caches_share_memory_that_fits_both():
+    memory = {}
+    plain, other, int8 = cache_of(300, memory), cache_of(300, memory), cache_of(300, memory, bits=8)
+    work = TokenWork.shared(plain, 4, 4)
+    assert TokenWork.shared(other, 4, 4) is work
+    assert TokenWork.shared(int8, 4, 4) is not work
+    assert TokenWork.shared(plain, 4, 5) is not work
+    grown = TokenWork.shared(plain.enlarged(900), 4, 4)
+    assert grown is not work
+    assert grown.scratch.weights.shape[1] == 8
+
+
+def test_few_tiles_start_early(monkeypatch):
+    monkeypatch.setattr(token_work, "starts_early", lambda tensor, wanted: {"EARLY": wanted})
+    monkeypatch.setattr(token_work, "EARLY_TILES", 12)
+    for length, early in ((3 * 128, True), (3 * 128 + 1, False)):
+        assert TokenWork.of(cache_of(length), 4, 4).starts_early() == {"EARLY": early}
