@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=200, help="in a question")
     parser.add_argument("--count", type=int, default=20, help="questions of each kind")
     parser.add_argument("--p", type=float, default=0.95, help="select_p")
+    parser.add_argument("--score-bits", type=int, choices=[8, 4], default=8, help="of the copy that is scored")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
@@ -57,12 +58,13 @@ def main() -> None:
         f"needles, {given.length} tokens": needle_questions(subject, sizes)[: given.count],
         f"{given.lines} lines": lines_questions(given.lines, count=given.count),
     }
-    setting = Setting(aqua.AquaConfig(k_ratio=0.25, score_bits=8, select_p=given.p))
+    setting = Setting(aqua.AquaConfig(k_ratio=0.25, score_bits=given.score_bits, select_p=given.p))
     rows = [{"task": task, **compared(subject, setting, questions)} for task, questions in asked.items()]
     cells = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     print(markdown([name.replace("_", " ") for name in rows[0]], cells))
     if given.json:
         head = {"model": given.model, "data": given.data, "text_sha256": text_digest(text), "p": given.p}
+        head |= {"score_bits": given.score_bits}
         facts = head | provenance(given.projections, projections) | facts_of_model(model)
         write_result(given.json, "select_reference", facts | {"rows": rows}, shlex.join(sys.argv), started)
 

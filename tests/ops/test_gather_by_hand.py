@@ -127,10 +127,6 @@ def test_each_word_of_a_key_is_read_once(kept):
     assert [word for begin, words in pieces for word in range(begin, begin + words)] == list(range(kept // 4))
 
 
-def test_steps_are_as_long_in_both_launches():
-    assert by_hand.STEP.value == token_gather.STEP
-
-
 @pytest.mark.parametrize("words", [16, 8, 4])
 def test_a_lane_reads_what_its_operands_are_made_of(words):
     """Of row m of a product's left operand, lane `4 * (m % 8)` and the next three have a quarter each."""

@@ -16,7 +16,10 @@ from aqua_attention.ops.scored import ScoredCache, score_quantization
 
 def cache_of(length, memory=None, **options):
     """An empty cache of 2 sequences."""
-    quantization, given = score_quantization(plan_of(2, 16, select_p=0.5)), {"dtype": torch.float32, "device": "cpu"} | options
+    quantization, given = (
+        score_quantization(plan_of(2, 16, select_p=0.5)),
+        {"dtype": torch.float32, "device": "cpu"} | options,
+    )
     return ScoredCache.empty(2, 16, length, quantization, memory=memory, **given)
 
 

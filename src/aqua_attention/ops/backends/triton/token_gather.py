@@ -24,6 +24,7 @@ from aqua_attention.ops.backends.triton.blocks import (
 from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT, decoded
 from aqua_attention.ops.backends.triton.token_weights import query_for_codes
 from aqua_attention.ops.backends.triton.token_work import (
+    GATHER_STEP,
     ScoredArguments,
     Sequences,
     TokenWork,
@@ -40,9 +41,8 @@ MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
 REGISTERS = 240
 """Of a lane of the kernel that is placed by hand: eight of its programs share a multiprocessor."""
-STEP, LEAST_STEPS, MOST_LISTS = 32, 4, 1024
-"""Of that kernel: tokens at a time, how often a program does that at least, and lists whose lengths it looks at
-together."""
+LEAST_STEPS, MOST_LISTS = 4, 1024
+"""Of a program of that kernel: how often it does a step at least, and lists whose lengths it looks at together."""
 
 
 def attend_to_tokens(cache: Sequences, work: TokenWork, output: Tensor, *, scaling: float, appended: bool) -> None:
@@ -111,7 +111,7 @@ def _attend_by_hand(cache: Sequences, work: TokenWork, output: Tensor, *, scalin
             GROUP=work.group,
             VALUE_DIM=value_dim,
             PLACES_PADDED=lists,
-            STEP=STEP,
+            STEP=GATHER_STEP,
             LEAST=LEAST_STEPS,
             MERGED=MERGED_ROWS,
             num_warps=WARPS,

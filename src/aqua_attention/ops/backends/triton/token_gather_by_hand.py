@@ -25,9 +25,9 @@ from aqua_attention.ops.backends.triton.decode_int8_mma import (
     left_operand,
     words_layout,
 )
+from aqua_attention.ops.backends.triton.token_work import GATHER_STEP
 
-STEP = gl.constexpr(32)
-"""Tokens at a time."""
+STEP = gl.constexpr(GATHER_STEP)
 OF_KEYS = gl.constexpr(gl.DistributedLinearLayout([[1], [2]], [[0], [0], [4], [8], [16]], [], [], [32]))
 """Of a list's next tokens: the four whose keys a lane reads; and the eight of which it reads values."""
 OF_VALUES = gl.constexpr(gl.DistributedLinearLayout([[1], [2], [4]], [[8], [16], [0], [0], [0]], [], [], [32]))
