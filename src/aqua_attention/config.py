@@ -126,8 +126,7 @@ class AquaConfig:
             share of its approximate softmax, in (0, 1]. `k_ratio` then says how many dimensions score them. Attention
             to what is read multiplies every stored dimension. Tokens of the exact window are always read. None: all.
         select_tokens: the same with a fixed number of tokens, besides those of the exact window.
-        score_bits: 16, 8 or 4, of the copy of the keys that `select_p` and `select_tokens` score. Kernels for decoding
-            take 8 everywhere, 16 on a CPU and 4 in a tiled cache on a GPU.
+        score_bits: 16, 8 or 4, of the copy of the keys that `select_p` and `select_tokens` score.
         select_in: which queries choose tokens. "all". "decoding": calls of one query alone; others, as those of a
             prompt, attend densely, which is much faster there. So figures of whole texts, as perplexity, do not see
             the choice then.

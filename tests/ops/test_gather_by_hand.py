@@ -13,13 +13,13 @@ pytest.importorskip("triton.experimental.gluon")
 from gluon_in_torch import InTorch
 from selecting import DEVICE, check_choice, check_output, expected_of, listed, problem, work_for
 
-from aqua_attention.ops.backends.triton import decode_int8_mma, token_gather
+from aqua_attention.ops.backends.triton import decode_int8_mma, early_by_hand, token_gather
 from aqua_attention.ops.backends.triton import token_gather_by_hand as by_hand
 from aqua_attention.ops.backends.triton.token_gather import attend_to_tokens
 from aqua_attention.ops.backends.triton.token_step import attend_selected
 from aqua_attention.ops.layout import TILE
 
-MODULES = by_hand, decode_int8_mma
+MODULES = by_hand, decode_int8_mma, early_by_hand
 CASES = {
     "whole": ((8, 2), [300, 1, 0, 129], (128, 128), [[300, 1], [1, 1], [0, 0], [40, 64]]),
     "some": ((3, 1), [700, 257], (64, 64), [[33], [257]]),

@@ -13,12 +13,12 @@ pytest.importorskip("triton.experimental.gluon")
 from gluon_in_torch import InTorch
 from selecting import DEVICE, check_choice, check_output, expected_of, problem, run
 
-from aqua_attention.ops.backends.triton import decode_int8_mma, token_few_bits, token_window_by_hand
+from aqua_attention.ops.backends.triton import decode_int8_mma, early_by_hand, token_few_bits, token_window_by_hand
 from aqua_attention.ops.backends.triton import token_scores_by_hand as by_hand
 from aqua_attention.ops.layout import TILE
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="the kernel itself runs there")
-MODULES = by_hand, decode_int8_mma, token_few_bits, token_window_by_hand
+MODULES = by_hand, decode_int8_mma, early_by_hand, token_few_bits, token_window_by_hand
 
 
 @pytest.fixture

@@ -77,7 +77,18 @@ def left_operand(words, WORDS: gl.constexpr):
         is_pure=True,
         pack=1,
     )
-    codes = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    return codes_in_rows(joined(a, b, c, d, e, f, g, h), WORDS)
+
+
+@gluon.jit
+def joined(a, b, c, d, e, f, g, h):
+    """Eight as one, with three dimensions of two behind the others."""
+    return gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+
+
+@gluon.jit
+def codes_in_rows(codes, WORDS: gl.constexpr):
+    """The codes of pairs of words, `joined` by place in the word and row, as a left operand [4 * WORDS, 16]."""
     # [pair of rows, eighth, word of it, row of the pair, bit 0 of the code's place in its word, bit 1]
     codes = gl.permute(gl.reshape(codes, [8, 8, WORDS // 8, 2, 2, 2]), (2, 5, 4, 1, 0, 3))
     return gl.convert_layout(gl.reshape(codes, [4 * WORDS, 16]), LEFT)

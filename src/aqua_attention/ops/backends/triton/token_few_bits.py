@@ -10,7 +10,15 @@ of 4 bits in a byte the second counts 16 times as much where it lies, in the sum
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from aqua_attention.ops.backends.triton.decode_int8_mma import HEADS, LEFT, MMA, RIGHT, TILE
+from aqua_attention.ops.backends.triton.decode_int8_mma import (
+    HEADS,
+    LEFT,
+    MMA,
+    RIGHT,
+    TILE,
+    codes_in_rows,
+    joined,
+)
 
 SMALLEST = gl.constexpr(2.0**-24)
 """The least number of float16 above zero."""
@@ -58,8 +66,7 @@ def few_bits_operand(words):
         is_pure=True,
         pack=1,
     )
-    first = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
-    second = gl.join(gl.join(gl.join(i, j), gl.join(k, l)), gl.join(gl.join(m, n), gl.join(o, p)))
+    first, second = joined(a, b, c, d, e, f, g, h), joined(i, j, k, l, m, n, o, p)
     # [pair of rows, eighth, word of it, row of the pair, bits 0, 1 and 2 of the code's place in its word]
     codes = gl.reshape(gl.join(first, second), [8, 8, 2, 2, 2, 2, 2])
     codes = gl.permute(codes, (2, 6, 5, 4, 1, 0, 3))
@@ -96,10 +103,7 @@ def bytes_operand(words):
         is_pure=True,
         pack=1,
     )
-    codes = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
-    # [pair of rows, eighth, word of it, row of the pair, bit 0 of the code's place in its word, bit 1]
-    codes = gl.permute(gl.reshape(codes, [8, 8, 4, 2, 2, 2]), (2, 5, 4, 1, 0, 3))
-    return gl.convert_layout(gl.reshape(codes, [TILE, 16]), LEFT)
+    return codes_in_rows(joined(a, b, c, d, e, f, g, h), TILE // 4)
 
 
 @gluon.jit

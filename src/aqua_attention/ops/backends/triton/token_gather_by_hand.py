@@ -25,6 +25,7 @@ from aqua_attention.ops.backends.triton.decode_int8_mma import (
     left_operand,
     words_layout,
 )
+from aqua_attention.ops.backends.triton.early_by_hand import start_early
 from aqua_attention.ops.backends.triton.token_work import GATHER_STEP
 
 STEP = gl.constexpr(GATHER_STEP)
@@ -95,15 +96,7 @@ def gather_kernel(
         KEY_SIZE, VALUE_SIZE, SCALE_SIZE: words, words and scales from a block to the next.
         LISTS: whose lengths are looked at together. LEAST: steps of a program, at least.
     """
-    if EARLY:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; griddepcontrol.launch_dependents; // dummy $0",
-            "=r",
-            [],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    start_early(EARLY)
     # The lists stand in one row, in steps; this program begins in the one of which the row has reached its part.
     lists = gl.arange(0, LISTS, gl.BlockedLayout([LISTS // 32], [32], [1], [0]))
     rooms = rooms_of(scratch, lists, places, LEAST)

@@ -26,6 +26,7 @@ from aqua_attention.ops.backends.triton.decode_int8_mma import (
     query_operands,
     words_layout,
 )
+from aqua_attention.ops.backends.triton.early_by_hand import start_early
 from aqua_attention.ops.backends.triton.token_few_bits import (
     SMALLEST,
     beginning_of,
@@ -101,15 +102,7 @@ def score_kernel(
         sink, recent: tokens of the exact window; SINK, RECENT: rounded up to a power of 2 of at least 16, or 0.
         KEY_SIZE, CODE_SIZE, SCALE_SIZE: numbers, words and scales from a block to the next.
     """
-    if EARLY:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.wait; griddepcontrol.launch_dependents; // dummy $0",
-            "=r",
-            [],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
+    start_early(EARLY)
     split, group, row = gl.program_id(0) - 1, gl.program_id(1), gl.program_id(2)
     splits = gl.num_programs(0) - 1
     place = (row * gl.num_programs(1) + group).to(gl.int64)
@@ -241,24 +234,14 @@ def score_tiles(
                 tile = first + step * TILES
                 if step == 0 or tile < end:
                     waiting, scales, largest, total = score_step(
-                        tile,
-                        end,
-                        sink,
-                        behind,
+                        (tile, end, sink, behind),
                         waiting,
                         scales,
                         largest,
                         total,
-                        queries,
-                        beginning,
-                        unit,
-                        mean,
-                        key_at,
-                        key_word * CODES,
-                        cache,
-                        scratch,
-                        lookup,
-                        place,
+                        (queries, beginning, unit, mean),
+                        (key_at, key_word * CODES),
+                        (cache, scratch, lookup, place),
                         GROUP,
                         CHUNKS,
                         BLOCK,
@@ -281,24 +264,14 @@ def score_tiles(
 
 @gluon.jit
 def score_step(
-    tile,
-    end,
-    sink,
-    behind,
+    span,
     waiting,
     scales,
     largest,
     total,
-    queries,
-    beginning,
-    unit,
-    mean,
-    key_at,
-    key_token,
-    cache,
-    scratch,
-    lookup,
-    place,
+    operands,
+    keys,
+    source,
     GROUP: gl.constexpr,
     CHUNKS: gl.constexpr,
     BLOCK: gl.constexpr,
@@ -308,7 +281,19 @@ def score_step(
     TILES: gl.constexpr,
     ON_THEIR_WAY: gl.constexpr,
 ):
-    """Weights of the tokens of TILES tiles, one product."""
+    """Weights of the tokens of TILES tiles, one product; gives what is carried from a step to the next.
+
+    Args:
+        span: the first tile, that behind the last of the program, and the tokens between which none is exact.
+        waiting, scales, largest, total: carried.
+        operands: queries, where their sums begin, what products are worth, and what is added to these.
+        keys: where codes lie in a block, and of which tokens.
+        source: the cache, where results go, its blocks, and the place.
+    """
+    tile, end, sink, behind = span
+    queries, beginning, unit, mean = operands
+    key_at, key_token = keys
+    cache, scratch, lookup, place = source
     WIDTH: gl.constexpr = HEADS // TILES
     rows = gl.arange(0, TILE, gl.SliceLayout(1, MMA))
     columns = gl.arange(0, HEADS, gl.SliceLayout(0, MMA))
@@ -319,11 +304,11 @@ def score_step(
             keys_ptr = codes_of(cache, lookup, tile + ahead // CHUNKS, end, key_token, BLOCK, CODE_SIZE)
         words = waiting[0]
         if BITS == 8:  # noqa: SIM108 (known when compiling)
-            keys = bytes_operand(words)
+            codes = bytes_operand(words)
         else:
-            keys = few_bits_operand(words)
+            codes = few_bits_operand(words)
         waiting = waiting[1:] + (load_codes(keys_ptr + key_at[ahead % CHUNKS]),)  # noqa: RUF005
-        scores = mma_v2(keys, queries[ahead - ON_THEIR_WAY], scores)
+        scores = mma_v2(codes, queries[ahead - ON_THEIR_WAY], scores)
     factor = gl.where(is_sixteenfold(rows, BITS), 0.0625, 1.0)
     scores = scores * (by_column(scales, TILES) * factor[:, None])
     if (tile * TILE < sink) | ((tile + TILES) * TILE > behind):

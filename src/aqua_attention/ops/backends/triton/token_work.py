@@ -40,7 +40,7 @@ GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
 EARLY_TILES = 16384
 """That all sequences and heads have room for. With more of them kernels wait for each other: early starts took 383 us
-where none took 373 (`benchmarks/select_decode.py --size 32x32768 --share 0.1 --set blocks.EARLY_STARTS=0`)."""
+where none took 373 (`benchmarks/select_decode.py --size 32x32768 --share 0.1 --set token_work.EARLY_TILES=100000`)."""
 GATHER_STEP = 32
 """Tokens that the kernel placed by hand attends to at a time."""
 GATHER_BY_HAND, MOST_KEPT = 8, 128
