@@ -49,7 +49,7 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
     """Runs the few instructions that kernels have on words of 32 bits."""
     if asm.startswith("movmatrix"):
         # Squares of 8 x 8, each lane with two numbers of a row of each.
-        assert pack == 2 and args[0].dtype == dtype == torch.float16 and args[0].shape[1] == 8
+        assert pack == 2 and args[0].dtype == dtype and dtype.itemsize == 2 and args[0].shape[1] == 8
         return args[0].unflatten(0, (-1, 8)).transpose(1, 2).flatten(0, 1)
     assert pack == 1 and constraints.count("=") == len(dtype)
     known = {f"${len(dtype) + i}": each.numpy().view(np.uint32) for i, each in enumerate(args)}
@@ -64,15 +64,15 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
             found = found | byte << np.uint64(8 * place)
         return found.astype(np.uint32)
 
-    def halves(word):
-        return np.ascontiguousarray(np.broadcast_to(word, args[0].shape))[..., None].view(np.float16)
+    def halves(word, kind=np.float16):
+        return np.ascontiguousarray(np.broadcast_to(word, args[0].shape))[..., None].view(kind)
 
     for line in filter(None, (line.strip() for line in re.sub(r"[;]", "\n", asm).splitlines())):
         if line in "{}" or line.startswith(".reg"):
             continue
         name, rest = line.split(" ", 1)
-        if group := re.match(r"\{(.*), (.*)\}, (\w+)$", rest):
-            word = halves(known[group[3]])
+        if group := re.match(r"\{(.*), (.*)\}, (\$?\w+)$", rest):
+            word = halves(known[group[3]], np.int16)
             known |= {group[1]: word[..., 0], group[2]: word[..., 1]}
             continue
         target, *given = rest.split(", ")
@@ -84,7 +84,9 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
             "prmt.b32": lambda first, second, selector: moved(first, second, int(selector)),
             "sub.f16x2": lambda *words: (halves(words[0]) - halves(words[1])).view(np.uint32)[..., 0],
         }[name](*given)
-    return tuple(torch.from_numpy(known[f"${i}"].copy()) for i in range(len(dtype)))
+    # A tuple that a module holds has triton's.
+    kinds = [kind if isinstance(kind, torch.dtype) else getattr(torch, kind.name.replace("fp", "float")) for kind in dtype]
+    return tuple(torch.from_numpy(known[f"${i}"].copy()).view(kind) for i, kind in enumerate(kinds))
 
 
 def _maximum(first, second):

@@ -5,8 +5,7 @@
 Lists differ in length by a factor of thirty, so all stand in one row, of which every program has an equal part; which
 is found from the counts alone. The last program to end a piece of a list merges them.
 
-Keys and values of 8 bits are attended to by `token_gather_by_hand` where that takes their sizes, and merged by a kernel
-of its own.
+`token_gather_by_hand` does it where it takes these sizes; a kernel of its own merges then.
 """
 
 import torch
@@ -39,7 +38,7 @@ GATHERED, GATHERED_CODES = 64, 128
 """Tokens that are gathered at once, and those of 8 bits."""
 MERGED_ROWS = 64
 """Partial results of so many pieces and heads are merged at once."""
-REGISTERS = 240
+REGISTERS = 255
 """Of a lane of the kernel that is placed by hand: eight of its programs share a multiprocessor."""
 LEAST_STEPS, MOST_LISTS = 4, 1024
 """Of a program of that kernel: how often it does a step at least, and lists whose lengths it looks at together."""
@@ -79,8 +78,9 @@ def _attend_by_hand(cache: Sequences, work: TokenWork, output: Tensor, *, scalin
     from aqua_attention.ops.backends.triton import token_gather_by_hand
 
     (_, kv_heads, kept, value_dim, _), given = cache.shape, ScoredArguments.of(cache)
-    words = given._replace(keys=given.keys.view(torch.int32), value_tokens=given.value_tokens.view(torch.int32))
     lists = triton.next_power_of_2(work.places)
+    words = given._replace(keys=given.keys.view(torch.int32), value_tokens=given.value_tokens.view(torch.int32))
+    numbers = 2 if cache.value_scales is None else 4
     with on_device_of(work.rotated):
         token_gather_by_hand.gather_kernel[(work.programs,)](
             work.rotated,
@@ -92,9 +92,9 @@ def _attend_by_hand(cache: Sequences, work: TokenWork, output: Tensor, *, scalin
             GROUP=work.group,
             KEPT=kept,
             VALUE_DIM=value_dim,
-            KEY_SIZE=given.key_block // 4,
-            VALUE_SIZE=given.value_block // 4,
-            SCALE_SIZE=given.scale_block,
+            KEY_SIZE=given.key_block // numbers,
+            VALUE_SIZE=given.value_block // numbers,
+            SCALE_SIZE=0 if cache.value_scales is None else given.scale_block,
             LISTS=min(MOST_LISTS, max(32, lists)),
             LEAST=LEAST_STEPS,
             num_warps=1,

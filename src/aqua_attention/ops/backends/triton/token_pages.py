@@ -57,7 +57,7 @@ class TokenMemory:
 
     def _sizes(self, batch: int) -> Sizes:
         heads, kv_heads, kept, value_dim, k = self._shape
-        return Sizes.of((batch, kv_heads, kept, value_dim, self.tiles), heads, k, self._like)
+        return Sizes.of((batch, kv_heads, kept, value_dim, self.tiles), heads, k, self._like, paged=True)
 
     @staticmethod
     def shared(
@@ -92,9 +92,8 @@ def decode_scored_pages(
     step: Step,
     output: Tensor,
 ) -> None:
-    """`ops.api.decode_pages` over pages that have what tokens are chosen by: four launches, because
-    keys and values have no 8 bits here, and nothing is allocated
-    once `TokenMemory` is there.
+    """`ops.api.decode_pages` over pages that have what tokens are chosen by: four launches, and nothing is
+    allocated once `TokenMemory` is there.
     """
     batch, heads, _ = query.shape
     length = step.longest or step.block_table.shape[1] * cache.block_size

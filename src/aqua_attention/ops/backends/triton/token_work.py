@@ -155,13 +155,13 @@ class Sizes(NamedTuple):
         k: int,
         like: Tensor,
         *,
-        bits: int | None = None,
+        paged: bool = False,
         splits: int | None = None,
         chunks: int | None = None,
         programs: int | None = None,
         by_hand: bool | None = None,
     ) -> Sizes:
-        """See `TokenWork.of`; `like`: a tensor on its device, in the dtype of queries; `bits`: of keys and values."""
+        """See `TokenWork.of`; `like`: a tensor on its device, in the dtype of queries; `paged`: a cache of pages."""
         batch, kv_heads, kept, value_dim, tiles = shape
         places, group, count = batch * kv_heads, heads // kv_heads, sm_count(like)
         if chunks is None:
@@ -176,7 +176,7 @@ class Sizes(NamedTuple):
             splits = splits_by_hand(places, tiles, like, SCORE_BY_HAND)
         elif splits is None:
             splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
-        gather_by_hand = by_hand and bits == 8 and value_dim in BY_HAND_VALUES and GATHER_BY_HAND > 0
+        gather_by_hand = by_hand and not paged and value_dim in BY_HAND_VALUES and GATHER_BY_HAND > 0
         gather_by_hand = gather_by_hand and kept % 16 == 0 and kept <= MOST_KEPT
         if programs is None:
             programs = count * (GATHER_BY_HAND if gather_by_hand else GATHER_PROGRAMS)
@@ -249,7 +249,7 @@ class TokenWork:
         """
         like = torch.empty(0, dtype=cache.dtype, device=cache.device)
         given = {"splits": splits, "chunks": chunks, "programs": programs}
-        sizes = Sizes.of(cache.shape, num_attention_heads, k, like, bits=cache.bits, by_hand=by_hand, **given)
+        sizes = Sizes.of(cache.shape, num_attention_heads, k, like, by_hand=by_hand, **given)
         parts = sizes.parts(cache.dtype).items()
         made = {name: torch.zeros(shape, dtype=kind, device=cache.device) for name, (kind, shape) in parts}
         return TokenWork.within(sizes, made)
