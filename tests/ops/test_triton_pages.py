@@ -132,6 +132,18 @@ def test_kernels_hold_and_give_what_plain_torch_does(bits):
     assert torch.allclose(found, expected, atol=5e-3 if bits else 1e-5)
 
 
+@pytest.mark.parametrize("count", [1, 4, 7, 12])
+@pytest.mark.parametrize("lengths", [[700, 129, 0, 385], [900], [128] * 5])
+def test_heads_share_programs_where_there_are_few_of_these(monkeypatch, lengths, count):
+    """With many, each program has tiles of one head."""
+    options = {"k_ratio": 0.5, "sink": 2, "recent": 70}
+    expected = problem((4, 2), lengths, (64, 64, 64), **options, impl="torch").decode("torch")
+    monkeypatch.setattr(paged_decode, "sm_count", lambda _: count)
+    given = problem((4, 2), lengths, (64, 64, 64), **options)
+    assert torch.allclose(given.decode("triton"), expected, atol=1e-5)
+    assert (given.step.arrived == 0).all()
+
+
 @pytest.mark.parametrize("window", [None, 5, 130, 1000])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_layer_without_a_plan_multiplies_every_dimension_of_what_it_sees(window, softcap):

@@ -43,8 +43,9 @@ PROGRAMS, WARPS = 2, 4
 """Programs on each multiprocessor, and warps of one."""
 QUANTIZED_PROGRAMS, QUANTIZED_WARPS, QUANTIZED_STAGES = 2, 4, 3
 """The same over codes of 8 bits, and tiles on their way."""
-LEAST_TILES = 4
-"""Tiles of a program at least, where sequences have so many."""
+LEAST_TILES = 2
+"""Tiles of a program at least, where sequences have so many. One sequence of 8,250 tokens takes 25.9 us so, and 29.8 with
+4 (`benchmarks/serve_decode.py --size 1x8250 --capacity 8320 --only 'k_ratio 0.5' --set LEAST_TILES=4`)."""
 BY_HAND_ROWS = 64
 """Sequences times heads from which on a kernel with registers placed by hand takes codes of 8 bits."""
 LEAST_BATCH = 64
@@ -190,25 +191,26 @@ def _decode_paged(
         first_tiles = tl.maximum(lengths - window, 0) // TILE
     # A sequence without a token has a tile in which nothing is seen: its output is zero.
     counts = tl.where(rows < batch, tl.maximum(tl.cdiv(lengths, TILE) - first_tiles, 1), 0)
-    starts = (tl.cumsum(counts, 0) - counts) * HEADS
-    tiles = tl.sum(counts, 0) * HEADS
-    each = tl.maximum(tl.cdiv(tiles, tl.num_programs(0)), tl.minimum(LEAST, tl.max(counts, 0)))
+    each = tl.maximum(tl.cdiv(tl.sum(counts, 0) * HEADS, tl.num_programs(0)), tl.minimum(LEAST, tl.max(counts, 0)))
+    # Two heads in one program follow each other. Where there are programs enough, none has the end of one and the
+    # beginning of the next: the row has gaps there.
+    parts = tl.cdiv(counts, each)
+    rooms = tl.where(tl.sum(parts, 0) * HEADS <= tl.num_programs(0), parts * each, counts)
+    starts = (tl.cumsum(rooms, 0) - rooms) * HEADS
     begin = program * each
-    end = tl.minimum(begin + each, tiles)
+    end = tl.minimum(begin + each, tl.sum(rooms, 0) * HEADS)
     if EARLY:
         # For the queries and the new token. Lengths and tables are older.
         tl.extra.cuda.gdc_wait()
     if begin < end:
-        row, head_tiles, start = _row_of(rows, batch, counts, starts, begin)
-        first = row * HEADS + (begin - start) // head_tiles
-        row, head_tiles, start = _row_of(rows, batch, counts, starts, end - 1)
-        last = row * HEADS + (end - 1 - start) // head_tiles
+        first = _place_of(rows, batch, rooms, starts, begin, HEADS)
+        last = _place_of(rows, batch, rooms, starts, end - 1, HEADS)
         for number in range(0, last - first + 1):
             place = first + number
             row, group = place // HEADS, place % HEADS
             of_row = rows == row
-            head_tiles = tl.sum(tl.where(of_row, counts, 0), 0)
-            start = tl.sum(tl.where(of_row, starts, 0), 0) + group * head_tiles
+            head_tiles, room = tl.sum(tl.where(of_row, counts, 0), 0), tl.sum(tl.where(of_row, rooms, 0), 0)
+            start = tl.sum(tl.where(of_row, starts, 0), 0) + group * room
             length = tl.sum(tl.where(of_row, lengths, 0), 0)
             first_tile = tl.sum(tl.where(of_row, first_tiles, 0), 0)
             first_seen = 0
@@ -250,10 +252,11 @@ def _decode_paged(
 
 
 @triton.jit
-def _row_of(rows, batch, counts, starts, tile):
-    """The sequence of a tile of the whole row, how many tiles a head of it has, and where its own begin."""
+def _place_of(rows, batch, rooms, starts, tile, HEADS: tl.constexpr):
+    """The sequence and head of a tile of the whole row."""
     row = tl.sum(((starts <= tile) & (rows < batch)).to(tl.int32), 0) - 1
-    return row, tl.sum(tl.where(rows == row, counts, 0), 0), tl.sum(tl.where(rows == row, starts, 0), 0)
+    start = tl.sum(tl.where(rows == row, starts, 0), 0)
+    return row * HEADS + (tile - start) // tl.sum(tl.where(rows == row, rooms, 0), 0)
 
 
 @triton.jit
