@@ -85,7 +85,9 @@ def inline_asm_elementwise(asm, constraints, args, dtype, is_pure, pack):
             "sub.f16x2": lambda *words: (halves(words[0]) - halves(words[1])).view(np.uint32)[..., 0],
         }[name](*given)
     # A tuple that a module holds has triton's.
-    kinds = [kind if isinstance(kind, torch.dtype) else getattr(torch, kind.name.replace("fp", "float")) for kind in dtype]
+    kinds = [
+        kind if isinstance(kind, torch.dtype) else getattr(torch, kind.name.replace("fp", "float")) for kind in dtype
+    ]
     return tuple(torch.from_numpy(known[f"${i}"].copy()).view(kind) for i, kind in enumerate(kinds))
 
 

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from selecting import plan_of
 
 from aqua_attention.ops.backends.triton import token_work
-from aqua_attention.ops.backends.triton.token_work import TokenWork
+from aqua_attention.ops.backends.triton.token_work import Sizes, TokenWork
 from aqua_attention.ops.scored import ScoredCache, score_quantization
 
 
@@ -61,3 +61,23 @@ def test_few_tiles_start_early(monkeypatch):
     monkeypatch.setattr(token_work, "EARLY_TILES", 12)
     for length, early in ((3 * 128, True), (3 * 128 + 1, False)):
         assert TokenWork.of(cache_of(length), 4, 4).starts_early() == {"EARLY": early}
+
+
+@pytest.mark.parametrize(
+    ("batch", "widths", "options", "by_hand"),
+    [
+        (16, (128, 128), {}, True),
+        (17, (128, 128), {}, False),
+        (17, (128, 128), {"is_quantized": True}, True),
+        (1, (128, 128), {"paged": True}, False),
+        (1, (112, 64), {}, True),
+        (1, (120, 64), {}, False),
+        (1, (144, 64), {}, False),
+        (1, (128, 96), {}, False),
+    ],
+)
+def test_who_attends_to_the_chosen_tokens(batch, widths, options, by_hand):
+    like = torch.empty(0, dtype=torch.bfloat16)
+    sizes = Sizes.of((batch, 8, *widths, 256), 32, 32, like, by_hand=True, **options)
+    assert sizes.gather_by_hand == by_hand
+    assert not Sizes.of((batch, 8, *widths, 256), 32, 32, like, by_hand=False, **options).gather_by_hand

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from aqua_attention.ops.backends.triton.decode_int8_mma import HEADS, LEFT, MMA, RIGHT, left_operand
+from aqua_attention.ops.backends.triton.decode_int8_mma import HEADS, LEFT, MMA, RIGHT
 from aqua_attention.ops.backends.triton.token_words_by_hand import piece_begin, piece_count, piece_words
 from aqua_attention.ops.backends.triton.token_work import GATHER_STEP
 

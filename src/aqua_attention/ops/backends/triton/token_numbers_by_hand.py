@@ -20,8 +20,8 @@ STEP = gl.constexpr(GATHER_STEP)
 
 @gluon.constexpr_function
 def value_layout(words):
-    """Of 16 rows of so many words (32 or 64): lane 4g + t has rows 2t, 2t + 1, 2t + 8 and 2t + 9, and of each four words
-    in a row, of every 32.
+    """Of 16 rows of so many words (32 or 64): lane 4g + t has rows 2t, 2t + 1, 2t + 8 and 2t + 9, and of each four
+    words in a row, of every 32.
     """
     in_row = [[0, 1], [0, 2], *([[0, 32]] if words == 64 else [])]
     lanes = [[2, 0], [4, 0], [0, 4], [0, 8], [0, 16]]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def,assignment,misc"
-"""Keys and values as words of 32 bits, as `token_gather_by_hand` reads them: four codes of 8 bits, or two numbers of 16.
+"""Keys and values as words of 32 bits, as `token_gather_by_hand` reads them: four codes, or two numbers of 16 bits.
 
 A key is read in pieces of 16 words, and at the end one of 8 or 4 or both. Numbers of 16 bits are words until they are
 multiplied, because each would take a register of its own from a step to the next.

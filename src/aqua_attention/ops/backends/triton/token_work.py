@@ -45,6 +45,10 @@ GATHER_STEP = 32
 """Tokens that the kernel placed by hand attends to at a time."""
 GATHER_BY_HAND, MOST_KEPT = 8, 128
 """Of those placed by hand, which then all run at once; 0 takes none. Dimensions of keys that their registers hold."""
+GATHER_PLACES = 128
+"""Sequences times heads up to which these attend to keys and values of 16 bits. With 8, of 32k tokens each, they take 13 us
+where the others take 23; with 64, of 128k, 162 and 164; with 256, of 32k, 170 and 164
+(`benchmarks/select_decode.py --share 0.1 --head-shares none --set token_work.GATHER_PLACES=0`, and 100000)."""
 
 
 class ScoredArguments(NamedTuple):
@@ -156,12 +160,15 @@ class Sizes(NamedTuple):
         like: Tensor,
         *,
         paged: bool = False,
+        is_quantized: bool = False,
         splits: int | None = None,
         chunks: int | None = None,
         programs: int | None = None,
         by_hand: bool | None = None,
     ) -> Sizes:
-        """See `TokenWork.of`; `like`: a tensor on its device, in the dtype of queries; `paged`: a cache of pages."""
+        """See `TokenWork.of`; `like`: a tensor on its device, in the dtype of queries; `paged`: a cache of pages;
+        `is_quantized`: one of keys and values in 8 bits.
+        """
         batch, kv_heads, kept, value_dim, tiles = shape
         places, group, count = batch * kv_heads, heads // kv_heads, sm_count(like)
         if chunks is None:
@@ -176,8 +183,8 @@ class Sizes(NamedTuple):
             splits = splits_by_hand(places, tiles, like, SCORE_BY_HAND)
         elif splits is None:
             splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
-        gather_by_hand = by_hand and not paged and value_dim in BY_HAND_VALUES and GATHER_BY_HAND > 0
-        gather_by_hand = gather_by_hand and kept % 16 == 0 and kept <= MOST_KEPT
+        gather_by_hand = by_hand and not paged and (is_quantized or places <= GATHER_PLACES) and GATHER_BY_HAND > 0
+        gather_by_hand = gather_by_hand and value_dim in BY_HAND_VALUES and kept % 16 == 0 and kept <= MOST_KEPT
         if programs is None:
             programs = count * (GATHER_BY_HAND if gather_by_hand else GATHER_PROGRAMS)
         return Sizes(*shape, heads, k, splits, chunks, programs, by_hand, gather_by_hand)
@@ -249,7 +256,9 @@ class TokenWork:
         """
         like = torch.empty(0, dtype=cache.dtype, device=cache.device)
         given = {"splits": splits, "chunks": chunks, "programs": programs}
-        sizes = Sizes.of(cache.shape, num_attention_heads, k, like, by_hand=by_hand, **given)
+        sizes = Sizes.of(
+            cache.shape, num_attention_heads, k, like, is_quantized=cache.bits == 8, by_hand=by_hand, **given
+        )
         parts = sizes.parts(cache.dtype).items()
         made = {name: torch.zeros(shape, dtype=kind, device=cache.device) for name, (kind, shape) in parts}
         return TokenWork.within(sizes, made)
