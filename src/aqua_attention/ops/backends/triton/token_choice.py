@@ -33,13 +33,13 @@ from aqua_attention.ops.plan import LayerPlan
 
 WARPS, TILES_AT_ONCE, MOST_HEADS = 8, 32, 8
 """Of a program, and how many tiles it looks at together: of each a thread has 16 tokens, of groups of more heads 8."""
+NEGATIVE = tl.constexpr(0xBC00BC00 - 2**32)
+"""Twice -1 in float16, which no token weighs."""
 MOST_REGISTERS = 128
 """Of a thread, so that two programs run at once on a multiprocessor."""
 THRESHOLDS, MET_THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 1, 3, 7, 16
 """Of a turn: of programs that are alone, of those that meet, which shall not often, and of these where they have so few
 tiles that all sums fit into registers."""
-NEGATIVE = tl.constexpr(0xBC00BC00 - 2**32)
-"""Twice -1 in float16, which no token weighs."""
 
 
 def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
@@ -141,22 +141,17 @@ def _choose_tokens(
         held_ptr, tokens_ptr = scratch.together + first * TILE, scratch.tokens + first * TILE
         _keep(scratch, held_ptr, first, part, lse, outside, GROUP, TILES, UNIT)
         tl.debug_barrier()  # the whole program has written before any of it reads
-        held = _pairs(held_ptr, part, TILES, SLICES)
+        held = ()
+        for i in tl.static_range(SLICES):
+            held = held + (_pairs(held_ptr, begin + i * TILES, part, TILES),)  # noqa: RUF005 (no unpacking there)
         least, turn = least_weight(held, window, share, wanted, shared, CHUNKS, COUNT, BY_COUNT, ASSEMBLY)
+        before = tl.full([], 0, tl.int32)
         if CHUNKS > 1:
-            total, before = together(_number(held_ptr, part, least, every, TILES), shared, turn, CHUNKS)
-            _list(held_ptr, tokens_ptr, part, least, every, before.to(tl.int32), TILES, ASSEMBLY)
-        else:
-            total = _list(held_ptr, tokens_ptr, part, least, every, tl.full([], 0, tl.int32), TILES, ASSEMBLY)
-        if chunk == 0:
-            tl.store(scratch.counts + place, total.to(tl.int32))
-
-
-@triton.jit
-def _positions(tile, TILES: tl.constexpr):
-    """Tiles that are looked at together, and their tokens, [TILES, TILE]."""
-    tiles = tile + tl.arange(0, TILES)
-    return tiles, tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            number = _number(held_ptr, part, least, every, TILES)
+            before = together(number, shared, turn, CHUNKS)[1].to(tl.int32)
+        total = _list(held_ptr, tokens_ptr, part, least, every, before, TILES, ASSEMBLY)
+        if chunk == taking_part - 1:
+            tl.store(scratch.counts + place, total)
 
 
 @triton.jit
@@ -179,7 +174,7 @@ def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TIL
             even += some_even.to(tl.float32) * unit
             odd += some_odd.to(tl.float32) * unit
         heads, tops = next_heads, next_tops
-        position = tiles[:, None] * TILE + 2 * pairs
+        position = _positions(tile, TILES)
         low, high = sink, length - recent
         bits = bits_of(tl.where((position >= low) & (position < high), even, -1.0))
         bits |= bits_of(tl.where((position + 1 >= low) & (position + 1 < high), odd, -1.0)) << 16
@@ -187,51 +182,60 @@ def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TIL
 
 
 @triton.jit
-def _pairs(held_ptr, part, TILES: tl.constexpr, SLICES: tl.constexpr):
-    """Weights of this program, a tuple of int32 [TILES, TILE // 2], each of which holds two: the compiler would give
-    each a register.
-    """
-    _length, begin, end, _sink, _recent = part
-    held_ptr, held = held_ptr.to(tl.pointer_type(tl.int32)), ()
-    for i in tl.static_range(SLICES):
-        tiles = begin + i * TILES + tl.arange(0, TILES)
-        at = tiles[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
-        held = held + (tl.load(held_ptr + at, (tiles < end)[:, None], NEGATIVE),)  # noqa: RUF005 (no unpacking there)
-    return held
+def _pairs(held_ptr, tile, part, TILES: tl.constexpr):
+    """Weights of tiles, int32 [TILES, TILE // 2], each of which holds two: the compiler would give each a register."""
+    tiles = tile + tl.arange(0, TILES)
+    at = tiles[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
+    return tl.load(held_ptr.to(tl.pointer_type(tl.int32)) + at, (tiles < part[2])[:, None], NEGATIVE)
 
 
 @triton.jit
-def _read(held_ptr, tile, part, least, every, TILES: tl.constexpr):
-    """Positions of tiles that are looked at together, and which are read: those of the exact window, and those that
-    weigh so much at least.
-    """
+def _positions(tile, TILES: tl.constexpr):
+    """Of the even tokens of tiles that are looked at together, [TILES, TILE // 2]."""
+    return (tile + tl.arange(0, TILES))[:, None] * TILE + 2 * tl.arange(0, TILE // 2)[None, :]
+
+
+@triton.jit
+def _read(pairs, tile, part, least, every, TILES: tl.constexpr):
+    """Which even and odd tokens are read, as 1 and 0."""
+    position = _positions(tile, TILES)
+    even, odd = two(pairs)
+    return _is_read(even, position, part, least, every), _is_read(odd, position + 1, part, least, every)
+
+
+@triton.jit
+def _is_read(weight, position, part, least, every):
+    """Those of the exact window are, and those that weigh so much at least."""
     length, _begin, end, sink, recent = part
-    tiles, position = _positions(tile, TILES)
-    held = tl.load(held_ptr + position, (tiles < end)[:, None], -1.0)
     exact = (position < sink) | (position >= length - recent)
-    return position, ((position < length) & (tiles < end)[:, None] & (exact | (held >= least) | every)).to(tl.int32)
+    return ((position < tl.minimum(length, end * TILE)) & (exact | (weight >= least) | every)).to(tl.int32)
 
 
 @triton.jit
 def _number(held_ptr, part, least, every, TILES: tl.constexpr):
     """How many tokens of this program are read, as a number that is said."""
-    _length, begin, end, _sink, _recent = part
-    found = tl.zeros([TILES, TILE], tl.int32)
-    for tile in range(begin, end, TILES):
-        found += _read(held_ptr, tile, part, least, every, TILES)[1]
+    found = tl.zeros([TILES, TILE // 2], tl.int32)
+    for tile in range(part[1], part[2], TILES):
+        even, odd = _read(_pairs(held_ptr, tile, part, TILES), tile, part, least, every, TILES)
+        found += even + odd
     return tl.sum(found).to(tl.float32)
 
 
 @triton.jit
 def _list(held_ptr, tokens_ptr, part, least, every, place, TILES: tl.constexpr, ASSEMBLY: tl.constexpr):
     """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them."""
-    _length, begin, end, _sink, _recent = part
-    for tile in range(begin, end, TILES):
-        position, read = _read(held_ptr, tile, part, least, every, TILES)
-        count = tl.sum(read, 1)
-        ends = place + tl.cumsum(count, 0)
-        _put(tokens_ptr, (ends - count)[:, None] + tl.cumsum(read, 1) - 1, position, read, ASSEMBLY)
+    pairs = _pairs(held_ptr, part[1], part, TILES)
+    for tile in range(part[1], part[2], TILES):
+        next_pairs = _pairs(held_ptr, tile + TILES, part, TILES)
+        even, odd = _read(pairs, tile, part, least, every, TILES)
+        both = even + odd
+        count = tl.sum(both, 1)
+        at = (place + tl.cumsum(count, 0) - count)[:, None] + tl.cumsum(both, 1) - both
+        position = _positions(tile, TILES)
+        _put(tokens_ptr, at, position, even, ASSEMBLY)
+        _put(tokens_ptr, at + even, position + 1, odd, ASSEMBLY)
         place += tl.sum(count, 0)
+        pairs = next_pairs
     return place
 
 

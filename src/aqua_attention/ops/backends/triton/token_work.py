@@ -46,8 +46,8 @@ GATHER_STEP = 32
 GATHER_BY_HAND, MOST_KEPT = 8, 128
 """Of those placed by hand, which then all run at once; 0 takes none. Dimensions of keys that their registers hold."""
 GATHER_PLACES = 128
-"""Sequences times heads up to which these attend to keys and values of 16 bits. With 8, of 32k tokens each, they take 13 us
-where the others take 23; with 64, of 128k, 162 and 164; with 256, of 32k, 170 and 164
+"""Sequences times heads up to which these attend to keys and values of 16 bits. With 8, of 32k tokens each, they take
+13 us where the others take 23; with 64, of 128k, 162 and 164; with 256, of 32k, 170 and 164
 (`benchmarks/select_decode.py --share 0.1 --head-shares none --set token_work.GATHER_PLACES=0`, and 100000)."""
 
 
