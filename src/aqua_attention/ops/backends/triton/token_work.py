@@ -9,7 +9,7 @@ graph finds nothing of the one before.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -255,10 +255,8 @@ class TokenWork:
             AquaError: more `chunks` than there are multiprocessors, which could wait for each other for ever.
         """
         like = torch.empty(0, dtype=cache.dtype, device=cache.device)
-        given = {"splits": splits, "chunks": chunks, "programs": programs}
-        sizes = Sizes.of(
-            cache.shape, num_attention_heads, k, like, is_quantized=cache.bits == 8, by_hand=by_hand, **given
-        )
+        given: dict[str, Any] = {"splits": splits, "chunks": chunks, "programs": programs, "by_hand": by_hand}
+        sizes = Sizes.of(cache.shape, num_attention_heads, k, like, is_quantized=cache.bits == 8, **given)
         parts = sizes.parts(cache.dtype).items()
         made = {name: torch.zeros(shape, dtype=kind, device=cache.device) for name, (kind, shape) in parts}
         return TokenWork.within(sizes, made)
