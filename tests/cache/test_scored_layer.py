@@ -282,8 +282,9 @@ def test_what_the_kernels_do_not_take_is_refused(model, name):
 
 def test_wide_heads_are_refused():
     model = make_llama(num_hidden_layers=1, head_dim=144)
+    projections = calibrated(model)
     with pytest.raises(aqua.AquaError, match=r"heads have 144 dimensions.* 128 at most"):
-        aqua.apply(model, calibrated(model), SELECT, layout="tiled").attach()
+        aqua.apply(model.to(DEVICE), projections, SELECT, layout="tiled").attach()
 
 
 def test_what_a_cache_of_fixed_size_cannot_do_is_said(model, tmp_path):
