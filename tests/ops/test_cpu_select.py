@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -239,3 +241,14 @@ def test_another_way_of_choosing_is_not_left_out_in_silence(monkeypatch):
     assert choose(call, plan).name == "cpu"
     monkeypatch.setattr(tokens, "WAY", tokens.Way(left_out="mean"))
     assert choose(call, plan).name != "cpu"
+
+
+@compiled
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="these are options for x86")
+@pytest.mark.parametrize("without", ["avx512f", "avx2", "avx"])
+def test_older_processors_choose_the_same(without, no_kernel_loaded, monkeypatch):
+    monkeypatch.setattr(no_kernel_loaded, "FLAGS", (*no_kernel_loaded.FLAGS, f"-mno-{without}"))
+    for knobs in ({"select_p": 0.8}, {"select_tokens": 100}, {"select_p": 0.8, "score_bits": 16}):
+        for dtype in (torch.float32, torch.bfloat16):
+            plan = plan_of(**knobs)
+            check(call_of(plan, batch=2, group=5, length=700, dtype=dtype), plan, monkeypatch, ties=1)

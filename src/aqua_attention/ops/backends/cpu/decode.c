@@ -5,6 +5,9 @@
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #define TILE 128
 #define MOST_DIMS 256
@@ -100,6 +103,48 @@ static inline Lanes load_bfloat16(const uint16_t *numbers) {
     Halves halves;
     memcpy(&halves, numbers, sizeof(halves));
     return (Lanes)(__builtin_convertvector(halves, Words) << 16);
+}
+
+// Compilers would widen them one by one.
+static inline Lanes load_codes(const int8_t *numbers) {
+    Lanes wide;
+#if defined(__AVX512F__)
+    __m512 all = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)numbers)));
+    memcpy(&wide, &all, sizeof(wide));
+#elif defined(__AVX2__)
+    for (int half = 0; half < 2; half++) {
+        __m128i some = _mm_loadl_epi64((const __m128i *)(numbers + half * LANES / 2));
+        __m256 all = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(some));
+        memcpy((char *)&wide + half * sizeof(all), &all, sizeof(all));
+    }
+#else
+    for (int i = 0; i < LANES; i++) wide[i] = (float)numbers[i];
+#endif
+    return wide;
+}
+static inline HalfLanes halved(Lanes wide) {
+    HalfLanes halves[2];
+    memcpy(halves, &wide, sizeof(wide));
+    return halves[0] + halves[1];
+}
+
+// What the lanes of each sum up to. Compilers would add them one by one.
+static inline FewLanes four_totals(HalfLanes a, HalfLanes b, HalfLanes c, HalfLanes d) {
+    FewLanes totals;
+#ifdef __AVX__
+    __m256 both = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+    __m128 sums = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+    memcpy(&totals, &sums, sizeof(totals));
+#else
+    HalfLanes all[4] = {a, b, c, d};
+    for (int i = 0; i < 4; i++) {
+        FewLanes quarters[2];
+        memcpy(quarters, &all[i], sizeof(all[i]));
+        quarters[0] += quarters[1];
+        totals[i] = (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
+    }
+#endif
+    return totals;
 }
 
 // In halves: compilers add lanes one by one.
