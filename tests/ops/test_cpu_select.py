@@ -246,7 +246,8 @@ def test_another_way_of_choosing_is_not_left_out_in_silence(monkeypatch):
 @compiled
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="these are options for x86")
 @pytest.mark.parametrize("without", ["avx512f", "avx2", "avx"])
-def test_older_processors_choose_the_same(without, no_kernel_loaded, monkeypatch):
+def test_older_processors_choose_the_same(without, no_kernel_loaded, monkeypatch, tmp_path):
+    monkeypatch.setenv("AQUA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(no_kernel_loaded, "FLAGS", (*no_kernel_loaded.FLAGS, f"-mno-{without}"))
     for knobs in ({"select_p": 0.8}, {"select_tokens": 100}, {"select_p": 0.8, "score_bits": 16}):
         for dtype in (torch.float32, torch.bfloat16):

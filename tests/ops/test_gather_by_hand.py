@@ -119,7 +119,7 @@ def test_sequences_are_longer_then_but_for_full_ones_and_rows_of_padding(in_torc
 @pytest.mark.parametrize("held", HELD)
 @pytest.mark.parametrize("where", ["key", "value", "query"])
 def test_a_nan_leaves_other_lists_right(in_torch, where, held):
-    """That of a token that is not listed, too, be it the first, or the one behind a list that ended."""
+    """That of the first token, too, which is not listed."""
     given = problem((4, 2), [200, 150], 64, 64, **HELD[held], select_tokens=1)
     states = {"key": given.cache.keys, "value": given.cache.values}.get(where)
     if held == "codes":

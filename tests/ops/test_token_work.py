@@ -81,3 +81,4 @@ def test_who_attends_to_the_chosen_tokens(batch, widths, options, by_hand):
     sizes = Sizes.of((batch, 8, *widths, 256), 32, 32, like, by_hand=True, **options)
     assert sizes.gather_by_hand == by_hand
     assert not Sizes.of((batch, 8, *widths, 256), 32, 32, like, by_hand=False, **options).gather_by_hand
+    assert not Sizes.of((batch, 8, *widths, 256), 32, 32, like.float(), by_hand=True, **options).gather_by_hand

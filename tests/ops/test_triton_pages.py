@@ -21,6 +21,8 @@ from aqua_attention.ops.pages import PagedCache
 from aqua_attention.ops.select import rotate, select_dimensions
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 from decoding import CODES_EPS, DEVICE, DTYPES, HEADS, PHASES, check
 from decoding import uninitialised_memory_is_nan as uninitialised_memory_is_nan
 from paged import problem
@@ -51,7 +53,6 @@ def few_programs(monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setattr(paged_decode, "sm_count", lambda _: 5)
         monkeypatch.setattr(paged_prepare, "sm_count", lambda _: 4)
-    monkeypatch.setattr(paged_decode, "LEAST_TILES", 2)
 
 
 @settings(max_examples=16 if DEVICE == "cuda" else 6, deadline=None, phases=PHASES)
@@ -132,10 +133,34 @@ def test_kernels_hold_and_give_what_plain_torch_does(bits):
     assert torch.allclose(found, expected, atol=5e-3 if bits else 1e-5)
 
 
+@triton.jit
+def _rooms(counts_ptr, rooms_ptr, programs, HEADS: tl.constexpr, LEAST: tl.constexpr):
+    at = tl.arange(0, 4)
+    each, rooms = paged_decode.rooms_of(tl.load(counts_ptr + at), programs, HEADS, LEAST)
+    tl.store(rooms_ptr + at, rooms)
+    tl.store(rooms_ptr + 4 + at, tl.zeros_like(rooms) + each)
+
+
+@pytest.mark.parametrize(
+    ("counts", "programs", "each", "rooms"),
+    [
+        ([65, 0, 0, 0], 264, 2, [66, 0, 0, 0]),  # a head has 33 programs
+        ([65, 0, 0, 0], 263, 2, [65, 0, 0, 0]),  # one too few
+        ([3, 1, 0, 5], 48, 2, [4, 2, 0, 6]),
+        ([3, 1, 0, 5], 47, 2, [3, 1, 0, 5]),
+        ([1, 1, 1, 0], 100, 1, [1, 1, 1, 0]),  # no sequence has as many tiles as a program should
+        ([100, 7, 0, 0], 8, 107, [100, 7, 0, 0]),
+    ],
+)
+def test_heads_take_whole_programs_where_there_are_enough(counts, programs, each, rooms):
+    found = torch.zeros(8, dtype=torch.int32, device=DEVICE)
+    _rooms[(1,)](torch.tensor(counts, dtype=torch.int32, device=DEVICE), found, programs, HEADS=8, LEAST=2)
+    assert found.tolist() == [*rooms, *[each] * 4]
+
+
 @pytest.mark.parametrize("count", [1, 4, 7, 12])
 @pytest.mark.parametrize("lengths", [[700, 129, 0, 385], [900], [128] * 5])
-def test_heads_share_programs_where_there_are_few_of_these(monkeypatch, lengths, count):
-    """With many, each program has tiles of one head."""
+def test_any_number_of_programs_gives_the_same(monkeypatch, lengths, count):
     options = {"k_ratio": 0.5, "sink": 2, "recent": 70}
     expected = problem((4, 2), lengths, (64, 64, 64), **options, impl="torch").decode("torch")
     monkeypatch.setattr(paged_decode, "sm_count", lambda _: count)

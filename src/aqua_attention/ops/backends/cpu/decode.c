@@ -5,7 +5,7 @@
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX__) || defined(__AVX512F__)
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -147,17 +147,6 @@ static inline FewLanes four_totals(HalfLanes a, HalfLanes b, HalfLanes c, HalfLa
     return totals;
 }
 
-// In halves: compilers add lanes one by one.
-static inline float sum_of(Lanes wide) {
-    HalfLanes halves[2];
-    FewLanes quarters[2];
-    memcpy(halves, &wide, sizeof(wide));
-    halves[0] += halves[1];
-    memcpy(quarters, halves, sizeof(halves[0]));
-    quarters[0] += quarters[1];
-    return (quarters[0][0] + quarters[0][1]) + (quarters[0][2] + quarters[0][3]);
-}
-
 // An online softmax over `count` more scores of each head, which become weights, with zeros up to a multiple of four.
 static inline void soften(int heads, int count, float scores[][TILE], int64_t width, float sums[][MOST_DIMS],
                           float *largest, float *total) {
@@ -199,7 +188,14 @@ static inline void fetch(const void *from, size_t bytes) {
     for (size_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch((const char *)from + byte, 0, 2);
 }
 
+#ifdef __AVX512F__
+#define AT_ONCE 4 // chosen keys that are multiplied together, as many as registers hold
+#else
+#define AT_ONCE 2
+#endif
+
 #include "choose.inc"
+#include "scores.inc"
 
 #define NUMBER float
 #define WIDE same

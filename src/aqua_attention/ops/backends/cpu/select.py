@@ -83,10 +83,30 @@ class FixedArguments:
         step.count, step.sink, step.recent = plan.k if plan.selects else 0, call.sink, call.recent
         step.scaling, step.logit_error = call.scaling, config.logit_error or 0.0
         step.multiply(self.chosen)
+        self._placed: tuple[Tensor, int, int] | None = None
         given.share, given.token_count = config.select_p or 0.0, config.select_tokens or 0
         given.dim_bytes = config.score_bits / 8
         given.code_bytes = 0 if config.score_bits == 16 else SCALE_BYTES
         given.token_bytes, given.whole_bytes = 2 * (kept + width), 2 * (head_dim + width)
+
+    def place(self) -> Tensor:
+        """Give a step the memory that it works in, which must outlive the call."""
+        given, step, placed = self.arguments, self.arguments.step, self._placed
+        if placed is not None and placed[0] is _memory.held and placed[1:] == (given.room, step.parts):
+            return placed[0]
+        heads, tokens = step.rows * step.group, step.rows * given.room
+        parts = heads * step.parts
+        sizes = {"scores": step.group * tokens, "weights": tokens, "tokens": tokens, "tops": parts, "masses": parts}
+        sizes |= dict.fromkeys(("prepared", "scored", "chosen"), step.rows)
+        shared = {"sums": parts * step.value_dims, "largest": parts, "total": parts}
+        held = _memory.of(sum(sizes.values()) + sum(shared.values()))
+        address = held.data_ptr()
+        for owner, names in ((given, sizes), (step, shared)):
+            for name, count in names.items():
+                setattr(owner, name, address)
+                address += count * held.element_size()
+        self._placed = held, given.room, step.parts
+        return held
 
     @staticmethod
     def key_of(call: Call) -> tuple[object, ...]:
@@ -130,7 +150,7 @@ def attend_to_chosen(call: Call, plan: LayerPlan) -> Attended:
     given.read, given.shares = counts.data_ptr(), shares.data_ptr()
     given.seen = given.read + counts[0].nbytes
     step.parts = _parts(step.rows, length)
-    held = _place(given)
+    held = fixed.place()
     fixed.call(fixed.pointer)
     del held  # by name until the call has ended, as all that C was given an address of
     if copy is not None:
@@ -179,27 +199,3 @@ def _room_for_choice(plan: LayerPlan, batch: int, counted: bool) -> Chosen:
         torch.empty((batch, heads, plan.kept), dtype=torch.int8, device="cpu"),
         torch.empty((batch, heads), dtype=torch.int32, device="cpu") if counted else None,
     )
-
-
-def _place(all_: Selecting) -> Tensor:
-    """Give a step the memory that it works in, which must outlive the call."""
-    step, rows = all_.step, all_.step.rows
-    heads, tokens = rows * step.group, rows * all_.room
-    sizes = {
-        "scores": step.group * tokens,
-        "weights": tokens,
-        "tokens": tokens,
-        "tops": heads * step.parts,
-        "masses": heads * step.parts,
-        "prepared": rows,
-        "scored": rows,
-        "chosen": rows,
-    }
-    shared = {"sums": heads * step.parts * step.value_dims, "largest": heads * step.parts, "total": heads * step.parts}
-    held = _memory.of(sum(sizes.values()) + sum(shared.values()))
-    place = held.data_ptr()
-    for owner, names in ((all_, sizes), (step, shared)):
-        for name, count in names.items():
-            setattr(owner, name, place)
-            place += count * held.element_size()
-    return held

@@ -3,7 +3,8 @@
 """AQUA decoding over pages on a GPU: one query token a sequence, reading only the chosen dimensions of most keys.
 
 The tiles of all sequences and heads stand in one row, and each program takes an equal share of it, whatever the lengths
-are. They are read by the programs alone, so that a recorded step serves any lengths.
+are. Where there are programs enough the row has gaps, so that each has tiles of one head. Lengths are read by the
+programs alone, so that a recorded step serves any of them.
 """
 
 import torch
@@ -191,11 +192,7 @@ def _decode_paged(
         first_tiles = tl.maximum(lengths - window, 0) // TILE
     # A sequence without a token has a tile in which nothing is seen: its output is zero.
     counts = tl.where(rows < batch, tl.maximum(tl.cdiv(lengths, TILE) - first_tiles, 1), 0)
-    each = tl.maximum(tl.cdiv(tl.sum(counts, 0) * HEADS, tl.num_programs(0)), tl.minimum(LEAST, tl.max(counts, 0)))
-    # Two heads in one program follow each other. Where there are programs enough, none has the end of one and the
-    # beginning of the next: the row has gaps there.
-    parts = tl.cdiv(counts, each)
-    rooms = tl.where(tl.sum(parts, 0) * HEADS <= tl.num_programs(0), parts * each, counts)
+    each, rooms = rooms_of(counts, tl.num_programs(0), HEADS, LEAST)
     starts = (tl.cumsum(rooms, 0) - rooms) * HEADS
     begin = program * each
     end = tl.minimum(begin + each, tl.sum(rooms, 0) * HEADS)
@@ -249,6 +246,21 @@ def _decode_paged(
                 output_at = output_ptr + place.to(tl.int64) * GROUP * VALUE_DIM
                 results = (partial_ptr + at * VALUE_DIM, lse_ptr + at, output_at, None)
                 merge(results, splits, 0, GROUP, GROUP_PADDED, VALUE_DIM, VALUE_PADDED, MERGED)
+
+
+@triton.jit
+def rooms_of(counts, programs, HEADS: tl.constexpr, LEAST: tl.constexpr):
+    """Tiles of a program, and those that each head of a sequence takes in the row.
+
+    Where there are programs enough a head takes whole programs, and its last one is not full. Else heads follow each
+    other, and a program may have the end of one and the beginning of the next.
+
+    Args:
+        counts: tiles of a head of each sequence; LEAST: of a program, where sequences have so many.
+    """
+    each = tl.maximum(tl.cdiv(tl.sum(counts, 0) * HEADS, programs), tl.minimum(LEAST, tl.max(counts, 0)))
+    parts = tl.cdiv(counts, each)
+    return each, tl.where(tl.sum(parts, 0) * HEADS <= programs, parts * each, counts)
 
 
 @triton.jit

@@ -33,13 +33,13 @@ from aqua_attention.ops.plan import LayerPlan
 
 WARPS, TILES_AT_ONCE, MOST_HEADS = 8, 32, 8
 """Of a program, and how many tiles it looks at together: of each a thread has 16 tokens, of groups of more heads 8."""
-NEGATIVE = tl.constexpr(0xBC00BC00 - 2**32)
-"""Twice -1 in float16, which no token weighs."""
 MOST_REGISTERS = 128
 """Of a thread, so that two programs run at once on a multiprocessor."""
 THRESHOLDS, MET_THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 1, 3, 7, 16
 """Of a turn: of programs that are alone, of those that meet, which shall not often, and of these where they have so few
 tiles that all sums fit into registers."""
+NEGATIVE = tl.constexpr(0xBC00BC00 - 2**32)
+"""Twice -1 in float16, which no token weighs."""
 
 
 def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:

@@ -5,7 +5,7 @@
 Lists differ in length by a factor of thirty, so all stand in one row, of which every program has an equal part; which
 is found from the counts alone. The last program to end a piece of a list merges them.
 
-`token_gather_by_hand` does it where it takes these sizes; a kernel of its own merges then.
+Another kernel does the same where `Sizes` says so: `token_gather_by_hand`. Then a kernel of its own merges.
 """
 
 import torch

@@ -37,9 +37,11 @@ OF_VALUES = gl.constexpr(gl.DistributedLinearLayout([[1], [2], [4]], [[8], [16],
 
 @gluon.constexpr_function
 def output_layout(width, run):
-    """Of the attention of each head, [8, width]: the columns in runs that a lane's sums are of."""
+    """Of the attention of each head, [8, width]: a lane's sums are of runs of columns, of which eight lanes have 64 or
+    128 side by side.
+    """
     in_row = [[0, 1 << bit] for bit in range(run.bit_length() - 1)]
-    in_row += [[0, begin] for begin in (64, 32, 16) if 8 * run <= begin < width]
+    in_row += [[0, 64]] if 8 * run < width else []
     lanes = [[2, 0], [4, 0], [0, run], [0, 2 * run], [0, 4 * run]]
     return gl.DistributedLinearLayout([*in_row, [1, 0]], lanes, [], [], [8, width])
 
@@ -157,7 +159,8 @@ def gather_piece(
     final = cache.tile_count * (TILE // STEP) - 1
     rows = gl.arange(0, STEP, gl.SliceLayout(1, MMA))
     number_of_row = STEP // 8 * (rows % 8) + rows // 8
-    # Read where the list has ended. An empty one names none, and the first token of a sequence is there.
+    # Read where the list has ended, with a weight of zero: if its value is infinite, the sum is NaN. An empty list has
+    # none, and the first token of a sequence is there.
     spare = gl.where(end > 0, gl.load(list_ptr + gl.maximum(end - 1, 0), cache_modifier=".cg"), 0)
     key_tokens, value_tokens = listed(list_ptr, begin, final, end, spare)
     next_key_tokens, next_value_tokens = listed(list_ptr, begin + 1, final, end, spare)

@@ -2,9 +2,9 @@
 # mypy: disable-error-code="no-untyped-def,assignment,misc"
 """Keys and values of 16 bits as what `token_gather_by_hand` multiplies; words are of two numbers.
 
-Every load of a lane is of 16 bytes. Of keys, lanes 4g to 4g + 3 read 64 bytes of a token side by side: dimensions stand
-in another order than in a product, and so do the query's. Of values, eight lanes read 128 bytes of a token side by
-side, and each lane those of four tokens, which are one operand.
+A load of a lane is of 16 bytes, or of 8 in the last piece of some keys. Of keys, lanes 4g to 4g + 3 read 64 bytes of a
+token side by side: dimensions stand in another order than in a product, and so do the query's. Of values, eight lanes
+read 128 bytes of a token side by side, and each lane those of four tokens, which are one operand.
 """
 
 from triton.experimental import gluon

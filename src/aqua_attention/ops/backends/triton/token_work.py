@@ -183,8 +183,9 @@ class Sizes(NamedTuple):
             splits = splits_by_hand(places, tiles, like, SCORE_BY_HAND)
         elif splits is None:
             splits = max(1, min(count * SCORE_PROGRAMS // places, -(-tiles // LEAST_TILES)))
-        gather_by_hand = by_hand and not paged and (is_quantized or places <= GATHER_PLACES) and GATHER_BY_HAND > 0
-        gather_by_hand = gather_by_hand and value_dim in BY_HAND_VALUES and kept % 16 == 0 and kept <= MOST_KEPT
+        fits = like.element_size() == 2 and value_dim in BY_HAND_VALUES and kept % 16 == 0 and kept <= MOST_KEPT
+        pays = (is_quantized or places <= GATHER_PLACES) and GATHER_BY_HAND > 0
+        gather_by_hand = by_hand and not paged and fits and pays
         if programs is None:
             programs = count * (GATHER_BY_HAND if gather_by_hand else GATHER_PROGRAMS)
         return Sizes(*shape, heads, k, splits, chunks, programs, by_hand, gather_by_hand)
