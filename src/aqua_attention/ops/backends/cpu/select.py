@@ -83,7 +83,7 @@ class FixedArguments:
         step.count, step.sink, step.recent = plan.k if plan.selects else 0, call.sink, call.recent
         step.scaling, step.logit_error = call.scaling, config.logit_error or 0.0
         step.multiply(self.chosen)
-        self._placed: tuple[Tensor, int, int] | None = None
+        self._placed: tuple[int, int, int] | None = None
         given.share, given.token_count = config.select_p or 0.0, config.select_tokens or 0
         given.dim_bytes = config.score_bits / 8
         given.code_bytes = 0 if config.score_bits == 16 else SCALE_BYTES
@@ -91,9 +91,9 @@ class FixedArguments:
 
     def place(self) -> Tensor:
         """Give a step the memory that it works in, which must outlive the call."""
-        given, step, placed = self.arguments, self.arguments.step, self._placed
-        if placed is not None and placed[0] is _memory.held and placed[1:] == (given.room, step.parts):
-            return placed[0]
+        given, step, held = self.arguments, self.arguments.step, _memory.held
+        if held is not None and self._placed == (held.data_ptr(), given.room, step.parts):
+            return held
         heads, tokens = step.rows * step.group, step.rows * given.room
         parts = heads * step.parts
         sizes = {"scores": step.group * tokens, "weights": tokens, "tokens": tokens, "tops": parts, "masses": parts}
@@ -105,7 +105,7 @@ class FixedArguments:
             for name, count in names.items():
                 setattr(owner, name, address)
                 address += count * held.element_size()
-        self._placed = held, given.room, step.parts
+        self._placed = held.data_ptr(), given.room, step.parts
         return held
 
     @staticmethod

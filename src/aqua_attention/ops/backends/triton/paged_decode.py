@@ -45,8 +45,9 @@ PROGRAMS, WARPS = 2, 4
 QUANTIZED_PROGRAMS, QUANTIZED_WARPS, QUANTIZED_STAGES = 2, 4, 3
 """The same over codes of 8 bits, and tiles on their way."""
 LEAST_TILES = 2
-"""Tiles of a program at least, where sequences have so many. One sequence of 8,250 tokens takes 25.9 us so, and 29.8
-with 4 (`benchmarks/serve_decode.py --size 1x8250 --capacity 8320 --only 'k_ratio 0.5' --set LEAST_TILES=4`)."""
+"""Tiles of a program at least, where sequences have so many. One sequence of 8,250 tokens took 25.9 us so, and 29.8
+with 4 (`benchmarks/serve_decode.py --size 1x8250 --capacity 8320 --only 'k_ratio 0.5' --set LEAST_TILES=4`), before the
+row had gaps."""
 BY_HAND_ROWS = 64
 """Sequences times heads from which on a kernel with registers placed by hand takes codes of 8 bits."""
 LEAST_BATCH = 64

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, sm_count
-from aqua_attention.ops.backends.triton.token_meeting import MOST_SAID, TURNS, together
+from aqua_attention.ops.backends.triton.token_meeting import MOST_SAID, TURNS, before_this
 from aqua_attention.ops.backends.triton.token_threshold import bits_of, least_weight, two
 from aqua_attention.ops.backends.triton.token_weights import head_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
@@ -148,7 +148,7 @@ def _choose_tokens(
         before = tl.full([], 0, tl.int32)
         if CHUNKS > 1:
             number = _number(held_ptr, part, least, every, TILES)
-            before = together(number, shared, turn, CHUNKS)[1].to(tl.int32)
+            before = before_this(number, shared, turn, CHUNKS).to(tl.int32)
         total = _list(held_ptr, tokens_ptr, part, least, every, before, TILES, ASSEMBLY)
         if chunk == taking_part - 1:
             tl.store(scratch.counts + place, total)

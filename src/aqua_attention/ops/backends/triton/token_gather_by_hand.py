@@ -26,10 +26,8 @@ from aqua_attention.ops.backends.triton.decode_int8_mma import (
     words_layout,
 )
 from aqua_attention.ops.backends.triton.early_by_hand import start_early
-from aqua_attention.ops.backends.triton.token_words_by_hand import load_keys, load_words
-from aqua_attention.ops.backends.triton.token_work import GATHER_STEP
+from aqua_attention.ops.backends.triton.token_words_by_hand import STEP, load_keys, load_words
 
-STEP = gl.constexpr(GATHER_STEP)
 OF_KEYS = gl.constexpr(gl.DistributedLinearLayout([[1], [2]], [[0], [0], [4], [8], [16]], [], [], [32]))
 """Of a list's next tokens: the four whose keys a lane reads; and the eight of which it reads values."""
 OF_VALUES = gl.constexpr(gl.DistributedLinearLayout([[1], [2], [4]], [[8], [16], [0], [0], [0]], [], [], [32]))

@@ -26,18 +26,15 @@ def meet(met_ptr, count):
 
 
 @triton.jit
-def together(number, shared, turn, CHUNKS: tl.constexpr):
-    """The sum of a number of each program of a sequence and head, and that of the programs before this one."""
-    before = number * 0
-    if CHUNKS > 1:
-        met_ptr, said_ptr, chunk, taking_part = shared
-        said_ptr += turn * MOST_SAID * CHUNKS
-        tl.store(said_ptr + chunk, number)
-        meet(met_ptr, (turn + 1) * taking_part)
-        others = tl.arange(0, CHUNKS)
-        numbers = tl.load(said_ptr + others, others < taking_part, 0.0, cache_modifier=".cg")
-        number, before = tl.sum(numbers, 0), tl.sum(tl.where(others < chunk, numbers, 0.0), 0)
-    return number, before
+def before_this(number, shared, turn, CHUNKS: tl.constexpr):
+    """The sum of a number of each program before this one, of a sequence and head that has several."""
+    met_ptr, said_ptr, chunk, taking_part = shared
+    said_ptr += turn * MOST_SAID * CHUNKS
+    tl.store(said_ptr + chunk, number)
+    meet(met_ptr, (turn + 1) * taking_part)
+    others = tl.arange(0, CHUNKS)
+    numbers = tl.load(said_ptr + others, others < taking_part, 0.0, cache_modifier=".cg")
+    return tl.sum(tl.where(others < chunk, numbers, 0.0), 0)
 
 
 @triton.jit

@@ -12,10 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from aqua_attention.ops.backends.triton.decode_int8_mma import HEADS, LEFT, MMA, RIGHT
-from aqua_attention.ops.backends.triton.token_words_by_hand import piece_begin, piece_count, piece_words
-from aqua_attention.ops.backends.triton.token_work import GATHER_STEP
-
-STEP = gl.constexpr(GATHER_STEP)
+from aqua_attention.ops.backends.triton.token_words_by_hand import STEP, piece_begin, piece_count, piece_words
 
 
 @gluon.constexpr_function

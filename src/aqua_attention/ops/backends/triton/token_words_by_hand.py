@@ -9,6 +9,11 @@ multiplied, because each would take a register of its own from a step to the nex
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from aqua_attention.ops.backends.triton.token_work import GATHER_STEP
+
+STEP = gl.constexpr(GATHER_STEP)
+"""Tokens at a time."""
+
 
 @gluon.constexpr_function
 def key_layout(words):
