@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Starting early, for kernels in Gluon: see `token_work.start_early`."""
+"""Starting early, for kernels in Gluon: see `token_arguments.start_early`."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -17,18 +17,11 @@ import triton
 import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, sm_count
+from aqua_attention.ops.backends.triton.token_arguments import ScoredArguments, Sequences, seen_length, start_early
 from aqua_attention.ops.backends.triton.token_meeting import MOST_SAID, TURNS, before_this
 from aqua_attention.ops.backends.triton.token_threshold import bits_of, least_weight, two
 from aqua_attention.ops.backends.triton.token_weights import head_weights, merged_lse
-from aqua_attention.ops.backends.triton.token_work import (
-    CHOOSE_PROGRAMS,
-    LEAST_CHOSEN,
-    ScoredArguments,
-    Sequences,
-    TokenWork,
-    seen_length,
-    start_early,
-)
+from aqua_attention.ops.backends.triton.token_work import CHOOSE_PROGRAMS, LEAST_CHOSEN, TokenWork
 from aqua_attention.ops.plan import LayerPlan
 
 WARPS, TILES_AT_ONCE, MOST_HEADS = 8, 32, 8

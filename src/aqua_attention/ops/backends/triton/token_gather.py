@@ -21,16 +21,15 @@ from aqua_attention.ops.backends.triton.blocks import (
     store_part,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import VALUE_UNIT, decoded
-from aqua_attention.ops.backends.triton.token_weights import query_for_codes
-from aqua_attention.ops.backends.triton.token_work import (
-    GATHER_STEP,
+from aqua_attention.ops.backends.triton.token_arguments import (
     ScoredArguments,
     Sequences,
-    TokenWork,
     first_block,
     start_early,
     token_places,
 )
+from aqua_attention.ops.backends.triton.token_weights import query_for_codes
+from aqua_attention.ops.backends.triton.token_work import GATHER_STEP, TokenWork
 
 WARPS, STAGES, WIDE_STAGES = 4, 5, 3
 """Two stages are one block on its way: the list is read a stage before what it says."""

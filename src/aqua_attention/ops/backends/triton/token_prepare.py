@@ -9,7 +9,8 @@ from torch import Tensor
 from aqua_attention.ops.backends.triton.blocks import on_device_of
 from aqua_attention.ops.backends.triton.choose import choose_dims
 from aqua_attention.ops.backends.triton.prepare import quantized
-from aqua_attention.ops.backends.triton.token_work import ScoredArguments, TokenWork, first_block, start_early
+from aqua_attention.ops.backends.triton.token_arguments import ScoredArguments, first_block, start_early
+from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.backends.triton.turn import load_rotation, load_states, turn, turning
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import FEW_BITS_LARGEST, ScoredCache

@@ -22,17 +22,17 @@ from aqua_attention.ops.backends.triton.blocks import (
     padded,
 )
 from aqua_attention.ops.backends.triton.decode_int8 import decoded
-from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, query_for_codes
-from aqua_attention.ops.backends.triton.token_work import (
+from aqua_attention.ops.backends.triton.token_arguments import (
     ScoredArguments,
     Sequences,
-    TokenWork,
     code_pointers,
     first_block,
     seen_length,
     start_early,
     token_places,
 )
+from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT, query_for_codes
+from aqua_attention.ops.backends.triton.token_work import TokenWork
 
 REGISTERS = 168
 """Of a lane of the kernel that is placed by hand: twelve of its programs share a multiprocessor."""

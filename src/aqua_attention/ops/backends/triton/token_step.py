@@ -8,11 +8,12 @@ from torch import Tensor
 
 from aqua_attention.errors import AquaError
 from aqua_attention.ops.backends.triton.decode import check_window
+from aqua_attention.ops.backends.triton.token_arguments import Sequences
 from aqua_attention.ops.backends.triton.token_choice import choose_tokens
 from aqua_attention.ops.backends.triton.token_gather import attend_to_tokens
 from aqua_attention.ops.backends.triton.token_prepare import prepare_tokens
 from aqua_attention.ops.backends.triton.token_scores import score_tokens
-from aqua_attention.ops.backends.triton.token_work import Sequences, TokenWork
+from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.layout import Chosen, expect
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import ScoredCache

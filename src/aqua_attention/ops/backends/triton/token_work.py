@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""What the kernels that choose tokens are given: a cache, and the memory that they leave their results in.
+"""How many programs choose tokens and attend to them, and the memory that they leave their results in.
 
 All is allocated once. What must be zero at the start of a step is zeroed by a kernel of that step, so that a replayed
 graph finds nothing of the one before.
@@ -13,18 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from aqua_attention.errors import AquaError
-from aqua_attention.ops.backends.triton.blocks import TILE as TOKENS
 from aqua_attention.ops.backends.triton.blocks import VERSION, padded, sm_count, starts_early
 from aqua_attention.ops.backends.triton.decode import BY_HAND_GROUP, BY_HAND_VALUES, splits_by_hand
+from aqua_attention.ops.backends.triton.token_arguments import Sequences
 from aqua_attention.ops.layout import TILE
 from aqua_attention.ops.scored import ScoredCache
-from aqua_attention.ops.scored_pages import COPY_BYTES, PagedSequences
 
-Sequences = ScoredCache | PagedSequences
 SCORE_PROGRAMS, LEAST_TILES = 6, 4
 """Programs that score, for each multiprocessor, two rounds of those that run at once; and tiles of one at least."""
 SCORE_BY_HAND = 24
@@ -38,9 +35,11 @@ MOST_TURNS, MOST_NUMBERS = 16, 8
 that one says each time."""
 GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
-EARLY_TILES = 16384
-"""That all sequences and heads have room for. With more of them kernels wait for each other: early starts took 383 us
-where none took 373 (`benchmarks/select_decode.py --size 32x32768 --share 0.1 --set token_work.EARLY_TILES=100000`)."""
+EARLY_TILES = 4096
+"""That all sequences and heads have room for. With more of them kernels wait for each other: programs that start early
+take room from those that still work. Early starts, and none: 2 x 32k 59 and 61 us, 4 x 32k 93 and 82, 8 x 32k 149 and
+116 (`benchmarks/select_decode.py --share 0.1 --head-shares none --score-bits 4 --size 8x32768`, with
+`--set token_work.EARLY_TILES=100000` and with `=0`)."""
 GATHER_STEP = 32
 """Tokens that the kernel placed by hand attends to at a time."""
 GATHER_BY_HAND, MOST_KEPT = 8, 128
@@ -49,60 +48,6 @@ GATHER_PLACES = 128
 """Sequences times heads up to which these attend to keys and values of 16 bits. With 8, of 32k tokens each, they take
 13 us where the others take 23; with 64, of 128k, 162 and 164; with 256, of 32k, 170 and 164
 (`benchmarks/select_decode.py --share 0.1 --head-shares none --set token_work.GATHER_PLACES=0`, and 100000)."""
-
-
-class ScoredArguments(NamedTuple):
-    """What kernels are given of a `ScoredCache`, or of pages, as one argument. A place is a sequence and head.
-
-    A block is a tile, or the page of one head. Scales of keys are those of the codes where both have 8 bits. Strides
-    count blocks; `key_block` and others are elements from the keys, values, codes and scales of a block to those of the
-    next. The block table is of pages, `table_width` from a row of it to the next.
-    """
-
-    keys: Tensor
-    value_tokens: Tensor  # a tuple of triton's has `values` of its own
-    codes: Tensor
-    scales: Tensor
-    key_scales: Tensor | None
-    value_scales: Tensor | None
-    channel_scale: Tensor
-    channel_mean: Tensor
-    lengths: Tensor
-    block_table: Tensor | None
-    tile_count: int
-    max_length: int
-    table_width: int
-    row_stride: int
-    head_stride: int
-    block_stride: int
-    key_block: int
-    value_block: int
-    code_block: int
-    scale_block: int
-
-    @staticmethod
-    def of(cache: Sequences) -> ScoredArguments:
-        """Those of a cache, whose tensors are never replaced, or of pages."""
-        if isinstance(cache, PagedSequences):
-            return ScoredArguments._of_pages(cache)
-        (_, kv_heads, kept, value_dim, tiles), states = (
-            cache.shape,
-            (cache.keys, cache.values, cache.codes, cache.scales, cache.key_scales, cache.value_scales),
-        )
-        numbers = tiles, cache.max_length, 0, kv_heads * tiles, tiles, 1
-        sizes = kept * TILE, value_dim * TILE, kept * TILE * cache.score_bits // 8, TILE
-        return ScoredArguments(*states, *cache.quantization, cache.lengths, None, *numbers, *sizes)
-
-    @staticmethod
-    def _of_pages(cache: PagedSequences) -> ScoredArguments:
-        pages, table = cache.pages, cache.block_table
-        block, head = pages.storage.stride()[:2]
-        states = pages.keys, pages.values, pages.codes, pages.scales, None, None
-        numbers = cache.tiles, cache.tiles * TILE, table.stride(0), 0, 1, block // head
-        size = head * pages.storage.element_size()
-        return ScoredArguments(
-            *states, *pages.scoring, cache.lengths, table, *numbers, head, head, size, size // COPY_BYTES
-        )
 
 
 class Scratch(NamedTuple):
@@ -321,60 +266,3 @@ def _chunks(places: int, tiles: int, programs: int, most: int) -> int:
     while places * chunks * 2 <= programs and tiles >= chunks * 2 * LEAST_CHOSEN and chunks * 2 <= most:
         chunks *= 2
     return chunks
-
-
-@triton.jit
-def first_block(cache, row, group):
-    """The block at which a sequence and head begins."""
-    return row.to(tl.int64) * cache.row_stride + group.to(tl.int64) * cache.head_stride
-
-
-@triton.jit
-def seen_length(cache, row, APPENDED: tl.constexpr):
-    """Tokens of a sequence, with the one that was just written. Not through the cache of this processor, where what was
-    before may lie.
-    """
-    held = tl.load(cache.lengths + row, cache_modifier=".cg")
-    return tl.where(held < 0, 0, tl.minimum(held + APPENDED, cache.max_length))
-
-
-@triton.jit
-def token_places(cache, row, first, tokens, is_token, BLOCK: tl.constexpr):
-    """The blocks of tokens of a sequence and head, and their places in these; without pages all count from the first.
-
-    Where there is no token it is a page of somebody's, which there is.
-    """
-    if cache.block_table is None:
-        blocks, places = first, tokens
-    else:
-        at = row.to(tl.int64) * cache.table_width + tokens // BLOCK
-        blocks = tl.load(cache.block_table + at, is_token, 0, cache_modifier=".cg").to(tl.int64)
-        blocks, places = first + blocks * cache.block_stride, tokens % BLOCK
-    return blocks, places
-
-
-@triton.jit
-def code_pointers(
-    cache, row, first, tiles, dims, tokens, length, DIM: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr
-):
-    """Where the codes of dimensions of tiles lie; arguments broadcast to one shape. In 4 bits two tokens are one, and
-    there are no pages.
-    """
-    if cache.block_table is None:
-        RUN: tl.constexpr = BLOCK * BITS // 8
-        pointers = cache.codes + (first + tiles * cache.block_stride) * (DIM * RUN) + dims * RUN + tokens
-    else:
-        position = tiles * TOKENS + tokens
-        blocks, places = token_places(cache, row, first, position, position < length, BLOCK)
-        pointers = cache.codes + blocks * cache.code_block + dims * BLOCK + places
-    return pointers
-
-
-@triton.jit
-def start_early(EARLY: tl.constexpr):
-    """Wait for the kernel before this one, and let the next be put on the GPU. A kernel that starts early waits first,
-    so that it finds what any before it has written.
-    """
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
