@@ -38,14 +38,15 @@ def plan_of(kv_heads=2, dim=32, *, seed=0, **knobs):
 
 
 def call_of(plan, *, batch=1, group=3, length=300, value_dim=32, dtype=torch.float32, sharp=3.0, seed=1, **options):
-    """One query of each sequence, with the copy of keys that its cache would have."""
+    """One query of each sequence, watched, with the copy of keys that its cache would have."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads, dim, width = plan.rotation.shape
     query = (sharp * torch.randn(batch, kv_heads * group, 1, dim, generator=generator)).to(dtype)
     key = torch.randn(batch, kv_heads, length, width, generator=generator).to(dtype)
     value = torch.randn(batch, kv_heads, length, value_dim, generator=generator).to(dtype)
     copy = ScoreCopy(plan) if plan.config.score_bits == 8 else None
-    return plan.call(query, key, value, options.pop("mask", None), score_copy=copy, **options)
+    options = {"mask": None, "is_observed": True} | options
+    return plan.call(query, key, value, options.pop("mask"), score_copy=copy, **options)
 
 
 def chosen_plainly(call, plan, monkeypatch):
@@ -140,6 +141,18 @@ def test_padding_is_neither_read_nor_seen(knobs, kind, monkeypatch):
 
 
 @compiled
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 34, 400, 2900])
+@pytest.mark.parametrize("different", [1, 5, 33, 3000])
+def test_any_count_of_weights_of_which_many_are_equal(count, different, monkeypatch):
+    """However many share the bits that are looked at first."""
+    plan = plan_of(1, 16, select_tokens=count, sink=0, recent=0, score_bits=16, k_ratio=1.0)
+    call = call_of(plan, group=2, length=3000, value_dim=16)
+    generator = torch.Generator().manual_seed(count)
+    call.key[:] = call.key[:, :, torch.randint(different, (3000,), generator=generator)]
+    check(call, plan, monkeypatch, ties=2 if different == 3000 else 0)
+
+
+@compiled
 def test_ties_are_read_all(monkeypatch):
     plan = plan_of(1, 16, select_tokens=5, sink=0, recent=0, score_bits=16, k_ratio=1.0)
     call = call_of(plan, group=1, length=40, value_dim=16)
@@ -193,15 +206,16 @@ def test_threads_parts_and_watching_change_nothing():
     call, threads = call_of(plan, length=4000), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = attend(call, plan, "cpu")
+        alone, unseen = (attend(call._replace(is_observed=watched), plan, "cpu") for watched in (True, False))
         torch.set_num_threads(3)
         for _ in range(20):
-            found = attend(call._replace(is_observed=True), plan)
+            found = attend(call, plan)
             torch.testing.assert_close(found.output, alone.output)
             assert torch.equal(found.reading.read, alone.reading.read)
     finally:
         torch.set_num_threads(threads)
-    assert alone.selected is None
+    assert torch.equal(unseen.output, alone.output)
+    assert unseen.selected is None and unseen.reading is None
     selected = attend(call, plan, "reference").selected
     attend(call._replace(query=-call.query.flip(-1)), plan)
     assert torch.equal(found.selected, selected), "the next step writes elsewhere"

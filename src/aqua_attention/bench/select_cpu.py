@@ -60,8 +60,9 @@ def select_way(problem: Problem, config: AquaConfig) -> SelectWay:
     # Named once, so that a setting that C does not take is an error and not a slow row.
     attend(call._replace(score_copy=layer.score_copy), plan, "cpu")
     way.layer.crop(keys.shape[2] - 1)
-    found = way.step()
-    read = _check(found, attend(call, plan, "reference"))
+    key, value = layer.update(*new)
+    asked = call._replace(key=key, value=value, is_observed=True)
+    read = _check(layer.attend(asked, False), attend(call, plan, "reference"))
     way.facts = {"name": "aqua, select", "k_ratio": config.k_ratio, "setting": config.changes, "read": read}
     return way
 

@@ -98,7 +98,7 @@ class FixedArguments:
         parts = heads * step.parts
         sizes = {"scores": step.group * tokens, "weights": tokens, "tokens": tokens, "tops": parts, "masses": parts}
         sizes |= dict.fromkeys(("prepared", "scored", "chosen"), step.rows)
-        shared = {"sums": parts * step.value_dims, "largest": parts, "total": parts}
+        shared = {"sums": parts * step.value_dims, "largest": parts, "total": parts, "rotated": heads * step.dims}
         held = _memory.of(sum(sizes.values()) + sum(shared.values()))
         address = held.data_ptr()
         for owner, names in ((given, sizes), (step, shared)):
@@ -129,7 +129,6 @@ def attend_to_chosen(call: Call, plan: LayerPlan) -> Attended:
     query, key, value = call.query.contiguous(), _by_token(call.key), _by_token(call.value)
     batch, kv_heads, length, kept = key.shape
     step, heads = given.step, query.shape[1]
-    rotated = query.new_empty((batch, heads, 1, kept))
     output = query.new_empty((batch, heads, 1, value.shape[3]))
     counts = torch.empty((2, batch, kv_heads, 1), dtype=torch.int64, device="cpu")
     shares = torch.empty((batch, kv_heads, 1), dtype=torch.float32, device="cpu")
@@ -140,7 +139,7 @@ def attend_to_chosen(call: Call, plan: LayerPlan) -> Attended:
         given.codes, given.code_scales, given.coded = codes.data_ptr(), scales.data_ptr(), copy.length
         given.channel_scale, given.channel_mean = (each.data_ptr() for each in copy.quantization)
         step.tiles_each = codes.shape[2]
-    step.query, step.rotated, step.output = query.data_ptr(), rotated.data_ptr(), output.data_ptr()
+    step.query, step.output = query.data_ptr(), output.data_ptr()
     given.keys, given.values = key.data_ptr(), value.data_ptr()
     given.key_batch, given.key_head = key.stride()[:2]
     given.value_batch, given.value_head = value.stride()[:2]
@@ -156,8 +155,11 @@ def attend_to_chosen(call: Call, plan: LayerPlan) -> Attended:
     if copy is not None:
         copy.length = length
     # The next step writes to the same memory.
-    selected = fixed.chosen.selected(heads) if call.is_observed and plan.selects else None
-    return Attended(output, selected, rotated.shape, Reading(counts[0], counts[1], shares))
+    shape = torch.Size((batch, heads, 1, kept))
+    if not call.is_observed:
+        return Attended(output, None, shape)
+    selected = fixed.chosen.selected(heads) if plan.selects else None
+    return Attended(output, selected, shape, Reading(counts[0], counts[1], shares))
 
 
 def _parts(rows: int, length: int) -> int:
