@@ -515,3 +515,15 @@ def test_a_basis_or_positions_that_cannot_be_are_one_line(aqua, tiny_folder, tex
     code, _, err = aqua("calibrate", tiny_folder, "--data", text_file, *given)
     assert (code, err.strip()) == (2, f"error: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_needs_more_memory_than_there_is_is_one_line(aqua, monkeypatch, tiny_folder, text_file, tmp_path):
+    def full(*_, **__):
+        torch.empty(1 << 55)
+
+    monkeypatch.setattr("aqua_attention.calibration.statistics.LayerStatistics.of", full)
+    arguments = ("calibrate", tiny_folder, "--data", text_file, "--tokens", 256, "--context", 64, "-o", tmp_path / "p")
+    code, _, err = aqua(*arguments)
+    last = err.splitlines()[-1]
+    assert (code, "Traceback" in err) == (1, False)
+    assert last == "error: this needs more memory than there is (144115188075855872 bytes at once): ask for less"

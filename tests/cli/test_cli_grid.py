@@ -366,3 +366,17 @@ def test_mistakes_of_transfer_and_context(aqua, tiny_folder, texts, tmp_path):
         code, _, err = aqua("eval", *arguments)
         assert (code, message in err.replace("\n", " "), "Traceback" in err) == (2, True, False), err
         assert not folder.exists()
+
+
+def test_answers_that_a_stopped_run_leaves_are_said(aqua, grid, tmp_path, monkeypatch):
+    def stopped(folder, *_, **__):
+        (folder / "records").mkdir(parents=True)
+        (folder / "records" / "lines-0.state").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("aqua_attention.evaluate.run.run_jobs", stopped)
+    code, _, err = aqua(*grid)
+    assert (code, err.splitlines()[-1]) == (
+        130,
+        f"stopped: {tmp_path / 'results'} keeps what is done, the same command goes on",
+    )

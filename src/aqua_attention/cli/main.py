@@ -323,9 +323,14 @@ def main() -> None:
             typer.echo(usage_error(error), err=True)
         sys.exit(2)
     except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" not in str(error):
+        is_full = "can't allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and "out of memory" not in str(error) and not is_full:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if is_full:
+            # What torch says on a CPU begins with a place in its source.
+            asked = reason.partition("you tried to allocate ")[2].partition(".")[0]
+            reason = f"this needs more memory than there is ({asked} at once): ask for less"
         typer.echo(f"error: {reason}", err=True)
         sys.exit(1)
     if code:

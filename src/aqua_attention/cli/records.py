@@ -99,7 +99,8 @@ class ResultsFolder(Show):
 
     def _kept(self) -> str:
         """What a stopped run leaves, in words."""
-        if any(self.folder.glob("records/*.json")) or any(self.folder.glob("projections/[!.]*")):
+        kept = ("records/*.json", "records/*.state", "projections/[!.]*")
+        if any(any(self.folder.glob(pattern)) for pattern in kept):
             return f"{self.folder} keeps what is done, the same command goes on"
         return "nothing was kept yet"
 
