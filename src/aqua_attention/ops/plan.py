@@ -84,7 +84,7 @@ class Attended(NamedTuple):
         selected: the dimensions that each query multiplied outside the exact window, boolean, of shape `rotated`; None:
             all of them, or the call was not observed.
         rotated: shape of the rotated queries, [batch, num_attention_heads, queries, kept].
-        reading: how many tokens were read; None: all.
+        reading: how many tokens were read; None: all, or the call was not observed.
     """
 
     output: Tensor

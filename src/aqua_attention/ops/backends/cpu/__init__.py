@@ -6,13 +6,12 @@ It is compiled when it is first used, and needs a C compiler then.
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from aqua_attention.errors import Reason
 from aqua_attention.ops import tokens
 from aqua_attention.ops.backend import FROM_GROWING, Backend
 from aqua_attention.ops.backends.cpu.build import no_kernel_reason
-from aqua_attention.ops.backends.cpu.rotate import MOST_TOKENS, rotate_few
+from aqua_attention.ops.backends.cpu.rotate import rotate_new, why_not_rotate
 from aqua_attention.ops.backends.cpu.step import DTYPES
 from aqua_attention.ops.layout import WIDEST, Chosen, TiledCache
 from aqua_attention.ops.plan import Attended, Call, LayerPlan
@@ -49,19 +48,11 @@ class Cpu(Backend):
 
     def why_not_rotate(self, states: Tensor, rotation: Tensor) -> str | None:
         """See `Backend`."""
-        if states.device.type != "cpu" or states.shape[2] > MOST_TOKENS:
-            return "it rotates the few new states of a step on a CPU"
-        if states.dtype not in DTYPES or rotation.dtype != torch.float32 or max(rotation.shape[1:]) > WIDEST:
-            return "its kernel takes float32 and bfloat16"
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
-            return "neither torch.compile nor who notes torch's operations sees it"
-        if torch.is_grad_enabled() and (states.requires_grad or rotation.requires_grad):
-            return "it has no gradient"
-        return no_kernel_reason()
+        return why_not_rotate(states, rotation)
 
     def rotate(self, states: Tensor, rotation: Tensor) -> Tensor:
         """See `Backend`."""
-        return rotate_few(states, rotation)
+        return rotate_new(states, rotation)
 
     def serves_tiles(self, device: torch.device) -> bool:
         """See `Backend`."""

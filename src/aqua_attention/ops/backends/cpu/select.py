@@ -154,10 +154,10 @@ def attend_to_chosen(call: Call, plan: LayerPlan) -> Attended:
     del held  # by name until the call has ended, as all that C was given an address of
     if copy is not None:
         copy.length = length
-    # The next step writes to the same memory.
     shape = torch.Size((batch, heads, 1, kept))
     if not call.is_observed:
         return Attended(output, None, shape)
+    # The next step writes to the same memory.
     selected = fixed.chosen.selected(heads) if plan.selects else None
     return Attended(output, selected, shape, Reading(counts[0], counts[1], shares))
 
