@@ -121,7 +121,7 @@ def test_everything_read_is_dense(heads, kv_heads, knobs, dtype):
     plan = plan_of(16, kv_heads, k_ratio=0.25, score_bits=4, sink=2, recent=3, **knobs)
     query, key, value = states(plan, batch=2, heads=heads, length=37, dtype=dtype)
     for impl in ("reference", "chunked", "auto"):
-        found = attend(plan.call(query, key, value), plan, impl)
+        found = attend(plan.call(query, key, value)._replace(is_observed=True), plan, impl)
         turned = (query.float() @ plan.rotation.repeat_interleave(heads // kv_heads, 0)).to(dtype)
         dense = attention_reference(turned, key, value, None, scaling=plan.scaling)
         torch.testing.assert_close(found.output, dense)
@@ -165,7 +165,7 @@ def test_attention_is_the_definition(score_bits, queries):
     query, key, value = states(plan, heads=3, length=24, queries=queries)
     expected, counts = by_hand(query[0], key[0, 0], value[0, 0], plan, 3)
     for impl in ("reference", "chunked", "auto"):
-        found = attend(plan.call(query, key, value), plan, impl)
+        found = attend(plan.call(query, key, value)._replace(is_observed=True), plan, impl)
         torch.testing.assert_close(found.output[0], expected)
         assert found.reading.read[0, 0].tolist() == counts
     assert min(counts) < 24 or queries == 1

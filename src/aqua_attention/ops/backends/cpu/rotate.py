@@ -20,6 +20,8 @@ MOST_PRODUCTS = 1 << 19
 
 def why_not_rotate(states: Tensor, rotation: Tensor) -> str | None:
     """Why C does not rotate these states; torch does then, or says what does not fit."""
+    if torch.compiler.is_compiling():  # first: it cannot look into what follows
+        return "torch.compile does not look into it"
     if not kernels.cache_info().currsize:
         return "no kernel is loaded"
     if states.device.type != "cpu" or states.ndim != 4 or states.shape[2] != 1:
@@ -36,7 +38,7 @@ def why_not_rotate(states: Tensor, rotation: Tensor) -> str | None:
 def _is_plain(states: Tensor) -> bool:
     """Whether nobody but the caller asks what becomes of them: no gradient, transform, trace or mode."""
     transformed = torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    watched = torch.compiler.is_compiling() or torch._C._is_tracing() or is_in_torch_dispatch_mode()
+    watched = torch._C._is_tracing() or is_in_torch_dispatch_mode()
     known = type(states) in (Tensor, torch.nn.Parameter) and not states.is_neg()
     return known and not (transformed or watched or (states.requires_grad and torch.is_grad_enabled()))
 
