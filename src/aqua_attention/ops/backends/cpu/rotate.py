@@ -45,12 +45,12 @@ def _is_plain(states: Tensor) -> bool:
 
 def rotate_new(states: Tensor, rotation: Tensor) -> Tensor:
     """`ops.select.rotate` in C, for what `why_not_rotate` does not refuse."""
-    batch, heads, length, wide = states.shape
+    batch, heads, _, wide = states.shape
     kv_heads, _, dims = rotation.shape
-    rotated = states.new_empty((batch, heads, length, dims))
+    rotated = states.new_empty((batch, heads, 1, dims))
     # Held by name until the call has ended.
     states, rotation = states.contiguous(), rotation.contiguous()
-    sizes = batch * kv_heads, kv_heads, heads // kv_heads * length, wide, dims
+    sizes = batch * kv_heads, kv_heads, heads // kv_heads, wide, dims
     _function(states.dtype)(states.data_ptr(), rotation.data_ptr(), rotated.data_ptr(), *sizes)
     return rotated
 
