@@ -84,7 +84,7 @@ def work_for(given, *, splits=2, programs=3, **way):
             tensor.fill_(torch.nan if tensor.is_floating_point() else 77)
     work.rotated.copy_(given.rotated)
     work.dims.copy_(given.dims)
-    work.scratch.met.zero_()  # as the kernel before would
+    work.scratch.step.fill_(1)  # as the kernel before would
     return work
 
 

@@ -27,15 +27,16 @@ def cache_of(length, memory=None, **options):
     ("places", "tiles", "programs"),
     [
         (8, 1, 1),
-        (8, 256, 1),  # registers suffice
-        (256, 256, 1),
-        (8, 257, 32),  # as many as 264 programs have room for
+        (8, 128, 1),  # a short one
+        (64, 256, 1),  # registers suffice, and there are others
+        (8, 256, 16),
+        (8, 1024, 32),  # as many as 264 programs have room for
         (64, 1024, 4),
         (512, 512, 2),  # more than there is room for at once
         (1, 100_000, 64),
     ],
 )
-def test_a_sequence_has_one_program_or_all_that_there_is_room_for(places, tiles, programs):
+def test_few_long_sequences_have_several_programs(places, tiles, programs):
     assert token_work._chunks(places, tiles, 264, 64) == programs
 
 

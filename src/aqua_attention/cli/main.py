@@ -225,9 +225,11 @@ def generate(
     --compare`
     """
     from aqua_attention.attach.apply import Attachment
-    from aqua_attention.evaluate.generation import continue_tokens, encode_prompt
+    from aqua_attention.evaluate.generation import check_new_tokens, check_prompt, continue_tokens, encode_prompt
     from aqua_attention.evaluate.record import provenance
 
+    check_prompt(prompt)
+    check_new_tokens(max_new_tokens)
     learned = load_projections(projections)
     with progress_steps() as step:
         with step("load"):

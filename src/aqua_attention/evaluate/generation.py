@@ -35,12 +35,23 @@ def continue_prompt(
     return continue_tokens(model, tokenizer, encode_prompt(tokenizer, prompt, chat=chat), **options)
 
 
+def check_prompt(prompt: str) -> None:
+    """Raise AquaError for a prompt without words."""
+    if not prompt.strip():
+        raise AquaError("the prompt is empty: give it some words")
+
+
+def check_new_tokens(max_new_tokens: int) -> None:
+    """Raise AquaError where no token is to be written."""
+    if max_new_tokens < 1:
+        raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = True, answer_start: str = ""
 ) -> Tensor:
     """Token ids [1, length] of `prompt`, in the chat template if there is one, and of the answer's first words."""
-    if not prompt.strip():
-        raise AquaError("the prompt is empty: give it some words")
+    check_prompt(prompt)
     if templated := chat and bool(tokenizer.chat_template):
         messages = [{"role": "user", "content": prompt}]
         try:
@@ -66,8 +77,7 @@ def continue_tokens(
 
     AquaError as `generate`; no token to write, prompt and answer longer than the model's positions, NaN.
     """
-    if max_new_tokens < 1:
-        raise AquaError(f"max_new_tokens is {max_new_tokens}: it must be 1 or more")
+    check_new_tokens(max_new_tokens)
     length = token_ids.shape[1]
     check_tokens(model, token_ids, context=length + max_new_tokens)
     options = {"max_new_tokens": max_new_tokens, "output_logits": True, "return_dict_in_generate": True}

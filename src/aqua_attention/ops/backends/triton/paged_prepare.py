@@ -37,7 +37,7 @@ def prepare_paged(
             heads of a token lie together. On a GPU rotation and key_rms are read before the kernel ahead of this one
             has ended: that one must not be what writes them.
         plan: its dimensions are shared by a group, unless each key-value head has one query head.
-        work: of a step that chooses tokens: what is returned lies there, and `met` is zero then.
+        work: of a step that chooses tokens: what is returned lies there, and `step` is its number.
 
     Returns:
         Rotated queries [batch, num_attention_heads, kept], and what `decode_paged` multiplies outside the exact window,
@@ -68,7 +68,7 @@ def prepare_paged(
             PageArguments.of(cache),
             rotated,
             *((None, None) if chosen is None else chosen[:2]),
-            None if work is None else work.scratch.met,
+            None if work is None else work.scratch.step,
             query.stride(0),
             key.stride(0),
             value.stride(0),
@@ -97,7 +97,7 @@ def _prepare_paged(
     rotated_ptr,
     dims_ptr,
     mask_ptr,
-    met_ptr,
+    step_ptr,
     query_stride,
     key_stride,
     value_stride,
@@ -155,11 +155,14 @@ def _prepare_paged(
             turned,
             (there & (member < GROUP))[:, None] & (narrow < KEPT)[None, :],
         )
+    if step_ptr is not None:  # noqa: SIM102 (this is known when compiling, the other is not)
+        if does_query & (group + first == 0):
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
     turned = turned.to(tl.float32)
     for one in tl.static_range(0, TOGETHER):
         row = (first + one).to(tl.int64)
         is_row = row < batch
-        if dims_ptr is not None:  # noqa: SIM102 (this is known when compiling, the other is not)
+        if dims_ptr is not None:  # noqa: SIM102 (as above)
             if does_query & is_row:
                 choose_dims(
                     turned,
@@ -177,9 +180,6 @@ def _prepare_paged(
                     SELECTION,
                     SQUARED,
                 )
-        if met_ptr is not None:  # noqa: SIM102 (as above)
-            if does_query & is_row:
-                tl.store(met_ptr + row * groups + group, 0)
         if does_key & is_row:
             new = tl.sum(tl.where(((number == one) & (member == GROUP))[:, None], turned, 0.0), 0)
             value = tl.load(value_ptr + row * value_stride + group * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)

@@ -18,40 +18,51 @@ import triton.language as tl
 
 from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, sm_count
 from aqua_attention.ops.backends.triton.token_arguments import ScoredArguments, Sequences, seen_length, start_early
-from aqua_attention.ops.backends.triton.token_meeting import MOST_SAID, TURNS, before_this
+from aqua_attention.ops.backends.triton.token_meeting import least_weight_of_all
 from aqua_attention.ops.backends.triton.token_threshold import bits_of, least_weight, two
 from aqua_attention.ops.backends.triton.token_weights import head_weights, merged_lse
-from aqua_attention.ops.backends.triton.token_work import CHOOSE_PROGRAMS, LEAST_CHOSEN, TokenWork
+from aqua_attention.ops.backends.triton.token_work import (
+    CHOOSE_PROGRAMS,
+    LEAST_CHOSEN,
+    MOST_SAID,
+    PARTS,
+    TokenWork,
+)
 from aqua_attention.ops.plan import LayerPlan
 
 WARPS, TILES_AT_ONCE, MOST_HEADS = 8, 32, 8
 """Of a program, and how many tiles it looks at together: of each a thread has 16 tokens, of groups of more heads 8."""
 MOST_REGISTERS = 128
 """Of a thread, so that two programs run at once on a multiprocessor."""
-THRESHOLDS, MET_THRESHOLDS, MANY_THRESHOLDS, FEW_TILES = 1, 3, 7, 16
-"""Of a turn: of programs that are alone, of those that meet, which shall not often, and of these where they have so few
-tiles that all sums fit into registers."""
-NEGATIVE = tl.constexpr(0xBC00BC00 - 2**32)
-"""Twice -1 in float16, which no token weighs."""
+MET_WARPS, FEW_TILES, SUMS = 4, 64, 16
+"""Of programs that meet: warps of those of up to so many tiles; and parts times tiles of which a warp has sums."""
+MOST_LISTED = 128
+"""Tiles that are listed together."""
+SAID = tl.constexpr(MOST_SAID)
+EXACT, ALL, NOWHERE = tl.constexpr(-2.0), tl.constexpr(-3.0), tl.constexpr(-4.0)
+"""What tokens of the exact window are said to weigh; the least weight for which all are read that are there; and what
+those weigh that are not. They are numbers, because they are multiplied by zero."""
+NO_PAIR = tl.constexpr(0xC400C400 - 2**32)
+"""Two of these, in float16."""
 
 
 def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
     """Write the tokens that are read, and how many these are.
 
-    `work.scratch.met` must be zero: what rotates the queries makes it so.
+    `work.scratch.step` must be another number than before: what rotates the queries counts on.
     """
     batch, kv_heads, _, _, tiles = cache.shape
     config = plan.config
     each = -(-tiles // work.chunks)
+    warps = MET_WARPS if work.chunks > 1 and each <= FEW_TILES else WARPS
     # The weights of all heads are on their way together.
-    most = TILES_AT_ONCE if work.group <= MOST_HEADS else TILES_AT_ONCE // 2
+    most = TILES_AT_ONCE * warps // WARPS // (1 if work.group <= MOST_HEADS else 2)
     at_once = min(most, int(triton.next_power_of_2(each)))
-    slices = -(-each // at_once)
     # The more sequences there are, the fewer programs does each need that is short.
     least = LEAST_CHOSEN * -(-work.places * work.chunks // (CHOOSE_PROGRAMS * sm_count(work.rotated)))
-    thresholds = THRESHOLDS
-    if work.chunks > 1:
-        thresholds = MANY_THRESHOLDS if each <= FEW_TILES else MET_THRESHOLDS
+    searched = at_once if work.chunks == 1 else min(at_once, max(1, SUMS * warps // PARTS))
+    room = -(-each // at_once) * at_once
+    listed = min(MOST_LISTED, int(triton.next_power_of_2(each)))
     with on_device_of(work.rotated):
         _choose_tokens[(work.chunks, kv_heads, batch)](
             ScoredArguments.of(cache),
@@ -62,18 +73,20 @@ def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appende
             plan.recent,
             plan.min_length,
             work.splits,
-            min(least, slices * at_once),
+            min(least, room),
             APPENDED=appended,
             GROUP=work.group,
             SPLITS_PADDED=triton.next_power_of_2(work.splits + 1),
             TILES=at_once,
-            SLICES=slices,
+            SEARCHED=searched,
+            SLICES=room // searched,
+            LISTED=listed,
             CHUNKS=work.chunks,
-            COUNT=thresholds,
+            PARTS=PARTS,
             BY_COUNT=config.select_p is None,
             UNIT=1.0 / triton.next_power_of_2(work.group),
             ASSEMBLY=work.rotated.is_cuda,
-            num_warps=WARPS,
+            num_warps=warps,
             maxnreg=MOST_REGISTERS,
             **work.starts_early(),
         )
@@ -94,9 +107,11 @@ def _choose_tokens(
     GROUP: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     TILES: tl.constexpr,
+    SEARCHED: tl.constexpr,
     SLICES: tl.constexpr,
+    LISTED: tl.constexpr,
     CHUNKS: tl.constexpr,
-    COUNT: tl.constexpr,
+    PARTS: tl.constexpr,
     BY_COUNT: tl.constexpr,
     UNIT: tl.constexpr,
     ASSEMBLY: tl.constexpr,
@@ -106,8 +121,8 @@ def _choose_tokens(
 
     Args:
         least_tiles: of a program.
-        TILES: that are looked at together; SLICES: how often. CHUNKS: programs of a sequence and head; COUNT:
-            thresholds of a turn.
+        TILES: that are looked at together; SEARCHED: while the least weight is searched, and SLICES: how often.
+        CHUNKS: programs of a sequence and head; PARTS: of an interval of bits, where these meet.
         UNIT: weights of heads are shares of their softmax; times this all together are 1 at most.
     """
     start_early(EARLY)
@@ -122,7 +137,12 @@ def _choose_tokens(
     if chunk < taking_part:
         begin = chunk * each
         part = (length, begin, tl.minimum(begin + each, tiles), sink, recent)
-        shared = (scratch.met + place, scratch.said + place * TURNS * MOST_SAID * CHUNKS, chunk, taking_part)
+        shared = (
+            tl.load(scratch.step, cache_modifier=".cg"),
+            scratch.said + place * SAID * CHUNKS,
+            chunk,
+            taking_part,
+        )
         lse, window, outside = merged_lse(scratch.part_lse, place, splits, GROUP, SPLITS_PADDED, UNIT)
         every = (length < min_length) | (window != window)
         if BY_COUNT:
@@ -134,22 +154,26 @@ def _choose_tokens(
         held_ptr, tokens_ptr = scratch.together + first * TILE, scratch.tokens + first * TILE
         _keep(scratch, held_ptr, first, part, lse, outside, GROUP, TILES, UNIT)
         tl.debug_barrier()  # the whole program has written before any of it reads
-        held = ()
+        held, pairs = (), tl.arange(0, TILE // 2)[None, :]
         for i in tl.static_range(SLICES):
-            held = held + (_pairs(held_ptr, begin + i * TILES, part, TILES),)  # noqa: RUF005 (no unpacking there)
-        least, turn = least_weight(held, window, share, wanted, shared, CHUNKS, COUNT, BY_COUNT, ASSEMBLY)
+            tile = (begin + i * SEARCHED + tl.arange(0, SEARCHED))[:, None]
+            some = _pairs(held_ptr, tile * (TILE // 2) + pairs, tile < part[2])
+            held = held + (some,)  # noqa: RUF005 (no unpacking there)
         before = tl.full([], 0, tl.int32)
         if CHUNKS > 1:
-            number = _number(held_ptr, part, least, every, TILES)
-            before = before_this(number, shared, turn, CHUNKS).to(tl.int32)
-        total = _list(held_ptr, tokens_ptr, part, least, every, before, TILES, ASSEMBLY)
+            least, before = least_weight_of_all(held, window, share, wanted, shared, CHUNKS, PARTS, BY_COUNT, ASSEMBLY)
+            before = tl.where(every, begin * TILE, before + _exact_before(begin * TILE, length, sink, recent))
+        else:
+            least = least_weight(held, window, share, wanted, BY_COUNT, ASSEMBLY)
+        least = tl.where(every, ALL, least.to(tl.float32)).to(tl.float16)
+        total = _list(held_ptr, tokens_ptr, part, least, before, LISTED, ASSEMBLY)
         if chunk == taking_part - 1:
             tl.store(scratch.counts + place, total)
 
 
 @triton.jit
 def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
-    """Write the weights of the tokens of this program that can be chosen; a negative one for others.
+    """Write the weights of the tokens of this program; `EXACT` for those of the exact window.
 
     The weights of the next tiles are asked for before those of the present ones are added up.
     """
@@ -167,92 +191,99 @@ def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TIL
             even += some_even.to(tl.float32) * unit
             odd += some_odd.to(tl.float32) * unit
         heads, tops = next_heads, next_tops
-        position = _positions(tile, TILES)
-        low, high = sink, length - recent
-        bits = bits_of(tl.where((position >= low) & (position < high), even, -1.0))
-        bits |= bits_of(tl.where((position + 1 >= low) & (position + 1 < high), odd, -1.0)) << 16
+        position = tiles[:, None] * TILE + 2 * pairs
+        bits = _placed(even, position, length, sink, recent) | (_placed(odd, position + 1, length, sink, recent) << 16)
         tl.store(held_ptr + tiles[:, None] * (TILE // 2) + pairs, bits, (tiles < end)[:, None])
 
 
 @triton.jit
-def _pairs(held_ptr, tile, part, TILES: tl.constexpr):
-    """Weights of tiles, int32 [TILES, TILE // 2], each of which holds two: the compiler would give each a register."""
-    tiles = tile + tl.arange(0, TILES)
-    at = tiles[:, None] * (TILE // 2) + tl.arange(0, TILE // 2)[None, :]
-    return tl.load(held_ptr.to(tl.pointer_type(tl.int32)) + at, (tiles < part[2])[:, None], NEGATIVE)
+def _placed(weight, position, length, sink, recent):
+    """Bits in float16 of the weights of tokens, by where these are."""
+    # NaN is in the mass, too, so that all are read.
+    weight = tl.where(weight == weight, weight, 0.0)
+    weight = tl.where((position >= sink) & (position < length - recent), weight, EXACT)
+    return bits_of(tl.where(position < length, weight, NOWHERE))
 
 
 @triton.jit
-def _positions(tile, TILES: tl.constexpr):
-    """Of the even tokens of tiles that are looked at together, [TILES, TILE // 2]."""
-    return (tile + tl.arange(0, TILES))[:, None] * TILE + 2 * tl.arange(0, TILE // 2)[None, :]
+def _pairs(held_ptr, at, there):
+    """Weights of tokens, int32, of which each holds two: the compiler would give each a register."""
+    return tl.load(held_ptr.to(tl.pointer_type(tl.int32)) + at, there, NO_PAIR)
 
 
 @triton.jit
-def _read(pairs, tile, part, least, every, TILES: tl.constexpr):
-    """Which even and odd tokens are read, as 1 and 0."""
-    position = _positions(tile, TILES)
-    even, odd = two(pairs)
-    return _is_read(even, position, part, least, every), _is_read(odd, position + 1, part, least, every)
+def _exact_before(position, length, sink, recent):
+    """How many tokens of the exact window lie before a position."""
+    return tl.minimum(position, sink) + tl.maximum(position - tl.maximum(length - recent, sink), 0)
 
 
 @triton.jit
-def _is_read(weight, position, part, least, every):
-    """Those of the exact window are, and those that weigh so much at least."""
-    length, _begin, end, sink, recent = part
-    exact = (position < sink) | (position >= length - recent)
-    return ((position < tl.minimum(length, end * TILE)) & (exact | (weight >= least) | every)).to(tl.int32)
+def _list(held_ptr, tokens_ptr, part, least, place, TILES: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them.
 
-
-@triton.jit
-def _number(held_ptr, part, least, every, TILES: tl.constexpr):
-    """How many tokens of this program are read, as a number that is said."""
-    found = tl.zeros([TILES, TILE // 2], tl.int32)
-    for tile in range(part[1], part[2], TILES):
-        even, odd = _read(_pairs(held_ptr, tile, part, TILES), tile, part, least, every, TILES)
-        found += even + odd
-    return tl.sum(found).to(tl.float32)
-
-
-@triton.jit
-def _list(held_ptr, tokens_ptr, part, least, every, place, TILES: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them."""
-    pairs = _pairs(held_ptr, part[1], part, TILES)
-    for tile in range(part[1], part[2], TILES):
-        next_pairs = _pairs(held_ptr, tile + TILES, part, TILES)
-        even, odd = _read(pairs, tile, part, least, every, TILES)
-        both = even + odd
-        count = tl.sum(both, 1)
-        at = (place + tl.cumsum(count, 0) - count)[:, None] + tl.cumsum(both, 1) - both
-        position = _positions(tile, TILES)
-        _put(tokens_ptr, at, position, even, ASSEMBLY)
-        _put(tokens_ptr, at + even, position + 1, odd, ASSEMBLY)
+    Each thread has a bit for each of 32 tokens that follow each other, so that it stores no more than are read.
+    """
+    _, begin, end, _sink, _recent = part
+    ROWS: tl.constexpr = TILES * (TILE // 32)
+    pairs = tl.arange(0, 16)[None, :]
+    for tile in range(begin, end, TILES):
+        rows = tile * (TILE // 32) + tl.arange(0, ROWS)
+        held = _pairs(held_ptr, rows[:, None] * 16 + pairs, (rows < end * (TILE // 32))[:, None] & (pairs >= 0))
+        even, odd = two(held)
+        bits = ((even >= least) | (even == EXACT)).to(tl.int32) << (2 * pairs)
+        bits = tl.sum(bits | (((odd >= least) | (odd == EXACT)).to(tl.int32) << (2 * pairs + 1)), 1)
+        count = _ones(bits)
+        at = place + tl.cumsum(count, 0) - count
+        _put(tokens_ptr, at, rows * 32, bits, ASSEMBLY)
         place += tl.sum(count, 0)
-        pairs = next_pairs
     return place
 
 
 @triton.jit
-def _put(pointer, at, numbers, wanted, ASSEMBLY: tl.constexpr):
-    """Store the numbers that are wanted, here and there."""
+def _ones(bits):
+    """How many bits are 1."""
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    return ((bits * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def _put(pointer, at, first, bits, ASSEMBLY: tl.constexpr):
+    """Store numbers from `first` on, those whose bits are 1, one after the other from a place on."""
     if ASSEMBLY:
-        # The compiler would hand all of them to other threads first, through shared memory.
         tl.inline_asm_elementwise(
             """
             {
-            .reg .pred is_wanted;
+            .reg .pred more;
+            .reg .b32 left, number, lowest;
             .reg .b64 address;
-            setp.ne.s32 is_wanted, $4, 0;
+            mov.b32 left, $4;
             mad.wide.s32 address, $2, 4, $1;
-            @is_wanted st.global.b32 [address], $3;
+            setp.ne.b32 more, left, 0;
+            @!more bra DONE;
+            NEXT:
+            brev.b32 lowest, left;
+            bfind.shiftamt.u32 lowest, lowest;
+            add.s32 number, $3, lowest;
+            st.global.b32 [address], number;
+            add.s64 address, address, 4;
+            sub.s32 lowest, left, 1;
+            and.b32 left, left, lowest;
+            setp.ne.b32 more, left, 0;
+            @more bra NEXT;
+            DONE:
             mov.b32 $0, 0;
             }
             """,
             "=r,l,r,r,r",
-            [pointer.to(tl.int64), at, numbers, wanted],
+            [pointer.to(tl.int64), at, first, bits],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
-        tl.store(pointer + at, numbers, wanted > 0)
+        for bit in tl.static_range(32):
+            wanted = (bits >> bit) & 1
+            tl.store(pointer + at, first + bit, wanted > 0)
+            at += wanted

@@ -45,7 +45,7 @@ def prepare_tokens(
             work.rotated,
             work.dims,
             work.mask,
-            work.scratch.met,
+            work.scratch.step,
             COUNT=work.dims.shape[2],
             BITS=cache.score_bits,
             SELECTION=plan.config.selection,
@@ -68,7 +68,7 @@ def _prepare_tokens(
     rotated_ptr,
     dims_ptr,
     mask_ptr,
-    met_ptr,
+    step_ptr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -99,8 +99,9 @@ def _prepare_tokens(
     source = (query_ptr, key_ptr, rotation_ptr, place)
     loaded = (load_states(source, 0, GROUP, ROWS, HEAD_DIM, CHUNK), high, low)
     turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
+    if does_query & (place == 0):
+        tl.store(step_ptr, tl.load(step_ptr) + 1)
     if does_query:
-        tl.store(met_ptr + place, 0)
         tl.store(
             rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
             turned,

@@ -58,7 +58,7 @@ def selected_step(
 def attend_selected(
     cache: Sequences, plan: LayerPlan, work: TokenWork, output: Tensor, *, scaling: float, appended: bool
 ) -> None:
-    """What follows once `work` has rotated queries and dimensions, and zeros in `met`: score, choose, attend."""
+    """What follows once `work` has rotated queries and dimensions, and counts the step: score, choose, attend."""
     score_tokens(cache, work, scaling=scaling, window=(plan.sink, plan.recent), appended=appended)
     choose_tokens(cache, work, plan, appended=appended)
     attend_to_tokens(cache, work, output, scaling=scaling, appended=appended)

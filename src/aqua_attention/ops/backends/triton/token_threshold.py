@@ -10,7 +10,6 @@ says what is above a few thresholds in it.
 import triton
 import triton.language as tl
 
-from aqua_attention.ops.backends.triton.token_meeting import all_together
 from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT
 
 INFINITY = tl.constexpr(0x7C00)
@@ -36,7 +35,7 @@ def bits_of(weight):
 
 
 @triton.jit
-def _counted(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
+def counted(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
     """The sums, pairs of numbers in float16, with one more where a token weighs so much."""
     if ASSEMBLY:
         return tl.inline_asm_elementwise(
@@ -66,7 +65,7 @@ def _counted(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _weighed(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
+def weighed(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
     """The sums, in float32, with the weights of two tokens each, if they weigh so much."""
     if ASSEMBLY:
         # The compiler would keep all weights in float32.
@@ -100,78 +99,52 @@ def _weighed(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
 
 
 @triton.jit
-def _have(held, thresholds, COUNT: tl.constexpr, BY_COUNT: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Mass, or number, of the tokens of this program that weigh as much as each of COUNT thresholds. A number in
-    float16 is exact: a thread adds up less than a thousand tokens in one.
+def _has(held, threshold, BY_COUNT: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Mass, or number, of the tokens of this program that weigh so much. A number in float16 is exact: a thread adds up
+    less than a thousand tokens in one.
     """
-    found = ()
-    for i in tl.static_range(COUNT):
-        if BY_COUNT:
-            sums = tl.zeros_like(held[0])
-            for j in tl.static_range(len(held)):
-                sums = _counted(sums, held[j], thresholds[i], ASSEMBLY)
-            even, odd = two(sums)
-            total = tl.sum(even.to(tl.float32) + odd.to(tl.float32))
-        else:
-            sums = tl.zeros(held[0].shape, tl.float32)
-            for j in tl.static_range(len(held)):
-                sums = _weighed(sums, held[j], thresholds[i], ASSEMBLY)
-            total = tl.sum(sums) / WEIGHT_UNIT
-        found = found + (total,)  # noqa: RUF005
-    return found
+    if BY_COUNT:
+        sums = tl.zeros_like(held[0])
+        for j in tl.static_range(len(held)):
+            sums = counted(sums, held[j], threshold, ASSEMBLY)
+        even, odd = two(sums)
+        return tl.sum(even.to(tl.float32) + odd.to(tl.float32))
+    else:
+        sums = tl.zeros(held[0].shape, tl.float32)
+        for j in tl.static_range(len(held)):
+            sums = weighed(sums, held[j], threshold, ASSEMBLY)
+        return tl.sum(sums) / WEIGHT_UNIT
 
 
 @triton.jit
-def _narrowed(low, high, low_has, bits, has, target):
-    """An interval of bits, and what is above its lower end, once it is known what is above one number in it."""
-    enough = has >= target
-    return tl.where(enough, bits, low), tl.where(enough, high, tl.minimum(high, bits)), tl.where(enough, has, low_has)
-
-
-@triton.jit
-def least_weight(
-    held,
-    window,
-    share,
-    wanted,
-    shared,
-    CHUNKS: tl.constexpr,
-    COUNT: tl.constexpr,
-    BY_COUNT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """The weight from which on tokens are read: a largest for which they have enough; infinity for none. And how often
-    programs have met.
-    """
-    # A fixed number of tokens has none that weighs nothing beside the others: they would be ties, and all be read.
-    nothing = tl.full([], 1 if BY_COUNT else 0, tl.int32)
-    low, high, turn = nothing, nothing + INFINITY, 1
-    first = (low,) + _between(low, high, COUNT)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
-    found = _have(held, first, COUNT + 1, BY_COUNT, ASSEMBLY)
-    found = all_together(found, shared, 0, CHUNKS, COUNT + 1)
-    low_has = window + found[0]
-    target = tl.minimum(low_has, wanted * 1.0) if BY_COUNT else share * low_has
-    for i in tl.static_range(COUNT):
-        low, high, low_has = _narrowed(low, high, low_has, first[i + 1], window + found[i + 1], target)
+def least_weight(held, window, share, wanted, BY_COUNT: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """The weight from which on tokens are read: a largest for which they have enough; infinity for none."""
+    low, high = lightest_of_all(BY_COUNT), tl.full([], INFINITY, tl.int32)
+    low_has = window + _has(held, low, BY_COUNT, ASSEMBLY)
+    target = target_of(low_has, share, wanted, BY_COUNT)
     low = tl.where(window >= target, INFINITY, low)
     # It ends early where without one token from the lower end on there would not be enough.
     while (high - low > 1) & (low_has - _lightest(low, BY_COUNT) >= target):
-        thresholds = _between(low, high, COUNT)
-        has = _have(held, thresholds, COUNT, BY_COUNT, ASSEMBLY)
-        has = all_together(has, shared, turn, CHUNKS, COUNT)
-        for i in tl.static_range(COUNT):
-            low, high, low_has = _narrowed(low, high, low_has, thresholds[i], window + has[i], target)
-        turn += 1
-    return weight_of(low), turn
+        middle = (low + high) // 2
+        has = window + _has(held, middle, BY_COUNT, ASSEMBLY)
+        enough = has >= target
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+        low_has = tl.where(enough, has, low_has)
+    return weight_of(low)
 
 
 @triton.jit
-def _between(low, high, COUNT: tl.constexpr):
-    """COUNT numbers that divide an interval of bits."""
-    found = ()
-    for i in tl.static_range(COUNT):
-        found = found + (low + tl.maximum((i + 1) * (high - low) // (COUNT + 1), 1),)  # noqa: RUF005
-    return found
+def lightest_of_all(BY_COUNT: tl.constexpr):
+    """Bits of the least weight that can be chosen. A fixed number of tokens has none that weighs nothing beside the
+    others: they would be ties, and all be read.
+    """
+    return tl.full([], 1 if BY_COUNT else 0, tl.int32)
+
+
+@triton.jit
+def target_of(has, share, wanted, BY_COUNT: tl.constexpr):
+    """What the tokens that are read must have, given what all have."""
+    return tl.minimum(has, wanted * 1.0) if BY_COUNT else share * has
 
 
 @triton.jit

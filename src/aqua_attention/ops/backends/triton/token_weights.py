@@ -16,24 +16,24 @@ def merged_lse(part_lse_ptr, place, splits, GROUP: tl.constexpr, SPLITS_PADDED: 
     """Log-sum-exp of each head, as a tuple of numbers; the mass of the exact window; and the logarithm of the largest
     share that a head has outside of it.
     """
-    parts = tl.arange(0, SPLITS_PADDED)
-    found, window, outside = (), 0.0, float("-inf")
+    ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
+    heads, parts = tl.arange(0, ROWS), tl.arange(0, SPLITS_PADDED)[None, :]
+    there = (heads < GROUP)[:, None] & (parts <= splits)
+    at = (place * GROUP + heads)[:, None] * (splits + 1) + parts
+    lse = tl.load(part_lse_ptr + at, there, float("-inf"), cache_modifier=".cg")
+    top = tl.max(lse, 1)
+    top = tl.where(top > float("-inf"), top, 0.0)
+    shares = tl.exp2(lse - top[:, None])
+    outside = tl.sum(tl.where(parts < splits, shares, 0.0), 1)
+    exact = tl.sum(tl.where(parts == splits, shares, 0.0), 1)
+    # NaN in any part is in the sum.
+    whole = outside + exact
+    window = tl.sum(tl.where(heads < GROUP, exact / whole, 0.0), 0) * UNIT
+    largest = tl.max(tl.where(heads < GROUP, outside / whole, 0.0), 0)
+    merged, found = top + tl.log2(whole), ()
     for head in tl.static_range(GROUP):
-        lse = tl.load(
-            part_lse_ptr + (place * GROUP + head) * (splits + 1) + parts,
-            parts <= splits,
-            float("-inf"),
-            cache_modifier=".cg",
-        )
-        top = tl.max(lse, 0)
-        top = tl.where(top > float("-inf"), top, 0.0)
-        whole = top + tl.log2(tl.sum(tl.exp2(lse - top), 0))
-        # NaN in any part is in the sum.
-        window += tl.sum(tl.where(parts == splits, tl.exp2(lse - whole), 0.0), 0) * UNIT
-        others = tl.sum(tl.where(parts < splits, tl.exp2(lse - top), 0.0), 0)
-        outside = tl.maximum(outside, top + tl.log2(others) - whole)
-        found = found + (whole,)  # noqa: RUF005 (tuples of kernels cannot be unpacked)
-    return found, window, outside
+        found = found + (tl.sum(tl.where(heads == head, merged, 0.0), 0),)  # noqa: RUF005 (no unpacking in kernels)
+    return found, window, tl.log2(largest)
 
 
 @triton.jit

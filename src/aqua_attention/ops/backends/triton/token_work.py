@@ -2,8 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """How many programs choose tokens and attend to them, and the memory that they leave their results in.
 
-All is allocated once. What must be zero at the start of a step is zeroed by a kernel of that step, so that a replayed
-graph finds nothing of the one before.
+All is allocated once. What one program tells another has the number of its step, so that a replayed graph takes nothing
+of the one before for it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ SCORE_PROGRAMS, LEAST_TILES = 6, 4
 SCORE_BY_HAND = 24
 """Of those placed by hand, for each multiprocessor, that a round is made of. Half of them run at once, and share out
 better so."""
-CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHOSEN, MOST_CHUNKS = 2, 8, 256, 64
+CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHOSEN, MOST_CHUNKS = 2, 16, 256, 64
 """Programs that choose, for each multiprocessor, which then all run at once; tiles of one at least where a sequence and
 head has several, and at most, for its registers; and how many of these programs it has at most, if it needs no more."""
-MOST_TURNS, MOST_NUMBERS = 16, 8
-"""Times that these meet at most: first and last, and each time between quarters what is left of 15 bits; and numbers
-that one says each time."""
+ALONE_PLACES, ALONE_TILES = 64, 128
+"""Sequences times heads from which on, and tiles up to which, one program chooses where its registers suffice."""
+PARTS = 8
+"""Of an interval of bits, into which programs that meet divide it each time. Of 15 bits that makes 5 times."""
+MOST_SAID = 192
+"""Numbers that one of them says in a step: two for each part and time."""
 GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
 EARLY_TILES = 4096
@@ -61,8 +64,8 @@ class Scratch(NamedTuple):
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
         partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of a list.
         arrived: int32 [places], zero: pieces that are done.
-        met: int32 [places], how often programs have met; said: float32 [places, MOST_TURNS,
-            MOST_NUMBERS, chunks]: what.
+        step: int32 [1], the number of this one; said: int64 [places, MOST_SAID, chunks], what programs say in it, see
+            `token_meeting`.
     """
 
     weights: Tensor
@@ -74,7 +77,7 @@ class Scratch(NamedTuple):
     partial: Tensor
     lse: Tensor
     arrived: Tensor
-    met: Tensor
+    step: Tensor
     said: Tensor
 
 
@@ -153,8 +156,8 @@ class Sizes(NamedTuple):
             "partial": (torch.float32, (units, group, value_dim)),
             "lse": (torch.float32, (units, group)),
             "arrived": (torch.int32, (places,)),
-            "met": (torch.int32, (places,)),
-            "said": (torch.float32, (places, MOST_TURNS, MOST_NUMBERS, chunks)),
+            "step": (torch.int32, (1,)),
+            "said": (torch.int64, (places, MOST_SAID, chunks)),
         }
 
 
@@ -255,11 +258,11 @@ class TokenWork:
 
 
 def _chunks(places: int, tiles: int, programs: int, most: int) -> int:
-    """Programs of a sequence and head, a power of 2: one where its registers suffice, because programs that meet wait
-    for each other. Else as many as there is room for.
+    """Programs of a sequence and head, a power of 2: as many as there is room for, where one's registers do not suffice,
+    or few long sequences would leave most of the GPU idle. Else one, because programs that meet wait for each other.
     """
     chunks = int(triton.next_power_of_2(-(-tiles // MOST_CHOSEN)))
-    if chunks == 1:
+    if chunks == 1 and (places >= ALONE_PLACES or tiles <= ALONE_TILES):
         return 1
     # On a GPU of few multiprocessors registers may not suffice.
     chunks = min(chunks, 1 << (most.bit_length() - 1))
