@@ -8,10 +8,11 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def start_early(EARLY: gl.constexpr):
-    """Wait for the kernel before this one, and let the next be put on the GPU."""
+    """Wait for the kernel before this one, and with 2 let the next be put on the GPU."""
     if EARLY:
+        LET_NEXT: gl.constexpr = " griddepcontrol.launch_dependents;" if EARLY == 2 else ""
         gl.inline_asm_elementwise(
-            "griddepcontrol.wait; griddepcontrol.launch_dependents; // dummy $0",
+            "griddepcontrol.wait;" + LET_NEXT + " // dummy $0",
             "=r",
             [],
             dtype=gl.int32,

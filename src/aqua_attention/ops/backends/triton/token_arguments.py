@@ -121,9 +121,10 @@ def code_pointers(
 
 @triton.jit
 def start_early(EARLY: tl.constexpr):
-    """Wait for the kernel before this one, and let the next be put on the GPU. A kernel that starts early waits first,
-    so that it finds what any before it has written.
+    """Wait for the kernel before this one, and with 2 let the next be put on the GPU. A kernel that is launched early
+    waits first, so that it finds what any before it has written.
     """
     if EARLY:
         tl.extra.cuda.gdc_wait()
+    if EARLY == 2:
         tl.extra.cuda.gdc_launch_dependents()

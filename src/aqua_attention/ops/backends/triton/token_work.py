@@ -39,8 +39,8 @@ MOST_SAID = 192
 GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
 EARLY_TILES = 4096
-"""That all sequences and heads have room for. With more of them kernels wait for each other: programs that start early
-take room from those that still work. Early starts, and none: 2 x 32k 59 and 61 us, 4 x 32k 93 and 82, 1 x 128k 99 and
+"""That all sequences and heads have room for. With more of them programs wait for all of the kernel before: those that
+are there early take room from those that still work. Early starts, and none: 2 x 32k 59 and 61 us, 4 x 32k 93 and 82, 1 x 128k 99 and
 92, 8 x 32k 149 and 116 (`benchmarks/select_decode.py --share 0.1 --head-shares none --score-bits 4 --no-dense`, with
 `--size` of each and `--set token_work.EARLY_TILES=100000` or `=0`)."""
 GATHER_STEP = 32
@@ -247,9 +247,13 @@ class TokenWork:
             "BLOCK": cache.block_size,
         }
 
-    def starts_early(self) -> dict[str, bool]:
-        """Options of its kernels, see `EARLY_TILES`."""
-        return starts_early(self.rotated, self.scratch.tops.shape[0] * self.scratch.tops.shape[1] <= EARLY_TILES)
+    def starts_early(self) -> dict[str, int]:
+        """Options of its kernels. All are launched before the one ahead of them has ended, where GPUs can do that. With
+        EARLY 2 they are also put on the GPU then, see `EARLY_TILES`.
+        """
+        options, tops = starts_early(self.rotated), self.scratch.tops
+        is_small = tops.shape[0] * tops.shape[1] <= EARLY_TILES
+        return options | {"EARLY": 1 + is_small if options["EARLY"] else 0}
 
     @property
     def places(self) -> int:
@@ -258,8 +262,8 @@ class TokenWork:
 
 
 def _chunks(places: int, tiles: int, programs: int, most: int) -> int:
-    """Programs of a sequence and head, a power of 2: as many as there is room for, where one's registers do not suffice,
-    or few long sequences would leave most of the GPU idle. Else one, because programs that meet wait for each other.
+    """Programs of a sequence and head, a power of 2: as many as there is room for, where one's registers do not
+    suffice, or few long sequences would leave most of the GPU idle. Else one, because those that meet wait.
     """
     chunks = int(triton.next_power_of_2(-(-tiles // MOST_CHOSEN)))
     if chunks == 1 and (places >= ALONE_PLACES or tiles <= ALONE_TILES):
