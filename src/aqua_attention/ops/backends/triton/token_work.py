@@ -40,9 +40,9 @@ GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
 EARLY_TILES = 4096
 """That all sequences and heads have room for. With more of them programs wait for all of the kernel before: those that
-are there early take room from those that still work. Early starts, and none: 2 x 32k 59 and 61 us, 4 x 32k 93 and 82, 1 x 128k 99 and
-92, 8 x 32k 149 and 116 (`benchmarks/select_decode.py --share 0.1 --head-shares none --score-bits 4 --no-dense`, with
-`--size` of each and `--set token_work.EARLY_TILES=100000` or `=0`)."""
+are there early take room from those that still work. Early starts, and none: 2 x 32k 59 and 61 us, 4 x 32k 93 and 82,
+1 x 128k 99 and 92, 8 x 32k 149 and 116 (`benchmarks/select_decode.py --share 0.1 --head-shares none --score-bits 4
+--no-dense`, with `--size` of each and `--set token_work.EARLY_TILES=100000` or `=0`)."""
 GATHER_STEP = 32
 """Tokens that the kernel placed by hand attends to at a time."""
 GATHER_BY_HAND, MOST_KEPT = 8, 128
