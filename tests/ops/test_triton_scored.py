@@ -204,8 +204,12 @@ def step_problem(batch, heads, dim, value_dim, room, dtype, bits=None, **knobs):
         ({"select_tokens": 9, "score_bits": 4}, 8),
     ],
 )
-def test_whole_steps_rotate_choose_append_and_attend(way, choice, bits):
-    """From nothing, over the end of a tile, to a full cache: what was left in the memory of one step is no other's."""
+@pytest.mark.parametrize("multiprocessors", [1000, 3])
+def test_whole_steps_rotate_choose_append_and_attend(way, choice, bits, multiprocessors, monkeypatch):
+    """From nothing, over the end of a tile, to a full cache: what was left in the memory of one step is no other's.
+    With few multiprocessors a program rotates several sequences.
+    """
+    monkeypatch.setattr("aqua_attention.ops.backends.triton.token_prepare.sm_count", lambda _: multiprocessors)
     plan, states, (cache, plain) = step_problem(3, (4, 2), 32, 48, 130, torch.float32, bits, recent=4, sink=2, **choice)
     work = TokenWork.of(cache, 4, plan.k, splits=2, programs=3, **WAYS[way])
     output = torch.empty(3, 4, 48, device=DEVICE)

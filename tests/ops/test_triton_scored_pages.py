@@ -198,7 +198,7 @@ def test_memory_that_is_not_there_is_said(monkeypatch):
 
     given = problem((4, 2), [30], (16, 16, 16), impl="torch", **config_of({"select_p": 0.5}))
     monkeypatch.setattr("aqua_attention.ops.backends.triton.token_pages.torch.zeros", none)
-    with pytest.raises(AquaError, match=r"choosing tokens works in 0\.2 GiB for 64 sequences of 131072 tokens"):
+    with pytest.raises(AquaError, match=r"choosing tokens works in 0\.1 GiB for 64 sequences of 131072 tokens"):
         api.reserve_pages(given.layer, 4, 16, torch.float32, sequences=64, length=131072)
 
 

@@ -12,7 +12,7 @@ from aqua_attention.ops.backends.triton.choose import choose_dims
 from aqua_attention.ops.backends.triton.paged import PageArguments, page_constants, store_tokens
 from aqua_attention.ops.backends.triton.prepare import FEW_PROGRAMS, WARPS
 from aqua_attention.ops.backends.triton.token_work import TokenWork
-from aqua_attention.ops.backends.triton.turn import load_rotation, turning
+from aqua_attention.ops.backends.triton.turn import load_rotation, turn_several, turning
 from aqua_attention.ops.layout import Chosen
 from aqua_attention.ops.pages import PagedCache, Step
 from aqua_attention.ops.plan import LayerPlan
@@ -135,20 +135,8 @@ def _prepare_paged(
         tl.extra.cuda.gdc_launch_dependents()
     query_at = query_ptr + rows * query_stride + (group * GROUP + member) * HEAD_DIM
     key_at = key_ptr + rows * key_stride + group * HEAD_DIM
-    turned = tl.zeros([ROWS, KEPT_PADDED], tl.float32)
-    for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
-        wide = start + tl.arange(0, CHUNK)
-        inside = (wide < HEAD_DIM)[None, :]
-        states = tl.load(query_at[:, None] + wide[None, :], (there & (member < GROUP))[:, None] & inside, 0.0)
-        keys = tl.load(key_at[:, None] + wide[None, :], (there & (member == GROUP))[:, None] & inside, 0.0)
-        states = tl.where((member == GROUP)[:, None], keys, states)
-        if start > 0:
-            high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
-        if dtype == tl.float32:
-            turned = tl.dot(states, high, turned, input_precision="ieee")
-        else:
-            turned = tl.dot(states, low, tl.dot(states, high, turned))
-    turned = turned.to(dtype)
+    states = (query_at, key_at, there & (member < GROUP), there & (member == GROUP))
+    turned = turn_several(states, rotation_ptr, (high, low), HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
     if does_query:
         tl.store(
             rotated_ptr + ((rows * groups + group) * GROUP + member)[:, None] * KEPT + narrow[None, :],

@@ -2,9 +2,9 @@
 # mypy: disable-error-code="no-untyped-def,assignment"
 """Choosing tokens from their weights without sorting them: `ops.tokens.choose_tokens` for one query a sequence.
 
-A program adds up the weights of a group's heads, and writes them in float16. Then it has all of them in registers, and
-looks again and again what is above a few thresholds, which divide an interval. Numbers of 0 or more are in the order of
-their bits, so 15 bits are halved until one is left. Then it lists the tokens that are read.
+A program adds up the weights of a group's heads, and keeps them in registers, in float16. It looks again and again what
+is above a threshold, which divides an interval. Numbers of 0 or more are in the order of their bits, so 15 bits are
+halved until one is left. Then it lists the tokens that are read.
 
 Several programs of a sequence and head wait for each other: each says what it has above the thresholds, and all add
 that up in the same order. There are several where a sequence is longer than registers take, and then as many as the GPU
@@ -19,7 +19,7 @@ import triton.language as tl
 from aqua_attention.ops.backends.triton.blocks import TILE, on_device_of, sm_count
 from aqua_attention.ops.backends.triton.token_arguments import ScoredArguments, Sequences, seen_length, start_early
 from aqua_attention.ops.backends.triton.token_meeting import least_weight_of_all
-from aqua_attention.ops.backends.triton.token_threshold import bits_of, least_weight, two
+from aqua_attention.ops.backends.triton.token_threshold import bits_of, least_weight, reach, two
 from aqua_attention.ops.backends.triton.token_weights import head_weights, merged_lse
 from aqua_attention.ops.backends.triton.token_work import (
     CHOOSE_PROGRAMS,
@@ -30,20 +30,18 @@ from aqua_attention.ops.backends.triton.token_work import (
 )
 from aqua_attention.ops.plan import LayerPlan
 
-WARPS, TILES_AT_ONCE, MOST_HEADS = 8, 32, 8
+WARPS, TILES_AT_ONCE, MOST_HEADS = 8, 16, 8
 """Of a program, and how many tiles it looks at together: of each a thread has 16 tokens, of groups of more heads 8."""
 MOST_REGISTERS = 128
 """Of a thread, so that two programs run at once on a multiprocessor."""
 MET_WARPS, FEW_TILES, SUMS = 4, 64, 16
 """Of programs that meet: warps of those of up to so many tiles; and parts times tiles of which a warp has sums."""
-MOST_LISTED = 128
-"""Tiles that are listed together."""
+WORDS, MOST_LISTED = tl.constexpr(TILE // 32), 1024
+"""Of a tile, with a bit for each token; and how many of them are listed together."""
 SAID = tl.constexpr(MOST_SAID)
 EXACT, ALL, NOWHERE = tl.constexpr(-2.0), tl.constexpr(-3.0), tl.constexpr(-4.0)
 """What tokens of the exact window are said to weigh; the least weight for which all are read that are there; and what
 those weigh that are not. They are numbers, because they are multiplied by zero."""
-NO_PAIR = tl.constexpr(0xC400C400 - 2**32)
-"""Two of these, in float16."""
 
 
 def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
@@ -56,13 +54,13 @@ def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appende
     each = -(-tiles // work.chunks)
     warps = MET_WARPS if work.chunks > 1 and each <= FEW_TILES else WARPS
     # The weights of all heads are on their way together.
-    most = TILES_AT_ONCE * warps // WARPS // (1 if work.group <= MOST_HEADS else 2)
+    most = TILES_AT_ONCE // (1 if work.group <= MOST_HEADS else 2)
+    if work.chunks > 1:
+        most = max(1, min(most, SUMS * warps // PARTS))
     at_once = min(most, int(triton.next_power_of_2(each)))
     # The more sequences there are, the fewer programs does each need that is short.
     least = LEAST_CHOSEN * -(-work.places * work.chunks // (CHOOSE_PROGRAMS * sm_count(work.rotated)))
-    searched = at_once if work.chunks == 1 else min(at_once, max(1, SUMS * warps // PARTS))
-    room = -(-each // at_once) * at_once
-    listed = min(MOST_LISTED, int(triton.next_power_of_2(each)))
+    slices = -(-each // at_once)
     with on_device_of(work.rotated):
         _choose_tokens[(work.chunks, kv_heads, batch)](
             ScoredArguments.of(cache),
@@ -73,14 +71,13 @@ def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appende
             plan.recent,
             plan.min_length,
             work.splits,
-            min(least, room),
+            min(least, slices * at_once),
             APPENDED=appended,
             GROUP=work.group,
             SPLITS_PADDED=triton.next_power_of_2(work.splits + 1),
             TILES=at_once,
-            SEARCHED=searched,
-            SLICES=room // searched,
-            LISTED=listed,
+            SLICES=slices,
+            LISTED=min(MOST_LISTED, int(triton.next_power_of_2(each)) * WORDS.value),
             CHUNKS=work.chunks,
             PARTS=PARTS,
             BY_COUNT=config.select_p is None,
@@ -107,7 +104,6 @@ def _choose_tokens(
     GROUP: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     TILES: tl.constexpr,
-    SEARCHED: tl.constexpr,
     SLICES: tl.constexpr,
     LISTED: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -121,7 +117,7 @@ def _choose_tokens(
 
     Args:
         least_tiles: of a program.
-        TILES: that are looked at together; SEARCHED: while the least weight is searched, and SLICES: how often.
+        TILES: that are looked at together; SLICES: how often. LISTED: words of bits that are listed together.
         CHUNKS: programs of a sequence and head; PARTS: of an interval of bits, where these meet.
         UNIT: weights of heads are shares of their softmax; times this all together are 1 at most.
     """
@@ -150,14 +146,9 @@ def _choose_tokens(
             window, outside = 0.0, tl.where(outside > float("-inf"), outside, 0.0)
         else:
             every, outside = every | (share >= 1.0), 0.0
-        first = place * cache.tile_count
-        held_ptr, tokens_ptr = scratch.together + first * TILE, scratch.tokens + first * TILE
-        _keep(scratch, held_ptr, first, part, lse, outside, GROUP, TILES, UNIT)
-        tl.debug_barrier()  # the whole program has written before any of it reads
-        held, pairs = (), tl.arange(0, TILE // 2)[None, :]
+        first, held = place * cache.tile_count, ()
         for i in tl.static_range(SLICES):
-            tile = (begin + i * SEARCHED + tl.arange(0, SEARCHED))[:, None]
-            some = _pairs(held_ptr, tile * (TILE // 2) + pairs, tile < part[2])
+            some = _of_all_heads(scratch, first, begin + i * TILES, part, lse, outside, GROUP, TILES, UNIT)
             held = held + (some,)  # noqa: RUF005 (no unpacking there)
         before = tl.full([], 0, tl.int32)
         if CHUNKS > 1:
@@ -165,50 +156,53 @@ def _choose_tokens(
             before = tl.where(every, begin * TILE, before + _exact_before(begin * TILE, length, sink, recent))
         else:
             least = least_weight(held, window, share, wanted, BY_COUNT, ASSEMBLY)
-        least = tl.where(every, ALL, least.to(tl.float32)).to(tl.float16)
-        total = _list(held_ptr, tokens_ptr, part, least, before, LISTED, ASSEMBLY)
+        least = bits_of(tl.where(every, ALL, least.to(tl.float32)))
+        words_ptr, tokens_ptr = scratch.words + first * WORDS, scratch.tokens + first * TILE
+        for i in tl.static_range(SLICES):
+            rows = (begin + i * TILES) * WORDS + tl.arange(0, TILES * WORDS)
+            tl.store(words_ptr + rows, _read(held[i], least, ASSEMBLY), rows < part[2] * WORDS)
+        tl.debug_barrier()  # the whole program has written before any of it reads
+        total = _list(words_ptr, tokens_ptr, part, before, LISTED, ASSEMBLY)
         if chunk == taking_part - 1:
             tl.store(scratch.counts + place, total)
 
 
 @triton.jit
-def _keep(scratch, held_ptr, first, part, lse, outside, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr):
-    """Write the weights of the tokens of this program; `EXACT` for those of the exact window.
-
-    The weights of the next tiles are asked for before those of the present ones are added up.
+def _of_all_heads(
+    scratch, first, tile, part, lse, outside, GROUP: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr
+):
+    """Weights of the tokens of some tiles, int32 [TILES, TILE // 2], of which each holds two: the compiler would give
+    each a register.
     """
-    length, begin, end, sink, recent = part
-    held_ptr = held_ptr.to(tl.pointer_type(tl.int32))
-    pairs = tl.arange(0, TILE // 2)[None, :]
-    heads, tops = head_weights(scratch, first, begin, end, GROUP, TILES)
-    for tile in range(begin, end, TILES):
-        tiles = tile + tl.arange(0, TILES)
-        next_heads, next_tops = head_weights(scratch, first, tile + TILES, end, GROUP, TILES)
-        even, odd = tl.zeros([TILES, TILE // 2], tl.float32), tl.zeros([TILES, TILE // 2], tl.float32)
-        for head in tl.static_range(GROUP):
-            unit = (tl.exp2(tops[head] - lse[head] - outside) * UNIT)[:, None]
-            some_even, some_odd = two(heads[head])
-            even += some_even.to(tl.float32) * unit
-            odd += some_odd.to(tl.float32) * unit
-        heads, tops = next_heads, next_tops
-        position = tiles[:, None] * TILE + 2 * pairs
-        bits = _placed(even, position, length, sink, recent) | (_placed(odd, position + 1, length, sink, recent) << 16)
-        tl.store(held_ptr + tiles[:, None] * (TILE // 2) + pairs, bits, (tiles < end)[:, None])
+    length, _begin, end, sink, recent = part
+    heads, tops = head_weights(scratch, first, tile, end, GROUP, TILES)
+    even, odd = tl.zeros([TILES, TILE // 2], tl.float32), tl.zeros([TILES, TILE // 2], tl.float32)
+    for head in tl.static_range(GROUP):
+        unit = (tl.exp2(tops[head] - lse[head] - outside) * UNIT)[:, None]
+        some_even, some_odd = two(heads[head])
+        even += some_even.to(tl.float32) * unit
+        odd += some_odd.to(tl.float32) * unit
+    position = (tile + tl.arange(0, TILES))[:, None] * TILE + 2 * tl.arange(0, TILE // 2)[None, :]
+    places = (tl.minimum(length, end * TILE), sink, length - recent)
+    return _placed(even, position, places) | (_placed(odd, position + 1, places) << 16)
 
 
 @triton.jit
-def _placed(weight, position, length, sink, recent):
+def _placed(weight, position, places):
     """Bits in float16 of the weights of tokens, by where these are."""
+    end, sink, recent = places
     # NaN is in the mass, too, so that all are read.
     weight = tl.where(weight == weight, weight, 0.0)
-    weight = tl.where((position >= sink) & (position < length - recent), weight, EXACT)
-    return bits_of(tl.where(position < length, weight, NOWHERE))
+    weight = tl.where((position >= sink) & (position < recent), weight, EXACT)
+    return bits_of(tl.where(position < end, weight, NOWHERE))
 
 
 @triton.jit
-def _pairs(held_ptr, at, there):
-    """Weights of tokens, int32, of which each holds two: the compiler would give each a register."""
-    return tl.load(held_ptr.to(tl.pointer_type(tl.int32)) + at, there, NO_PAIR)
+def _read(pairs, least, ASSEMBLY: tl.constexpr):
+    """Which tokens weigh so much, a bit for each. Of 32 that follow each other first the even ones, then the others."""
+    places = tl.arange(0, TILE // 2)[None, :] % 16
+    bits = reach(pairs, least, ASSEMBLY) << places
+    return tl.sum(tl.reshape(bits, [bits.numel // 16, 16]), 1)
 
 
 @triton.jit
@@ -218,25 +212,41 @@ def _exact_before(position, length, sink, recent):
 
 
 @triton.jit
-def _list(held_ptr, tokens_ptr, part, least, place, TILES: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _list(words_ptr, tokens_ptr, part, place, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them.
 
-    Each thread has a bit for each of 32 tokens that follow each other, so that it stores no more than are read.
+    Each thread stores no more than are read: it has the bits of tokens that follow each other.
     """
-    _, begin, end, _sink, _recent = part
-    ROWS: tl.constexpr = TILES * (TILE // 32)
-    pairs = tl.arange(0, 16)[None, :]
-    for tile in range(begin, end, TILES):
-        rows = tile * (TILE // 32) + tl.arange(0, ROWS)
-        held = _pairs(held_ptr, rows[:, None] * 16 + pairs, (rows < end * (TILE // 32))[:, None] & (pairs >= 0))
-        even, odd = two(held)
-        bits = ((even >= least) | (even == EXACT)).to(tl.int32) << (2 * pairs)
-        bits = tl.sum(bits | (((odd >= least) | (odd == EXACT)).to(tl.int32) << (2 * pairs + 1)), 1)
+    length, begin, end, sink, recent = part
+    for row in range(begin * WORDS, end * WORDS, ROWS):
+        rows = row + tl.arange(0, ROWS)
+        there = rows < end * WORDS
+        bits = tl.load(words_ptr + rows, there, 0)
+        bits = _spread(bits & 0xFFFF) | (_spread((bits >> 16) & 0xFFFF) << 1)
+        exact = _below(length - rows * 32) & (_below(sink - rows * 32) | ~_below(length - recent - rows * 32))
+        bits = tl.where(there, bits | exact, 0)
         count = _ones(bits)
         at = place + tl.cumsum(count, 0) - count
         _put(tokens_ptr, at, rows * 32, bits, ASSEMBLY)
         place += tl.sum(count, 0)
     return place
+
+
+@triton.jit
+def _spread(bits):
+    """16 bits with a zero behind each."""
+    bits = (bits | (bits << 8)) & 0x00FF00FF
+    bits = (bits | (bits << 4)) & 0x0F0F0F0F
+    bits = (bits | (bits << 2)) & 0x33333333
+    return (bits | (bits << 1)) & 0x55555555
+
+
+@triton.jit
+def _below(count):
+    """So many ones from the lowest bit on: none to 32."""
+    ones = tl.zeros_like(count) + 1
+    some = (ones << tl.minimum(tl.maximum(count, 0), 31)) - 1
+    return tl.where(count >= 32, -1, some)
 
 
 @triton.jit

@@ -6,12 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aqua_attention.ops.backends.triton.blocks import on_device_of
+from aqua_attention.ops.backends.triton.blocks import LEAST_SIZE, on_device_of, sm_count
 from aqua_attention.ops.backends.triton.choose import choose_dims
 from aqua_attention.ops.backends.triton.prepare import quantized
 from aqua_attention.ops.backends.triton.token_arguments import ScoredArguments, first_block, start_early
 from aqua_attention.ops.backends.triton.token_work import TokenWork
-from aqua_attention.ops.backends.triton.turn import load_rotation, load_states, turn, turning
+from aqua_attention.ops.backends.triton.turn import load_rotation, turn_several, turning
 from aqua_attention.ops.plan import LayerPlan
 from aqua_attention.ops.scored import FEW_BITS_LARGEST, ScoredCache
 
@@ -30,12 +30,14 @@ def prepare_tokens(
             likewise.
     """
     batch, kv_heads, kept, _, _ = cache.shape
-    # A second program for the key and the value, where there are multiprocessors for it.
+    # A second program for the key and the value, where there are multiprocessors for it. Where there are too few for
+    # all sequences, a program takes several: it is the rotation that takes time to read.
     halves = 2 if work.places <= FEW_PROGRAMS else 1
+    together = max(1, min(LEAST_SIZE // (work.group + 1), triton.cdiv(work.places, sm_count(query))))
     constants = work.constants(cache)
     constants.pop("ROWS")
     with on_device_of(query):
-        _prepare_tokens[(kv_heads, batch, halves)](
+        _prepare_tokens[(kv_heads, triton.cdiv(batch, together), halves)](
             query,
             key,
             value,
@@ -46,6 +48,8 @@ def prepare_tokens(
             work.dims,
             work.mask,
             work.scratch.step,
+            batch,
+            TOGETHER=together,
             COUNT=work.dims.shape[2],
             BITS=cache.score_bits,
             SELECTION=plan.config.selection,
@@ -69,6 +73,8 @@ def _prepare_tokens(
     dims_ptr,
     mask_ptr,
     step_ptr,
+    batch,
+    TOGETHER: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -85,33 +91,82 @@ def _prepare_tokens(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    group, row = tl.program_id(0), tl.program_id(1)
-    place = (row * tl.num_programs(0) + group).to(tl.int64)
+    group, groups, first = tl.program_id(0), tl.num_programs(0), tl.program_id(1) * TOGETHER
     does_query, does_key = tl.program_id(2) == 0, tl.program_id(2) == tl.num_programs(2) - 1
-    heads, narrow, columns = tl.arange(0, ROWS), tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
-    inside, column = heads < GROUP, narrow < KEPT
+    # The query heads of a sequence and its key, then those of the next.
+    number, member = tl.arange(0, ROWS) // (GROUP + 1), tl.arange(0, ROWS) % (GROUP + 1)
+    places = (first + number).to(tl.int64) * groups + group
+    there = (number < TOGETHER) & (first + number < batch)
+    narrow = tl.arange(0, KEPT_PADDED)
+    column = narrow < KEPT
     rms = tl.load(rms_ptr + group * KEPT + narrow, column, 0.0)
     rotation_ptr += group * HEAD_DIM * KEPT
-    high, low = load_rotation(rotation_ptr, 0, rotated_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+    loaded = load_rotation(rotation_ptr, 0, rotated_ptr.dtype.element_ty, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
     # What computes the query ends here; a rotation is older.
     start_early(EARLY)
-    position = tl.load(cache.lengths + row, cache_modifier=".cg")
-    source = (query_ptr, key_ptr, rotation_ptr, place)
-    loaded = (load_states(source, 0, GROUP, ROWS, HEAD_DIM, CHUNK), high, low)
-    turned = turn(source, loaded, GROUP, ROWS, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
-    if does_query & (place == 0):
-        tl.store(step_ptr, tl.load(step_ptr) + 1)
+    states = (
+        query_ptr + (places * GROUP + member) * HEAD_DIM,
+        key_ptr + places * HEAD_DIM,
+        there & (member < GROUP),
+        there & (member == GROUP),
+    )
+    turned = turn_several(states, rotation_ptr, loaded, HEAD_DIM, HEAD_DIM_PADDED, CHUNK, KEPT, KEPT_PADDED)
     if does_query:
         tl.store(
-            rotated_ptr + (place * GROUP + heads[:, None]) * KEPT + narrow[None, :],
+            rotated_ptr + (places * GROUP + member)[:, None] * KEPT + narrow[None, :],
             turned,
-            inside[:, None] & column[None, :],
+            states[2][:, None] & column[None, :],
         )
+        if group + first == 0:
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
     turned = turned.to(tl.float32)
-    if does_key & (position >= 0) & (position < cache.max_length):
-        new = tl.sum(tl.where((heads == GROUP)[:, None], turned, 0.0), 0)
+    for one in tl.static_range(0, TOGETHER):
+        row = first + one
+        if row < batch:
+            if does_key:
+                new = tl.sum(tl.where(((number == one) & (member == GROUP))[:, None], turned, 0.0), 0)
+                _append(new, value_ptr, cache, row, group, KEPT, KEPT_PADDED, VALUE_DIM, VALUE_PADDED, BITS, BLOCK)
+            if does_query:
+                choose_dims(
+                    turned,
+                    (number == one) & (member < GROUP),
+                    rms,
+                    (dims_ptr, mask_ptr, None),
+                    row * groups + group,
+                    0.0,
+                    1.0,
+                    KEPT,
+                    KEPT_PADDED,
+                    COUNT,
+                    COUNT,
+                    False,
+                    SELECTION,
+                    SQUARED,
+                )
+
+
+@triton.jit
+def _append(
+    new,
+    value_ptr,
+    cache,
+    row,
+    group,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write a sequence's new key and value behind its tokens, if there is room."""
+    narrow, columns = tl.arange(0, KEPT_PADDED), tl.arange(0, VALUE_PADDED)
+    column = narrow < KEPT
+    position = tl.load(cache.lengths + row, cache_modifier=".cg")
+    if (position >= 0) & (position < cache.max_length):
         block = first_block(cache, row, group) + position // BLOCK * cache.block_stride
         at = block * BLOCK + position % BLOCK
+        place = (row * tl.num_programs(0) + group).to(tl.int64)
         value = tl.load(value_ptr + place * VALUE_DIM + columns, columns < VALUE_DIM, 0.0)
         mean = tl.load(cache.channel_mean + group * KEPT + narrow, column, 0.0)
         unit = tl.load(cache.channel_scale + group * KEPT + narrow, column, 1.0)
@@ -137,23 +192,6 @@ def _prepare_tokens(
         else:
             tl.store(cache.keys + at * KEPT + narrow, new.to(cache.keys.dtype.element_ty), column)
             tl.store(cache.value_tokens + at * VALUE_DIM + columns, value, columns < VALUE_DIM)
-    if does_query:
-        choose_dims(
-            turned,
-            inside,
-            rms,
-            (dims_ptr, mask_ptr, None),
-            place,
-            0.0,
-            1.0,
-            KEPT,
-            KEPT_PADDED,
-            COUNT,
-            COUNT,
-            False,
-            SELECTION,
-            SQUARED,
-        )
 
 
 @triton.jit

@@ -60,7 +60,7 @@ class Scratch(NamedTuple):
         weights: float16 [places, tiles, G, TILE], 2**15 times the weight where the largest of the tile is 1.
         tops: float32 [places, tiles, G], the largest score of a tile.
         part_lse: float32 [places, G, splits + 1], log-sum-exp of the tokens of a program; the last: the exact window.
-        together: float16 [places, tiles * TILE], weights of all heads together, see `token_choice`.
+        words: int32 [places, tiles * TILE // 32], a bit for each token that weighs enough, see `token_choice`.
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
         partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of a list.
         arrived: int32 [places], zero: pieces that are done.
@@ -71,7 +71,7 @@ class Scratch(NamedTuple):
     weights: Tensor
     tops: Tensor
     part_lse: Tensor
-    together: Tensor
+    words: Tensor
     tokens: Tensor
     counts: Tensor
     partial: Tensor
@@ -150,7 +150,7 @@ class Sizes(NamedTuple):
             "weights": (torch.float16, (places, tiles, group, TILE)),
             "tops": (torch.float32, (places, tiles, group)),
             "part_lse": (torch.float32, (places, group, splits + 1)),
-            "together": (torch.float16, (places, tiles * TILE)),
+            "words": (torch.int32, (places, tiles * TILE // 32)),
             "tokens": (torch.int32, (places, tiles * TILE)),
             "counts": (torch.int32, (places,)),
             "partial": (torch.float32, (units, group, value_dim)),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: disable-error-code="no-untyped-def"
-"""Rotating the query heads of a group, and its key, for one token."""
+"""Rotating the query heads of a group, and its key, for one token of a sequence or of several."""
 
 import functools
 
@@ -75,6 +75,42 @@ def turn(
     for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
         if start > 0:
             states = load_states(source, start, GROUP, ROWS, HEAD_DIM, CHUNK)
+            high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
+        if dtype == tl.float32:
+            turned = tl.dot(states, high, turned, input_precision="ieee")
+        else:
+            turned = tl.dot(states, low, tl.dot(states, high, turned))
+    return turned.to(dtype)
+
+
+@triton.jit
+def turn_several(
+    rows,
+    rotation_ptr,
+    loaded,
+    HEAD_DIM: tl.constexpr,
+    HEAD_DIM_PADDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+):
+    """Heads and keys of several sequences rotated, [ROWS, KEPT_PADDED], in their dtype.
+
+    Args:
+        rows: of each row pointers to a query and to a key, and which of these it is, if any.
+        loaded: the rotation as two matrices, of the first CHUNK dimensions; the rest is loaded here.
+    """
+    query_at, key_at, is_query, is_key = rows
+    high, low = loaded
+    dtype = query_at.dtype.element_ty
+    turned = tl.zeros([query_at.shape[0], KEPT_PADDED], tl.float32)
+    for start in tl.static_range(0, HEAD_DIM_PADDED, CHUNK):
+        wide = (start + tl.arange(0, CHUNK))[None, :]
+        states = tl.load(query_at[:, None] + wide, is_query[:, None] & (wide < HEAD_DIM), 0.0)
+        states = tl.where(
+            is_key[:, None], tl.load(key_at[:, None] + wide, is_key[:, None] & (wide < HEAD_DIM), 0.0), states
+        )
+        if start > 0:
             high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
         if dtype == tl.float32:
             turned = tl.dot(states, high, turned, input_precision="ieee")
