@@ -6,9 +6,9 @@ A program adds up the weights of a group's heads, and keeps them in registers, i
 is above a threshold, which divides an interval. Numbers of 0 or more are in the order of their bits, so 15 bits are
 halved until one is left. Then it lists the tokens that are read.
 
-Several programs of a sequence and head wait for each other: each says what it has above the thresholds, and all add
-that up in the same order. There are several where a sequence is longer than registers take, and then as many as the GPU
-has room for. The interpreter runs one program after the other, and takes one only.
+Several programs of a sequence and head wait for each other, see `token_meeting`. There are several where a sequence is
+longer than registers take, or where few long ones would leave most of the GPU idle. The interpreter runs one program
+after the other, and takes one only.
 
 A list has room for all tokens, and nothing else is kept of them, so that no distribution of scores overflows.
 """
@@ -31,7 +31,8 @@ from aqua_attention.ops.backends.triton.token_work import (
 from aqua_attention.ops.plan import LayerPlan
 
 WARPS, TILES_AT_ONCE, MOST_HEADS = 8, 16, 8
-"""Of a program, and how many tiles it looks at together: of each a thread has 16 tokens, of groups of more heads 8."""
+"""Of a program, and how many tiles it looks at together: of each head a thread has 8 tokens then. Of more heads half as
+many tiles, for its registers."""
 MOST_REGISTERS = 128
 """Of a thread, so that two programs run at once on a multiprocessor."""
 MET_WARPS, FEW_TILES, SUMS = 4, 64, 16
