@@ -37,7 +37,7 @@ MOST_REGISTERS = 128
 """Of a thread, so that two programs run at once on a multiprocessor."""
 MET_WARPS, FEW_TILES, SUMS = 4, 64, 16
 """Of programs that meet: warps of those of up to so many tiles; and parts times tiles of which a warp has sums."""
-WORDS, MOST_LISTED = tl.constexpr(TILE // 32), 1024
+WORDS, MOST_LISTED = tl.constexpr(TILE // 32), 256
 """Of a tile, with a bit for each token; and how many of them are listed together."""
 SAID = tl.constexpr(MOST_SAID)
 EXACT, ALL, NOWHERE = tl.constexpr(-2.0), tl.constexpr(-3.0), tl.constexpr(-4.0)
@@ -216,9 +216,11 @@ def _exact_before(position, length, sink, recent):
 def _list(words_ptr, tokens_ptr, part, place, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them.
 
-    Each thread stores no more than are read: it has the bits of tokens that follow each other.
+    The 32 tokens of a word are neighbours in a warp, and so are those that are read in memory.
     """
     length, begin, end, sink, recent = part
+    bit = tl.arange(0, 32)[None, :]
+    earlier = _below(bit)
     for row in range(begin * WORDS, end * WORDS, ROWS):
         rows = row + tl.arange(0, ROWS)
         there = rows < end * WORDS
@@ -226,9 +228,11 @@ def _list(words_ptr, tokens_ptr, part, place, ROWS: tl.constexpr, ASSEMBLY: tl.c
         bits = _spread(bits & 0xFFFF) | (_spread((bits >> 16) & 0xFFFF) << 1)
         exact = _below(length - rows * 32) & (_below(sink - rows * 32) | ~_below(length - recent - rows * 32))
         bits = tl.where(there, bits | exact, 0)
-        count = _ones(bits)
+        count = _ones(bits, ASSEMBLY)
         at = place + tl.cumsum(count, 0) - count
-        _put(tokens_ptr, at, rows * 32, bits, ASSEMBLY)
+        bits = bits[:, None]
+        here = at[:, None] + _ones(bits & earlier, ASSEMBLY)
+        _put(tokens_ptr, here, rows[:, None] * 32 + bit, (bits >> bit) & 1, ASSEMBLY)
         place += tl.sum(count, 0)
     return place
 
@@ -251,8 +255,10 @@ def _below(count):
 
 
 @triton.jit
-def _ones(bits):
+def _ones(bits, ASSEMBLY: tl.constexpr):
     """How many bits are 1."""
+    if ASSEMBLY:
+        return tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [bits], dtype=tl.int32, is_pure=True, pack=1)
     bits = bits - ((bits >> 1) & 0x55555555)
     bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
     bits = (bits + (bits >> 4)) & 0x0F0F0F0F
@@ -260,41 +266,26 @@ def _ones(bits):
 
 
 @triton.jit
-def _put(pointer, at, first, bits, ASSEMBLY: tl.constexpr):
-    """Store numbers from `first` on, those whose bits are 1, one after the other from a place on."""
+def _put(pointer, at, numbers, wanted, ASSEMBLY: tl.constexpr):
+    """Store the numbers that are wanted, here and there."""
     if ASSEMBLY:
+        # The compiler would hand them to other threads first, of which neighbours would store to distant places.
         tl.inline_asm_elementwise(
             """
             {
-            .reg .pred more;
-            .reg .b32 left, number, lowest;
+            .reg .pred is_wanted;
             .reg .b64 address;
-            mov.b32 left, $4;
+            setp.ne.s32 is_wanted, $4, 0;
             mad.wide.s32 address, $2, 4, $1;
-            setp.ne.b32 more, left, 0;
-            @!more bra DONE;
-            NEXT:
-            brev.b32 lowest, left;
-            bfind.shiftamt.u32 lowest, lowest;
-            add.s32 number, $3, lowest;
-            st.global.b32 [address], number;
-            add.s64 address, address, 4;
-            sub.s32 lowest, left, 1;
-            and.b32 left, left, lowest;
-            setp.ne.b32 more, left, 0;
-            @more bra NEXT;
-            DONE:
+            @is_wanted st.global.b32 [address], $3;
             mov.b32 $0, 0;
             }
             """,
             "=r,l,r,r,r",
-            [pointer.to(tl.int64), at, first, bits],
+            [pointer.to(tl.int64), at, numbers, wanted],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
-        for bit in tl.static_range(32):
-            wanted = (bits >> bit) & 1
-            tl.store(pointer + at, first + bit, wanted > 0)
-            at += wanted
+        tl.store(pointer + at, numbers, wanted > 0)

@@ -31,10 +31,13 @@ CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHOSEN, MOST_CHUNKS = 2, 16, 256, 64
 """Programs that choose, for each multiprocessor, which then all run at once; tiles of one at least where a sequence and
 head has several, and at most, for its registers; and how many of these programs it has at most, if it needs no more."""
 ALONE_PLACES, ALONE_TILES = 64, 128
-"""Sequences times heads from which on, and tiles up to which, one program chooses where its registers suffice."""
+"""Sequences times heads from which on, and tiles up to which, one program chooses where its registers suffice. With 32
+of 32k tokens each (4 x 32k) several take 4 us less than one, with 64 (8 x 32k) about as long
+(`benchmarks/select_decode.py --share 0.1 --head-shares none --score-bits 4 --no-dense`, with `--size` of each and
+`--set token_work.ALONE_PLACES=0`, and 1000)."""
 PARTS = 8
 """Of an interval of bits, into which programs that meet divide it each time. Of 15 bits that makes 5 times."""
-MOST_SAID = 192
+MOST_SAID = 2 * 5 * PARTS
 """Numbers that one of them says in a step: two for each part and time."""
 GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
