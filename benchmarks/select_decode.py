@@ -196,7 +196,7 @@ def measure(batch, length, knobs, head_shares, given):
     pieces = {"prepare": (prepared, 4 * KV_HEADS * DIM * DIM)}
     scored = timed(score)
     pieces["score"] = (scored, tokens * (of_copy + 2 * group))
-    # It goes on from what `prepare` has made zero.
+    # It needs the step that `prepare` counts.
     chosen = timed(prepare, score, choose) - prepared - scored
     pieces["choose"] = (chosen, tokens * 2 * group + 4 * taken)
     pieces["attend"] = (timed(attend), taken * (4 + held))

@@ -59,7 +59,7 @@ def test_caches_share_memory_that_fits_both():
 
 def test_few_tiles_start_early(monkeypatch):
     assert TokenWork.of(cache_of(1), 4, 4).starts_early() == {"EARLY": 0}
-    monkeypatch.setattr(token_work, "starts_early", lambda _: {"EARLY": True, "launch_pdl": True})
+    monkeypatch.setattr(token_work, "starts_early", lambda _: {"EARLY": 2, "launch_pdl": True})
     monkeypatch.setattr(token_work, "EARLY_TILES", 12)
     for length, early in ((3 * 128, 2), (3 * 128 + 1, 1)):
         assert TokenWork.of(cache_of(length), 4, 4).starts_early() == {"EARLY": early, "launch_pdl": True}

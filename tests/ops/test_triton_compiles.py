@@ -62,6 +62,7 @@ class Launch:
         self.shared = built.metadata.shared
         early = "griddepcontrol" in built.asm["ptx"]
         assert early == bool(given.get("EARLY")), f"{self.kernel.__name__} starts early: {early}"
+        assert given.get("EARLY") != 1 or "launch_dependents" not in built.asm["ptx"], self.kernel.__name__
         print(self.kernel.__name__, self.shared)
 
 
@@ -89,7 +90,7 @@ for name in ("decode_kernel", "mass_kernel", "merge_kernel"):
     setattr(decode, name, Launch(getattr(decode, name)))
 prepare._prepare = Launch(prepare._prepare)
 decode_int8_mma.decode_quantized_kernel = Launch(decode_int8_mma.decode_quantized_kernel)
-decode.starts_early = prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
+decode.starts_early = prepare.starts_early = lambda *_: {"EARLY": 2, "launch_pdl": True}
 decode_short.decode_short_kernel = Launch(decode_short.decode_short_kernel)
 decode_short.starts_early = decode.starts_early
 rotate._rotate_and_narrow = Launch(rotate._rotate_and_narrow)
@@ -213,7 +214,7 @@ paged_prepare._prepare_paged = Launch(paged_prepare._prepare_paged)
 paged_write._write_paged = Launch(paged_write._write_paged)
 for name in ("decode_quantized_kernel", "_edges", "merge_kernel"):
     setattr(paged_by_hand, name, Launch(getattr(paged_by_hand, name)))
-paged_decode.starts_early = paged_prepare.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
+paged_decode.starts_early = paged_prepare.starts_early = lambda *_: {"EARLY": 2, "launch_pdl": True}
 paged_by_hand.starts_early = paged_decode.starts_early
 
 

@@ -14,9 +14,10 @@ from selecting import WAYS, check_choice, check_output, expected_of, listed, pro
 
 from aqua_attention.ops.backends.triton import token_meeting
 from aqua_attention.ops.backends.triton.token_step import attend_selected
+from aqua_attention.ops.backends.triton.token_work import PARTS, TURNS
 
-TURNS = 6
-"""More than programs meet."""
+RUNS = TURNS + 1
+"""In the first, nobody has been told anything."""
 
 
 @triton.jit
@@ -25,33 +26,40 @@ def _heard(said_ptr, there, turn):
     return (tl.load(said_ptr, there, 0) & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
 
 
+def test_turns_leave_one_number():
+    assert PARTS**TURNS == 1 << 15
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="there programs wait for each other")
 @pytest.mark.parametrize(
-    "choice",
+    ("heads", "lengths", "choice"),
     [
-        {"select_p": 0.7},
-        {"select_p": 0.4, "sink": 128, "recent": 128},
-        {"select_p": 0.01},
-        {"select_p": 1.0},
-        {"select_tokens": 50},
-        {"select_tokens": 1, "sink": 0, "recent": 0},
-        {"select_tokens": 599, "sink": 100, "recent": 100},
-        {"select_tokens": 5, "min_length": 1000},
+        ((2, 1), [600], {"select_p": 0.7}),
+        ((2, 1), [600], {"select_p": 0.4, "sink": 128, "recent": 128}),
+        ((2, 1), [600], {"select_p": 0.01}),
+        ((2, 1), [600], {"select_p": 1.0}),
+        ((2, 1), [600], {"select_tokens": 50}),
+        ((2, 1), [600], {"select_tokens": 1, "sink": 0, "recent": 0}),
+        ((2, 1), [600], {"select_tokens": 599, "sink": 100, "recent": 100}),
+        ((2, 1), [600], {"select_tokens": 5, "min_length": 1000}),
+        ((3, 1), [900, 5, 0, 700], {"select_p": 0.7}),
+        ((24, 2), [700, 129], {"select_tokens": 40}),
     ],
 )
-def test_several_programs_find_what_one_does(choice, monkeypatch):
+def test_several_programs_find_what_one_does(heads, lengths, choice, monkeypatch):
     """The first ones do not find yet what later ones say. But what all say first is right at once, what they say next
     is right when all are run again, and so on.
     """
     monkeypatch.setattr(token_meeting, "heard", _heard)
-    given = problem((2, 1), [600], 16, 16, **choice)
+    given = problem(heads, lengths, 16, 16, **choice)
     work = work_for(given, chunks=4)
     for tensor in (work.scratch.said, work.scratch.part_lse):
         tensor.zero_()
-    output = torch.empty(1, 2, 16)
-    for _ in range(TURNS):
+    output = torch.empty(len(lengths), heads[0], 16)
+    for _ in range(RUNS):
         attend_selected(given.cache, given.plan, work, output, scaling=given.plan.scaling, appended=False)
     assert torch.equal(listed(work, given.cache), run(given, **WAYS["one program"])[1])
+    check_choice(listed(work, given.cache), given, expected_of(given))
     check_output(output, listed(work, given.cache), given)
 
 

@@ -220,7 +220,7 @@ def test_whole_steps_rotate_choose_append_and_attend(way, choice, bits, multipro
         new = [each[:, :, -1 - step].contiguous() for each in states]
         selected_step(*new, cache, plan, work, output, scaling=plan.scaling)
         expected = scored_step.selected_step(*new, plain, plan, plan.scaling)
-        assert torch.equal(cache.lengths, plain.lengths)
+        assert torch.equal(cache.lengths, plain.lengths) and work.scratch.step.tolist() == [step + 1]
         assert torch.allclose(work.rotated, expected.rotated, atol=1e-5)
         read = listed(work, cache)
         # Sums of masses are of other rotated queries by some last bits.
@@ -239,6 +239,23 @@ def test_whole_steps_rotate_choose_append_and_attend(way, choice, bits, multipro
     for row in range(2):
         states = zip(cache.read(row, 130)[:2], plain.read(row, 130)[:2], strict=True)
         assert all(torch.allclose(*each, atol=1e-5 if bits is None else 0.1) for each in states)
+
+
+@pytest.mark.parametrize("group", [1, 3, 7, 16])
+def test_a_program_rotates_several_sequences(group, monkeypatch):
+    """As many as fit into a product; the last program has fewer."""
+    monkeypatch.setattr("aqua_attention.ops.backends.triton.token_prepare.sm_count", lambda _: 1)
+    plan, states, (cache, plain) = step_problem(5, (2 * group, 2), 32, 48, 40, torch.float32, select_tokens=4)
+    work = TokenWork.of(cache, 2 * group, plan.k, splits=1, programs=1, chunks=1)
+    held = torch.tensor([0, 3, -1, 39, 40], device=DEVICE)
+    for each in (cache, plain):
+        each.fill(states[1], states[2], held)
+    new = [each[:, :, 0].contiguous() for each in states]
+    selected_step(*new, cache, plan, work, torch.empty(5, 2 * group, 48, device=DEVICE), scaling=plan.scaling)
+    expected = scored_step.selected_step(*new, plain, plan, plan.scaling)
+    assert torch.allclose(work.rotated, expected.rotated, atol=1e-5)
+    assert torch.equal(cache.lengths, plain.lengths) and (listed(work, cache) != expected.read).sum() <= 2
+    assert torch.allclose(cache.keys.float(), plain.keys.float(), atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [None, 8])

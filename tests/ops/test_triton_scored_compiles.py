@@ -34,7 +34,7 @@ MODULES = token_choice, token_gather, token_prepare, token_scores, token_scores_
 MODULES += token_gather_by_hand, token_prompt, token_work
 KERNELS += "gather_kernel", "_merge_lists"
 for module in MODULES:
-    module.starts_early = lambda *_: {"EARLY": True, "launch_pdl": True}
+    module.starts_early = lambda *_: {"EARLY": 2, "launch_pdl": True}
     for name in KERNELS:
         if hasattr(module, name):
             setattr(module, name, Launch(getattr(module, name)))

@@ -166,7 +166,7 @@ def test_batches_of_any_size_share_memory_made_before(monkeypatch):
         output = torch.full((len(rows), 4, 32), torch.nan, device=DEVICE)
         api.decode_pages(*(each[rows].contiguous() for each in states), given.cache, layer, part, output, impl="triton")
         assert torch.allclose(output[:-2], expected[order], atol=1e-5) and not output[-2:].any()
-    assert memory_of(given) is memory
+    assert memory_of(given) is memory and memory.work(1).scratch.step.tolist() == [5]
 
 
 def test_a_longer_table_of_wider_rows_is_read_by_its_stride():
@@ -230,9 +230,9 @@ def test_recorded_steps_of_several_sizes_share_memory(choice, meet, monkeypatch)
         monkeypatch.setattr("aqua_attention.ops.backends.triton.token_work.ALONE_TILES", 0)
         monkeypatch.setattr("aqua_attention.ops.backends.triton.token_work.LEAST_CHOSEN", 2)
     config = config_of(choice, sink=4, recent=64)
-    given = problem((8, 2), [3000, 0, 700, 129], (128, 128, 128), torch.bfloat16, **config)
+    given = problem((32, 8), [3000, 0, 700, 129], (128, 128, 128), torch.bfloat16, **config)
     expected = given.decode("torch").float()
-    api.reserve_pages(given.layer, 8, 128, torch.bfloat16, sequences=4, length=4096)
+    api.reserve_pages(given.layer, 32, 128, torch.bfloat16, sequences=4, length=4096)
     recorded, step = {}, given.step._replace(longest=4096)
     for batch in (4, 2):
         part = step._replace(**{name: getattr(step, name)[:batch] for name in ("block_table", "lengths", "slots")})

@@ -28,7 +28,7 @@ TILE = tl.constexpr(layout.TILE)
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 """Of triton. 3.4 cannot start kernels early, and below 3.6 there is no way to place registers by hand."""
 EARLY_STARTS = True
-"""Whether kernels are put on the GPU before the one ahead of them has ended, where GPUs can do that."""
+"""Whether kernels are launched before the one ahead of them has ended, where GPUs can do that."""
 LEAST_SIZE = 16
 """Rows and columns of a matrix product on tensor cores are padded to so many at least."""
 
@@ -61,11 +61,11 @@ def shared_memory(tensor: Tensor) -> int:
     return int(getattr(_gpu(tensor.device), "shared_memory_per_block_optin", 99 << 10))
 
 
-def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, bool]:
-    """Options of a kernel that may start early, see `EARLY_STARTS`."""
+def starts_early(tensor: Tensor, wanted: bool = True) -> dict[str, int]:
+    """Options of a kernel that may start early, see `EARLY_STARTS`. With EARLY 2 it lets the next be put on the GPU."""
     early = wanted and bool(EARLY_STARTS) and VERSION >= (3, 5) and tensor.device.type == "cuda"
     early = early and _gpu(tensor.device).major >= 9
-    return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}
+    return {"EARLY": 2, "launch_pdl": True} if early else {"EARLY": 0}
 
 
 class CacheArguments(NamedTuple):

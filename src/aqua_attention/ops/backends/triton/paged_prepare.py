@@ -11,6 +11,7 @@ from aqua_attention.ops.backends.triton.blocks import LEAST_SIZE, on_device_of, 
 from aqua_attention.ops.backends.triton.choose import choose_dims
 from aqua_attention.ops.backends.triton.paged import PageArguments, page_constants, store_tokens
 from aqua_attention.ops.backends.triton.prepare import FEW_PROGRAMS, WARPS
+from aqua_attention.ops.backends.triton.token_arguments import start_early
 from aqua_attention.ops.backends.triton.token_work import TokenWork
 from aqua_attention.ops.backends.triton.turn import load_rotation, turn_several, turning
 from aqua_attention.ops.layout import Chosen
@@ -80,7 +81,7 @@ def prepare_paged(
             num_warps=WARPS,
             **page_constants(cache, group),
             **turning(group, head_dim, kept) | {"ROWS": padded(together * (group + 1))},
-            **starts_early(query),
+            **(starts_early(query) if work is None else work.starts_early()),
         )
     return rotated, chosen
 
@@ -129,10 +130,8 @@ def _prepare_paged(
     dtype = rotated_ptr.dtype.element_ty
     rotation_ptr += group * HEAD_DIM * KEPT
     high, low = load_rotation(rotation_ptr, 0, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
-    if EARLY:
-        # For what computes the query; a rotation is older.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    # For what computes the query; a rotation is older.
+    start_early(EARLY)
     query_at = query_ptr + rows * query_stride + (group * GROUP + member) * HEAD_DIM
     key_at = key_ptr + rows * key_stride + group * HEAD_DIM
     states = (query_at, key_at, there & (member < GROUP), there & (member == GROUP))
@@ -145,7 +144,7 @@ def _prepare_paged(
         )
     if step_ptr is not None:  # noqa: SIM102 (this is known when compiling, the other is not)
         if does_query & (group + first == 0):
-            tl.store(step_ptr, tl.load(step_ptr) + 1)
+            tl.store(step_ptr, tl.load(step_ptr, cache_modifier=".cg") + 1)
     turned = turned.to(tl.float32)
     for one in tl.static_range(0, TOGETHER):
         row = (first + one).to(tl.int64)

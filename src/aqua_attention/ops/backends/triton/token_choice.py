@@ -3,7 +3,7 @@
 """Choosing tokens from their weights without sorting them: `ops.tokens.choose_tokens` for one query a sequence.
 
 A program adds up the weights of a group's heads, and keeps them in registers, in float16. It looks again and again what
-is above a threshold, which divides an interval. Numbers of 0 or more are in the order of their bits, so 15 bits are
+is above a threshold, which divides an interval. Numbers of 0 or more are in the order of their bits. So 15 bits are
 halved until one is left. Then it lists the tokens that are read.
 
 Several programs of a sequence and head wait for each other, see `token_meeting`. There are several where a sequence is
@@ -36,19 +36,19 @@ many tiles, for its registers."""
 MOST_REGISTERS = 128
 """Of a thread, so that two programs run at once on a multiprocessor."""
 MET_WARPS, FEW_TILES, SUMS = 4, 64, 16
-"""Of programs that meet: warps of those of up to so many tiles; and parts times tiles of which a warp has sums."""
+"""Programs that meet have so many warps up to so many tiles. A warp has sums of so many parts times tiles at once."""
 WORDS, MOST_LISTED = tl.constexpr(TILE // 32), 256
 """Of a tile, with a bit for each token; and how many of them are listed together."""
 SAID = tl.constexpr(MOST_SAID)
 EXACT, ALL, NOWHERE = tl.constexpr(-2.0), tl.constexpr(-3.0), tl.constexpr(-4.0)
-"""What tokens of the exact window are said to weigh; the least weight for which all are read that are there; and what
-those weigh that are not. They are numbers, because they are multiplied by zero."""
+"""What stands for the weight of a token of the exact window; the least weight where all tokens are read; and what
+stands for a token that is not there. None is infinite: `token_threshold.weighed` multiplies some by zero."""
 
 
 def choose_tokens(cache: Sequences, work: TokenWork, plan: LayerPlan, *, appended: bool) -> None:
     """Write the tokens that are read, and how many these are.
 
-    `work.scratch.step` must be another number than before: what rotates the queries counts on.
+    `work.scratch.step` must be another number than in all steps before: what rotates the queries counts it.
     """
     batch, kv_heads, _, _, tiles = cache.shape
     config = plan.config
@@ -133,7 +133,8 @@ def _choose_tokens(
     taking_part = tl.maximum(tl.cdiv(tiles, each), 1)
     if chunk < taking_part:
         begin = chunk * each
-        part = (length, begin, tl.minimum(begin + each, tiles), sink, recent)
+        end = tl.minimum(begin + each, tiles)
+        part = (length, begin, end, sink, recent)
         shared = (
             tl.load(scratch.step, cache_modifier=".cg"),
             scratch.said + place * SAID * CHUNKS,
@@ -161,7 +162,7 @@ def _choose_tokens(
         words_ptr, tokens_ptr = scratch.words + first * WORDS, scratch.tokens + first * TILE
         for i in tl.static_range(SLICES):
             rows = (begin + i * TILES) * WORDS + tl.arange(0, TILES * WORDS)
-            tl.store(words_ptr + rows, _read(held[i], least, ASSEMBLY), rows < part[2] * WORDS)
+            tl.store(words_ptr + rows, _read(held[i], least, ASSEMBLY), rows < end * WORDS)
         tl.debug_barrier()  # the whole program has written before any of it reads
         total = _list(words_ptr, tokens_ptr, part, before, LISTED, ASSEMBLY)
         if chunk == taking_part - 1:
@@ -213,16 +214,16 @@ def _exact_before(position, length, sink, recent):
 
 
 @triton.jit
-def _list(words_ptr, tokens_ptr, part, place, ROWS: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """List the tokens of this program that are read, in order, from a place in the list on; gives that behind them.
+def _list(words_ptr, tokens_ptr, part, place, LISTED: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """List the tokens of this program that are read, in order, from a place in the list on; gives the one behind them.
 
     The 32 tokens of a word are neighbours in a warp, and so are those that are read in memory.
     """
     length, begin, end, sink, recent = part
     bit = tl.arange(0, 32)[None, :]
     earlier = _below(bit)
-    for row in range(begin * WORDS, end * WORDS, ROWS):
-        rows = row + tl.arange(0, ROWS)
+    for row in range(begin * WORDS, end * WORDS, LISTED):
+        rows = row + tl.arange(0, LISTED)
         there = rows < end * WORDS
         bits = tl.load(words_ptr + rows, there, 0)
         bits = _spread(bits & 0xFFFF) | (_spread((bits >> 16) & 0xFFFF) << 1)

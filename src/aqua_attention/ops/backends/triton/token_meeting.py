@@ -22,20 +22,21 @@ from aqua_attention.ops.backends.triton.token_threshold import (
     weight_of,
 )
 from aqua_attention.ops.backends.triton.token_weights import WEIGHT_UNIT
+from aqua_attention.ops.backends.triton.token_work import TURNS
 
-ALL_BITS, MOST_TURNS = tl.constexpr(1 << 15), tl.constexpr(8)
-"""Numbers that float16 has without a sign; more than the turns of a step."""
+ALL_BITS, STEP_TURNS = tl.constexpr(1 << 15), tl.constexpr(TURNS)
+"""Numbers that float16 has without a sign; and turns of a step."""
 
 
 @triton.jit
-def say(said_ptr, numbers, there, turn):
+def say(said_ptr, numbers, turn):
     """Tell other programs numbers in float32: a word of 64 bits has one, and the turn in which it is said.
 
-    No word of a step before has that turn, also of other sequences, whose words lay there in a smaller batch. A word is
+    No word that was left there has that turn: turns are counted through all steps, of batches of any size. A word is
     written at once, so nobody waits until memory is in order.
     """
     numbers = numbers.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    tl.store(said_ptr, (turn.to(tl.int64) << 32) | numbers, there, cache_modifier=".cg")
+    tl.store(said_ptr, (turn.to(tl.int64) << 32) | numbers, cache_modifier=".cg")
 
 
 @triton.jit
@@ -63,24 +64,24 @@ def least_weight_of_all(
     before this one have, outside of the exact window.
 
     Args:
-        shared: number of the step, what programs say, the number of this one, and how many there are.
+        shared: number of the step, what programs say, which of them this one is, and how many there are.
     """
     number, said_ptr, chunk, taking_part = shared
     index, others = tl.arange(0, PARTS), tl.arange(0, CHUNKS)
     at = index[:, None] * CHUNKS + others[None, :]
     there = (index >= 0)[:, None] & (others < taking_part)[None, :]
-    low, part, turn = lightest_of_all(BY_COUNT), tl.full([], 0, tl.int32), number * MOST_TURNS
+    low, part, turn = lightest_of_all(BY_COUNT), tl.full([], 0, tl.int32), number * STEP_TURNS
     target, width = tl.full([], 0.0, tl.float32), tl.full([], ALL_BITS, tl.int32)
     while width > 1:
         width = width // PARTS
         counts, masses = _from_each(held, low + index * width, BY_COUNT, ASSEMBLY)
-        say(said_ptr + index * CHUNKS + chunk, counts, index >= 0, turn)
+        say(said_ptr + index * CHUNKS + chunk, counts, turn)
         if not BY_COUNT:
-            say(said_ptr + (PARTS + index) * CHUNKS + chunk, masses, index >= 0, turn)
+            say(said_ptr + (PARTS + index) * CHUNKS + chunk, masses, turn)
         has = window + tl.sum(heard(said_ptr + (0 if BY_COUNT else PARTS * CHUNKS) + at, there, turn), 1)
         # The first turn begins with all that can be read.
         whole = tl.sum(tl.where(index == 0, has, 0.0), 0)
-        target = tl.where(turn == number * MOST_TURNS, target_of(whole, share, wanted, BY_COUNT), target)
+        target = tl.where(turn == number * STEP_TURNS, target_of(whole, share, wanted, BY_COUNT), target)
         part = tl.maximum(tl.sum((has >= target).to(tl.int32), 0) - 1, 0)
         low += part * width
         turn += 1

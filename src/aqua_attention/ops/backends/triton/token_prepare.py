@@ -61,7 +61,7 @@ def prepare_tokens(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _prepare_tokens(
     query_ptr,
     key_ptr,
@@ -118,7 +118,7 @@ def _prepare_tokens(
             states[2][:, None] & column[None, :],
         )
         if group + first == 0:
-            tl.store(step_ptr, tl.load(step_ptr) + 1)
+            tl.store(step_ptr, tl.load(step_ptr, cache_modifier=".cg") + 1)
     turned = turned.to(tl.float32)
     for one in tl.static_range(0, TOGETHER):
         row = first + one
@@ -132,7 +132,7 @@ def _prepare_tokens(
                     (number == one) & (member < GROUP),
                     rms,
                     (dims_ptr, mask_ptr, None),
-                    row * groups + group,
+                    row.to(tl.int64) * groups + group,
                     0.0,
                     1.0,
                     KEPT,

@@ -11,28 +11,37 @@ WEIGHT_UNIT = tl.constexpr(32768.0)
 """What the weight 1 is in float16: as much room below as there can be."""
 
 
+MOST_ROWS = tl.constexpr(8)
+"""Heads whose parts are merged together."""
+
+
 @triton.jit
 def merged_lse(part_lse_ptr, place, splits, GROUP: tl.constexpr, SPLITS_PADDED: tl.constexpr, UNIT: tl.constexpr):
     """Log-sum-exp of each head, as a tuple of numbers; the mass of the exact window; and the logarithm of the largest
     share that a head has outside of it.
     """
-    ROWS: tl.constexpr = triton.next_power_of_2(GROUP)
-    heads, parts = tl.arange(0, ROWS), tl.arange(0, SPLITS_PADDED)[None, :]
-    there = (heads < GROUP)[:, None] & (parts <= splits)
-    at = (place * GROUP + heads)[:, None] * (splits + 1) + parts
-    lse = tl.load(part_lse_ptr + at, there, float("-inf"), cache_modifier=".cg")
-    top = tl.max(lse, 1)
-    top = tl.where(top > float("-inf"), top, 0.0)
-    shares = tl.exp2(lse - top[:, None])
-    outside = tl.sum(tl.where(parts < splits, shares, 0.0), 1)
-    exact = tl.sum(tl.where(parts == splits, shares, 0.0), 1)
-    # NaN in any part is in the sum.
-    whole = outside + exact
-    window = tl.sum(tl.where(heads < GROUP, exact / whole, 0.0), 0) * UNIT
-    largest = tl.max(tl.where(heads < GROUP, outside / whole, 0.0), 0)
-    merged, found = top + tl.log2(whole), ()
-    for head in tl.static_range(GROUP):
-        found = found + (tl.sum(tl.where(heads == head, merged, 0.0), 0),)  # noqa: RUF005 (no unpacking in kernels)
+    ROWS: tl.constexpr = triton.next_power_of_2(GROUP) if GROUP < MOST_ROWS else MOST_ROWS
+    rows, parts = tl.arange(0, ROWS), tl.arange(0, SPLITS_PADDED)[None, :]
+    found, window, largest = (), 0.0, 0.0
+    for first in tl.static_range(0, GROUP, ROWS):
+        heads = first + rows
+        there = (heads < GROUP)[:, None] & (parts <= splits)
+        at = (place * GROUP + heads)[:, None] * (splits + 1) + parts
+        lse = tl.load(part_lse_ptr + at, there, float("-inf"), cache_modifier=".cg")
+        top = tl.max(lse, 1)
+        top = tl.where(top > float("-inf"), top, 0.0)
+        shares = tl.exp2(lse - top[:, None])
+        outside = tl.sum(tl.where(parts < splits, shares, 0.0), 1)
+        exact = tl.sum(tl.where(parts == splits, shares, 0.0), 1)
+        # NaN in any part is in the sum.
+        whole = outside + exact
+        window += tl.sum(tl.where(heads < GROUP, exact / whole, 0.0), 0) * UNIT
+        largest = tl.maximum(largest, tl.max(tl.where(heads < GROUP, outside / whole, 0.0), 0))
+        merged = top + tl.log2(whole)
+        for row in tl.static_range(ROWS):
+            if first + row < GROUP:
+                # A tuple of kernels cannot be unpacked.
+                found = found + (tl.sum(tl.where(rows == row, merged, 0.0), 0),)  # noqa: RUF005
     return found, window, tl.log2(largest)
 
 

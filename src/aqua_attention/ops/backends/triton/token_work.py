@@ -2,8 +2,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """How many programs choose tokens and attend to them, and the memory that they leave their results in.
 
-All is allocated once. What one program tells another has the number of its step, so that a replayed graph takes nothing
-of the one before for it.
+All is allocated once. What one program tells another has the number of its step. So a replayed graph takes no old word
+for a new one.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ CHOOSE_PROGRAMS, LEAST_CHOSEN, MOST_CHOSEN, MOST_CHUNKS = 2, 16, 256, 64
 head has several, and at most, for its registers; and how many of these programs it has at most, if it needs no more."""
 ALONE_PLACES, ALONE_TILES = 64, 128
 """Sequences times heads from which on, and tiles up to which, one program chooses where its registers suffice. With 32
-of 32k tokens each (4 x 32k) several take 4 us less than one, with 64 (8 x 32k) about as long
-(`benchmarks/select_decode.py --share 0.1 --head-shares none --score-bits 4 --no-dense`, with `--size` of each and
-`--set token_work.ALONE_PLACES=0`, and 1000)."""
-PARTS = 8
-"""Of an interval of bits, into which programs that meet divide it each time. Of 15 bits that makes 5 times."""
-MOST_SAID = 2 * 5 * PARTS
-"""Numbers that one of them says in a step: two for each part and time."""
+of 32k tokens each (4 x 32k) several take 4 us less than one. With 64 (8 x 32k) they take 4 more. No length between 8k
+and 32k was timed. (Kernels before commit e907056, `benchmarks/select_decode.py --share 0.1 --head-shares none
+--score-bits 4 --no-dense`, with `--size` of each and `--set token_work.ALONE_PLACES=0`, and 1000.)"""
+PARTS, TURNS = 8, 5
+"""Programs that meet divide an interval of bits into so many parts, and so often that one of 15 bits is left."""
+MOST_SAID = 2 * TURNS * PARTS
+"""Numbers that one of them says in a step: two for each part and turn."""
 GATHER_PROGRAMS = 2
 """Programs that attend, for each multiprocessor."""
 EARLY_TILES = 4096
-"""That all sequences and heads have room for. With more of them programs wait for all of the kernel before: those that
-are there early take room from those that still work. Early starts, and none: 2 x 32k 59 and 61 us, 4 x 32k 93 and 82,
-1 x 128k 99 and 92, 8 x 32k 149 and 116 (`benchmarks/select_decode.py --share 0.1 --head-shares none --score-bits 4
---no-dense`, with `--size` of each and `--set token_work.EARLY_TILES=100000` or `=0`)."""
+"""That all sequences and heads have room for. With more of them kernels are launched early, but no program starts
+before the kernel ahead has ended: it would take room from those that still work. Early starts, and no early launch
+either: 2 x 32k 59 and 61 us, 4 x 32k 93 and 82, 8 x 32k 149 and 116. (Kernels of commit 508574a,
+`benchmarks/select_decode.py --share 0.1 --head-shares none --score-bits 4 --no-dense`, with `--size` of each and
+`--set token_work.EARLY_TILES=100000`, and 0.)"""
 GATHER_STEP = 32
 """Tokens that the kernel placed by hand attends to at a time."""
 GATHER_BY_HAND, MOST_KEPT = 8, 128
@@ -67,8 +68,8 @@ class Scratch(NamedTuple):
         tokens: int32 [places, tiles * TILE], the tokens that are read, in order; counts: int32 [places].
         partial, lse: float32 [units, G, value_dim] and [units, G], the attention over a piece of a list.
         arrived: int32 [places], zero: pieces that are done.
-        step: int32 [1], the number of this one; said: int64 [places, MOST_SAID, chunks], what programs say in it, see
-            `token_meeting`.
+        step: int32 [1], counted by what rotates the queries; said: int64 [places, MOST_SAID, chunks], what programs
+            say in it, see `token_meeting`.
     """
 
     weights: Tensor
@@ -251,12 +252,10 @@ class TokenWork:
         }
 
     def starts_early(self) -> dict[str, int]:
-        """Options of its kernels. All are launched before the one ahead of them has ended, where GPUs can do that. With
-        EARLY 2 they are also put on the GPU then, see `EARLY_TILES`.
-        """
+        """Options of its kernels, see `blocks.starts_early`: EARLY is 1 where there are more than `EARLY_TILES`."""
         options, tops = starts_early(self.rotated), self.scratch.tops
-        is_small = tops.shape[0] * tops.shape[1] <= EARLY_TILES
-        return options | {"EARLY": 1 + is_small if options["EARLY"] else 0}
+        is_large = tops.shape[0] * tops.shape[1] > EARLY_TILES
+        return options | {"EARLY": 1} if is_large and options["EARLY"] else options
 
     @property
     def places(self) -> int:
@@ -265,8 +264,8 @@ class TokenWork:
 
 
 def _chunks(places: int, tiles: int, programs: int, most: int) -> int:
-    """Programs of a sequence and head, a power of 2: as many as there is room for, where one's registers do not
-    suffice, or few long sequences would leave most of the GPU idle. Else one, because those that meet wait.
+    """Programs of a sequence and head, a power of 2. As many as there is room for, where one's registers do not
+    suffice, or few long sequences would leave the GPU idle. Else one, because those that meet wait.
     """
     chunks = int(triton.next_power_of_2(-(-tiles // MOST_CHOSEN)))
     if chunks == 1 and (places >= ALONE_PLACES or tiles <= ALONE_TILES):

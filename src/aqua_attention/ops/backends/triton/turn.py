@@ -94,7 +94,7 @@ def turn_several(
     KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
 ):
-    """Heads and keys of several sequences rotated, [ROWS, KEPT_PADDED], in their dtype.
+    """Heads and keys of several sequences rotated, a row each, [rows, KEPT_PADDED], in their dtype.
 
     Args:
         rows: of each row pointers to a query and to a key, and which of these it is, if any.
