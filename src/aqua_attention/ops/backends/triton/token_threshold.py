@@ -35,33 +35,6 @@ def bits_of(weight):
 
 
 @triton.jit
-def reach(pairs, threshold, ASSEMBLY: tl.constexpr):
-    """Which of two tokens weigh as much as the number of these bits: bit 0 for the even one, bit 16 for the odd one."""
-    if ASSEMBLY:
-        return tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b16 one;
-            .reg .b32 both;
-            cvt.u16.u32 one, $2;
-            mov.b32 both, {one, one};
-            set.ge.f16x2.f16x2 both, $1, both;
-            shr.b32 both, both, 10;
-            and.b32 $0, both, 0x00010001;
-            }
-            """,
-            "=r,r,r",
-            [pairs, tl.zeros_like(pairs) + threshold],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    even, odd = two(pairs)
-    least = weight_of(threshold)
-    return (even >= least).to(tl.int32) | ((odd >= least).to(tl.int32) << 16)
-
-
-@triton.jit
 def counted(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
     """The sums, pairs of numbers in float16, with one more where a token weighs so much."""
     if ASSEMBLY:
@@ -89,6 +62,13 @@ def counted(sums, pairs, threshold, ASSEMBLY: tl.constexpr):
     even_sum += (even >= least).to(tl.float16)
     odd_sum += (odd >= least).to(tl.float16)
     return even_sum.to(tl.int16, bitcast=True).to(tl.int32) | (odd_sum.to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def reach(pairs, threshold, ASSEMBLY: tl.constexpr):
+    """Which of two tokens weigh as much as the number of these bits: bit 0 for the even one, bit 16 for the odd one."""
+    # Bit 10 is one of those that 1 has in float16, and 0 has not.
+    return (counted(tl.zeros_like(pairs), pairs, threshold, ASSEMBLY) >> 10) & 0x00010001
 
 
 @triton.jit

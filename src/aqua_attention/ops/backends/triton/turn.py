@@ -52,6 +52,16 @@ def load_states(source, start, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM
 
 
 @triton.jit
+def _multiplied(states, high, low, turned):
+    """What is turned so far, with states times a rotation, as a sum of two matrices, added to it."""
+    if states.dtype == tl.float32:
+        turned = tl.dot(states, high, turned, input_precision="ieee")
+    else:
+        turned = tl.dot(states, low, tl.dot(states, high, turned))
+    return turned
+
+
+@triton.jit
 def turn(
     source,
     loaded,
@@ -76,10 +86,7 @@ def turn(
         if start > 0:
             states = load_states(source, start, GROUP, ROWS, HEAD_DIM, CHUNK)
             high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
-        if dtype == tl.float32:
-            turned = tl.dot(states, high, turned, input_precision="ieee")
-        else:
-            turned = tl.dot(states, low, tl.dot(states, high, turned))
+        turned = _multiplied(states, high, low, turned)
     return turned.to(dtype)
 
 
@@ -112,8 +119,5 @@ def turn_several(
         )
         if start > 0:
             high, low = load_rotation(rotation_ptr, start, dtype, HEAD_DIM, KEPT, CHUNK, KEPT_PADDED)
-        if dtype == tl.float32:
-            turned = tl.dot(states, high, turned, input_precision="ieee")
-        else:
-            turned = tl.dot(states, low, tl.dot(states, high, turned))
+        turned = _multiplied(states, high, low, turned)
     return turned.to(dtype)
